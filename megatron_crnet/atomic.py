@@ -1,0 +1,81 @@
+"""Files that exist whole or not at all, also when the run that writes them is stopped."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+from megatron_crnet.errors import DataError
+
+UNWRITABLE = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST", "EISDIR")
+}
+"""What a full or forbidden folder answers; any other OSError is not about the output."""
+
+
+@contextmanager
+def atomic_files(*targets: Path, overwrite: bool) -> Iterator[tuple[Path, ...]]:
+    """Give temporary names beside `targets`; rename them in order if the block succeeds, else remove them.
+
+    The last target marks the set as complete: an old one goes before any other file is replaced, so a
+    stop between two renames never leaves it beside files that it does not belong to.
+
+    Raises:
+        DataError: a target exists and `overwrite` is false, or its folder cannot be written.
+    """
+    if not overwrite:
+        refuse_existing(*targets)
+    temporaries = tuple(target.with_name(f"{target.name}.tmp-{os.getpid()}") for target in targets)
+    try:
+        for target in targets:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporaries
+        if len(targets) > 1:
+            targets[-1].unlink(missing_ok=True)
+        for temporary, target in zip(temporaries, targets, strict=True):
+            os.replace(temporary, target)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise DataError(
+            f"cannot write {error.filename or targets[0]}: {error.strerror or error}: free some space, correct the "
+            "permissions or choose another folder"
+        ) from error
+    finally:
+        for temporary in temporaries:
+            with suppress(OSError):
+                temporary.unlink()
+
+
+def refuse_existing(*targets: Path) -> None:
+    """Raise DataError if one of `targets` exists."""
+    for target in targets:
+        if target.exists():
+            raise DataError(f"{target} exists already: remove it, choose another name, or ask to overwrite it")
+
+
+@contextmanager
+def sigterm_unwinds() -> Iterator[None]:
+    """Let SIGTERM raise SystemExit(143) in the block, so that it is cleaned up like any other exception.
+
+    Signals are the main thread's business: in another thread nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, _raise_system_exit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _raise_system_exit(number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)

@@ -1,0 +1,56 @@
+"""How a global batch is cut into micro-batches over data-parallel ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_crnet.config import Config, require
+from megatron_crnet.parallel import data_parallel_size
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The arithmetic of one optimizer step.
+
+    Attributes:
+        micro_batch_size: sequences of one forward pass.
+        num_microbatches: forward passes of one rank in one step.
+        dp_size: data-parallel ranks.
+        global_batch_size: sequences of one step over all ranks.
+        seq_length: tokens of a sequence.
+    """
+
+    micro_batch_size: int
+    num_microbatches: int
+    dp_size: int
+    global_batch_size: int
+    seq_length: int
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions of one step, padding included."""
+        return self.global_batch_size * self.seq_length
+
+
+def plan_batches(config: Config, world_size: int) -> BatchPlan:
+    """The plan for a world of `world_size` ranks.
+
+    Raises:
+        ConfigError: the batch does not fit the ranks, or the interleaved schedule.
+    """
+    training, dp = config.training, data_parallel_size(config, world_size)
+    samples = training.micro_batch_size * dp
+    count, rest = divmod(training.global_batch_size, samples)
+    require(
+        rest == 0 and count > 0,
+        f"training.global_batch_size {training.global_batch_size} does not divide by micro_batch_size "
+        f"{training.micro_batch_size} x {dp} data-parallel ranks: use {max(count, 1) * samples} or "
+        f"{(count + 1) * samples}, or another micro_batch_size",
+    )
+    pp, vpp = config.parallel.pipeline_model_parallel_size, config.parallel.virtual_pipeline_model_parallel_size or 1
+    require(
+        vpp == 1 or count % pp == 0,
+        f"{count} micro-batches a step do not divide by pipeline_model_parallel_size {pp}, which virtual pipeline "
+        f"stages need: use global_batch_size {(count // pp + 1) * pp * samples} or fewer virtual stages",
+    )
+    return BatchPlan(training.micro_batch_size, count, dp, training.global_batch_size, training.seq_length)

@@ -1,0 +1,91 @@
+"""The layers of one pipeline stage, and the packed tensor that crosses to the next."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.utils import get_pg_rank, make_viewless_tensor
+from torch import Tensor
+
+from megatron_crnet.layer import LayerOutputs, layer_spec
+from megatron_crnet.norm import CRNetNorm
+from megatron_crnet.transformer_config import CRNetTransformerConfig
+
+
+def boundary_widths(config: CRNetTransformerConfig, layer: int) -> list[int]:
+    """Widths, per local sequence position, of what layer `layer` (from 0) receives from the one below.
+
+    The hidden state, then the seven outputs unless the layer starts a chain. A tensor [s, b, w/t] holds as
+    many elements as [s/t, b, w], so with sequence parallelism every part is counted in the second form.
+    """
+    h, t = config.hidden_size, config.tensor_model_parallel_size
+    if not config.has_previous(layer):
+        return [h]
+    shard = 1 if config.sequence_parallel else t
+    sharded = {p: config.width(p) // shard for p in ("q", "k", "v", "gate", "up")}
+    return [h, *(sharded.get(position, h) for position in LayerOutputs._fields)]
+
+
+def pack(hidden_states: Tensor, outputs: LayerOutputs | None) -> Tensor:
+    """One fresh tensor [s/t, b, sum of boundary widths] from the hidden state [s/t, b, h] and the outputs."""
+    if outputs is None:
+        return hidden_states
+    flat = torch.cat([hidden_states.flatten(), *(y.flatten() for y in outputs)])
+    packed = flat.view(*hidden_states.shape[:2], -1)
+    # the schedule frees a sent tensor's storage, which it refuses to do for a view
+    return make_viewless_tensor(packed, requires_grad=packed.requires_grad, keep_graph=True)
+
+
+def unpack(packed: Tensor, config: CRNetTransformerConfig, layer: int) -> tuple[Tensor, LayerOutputs | None]:
+    """The inverse of `pack` for a stage whose first layer is `layer` (from 0); views, no copies."""
+    widths = boundary_widths(config, layer)
+    if len(widths) == 1:
+        return packed, None
+    local, b = packed.shape[:2]
+    parts = packed.flatten().split([local * b * width for width in widths])
+    full = local * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
+    lengths = {"o": local, "down": local}
+    outputs = [
+        part.view(lengths.get(position, full), b, -1)
+        for position, part in zip(LayerOutputs._fields, parts[1:], strict=True)
+    ]
+    return parts[0].view(local, b, -1), LayerOutputs(*outputs)
+
+
+class CRNetTransformerBlock(TransformerBlock):
+    """Megatron-Core's block with the cross-layer path threaded through layers and pipeline stages."""
+
+    config: CRNetTransformerConfig
+
+    def __init__(self, config: CRNetTransformerConfig, vp_stage: int | None, pg_collection: Any, **kwargs: Any) -> None:
+        pp_rank = get_pg_rank(pg_collection.pp)
+        count = get_num_layers_to_build(config, vp_stage, pp_rank)
+        self.first_layer = get_transformer_layer_offset(config, vp_stage, pp_rank)
+        submodules = TransformerBlockSubmodules(layer_specs=[layer_spec()] * count, layer_norm=CRNetNorm)
+        super().__init__(config, submodules, vp_stage=vp_stage, pg_collection=pg_collection, **kwargs)
+
+    def forward(self, hidden_states: Tensor, rotary_pos_emb: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """hidden_states: [s/t, b, h]; a later pipeline stage takes the packed `input_tensor` instead.
+
+        Returns the final hidden state on the last stage, the packed boundary tensor elsewhere.
+        """
+        context: LayerOutputs | None = None
+        if not self.pre_process:
+            hidden_states, context = unpack(self.input_tensor, self.config, self.first_layer)
+        hidden_states = make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True)
+        parallel_random = self.config.sequence_parallel and self.config.hidden_dropout > 0
+        with tensor_parallel.get_cuda_rng_tracker().fork() if parallel_random else nullcontext():
+            for layer in self.layers:
+                hidden_states, context = layer(hidden_states, context=context, rotary_pos_emb=rotary_pos_emb)
+        if self.final_layernorm is not None:
+            return self.final_layernorm(hidden_states)
+        return pack(hidden_states, context)

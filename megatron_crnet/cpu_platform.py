@@ -1,0 +1,70 @@
+"""Lets Megatron-Core and DeepSpeed run where there is no CUDA device. The only patches of this project.
+
+Megatron-Core asks `torch.cuda` for the current device, for random states, and builds a few tensors on
+"cuda" by name; DeepSpeed's CPU back end compiles a shared-memory operator that nothing here uses and
+that needs a compiler. With a CUDA device this module does nothing at all.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Turns `device="cuda"` into "cpu" (pipeline_parallel/schedules.py creates its counters so)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+_mode: _CudaMeansCpu | None = None
+
+
+def quiet_libraries() -> None:
+    """Keep warnings about optional packages and DeepSpeed's start-up chatter out of the log."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed.*")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+def install() -> None:
+    """Prepare the process before Megatron-Core and DeepSpeed are used; harmless when called again."""
+    global _mode
+    quiet_libraries()
+    if torch.cuda.is_available() or _mode is not None:
+        return
+    cpu = torch.device("cpu")
+    torch.cuda.current_device = lambda: cpu
+    torch.cuda.synchronize = lambda *_: None
+    torch.cuda.set_device = lambda *_: None
+    torch.cuda.get_rng_state = lambda *_: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *_: torch.set_rng_state(state)
+    torch.cuda.manual_seed = torch.manual_seed
+    _install_rng()
+    _skip_shared_memory_operator()
+    _mode = _CudaMeansCpu()
+    _mode.__enter__()
+
+
+def _install_rng() -> None:
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+def _skip_shared_memory_operator() -> None:
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

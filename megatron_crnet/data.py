@@ -1,0 +1,190 @@
+"""Training data: Megatron-Core's datasets for a configuration.
+
+Order of use: `build_datasets` once on every rank, then `global_batches` for each split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+from megatron_crnet.config import Config
+from megatron_crnet.data_checks import (
+    SPLITS,
+    Blend,
+    IndexedFiles,
+    Source,
+    check_cache_folder,
+    check_enough,
+    check_token_ids,
+    read_index,
+    sources_of,
+)
+from megatron_crnet.data_loading import global_batches
+from megatron_crnet.errors import ConfigError
+from megatron_crnet.padded_dataset import PaddedDocumentDataset
+from megatron_crnet.tokenizer import Tokenizer, check_vocabulary
+from megatron_crnet.unigram import unigram_entropy
+
+FINGERPRINT_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """One map-style dataset a split, None where no sample was asked for.
+
+    A sample is a dict with int64 `tokens`, `labels`, `position_ids` [s] and float32 `loss_mask` [s]; samples of
+    a blend also have `dataset_id`.
+    """
+
+    train: Any
+    valid: Any
+    test: Any
+
+
+def build_datasets(
+    config: Config, tokenizer: Tokenizer, num_train_samples: int, num_valid_samples: int, num_test_samples: int = 0
+) -> Datasets:
+    """Build the datasets of a run: at least the given number of samples each, over several epochs if need be.
+
+    With torch.distributed, every rank calls this; rank 0 writes the index caches, the others read them.
+    Everything is checked before, and in the same way on every rank, so a mistake in the configuration raises
+    everywhere and no rank waits for another.
+
+    Raises:
+        ConfigError: the data section contradicts itself, or the vocabulary does not fit the model.
+        DataError: files missing, damaged, made with another tokenizer, or too small for one sample.
+    """
+    check_vocabulary(tokenizer, config.model.vocab_size)
+    sizes = dict(zip(SPLITS, (num_train_samples, num_valid_samples, num_test_samples), strict=True))
+    sources = _wanted(sources_of(config.data), sizes)
+    if not sources:
+        return Datasets(None, None, None)
+    files = _checked_files(config, tokenizer, sources)
+    builder = BlendedMegatronDatasetBuilder(
+        PaddedDocumentDataset if config.data.sample_format == "padded" else GPTDataset,
+        list(sizes.values()),
+        lambda: True,
+        _dataset_config(config, tokenizer, sources, files),
+    )
+    with warnings.catch_warnings():
+        # A tokenizer without padding gives eod for it: nothing is to be masked then, which is what Megatron-Core does.
+        warnings.filterwarnings("ignore", message="The pad token id")
+        return Datasets(*builder.build())
+
+
+def _wanted(sources: dict[str, Source], sizes: dict[str, int]) -> dict[str, Source]:
+    """The sources of the splits that samples are asked of; each must have one."""
+    for split, size in sizes.items():
+        if size and split not in sources:
+            raise ConfigError(
+                f"{size} {split} samples are wanted, but the data section gives the {split} split nothing: "
+                f"raise its part of data.split or set data.{split}_data_path"
+            )
+    return {split: source for split, source in sources.items() if sizes[split]}
+
+
+def _checked_files(config: Config, tokenizer: Tokenizer, sources: dict[str, Source]) -> dict[str, IndexedFiles]:
+    """All .bin/.idx pairs by prefix, after every check."""
+    prefixes = dict.fromkeys(prefix for source in sources.values() for prefix in source.blend.prefixes)
+    files = {prefix: read_index(prefix) for prefix in prefixes}
+    for pair in files.values():
+        check_token_ids(pair, tokenizer)
+    for split, source in sources.items():
+        for prefix in source.blend.prefixes:
+            check_enough(files[prefix], split, source.share, config)
+    return files
+
+
+def _dataset_config(
+    config: Config, tokenizer: Tokenizer, sources: dict[str, Source], files: dict[str, IndexedFiles]
+) -> GPTDatasetConfig:
+    blends = [
+        (blend.prefixes, _weights(blend, files, config.data.sample_format))
+        if (blend := sources[split].blend if split in sources else None)
+        else None
+        for split in SPLITS
+    ]
+    together = bool(config.data.data_path)
+    dataset_config = GPTDatasetConfig(
+        random_seed=config.training.seed,
+        sequence_length=config.training.seq_length,
+        blend=next(filter(None, blends)) if together else None,
+        blend_per_split=None if together else blends,
+        split=config.data.split if together else None,
+        path_to_cache=_cache_folder(config, files),
+        tokenizer=tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    if together:
+        # A split without samples is not built: one without documents would send Megatron-Core into an endless loop.
+        dataset_config.split_matrix = [sources[split].share if split in sources else None for split in SPLITS]
+    return dataset_config
+
+
+def _weights(blend: Blend, files: dict[str, IndexedFiles], sample_format: str) -> list[float] | None:
+    """The weights of a blend; by size where none are given, so that each document is seen equally often.
+
+    Left to itself Megatron-Core draws from an unweighted blend for one epoch and then stops.
+    """
+    if blend.weights is not None or len(blend.prefixes) == 1:
+        return blend.weights
+    everything = (0.0, 1.0)
+    if sample_format == "padded":
+        return [float(files[prefix].documents) for prefix in blend.prefixes]
+    return [float(files[prefix].tokens_in(everything)) for prefix in blend.prefixes]
+
+
+def _cache_folder(config: Config, files: dict[str, IndexedFiles]) -> str:
+    """Where the index caches go: a folder named after the contents of the files.
+
+    Megatron-Core names a cache by the path of the data, not by its content: data that is preprocessed again
+    under the same prefix would be read through the old index.
+    """
+    first = next(iter(files))
+    root = Path(config.data.cache_path) if config.data.cache_path else Path(first).parent / "cache"
+    digest = hashlib.sha256()
+    for prefix in sorted(files):
+        for path in (f"{prefix}.bin", f"{prefix}.idx"):
+            _update_fingerprint(digest, path)
+    folder = root / digest.hexdigest()[:16]
+    if len(files) > 1 and not dist.is_initialized():
+        return ""  # BlendedDataset asks for the rank before it writes a cache; "" keeps the indices in memory
+    check_cache_folder(folder)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        discard_damaged(folder.glob("*.npy"))
+    return str(folder)
+
+
+def _update_fingerprint(digest: Any, path: str) -> None:
+    """Add size, beginning and end of a file; a whole corpus would take too long to read."""
+    with open(path, "rb") as stream:
+        size = os.path.getsize(path)
+        digest.update(size.to_bytes(8, "little") + stream.read(FINGERPRINT_BYTES))
+        stream.seek(max(size - FINGERPRINT_BYTES, 0))
+        digest.update(stream.read(FINGERPRINT_BYTES))
+
+
+def discard_damaged(caches: Iterable[Path]) -> None:
+    """Remove index caches that a killed run left half-written; Megatron-Core only asks whether they exist."""
+    for cache in caches:
+        try:
+            np.load(cache, mmap_mode="r")
+        except (ValueError, EOFError, OSError):
+            cache.unlink(missing_ok=True)
+
+
+__all__ = ["Datasets", "build_datasets", "global_batches", "unigram_entropy"]

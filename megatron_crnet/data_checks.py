@@ -1,0 +1,237 @@
+"""What the data section asks for, checked against the files before Megatron-Core opens them.
+
+Megatron-Core answers a bad file with an assertion, a number out of range, or an endless loop (a split
+without tokens). Every check here is O(1) in the size of the corpus, or bounded.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
+from megatron.core.datasets.indexed_dataset import DType
+
+from megatron_crnet.config import Config, DataConfig
+from megatron_crnet.errors import ConfigError, DataError
+from megatron_crnet.tokenizer import Tokenizer
+
+SPLITS = ("train", "valid", "test")
+INDEX_MAGIC = b"MMIDIDX\x00\x00"
+INDEX_HEADER = struct.Struct("<9sQBQQ")
+"""Magic, version, code of the dtype, sequences, document boundaries (documents + 1)."""
+SCAN_BYTES = 1 << 26
+"""A .bin up to this size is searched whole for ids beyond the vocabulary, a larger one in as much of it."""
+
+Share = tuple[float, float]
+"""Share of a prefix's documents, from and to."""
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Prefixes and, where several are mixed, their weights."""
+
+    prefixes: list[str]
+    weights: list[float] | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """The blend of one split and the share of each prefix's documents that belongs to it."""
+
+    blend: Blend
+    share: Share
+
+
+@dataclass(frozen=True)
+class IndexedFiles:
+    """A .bin/.idx pair whose sizes agree."""
+
+    prefix: str
+    dtype: np.dtype[np.integer]
+    pointers: npt.NDArray[np.int64]
+    """Byte offset of each document in the .bin, [documents]; mapped, not read."""
+    bin_bytes: int
+
+    @property
+    def documents(self) -> int:
+        """Sequences in the index; `preprocess` writes one a document."""
+        return len(self.pointers)
+
+    def documents_in(self, share: Share) -> tuple[int, int]:
+        """First document of `share` and the one after its last, rounded as Megatron-Core does."""
+        return round(share[0] * self.documents), round(share[1] * self.documents)
+
+    def tokens_in(self, share: Share) -> int:
+        """Tokens of the documents in `share`."""
+        first, end = self.documents_in(share)
+        bounds = [int(self.pointers[i]) if i < self.documents else self.bin_bytes for i in (first, end)]
+        return (bounds[1] - bounds[0]) // self.dtype.itemsize
+
+
+def sources_of(data: DataConfig) -> dict[str, Source]:
+    """The blend and share of each split that has one, by the split's name.
+
+    Raises:
+        ConfigError: no data, data_path together with another, a bad weight or a bad split.
+    """
+    separate = {name: paths for name in SPLITS if (paths := getattr(data, f"{name}_data_path"))}
+    if not data.data_path and not separate:
+        raise ConfigError("data.data_path is empty: give the prefix of a .bin/.idx pair, made by preprocess_data.py")
+    if data.data_path and separate:
+        name = next(iter(separate))
+        raise ConfigError(
+            f"data.data_path and data.{name}_data_path are both set, but a split is either cut from data_path or has "
+            "files of its own: remove one"
+        )
+    if separate:
+        return {
+            name: Source(parse_blend(paths, f"data.{name}_data_path"), (0.0, 1.0)) for name, paths in separate.items()
+        }
+    blend = parse_blend(data.data_path, "data.data_path")
+    return {name: Source(blend, share) for name, share in zip(SPLITS, parse_split(data.split), strict=True) if share}
+
+
+def parse_blend(entries: Sequence[str], key: str) -> Blend:
+    """Read `prefix prefix ...` or `weight prefix weight prefix ...`.
+
+    Raises:
+        ConfigError: weights for some prefixes only, or a weight that is not a positive number.
+    """
+    firsts, seconds = list(entries[::2]), list(entries[1::2])
+    numbers = [_number(entry) for entry in firsts]
+    if all(number is None for number in numbers):
+        return Blend(list(entries), None)
+    if len(firsts) != len(seconds) or None in numbers:
+        raise ConfigError(
+            f"{key} {list(entries)} mixes weights and prefixes unevenly: write prefix prefix ..., or weight prefix "
+            "weight prefix ..."
+        )
+    weights = [number for number in numbers if number is not None]
+    for entry, weight in zip(firsts, weights, strict=True):
+        if not (weight > 0 and math.isfinite(weight)):
+            raise ConfigError(f"{key} has the weight {entry}, but weights are positive numbers: correct it")
+    return Blend(seconds, weights if len(seconds) > 1 else None)
+
+
+def parse_split(split: str) -> list[Share | None]:
+    """Shares of train, validation and test; None for a split without any.
+
+    Raises:
+        ConfigError: not one to three non-negative numbers with a positive sum.
+    """
+    parts = split.split(",")
+    plain = all(re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*", part) for part in parts)  # all that Megatron-Core reads
+    if not plain or len(parts) > len(SPLITS) or sum(map(float, parts)) <= 0:
+        raise ConfigError(
+            f"data.split is {split!r}, but must give the relative sizes of train, validation and test: "
+            "write 969,30,1, say"
+        )
+    shares: list[Share | None] = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
+    return shares
+
+
+def read_index(prefix: str) -> IndexedFiles:
+    """Check that PREFIX.bin and PREFIX.idx are whole and belong together.
+
+    Raises:
+        DataError: a file is missing, cut, of another kind, or without a document.
+    """
+    bin_path, idx_path = f"{prefix}.bin", f"{prefix}.idx"
+    for path in (bin_path, idx_path):
+        if not os.path.isfile(path):
+            raise DataError(f"{path} does not exist: make it with preprocess_data.py, or correct the prefix {prefix}")
+    dtype, sequences, boundaries = _read_header(idx_path)
+    if sequences == 0:
+        raise DataError(f"{idx_path} holds no document: preprocess text that is not empty")
+    lengths_end = INDEX_HEADER.size + 4 * sequences
+    needed, size = lengths_end + 8 * sequences + 8 * boundaries, os.path.getsize(idx_path)
+    if size != needed:
+        raise DataError(
+            f"{idx_path} has {size} bytes, but its {sequences} documents need {needed}: it is cut or damaged, "
+            "preprocess again"
+        )
+    pointers = np.memmap(idx_path, dtype=np.int64, mode="r", offset=lengths_end, shape=(sequences,))
+    last_length = int(np.memmap(idx_path, dtype=np.int32, mode="r", offset=lengths_end - 4, shape=(1,))[0])
+    last_boundary = int(np.memmap(idx_path, dtype=np.int64, mode="r", offset=needed - 8, shape=(1,))[0])
+    needed, size = int(pointers[-1]) + last_length * dtype.itemsize, os.path.getsize(bin_path)
+    if size != needed or last_length < 0 or pointers[0] != 0 or last_boundary != sequences:
+        raise DataError(
+            f"{bin_path} has {size} bytes, but its index describes {needed}: one of the two is cut or of another run, "
+            "preprocess again"
+        )
+    return IndexedFiles(prefix, dtype, pointers, size)
+
+
+def check_token_ids(files: IndexedFiles, tokenizer: Tokenizer) -> None:
+    """Raise DataError if the .bin holds an id that the tokenizer does not have (see SCAN_BYTES)."""
+    ids: npt.NDArray[np.integer] = np.memmap(f"{files.prefix}.bin", dtype=files.dtype, mode="r")
+    whole = files.bin_bytes <= SCAN_BYTES
+    starts = [0] if whole else np.linspace(0, len(ids), 64, endpoint=False, dtype=np.int64).tolist()
+    width = len(ids) if whole else SCAN_BYTES // 64 // files.dtype.itemsize
+    for start in starts:
+        block = ids[start : start + width]
+        worst = int(block.min()) if int(block.min()) < 0 else int(block.max())
+        if not 0 <= worst < tokenizer.vocab_size:
+            raise DataError(
+                f"{files.prefix}.bin holds the token id {worst}, but the tokenizer has the ids 0 to "
+                f"{tokenizer.vocab_size - 1}: it was made with another tokenizer; preprocess again with this one, or "
+                "set data.tokenizer_model to that one"
+            )
+
+
+def check_enough(files: IndexedFiles, split: str, share: Share, config: Config) -> None:
+    """Raise DataError unless the split has one sample's worth of this prefix."""
+    first, end = files.documents_in(share)
+    tokens, needed = files.tokens_in(share), config.training.seq_length + 1
+    if config.data.sample_format == "padded":
+        needed = 2
+    if end <= first or tokens < needed:
+        raise DataError(
+            f"the {split} split of {files.prefix} has {tokens} tokens in {end - first} documents, but one sample needs "
+            f"{needed}: give more text, raise its share in data.split, or lower training.seq_length"
+        )
+
+
+def check_cache_folder(folder: Path) -> None:
+    """Make the folder of the index caches; raise ConfigError if it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise ConfigError(f"data.cache_path {folder} cannot be written: set data.cache_path to a folder that can")
+
+
+def _read_header(idx_path: str) -> tuple[np.dtype[np.integer], int, int]:
+    with open(idx_path, "rb") as stream:
+        header = stream.read(INDEX_HEADER.size)
+    damaged = DataError(f"{idx_path} is not a Megatron index, or is cut: preprocess again")
+    if len(header) < INDEX_HEADER.size or not header.startswith(INDEX_MAGIC):
+        raise damaged
+    _, version, code, sequences, boundaries = INDEX_HEADER.unpack(header)
+    try:
+        dtype: np.dtype[np.integer] = np.dtype(DType.dtype_from_code(code))
+    except ValueError as error:
+        raise damaged from error
+    if version != 1 or not np.issubdtype(dtype, np.integer):
+        raise damaged
+    return dtype, sequences, boundaries
+
+
+def _number(entry: str) -> float | None:
+    try:
+        return float(entry)
+    except ValueError:
+        return None

@@ -1,0 +1,237 @@
+"""DeepSpeed's engine under Megatron-Core's schedules: who accumulates, who reduces, who divides.
+
+Two ways, by ZeRO stage:
+
+    0, 1   plain autograd accumulates into `.grad` (also through a pipeline); everything is reduced once
+           after the last backward pass
+    2, 3   DeepSpeed's hooks reduce and partition gradients during every backward pass, so the forward pass
+           goes through the engine
+
+Megatron-Core counts micro-batches and DeepSpeed is told 1, or gradients would be divided twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.utils import clip_grad_norm_
+from deepspeed.utils import safe_get_full_fp32_param
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from megatron_crnet.config import Config, zero_stage
+from megatron_crnet.gpt import CRNetModel
+from megatron_crnet.linear import LowRankGroup
+from megatron_crnet.optimizer import ParamGroup, build_adamw, build_scheduler, parameter_groups
+from megatron_crnet.parallel import MegatronMpu, NormMpu, ParallelContext, data_parallel_size
+from megatron_crnet.schedule import Batch, ScheduledChunk, loss_totals, run_logits, run_schedule
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step reports.
+
+    Attributes:
+        loss: mean over all trained tokens of the global batch, nats.
+        grad_norm: global gradient norm before clipping.
+        lr: learning rate that the step used.
+        tokens: trained tokens of the global batch.
+    """
+
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+
+
+def is_plain(config: Config) -> bool:
+    """Whether DeepSpeed runs the bare optimizer, without a wrapper that knows the gradient norm.
+
+    Its own clipping is switched off then: it leaves out the parameters of all pipeline stages but the first.
+    """
+    return zero_stage(config) == 0 and config.training.dtype == "fp32"
+
+
+def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's JSON: what the other sections decide, then the `deepspeed` section as it stands."""
+    bf16 = config.training.dtype == "bf16"
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
+        "train_batch_size": config.training.micro_batch_size * data_parallel_size(config, world_size),
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0 if is_plain(config) else config.optimizer.clip_grad,
+        "bf16": {"enabled": bf16},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**62,
+    }
+    if bf16 and zero_stage(config) > 0:
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    if bf16 and zero_stage(config) == 1:
+        # every backward pass adds to the fp32 gradients at once, whoever started it
+        settings["bf16"]["immediate_grad_update"] = True
+    return {**settings, **config.deepspeed}
+
+
+class TrainEngine:
+    """A model on its ranks with its optimizer and schedule.
+
+    Args:
+        chunks: this rank's model chunks.
+    """
+
+    def __init__(self, config: Config, chunks: list[CRNetModel], context: ParallelContext) -> None:
+        self.config, self.chunks, self.context = config, chunks, context
+        self.stage = zero_stage(config)
+        module = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
+        in_fp32 = {p: p.detach().clone() for p in module.parameters() if p.dtype == torch.float32}
+        if self.stage == 3:
+            in_fp32 = {}  # stage 3 packs all parameters into one buffer of one dtype: see _refresh_betas
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=self._optimizer_factory(in_fp32),
+            model_parameters=parameter_groups(chunks, config.optimizer.weight_decay),
+            config=deepspeed_config(config, context.world_size),
+            mpu=MegatronMpu(),
+            dist_init_required=False,
+        )
+        self.optimizer = self.deepspeed.optimizer
+        if self.stage == 0:
+            # DeepSpeed's wrapper has taken a step (with rate 0) to allocate the moments, which counts in Adam's
+            # bias correction
+            self.deepspeed.basic_optimizer.state.clear()
+        self._refresh_betas()
+        self.scheduler = build_scheduler(config, self.optimizer)
+        self.last_grad_norm: float | None = None
+        hooked = self.stage >= 2
+        self.scheduled = [
+            ScheduledChunk(chunk, (self.deepspeed if hooked else chunk).__call__, self._accumulating if hooked else None)
+            for chunk in chunks
+        ]
+
+    def _optimizer_factory(
+        self, in_fp32: dict[nn.Parameter, Tensor]
+    ) -> Callable[[list[ParamGroup]], torch.optim.Optimizer]:
+        def factory(groups: list[ParamGroup]) -> torch.optim.Optimizer:
+            # DeepSpeed has just cast every parameter to bf16; beta goes back to fp32 before ZeRO sees it
+            for parameter, value in in_fp32.items():
+                parameter.data = value.to(parameter.device)
+            return build_adamw(groups, self.config.optimizer)
+
+        return factory
+
+    def _refresh_betas(self) -> None:
+        """Under bf16 ZeRO-3, give every group an fp32 copy of its beta, from the optimizer's master weights."""
+        if self.stage < 3 or self.config.training.dtype == "fp32":
+            return
+        for group in (m for chunk in self.chunks for m in chunk.modules() if isinstance(m, LowRankGroup)):
+            if group.beta is not None:
+                group.beta_fp32 = safe_get_full_fp32_param(group.beta)
+
+    @contextmanager
+    def _accumulating(self) -> Iterator[None]:
+        self.deepspeed.set_gradient_accumulation_boundary(False)
+        yield
+        self.deepspeed.set_gradient_accumulation_boundary(True)
+
+    def forward_backward(self, batches: list[Batch], tokens: int) -> float:
+        """All micro-batches of one step; gradients are left reduced over every group. Returns the mean loss.
+
+        Args:
+            batches: this rank's micro-batches, tensors of [b, s].
+            tokens: trained tokens of the global batch.
+        """
+        self.deepspeed.train()
+        self.deepspeed.set_gradient_accumulation_boundary(True)
+        results = run_schedule(self.scheduled, batches, tokens=tokens)
+        self._reduce_gradients()
+        loss_sum, count = loss_totals(results, self.context.device)
+        return loss_sum / count
+
+    def update(self) -> tuple[float, float]:
+        """Clip, update the weights, advance the schedule. Returns gradient norm and learning rate.
+
+        A gradient norm that is not finite changes no weight.
+        """
+        lr, plain = self.current_lr, is_plain(self.config)
+        norm = self._clip() if plain else 0.0
+        if math.isfinite(norm):
+            self.deepspeed.step()
+        self._refresh_betas()
+        self.scheduler.step(1)
+        self.last_grad_norm = norm if plain else float(self.deepspeed.get_global_grad_norm())
+        return self.last_grad_norm, lr
+
+    @property
+    def current_lr(self) -> float:
+        """Learning rate of the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def restore_schedule(self, steps: int) -> None:
+        """Put the learning rate, and what follows from loaded weights, where `steps` steps have led."""
+        self._refresh_betas()
+        self.scheduler = build_scheduler(self.config, self.optimizer)
+        self.scheduler.step(steps)
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[Batch]) -> tuple[float, float]:
+        """Sum of the loss in nats and number of tokens of one global batch, over all ranks."""
+        self.deepspeed.eval()
+        return loss_totals(run_schedule(self.scheduled, batches, forward_only=True), self.context.device)
+
+    @torch.no_grad()
+    def next_token_logits(self, tokens: list[int]) -> Tensor | None:
+        """Logits [vocabulary] after `tokens` (at most seq_length); None before the last pipeline stage."""
+        self.deepspeed.eval()
+        length, device = self.config.training.seq_length, self.context.device
+        # right padding changes nothing under causal attention and keeps the pipeline's shapes fixed
+        padded = torch.tensor(tokens + [0] * (length - len(tokens)), device=device).unsqueeze(0)
+        batch = {"tokens": padded, "position_ids": torch.arange(length, device=device).unsqueeze(0)}
+        copies = self.config.parallel.pipeline_model_parallel_size if len(self.chunks) > 1 else 1
+        return run_logits(self.scheduled, batch, copies, len(tokens) - 1)
+
+    def _clip(self) -> float:
+        limit = self.config.optimizer.clip_grad or float("inf")
+        return float(clip_grad_norm_(self.deepspeed.module.parameters(), limit, mpu=NormMpu()))
+
+    def _reduce_gradients(self) -> None:
+        _sum_over_tensor_parallel(self._partial_gradients())
+        if self.stage == 1 and self.config.training.dtype == "fp32":
+            self.optimizer.reduce_gradients(pipeline_parallel=True)
+        elif self.stage <= 1:
+            self.deepspeed.allreduce_gradients()
+
+    def _partial_gradients(self) -> list[Tensor]:
+        """Gradients that are partial sums over tensor-parallel ranks, wherever DeepSpeed keeps them.
+
+        Under ZeRO 2 and 3 they are averaged and partitioned already; equal partitions lie on the same
+        data-parallel rank of each tensor-parallel rank, so that they can be summed as they are.
+        """
+        groups = self.optimizer.param_groups
+        partial = [i for i, group in enumerate(groups) if group["tensor_parallel_partial"]]
+        if self.stage >= 2:
+            return [gradient for i in partial for gradient in self.optimizer.averaged_gradients[i]]
+        if self.stage == 1 and self.config.training.dtype == "bf16":
+            return [gradient for i in partial for gradient in self.optimizer.fp32_groups_gradients[i]]
+        parameters = (p for chunk in self.chunks for p in chunk.parameters() if getattr(p, "sequence_parallel", False))
+        return [p.grad for p in parameters if p.grad is not None]
+
+
+def _sum_over_tensor_parallel(gradients: list[Tensor]) -> None:
+    """Sum partial gradients over the tensor-parallel group, one call for each dtype."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    if group.size() == 1:
+        return
+    for dtype in sorted({gradient.dtype for gradient in gradients}, key=str):
+        same = [gradient for gradient in gradients if gradient.dtype == dtype]
+        flat = torch.cat([gradient.flatten() for gradient in same])
+        dist.all_reduce(flat, group=group)
+        for gradient, reduced in zip(same, flat.split([g.numel() for g in same]), strict=True):
+            gradient.copy_(reduced.view_as(gradient))

@@ -1,0 +1,127 @@
+"""What a run reports: metrics.jsonl, TensorBoard, Weights & Biases, and what a person watches."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from megatron_crnet.config import Config
+from megatron_crnet.settings import resolved
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory of this rank so far: the CUDA allocator's, or the resident set of the process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class MetricsWriter:
+    """Writes every metric to every sink; on ranks other than the main one it writes nothing.
+
+    Args:
+        start_step: step that the run continues from; later lines of an earlier run are dropped.
+    """
+
+    def __init__(self, config: Config, is_main: bool, start_step: int = 0) -> None:
+        self._file = self._tensorboard = self._wandb = None
+        if not is_main:
+            return
+        folder = Path(config.logging.output_dir)
+        path = folder / "metrics.jsonl"
+        _drop_lines_after(path, start_step)
+        self._file = path.open("a")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=start_step + 1)
+        if config.logging.wandb_project:
+            import wandb
+
+            self._wandb = wandb.init(
+                project=config.logging.wandb_project, dir=str(folder), config=resolved(config), resume="allow"
+            )
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl and one point of every curve."""
+        if self._file is None or self._tensorboard is None:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def close(self) -> None:
+        """Flush and close every sink."""
+        for sink in (self._file, self._tensorboard):
+            if sink is not None:
+                sink.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Remove lines of steps that the resumed run does again, and a line that was cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
+
+
+class Progress:
+    """A bar on a terminal, plain lines elsewhere; silent on ranks other than the main one."""
+
+    def __init__(self, total: int, start: int, is_main: bool) -> None:
+        self.total, self.is_main = total, is_main
+        bar = is_main and sys.stderr.isatty()
+        self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True) if bar else None
+
+    def advance(self, step: int, values: dict[str, Any] | None) -> None:
+        """One step done; `values` are given on logged steps."""
+        if self._bar is not None:
+            self._bar.update(1)
+            if values:
+                self._bar.set_postfix_str(f"loss {values['loss']:.4f} lr {values['lr']:.2e}")
+        elif values:
+            self.line(
+                f"step {step}/{self.total} | loss {values['loss']:.4f} | grad norm {values['grad_norm']:.3f} | "
+                f"lr {values['lr']:.3e} | {values['tokens_per_s']:.0f} tokens/s | {values['step_time_s'] * 1000:.0f} ms"
+            )
+
+    def line(self, text: str) -> None:
+        """One line of text that does not break the bar."""
+        if not self.is_main:
+            return
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()

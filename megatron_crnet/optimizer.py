@@ -1,0 +1,81 @@
+"""AdamW over parameter groups, and the learning rate over time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import nn
+
+from megatron_crnet.config import Config, OptimizerConfig
+
+ParamGroup = dict[str, Any]
+
+
+def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[ParamGroup]:
+    """Groups by weight decay (matrices only: none for beta and norms) and by how the gradient is reduced.
+
+    Parameters marked `sequence_parallel` hold a partial gradient on each tensor-parallel rank; in groups of
+    their own they can be reduced together wherever DeepSpeed keeps the gradients. fp32 parameters of a bf16
+    model also need their own groups, because DeepSpeed flattens each group into one tensor.
+    """
+    groups: dict[tuple[bool, bool, torch.dtype], ParamGroup] = {}
+    for parameter in (p for module in modules for p in module.parameters() if p.requires_grad):
+        decays = parameter.dim() >= 2
+        partial = bool(getattr(parameter, "sequence_parallel", False))
+        group = groups.setdefault(
+            (decays, partial, parameter.dtype),
+            {
+                "params": [],
+                "weight_decay": weight_decay if decays else 0.0,
+                "wd_mult": 1.0 if decays else 0.0,
+                "tensor_parallel_partial": partial,
+            },
+        )
+        group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups, key=str)]
+
+
+def build_adamw(groups: list[ParamGroup], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Apex's FusedAdam where it is installed, PyTorch's AdamW (fused on CUDA) otherwise."""
+    arguments: dict[str, Any] = {
+        "lr": 0.0,  # the scheduler sets it; DeepSpeed steps once before, to allocate the moments
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_eps,
+        "weight_decay": config.weight_decay,
+    }
+    if not torch.cuda.is_available():
+        return torch.optim.AdamW(groups, **arguments)
+    try:
+        from apex.optimizers import FusedAdam
+    except ImportError:
+        return torch.optim.AdamW(groups, fused=True, **arguments)
+    return FusedAdam(groups, adam_w_mode=True, **arguments)
+
+
+def build_scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
+    """Megatron-Core's scheduler, already at step 1, so that the first update uses a rate above 0.
+
+    Args:
+        optimizer: anything with `param_groups`.
+    """
+    section, steps = config.optimizer, config.training.train_steps
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=section.lr,
+        min_lr=section.lr * section.min_lr_ratio,
+        lr_warmup_steps=section.lr_warmup_steps,
+        lr_decay_steps=steps,
+        lr_decay_style="WSD" if section.lr_decay_style == "wsd" else section.lr_decay_style,
+        start_wd=section.weight_decay,
+        end_wd=section.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+        wsd_decay_steps=section.lr_wsd_decay_steps or max(1, steps // 10),
+        lr_wsd_decay_style=section.lr_wsd_decay_style,
+    )
+    scheduler.step(1)
+    return scheduler

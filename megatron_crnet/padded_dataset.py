@@ -1,0 +1,94 @@
+"""One document a row, cut or padded to the sequence length: the protocol of GaLore, CoLA and CR-Net.
+
+Packing (Megatron-Core's GPTDataset) wastes nothing; this exists to compare with the published figures.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.megatron_dataset import MegatronDataset
+from megatron.core.datasets.utils import Split
+from torch import Tensor
+
+
+class PaddedDocumentDataset(MegatronDataset):  # type: ignore[misc]
+    """Rows of tokens from documents, in a new order each epoch.
+
+    Row i of a document d with n tokens: tokens d[0:s], labels d[1:s+1], and beyond the document's end
+    the padding id with loss mask 0. It goes through Megatron-Core's builder in GPTDataset's place, so
+    splits and blends are the same.
+
+    Args:
+        dataset: the token ids of all documents.
+        dataset_path: their prefix.
+        indices: documents of the split, [n].
+        num_samples: rows wanted; None means one epoch. The length is rounded up to whole epochs.
+        index_split: which split; its order is independent of the others'.
+        config: sequence_length s, random_seed and the tokenizer, whose `pad` fills the rows.
+    """
+
+    def __init__(
+        self,
+        dataset: IndexedDataset,
+        dataset_path: str | None,
+        indices: npt.NDArray[np.int32],
+        num_samples: int | None,
+        index_split: Split,
+        config: GPTDatasetConfig,
+    ) -> None:
+        super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
+        self._pad: int = config.tokenizer.pad
+        self._epoch = -1
+        self._order: npt.NDArray[np.int32] = indices
+
+    @staticmethod
+    def numel_low_level_dataset(low_level_dataset: IndexedDataset) -> int:
+        """Documents in the files."""
+        return len(low_level_dataset)
+
+    @staticmethod
+    def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> IndexedDataset:
+        """Open the files."""
+        return IndexedDataset(dataset_path, mmap=config.mmap_bin_files)
+
+    def __len__(self) -> int:
+        documents = len(self.indices)
+        return documents if self.num_samples is None else -(-self.num_samples // documents) * documents
+
+    def __getitem__(self, idx: int) -> dict[str, Tensor]:
+        """Row `idx`: int64 tokens, labels, position_ids [s] and float32 loss_mask [s]."""
+        if not 0 <= idx < len(self):
+            raise IndexError(f"row {idx} of {len(self)}")
+        length = self.config.sequence_length
+        epoch, row = divmod(int(idx), len(self.indices))
+        ids = self.row_ids(int(self._shuffled(epoch)[row]))
+        text = np.full(length + 1, self._pad, dtype=np.int64)
+        text[: len(ids)] = ids
+        loss_mask = torch.zeros(length)
+        loss_mask[: len(ids) - 1] = 1.0
+        joined = torch.from_numpy(text)
+        return {
+            "tokens": joined[:-1].clone(),
+            "labels": joined[1:].clone(),
+            "loss_mask": loss_mask,
+            "position_ids": torch.arange(length),
+        }
+
+    def row_ids(self, document: int) -> npt.NDArray[Any]:
+        """The ids of a document that its row uses: at most s + 1, the last one a label only."""
+        available = int(self.dataset.sequence_lengths[document])
+        ids: npt.NDArray[Any] = self.dataset.get(document, length=min(available, self.config.sequence_length + 1))
+        return ids
+
+    def _shuffled(self, epoch: int) -> npt.NDArray[np.int32]:
+        """The documents in the order of `epoch`; only the latest order is kept."""
+        if epoch != self._epoch:
+            generator = np.random.default_rng([self.config.random_seed, self.index_split.value, epoch])
+            self._order, self._epoch = generator.permuted(self.indices), epoch
+        return self._order

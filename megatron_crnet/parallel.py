@@ -1,0 +1,133 @@
+"""Process groups: one process or many, Megatron-Core's groups, and the view of them that DeepSpeed wants."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_crnet import cpu_platform
+from megatron_crnet.config import Config, require
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """Where this process stands.
+
+    Attributes:
+        rank, world_size: among all processes.
+        dp_rank, dp_size: among the replicas of this part of the model.
+        device: where this rank computes.
+    """
+
+    rank: int
+    world_size: int
+    dp_rank: int
+    dp_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+
+def launched_world_size() -> int:
+    """Number of processes that the launcher (torchrun) started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """Ranks left over for data parallelism.
+
+    Raises:
+        ConfigError: the world does not divide by the model-parallel size.
+    """
+    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+    require(
+        world_size % (tp * pp) == 0,
+        f"{world_size} processes do not divide by tensor_model_parallel_size {tp} x pipeline_model_parallel_size "
+        f"{pp}: start a multiple of {tp * pp} processes or lower one of the two",
+    )
+    return world_size // (tp * pp)
+
+
+def initialize_parallel(config: Config) -> ParallelContext:
+    """Join the other processes and build Megatron-Core's groups; seeds Megatron's random trackers."""
+    cpu_platform.install()
+    data_parallel_size(config, launched_world_size())
+    device = _device()
+    if not dist.is_initialized():
+        _join(timedelta(minutes=config.parallel.distributed_timeout_minutes))
+    parallel = config.parallel
+    vpp = parallel.virtual_pipeline_model_parallel_size
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=vpp if vpp and vpp > 1 else None,
+    )
+    torch.manual_seed(config.training.seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
+    return ParallelContext(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        device=device,
+    )
+
+
+def shutdown_parallel() -> None:
+    """Leave the groups; safe after an error on this rank alone."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _join(timeout: timedelta) -> None:
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+class MegatronMpu:
+    """Megatron-Core's groups under the names that DeepSpeed asks an `mpu` for."""
+
+    def __getattr__(self, name: str) -> Any:
+        # DeepSpeed's "model parallel" group is tensor x pipeline; its other names are Megatron's own
+        return getattr(parallel_state, name)
+
+    def get_model_parallel_rank(self) -> int:
+        """Rank in the tensor x pipeline group."""
+        return dist.get_rank(parallel_state.get_model_parallel_group())
+
+    def get_model_parallel_world_size(self) -> int:
+        """Size of the tensor x pipeline group."""
+        return dist.get_world_size(parallel_state.get_model_parallel_group())
+
+
+class NormMpu(MegatronMpu):
+    """For `deepspeed.runtime.utils.clip_grad_norm_`, which counts replicated parameters only where this rank is 0.
+
+    That must be the tensor-parallel rank: pipeline stages hold different parameters.
+    """
+
+    def get_model_parallel_rank(self) -> int:
+        """Rank among the ranks that may hold copies of the same parameters."""
+        return int(parallel_state.get_tensor_model_parallel_rank())

@@ -1,0 +1,124 @@
+"""CR-Net in plain PyTorch: the mathematics, with nothing distributed and nothing fused.
+
+Source: arXiv 2509.18993. Every parallel layout and every recomputation strategy is compared with this
+file, gradients included. Its parameter names are the exported ones (Hugging Face's LLaMA layout), so a
+`state_dict()` of this model is the canonical form of all weights.
+
+Shapes: b batch, s sequence, h hidden, n heads, d head width. Activations here are [b, s, h].
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_crnet.config import ModelConfig
+from megatron_crnet.ranks import FULL_RANK, POSITIONS, chain_starts, model_ranks
+
+MODULE_OF_POSITION = {p: f"self_attn.{p}_proj" if p in "qkvo" else f"mlp.{p}_proj" for p in POSITIONS}
+
+
+def signed_scale(beta: Tensor, eps: float) -> Tensor:
+    """s(b) = sign(b)(|b| + eps) with sign(0) = +1, so that it can always be inverted; ds/db = 1."""
+    return torch.where(beta < 0, beta - eps, beta + eps)
+
+
+class CrossLayerLinear(nn.Module):
+    """One linear map of one layer: X W, or s(beta) Y_prev + X A B, X A B, or B silu(X A).
+
+    Args:
+        rank: r, or FULL_RANK.
+        has_previous: whether the previous layer's output joins (then there is a beta).
+        nonlinear: CoLA's silu between A and B.
+    """
+
+    def __init__(self, h_in: int, h_out: int, rank: int, has_previous: bool, model: ModelConfig) -> None:
+        super().__init__()
+        self.eps, self.nonlinear = model.cross_layer_epsilon, model.variant == "cola"
+        if rank == FULL_RANK:
+            self.weight = nn.Parameter(torch.empty(h_out, h_in))
+        else:
+            self.a = nn.Linear(h_in, rank, bias=False)
+            self.b = nn.Linear(rank, h_out, bias=False)
+        self.beta = nn.Parameter(torch.tensor(model.beta_init)) if has_previous else None
+
+    def forward(self, x: Tensor, previous: Tensor | None) -> Tensor:
+        """x: [..., h_in]; previous: [..., h_out], the same map's output one layer below."""
+        if hasattr(self, "weight"):
+            return F.linear(x, self.weight)
+        z = self.a(x)
+        y = self.b(F.silu(z) if self.nonlinear else z)
+        if self.beta is None or previous is None:
+            return y
+        return (signed_scale(self.beta, self.eps) * previous + y).to(y.dtype)
+
+
+def apply_rope(x: Tensor, base: float) -> Tensor:
+    """Rotary position embedding, rotate-half form; x: [b, n, s, d]."""
+    s, d = x.shape[-2:]
+    frequencies = base ** (-torch.arange(0, d, 2, dtype=torch.float32, device=x.device) / d)
+    angles = torch.outer(torch.arange(s, dtype=torch.float32, device=x.device), frequencies)
+    cos, sin = (f(torch.cat((angles, angles), dim=-1)).to(x.dtype) for f in (torch.cos, torch.sin))
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class ReferenceLayer(nn.Module):
+    """A LLaMA-2 block whose seven linear maps see the previous layer's seven outputs."""
+
+    def __init__(self, model: ModelConfig, layer: int) -> None:
+        super().__init__()
+        ranks, has_previous = model_ranks(model)[layer], layer not in chain_starts(model)
+        h, f, heads = model.hidden_size, model.ffn_hidden_size, model.num_attention_heads
+        self.heads, self.groups, self.rope_base = heads, model.num_query_groups or heads, model.rotary_base
+        kv = h // heads * self.groups
+        shapes = {"q": (h, h), "k": (h, kv), "v": (h, kv), "o": (h, h), "gate": (h, f), "up": (h, f), "down": (f, h)}
+        maps = {p: CrossLayerLinear(*shapes[p], ranks[p], has_previous, model) for p in POSITIONS}
+        self.self_attn = nn.ModuleDict({f"{p}_proj": maps[p] for p in "qkvo"})
+        self.mlp = nn.ModuleDict({f"{p}_proj": maps[p] for p in ("gate", "up", "down")})
+        self.input_layernorm = nn.RMSNorm(h, eps=model.layernorm_epsilon)
+        self.post_attention_layernorm = nn.RMSNorm(h, eps=model.layernorm_epsilon)
+
+    def forward(self, x: Tensor, previous: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """x: [b, s, h]. Returns the residual stream and this layer's seven linear outputs."""
+        y: dict[str, Tensor] = {}
+
+        def linear(position: str, value: Tensor) -> Tensor:
+            y[position] = self.get_submodule(MODULE_OF_POSITION[position])(value, previous.get(position))
+            return y[position]
+
+        normed = self.input_layernorm(x)
+        q, k, v = (self._split_heads(linear(p, normed)) for p in "qkv")
+        attention = F.scaled_dot_product_attention(
+            apply_rope(q, self.rope_base), apply_rope(k, self.rope_base), v, is_causal=True, enable_gqa=True
+        )
+        x = x + linear("o", attention.transpose(1, 2).flatten(2))
+        normed = self.post_attention_layernorm(x)
+        return x + linear("down", F.silu(linear("gate", normed)) * linear("up", normed)), y
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.input_layernorm.weight.numel() // self.heads)).transpose(1, 2)
+
+
+class ReferenceCRNet(nn.Module):
+    """The whole language model, in every variant of `ModelConfig.variant`. Dropout is not part of it."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(model.vocab_size, model.hidden_size)
+        self.model.layers = nn.ModuleList(ReferenceLayer(model, layer) for layer in range(model.num_layers))
+        self.model.norm = nn.RMSNorm(model.hidden_size, eps=model.layernorm_epsilon)
+        self.lm_head = nn.Linear(model.hidden_size, model.vocab_size, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: [b, s]. Returns logits [b, s, vocabulary]."""
+        x, outputs = self.model.embed_tokens(tokens), {}
+        for layer in self.model.layers:
+            x, outputs = layer(x, outputs)
+        return self.lm_head(self.model.norm(x))
+
+    def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy in nats over all positions; labels: [b, s]."""
+        return F.cross_entropy(self(tokens).float().flatten(0, 1), labels.flatten())

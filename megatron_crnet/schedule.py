@@ -1,0 +1,158 @@
+"""One step's forward and backward passes under Megatron-Core's schedules.
+
+A schedule reads the shape of what crosses pipeline stages from the outermost model's `config.hidden_size`;
+`ScheduledChunk` is that outermost model, and its configuration says how wide the packed boundary is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.enums import ModelType
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor, nn
+
+from megatron_crnet.block import boundary_widths
+from megatron_crnet.gpt import CRNetModel
+from megatron_crnet.transformer_config import CRNetTransformerConfig
+
+Batch = dict[str, Tensor]
+
+
+class ScheduledChunk(nn.Module):
+    """What a schedule sees of a model chunk: a call, a configuration of its own, and `set_input_tensor`.
+
+    Args:
+        model: the chunk.
+        call: runs the chunk's forward pass; DeepSpeed's engine where its hooks are needed.
+        no_sync: context in which gradients of all but the last micro-batch are accumulated.
+    """
+
+    def __init__(self, model: CRNetModel, call: Callable[..., Tensor], no_sync: Callable[[], Any] | None) -> None:
+        super().__init__()
+        self.model, self.call = model, call
+        widths = set(received_widths(model.config).values())
+        self.config = copy.copy(model.config)
+        self.config.hidden_size = max(widths, default=model.config.hidden_size)
+        # the interleaved schedule knows one shape for all boundaries, or sends each shape ahead of its tensor
+        interleaved = model.config.virtual_pipeline_model_parallel_size is not None
+        self.config.variable_seq_lengths = interleaved and len(widths) > 1
+        self.config.no_sync_func = no_sync
+        self.model_type = ModelType.encoder_or_decoder
+        self.vp_stage = model.vp_stage
+
+    def set_input_tensor(self, tensor: Any) -> None:
+        """Hand over the packed boundary tensor that the stage before sent."""
+        self.model.set_input_tensor(tensor)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Token losses [b, s] on the last stage (logits without labels), the packed boundary tensor elsewhere."""
+        return self.call(batch["tokens"], batch["position_ids"], None, labels=batch.get("labels"))
+
+
+def received_widths(config: CRNetTransformerConfig) -> dict[int, int]:
+    """Width of the packed tensor that each stage but the first receives, by virtual rank (stage order)."""
+    pp, vpp = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
+    first_layers = {
+        (chunk or 0) * pp + rank: get_transformer_layer_offset(config, chunk, rank)
+        for chunk in (range(vpp) if vpp else (None,))
+        for rank in range(pp)
+    }
+    return {stage: sum(boundary_widths(config, layer)) for stage, layer in first_layers.items() if stage > 0}
+
+
+def _shapes_of_this_rank(
+    config: CRNetTransformerConfig, receive: list[tuple[int, ...]], send: list[tuple[int, ...]]
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """What 1F1B receives from the stage before and sends to the stage after, where boundaries differ."""
+    widths, rank = received_widths(config), parallel_state.get_pipeline_model_parallel_rank()
+    return (
+        [(*shape[:2], widths.get(rank, shape[2])) for shape in receive],
+        [(*shape[:2], widths.get(rank + 1, shape[2])) for shape in send],
+    )
+
+
+def _loss(mask: Tensor, scale: float, token_losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    total = (token_losses.float() * mask).sum()
+    return total * scale, {"loss_sum": total.detach(), "tokens": mask.sum()}
+
+
+def _forward_step(scale: float, iterator: Iterator[Batch], chunk: ScheduledChunk) -> tuple[Tensor, Any]:
+    batch = next(iterator)
+    return chunk(batch), partial(_loss, batch["loss_mask"], scale)
+
+
+def _logits_at(position: int, logits: Tensor, non_loss_data: bool) -> Tensor:
+    """Logits of all vocabulary shards at one position of the first sequence."""
+    return gather_from_tensor_model_parallel_region(logits[0, position])
+
+
+def _logits_step(position: int, iterator: Iterator[Batch], chunk: ScheduledChunk) -> tuple[Tensor, Any]:
+    return chunk(next(iterator)), partial(_logits_at, position)
+
+
+def _run(chunks: Sequence[ScheduledChunk], batches: list[Batch], forward_step: Any, **options: Any) -> list[Any]:
+    shape, config = batches[0]["tokens"].shape, chunks[0].model.config
+    one_f_one_b = config.pipeline_model_parallel_size > 1 and len(chunks) == 1
+    iterators = [iter(batches) for _ in chunks]
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=list(chunks) if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(batches),
+        seq_length=shape[1],
+        micro_batch_size=shape[0],
+        adjust_tensor_shapes_fn=partial(_shapes_of_this_rank, config) if one_f_one_b else None,
+        **options,
+    )
+
+
+def run_schedule(
+    chunks: Sequence[ScheduledChunk], batches: list[Batch], *, forward_only: bool = False, tokens: float = 1.0
+) -> list[dict[str, Tensor]]:
+    """Run all micro-batches of one step.
+
+    Megatron-Core divides each micro-batch's loss by their number and DeepSpeed averages gradients over
+    data-parallel ranks; both are undone here, so that the gradient is that of the mean over all tokens.
+
+    Args:
+        batches: this rank's micro-batches, each with tokens, labels, position_ids, loss_mask of [b, s].
+        tokens: trained tokens of the global batch over all ranks.
+
+    Returns:
+        On the last pipeline stage, loss sum and token count of each micro-batch; else an empty list.
+    """
+    scale = len(batches) * parallel_state.get_data_parallel_world_size() / tokens
+    return _run(chunks, batches, partial(_forward_step, scale), forward_only=forward_only)
+
+
+def run_logits(chunks: Sequence[ScheduledChunk], batch: Batch, copies: int, position: int) -> Tensor | None:
+    """Logits [vocabulary] at `position` of the batch's first sequence; None before the last pipeline stage.
+
+    Args:
+        copies: how often the batch passes through, because virtual stages need as many as there are stages.
+    """
+    step = partial(_logits_step, position)
+    results = _run(chunks, [batch] * copies, step, forward_only=True, collect_non_loss_data=True)
+    return results[0] if results else None
+
+
+def loss_totals(results: list[dict[str, Tensor]], device: torch.device) -> tuple[float, float]:
+    """Sum of the loss in nats and number of tokens over all ranks; the same numbers on every rank.
+
+    Only last pipeline stages contribute, and their tensor-parallel ranks contribute the same.
+    """
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    for result in results:
+        totals += torch.stack([result["loss_sum"].double(), result["tokens"].double()])
+    dist.all_reduce(totals)
+    loss_sum, tokens = (totals / parallel_state.get_tensor_model_parallel_world_size()).tolist()
+    return loss_sum, tokens

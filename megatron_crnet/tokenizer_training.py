@@ -1,0 +1,135 @@
+"""Trains a SentencePiece model whose tokens give back any text exactly, as source code needs it.
+
+Pieces and ids as T5 has them: pad 0, eos 1, unk 2. Text is not normalised, no space is added or dropped,
+runs of spaces are pieces, and what the vocabulary lacks is spelled in bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from megatron_crnet.atomic import atomic_files
+from megatron_crnet.errors import ConfigError, DataError
+
+BLOCK_CHARACTERS = 1000
+SMALLEST_VOCABULARY = 300
+"""256 byte pieces, 3 special ones, and a few characters."""
+
+
+def train_sentencepiece(
+    texts: Iterable[str],
+    out_prefix: str | Path,
+    vocab_size: int,
+    *,
+    num_threads: int = 1,
+    sample_bytes: int | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Train a unigram model on a sample of `texts` and write OUT_PREFIX.model.
+
+    The same texts, sizes and number of threads give the same file; another number of threads sums
+    in another order and may differ in the scores.
+
+    Args:
+        texts: documents; read once, never held together.
+        vocab_size: pieces of the model, bytes and special ones included.
+        num_threads: threads of SentencePiece's trainer.
+        sample_bytes: roughly how many characters to train on; None takes 512 for each piece, beyond which
+            tokens got less than 1% longer on source code while time grew in proportion.
+
+    Raises:
+        ConfigError: `vocab_size` is too small for the alphabet, or too large for the texts.
+        DataError: no text, or the output exists.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ConfigError(
+            f"vocab_size is {vocab_size}, but 256 bytes, 3 special pieces and an alphabet must fit: "
+            f"use at least {SMALLEST_VOCABULARY}"
+        )
+    target = Path(f"{out_prefix}.model")
+    with atomic_files(target, overwrite=overwrite) as (temporary,):
+        blocks = sample_blocks(texts, (sample_bytes or 512 * vocab_size) // BLOCK_CHARACTERS + 1)
+        temporary.write_bytes(_train(blocks, vocab_size, num_threads))
+    return target
+
+
+def sample_blocks(texts: Iterable[str], count: int) -> list[str]:
+    """Draw `count` blocks of text uniformly from all, in their order (reservoir sampling, fixed seed)."""
+    generator = random.Random(0)
+    kept: list[tuple[int, str]] = []
+    for position, block in enumerate(block for text in texts for block in split_blocks(text)):
+        if len(kept) < count:
+            kept.append((position, block))
+        elif (slot := generator.randrange(position + 1)) < count:
+            kept[slot] = (position, block)
+    return [block for _, block in sorted(kept)]
+
+
+def split_blocks(text: str) -> Iterator[str]:
+    """Cut at line ends into blocks of at most BLOCK_CHARACTERS; a longer line is cut inside.
+
+    Blocks of several lines, rather than lines, let newline and indentation become pieces together.
+    """
+    block = ""
+    for line in text.splitlines(keepends=True):
+        if block and len(block) + len(line) > BLOCK_CHARACTERS:
+            yield block
+            block = ""
+        block += line
+        while len(block) > BLOCK_CHARACTERS:
+            yield block[:BLOCK_CHARACTERS]
+            block = block[BLOCK_CHARACTERS:]
+    if block:
+        yield block
+
+
+def _train(blocks: list[str], vocab_size: int, num_threads: int) -> bytes:
+    from sentencepiece import SentencePieceTrainer
+
+    if not blocks:
+        raise DataError("the corpus holds no text to train a tokenizer on: give files with text")
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(blocks),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=8 * BLOCK_CHARACTERS,
+            # Fewer candidates and larger pruning steps than the default: a third of the time, the same tokens per byte.
+            seed_sentencepiece_size=25 * vocab_size,
+            shrinking_factor=0.6,
+            num_threads=num_threads,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise _explained(error, vocab_size) from error
+    return model.getvalue()
+
+
+def _explained(error: RuntimeError, vocab_size: int) -> ConfigError:
+    """SentencePiece's two ways to refuse a vocabulary size, with the size that works."""
+    message = str(error)
+    if found := re.search(r"value <= (\d+)", message):
+        return ConfigError(
+            f"vocab_size is {vocab_size}, but the texts support at most {found[1]} pieces: "
+            f"use {found[1]} or give more text"
+        )
+    if found := re.search(r"required_chars\. \d+ vs (\d+)", message):
+        return ConfigError(
+            f"vocab_size is {vocab_size}, but the alphabet of the texts alone needs {found[1]} pieces: use more"
+        )
+    return ConfigError(f"SentencePiece cannot train vocab_size {vocab_size} on these texts: {message}: change one")

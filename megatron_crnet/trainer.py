@@ -1,0 +1,262 @@
+"""The training loop: batches in, optimizer steps, validation, checkpoints, metrics."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_crnet.arithmetic import flops_per_token
+from megatron_crnet.batch import BatchPlan, plan_batches
+from megatron_crnet.checkpoint import (
+    TrainingState,
+    checkpoint_dir,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+    saved_step,
+)
+from megatron_crnet.config import Config
+from megatron_crnet.data import Datasets, build_datasets
+from megatron_crnet.data_loading import global_batches
+from megatron_crnet.engine import StepResult, TrainEngine
+from megatron_crnet.errors import ConfigError, NonFiniteLossError
+from megatron_crnet.gpt import build_model_chunks
+from megatron_crnet.metrics import MetricsWriter, Progress, peak_memory_bytes
+from megatron_crnet.parallel import ParallelContext, initialize_parallel
+from megatron_crnet.plot import plot_loss
+from megatron_crnet.sampling import continue_text
+from megatron_crnet.schedule import Batch
+from megatron_crnet.settings import save_config
+from megatron_crnet.tokenizer import Tokenizer, load_tokenizer
+from megatron_crnet.unigram import unigram_entropy
+
+
+@dataclass
+class LoggingWindow:
+    """Means over the steps since the last metric line."""
+
+    started: float
+    steps: int = 0
+    tokens: int = 0
+    loss: float = 0.0
+
+    def add(self, result: StepResult) -> None:
+        """Count one step."""
+        self.steps += 1
+        self.tokens += result.tokens
+        self.loss += result.loss
+
+
+class Trainer:
+    """One run of one configuration on this rank.
+
+    Everything that can be wrong with the input is found in here, before the run's folder is touched.
+    """
+
+    def __init__(self, config: Config, context: ParallelContext) -> None:
+        self.config, self.context = config, context
+        self.plan: BatchPlan = plan_batches(config, context.world_size)
+        self.tokenizer = _tokenizer(config)
+        self.datasets = _datasets(config, self.tokenizer, self.plan)
+        self.checkpoint = newest_checkpoint(config)
+        self.entropy = (
+            unigram_entropy(self.datasets.valid, config.model.vocab_size) if self.datasets.valid is not None else None
+        )
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether an earlier run has done all steps already."""
+        return self.checkpoint is not None and saved_step(self.checkpoint) >= self.config.training.train_steps
+
+    def run(self) -> None:
+        """Train from the newest checkpoint, or from scratch, to the last step."""
+        torch.manual_seed(self.config.training.seed)
+        self.engine = TrainEngine(self.config, build_model_chunks(self.config), self.context)
+        self.state = (
+            load_checkpoint(self.engine.deepspeed, self.config, self.checkpoint) if self.checkpoint else TrainingState()
+        )
+        self.engine.restore_schedule(self.state.step)
+        self._prepare_folder()
+        self.progress = Progress(self.config.training.train_steps, self.state.step, self.context.is_main)
+        with MetricsWriter(self.config, self.context.is_main, self.state.step) as self.metrics:
+            self._announce()
+            self._train()
+        self.progress.close()
+        self._finish()
+
+    def _prepare_folder(self) -> None:
+        if self.context.is_main:
+            folder = Path(self.config.logging.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_config(self.config, folder / "config.yaml")
+
+    def _announce(self) -> None:
+        if self.checkpoint is not None:
+            self.progress.line(f"continuing from {self.checkpoint}, step {self.state.step}")
+        if self.entropy is not None:
+            self.progress.line(
+                f"unigram entropy of the validation tokens: {self.entropy:.4f} nats "
+                f"(perplexity {math.exp(self.entropy):.1f}): a loss below it shows that context is used"
+            )
+
+    def _train(self) -> None:
+        training, window = self.config.training, LoggingWindow(time.perf_counter())
+        for batches in self._batches(self.datasets.train, self.state.step, training.train_steps - self.state.step):
+            result = self._step(batches)
+            step = self.state.step + 1
+            self.state = TrainingState(step, self.state.tokens + result.tokens)
+            window.add(result)
+            logged = step % self.config.logging.log_interval == 0 or step in (1, training.train_steps)
+            self.progress.advance(step, self._log(result, window) if logged else None)
+            if logged:
+                window = LoggingWindow(time.perf_counter())
+            if self._validates(step):
+                self._validate()
+                window = LoggingWindow(time.perf_counter(), window.steps, window.tokens, window.loss)
+            if self._saves(step):
+                save_checkpoint(self.engine.deepspeed, self.config, self.state)
+
+    def _step(self, batches: list[Batch]) -> StepResult:
+        tokens = self._trained_tokens(batches)
+        loss = self.engine.forward_backward(batches, tokens)
+        if not math.isfinite(loss):
+            self._stop(f"loss is {loss}", self.engine.current_lr, self.engine.last_grad_norm)
+        grad_norm, lr = self.engine.update()
+        if not math.isfinite(grad_norm):
+            self._stop(f"loss is {loss:.4f} and the gradient norm {grad_norm}", lr, grad_norm)
+        return StepResult(loss, grad_norm, lr, tokens)
+
+    def _stop(self, what: str, lr: float, grad_norm: float | None) -> None:
+        """Save the state before the bad step, which has changed no weight, and stop on every rank alike."""
+        saved = save_checkpoint(self.engine.deepspeed, self.config, self.state)
+        norm = "none yet" if grad_norm is None else f"{grad_norm:.4g}"
+        raise NonFiniteLossError(
+            f"{what} at step {self.state.step + 1} (learning rate {lr:.3e}, last gradient norm {norm}), but must be "
+            f"finite: lower optimizer.lr or look at the data of this step; the state before it is in {saved}"
+        )
+
+    def _trained_tokens(self, batches: list[Batch]) -> int:
+        """Positions of the global batch whose loss counts; the padding of padded rows differs by rank."""
+        if self.config.data.sample_format == "packed":
+            return self.plan.tokens_per_step
+        count = torch.stack([batch["loss_mask"].sum() for batch in batches]).sum().double()
+        dist.all_reduce(count)
+        replicas = self.context.world_size // self.context.dp_size
+        return round(float(count) / replicas)
+
+    def _log(self, result: StepResult, window: LoggingWindow) -> dict[str, Any]:
+        seconds = time.perf_counter() - window.started
+        flops = flops_per_token(self.config.model, self.plan.seq_length) * self.plan.tokens_per_step * window.steps
+        values = {
+            "tokens": self.state.tokens,
+            "loss": window.loss / window.steps,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "step_time_s": seconds / window.steps,
+            "tokens_per_s": window.tokens / seconds,
+            "tflops_per_device": flops / seconds / self.context.world_size / 1e12,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        self.metrics.write(self.state.step, values)
+        return values
+
+    def _validates(self, step: int) -> bool:
+        training = self.config.training
+        interval = training.eval_interval and step % training.eval_interval == 0
+        return self.datasets.valid is not None and bool(interval or step == training.train_steps)
+
+    def _validate(self) -> None:
+        """Mean loss over all tokens of the same samples every time."""
+        totals = [
+            self.engine.evaluate(batches)
+            for batches in self._batches(self.datasets.valid, 0, self.config.training.eval_steps)
+        ]
+        loss = sum(total for total, _ in totals) / sum(count for _, count in totals)
+        # e^700 is the largest power a float holds
+        perplexity = math.exp(min(loss, 700.0))
+        values = {"tokens": self.state.tokens, "validation_loss": loss, "validation_perplexity": perplexity}
+        self.metrics.write(self.state.step, values)
+        self.progress.line(
+            f"step {self.state.step} | validation loss {loss:.4f} | validation perplexity {perplexity:.2f} | "
+            f"unigram entropy {self.entropy:.4f}"
+        )
+
+    def _saves(self, step: int) -> bool:
+        interval = self.config.checkpoint.save_interval
+        return step == self.config.training.train_steps or bool(interval and step % interval == 0)
+
+    def _batches(self, dataset: Any, first_step: int, steps: int) -> Iterator[list[Batch]]:
+        plan = self.plan
+        for batches in global_batches(
+            dataset,
+            first_sample=first_step * plan.global_batch_size,
+            global_batch_size=plan.global_batch_size,
+            micro_batch_size=plan.micro_batch_size,
+            dp_rank=self.context.dp_rank,
+            dp_size=plan.dp_size,
+            num_workers=self.config.data.num_workers,
+            num_steps=steps,
+        ):
+            yield [{k: v.to(self.context.device, non_blocking=True) for k, v in batch.items()} for batch in batches]
+
+    def _finish(self) -> None:
+        """The picture, and a look at what the model writes."""
+        section = self.config.logging
+        if self.context.is_main:
+            folder = Path(section.output_dir)
+            plot_loss(
+                folder / "metrics.jsonl",
+                folder / "loss.png",
+                title=f"{self.config.model.variant}, {folder.name}",
+                unigram_entropy=self.entropy,
+            )
+        if section.sample_prompt is not None and section.sample_tokens:
+            seed = self.config.training.seed
+            text = continue_text(self.engine, self.tokenizer, section.sample_prompt, section.sample_tokens, seed=seed)
+            self.progress.line(f"--- a sampled continuation ---\n{section.sample_prompt}{text}\n---")
+        self.progress.line(f"done: {section.output_dir} holds metrics.jsonl, config.yaml, loss.png and tensorboard/")
+        self.progress.line(f"checkpoint: {newest_checkpoint(self.config)}")
+
+
+def train(config: Config) -> None:
+    """Run a configuration on the ranks that the launcher started.
+
+    Raises:
+        ConfigError, DataError: the input cannot be used; nothing has been written.
+        CheckpointError: the saved state does not fit.
+        NonFiniteLossError: the loss left the finite numbers; the last good state is saved.
+    """
+    context = initialize_parallel(config)
+    trainer = Trainer(config, context)
+    if trainer.is_complete:
+        Progress(0, 0, context.is_main).line(
+            f"{trainer.checkpoint} has all {config.training.train_steps} steps already: nothing to do; "
+            f"raise training.train_steps to go on, or remove {checkpoint_dir(config)} to start again"
+        )
+        return
+    trainer.run()
+
+
+def _tokenizer(config: Config) -> Tokenizer:
+    if config.data.tokenizer_model is None:
+        raise ConfigError("data.tokenizer_model is not set, but names the tokenizer of the data: give its path")
+    return load_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
+
+
+def _datasets(config: Config, tokenizer: Tokenizer, plan: BatchPlan) -> Datasets:
+    training = config.training
+    if not (config.data.data_path or config.data.train_data_path):
+        raise ConfigError("data.data_path is empty, but names the .bin/.idx files to train on: give their prefix")
+    return build_datasets(
+        config,
+        tokenizer,
+        num_train_samples=training.train_steps * plan.global_batch_size,
+        num_valid_samples=training.eval_steps * plan.global_batch_size,
+    )

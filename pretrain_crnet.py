@@ -1,0 +1,56 @@
+#!/usr/bin/env python3
+"""Pre-train CR-Net.
+
+    python pretrain_crnet.py --config examples/quickstart.yaml --training.train_steps 100
+    torchrun --nproc_per_node=2 pretrain_crnet.py --config examples/quickstart.yaml
+
+Exit status: 0 done, 2 a mistake in configuration or data, 3 a loss that is not finite, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from megatron_crnet.errors import CrnetError
+from megatron_crnet.settings import is_help, parse_arguments, print_help
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line; returns the exit status."""
+    if is_help(argv):
+        print_help()
+        return 0
+    try:
+        arguments = parse_arguments(argv)
+        # libraries that take seconds to import come after everything that can be refused at once
+        from megatron_crnet import cpu_platform
+
+        cpu_platform.install()
+        from megatron_crnet.parallel import launched_world_size, shutdown_parallel
+        from megatron_crnet.report import dry_run_report
+
+        if arguments.dry_run:
+            print(dry_run_report(arguments.config, launched_world_size()))
+            return 0
+        from megatron_crnet.trainer import train
+
+        train(arguments.config)
+        shutdown_parallel()
+        return 0
+    except CrnetError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_status
+
+
+def leave(status: int) -> None:
+    """End the process at once after an error: no rank may wait for the others on its way out."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1:])
+    if status:
+        leave(status)

@@ -1,0 +1,24 @@
+"""Shared by all tests: the CPU platform, and what is skipped without a GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+# one thread for each of several ranks on few cores; the entry point's own processes inherit it
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
+from megatron_crnet import cpu_platform  # noqa: E402
+
+cpu_platform.install()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)

@@ -1,0 +1,76 @@
+"""Runs a function on several gloo ranks in processes of its own."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300) -> list[Any]:
+    """Call `function(*args)` on `world_size` ranks of one gloo group.
+
+    Returns:
+        What it returned, by rank (picklable values).
+
+    Raises:
+        AssertionError: a rank raised (its traceback is the message), died, or took longer than `timeout_s`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.get_context("spawn")
+        processes = [
+            context.Process(target=_rank_main, args=(function, rank, world_size, folder, args), daemon=True)
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            _wait(processes, Path(folder), timeout_s)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        return [torch.load(Path(folder) / f"result_{rank}", weights_only=False) for rank in range(world_size)]
+
+
+def _wait(processes: list[Any], folder: Path, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while any(process.is_alive() for process in processes):
+        errors = sorted(folder.glob("error_*"))
+        assert not errors, errors[0].read_text()
+        assert time.monotonic() < deadline, f"ranks still run after {timeout_s} s"
+        time.sleep(0.05)
+    errors = sorted(folder.glob("error_*"))
+    assert not errors, errors[0].read_text()
+    codes = [process.exitcode for process in processes]
+    assert not any(codes), f"exit codes of the ranks: {codes}"
+
+
+def _rank_main(function: Callable[..., Any], rank: int, world_size: int, folder: str, args: tuple[Any, ...]) -> None:
+    try:
+        torch.set_num_threads(1)
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
+        )
+        from megatron_crnet import cpu_platform
+
+        cpu_platform.install()
+        store = dist.FileStore(str(Path(folder) / "store"), world_size)
+        limit = timedelta(seconds=120)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
+        torch.save(function(*args), Path(folder) / f"result_{rank}")
+        dist.barrier()
+        os._exit(0)  # the groups of many engines need not be taken down one by one
+    except BaseException:
+        Path(folder, f"error_{rank}.tmp").write_text(f"rank {rank}:\n{traceback.format_exc()}")
+        os.replace(Path(folder, f"error_{rank}.tmp"), Path(folder, f"error_{rank}"))
+        os._exit(1)

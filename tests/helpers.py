@@ -1,0 +1,193 @@
+"""Small models, batches and the plain training loop that everything is compared with."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_crnet.batch import plan_batches
+from megatron_crnet.config import (
+    Config,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainingConfig,
+
+)
+from megatron_crnet.engine import TrainEngine
+from megatron_crnet.gpt import build_model_chunks
+from megatron_crnet.parallel import initialize_parallel
+from megatron_crnet.reference import ReferenceCRNet
+from megatron_crnet.weights import Weight, canonical_weights, initial_value
+
+TINY_MODEL = {
+    "num_layers": 4,
+    "hidden_size": 32,
+    "ffn_hidden_size": 48,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+    "rank": 8,
+    "beta_init": 0.9,
+    "init_method_std": 0.15,  # large enough that attention is not uniform and no gradient is all rounding
+}
+
+
+def tiny_config(
+    model: dict[str, Any] | None = None,
+    parallel: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
+    optimizer: dict[str, Any] | None = None,
+    deepspeed_section: dict[str, Any] | None = None,
+) -> Config:
+    """A configuration that trains in milliseconds; clipping is active, so a wrong norm changes weights."""
+    return Config(
+        model=ModelConfig(**{**TINY_MODEL, **(model or {})}),
+        parallel=ParallelConfig(**(parallel or {})),
+        training=TrainingConfig(**{"seq_length": 16, "micro_batch_size": 2, "global_batch_size": 8, **(training or {})}),
+        optimizer=OptimizerConfig(**{"lr": 1e-2, "lr_warmup_steps": 2, "clip_grad": 0.5, **(optimizer or {})}),
+        deepspeed=deepspeed_section or {},
+    )
+
+
+def random_tokens(config: Config, step: int = 0) -> tuple[Tensor, Tensor]:
+    """Tokens and labels of a global batch, [global batch, s] each, the same on every rank."""
+    generator = torch.Generator().manual_seed(step)
+    shape = (config.training.global_batch_size, config.training.seq_length + 1)
+    text = torch.randint(config.model.vocab_size, shape, generator=generator)
+    return text[:, :-1].contiguous(), text[:, 1:].contiguous()
+
+
+def make_batch(tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """One micro-batch as the data pipeline gives it."""
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens).contiguous()
+    return {"tokens": tokens, "labels": labels, "position_ids": positions, "loss_mask": torch.ones(tokens.shape)}
+
+
+def micro_batches(config: Config, dp_rank: int, world_size: int, step: int = 0) -> list[dict[str, Tensor]]:
+    """This rank's part of the global batch."""
+    plan, (tokens, labels) = plan_batches(config, world_size), random_tokens(config, step)
+    size = plan.micro_batch_size
+    starts = [(m * plan.dp_size + dp_rank) * size for m in range(plan.num_microbatches)]
+    return [make_batch(tokens[i : i + size], labels[i : i + size]) for i in starts]
+
+
+def reference_model(config: Config, transformer_config: Any) -> ReferenceCRNet:
+    """The plain model in fp64, with the initial weights that every layout draws."""
+    reference = ReferenceCRNet(config.model)
+    seed = config.training.seed
+    values = {n: initial_value(n, tuple(v.shape), transformer_config, seed) for n, v in reference.state_dict().items()}
+    reference.load_state_dict(values)
+    return reference.double()
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Largest relative differences from the plain reference over all steps, weights and ranks."""
+
+    loss: float
+    grad_norm: float
+    gradients: float
+    parameters: float
+
+    def worst(self) -> float:
+        return max(dataclasses.astuple(self))
+
+
+def relative_error(pairs: Iterable[tuple[str, Tensor, Tensor, Tensor]]) -> float:
+    """Largest |ours - reference| / |whole reference weight| over weights.
+
+    Args:
+        pairs: name, ours, reference's shard, reference's whole weight. All betas count as one vector, because
+            the gradient of a single one is a sum that may cancel to almost nothing.
+    """
+    difference: dict[str, float] = {}
+    scale: dict[str, float] = {}
+    for name, ours, shard, whole in pairs:
+        key = "beta" if name.endswith("beta") else name
+        difference[key] = difference.get(key, 0.0) + float((ours.double() - shard).square().sum())
+        scale[key] = scale.get(key, 0.0) + float(whole.double().square().sum())
+    return max((difference[key] ** 0.5 / max(scale[key] ** 0.5, 1e-30) for key in difference), default=0.0)
+
+
+def local_weights(engine: TrainEngine) -> list[Weight]:
+    return [weight for chunk in engine.chunks for weight in canonical_weights(chunk)]
+
+
+def gradient_of(engine: TrainEngine, weight: Weight) -> Tensor:
+    """This rank's shard of a gradient after `forward_backward`, in whatever place DeepSpeed keeps it."""
+    parameter = weight.parameter
+    whole = parameter.grad if engine.stage == 0 else safe_get_full_grad(parameter)
+    assert whole is not None, weight.name
+    return weight.local(whole.view(getattr(parameter, "ds_shape", parameter.shape)))
+
+
+def master_of(engine: TrainEngine, weight: Weight) -> Tensor:
+    """This rank's shard of the fp32 weight that the optimizer updates."""
+    parameter = weight.parameter
+    if engine.stage == 0:
+        groups = zip(*(getattr(engine.optimizer, f"fp{bits}_groups", []) for bits in (16, 32)), strict=True)
+        masters = {low: high for pair in groups for low, high in zip(*pair, strict=True)}
+        return weight.local(masters.get(parameter, parameter).detach())
+    whole = safe_get_full_fp32_param(parameter)
+    return weight.local(whole.view(getattr(parameter, "ds_shape", parameter.shape)))
+
+
+def compare_with_reference(config: Config, steps: int = 3) -> Errors:
+    """Train `steps` steps on this world's ranks beside the plain reference; a collective call.
+
+    The reference is one fp64 model on the whole global batch with plain autograd, clipping and AdamW.
+    """
+    context = initialize_parallel(config)
+    engine = TrainEngine(config, build_model_chunks(config), context)
+    reference = reference_model(config, engine.chunks[0].config)
+    named = dict(reference.named_parameters())
+    optimizer = _plain_adamw(named, config)
+    errors = torch.zeros(4, dtype=torch.float64)
+    for step in range(steps):
+        tokens, labels = random_tokens(config, step)
+        loss = engine.forward_backward(micro_batches(config, context.dp_rank, context.world_size, step), tokens.numel())
+        plain_loss = reference.loss(tokens, labels)
+        optimizer.zero_grad()
+        plain_loss.backward()
+        group = parallel_state.get_tensor_model_parallel_group()
+        whole = {name: parameter.grad.clone() for name, parameter in named.items()}
+        gradients = relative_error(
+            (w.name, gradient_of(engine, w), w.shard(whole[w.name], group.rank(), group.size()), whole[w.name])
+            for w in local_weights(engine)
+        )
+        plain_norm = torch.nn.utils.clip_grad_norm_(named.values(), config.optimizer.clip_grad or float("inf"))
+        grad_norm, lr = engine.update()
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = lr
+        optimizer.step()
+        parameters = relative_error(
+            (w.name, master_of(engine, w), w.shard(named[w.name], group.rank(), group.size()).detach(), named[w.name])
+            for w in local_weights(engine)
+        )
+        losses = abs(loss / float(plain_loss) - 1), abs(grad_norm / float(plain_norm) - 1)
+        errors = torch.maximum(errors, torch.tensor([*losses, gradients, parameters], dtype=torch.float64))
+    dist.all_reduce(errors, op=dist.ReduceOp.MAX)
+    engine.deepspeed.destroy()
+    parallel_state.destroy_model_parallel()
+    return Errors(*errors.tolist())
+
+
+def _plain_adamw(named: dict[str, Tensor], config: Config) -> torch.optim.AdamW:
+    section = config.optimizer
+    matrices = [p for p in named.values() if p.dim() >= 2]
+    rest = [p for p in named.values() if p.dim() < 2]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": section.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        betas=(section.adam_beta1, section.adam_beta2),
+        eps=section.adam_eps,
+    )
+
+

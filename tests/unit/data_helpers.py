@@ -1,0 +1,86 @@
+"""What the tests of the data stack share: small corpora, index files and tokenizers."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
+from megatron_crnet.config import Config, DataConfig, ModelConfig, TrainingConfig
+from megatron_crnet.standard_library import SourceFile, standard_library_files
+from megatron_crnet.tokenizer import Ids, Tokenizer
+from megatron_crnet.tokenizer_training import train_sentencepiece
+
+
+@functools.cache
+def _library() -> list[SourceFile]:
+    return standard_library_files()
+
+
+def library_texts(count: int) -> list[str]:
+    """Some real source files."""
+    files = _library()
+    return [file.path.read_text(encoding="utf-8") for file in files[:: len(files) // count]][:count]
+
+
+def train_small_tokenizer(folder: Path, vocab_size: int = 600) -> str:
+    """A SentencePiece model of source code; returns its path."""
+    return str(train_sentencepiece(library_texts(20), folder / "small", vocab_size, sample_bytes=100_000))
+
+
+def write_jsonl(path: Path, texts: Iterable[str]) -> Path:
+    """One document a line."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def write_indexed(prefix: Path, documents: Sequence[Sequence[int]], dtype: type[np.integer] = np.uint16) -> str:
+    """PREFIX.bin and PREFIX.idx with the given token ids; returns the prefix."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    for document in documents:
+        builder.add_document(document, [len(document)])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+def read_indexed(prefix: Path) -> list[list[int]]:
+    """The documents of PREFIX.bin. Copies: Megatron-Core's arrays do not outlive their dataset, a read then crashes."""
+    dataset = IndexedDataset(str(prefix))
+    return [ids.tolist() for ids in dataset[:]]
+
+
+def random_documents(count: int, vocab_size: int, seed: int, longest: int = 60) -> list[list[int]]:
+    """Documents of 2 to `longest` ids, skewed towards small ids so that their entropy is not the uniform one."""
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(2, longest, count, endpoint=True)
+    return [(2 + generator.random(n) ** 2 * (vocab_size - 2)).astype(int).tolist() for n in lengths]
+
+
+class PlainTokenizer(Tokenizer):
+    """A tokenizer for datasets that exist already."""
+
+    def __init__(self, vocab_size: int = 128, eod: int = 1, pad: int = 0) -> None:
+        self.vocab_size, self.eod, self.pad = vocab_size, eod, pad
+        self.unique_identifiers = OrderedDict(vocab_size=str(vocab_size))
+
+    def tokenize_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """Bytes."""
+        return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32) for text in texts]
+
+    def _decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode()
+
+
+def data_config(*, vocab_size: int = 128, seq_length: int = 16, seed: int = 1234, **data: Any) -> Config:
+    """A configuration with a data section."""
+    return Config(
+        model=ModelConfig(vocab_size=vocab_size),
+        training=TrainingConfig(seq_length=seq_length, seed=seed),
+        data=DataConfig(**data),
+    )

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import pytest
+
+from megatron_crnet.batch import plan_batches
+from megatron_crnet.errors import ConfigError
+from tests.helpers import tiny_config
+
+
+def test_the_global_batch_is_micro_batches_times_replicas() -> None:
+    plan = plan_batches(tiny_config(parallel={"tensor_model_parallel_size": 2}), world_size=4)
+    assert (plan.dp_size, plan.num_microbatches, plan.tokens_per_step) == (2, 2, 128)
+
+
+def test_a_batch_that_does_not_fit_names_one_that_does() -> None:
+    with pytest.raises(ConfigError, match="global_batch_size 8 does not divide .* use 6 or 12"):
+        plan_batches(tiny_config(), world_size=3)
+
+
+def test_a_world_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ConfigError, match="3 processes do not divide"):
+        plan_batches(tiny_config(parallel={"tensor_model_parallel_size": 2}), world_size=3)
+
+
+def test_virtual_stages_need_micro_batches_in_multiples_of_the_stages() -> None:
+    parallel = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+    config = tiny_config(parallel=parallel, training={"global_batch_size": 6})
+    with pytest.raises(ConfigError, match="3 micro-batches a step do not divide"):
+        plan_batches(config, world_size=2)

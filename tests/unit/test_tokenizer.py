@@ -1,0 +1,187 @@
+"""Tokenizers: exact round trips, T5's special ids, digests, and the errors of bad files."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_crnet.errors import ConfigError, DataError
+from megatron_crnet.tokenizer import check_vocabulary, load_tokenizer
+from megatron_crnet.tokenizer_training import BLOCK_CHARACTERS, sample_blocks, split_blocks, train_sentencepiece
+from tests.unit.data_helpers import PlainTokenizer, library_texts, train_small_tokenizer
+
+ODD_TEXTS = [
+    "",
+    " ",
+    "\n",
+    "  two  spaces \t tab\r\n\r\n    indented\n",
+    "é 漢字 😀 \x00 \x7f \xa0 \u2028 \ufeff",
+    "<s> </s> <unk> <pad> <0x0A>",
+    "ﬁ ａＢ Å e\u0301",
+    "trailing   ",
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return train_small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def test_special_ids_and_size(model: str) -> None:
+    tokenizer = load_tokenizer("sentencepiece", model)
+    assert (tokenizer.pad, tokenizer.eod, tokenizer.vocab_size) == (0, 1, 600)
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+def test_odd_text_round_trips(model: str, text: str) -> None:
+    tokenizer = load_tokenizer("sentencepiece", model)
+    ids = tokenizer.tokenize(text)
+    assert all(type(i) is int and 2 < i < 600 for i in ids), "text must give no special token"
+    assert tokenizer.detokenize(ids) == text
+
+
+def test_source_code_round_trips_and_compresses(model: str) -> None:
+    tokenizer, texts = load_tokenizer("sentencepiece", model), library_texts(40)
+    batch = tokenizer.tokenize_batch(texts)
+    assert [tokenizer.detokenize(ids) for ids in batch] == texts
+    assert sum(map(len, batch)) < 0.6 * sum(map(len, texts)), "runs of spaces must be pieces"
+
+
+def test_batch_equals_one_by_one(model: str) -> None:
+    tokenizer = load_tokenizer("sentencepiece", model)
+    texts = [*ODD_TEXTS, *library_texts(3)]
+    assert [ids.tolist() for ids in tokenizer.tokenize_batch(texts)] == [tokenizer.tokenize(text) for text in texts]
+
+
+def test_detokenize_passes_over_ids_without_a_piece(model: str) -> None:
+    tokenizer = load_tokenizer("sentencepiece", model)
+    ids = tokenizer.tokenize("text")
+    assert tokenizer.detokenize([0, *ids, 1, 600, 99999]) == "text"
+
+
+def test_identifiers_follow_the_content_not_the_path(model: str, tmp_path: Path) -> None:
+    copy = shutil.copy(model, tmp_path / "copy.model")
+    other = train_sentencepiece(library_texts(10), tmp_path / "other", 500, sample_bytes=50_000)
+    identifiers = [load_tokenizer("sentencepiece", str(path)).unique_identifiers for path in (model, copy, other)]
+    assert identifiers[0] == identifiers[1] != identifiers[2]
+
+
+def test_training_is_deterministic(model: str, tmp_path: Path) -> None:
+    assert Path(train_small_tokenizer(tmp_path)).read_bytes() == Path(model).read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["small.model"], "no temporary file may stay"
+
+
+def test_training_refuses_sizes_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="at least 300"):
+        train_sentencepiece(["text"], tmp_path / "small", 299)
+    with pytest.raises(ConfigError, match=r"support at most \d+ pieces"):
+        train_sentencepiece(["text"], tmp_path / "small", 4000)
+    alphabet = "".join(map(chr, range(0x4E00, 0x5200)))
+    with pytest.raises(ConfigError, match="alphabet of the texts alone needs"):
+        train_sentencepiece([alphabet] * 3, tmp_path / "small", 400)
+    with pytest.raises(DataError, match="no text"):
+        train_sentencepiece([], tmp_path / "small", 400)
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_does_not_overwrite_unasked(tmp_path: Path) -> None:
+    (tmp_path / "mine.model").write_text("mine")
+    with pytest.raises(DataError, match="exists already"):
+        train_sentencepiece(library_texts(5), tmp_path / "mine", 400)
+    assert (tmp_path / "mine.model").read_text() == "mine"
+
+
+def test_blocks_are_bounded_and_lose_nothing() -> None:
+    text = "a\n" * 900 + "b" * 3500 + "\n\n  c"
+    blocks = list(split_blocks(text))
+    assert "".join(blocks) == text
+    assert max(map(len, blocks)) == BLOCK_CHARACTERS
+
+
+def test_sample_is_spread_over_all_texts() -> None:
+    sample = [int(block) for block in sample_blocks((str(i) for i in range(10_000)), 100)]
+    assert sample == sorted(sample)
+    assert len(set(sample)) == 100
+    assert 3500 < sum(sample) / 100 < 6500
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "cannot be read"), (b"garbage", "not a SentencePiece model"), (b"", "no end-of")]
+)
+def test_bad_sentencepiece_files(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "bad.model"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        load_tokenizer("sentencepiece", str(path))
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_vocabulary_check_names_a_size_that_works() -> None:
+    check_vocabulary(PlainTokenizer(vocab_size=128), 128)
+    with pytest.raises(ConfigError, match=r"set model\.vocab_size to 32128$") as caught:
+        check_vocabulary(PlainTokenizer(vocab_size=32100), 32000)
+    check_vocabulary(PlainTokenizer(vocab_size=32100), int(str(caught.value).split()[-1]))
+
+
+def test_unknown_kind() -> None:
+    kind: Any = "wordpiece"
+    with pytest.raises(ConfigError, match="wordpiece"):
+        load_tokenizer(kind, "x")
+
+
+def test_missing_transformers_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(DataError, match="pip install transformers"):
+        load_tokenizer("huggingface", str(tmp_path))
+
+
+@pytest.fixture
+def hugging_face_folder(tmp_path: Path) -> Path:
+    pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<pad>", "</s>"]
+    raw.train_from_iterator(
+        library_texts(5), trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=alphabet)
+    )
+    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", pad_token="<pad>").save_pretrained(tmp_path / "hf")
+    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>").save_pretrained(tmp_path / "no_pad")
+    PreTrainedTokenizerFast(tokenizer_object=raw).save_pretrained(tmp_path / "no_eos")
+    return tmp_path
+
+
+def test_hugging_face_round_trip(hugging_face_folder: Path) -> None:
+    tokenizer = load_tokenizer("huggingface", str(hugging_face_folder / "hf"))
+    assert (tokenizer.pad, tokenizer.eod, tokenizer.vocab_size) == (0, 1, 500)
+    texts = [text for text in ODD_TEXTS if text] + library_texts(3)
+    batch = tokenizer.tokenize_batch(texts)
+    assert all(ids.min() > 1 for ids in batch), "the spelling of a special token must stay text"
+    assert [tokenizer.detokenize(ids) for ids in batch] == texts
+    assert tokenizer.tokenize(texts[-1]) == batch[-1].tolist()
+    assert tokenizer.detokenize([0, *tokenizer.tokenize("text"), 1, 99999]) == "text"
+    assert tokenizer.tokenize_batch([]) == []
+
+
+def test_hugging_face_special_tokens_and_digest(hugging_face_folder: Path) -> None:
+    no_pad = load_tokenizer("huggingface", str(hugging_face_folder / "no_pad"))
+    assert no_pad.pad == no_pad.eod == 1
+    with pytest.raises(DataError, match="no eos_token"):
+        load_tokenizer("huggingface", str(hugging_face_folder / "no_eos"))
+    with pytest.raises(DataError, match="cannot be loaded"):
+        load_tokenizer("huggingface", str(hugging_face_folder))
+    with pytest.raises(DataError, match="not a folder"):
+        load_tokenizer("huggingface", str(hugging_face_folder / "nowhere"))
+    before = load_tokenizer("huggingface", str(hugging_face_folder / "hf")).unique_identifiers
+    (hugging_face_folder / "hf" / "pytorch_model.bin").write_text("weights")
+    assert load_tokenizer("huggingface", str(hugging_face_folder / "hf")).unique_identifiers == before
+    assert no_pad.unique_identifiers != before

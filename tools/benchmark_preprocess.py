@@ -1,0 +1,146 @@
+"""Compare preprocess_data.py with a straightforward loop: one process, one document at a time.
+
+Both read the same JSON lines, use the same tokenizer and write the same bytes through Megatron-Core's builder;
+the import of Megatron-Core, which both need, is not counted, the start of the workers is. Runs take turns,
+so that a busy machine slows both.
+
+    python tools/benchmark_preprocess.py --workers 2 --repeats 5 --copies 1 8
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+from megatron_crnet.errors import CrnetError, DataError
+from megatron_crnet.preprocess import available_cpus, preprocess
+from megatron_crnet.standard_library import write_corpus
+from megatron_crnet.tokenizer import load_tokenizer
+from megatron_crnet.tokenizer_training import train_sentencepiece
+
+
+def straightforward(corpus: Path, out_prefix: Path, tokenizer_model: str) -> None:
+    """The loop one writes first."""
+    tokenizer = load_tokenizer("sentencepiece", tokenizer_model)
+    builder = IndexedDatasetBuilder(f"{out_prefix}.bin", dtype=DType.optimal_dtype(tokenizer.vocab_size))
+    with corpus.open(encoding="utf-8") as lines:
+        for line in lines:
+            text = json.loads(line)["text"]
+            if text.strip():
+                ids = [*tokenizer.tokenize(text), tokenizer.eod]
+                builder.add_document(ids, [len(ids)])
+    builder.finalize(f"{out_prefix}.idx")
+
+
+def measure(corpus: Path, folder: Path, model: str, workers: int, repeats: int) -> dict[str, Any]:
+    """Median seconds and rates of both, and whether their outputs are equal."""
+    counts = preprocess([corpus], folder / "warm", "sentencepiece", model, workers=workers, overwrite=True)
+
+    def ours() -> None:
+        preprocess([corpus], folder / "ours", "sentencepiece", model, workers=workers, overwrite=True)
+
+    def loop() -> None:
+        straightforward(corpus, folder / "loop", model)
+
+    seconds: dict[str, list[float]] = {"loop": [], "preprocess": []}
+    for _ in range(repeats):
+        seconds["loop"].append(timed(loop))
+        seconds["preprocess"].append(timed(ours))
+    for suffix in ("bin", "idx"):
+        if (folder / f"ours.{suffix}").read_bytes() != (folder / f"loop.{suffix}").read_bytes():
+            raise DataError(f"the two wrote different .{suffix} files: this is a defect, report it")
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "documents": counts.documents,
+        "megabytes": counts.text_bytes / 1e6,
+        "tokens": counts.tokens,
+        "seconds": seconds,
+        "median_seconds": medians,
+        "documents_per_second": {name: counts.documents / median for name, median in medians.items()},
+        "megabytes_per_second": {name: counts.text_bytes / 1e6 / median for name, median in medians.items()},
+        "speedup": medians["loop"] / medians["preprocess"],
+    }
+
+
+def timed(function: Callable[[], None]) -> float:
+    """Seconds of one call."""
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def print_table(results: list[dict[str, Any]]) -> None:
+    """One line a run of each kind."""
+    print(f"{'':12} {'MB':>7} {'documents':>10} {'seconds':>8} {'documents/s':>12} {'MB/s':>7} {'speed-up':>9}")
+    for result in results:
+        for name, speedup in (("loop", ""), ("preprocess", f"{result['speedup']:.2f}x")):
+            print(
+                f"{name:12} {result['megabytes']:7.1f} {result['documents']:10,} {result['median_seconds'][name]:8.2f} "
+                f"{result['documents_per_second'][name]:12,.0f} {result['megabytes_per_second'][name]:7.2f} {speedup:>9}"
+            )
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, help="a .jsonl file (default: the standard library's training part)")
+    parser.add_argument("--tokenizer-model", help="a SentencePiece .model (default: one trained on the corpus)")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="of the trained tokenizer (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=available_cpus(), help="default: one for each CPU")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each, taking turns (default: %(default)s)")
+    parser.add_argument(
+        "--copies",
+        type=int,
+        nargs="+",
+        default=[1, 8],
+        help="how often the corpus is repeated; more copies make the workers' start weigh less (default: 1 8)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Prepare the corpus and the tokenizer in `folder`, then measure each number of copies."""
+    corpus = args.corpus
+    if corpus is None:
+        write_corpus(folder)
+        corpus = folder / "train.jsonl"
+    data = corpus.read_bytes()
+    texts = (json.loads(line)["text"] for line in data.splitlines())
+    model = args.tokenizer_model or str(train_sentencepiece(texts, folder / "tok", args.vocab_size))
+    results = []
+    for copies in args.copies:
+        repeated = folder / f"copies-{copies}.jsonl"
+        repeated.write_bytes(data * copies)
+        results.append({"copies": copies, **measure(repeated, folder, model, args.workers, args.repeats)})
+    return results
+
+
+def main() -> int:
+    """Run; returns the exit status."""
+    args = parse_arguments()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            results = run(args, Path(folder))
+    except CrnetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    print_table(results)
+    if args.json:
+        machine = {"python": platform.python_version(), "cpus": available_cpus(), "workers": args.workers}
+        args.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

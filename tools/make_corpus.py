@@ -1,0 +1,42 @@
+"""Write the running Python's standard library as a corpus: FOLDER/train.jsonl and FOLDER/valid.jsonl.
+
+One file of the library is one document. A file belongs to one of the two by its name, so both stay the same
+from run to run. Nothing is done when the folder already holds the corpus of the same files.
+
+    python tools/make_corpus.py corpus
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_crnet.errors import CrnetError
+from megatron_crnet.standard_library import write_corpus
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where to write")
+    parser.add_argument(
+        "--valid-fraction", type=float, default=0.05, help="share of the files for validation (default: %(default)s)"
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run; returns the exit status."""
+    args = parse_arguments()
+    try:
+        summary = write_corpus(args.folder, args.valid_fraction)
+    except CrnetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    print(summary)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""Turn text into Megatron-Core's .bin/.idx.
+
+python tools/preprocess_data.py corpus/train.jsonl --output data/train --tokenizer-model tokenizer.model
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_crnet.errors import CrnetError
+from megatron_crnet.preprocess import available_cpus, preprocess
+from megatron_crnet.progress import ProgressPrinter
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "input",
+        nargs="+",
+        help="files or folders; .json, .jsonl and .ndjson hold one JSON object a line, any other file is one "
+        "document; .gz and .zst are decompressed",
+    )
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
+    parser.add_argument("--tokenizer-model", required=True, help="SentencePiece .model file or Hugging Face folder")
+    parser.add_argument("--tokenizer-type", choices=("sentencepiece", "huggingface"), default="sentencepiece")
+    parser.add_argument("--text-key", default="text", help="key of the text in a JSON object (default: text)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=available_cpus(),
+        help="processes that tokenise; 0 uses none (default: one for each CPU, here %(default)s)",
+    )
+    parser.add_argument("--no-append-eod", action="store_true", help="do not end documents with the end token")
+    parser.add_argument("--strict", action="store_true", help="stop at the first line that cannot be decoded")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run; returns the exit status."""
+    args = parse_arguments()
+    try:
+        with ProgressPrinter() as progress:
+            result = preprocess(
+                args.input,
+                args.output,
+                args.tokenizer_type,
+                args.tokenizer_model,
+                workers=args.workers,
+                append_eod=not args.no_append_eod,
+                text_key=args.text_key,
+                strict=args.strict,
+                overwrite=args.overwrite,
+                progress=progress,
+            )
+    except CrnetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    print(
+        f"{args.output}: {result.documents:,} documents, {result.tokens:,} tokens, {result.text_bytes:,} bytes of text "
+        f"in {result.seconds:.1f} s"
+    )
+    if result.skipped:
+        print(
+            f"skipped {result.skipped:,}: {result.empty:,} empty, {result.invalid_utf8:,} not UTF-8, "
+            f"{result.invalid_json:,} not a JSON object, {result.missing_text:,} without the key {args.text_key!r}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

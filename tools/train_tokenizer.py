@@ -1,0 +1,59 @@
+"""Train a SentencePiece tokenizer (T5's special ids, bytes as fallback, exact round trips) on a sample of a corpus.
+
+python tools/train_tokenizer.py corpus/train.jsonl --output corpus/tokenizer --vocab-size 4096
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_crnet.corpus import iter_documents
+from megatron_crnet.errors import CrnetError
+from megatron_crnet.preprocess import available_cpus
+from megatron_crnet.tokenizer import load_tokenizer
+from megatron_crnet.tokenizer_training import train_sentencepiece
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", nargs="+", help="files or folders, as for preprocess_data.py")
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.model")
+    parser.add_argument("--vocab-size", type=int, default=32000, help="pieces (default: %(default)s)")
+    parser.add_argument("--text-key", default="text", help="key of the text in a JSON object (default: text)")
+    parser.add_argument(
+        "--sample-bytes", type=int, help="how much text to train on, drawn from all (default: 512 for each piece)"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=available_cpus(),
+        help="another number may give slightly other scores (default: one for each CPU, here %(default)s)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run; returns the exit status."""
+    args = parse_arguments()
+    try:
+        model = train_sentencepiece(
+            iter_documents(args.input, args.text_key),
+            args.output,
+            args.vocab_size,
+            num_threads=args.threads,
+            sample_bytes=args.sample_bytes,
+            overwrite=args.overwrite,
+        )
+        size = load_tokenizer("sentencepiece", str(model)).vocab_size
+    except CrnetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    print(f"{model}: {size} pieces")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
