@@ -34,7 +34,9 @@ def quiet_libraries() -> None:
     """Keep warnings about optional packages and DeepSpeed's start-up chatter out of the log."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
-    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed.*")
+    # optional packages that are absent, and Megatron-Core's and PyTorch's notes to their own developers
+    for message in (".*(Transformer Engine|Apex).*not installed.*", "full scope is deprecated", ".*_grad_.*deprecated"):
+        warnings.filterwarnings("ignore", message=message)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 

@@ -169,6 +169,13 @@ class TrainEngine:
         self.last_grad_norm = norm if plain else float(self.deepspeed.get_global_grad_norm())
         return self.last_grad_norm, lr
 
+    def weights_are_finite(self) -> bool:
+        """Whether no weight of any rank is infinite or not a number; a collective call."""
+        local = (getattr(p, "ds_tensor", p) for chunk in self.chunks for p in chunk.parameters())
+        finite = torch.tensor(float(all(bool(p.isfinite().all()) for p in local)), device=self.context.device)
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        return bool(finite)
+
     @property
     def current_lr(self) -> float:
         """Learning rate of the next step."""

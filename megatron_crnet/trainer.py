@@ -134,12 +134,18 @@ class Trainer:
         return StepResult(loss, grad_norm, lr, tokens)
 
     def _stop(self, what: str, lr: float, grad_norm: float | None) -> None:
-        """Save the state before the bad step, which has changed no weight, and stop on every rank alike."""
-        saved = save_checkpoint(self.engine.deepspeed, self.config, self.state)
+        """Stop on every rank alike; the bad step has changed no weight, so the state before it is saved.
+
+        Unless that state is ruined already: then `latest` stays at the newest checkpoint that is not.
+        """
+        if self.engine.weights_are_finite():
+            save_checkpoint(self.engine.deepspeed, self.config, self.state)
+        newest = newest_checkpoint(self.config)
         norm = "none yet" if grad_norm is None else f"{grad_norm:.4g}"
         raise NonFiniteLossError(
             f"{what} at step {self.state.step + 1} (learning rate {lr:.3e}, last gradient norm {norm}), but must be "
-            f"finite: lower optimizer.lr or look at the data of this step; the state before it is in {saved}"
+            f"finite: lower optimizer.lr or look at the data of this step; "
+            + (f"the last good state is in {newest}" if newest else "no good state was ever saved")
         )
 
     def _trained_tokens(self, batches: list[Batch]) -> int:

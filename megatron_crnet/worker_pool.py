@@ -29,6 +29,8 @@ from megatron_crnet.errors import CrnetError
 AHEAD = 16
 """Results that may wait for their turn, beyond those in work: the reader's pauses do not reach the workers."""
 WORKER_PROGRAM = "import sys; from megatron_crnet.worker_pool import serve; serve(int(sys.argv[1]))"
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+"""The workers are the parallelism: the libraries in them start no threads of their own."""
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -133,7 +135,7 @@ def _start_worker() -> _Worker:
         process = subprocess.Popen(
             [sys.executable, "-c", WORKER_PROGRAM, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
     return _Worker(process, Connection(ours.detach()))
 

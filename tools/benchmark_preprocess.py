@@ -21,23 +21,23 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+from sentencepiece import SentencePieceProcessor
 
 from megatron_crnet.errors import CrnetError, DataError
 from megatron_crnet.preprocess import available_cpus, preprocess
 from megatron_crnet.standard_library import write_corpus
-from megatron_crnet.tokenizer import load_tokenizer
 from megatron_crnet.tokenizer_training import train_sentencepiece
 
 
 def straightforward(corpus: Path, out_prefix: Path, tokenizer_model: str) -> None:
     """The loop one writes first."""
-    tokenizer = load_tokenizer("sentencepiece", tokenizer_model)
-    builder = IndexedDatasetBuilder(f"{out_prefix}.bin", dtype=DType.optimal_dtype(tokenizer.vocab_size))
+    processor = SentencePieceProcessor(model_file=tokenizer_model)
+    builder = IndexedDatasetBuilder(f"{out_prefix}.bin", dtype=DType.optimal_dtype(processor.vocab_size()))
     with corpus.open(encoding="utf-8") as lines:
         for line in lines:
             text = json.loads(line)["text"]
             if text.strip():
-                ids = [*tokenizer.tokenize(text), tokenizer.eod]
+                ids = [*processor.encode(text), processor.eos_id()]
                 builder.add_document(ids, [len(ids)])
     builder.finalize(f"{out_prefix}.idx")
 
@@ -84,9 +84,11 @@ def print_table(results: list[dict[str, Any]]) -> None:
     print(f"{'':12} {'MB':>7} {'documents':>10} {'seconds':>8} {'documents/s':>12} {'MB/s':>7} {'speed-up':>9}")
     for result in results:
         for name, speedup in (("loop", ""), ("preprocess", f"{result['speedup']:.2f}x")):
+            seconds = result["median_seconds"][name]
+            documents, megabytes = result["documents"], result["megabytes"]
             print(
-                f"{name:12} {result['megabytes']:7.1f} {result['documents']:10,} {result['median_seconds'][name]:8.2f} "
-                f"{result['documents_per_second'][name]:12,.0f} {result['megabytes_per_second'][name]:7.2f} {speedup:>9}"
+                f"{name:12} {megabytes:7.1f} {documents:10,} {seconds:8.2f} {documents / seconds:12,.0f} "
+                f"{megabytes / seconds:7.2f} {speedup:>9}"
             )
 
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from torch import Tensor
 
 from megatron_crnet.config import Config, DataConfig, ModelConfig, TrainingConfig
+from megatron_crnet.data import Datasets, build_datasets
 from megatron_crnet.standard_library import SourceFile, standard_library_files
 from megatron_crnet.tokenizer import Ids, Tokenizer
 from megatron_crnet.tokenizer_training import train_sentencepiece
@@ -77,6 +79,10 @@ class PlainTokenizer(Tokenizer):
         return bytes(ids).decode()
 
 
+VOCAB, SEQ = 128, 16
+"""Vocabulary and sequence length of the datasets here."""
+
+
 def data_config(*, vocab_size: int = 128, seq_length: int = 16, seed: int = 1234, **data: Any) -> Config:
     """A configuration with a data section."""
     return Config(
@@ -84,3 +90,25 @@ def data_config(*, vocab_size: int = 128, seq_length: int = 16, seed: int = 1234
         training=TrainingConfig(seq_length=seq_length, seed=seed),
         data=DataConfig(**data),
     )
+
+
+def build(
+    train: int, valid: int = 0, test: int = 0, *, tokenizer: Any = None, seed: int = 1234, **data: Any
+) -> Datasets:
+    """Datasets for a data section."""
+    config = data_config(vocab_size=VOCAB, seq_length=SEQ, seed=seed, **data)
+    return build_datasets(config, tokenizer or PlainTokenizer(VOCAB), train, valid, test)
+
+
+def whole(sample: dict[str, Tensor]) -> list[int]:
+    """The s + 1 ids behind a sample."""
+    return [*sample["tokens"].tolist(), int(sample["labels"][-1])]
+
+
+def write_even_and_odd(folder: Path) -> list[str]:
+    """Two prefixes: even ids in the first, odd ids in the second, which has twice the documents."""
+    parts = []
+    for i, count in ((0, 100), (1, 200)):
+        documents = [[2 * (x // 2) + i for x in d] for d in random_documents(count, VOCAB, seed=i, longest=50)]
+        parts.append(write_indexed(folder / f"part{i}", documents))
+    return parts

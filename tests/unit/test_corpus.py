@@ -156,7 +156,15 @@ def test_standard_library_is_large_enough_sorted_and_without_tests() -> None:
 
 
 def small_library(root: Path) -> Path:
-    for name in ("b.py", "a/x.py", "test/t.py", "a/tests/u.py", "idlelib/idle_test/v.py", "site-packages/n.py", "c.txt"):
+    for name in (
+        "b.py",
+        "a/x.py",
+        "test/t.py",
+        "a/tests/u.py",
+        "idlelib/idle_test/v.py",
+        "site-packages/n.py",
+        "c.txt",
+    ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("#" * 100)
     return root
@@ -172,7 +180,7 @@ def test_standard_library_takes_tests_only_when_needed(tmp_path: Path) -> None:
         "idlelib/idle_test/v.py",
         "test/t.py",
     ]
-    with pytest.raises(DataError, match="500 bytes of .py files, but 501 are needed"):
+    with pytest.raises(DataError, match=r"500 bytes of \.py files, but 501 are needed"):
         standard_library_files(root, 501)
 
 

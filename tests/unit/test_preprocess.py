@@ -68,9 +68,7 @@ def test_the_files_hold_every_document_and_its_end(corpus: Path, model: str, tmp
     assert result.skipped == 4 * 29
 
 
-def test_the_number_of_workers_and_the_chunks_do_not_change_the_bytes(
-    corpus: Path, model: str, tmp_path: Path
-) -> None:
+def test_the_number_of_workers_and_the_chunks_do_not_change_the_bytes(corpus: Path, model: str, tmp_path: Path) -> None:
     counts = []
     for workers, chunk_bytes in ((0, 1 << 18), (1, 20_000), (2, 3_000)):
         result = run(corpus, tmp_path / f"out{workers}", model, workers=workers, chunk_bytes=chunk_bytes)
@@ -137,9 +135,7 @@ def test_sigterm_leaves_nothing(corpus: Path, model: str, tmp_path: Path, worker
     assert not psutil.Process().children()
 
 
-def test_a_killed_run_leaves_no_output_and_does_not_disturb_the_next(
-    corpus: Path, model: str, tmp_path: Path
-) -> None:
+def test_a_killed_run_leaves_no_output_and_does_not_disturb_the_next(corpus: Path, model: str, tmp_path: Path) -> None:
     def die(_: Progress) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 

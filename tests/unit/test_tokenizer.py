@@ -21,7 +21,7 @@ ODD_TEXTS = [
     "  two  spaces \t tab\r\n\r\n    indented\n",
     "é 漢字 😀 \x00 \x7f \xa0 \u2028 \ufeff",
     "<s> </s> <unk> <pad> <0x0A>",
-    "ﬁ ａＢ Å e\u0301",
+    "\ufb01 \uff41\uff22 \u212b e\u0301",
     "trailing   ",
 ]
 

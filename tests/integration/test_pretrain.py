@@ -1,0 +1,207 @@
+"""The entry point, in processes of its own, as a user starts it."""
+
+from __future__ import annotations
+
+import os
+import pty
+import shutil
+import subprocess
+import sys
+import termios
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.integration.conftest import ROOT, Corpus, lines_of, start
+
+LOGGED = {
+    "step",
+    "tokens",
+    "loss",
+    "grad_norm",
+    "lr",
+    "step_time_s",
+    "tokens_per_s",
+    "tflops_per_device",
+    "peak_memory_bytes",
+}
+
+
+@pytest.fixture(scope="module")
+def finished(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """One whole run with a checkpoint in the middle: its folder and what it printed."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    options = corpus.options(output, checkpoint__save_interval=3, logging__sample_prompt="def ", logging__sample_tokens=5)
+    result = start(options)
+    assert result.returncode == 0, result.stderr
+    return output, result.stdout
+
+
+def test_a_run_leaves_everything_that_the_readme_names(finished: tuple[Path, str]) -> None:
+    output, printed = finished
+    assert {"metrics.jsonl", "config.yaml", "tensorboard", "loss.png", "checkpoints"} <= {p.name for p in output.iterdir()}
+    assert (output / "checkpoints" / "latest").read_text() == "step_00000006"
+    assert not list((output / "checkpoints").glob(".*"))
+    assert "unigram entropy of the validation tokens" in printed
+    assert "--- a sampled continuation ---\ndef " in printed
+
+
+def test_metric_lines_have_the_documented_keys(finished: tuple[Path, str]) -> None:
+    output, _ = finished
+    assert all(set(lines_of(output, key)) >= set(range(1, 7)) for key in LOGGED - {"step"})
+    assert set(lines_of(output, "validation_loss")) == set(lines_of(output, "validation_perplexity")) == {3, 6}
+    assert list(lines_of(output, "tokens").values())[-1] == 6 * 4 * 32
+    losses = lines_of(output, "loss")
+    assert losses[6] < losses[1]
+
+
+def test_a_second_call_has_nothing_to_do(finished: tuple[Path, str], corpus: Corpus) -> None:
+    output, _ = finished
+    before = (output / "metrics.jsonl").read_text()
+    result = start(["--config", str(output / "config.yaml")])
+    assert result.returncode == 0
+    assert "nothing to do" in result.stdout
+    assert (output / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(("dtype", "stage"), [("fp32", 0), ("bf16", 3)])
+def test_a_resumed_run_repeats_the_losses_of_the_whole_one(
+    corpus: Corpus, tmp_path: Path, dtype: str, stage: int
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    changes = {"checkpoint__save_interval": 3, "training__dtype": dtype, "deepspeed__zero_optimization__stage": stage}
+    assert start(corpus.options(whole, **changes)).returncode == 0
+    (cut / "checkpoints").mkdir(parents=True)
+    shutil.copytree(whole / "checkpoints" / "step_00000003", cut / "checkpoints" / "step_00000003")
+    (cut / "checkpoints" / "latest").write_text("step_00000003")
+    result = start(corpus.options(cut, **changes))
+    assert result.returncode == 0, result.stderr
+    assert "continuing from" in result.stdout
+    resumed, uninterrupted = lines_of(cut, "loss"), lines_of(whole, "loss")
+    assert resumed == {step: uninterrupted[step] for step in (4, 5, 6)}
+
+
+def test_two_ranks_follow_one(finished: tuple[Path, str], corpus: Corpus, tmp_path: Path) -> None:
+    alone, _ = finished
+    output = tmp_path / "two"
+    result = start(corpus.options(output, deepspeed__zero_optimization__stage=2), ranks=2)
+    assert result.returncode == 0, result.stderr
+    for key in ("loss", "grad_norm", "validation_loss"):
+        assert lines_of(output, key) == pytest.approx(lines_of(alone, key), rel=1e-5)
+
+
+def test_padded_rows_train_on_text_alone_whatever_the_ranks(corpus: Corpus, tmp_path: Path) -> None:
+    changes = {"data__sample_format": "padded", "training__seq_length": 2048, "training__train_steps": 2}
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for ranks, output in enumerate(runs, start=1):
+        result = start(corpus.options(output, **changes), ranks=ranks)
+        assert result.returncode == 0, result.stderr
+    assert 0 < lines_of(runs[0], "tokens")[2] < 2 * 4 * 2048
+    assert lines_of(runs[0], "tokens") == lines_of(runs[1], "tokens")
+    assert lines_of(runs[1], "loss") == pytest.approx(lines_of(runs[0], "loss"), rel=1e-5)
+    assert lines_of(runs[1], "grad_norm") == pytest.approx(lines_of(runs[0], "grad_norm"), rel=1e-5)
+
+
+MISTAKES = {
+    "unknown key": ({"model__rnak": 3}, "did you mean rank?"),
+    "sizes": ({"model__hidden_size": 33}, "model.hidden_size 33"),
+    "no data": ({"data__train_data_path": "[absent/train]"}, "absent/train"),
+    "vocabulary": ({"model__vocab_size": 500}, "vocab_size"),
+    "batch": ({"training__global_batch_size": 5}, "training.global_batch_size 5"),
+    "tokenizer": ({"data__tokenizer_model": "absent.model"}, "absent.model"),
+}
+
+
+# one process for all of them, because importing the libraries takes longer than finding the mistake
+DRIVER = """
+import sys
+from megatron_crnet.parallel import shutdown_parallel
+from pretrain_crnet import main
+for line in sys.stdin.read().splitlines():
+    print("status", main(line.split("\\t")), file=sys.stderr)
+    shutdown_parallel()
+"""
+
+
+@pytest.fixture(scope="module")
+def refusals(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str, Path]]:
+    """What each mistake printed, the status it gave, and the folder that it must not have made."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{corpus.train}{suffix}", folder / f"cut{suffix}")
+    os.truncate(folder / "cut.bin", 1000)
+    MISTAKES["truncated"] = ({"data__train_data_path": f"[{folder / 'cut'}]"}, "cut.bin")
+    lines = ["\t".join(corpus.options(folder / name, **changes)) for name, (changes, _) in MISTAKES.items()]
+    result = subprocess.run(
+        [sys.executable, "-c", DRIVER], input="\n".join(lines), cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    shown = [line for line in result.stderr.splitlines() if line.startswith(("error", "status"))]
+    pairs = zip(MISTAKES, shown[::2], shown[1::2], strict=True)
+    return {name: (error, status, folder / name) for name, error, status in pairs}
+
+
+@pytest.mark.parametrize("name", [*MISTAKES, "truncated"])
+def test_a_mistake_is_one_line_status_2_and_nothing_written(
+    name: str, refusals: dict[str, tuple[str, str, Path]]
+) -> None:
+    error, status, folder = refusals[name]
+    assert status == "status 2"
+    assert error.startswith("error: ")
+    assert MISTAKES[name][1] in error
+    assert not folder.exists()
+
+
+def test_the_exit_status_of_a_mistake_reaches_the_shell(corpus: Corpus, tmp_path: Path) -> None:
+    result = start(corpus.options(tmp_path / "run", model__rnak=3))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_the_last_good_state_saved(corpus: Corpus, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    result = start(corpus.options(output, optimizer__lr=1e25, optimizer__clip_grad=0, checkpoint__save_interval=1))
+    assert result.returncode == 3, result.stderr
+    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    for part in ("step ", "learning rate", "gradient norm", "the last good state is in"):
+        assert part in error
+    saved = Path(error.rpartition(" is in ")[2])
+    assert (output / "checkpoints" / "latest").read_text() == saved.name
+
+
+def test_dry_run_prints_and_writes_nothing(corpus: Corpus, tmp_path: Path) -> None:
+    result = start([*corpus.options(tmp_path / "run"), "--dry-run"])
+    assert result.returncode == 0
+    resolved = yaml.safe_load(result.stdout.partition("parameters (crnet)")[0])
+    assert resolved["training"]["train_steps"] == 6
+    for part in ("embedding", "low-rank maps", "micro-batches", "memory of the fullest rank"):
+        assert part in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_terminal_gets_a_bar_and_a_file_plain_lines(
+    corpus: Corpus, finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    _, printed = finished
+    assert "step 6/6 | loss" in printed
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 120))
+    command = [sys.executable, "pretrain_crnet.py", *corpus.options(tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=follower)
+    os.close(follower)
+    shown = "".join(_read_all(leader))
+    assert process.wait(timeout=120) == 0
+    assert "6/6" in shown
+    assert "step/s" in shown or "s/step" in shown
+    assert process.stdout is not None
+    assert b"step 6/6 |" not in process.stdout.read()
+
+
+def _read_all(terminal: int) -> Iterator[str]:
+    """What a process writes to its terminal until it ends."""
+    while True:
+        try:
+            yield os.read(terminal, 4096).decode(errors="replace")
+        except OSError:  # Linux ends a terminal's output with EIO
+            return

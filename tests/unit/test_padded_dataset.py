@@ -1,0 +1,62 @@
+"""Padded rows: one document each, masked beyond its end, in a new order each epoch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.data_helpers import (
+    SEQ,
+    VOCAB,
+    PlainTokenizer,
+    build,
+    random_documents,
+    whole,
+    write_indexed,
+)
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[list[int]]:
+    return random_documents(200, VOCAB, seed=1)
+
+
+@pytest.fixture
+def prefix(tmp_path: Path, documents: list[list[int]]) -> str:
+    return write_indexed(tmp_path / "data", documents)
+
+
+def expected_row(document: list[int], pad: int) -> tuple[list[int], list[int], list[float]]:
+    text = document[: SEQ + 1]
+    filled = text + [pad] * (SEQ + 1 - len(text))
+    return filled[:-1], filled[1:], [1.0] * (len(text) - 1) + [0.0] * (SEQ + 1 - len(text))
+
+
+@pytest.mark.parametrize("pad", [0, 1])
+def test_padded_rows(prefix: str, documents: list[list[int]], pad: int) -> None:
+    tokenizer = PlainTokenizer(VOCAB, eod=1, pad=pad)
+    train = build(200, data_path=[prefix], split="1,0,0", sample_format="padded", tokenizer=tokenizer).train
+    rows = [
+        (r["tokens"].tolist(), r["labels"].tolist(), r["loss_mask"].tolist())
+        for r in map(train.__getitem__, range(200))
+    ]
+    assert sorted(rows) == sorted(expected_row(document, pad) for document in documents)
+    assert {sum(mask) < SEQ for _, _, mask in rows} == {True, False}, "the data must try both cut and padded rows"
+
+
+def test_padded_epochs_are_shuffled_anew_and_reproducibly(prefix: str) -> None:
+    options: dict[str, Any] = {"data_path": [prefix], "split": "1,0,0", "sample_format": "padded"}
+    train = build(450, **options).train
+    assert len(train) == 600
+    rows = [tuple(whole(train[i])) for i in range(600)]
+    epochs = [rows[i : i + 200] for i in (0, 200, 400)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    again = build(450, **options).train
+    assert [tuple(whole(again[i])) for i in (500, 3, 250)] == [rows[i] for i in (500, 3, 250)]
+    other = build(450, seed=5, **options).train
+    assert [tuple(whole(other[i])) for i in range(200)] != epochs[0]
+    with pytest.raises(IndexError):
+        train[600]
