@@ -1,7 +1,7 @@
 """Training state on disk, in DeepSpeed's own format: written beside, renamed when whole.
 
-    DIR/step_00000100/   DeepSpeed's files of every rank
-    DIR/latest           name of the newest whole checkpoint
+DIR/step_00000100/   DeepSpeed's files of every rank
+DIR/latest           name of the newest whole checkpoint
 """
 
 from __future__ import annotations

@@ -47,12 +47,12 @@ def install() -> None:
     if torch.cuda.is_available() or _mode is not None:
         return
     cpu = torch.device("cpu")
-    torch.cuda.current_device = lambda: cpu
+    torch.cuda.current_device = lambda: cpu  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda *_: None
     torch.cuda.set_device = lambda *_: None
     torch.cuda.get_rng_state = lambda *_: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, *_: torch.set_rng_state(state)
-    torch.cuda.manual_seed = torch.manual_seed
+    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
     _install_rng()
     _skip_shared_memory_operator()
     _mode = _CudaMeansCpu()

@@ -112,7 +112,9 @@ class TrainEngine:
         self.last_grad_norm: float | None = None
         hooked = self.stage >= 2
         self.scheduled = [
-            ScheduledChunk(chunk, (self.deepspeed if hooked else chunk).__call__, self._accumulating if hooked else None)
+            ScheduledChunk(
+                chunk, (self.deepspeed if hooked else chunk).__call__, self._accumulating if hooked else None
+            )
             for chunk in chunks
         ]
 

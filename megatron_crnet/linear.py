@@ -100,10 +100,12 @@ class FullRankGroup(LinearGroup):
             )
 
     def forward(self, x: Tensor, previous: Outputs | None) -> Outputs:
+        """X W; `previous` is not used."""
         y, _ = self.linear(x)
         return y.split(self.local_out, dim=-1)
 
     def pieces(self) -> Iterator[Piece]:
+        """The maps, side by side in one parameter."""
         weight, start = self.linear.weight, 0
         for position, width, local in zip(self.positions, self.h_out, self.local_out, strict=True):
             rows = slice(start, start + local)
@@ -144,12 +146,14 @@ class LowRankGroup(LinearGroup):
         """Mark (as Megatron does) parameters whose gradient is a partial sum over tensor-parallel ranks."""
         replicated = [self.a] if not self.is_row else [getattr(self, f"b{i}") for i in range(len(self.batches))]
         for parameter in replicated:
-            parameter.sequence_parallel = self.config.sequence_parallel
+            setattr(parameter, "sequence_parallel", self.config.sequence_parallel)  # noqa: B010
         if self.beta is not None:
             # a column group's outputs are always a shard, so its beta sees only a part even without SP
-            self.beta.sequence_parallel = self.tp_size > 1 and (self.config.sequence_parallel or not self.is_row)
+            partial = self.tp_size > 1 and (self.config.sequence_parallel or not self.is_row)
+            setattr(self.beta, "sequence_parallel", partial)  # noqa: B010
 
     def forward(self, x: Tensor, previous: Outputs | None) -> Outputs:
+        """X A B, plus what the variant adds."""
         return self.outputs(self.low_rank_output(x), previous)
 
     def low_rank_output(self, x: Tensor) -> Tensor:
@@ -185,6 +189,7 @@ class LowRankGroup(LinearGroup):
         return tuple(cross_layer_residual(*args, eps) for args in zip(updates, previous, betas, strict=True))
 
     def pieces(self) -> Iterator[Piece]:
+        """Every A, B and beta."""
         start = 0
         for position, rank in zip(self.positions, self.ranks, strict=True):
             rows = slice(start, start + rank)

@@ -35,5 +35,5 @@ class CRNetNorm:
         norm = (fused_norm_class() or nn.RMSNorm)(hidden_size, eps=eps)
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         norm = norm.to(dtype=config.params_dtype, device=device)
-        norm.weight.sequence_parallel = config.sequence_parallel
+        norm.weight.sequence_parallel = config.sequence_parallel  # type: ignore[union-attr]
         return norm

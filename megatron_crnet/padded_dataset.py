@@ -17,7 +17,7 @@ from megatron.core.datasets.utils import Split
 from torch import Tensor
 
 
-class PaddedDocumentDataset(MegatronDataset):  # type: ignore[misc]
+class PaddedDocumentDataset(MegatronDataset):
     """Rows of tokens from documents, in a new order each epoch.
 
     Row i of a document d with n tokens: tokens d[0:s], labels d[1:s+1], and beyond the document's end

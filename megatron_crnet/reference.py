@@ -106,18 +106,22 @@ class ReferenceCRNet(nn.Module):
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(model.vocab_size, model.hidden_size)
-        self.model.layers = nn.ModuleList(ReferenceLayer(model, layer) for layer in range(model.num_layers))
-        self.model.norm = nn.RMSNorm(model.hidden_size, eps=model.layernorm_epsilon)
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(model.vocab_size, model.hidden_size),
+                "layers": nn.ModuleList(ReferenceLayer(model, layer) for layer in range(model.num_layers)),
+                "norm": nn.RMSNorm(model.hidden_size, eps=model.layernorm_epsilon),
+            }
+        )
         self.lm_head = nn.Linear(model.hidden_size, model.vocab_size, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: [b, s]. Returns logits [b, s, vocabulary]."""
-        x, outputs = self.model.embed_tokens(tokens), {}
-        for layer in self.model.layers:
+        x = self.model["embed_tokens"](tokens)
+        outputs: dict[str, Tensor] = {}
+        for layer in self.model["layers"].children():
             x, outputs = layer(x, outputs)
-        return self.lm_head(self.model.norm(x))
+        return self.lm_head(self.model["norm"](x))
 
     def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy in nats over all positions; labels: [b, s]."""

@@ -50,6 +50,4 @@ def _choose(logits: Tensor | None, temperature: float, generator: torch.Generato
 def continue_text(engine: TrainEngine, tokenizer: Any, prompt: str, count: int, *, seed: int) -> str:
     """`continue_tokens` for text, at temperature 0.7."""
     tokens = tokenizer.tokenize(prompt)
-    return tokenizer.detokenize(
-        continue_tokens(engine, tokens, count, temperature=0.7, seed=seed, stop=tokenizer.eod)
-    )
+    return tokenizer.detokenize(continue_tokens(engine, tokens, count, temperature=0.7, seed=seed, stop=tokenizer.eod))

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def build_parser() -> ArgumentParser:
         if name == "deepspeed":
             parser.add_argument("--deepspeed", type=dict[str, Any], default={}, help="DeepSpeed's own JSON")
         else:
-            factory = section.default_factory
+            factory: Any = section.default_factory
             parser.add_argument(f"--{name}", type=factory, default=factory())
     return parser
 
@@ -133,7 +134,7 @@ def _check_options(options: Sequence[str]) -> None:
 
 
 def _config_files(options: Sequence[str]) -> list[str]:
-    files = [value for option, value in zip(options, options[1:], strict=False) if option == "--config"]
+    files = [value for option, value in pairwise(options) if option == "--config"]
     return files + [option.partition("=")[2] for option in options if option.startswith("--config=")]
 
 
@@ -148,7 +149,9 @@ def _read_yaml(path: str) -> Any:
 
 def _split_deepspeed(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """Take `--deepspeed.a.b value` out of the options: DeepSpeed's keys nest deeper than a typed field."""
-    rest, nested, waiting = [], {}, iter(argv)
+    rest: list[str] = []
+    nested: dict[str, Any] = {}
+    waiting = iter(argv)
     for option in waiting:
         if not option.startswith(DEEPSPEED):
             rest.append(option)

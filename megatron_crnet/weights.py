@@ -5,7 +5,7 @@ drawn for each canonical weight from a seed of its own, so they are the same in 
 
     full-rank maps, embedding, output layer   N(0, init_method_std)
     A                                         N(0, 1/sqrt(h_in))
-    B                                         N(0, init_method_std sqrt(h_in/r)), so A B looks like N(0, init_method_std)
+    B                                         N(0, init_method_std sqrt(h_in/r)), so A B looks full-rank
     beta                                      beta_init
     norms                                     1
 """

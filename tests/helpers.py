@@ -20,7 +20,6 @@ from megatron_crnet.config import (
     OptimizerConfig,
     ParallelConfig,
     TrainingConfig,
-
 )
 from megatron_crnet.engine import TrainEngine
 from megatron_crnet.gpt import build_model_chunks
@@ -51,7 +50,9 @@ def tiny_config(
     return Config(
         model=ModelConfig(**{**TINY_MODEL, **(model or {})}),
         parallel=ParallelConfig(**(parallel or {})),
-        training=TrainingConfig(**{"seq_length": 16, "micro_batch_size": 2, "global_batch_size": 8, **(training or {})}),
+        training=TrainingConfig(
+            **{"seq_length": 16, "micro_batch_size": 2, "global_batch_size": 8, **(training or {})}
+        ),
         optimizer=OptimizerConfig(**{"lr": 1e-2, "lr_warmup_steps": 2, "clip_grad": 0.5, **(optimizer or {})}),
         deepspeed=deepspeed_section or {},
     )
@@ -189,5 +190,3 @@ def _plain_adamw(named: dict[str, Tensor], config: Config) -> torch.optim.AdamW:
         betas=(section.adam_beta1, section.adam_beta2),
         eps=section.adam_eps,
     )
-
-

@@ -78,7 +78,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     commands = [
         [tools / "train_tokenizer.py", train, "--output", folder / "tokenizer", "--vocab-size", "512"],
         *(
-            [tools / "preprocess_data.py", text, "--output", folder / name, "--tokenizer-model", folder / "tokenizer.model"]
+            [
+                tools / "preprocess_data.py",
+                text,
+                "--output",
+                folder / name,
+                "--tokenizer-model",
+                folder / "tokenizer.model",
+            ]
             for name, text in (("train", train), ("valid", valid))
         ),
     ]

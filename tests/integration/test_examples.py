@@ -43,7 +43,9 @@ def test_parameter_counts_are_those_of_the_protocol(name: str) -> None:
     path = ROOT / "examples" / f"{name}.yaml"
     crnet, full_rank = PARAMETERS[name]
     assert total_parameters(load_config(path).model) == pytest.approx(crnet, rel=1e-3)
-    assert total_parameters(load_config(path, ["--model.variant", "full_rank"]).model) == pytest.approx(full_rank, rel=1e-3)
+    assert total_parameters(load_config(path, ["--model.variant", "full_rank"]).model) == pytest.approx(
+        full_rank, rel=1e-3
+    )
 
 
 def test_every_example_trains_two_steps_at_a_small_size(corpus: Corpus, tmp_path: Path) -> None:

@@ -33,7 +33,9 @@ LOGGED = {
 def finished(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """One whole run with a checkpoint in the middle: its folder and what it printed."""
     output = tmp_path_factory.mktemp("finished") / "run"
-    options = corpus.options(output, checkpoint__save_interval=3, logging__sample_prompt="def ", logging__sample_tokens=5)
+    options = corpus.options(
+        output, checkpoint__save_interval=3, logging__sample_prompt="def ", logging__sample_tokens=5
+    )
     result = start(options)
     assert result.returncode == 0, result.stderr
     return output, result.stdout
@@ -41,7 +43,9 @@ def finished(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 def test_a_run_leaves_everything_that_the_readme_names(finished: tuple[Path, str]) -> None:
     output, printed = finished
-    assert {"metrics.jsonl", "config.yaml", "tensorboard", "loss.png", "checkpoints"} <= {p.name for p in output.iterdir()}
+    assert {"metrics.jsonl", "config.yaml", "tensorboard", "loss.png", "checkpoints"} <= {
+        p.name for p in output.iterdir()
+    }
     assert (output / "checkpoints" / "latest").read_text() == "step_00000006"
     assert not list((output / "checkpoints").glob(".*"))
     assert "unigram entropy of the validation tokens" in printed
@@ -135,7 +139,13 @@ def refusals(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     MISTAKES["truncated"] = ({"data__train_data_path": f"[{folder / 'cut'}]"}, "cut.bin")
     lines = ["\t".join(corpus.options(folder / name, **changes)) for name, (changes, _) in MISTAKES.items()]
     result = subprocess.run(
-        [sys.executable, "-c", DRIVER], input="\n".join(lines), cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", DRIVER],
+        input="\n".join(lines),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
     shown = [line for line in result.stderr.splitlines() if line.startswith(("error", "status"))]
     pairs = zip(MISTAKES, shown[::2], shown[1::2], strict=True)

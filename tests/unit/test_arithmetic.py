@@ -56,7 +56,9 @@ def test_operations_are_those_that_torch_counts(variant: str) -> None:
     with FlopCounterMode(display=False) as counter:
         model(tokens.to("meta")).sum().backward()
     counted = counter.get_total_flops()
-    products = sum(v for k, v in counter.get_flop_counts()["Global"].items() if "attention" not in str(k) and "bmm" not in str(k))
+    products = sum(
+        v for k, v in counter.get_flop_counts()["Global"].items() if "attention" not in str(k) and "bmm" not in str(k)
+    )
     linear = tokens.numel() * flops_per_token(config, seq_length=0)
     # the embedding's gradient is no product, and the first layer's inputs need one all the same
     assert products == pytest.approx(linear, rel=1e-9)

@@ -13,7 +13,7 @@ def test_the_global_batch_is_micro_batches_times_replicas() -> None:
 
 
 def test_a_batch_that_does_not_fit_names_one_that_does() -> None:
-    with pytest.raises(ConfigError, match="global_batch_size 8 does not divide .* use 6 or 12"):
+    with pytest.raises(ConfigError, match=r"global_batch_size 8 does not divide .* use 6 or 12"):
         plan_batches(tiny_config(), world_size=3)
 
 

@@ -42,5 +42,7 @@ def test_only_matrices_decay_and_partial_gradients_have_groups_of_their_own() ->
     )
     module["partial"].sequence_parallel = True
     groups = parameter_groups([module], weight_decay=0.1)
-    by_numel = {p.numel(): (g["weight_decay"], g["wd_mult"], g["tensor_parallel_partial"]) for g in groups for p in g["params"]}
+    by_numel = {
+        p.numel(): (g["weight_decay"], g["wd_mult"], g["tensor_parallel_partial"]) for g in groups for p in g["params"]
+    }
     assert by_numel == {4: (0.1, 1.0, False), 2: (0.0, 0.0, False), 3: (0.0, 0.0, False), 16: (0.1, 1.0, True)}

@@ -4,7 +4,14 @@ import pytest
 
 from megatron_crnet.config import ModelConfig
 from megatron_crnet.errors import ConfigError
-from megatron_crnet.ranks import FULL_RANK, POSITIONS, chain_starts, model_ranks, resolve_full_rank_layers, resolve_ranks
+from megatron_crnet.ranks import (
+    FULL_RANK,
+    POSITIONS,
+    chain_starts,
+    model_ranks,
+    resolve_full_rank_layers,
+    resolve_ranks,
+)
 
 
 def test_one_integer_is_the_rank_of_every_low_rank_map() -> None:

@@ -8,7 +8,14 @@ import torch
 from megatron_crnet.config import ModelConfig
 from megatron_crnet.reference import CrossLayerLinear, ReferenceCRNet, apply_rope
 
-SIZES = {"num_layers": 3, "hidden_size": 16, "ffn_hidden_size": 24, "num_attention_heads": 2, "vocab_size": 32, "rank": 4}
+SIZES = {
+    "num_layers": 3,
+    "hidden_size": 16,
+    "ffn_hidden_size": 24,
+    "num_attention_heads": 2,
+    "vocab_size": 32,
+    "rank": 4,
+}
 
 
 def _model(**changes: object) -> ReferenceCRNet:

@@ -13,7 +13,9 @@ from megatron_crnet.settings import load_config, parse_arguments, resolved, save
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "config.yaml"
-    path.write_text("model: {rank: 16, num_layers: 4}\noptimizer: {lr: 2e-3}\ndeepspeed: {zero_optimization: {stage: 1}}\n")
+    path.write_text(
+        "model: {rank: 16, num_layers: 4}\noptimizer: {lr: 2e-3}\ndeepspeed: {zero_optimization: {stage: 1}}\n"
+    )
     return path
 
 
@@ -26,7 +28,9 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(file: Pat
 
 def test_deepspeed_keys_nest_to_any_depth(file: Path) -> None:
     options = ["--deepspeed.zero_optimization.stage", "3", "--deepspeed.zero_optimization.offload_param.device=cpu"]
-    assert load_config(file, options).deepspeed == {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
+    assert load_config(file, options).deepspeed == {
+        "zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}
+    }
 
 
 def test_dry_run_is_seen(file: Path) -> None:

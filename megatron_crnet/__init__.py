@@ -1,0 +1,38 @@
+"""Distributed pre-training of CR-Net (arXiv 2509.18993) on Megatron-Core and DeepSpeed.
+
+The modules in the order in which to read them; each uses only those above it.
+
+    errors               the exceptions a user can meet
+    ranks, config        which map has which rank; every field of a run, with its rules
+    settings             YAML and command line -> Config, and back
+    reference            CR-Net in plain PyTorch: the mathematics, alone
+
+    cpu_platform         Megatron-Core and DeepSpeed without CUDA: the only patches
+    parallel, batch      process groups; how a global batch is cut
+    arithmetic, report   parameters, operations, memory; what --dry-run prints
+
+    transformer_config   Config -> Megatron-Core's TransformerConfig
+    cross_layer          Y = s(beta) Y_prev + Z as one operation
+    low_rank_products    z B for all positions of a group, with its communication
+    linear               the linear maps of a layer, in four groups
+    norm, attention      RMSNorm; core attention
+    layer, block, gpt    a layer, a pipeline stage, the model
+    weights              names, initial values and shards of the canonical weights
+
+    tokenizer, tokenizer_training          SentencePiece and Hugging Face tokenizers
+    corpus, standard_library               documents from files; the corpus that Python ships
+    preprocess, worker_pool                documents -> .bin/.idx
+    data, data_checks, padded_dataset      .bin/.idx -> samples
+    data_loading, unigram                  samples -> micro-batches; entropy of the tokens
+    atomic, progress                       files whole or not at all; progress of the tools
+
+    optimizer            AdamW's groups, the learning rate over time
+    schedule             one step under Megatron-Core's schedules
+    engine               one step under DeepSpeed: accumulate, reduce, clip, update
+    checkpoint           state on disk
+    metrics, plot        what a run reports
+    sampling             a look at what the model writes
+    trainer              the loop
+"""
+
+__version__ = "0.1.0"
