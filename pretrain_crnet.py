@@ -4,7 +4,8 @@
     python pretrain_crnet.py --config examples/quickstart.yaml --training.train_steps 100
     torchrun --nproc_per_node=2 pretrain_crnet.py --config examples/quickstart.yaml
 
-Exit status: 0 done, 2 a mistake in configuration or data, 3 a loss that is not finite, 1 anything else.
+Exit status: 0 done, 2 a mistake in configuration or data, 3 a loss that is not finite,
+4 another rank that died or stands still, 1 anything else.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def main(argv: list[str]) -> int:
         shutdown_parallel()
         return 0
     except CrnetError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        print(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr, flush=True)
         return error.exit_status
 
 

@@ -147,6 +147,12 @@ class ParallelConfig:
     """Groups of layers on each pipeline rank (interleaved schedule); null or 1 means one."""
     sequence_parallel: bool | None = None
     """Shard the residual stream along the sequence; null means on when tensor parallelism is."""
+    num_layers_in_first_pipeline_stage: int | None = None
+    """Layers of the first pipeline rank, where layers are not spread evenly."""
+    num_layers_in_last_pipeline_stage: int | None = None
+    """Layers of the last pipeline rank, where layers are not spread evenly."""
+    overlap_tp_communication: bool = True
+    """On CUDA, run the gathers and scatters of the low-rank products' backward beside independent work."""
     distributed_timeout_minutes: float = 10.0
     """How long a rank waits for its peers before the run is stopped."""
 
@@ -209,6 +215,7 @@ class Config:
         check_training(self)
         check_optimizer(self.optimizer, self.training.train_steps)
         check_parallel(self)
+        check_pipeline(self)
         check_recompute(self)
         check_deepspeed(self)
 
@@ -349,6 +356,40 @@ def check_parallel(config: Config) -> None:
         vpp == 1 or pp > 1,
         f"parallel.virtual_pipeline_model_parallel_size {vpp} needs pipeline_model_parallel_size above 1, "
         f"not {pp}: raise the second or leave the first out",
+    )
+
+
+def check_pipeline(config: Config) -> None:
+    """Layers can be spread over stages and virtual stages as asked."""
+    parallel, layers = config.parallel, config.model.num_layers
+    pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
+    uneven = {
+        name: value
+        for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+        if (value := getattr(parallel, name)) is not None
+    }
+    for name, value in uneven.items():
+        require_positive("parallel", **{name: value})
+        require(pp > 1, f"parallel.{name} {value} needs pipeline_model_parallel_size above 1, not {pp}: leave it out")
+        require(
+            value % vpp == 0,
+            f"parallel.{name} {value} does not divide by virtual_pipeline_model_parallel_size {vpp}: use "
+            f"{value // vpp * vpp or vpp} or {(value // vpp + 1) * vpp}",
+        )
+    rest, stages = layers - sum(uneven.values()), pp - len(uneven)
+    if stages == 0:
+        require(
+            rest == 0,
+            f"parallel.num_layers_in_first_pipeline_stage and _last_ place {sum(uneven.values())} layers on 2 stages, "
+            f"but model.num_layers is {layers}: make them add up",
+        )
+        return
+    unit = stages * vpp
+    require(
+        rest > 0 and rest % unit == 0,
+        f"model.num_layers {layers} leaves {rest} layers for {stages} pipeline stages of {vpp} virtual ones: use "
+        f"{layers - rest + max(rest // unit, 1) * unit} or {layers - rest + max(rest // unit + 1, 1) * unit} layers, or "
+        "set parallel.num_layers_in_first_pipeline_stage",
     )
 
 

@@ -156,17 +156,34 @@ def _cache_folder(config: Config, files: dict[str, IndexedFiles]) -> str:
     """
     first = next(iter(files))
     root = Path(config.data.cache_path) if config.data.cache_path else Path(first).parent / "cache"
-    digest = hashlib.sha256()
-    for prefix in sorted(files):
-        for path in (f"{prefix}.bin", f"{prefix}.idx"):
-            _update_fingerprint(digest, path)
-    folder = root / digest.hexdigest()[:16]
+    folder = root / _digest(files)
     if len(files) > 1 and not dist.is_initialized():
         return ""  # BlendedDataset asks for the rank before it writes a cache; "" keeps the indices in memory
     check_cache_folder(folder)
     if not dist.is_initialized() or dist.get_rank() == 0:
         discard_damaged(folder.glob("*.npy"))
     return str(folder)
+
+
+def data_fingerprint(config: Config) -> str:
+    """A digest of all data files of a configuration, to compare what ranks see.
+
+    Raises:
+        ConfigError, DataError: the data section contradicts itself; a file is missing or damaged.
+    """
+    sources = sources_of(config.data)
+    prefixes = {prefix for source in sources.values() for prefix in source.blend.prefixes}
+    for prefix in sorted(prefixes):
+        read_index(prefix)
+    return _digest(prefixes)
+
+
+def _digest(prefixes: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for prefix in sorted(prefixes):
+        for path in (f"{prefix}.bin", f"{prefix}.idx"):
+            _update_fingerprint(digest, path)
+    return digest.hexdigest()[:16]
 
 
 def _update_fingerprint(digest: Any, path: str) -> None:

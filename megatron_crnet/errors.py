@@ -33,6 +33,12 @@ class CheckpointError(CrnetError):
     """A checkpoint that cannot be written, or that does not fit the model."""
 
 
+class PeerLostError(CrnetError):
+    """Another rank died, or did not come to a collective call within the time limit."""
+
+    exit_status = 4
+
+
 class NonFiniteLossError(CrnetError):
     """Training met a loss or a gradient norm that is not a finite number."""
 

@@ -13,6 +13,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_crnet import cpu_platform
 from megatron_crnet.config import Config, require
+from megatron_crnet.liveness import Heartbeat
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class ParallelContext:
         rank, world_size: among all processes.
         dp_rank, dp_size: among the replicas of this part of the model.
         device: where this rank computes.
+        heartbeat: tells the other ranks where this one stands.
     """
 
     rank: int
@@ -30,6 +32,7 @@ class ParallelContext:
     dp_rank: int
     dp_size: int
     device: torch.device
+    heartbeat: Heartbeat
 
     @property
     def is_main(self) -> bool:
@@ -62,8 +65,7 @@ def initialize_parallel(config: Config) -> ParallelContext:
     cpu_platform.install()
     data_parallel_size(config, launched_world_size())
     device = _device()
-    if not dist.is_initialized():
-        _join(timedelta(minutes=config.parallel.distributed_timeout_minutes))
+    store = _join(timedelta(minutes=config.parallel.distributed_timeout_minutes))
     parallel = config.parallel
     vpp = parallel.virtual_pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(
@@ -79,6 +81,7 @@ def initialize_parallel(config: Config) -> ParallelContext:
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         device=device,
+        heartbeat=Heartbeat(store, dist.get_rank(), dist.get_world_size()),
     )
 
 
@@ -97,13 +100,21 @@ def _device() -> torch.device:
     return device
 
 
-def _join(timeout: timedelta) -> None:
+def _join(timeout: timedelta) -> dist.Store:
+    """Meet the other processes, unless the caller has. Returns a connection to the store they share."""
+    if dist.is_initialized():
+        return dist.HashStore()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+    store: dist.Store
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store, rank, world_size = dist.HashStore(), 0, 1
+    groups = dist.PrefixStore("groups", store)
+    dist.init_process_group(backend, store=groups, rank=rank, world_size=world_size, timeout=timeout)
+    # a connection of its own: a collective call that waits holds the other one
+    return store.clone()
 
 
 class MegatronMpu:

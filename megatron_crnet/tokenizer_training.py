@@ -42,7 +42,7 @@ def train_sentencepiece(
             tokens got less than 1% longer on source code while time grew in proportion.
 
     Raises:
-        ConfigError: `vocab_size` is too small for the alphabet, or too large for the texts.
+        ConfigError: `vocab_size` is too small for the alphabet or too large for the texts, or no `sample_bytes`.
         DataError: no text, or the output exists.
     """
     if vocab_size < SMALLEST_VOCABULARY:
@@ -50,6 +50,8 @@ def train_sentencepiece(
             f"vocab_size is {vocab_size}, but 256 bytes, 3 special pieces and an alphabet must fit: "
             f"use at least {SMALLEST_VOCABULARY}"
         )
+    if sample_bytes is not None and sample_bytes < 1:
+        raise ConfigError(f"sample_bytes is {sample_bytes}, but must be positive: leave it out for a good default")
     target = Path(f"{out_prefix}.model")
     with atomic_files(target, overwrite=overwrite) as (temporary,):
         blocks = sample_blocks(texts, (sample_bytes or 512 * vocab_size) // BLOCK_CHARACTERS + 1)

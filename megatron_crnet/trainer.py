@@ -6,12 +6,14 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_crnet.agreement import examine_together
 from megatron_crnet.arithmetic import flops_per_token
 from megatron_crnet.batch import BatchPlan, plan_batches
 from megatron_crnet.checkpoint import (
@@ -23,10 +25,10 @@ from megatron_crnet.checkpoint import (
     saved_step,
 )
 from megatron_crnet.config import Config
-from megatron_crnet.data import Datasets, build_datasets
+from megatron_crnet.data import Datasets, build_datasets, data_fingerprint
 from megatron_crnet.data_loading import global_batches
 from megatron_crnet.engine import StepResult, TrainEngine
-from megatron_crnet.errors import ConfigError, NonFiniteLossError
+from megatron_crnet.errors import ConfigError, NonFiniteLossError, PeerLostError
 from megatron_crnet.gpt import build_model_chunks
 from megatron_crnet.metrics import MetricsWriter, Progress, peak_memory_bytes
 from megatron_crnet.parallel import ParallelContext, initialize_parallel
@@ -34,7 +36,7 @@ from megatron_crnet.plot import plot_loss
 from megatron_crnet.sampling import continue_text
 from megatron_crnet.schedule import Batch
 from megatron_crnet.settings import save_config
-from megatron_crnet.tokenizer import Tokenizer, load_tokenizer
+from megatron_crnet.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_crnet.unigram import unigram_entropy
 
 
@@ -63,7 +65,7 @@ class Trainer:
     def __init__(self, config: Config, context: ParallelContext) -> None:
         self.config, self.context = config, context
         self.plan: BatchPlan = plan_batches(config, context.world_size)
-        self.tokenizer = _tokenizer(config)
+        self.tokenizer = examine_together(config, partial(_examine, config))
         self.datasets = _datasets(config, self.tokenizer, self.plan)
         self.checkpoint = newest_checkpoint(config)
         self.entropy = (
@@ -108,9 +110,11 @@ class Trainer:
 
     def _train(self) -> None:
         training, window = self.config.training, LoggingWindow(time.perf_counter())
+        heartbeat = self.context.heartbeat
         for batches in self._batches(self.datasets.train, self.state.step, training.train_steps - self.state.step):
-            result = self._step(batches)
             step = self.state.step + 1
+            heartbeat.report(f"step {step}")
+            result = self._step(batches)
             self.state = TrainingState(step, self.state.tokens + result.tokens)
             window.add(result)
             logged = step % self.config.logging.log_interval == 0 or step in (1, training.train_steps)
@@ -121,6 +125,7 @@ class Trainer:
                 self._validate()
                 window = LoggingWindow(time.perf_counter(), window.steps, window.tokens, window.loss)
             if self._saves(step):
+                heartbeat.report(f"the checkpoint of step {step}")
                 save_checkpoint(self.engine.deepspeed, self.config, self.state)
 
     def _step(self, batches: list[Batch]) -> StepResult:
@@ -237,9 +242,30 @@ def train(config: Config) -> None:
     Raises:
         ConfigError, DataError: the input cannot be used; nothing has been written.
         CheckpointError: the saved state does not fit.
+        PeerLostError: another rank died or stands still.
         NonFiniteLossError: the loss left the finite numbers; the last good state is saved.
     """
     context = initialize_parallel(config)
+    try:
+        _train_on_this_rank(config, context)
+    except RuntimeError as error:
+        if context.world_size == 1 or not _is_communication(error):
+            raise
+        limit = config.parallel.distributed_timeout_minutes
+        raise PeerLostError(
+            f"a collective call failed or waited longer than parallel.distributed_timeout_minutes {limit:g}: "
+            f"{context.heartbeat.whereabouts()}: look at the log of that rank, then start all ranks again"
+        ) from error
+    finally:
+        context.heartbeat.close()
+
+
+def _is_communication(error: RuntimeError) -> bool:
+    """Gloo raises plain RuntimeErrors, which name its source files."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def _train_on_this_rank(config: Config, context: ParallelContext) -> None:
     trainer = Trainer(config, context)
     if trainer.is_complete:
         Progress(0, 0, context.is_main).line(
@@ -250,6 +276,16 @@ def train(config: Config) -> None:
     trainer.run()
 
 
+def _examine(config: Config) -> tuple[Tokenizer, dict[str, str]]:
+    """Open what this rank can see of the input, and say what must be the same on all ranks."""
+    tokenizer = _tokenizer(config)
+    check_vocabulary(tokenizer, config.model.vocab_size)
+    if not (config.data.data_path or config.data.train_data_path):
+        raise ConfigError("data.data_path is empty, but names the .bin/.idx files to train on: give their prefix")
+    facts = {"tokenizer": repr(tokenizer.unique_identifiers), "contents of the data": data_fingerprint(config)}
+    return tokenizer, facts
+
+
 def _tokenizer(config: Config) -> Tokenizer:
     if config.data.tokenizer_model is None:
         raise ConfigError("data.tokenizer_model is not set, but names the tokenizer of the data: give its path")
@@ -258,8 +294,6 @@ def _tokenizer(config: Config) -> Tokenizer:
 
 def _datasets(config: Config, tokenizer: Tokenizer, plan: BatchPlan) -> Datasets:
     training = config.training
-    if not (config.data.data_path or config.data.train_data_path):
-        raise ConfigError("data.data_path is empty, but names the .bin/.idx files to train on: give their prefix")
     return build_datasets(
         config,
         tokenizer,

@@ -20,7 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from sentencepiece import SentencePieceProcessor
 
 from megatron_crnet.errors import CrnetError, DataError
@@ -31,6 +30,8 @@ from megatron_crnet.tokenizer_training import train_sentencepiece
 
 def straightforward(corpus: Path, out_prefix: Path, tokenizer_model: str) -> None:
     """The loop one writes first."""
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
     processor = SentencePieceProcessor(model_file=tokenizer_model)
     builder = IndexedDatasetBuilder(f"{out_prefix}.bin", dtype=DType.optimal_dtype(processor.vocab_size()))
     with corpus.open(encoding="utf-8") as lines:
@@ -43,7 +44,12 @@ def straightforward(corpus: Path, out_prefix: Path, tokenizer_model: str) -> Non
 
 
 def measure(corpus: Path, folder: Path, model: str, workers: int, repeats: int) -> dict[str, Any]:
-    """Median seconds and rates of both, and whether their outputs are equal."""
+    """Median seconds and rates of both.
+
+    Raises:
+        DataError: their outputs differ.
+    """
+    # also imports Megatron-Core, which the measured runs then find loaded
     counts = preprocess([corpus], folder / "warm", "sentencepiece", model, workers=workers, overwrite=True)
 
     def ours() -> None:

@@ -18,7 +18,11 @@ from megatron_crnet.tokenizer_training import train_sentencepiece
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", nargs="+", help="files or folders, as for preprocess_data.py")
+    parser.add_argument(
+        "input",
+        nargs="+",
+        help="files or folders, as for preprocess_data.py; all are read once, so a part of a large corpus is enough",
+    )
     parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.model")
     parser.add_argument("--vocab-size", type=int, default=32000, help="pieces (default: %(default)s)")
     parser.add_argument("--text-key", default="text", help="key of the text in a JSON object (default: text)")

@@ -1,0 +1,79 @@
+"""Start-up check that all ranks mean the same run: configuration, library versions, tokenizer and data.
+
+A rank that sees another file or another option would train on, or hang, far from the cause. Here every rank
+learns what every other found, also that it failed, and all of them stop with the same line.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from megatron_crnet.config import Config
+from megatron_crnet.errors import ConfigError, CrnetError, DataError
+from megatron_crnet.settings import resolved
+
+LIBRARIES = ("torch", "megatron-core", "deepspeed", "megatron_crnet")
+
+Found = TypeVar("Found")
+
+
+def configuration_facts(config: Config) -> dict[str, str]:
+    """Every resolved field as `section.field`, and the versions of the libraries."""
+    facts = {
+        f"{section}.{name}": repr(value)
+        for section, values in resolved(config).items()
+        for name, value in values.items()
+    }
+    for library in LIBRARIES:
+        try:
+            facts[f"version of {library}"] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            facts[f"version of {library}"] = "not installed"
+    return facts
+
+
+def examine_together(config: Config, examine: Callable[[], tuple[Found, dict[str, str]]]) -> Found:
+    """Run `examine` on every rank and compare what it found; a collective call.
+
+    Args:
+        examine: opens this rank's input; gives what it opened and facts that must be equal everywhere.
+
+    Raises:
+        CrnetError: `examine` raised on some rank; every rank raises, naming it.
+        ConfigError: ranks differ; names a rank, the fact and both values.
+    """
+    found, facts, problem = None, configuration_facts(config), None
+    try:
+        found, more = examine()
+        facts.update(more)
+    except CrnetError as error:
+        problem = error
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (facts, str(problem) if problem else None))
+    if problem is not None:
+        raise problem
+    failed = [(rank, message) for rank, (_, message) in enumerate(everyone) if message]
+    if failed:
+        rank, message = failed[0]
+        raise DataError(f"rank {rank} stopped at start: {message}")
+    compare_facts([facts for facts, _ in everyone])
+    return found  # type: ignore[return-value]
+
+
+def compare_facts(facts: list[dict[str, str]]) -> None:
+    """Raise ConfigError when a rank's facts differ from those of most ranks."""
+    for name in facts[0]:
+        values = [mine.get(name, "nothing") for mine in facts]
+        usual, _ = Counter(values).most_common(1)[0]
+        different = [rank for rank, value in enumerate(values) if value != usual]
+        if different:
+            ranks = ", ".join(str(rank) for rank in different)
+            raise ConfigError(
+                f"rank {ranks} has {name} {values[different[0]]}, but the others have {usual}: start every rank with "
+                "the same configuration, libraries and files"
+            )
