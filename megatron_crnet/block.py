@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_block import (
     TransformerBlock,
@@ -35,10 +36,27 @@ def boundary_widths(config: CRNetTransformerConfig, layer: int) -> list[int]:
     return [h, *(sharded.get(position, h) for position in LayerOutputs._fields)]
 
 
-def pack(hidden_states: Tensor, outputs: LayerOutputs | None) -> Tensor:
-    """One fresh tensor [s/t, b, sum of boundary widths] from the hidden state [s/t, b, h] and the outputs."""
+def interleaved_width(config: CRNetTransformerConfig) -> int | None:
+    """Width of every boundary under virtual stages, whose schedule knows only one; None without them.
+
+    Megatron-Core can send each shape ahead (`variable_seq_lengths`), but mixes the shapes up where the next
+    and the previous rank are the same; a boundary that needs less is padded instead.
+    """
+    pp, vpp = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
+    if vpp is None:
+        return None
+    firsts = [get_transformer_layer_offset(config, chunk, rank) for chunk in range(vpp) for rank in range(pp)]
+    return max(sum(boundary_widths(config, layer)) for layer in firsts if layer > 0)
+
+
+def pack(hidden_states: Tensor, outputs: LayerOutputs | None, width: int | None = None) -> Tensor:
+    """One fresh tensor [s/t, b, sum of boundary widths] from the hidden state [s/t, b, h] and the outputs.
+
+    Args:
+        width: pad a hidden state alone to this width.
+    """
     if outputs is None:
-        return hidden_states
+        return F.pad(hidden_states, (0, (width or hidden_states.shape[-1]) - hidden_states.shape[-1]))
     flat = torch.cat([hidden_states.flatten(), *(y.flatten() for y in outputs)])
     packed = flat.view(*hidden_states.shape[:2], -1)
     # the schedule frees a sent tensor's storage, which it refuses to do for a view
@@ -49,7 +67,7 @@ def unpack(packed: Tensor, config: CRNetTransformerConfig, layer: int) -> tuple[
     """The inverse of `pack` for a stage whose first layer is `layer` (from 0); views, no copies."""
     widths = boundary_widths(config, layer)
     if len(widths) == 1:
-        return packed, None
+        return packed[..., : widths[0]], None
     local, b = packed.shape[:2]
     parts = packed.flatten().split([local * b * width for width in widths])
     full = local * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
@@ -88,4 +106,4 @@ class CRNetTransformerBlock(TransformerBlock):
                 hidden_states, context = layer(hidden_states, context=context, rotary_pos_emb=rotary_pos_emb)
         if self.final_layernorm is not None:
             return self.final_layernorm(hidden_states)
-        return pack(hidden_states, context)
+        return pack(hidden_states, context, interleaved_width(self.config))

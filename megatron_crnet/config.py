@@ -458,6 +458,36 @@ def check_deepspeed(config: Config) -> None:
         f"deepspeed.zero_optimization.stage {stage} does not work with pipeline_model_parallel_size {pp}, because "
         "DeepSpeed cannot partition gradients that a pipeline schedule accumulates: use stage 1",
     )
+    check_offload(config, section, stage)
+
+
+def check_offload(config: Config, section: dict[str, Any], stage: int) -> None:
+    """Offload works where DeepSpeed keeps gradients in a form that the other parallelism can reach."""
+    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+    if "offload_param" in section:
+        require(
+            stage == 3,
+            f"deepspeed.zero_optimization.offload_param needs ZeRO-3, not stage {stage}, because only stage 3 "
+            "partitions parameters: use stage 3 or offload_optimizer",
+        )
+    if "offload_optimizer" not in section:
+        return
+    require(
+        stage >= 1,
+        "deepspeed.zero_optimization.offload_optimizer needs ZeRO 1, 2 or 3, not stage 0: use stage 1",
+    )
+    require(
+        tp == 1,
+        f"deepspeed.zero_optimization.offload_optimizer does not work with tensor_model_parallel_size {tp}, because "
+        "DeepSpeed moves gradients to the host before they can be summed over tensor-parallel ranks: use "
+        "tensor_model_parallel_size 1, or leave offload_optimizer out",
+    )
+    require(
+        pp == 1,
+        f"deepspeed.zero_optimization.offload_optimizer does not work with pipeline_model_parallel_size {pp}, because "
+        "DeepSpeed's host copies are filled by hooks that a pipeline schedule does not run: use "
+        "pipeline_model_parallel_size 1 with ZeRO 2 or 3, or leave offload_optimizer out",
+    )
 
 
 __all__ = [

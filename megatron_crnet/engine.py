@@ -150,12 +150,16 @@ class TrainEngine:
             batches: this rank's micro-batches, tensors of [b, s].
             tokens: trained tokens of the global batch.
         """
-        self.deepspeed.train()
-        self.deepspeed.set_gradient_accumulation_boundary(True)
-        results = run_schedule(self.scheduled, batches, tokens=tokens)
-        self._reduce_gradients()
+        results = self.accumulate(batches, tokens)
+        self.reduce_gradients()
         loss_sum, count = loss_totals(results, self.context.device)
         return loss_sum / count
+
+    def accumulate(self, batches: list[Batch], tokens: int) -> list[dict[str, Tensor]]:
+        """The passes of one step alone; see `forward_backward` and `run_schedule`."""
+        self.deepspeed.train()
+        self.deepspeed.set_gradient_accumulation_boundary(True)
+        return run_schedule(self.scheduled, batches, tokens=tokens)
 
     def update(self) -> tuple[float, float]:
         """Clip, update the weights, advance the schedule. Returns gradient norm and learning rate.
@@ -210,7 +214,8 @@ class TrainEngine:
         limit = self.config.optimizer.clip_grad or float("inf")
         return float(clip_grad_norm_(self.deepspeed.module.parameters(), limit, mpu=NormMpu()))
 
-    def _reduce_gradients(self) -> None:
+    def reduce_gradients(self) -> None:
+        """Sum partial gradients over tensor-parallel ranks and average over replicas, where no hook has."""
         _sum_over_tensor_parallel(self._partial_gradients())
         if self.stage == 1 and self.config.training.dtype == "fp32":
             self.optimizer.reduce_gradients(pipeline_parallel=True)

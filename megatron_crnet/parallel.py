@@ -62,10 +62,7 @@ def data_parallel_size(config: Config, world_size: int) -> int:
 
 def initialize_parallel(config: Config) -> ParallelContext:
     """Join the other processes and build Megatron-Core's groups; seeds Megatron's random trackers."""
-    cpu_platform.install()
-    data_parallel_size(config, launched_world_size())
-    device = _device()
-    store = _join(timedelta(minutes=config.parallel.distributed_timeout_minutes))
+    device, store = join_processes(config)
     parallel = config.parallel
     vpp = parallel.virtual_pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(
@@ -83,6 +80,14 @@ def initialize_parallel(config: Config) -> ParallelContext:
         device=device,
         heartbeat=Heartbeat(store, dist.get_rank(), dist.get_world_size()),
     )
+
+
+def join_processes(config: Config) -> tuple[torch.device, dist.Store]:
+    """Meet the other processes that the launcher started. Returns this rank's device and a store they share."""
+    cpu_platform.install()
+    data_parallel_size(config, launched_world_size())
+    device = _device()
+    return device, _join(timedelta(minutes=config.parallel.distributed_timeout_minutes))
 
 
 def shutdown_parallel() -> None:

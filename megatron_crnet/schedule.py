@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
-from megatron_crnet.block import boundary_widths
+from megatron_crnet.block import boundary_widths, interleaved_width
 from megatron_crnet.gpt import CRNetModel
 from megatron_crnet.transformer_config import CRNetTransformerConfig
 
@@ -39,12 +39,8 @@ class ScheduledChunk(nn.Module):
     def __init__(self, model: CRNetModel, call: Callable[..., Tensor], no_sync: Callable[[], Any] | None) -> None:
         super().__init__()
         self.model, self.call = model, call
-        widths = set(received_widths(model.config).values())
         self.config = copy.copy(model.config)
-        self.config.hidden_size = max(widths, default=model.config.hidden_size)
-        # the interleaved schedule knows one shape for all boundaries, or sends each shape ahead of its tensor
-        interleaved = model.config.virtual_pipeline_model_parallel_size is not None
-        self.config.variable_seq_lengths = interleaved and len(widths) > 1
+        self.config.hidden_size = interleaved_width(model.config) or model.config.hidden_size
         self.config.no_sync_func = no_sync
         self.model_type = ModelType.encoder_or_decoder
         self.vp_stage = model.vp_stage
@@ -58,25 +54,22 @@ class ScheduledChunk(nn.Module):
         return self.call(batch["tokens"], batch["position_ids"], None, labels=batch.get("labels"))
 
 
-def received_widths(config: CRNetTransformerConfig) -> dict[int, int]:
-    """Width of the packed tensor that each stage but the first receives, by virtual rank (stage order)."""
-    pp, vpp = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
-    first_layers = {
-        (chunk or 0) * pp + rank: get_transformer_layer_offset(config, chunk, rank)
-        for chunk in (range(vpp) if vpp else (None,))
-        for rank in range(pp)
-    }
-    return {stage: sum(boundary_widths(config, layer)) for stage, layer in first_layers.items() if stage > 0}
+def _received_width(config: CRNetTransformerConfig, rank: int) -> int | None:
+    """Width of what pipeline rank `rank` receives under 1F1B; None for ranks that receive nothing."""
+    if not 0 < rank < config.pipeline_model_parallel_size:
+        return None
+    return sum(boundary_widths(config, get_transformer_layer_offset(config, None, rank)))
 
 
 def _shapes_of_this_rank(
     config: CRNetTransformerConfig, receive: list[tuple[int, ...]], send: list[tuple[int, ...]]
 ) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """What 1F1B receives from the stage before and sends to the stage after, where boundaries differ."""
-    widths, rank = received_widths(config), parallel_state.get_pipeline_model_parallel_rank()
+    """What 1F1B receives from the stage before and sends to the stage after; boundaries may differ."""
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    received, sent = _received_width(config, rank), _received_width(config, rank + 1)
     return (
-        [(*shape[:2], widths.get(rank, shape[2])) for shape in receive],
-        [(*shape[:2], widths.get(rank + 1, shape[2])) for shape in send],
+        [(*shape[:2], received or shape[2]) for shape in receive],
+        [(*shape[:2], sent or shape[2]) for shape in send],
     )
 
 

@@ -35,7 +35,7 @@ TINY_MODEL = {
     "vocab_size": 64,
     "rank": 8,
     "beta_init": 0.9,
-    "init_method_std": 0.15,  # large enough that attention is not uniform and no gradient is all rounding
+    "init_method_std": 0.1,  # large enough that attention is not uniform and no gradient is all rounding
 }
 
 
@@ -53,7 +53,7 @@ def tiny_config(
         training=TrainingConfig(
             **{"seq_length": 16, "micro_batch_size": 2, "global_batch_size": 8, **(training or {})}
         ),
-        optimizer=OptimizerConfig(**{"lr": 1e-2, "lr_warmup_steps": 2, "clip_grad": 0.5, **(optimizer or {})}),
+        optimizer=OptimizerConfig(**{"lr": 3e-3, "lr_warmup_steps": 2, "clip_grad": 0.5, **(optimizer or {})}),
         deepspeed=deepspeed_section or {},
     )
 

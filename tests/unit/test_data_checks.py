@@ -74,6 +74,13 @@ def test_index_of_another_run_or_another_kind(prefix: str, tmp_path: Path) -> No
             read_index(other)
 
 
+def test_index_whose_last_document_ends_elsewhere(prefix: str) -> None:
+    content = Path(f"{prefix}.idx").read_bytes()
+    Path(f"{prefix}.idx").write_bytes(content[:-8] + (199).to_bytes(8, "little"))
+    with pytest.raises(DataError, match="cut or of another run"):
+        read_index(prefix)
+
+
 def test_index_without_documents(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no document"):
         read_index(write_indexed(tmp_path / "none", []))

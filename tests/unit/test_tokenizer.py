@@ -51,6 +51,11 @@ def test_source_code_round_trips_and_compresses(model: str) -> None:
     assert sum(map(len, batch)) < 0.6 * sum(map(len, texts)), "runs of spaces must be pieces"
 
 
+def test_pieces_of_text_join_without_a_space(model: str) -> None:
+    tokenizer = load_tokenizer("sentencepiece", model)
+    assert tokenizer.detokenize([*tokenizer.tokenize("left"), *tokenizer.tokenize("right")]) == "leftright"
+
+
 def test_batch_equals_one_by_one(model: str) -> None:
     tokenizer = load_tokenizer("sentencepiece", model)
     texts = [*ODD_TEXTS, *library_texts(3)]

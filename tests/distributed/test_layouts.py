@@ -1,0 +1,177 @@
+"""Every parallel layout against plain single-process training: loss, gradient norm, every gradient, the weights.
+
+Rows share a spawn of ranks, because starting one costs seconds. The whole matrix runs with `make test-long`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import pytest
+
+from megatron_crnet.config import Config
+from megatron_crnet.errors import ConfigError
+from tests.distributed.spawn import run_distributed
+from tests.helpers import Errors, compare_with_reference, tiny_config
+
+FP32_BOUND = 1e-5
+# see test_zero.py
+BF16_BOUNDS = Errors(loss=1e-2, grad_norm=5e-2, gradients=0.4, parameters=3e-2)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One row: sizes of every kind of parallelism, ZeRO stage, and what the model looks like."""
+
+    tp: int = 1
+    sp: bool | None = None
+    pp: int = 1
+    vpp: int = 1
+    zero: int = 0
+    dtype: str = "fp32"
+    model: dict[str, Any] = field(default_factory=dict, hash=False)
+    parallel: dict[str, Any] = field(default_factory=dict, hash=False)
+    offload: str = ""
+
+    def config(self) -> Config:
+        section: dict[str, Any] = {"stage": self.zero}
+        if self.offload:
+            section[self.offload] = {"device": "cpu"}
+        parallel = {
+            "tensor_model_parallel_size": self.tp,
+            "pipeline_model_parallel_size": self.pp,
+            "virtual_pipeline_model_parallel_size": self.vpp,
+            "sequence_parallel": self.sp,
+            **self.parallel,
+        }
+        return tiny_config(self.model, parallel, {"dtype": self.dtype}, deepspeed_section={"zero_optimization": section})
+
+    def __str__(self) -> str:
+        sp = "" if self.sp is None else f"-sp{int(self.sp)}"
+        extra = "".join(f"-{key}={value}" for key, value in {**self.model, **self.parallel}.items())
+        return f"tp{self.tp}{sp}-pp{self.pp}x{self.vpp}-zero{self.zero}-{self.dtype}{extra}{self.offload}".replace(" ", "")
+
+
+UNEVEN = {"num_layers_in_first_pipeline_stage": 3}
+RANKS = {"q": [8, 7, 6, 5], "k": 6, "v": 6, "o": 4, "gate": [3, 4, 5, 6], "up": 8, "down": 2}
+
+ON_TWO = [
+    *(Layout(tp=2, zero=zero) for zero in (0, 1, 2, 3)),
+    *(Layout(tp=2, sp=False, zero=zero) for zero in (0, 3)),
+    *(Layout(pp=2, zero=zero) for zero in (0, 1)),
+    *(Layout(pp=2, vpp=2, zero=zero) for zero in (0, 1)),
+    *(Layout(tp=2, model={"variant": variant}) for variant in ("full_rank", "low_rank", "cola")),
+    *(Layout(pp=2, model={"variant": variant}) for variant in ("full_rank", "low_rank", "cola")),
+    Layout(tp=2, model={"num_query_groups": 2}),
+    Layout(tp=2, model={"rank": RANKS}),
+    Layout(pp=2, model={"rank": RANKS}),
+    Layout(pp=2, model={"full_rank_layers": [0, 2]}),
+    Layout(pp=2, vpp=2, model={"full_rank_layers": [0, 2]}),
+    Layout(pp=2, parallel=UNEVEN),
+    Layout(zero=2, offload="offload_optimizer"),
+    Layout(zero=3, offload="offload_optimizer"),
+    Layout(zero=3, offload="offload_param"),
+    Layout(tp=2, zero=1, dtype="bf16"),
+    Layout(pp=2, vpp=2, zero=1, dtype="bf16"),
+]
+ON_FOUR = [
+    *(Layout(tp=2, zero=zero) for zero in (1, 2, 3)),
+    *(Layout(tp=2, pp=2, zero=zero) for zero in (0, 1)),
+    Layout(tp=2, pp=2, vpp=2, zero=1),
+    Layout(tp=2, sp=False, pp=2, vpp=2),
+    Layout(pp=2, zero=1),
+    Layout(pp=4),
+    Layout(tp=4, model={"num_query_groups": 4}),
+    Layout(tp=2, pp=2, zero=1, dtype="bf16"),
+    Layout(tp=2, zero=2, dtype="bf16"),
+    Layout(tp=2, pp=2, model={"full_rank_layers": [0, 2], "rank": RANKS}),
+]
+MATRIX = [
+    Layout(tp, sp if tp > 1 else None, pp, vpp if pp > 1 else 1, zero, dtype, {"variant": variant})
+    for tp, sp, pp, vpp, zero, dtype, variant in product(
+        (1, 2),
+        (False, True),
+        (1, 2),
+        (1, 2),
+        (0, 1, 2, 3),
+        ("fp32", "bf16"),
+        ("crnet", "full_rank", "low_rank", "cola"),
+    )
+    if (tp > 1 or sp) and (pp > 1 or vpp == 1) and (pp == 1 or zero <= 1)
+]
+
+
+def measure(rows: list[Layout]) -> list[Errors]:
+    errors = []
+    for row in rows:
+        try:
+            errors.append(compare_with_reference(row.config()))
+        except Exception as error:
+            raise RuntimeError(f"row {row}") from error
+    return errors
+
+
+@pytest.fixture(scope="module")
+def two() -> dict[str, Errors]:
+    return dict(zip(map(str, ON_TWO), run_distributed(measure, 2, ON_TWO)[0], strict=True))
+
+
+@pytest.fixture(scope="module")
+def four() -> dict[str, Errors]:
+    return dict(zip(map(str, ON_FOUR), run_distributed(measure, 4, ON_FOUR)[0], strict=True))
+
+
+def check(row: Layout, errors: Errors) -> None:
+    if row.dtype == "fp32":
+        assert errors.worst() < FP32_BOUND, errors
+        return
+    for name in ("loss", "grad_norm", "gradients", "parameters"):
+        assert getattr(errors, name) < getattr(BF16_BOUNDS, name), errors
+
+
+@pytest.mark.parametrize("row", ON_TWO, ids=str)
+def test_two_ranks(row: Layout, two: dict[str, Errors]) -> None:
+    check(row, two[str(row)])
+
+
+@pytest.mark.parametrize("row", ON_FOUR, ids=str)
+def test_four_ranks(row: Layout, four: dict[str, Errors]) -> None:
+    check(row, four[str(row)])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("world_size", [4, 8])
+def test_the_whole_matrix(world_size: int) -> None:
+    found = run_distributed(measure, world_size, MATRIX, timeout_s=3000)[0]
+    for row, errors in zip(MATRIX, found, strict=True):
+        check(row, errors)
+
+
+IMPOSSIBLE = {
+    "ZeRO 2 with a pipeline": (Layout(pp=2, zero=2), "use stage 1"),
+    "ZeRO 3 with a pipeline": (Layout(pp=2, vpp=2, zero=3), "use stage 1"),
+    "virtual stages without a pipeline": (Layout(vpp=2), "pipeline_model_parallel_size above 1"),
+    "sequence parallelism alone": (Layout(sp=True), "nobody to share"),
+    "fewer key-value groups than ranks": (Layout(tp=4, model={"num_query_groups": 2}), "model.num_query_groups 2"),
+    "layers that do not divide": (Layout(pp=2, model={"num_layers": 5}), "model.num_layers 5 leaves 5 layers"),
+    "layers over virtual stages": (Layout(pp=2, vpp=4), "model.num_layers 4"),
+    "uneven stages that do not add up": (
+        Layout(pp=2, parallel={**UNEVEN, "num_layers_in_last_pipeline_stage": 2}),
+        "make them add up",
+    ),
+    "optimizer offload with tensor parallelism": (
+        Layout(tp=2, zero=2, offload="offload_optimizer"),
+        "tensor_model_parallel_size 1",
+    ),
+    "optimizer offload with a pipeline": (Layout(pp=2, zero=1, offload="offload_optimizer"), "offload_optimizer"),
+    "parameter offload below stage 3": (Layout(zero=2, offload="offload_param"), "use stage 3"),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_what_cannot_exist_is_refused(name: str) -> None:
+    row, message = IMPOSSIBLE[name]
+    with pytest.raises(ConfigError, match=message):
+        row.config()

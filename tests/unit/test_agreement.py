@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+import pytest
+
+from megatron_crnet.agreement import compare_facts, configuration_facts
+from megatron_crnet.errors import ConfigError
+from tests.helpers import tiny_config
+
+
+def test_equal_facts_pass() -> None:
+    compare_facts([configuration_facts(tiny_config())] * 3)
+
+
+def test_the_ranks_that_differ_from_most_are_named_with_both_values() -> None:
+    usual, other = (configuration_facts(tiny_config(training={"seed": seed})) for seed in (1, 2))
+    with pytest.raises(ConfigError, match=r"rank 2 has training.seed 2, but the others have 1"):
+        compare_facts([usual, usual, other, usual])
+
+
+def test_library_versions_count() -> None:
+    assert configuration_facts(tiny_config())["version of deepspeed"][0].isdigit()
