@@ -1,4 +1,5 @@
-# Training image. The default base is NVIDIA's PyTorch image, which holds torch, Apex and Transformer Engine.
+# Training image. The default base is NVIDIA's PyTorch image, which holds torch, Apex and Transformer Engine; choose a
+# tag whose torch is 2.11 or newer (pyproject.toml). Neither form has been built by CI yet.
 #   docker build -t megatron_crnet .
 # On a machine without a GPU, give any image with Python 3.11 and pip:
 #   docker build --build-arg BASE_IMAGE=python:3.11-slim --build-arg TORCH=requirements-torch.txt -t megatron_crnet:cpu .

@@ -32,7 +32,9 @@ def main(argv: list[str]) -> int:
         from megatron_crnet.report import dry_run_report
 
         if arguments.dry_run:
-            print(dry_run_report(arguments.config, launched_world_size()))
+            report = dry_run_report(arguments.config, launched_world_size())
+            if os.environ.get("RANK", "0") == "0":
+                print(report)
             return 0
         from megatron_crnet.trainer import train
 

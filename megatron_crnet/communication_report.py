@@ -106,7 +106,7 @@ def _run(config: Config) -> tuple[CommunicationCounter, CommunicationCounter, Co
     engine = TrainEngine(config, build_model_chunks(config), context)
     count, length = config.training.global_batch_size // context.dp_size, config.training.seq_length
     positions = torch.arange(length, device=context.device).unsqueeze(0)
-    batch = {name: positions % config.model.vocab_size for name in ("tokens", "labels")}
+    batch = dict.fromkeys(("tokens", "labels"), positions % config.model.vocab_size)
     batches = [{**batch, "position_ids": positions, "loss_mask": torch.ones_like(positions, dtype=torch.float)}] * count
     forward, passes, gradients = (CommunicationCounter() for _ in range(3))
     with forward:

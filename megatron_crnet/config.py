@@ -312,11 +312,17 @@ def check_optimizer(optimizer: OptimizerConfig, train_steps: int) -> None:
     for name in ("lr_warmup_steps", "weight_decay", "clip_grad"):
         value = getattr(optimizer, name)
         require(value >= 0, f"optimizer.{name} is {value}, but must not be negative: use 0 or more")
-    for name in ("lr_warmup_steps", "lr_wsd_decay_steps"):
-        value = getattr(optimizer, name) or 0
+    warmup, decay = optimizer.lr_warmup_steps, optimizer.lr_wsd_decay_steps
+    require(
+        warmup < max(train_steps, 1),
+        f"optimizer.lr_warmup_steps {warmup} is not below training.train_steps {train_steps}: lower it or train more",
+    )
+    if optimizer.lr_decay_style == "wsd" and decay is not None:
+        require_positive("optimizer", lr_wsd_decay_steps=decay)
         require(
-            value < max(train_steps, 1),
-            f"optimizer.{name} {value} is not below training.train_steps {train_steps}: lower it or train longer",
+            warmup + decay <= train_steps,
+            f"optimizer.lr_warmup_steps {warmup} and lr_wsd_decay_steps {decay} are more than training.train_steps "
+            f"{train_steps} together: lower one or train longer",
         )
 
 
@@ -426,6 +432,12 @@ OWNED_BY_OTHER_SECTIONS = {
     "pipeline": "parallel.pipeline_model_parallel_size",
     "steps_per_print": "logging.log_interval",
     "communication_data_type": "training.dtype",
+    "amp": "training.dtype",
+    "data_types": "training.dtype",
+    "torch_autocast": "training.dtype",
+    "gradient_predivide_factor": "the engine, which averages gradients once,",
+    "prescale_gradients": "the engine, which averages gradients once,",
+    "managed_gradient_accumulation": "the engine",
 }
 
 

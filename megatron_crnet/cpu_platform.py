@@ -35,7 +35,11 @@ def quiet_libraries() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
     # optional packages that are absent, and Megatron-Core's and PyTorch's notes to their own developers
-    for message in (".*(Transformer Engine|Apex).*not installed.*", "full scope is deprecated", ".*is deprecated. Please use"):
+    for message in (
+        ".*(Transformer Engine|Apex).*not installed.*",
+        "full scope is deprecated",
+        ".*is deprecated. Please use",
+    ):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,11 +31,9 @@ from megatron_crnet.data_checks import (
     read_index,
     sources_of,
 )
-from megatron_crnet.data_loading import global_batches
 from megatron_crnet.errors import ConfigError
 from megatron_crnet.padded_dataset import PaddedDocumentDataset
 from megatron_crnet.tokenizer import Tokenizer, check_vocabulary
-from megatron_crnet.unigram import unigram_entropy
 
 FINGERPRINT_BYTES = 1 << 16
 
@@ -195,13 +194,15 @@ def _update_fingerprint(digest: Any, path: str) -> None:
         digest.update(stream.read(FINGERPRINT_BYTES))
 
 
+STILL_WRITTEN_S = 120.0
+
+
 def discard_damaged(caches: Iterable[Path]) -> None:
     """Remove index caches that a killed run left half-written; Megatron-Core only asks whether they exist."""
     for cache in caches:
+        if time.time() - cache.stat().st_mtime < STILL_WRITTEN_S:
+            continue  # perhaps by another run at this moment
         try:
             np.load(cache, mmap_mode="r")
         except (ValueError, EOFError, OSError):
             cache.unlink(missing_ok=True)
-
-
-__all__ = ["Datasets", "build_datasets", "global_batches", "unigram_entropy"]

@@ -170,6 +170,8 @@ def read_index(prefix: str) -> IndexedFiles:
             f"{bin_path} has {size} bytes, but its index describes {needed}: one of the two is cut or of another run, "
             "preprocess again"
         )
+    if size == 0:
+        raise DataError(f"{bin_path} is empty: preprocess text that is not empty")
     return IndexedFiles(prefix, dtype, pointers, size)
 
 

@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import deepspeed
 import torch
@@ -27,10 +26,11 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megatron_crnet.config import Config, zero_stage
+from megatron_crnet.deepspeed_settings import deepspeed_config, is_plain
 from megatron_crnet.gpt import CRNetModel
 from megatron_crnet.linear import LowRankGroup
 from megatron_crnet.optimizer import ParamGroup, build_adamw, build_scheduler, parameter_groups
-from megatron_crnet.parallel import MegatronMpu, NormMpu, ParallelContext, data_parallel_size
+from megatron_crnet.parallel import MegatronMpu, NormMpu, ParallelContext
 from megatron_crnet.schedule import Batch, ScheduledChunk, loss_totals, run_logits, run_schedule
 
 
@@ -51,35 +51,6 @@ class StepResult:
     tokens: int
 
 
-def is_plain(config: Config) -> bool:
-    """Whether DeepSpeed runs the bare optimizer, without a wrapper that knows the gradient norm.
-
-    Its own clipping is switched off then: it leaves out the parameters of all pipeline stages but the first.
-    """
-    return zero_stage(config) == 0 and config.training.dtype == "fp32"
-
-
-def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's JSON: what the other sections decide, then the `deepspeed` section as it stands."""
-    bf16 = config.training.dtype == "bf16"
-    settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
-        "train_batch_size": config.training.micro_batch_size * data_parallel_size(config, world_size),
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0 if is_plain(config) else config.optimizer.clip_grad,
-        "bf16": {"enabled": bf16},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 2**62,
-    }
-    if bf16 and zero_stage(config) > 0:
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    if bf16 and zero_stage(config) == 1:
-        # every backward pass adds to the fp32 gradients at once, whoever started it
-        settings["bf16"]["immediate_grad_update"] = True
-    return {**settings, **config.deepspeed}
-
-
 class TrainEngine:
     """A model on its ranks with its optimizer and schedule.
 
@@ -98,7 +69,7 @@ class TrainEngine:
             model=module,
             optimizer=self._optimizer_factory(in_fp32),
             model_parameters=parameter_groups(chunks, config.optimizer.weight_decay),
-            config=deepspeed_config(config, context.world_size),
+            config=deepspeed_config(config, context.dp_size),
             mpu=MegatronMpu(),
             dist_init_required=False,
         )
@@ -107,6 +78,8 @@ class TrainEngine:
             # DeepSpeed's wrapper has taken a step (with rate 0) to allocate the moments, which counts in Adam's
             # bias correction
             self.deepspeed.basic_optimizer.state.clear()
+            for group in self.deepspeed.basic_optimizer.param_groups:
+                group.pop("step", None)  # where Apex's FusedAdam counts
         self._refresh_betas()
         self.scheduler = build_scheduler(config, self.optimizer)
         self.last_grad_norm: float | None = None
@@ -174,13 +147,6 @@ class TrainEngine:
         self.scheduler.step(1)
         self.last_grad_norm = norm if plain else float(self.deepspeed.get_global_grad_norm())
         return self.last_grad_norm, lr
-
-    def weights_are_finite(self) -> bool:
-        """Whether no weight of any rank is infinite or not a number; a collective call."""
-        local = (getattr(p, "ds_tensor", p) for chunk in self.chunks for p in chunk.parameters())
-        finite = torch.tensor(float(all(bool(p.isfinite().all()) for p in local)), device=self.context.device)
-        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-        return bool(finite)
 
     @property
     def current_lr(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import resource
 import sys
@@ -13,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_crnet.config import Config
+from megatron_crnet.errors import ConfigError
 from megatron_crnet.settings import resolved
 
 
@@ -21,6 +23,15 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def check_sinks(config: Config) -> None:
+    """Raise ConfigError for a sink whose package is missing."""
+    if config.logging.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            f"logging.wandb_project is {config.logging.wandb_project}, but the package wandb is not installed: "
+            "pip install wandb, or leave the project out"
+        )
 
 
 class MetricsWriter:
@@ -93,10 +104,11 @@ def _drop_lines_after(path: Path, step: int) -> None:
 
 
 class Progress:
-    """A bar on a terminal, plain lines elsewhere; silent on ranks other than the main one."""
+    """A bar on a terminal, plain lines where the output goes to a file; silent on ranks other than the main one."""
 
     def __init__(self, total: int, start: int, is_main: bool) -> None:
         self.total, self.is_main = total, is_main
+        self._lines = is_main and not (sys.stdout.isatty() and sys.stderr.isatty())
         bar = is_main and sys.stderr.isatty()
         self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True) if bar else None
 
@@ -106,7 +118,7 @@ class Progress:
             self._bar.update(1)
             if values:
                 self._bar.set_postfix_str(f"loss {values['loss']:.4f} lr {values['lr']:.2e}")
-        elif values:
+        if values and self._lines:
             self.line(
                 f"step {step}/{self.total} | loss {values['loss']:.4f} | grad norm {values['grad_norm']:.3f} | "
                 f"lr {values['lr']:.3e} | {values['tokens_per_s']:.0f} tokens/s | {values['step_time_s'] * 1000:.0f} ms"
@@ -116,7 +128,7 @@ class Progress:
         """One line of text that does not break the bar."""
         if not self.is_main:
             return
-        if self._bar is not None:
+        if self._bar is not None and not self._lines:
             self._bar.write(text)
         else:
             print(text, flush=True)

@@ -6,7 +6,7 @@ gradient, a partial sum over the sequence shard, is reduced with the other marke
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from functools import cache
 
 import torch
@@ -20,10 +20,10 @@ def fused_norm_class() -> type[nn.Module] | None:
     if not torch.cuda.is_available():
         return None
     for module, name in (("transformer_engine.pytorch", "RMSNorm"), ("apex.normalization", "FusedRMSNorm")):
-        if importlib.util.find_spec(module.partition(".")[0]) is not None:
-            found = getattr(importlib.import_module(module), name, None)
-            if found is not None:
-                return found
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, OSError, AttributeError):  # absent, not NVIDIA's apex, or built for another CUDA
+            continue
     return None
 
 

@@ -71,7 +71,7 @@ class PaddedDocumentDataset(MegatronDataset):
         text = np.full(length + 1, self._pad, dtype=np.int64)
         text[: len(ids)] = ids
         loss_mask = torch.zeros(length)
-        loss_mask[: len(ids) - 1] = 1.0
+        loss_mask[: max(len(ids) - 1, 0)] = 1.0
         joined = torch.from_numpy(text)
         return {
             "tokens": joined[:-1].clone(),

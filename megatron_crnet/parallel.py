@@ -69,9 +69,9 @@ def initialize_parallel(config: Config) -> ParallelContext:
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=vpp if vpp and vpp > 1 else None,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )
-    torch.manual_seed(config.training.seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
+    seed_random_states(config.training.seed)
     return ParallelContext(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -80,6 +80,14 @@ def initialize_parallel(config: Config) -> ParallelContext:
         device=device,
         heartbeat=Heartbeat(store, dist.get_rank(), dist.get_world_size()),
     )
+
+
+def seed_random_states(seed: int) -> None:
+    """Seed dropout: the same on tensor-parallel ranks (Megatron's tracker tells shards apart), else its own."""
+    pp, dp = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_data_parallel_rank()
+    own = (seed + 100 * pp + 100003 * dp) % 2**31
+    torch.manual_seed(own)
+    tensor_parallel.model_parallel_cuda_manual_seed(own)
 
 
 def join_processes(config: Config) -> tuple[torch.device, dist.Store]:
@@ -119,7 +127,7 @@ def _join(timeout: timedelta) -> dist.Store:
     groups = dist.PrefixStore("groups", store)
     dist.init_process_group(backend, store=groups, rank=rank, world_size=world_size, timeout=timeout)
     # a connection of its own: a collective call that waits holds the other one
-    return store.clone()
+    return store.clone() if hasattr(store, "clone") else dist.PrefixStore("heartbeats", store)
 
 
 class MegatronMpu:

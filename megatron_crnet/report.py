@@ -7,6 +7,7 @@ import yaml
 from megatron_crnet.arithmetic import estimate_memory, flops_per_token, parameters_by_part, total_parameters
 from megatron_crnet.batch import plan_batches
 from megatron_crnet.config import Config
+from megatron_crnet.deepspeed_settings import check_deepspeed_keys
 from megatron_crnet.settings import resolved
 
 
@@ -16,6 +17,7 @@ def dry_run_report(config: Config, world_size: int) -> str:
     Raises:
         ConfigError: the batch or the layout does not fit `world_size` ranks.
     """
+    check_deepspeed_keys(config)
     plan, model, training = plan_batches(config, world_size), config.model, config.training
     parts, memory = parameters_by_part(model), estimate_memory(config, plan.dp_size)
     rows = [*parts.items(), ("total", total_parameters(model))]

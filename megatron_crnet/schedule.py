@@ -123,7 +123,7 @@ def run_schedule(
     Returns:
         On the last pipeline stage, loss sum and token count of each micro-batch; else an empty list.
     """
-    scale = len(batches) * parallel_state.get_data_parallel_world_size() / tokens
+    scale = len(batches) * parallel_state.get_data_parallel_world_size() / max(tokens, 1.0)
     return _run(chunks, batches, partial(_forward_step, scale), forward_only=forward_only)
 
 

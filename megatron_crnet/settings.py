@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -161,8 +162,17 @@ def _split_deepspeed(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
             value = next(waiting, None)  # type: ignore[assignment]
         if value is None or not name[len(DEEPSPEED) :]:
             raise ConfigError(f"{option} has no value: write {option} VALUE")
-        _set_nested(nested, name[len(DEEPSPEED) :].split("."), yaml.safe_load(value))
+        _set_nested(nested, name[len(DEEPSPEED) :].split("."), _scalar(name, value))
     return rest, nested
+
+
+def _scalar(name: str, text: str) -> Any:
+    """A YAML value; 5e8, DeepSpeed's own spelling, is a number, which YAML 1.1 takes for text."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name} {text} is no valid YAML: correct the value") from error
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value) else value
 
 
 def _set_nested(target: dict[str, Any], keys: list[str], value: Any) -> None:

@@ -17,8 +17,11 @@ from megatron_crnet.agreement import examine_together
 from megatron_crnet.arithmetic import flops_per_token
 from megatron_crnet.batch import BatchPlan, plan_batches
 from megatron_crnet.checkpoint import (
+    PREFIX,
     TrainingState,
+    check_resumable,
     checkpoint_dir,
+    distrust_checkpoint,
     load_checkpoint,
     newest_checkpoint,
     save_checkpoint,
@@ -27,11 +30,12 @@ from megatron_crnet.checkpoint import (
 from megatron_crnet.config import Config
 from megatron_crnet.data import Datasets, build_datasets, data_fingerprint
 from megatron_crnet.data_loading import global_batches
+from megatron_crnet.deepspeed_settings import check_deepspeed_keys
 from megatron_crnet.engine import StepResult, TrainEngine
 from megatron_crnet.errors import ConfigError, NonFiniteLossError, PeerLostError
 from megatron_crnet.gpt import build_model_chunks
-from megatron_crnet.metrics import MetricsWriter, Progress, peak_memory_bytes
-from megatron_crnet.parallel import ParallelContext, initialize_parallel
+from megatron_crnet.metrics import MetricsWriter, Progress, check_sinks, peak_memory_bytes
+from megatron_crnet.parallel import ParallelContext, initialize_parallel, seed_random_states
 from megatron_crnet.plot import plot_loss
 from megatron_crnet.sampling import continue_text
 from megatron_crnet.schedule import Batch
@@ -42,7 +46,7 @@ from megatron_crnet.unigram import unigram_entropy
 
 @dataclass
 class LoggingWindow:
-    """Means over the steps since the last metric line."""
+    """Means over the steps since the last metric line; `started` moves on by what is no training."""
 
     started: float
     steps: int = 0
@@ -65,12 +69,20 @@ class Trainer:
     def __init__(self, config: Config, context: ParallelContext) -> None:
         self.config, self.context = config, context
         self.plan: BatchPlan = plan_batches(config, context.world_size)
+        check_deepspeed_keys(config)
+        check_sinks(config)
         self.tokenizer = examine_together(config, partial(_examine, config))
-        self.datasets = _datasets(config, self.tokenizer, self.plan)
         self.checkpoint = newest_checkpoint(config)
-        self.entropy = (
-            unigram_entropy(self.datasets.valid, config.model.vocab_size) if self.datasets.valid is not None else None
-        )
+        self.saved = check_resumable(config, self.checkpoint) if self.checkpoint else None
+        self.datasets = _datasets(config, self.tokenizer, self.plan)
+        self.entropy = self._validation_entropy()
+
+    def _validation_entropy(self) -> float | None:
+        """Unigram entropy of the very tokens whose loss a validation reports."""
+        if self.datasets.valid is None:
+            return None
+        count = self.config.training.eval_steps * self.plan.global_batch_size
+        return unigram_entropy((self.datasets.valid[i] for i in range(count)), self.config.model.vocab_size)
 
     @property
     def is_complete(self) -> bool:
@@ -79,12 +91,10 @@ class Trainer:
 
     def run(self) -> None:
         """Train from the newest checkpoint, or from scratch, to the last step."""
-        torch.manual_seed(self.config.training.seed)
         self.engine = TrainEngine(self.config, build_model_chunks(self.config), self.context)
-        self.state = (
-            load_checkpoint(self.engine.deepspeed, self.config, self.checkpoint) if self.checkpoint else TrainingState()
-        )
+        self.state = load_checkpoint(self.engine.deepspeed, self.checkpoint) if self.checkpoint else TrainingState()
         self.engine.restore_schedule(self.state.step)
+        seed_random_states(self.config.training.seed + self.state.step)
         self._prepare_folder()
         self.progress = Progress(self.config.training.train_steps, self.state.step, self.context.is_main)
         with MetricsWriter(self.config, self.context.is_main, self.state.step) as self.metrics:
@@ -102,55 +112,70 @@ class Trainer:
     def _announce(self) -> None:
         if self.checkpoint is not None:
             self.progress.line(f"continuing from {self.checkpoint}, step {self.state.step}")
+            self._warn_of_another_order()
         if self.entropy is not None:
             self.progress.line(
                 f"unigram entropy of the validation tokens: {self.entropy:.4f} nats "
                 f"(perplexity {math.exp(self.entropy):.1f}): a loss below it shows that context is used"
             )
 
+    def _warn_of_another_order(self) -> None:
+        """Megatron-Core shuffles the epochs of a run together, so their number decides the order of all samples."""
+        saved, training = (self.saved or {}).get("training", {}), self.config.training
+        wanted = {name: getattr(training, name) for name in ("train_steps", "global_batch_size", "seed", "seq_length")}
+        changed = [name for name, value in wanted.items() if saved.get(name) != value]
+        if changed:
+            self.progress.line(
+                f"warning: training.{changed[0]} differs from the checkpoint's, so the training data may come in "
+                "another order from here: some samples may be seen again and some not"
+            )
+
     def _train(self) -> None:
         training, window = self.config.training, LoggingWindow(time.perf_counter())
         heartbeat = self.context.heartbeat
-        for batches in self._batches(self.datasets.train, self.state.step, training.train_steps - self.state.step):
+        for batches in self._batches(self.datasets.train, self.state.samples, training.train_steps - self.state.step):
             step = self.state.step + 1
             heartbeat.report(f"step {step}")
             result = self._step(batches)
-            self.state = TrainingState(step, self.state.tokens + result.tokens)
+            samples = self.state.samples + self.plan.global_batch_size
+            self.state = TrainingState(step, self.state.tokens + result.tokens, samples)
             window.add(result)
             logged = step % self.config.logging.log_interval == 0 or step in (1, training.train_steps)
             self.progress.advance(step, self._log(result, window) if logged else None)
             if logged:
                 window = LoggingWindow(time.perf_counter())
+            paused = time.perf_counter()
             if self._validates(step):
                 self._validate()
-                window = LoggingWindow(time.perf_counter(), window.steps, window.tokens, window.loss)
             if self._saves(step):
                 heartbeat.report(f"the checkpoint of step {step}")
                 save_checkpoint(self.engine.deepspeed, self.config, self.state)
+            window.started += time.perf_counter() - paused
 
     def _step(self, batches: list[Batch]) -> StepResult:
         tokens = self._trained_tokens(batches)
         loss = self.engine.forward_backward(batches, tokens)
         if not math.isfinite(loss):
-            self._stop(f"loss is {loss}", self.engine.current_lr, self.engine.last_grad_norm)
+            self._stop(f"the loss is {loss}", self.engine.current_lr, self.engine.last_grad_norm)
         grad_norm, lr = self.engine.update()
         if not math.isfinite(grad_norm):
-            self._stop(f"loss is {loss:.4f} and the gradient norm {grad_norm}", lr, grad_norm)
+            self._stop(f"the loss is {loss:.4f} and the gradient norm {grad_norm}", lr, grad_norm)
         return StepResult(loss, grad_norm, lr, tokens)
 
     def _stop(self, what: str, lr: float, grad_norm: float | None) -> None:
-        """Stop on every rank alike; the bad step has changed no weight, so the state before it is saved.
+        """Stop on every rank alike. The bad step has changed no weight; what led to it may have.
 
-        Unless that state is ruined already: then `latest` stays at the newest checkpoint that is not.
+        The state before the step is saved without being continued from, and `latest` goes back to a checkpoint
+        whose next step was good.
         """
-        if self.engine.weights_are_finite():
-            save_checkpoint(self.engine.deepspeed, self.config, self.state)
-        newest = newest_checkpoint(self.config)
+        save_checkpoint(self.engine.deepspeed, self.config, self.state, latest=False)
+        good = distrust_checkpoint(self.config, self.state.step)
         norm = "none yet" if grad_norm is None else f"{grad_norm:.4g}"
         raise NonFiniteLossError(
             f"{what} at step {self.state.step + 1} (learning rate {lr:.3e}, last gradient norm {norm}), but must be "
-            f"finite: lower optimizer.lr or look at the data of this step; "
-            + (f"the last good state is in {newest}" if newest else "no good state was ever saved")
+            f"finite: lower optimizer.lr or look at the data of this step; a new start continues from "
+            f"{good or 'the beginning, as there is no earlier checkpoint'}; the state just before this step is kept "
+            f"beside it as {PREFIX}{self.state.step:08d}"
         )
 
     def _trained_tokens(self, batches: list[Batch]) -> int:
@@ -203,11 +228,11 @@ class Trainer:
         interval = self.config.checkpoint.save_interval
         return step == self.config.training.train_steps or bool(interval and step % interval == 0)
 
-    def _batches(self, dataset: Any, first_step: int, steps: int) -> Iterator[list[Batch]]:
+    def _batches(self, dataset: Any, first_sample: int, steps: int) -> Iterator[list[Batch]]:
         plan = self.plan
         for batches in global_batches(
             dataset,
-            first_sample=first_step * plan.global_batch_size,
+            first_sample=first_sample,
             global_batch_size=plan.global_batch_size,
             micro_batch_size=plan.micro_batch_size,
             dp_rank=self.context.dp_rank,
@@ -217,17 +242,17 @@ class Trainer:
         ):
             yield [{k: v.to(self.context.device, non_blocking=True) for k, v in batch.items()} for batch in batches]
 
+    def draw(self) -> None:
+        """loss.png, from what metrics.jsonl holds."""
+        folder = Path(self.config.logging.output_dir)
+        if self.context.is_main and (folder / "metrics.jsonl").exists():
+            title = f"{self.config.model.variant}, {folder.name}"
+            plot_loss(folder / "metrics.jsonl", folder / "loss.png", title=title, unigram_entropy=self.entropy)
+
     def _finish(self) -> None:
         """The picture, and a look at what the model writes."""
         section = self.config.logging
-        if self.context.is_main:
-            folder = Path(section.output_dir)
-            plot_loss(
-                folder / "metrics.jsonl",
-                folder / "loss.png",
-                title=f"{self.config.model.variant}, {folder.name}",
-                unigram_entropy=self.entropy,
-            )
+        self.draw()
         if section.sample_prompt is not None and section.sample_tokens:
             seed = self.config.training.seed
             text = continue_text(self.engine, self.tokenizer, section.sample_prompt, section.sample_tokens, seed=seed)
@@ -268,6 +293,7 @@ def _is_communication(error: RuntimeError) -> bool:
 def _train_on_this_rank(config: Config, context: ParallelContext) -> None:
     trainer = Trainer(config, context)
     if trainer.is_complete:
+        trainer.draw()
         Progress(0, 0, context.is_main).line(
             f"{trainer.checkpoint} has all {config.training.train_steps} steps already: nothing to do; "
             f"raise training.train_steps to go on, or remove {checkpoint_dir(config)} to start again"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_crnet.corpus import iter_documents
+from megatron_crnet.corpus import CorpusStats, iter_documents
 from megatron_crnet.errors import CrnetError
 from megatron_crnet.preprocess import available_cpus
 from megatron_crnet.tokenizer import load_tokenizer
@@ -35,6 +35,7 @@ def parse_arguments() -> argparse.Namespace:
         default=available_cpus(),
         help="another number may give slightly other scores (default: one for each CPU, here %(default)s)",
     )
+    parser.add_argument("--strict", action="store_true", help="stop at the first line that cannot be decoded")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     return parser.parse_args()
 
@@ -42,9 +43,10 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Run; returns the exit status."""
     args = parse_arguments()
+    stats = CorpusStats()
     try:
         model = train_sentencepiece(
-            iter_documents(args.input, args.text_key),
+            iter_documents(args.input, args.text_key, args.strict, stats),
             args.output,
             args.vocab_size,
             num_threads=args.threads,
@@ -56,6 +58,11 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
     print(f"{model}: {size} pieces")
+    if stats.skipped:
+        print(
+            f"skipped {stats.skipped}: {stats.empty} empty, {stats.invalid_utf8} not UTF-8, "
+            f"{stats.invalid_json} not a JSON object, {stats.missing_text} without the key {args.text_key!r}"
+        )
     return 0
 
 

@@ -46,12 +46,16 @@ class Layout:
             "sequence_parallel": self.sp,
             **self.parallel,
         }
-        return tiny_config(self.model, parallel, {"dtype": self.dtype}, deepspeed_section={"zero_optimization": section})
+        return tiny_config(
+            self.model, parallel, {"dtype": self.dtype}, deepspeed_section={"zero_optimization": section}
+        )
 
     def __str__(self) -> str:
         sp = "" if self.sp is None else f"-sp{int(self.sp)}"
         extra = "".join(f"-{key}={value}" for key, value in {**self.model, **self.parallel}.items())
-        return f"tp{self.tp}{sp}-pp{self.pp}x{self.vpp}-zero{self.zero}-{self.dtype}{extra}{self.offload}".replace(" ", "")
+        return f"tp{self.tp}{sp}-pp{self.pp}x{self.vpp}-zero{self.zero}-{self.dtype}{extra}{self.offload}".replace(
+            " ", ""
+        )
 
 
 UNEVEN = {"num_layers_in_first_pipeline_stage": 3}

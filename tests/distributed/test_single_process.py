@@ -26,7 +26,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "two_chains": {"full_rank_layers": [0, 2]},
     "first_layer_low_rank": {"full_rank_layers": []},
     "wide": {"hidden_size": 64, "ffn_hidden_size": 43, "num_attention_heads": 2, "rank": 1},
-    "zero_and_negative_beta": {"beta_init": 0.0},
+    "small_beta": {"beta_init": 0.0},
 }
 
 
@@ -46,6 +46,12 @@ def test_logits_loss_and_every_gradient_equal_the_reference(name: str) -> None:
     for parameter in reference.parameters():
         torch.nn.init.normal_(parameter, std=0.2) if parameter.dim() else parameter.data.add_(0.1 * torch.randn(()))
     load_canonical(model, reference.state_dict())
+    if name == "small_beta":
+        for group in (model.decoder.layers[1].linear_o, model.decoder.layers[2].linear_qkv):
+            torch.nn.init.zeros_(group.beta)
+        values = {w.name: w.local().detach().clone() for w in canonical_weights(model)}
+        reference.load_state_dict(values)
+        assert any(v.item() < 0 for n, v in values.items() if n.endswith("beta"))
     reference.double()
     tokens, labels = random_tokens(config)
     batch = make_batch(tokens, labels)

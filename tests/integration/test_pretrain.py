@@ -87,6 +87,17 @@ def test_a_resumed_run_repeats_the_losses_of_the_whole_one(
     assert resumed == {step: uninterrupted[step] for step in (4, 5, 6)}
 
 
+def test_another_model_or_stage_does_not_continue_a_checkpoint(finished: tuple[Path, str], corpus: Corpus) -> None:
+    output, _ = finished
+    for changes, message in (
+        ({"model__hidden_size": 64}, "written with model.hidden_size 32, but the configuration says 64"),
+        ({"deepspeed__zero_optimization__stage": 1}, "written with ZeRO stage 0"),
+    ):
+        result = start(corpus.options(output, training__train_steps=9, **changes))
+        assert result.returncode == 2
+        assert message in result.stderr
+
+
 def test_two_ranks_follow_one(finished: tuple[Path, str], corpus: Corpus, tmp_path: Path) -> None:
     alone, _ = finished
     output = tmp_path / "two"
@@ -115,6 +126,10 @@ MISTAKES = {
     "vocabulary": ({"model__vocab_size": 500}, "vocab_size"),
     "batch": ({"training__global_batch_size": 5}, "training.global_batch_size 5"),
     "tokenizer": ({"data__tokenizer_model": "absent.model"}, "absent.model"),
+    "deepspeed section": ({"deepspeed__zero_optimisation__stage": 2}, "did you mean zero_optimization?"),
+    "deepspeed key": ({"deepspeed__zero_optimization__stag": 2}, "zero_optimization.stag is 2"),
+    "deepspeed yaml": ({"deepspeed__aio__x": "[1"}, "is no valid YAML"),
+    "wandb": ({"logging__wandb_project": "mine"}, "pip install wandb"),
 }
 
 
@@ -169,15 +184,27 @@ def test_the_exit_status_of_a_mistake_reaches_the_shell(corpus: Corpus, tmp_path
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_the_last_good_state_saved(corpus: Corpus, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    result = start(corpus.options(output, optimizer__lr=1e25, optimizer__clip_grad=0, checkpoint__save_interval=1))
+def test_a_loss_that_is_not_finite_stops_the_run_and_the_next_start_is_from_a_good_state(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    """Two good steps; then a rate whose first update ruins the weights, which the step after that one finds."""
+    output, saving = tmp_path / "run", {"checkpoint__save_interval": 1}
+    assert start(corpus.options(output, training__train_steps=2, **saving)).returncode == 0
+    ruin = {"optimizer__lr": 1e25, "optimizer__clip_grad": 0, "optimizer__lr_decay_style": "constant"}
+    result = start(corpus.options(output, training__train_steps=8, **ruin, **saving))
     assert result.returncode == 3, result.stderr
     (error,) = [line for line in result.stderr.splitlines() if line.startswith("error")]
-    for part in ("step ", "learning rate", "gradient norm", "the last good state is in"):
-        assert part in error
-    saved = Path(error.rpartition(" is in ")[2])
-    assert (output / "checkpoints" / "latest").read_text() == saved.name
+    assert "at step 4 (learning rate 1.000e+25, last gradient norm " in error
+    assert error.endswith(
+        "checkpoints/step_00000002; the state just before this step is kept beside it as step_00000003"
+    )
+    assert (output / "checkpoints" / "latest").read_text() == "step_00000002"
+    result = start(corpus.options(output, training__train_steps=5, **saving))
+    assert result.returncode == 0, result.stderr
+    assert "training.train_steps differs from the checkpoint's" in result.stdout
+    assert set(lines_of(output, "loss")) == {1, 2, 3, 4, 5}
+    assert (output / "checkpoints" / "latest").read_text() == "step_00000005"
+    assert not list((output / "checkpoints").glob(".*"))
 
 
 def test_dry_run_prints_and_writes_nothing(corpus: Corpus, tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": {"lr": 0.0}}, "optimizer.lr is 0.0"),
     ({"optimizer": {"adam_beta2": 1.0}}, "optimizer.adam_beta2"),
     ({"optimizer": {"lr_warmup_steps": 1000}}, "optimizer.lr_warmup_steps 1000"),
+    ({"optimizer": {"lr_decay_style": "wsd", "lr_wsd_decay_steps": -5}}, "optimizer.lr_wsd_decay_steps is -5"),
+    ({"optimizer": {"lr_decay_style": "wsd", "lr_wsd_decay_steps": 999}}, "more than training.train_steps"),
     ({"parallel": {"sequence_parallel": True}}, "parallel.sequence_parallel is true"),
     ({"parallel": {"virtual_pipeline_model_parallel_size": 2}}, "needs pipeline_model_parallel_size above 1"),
     ({"parallel": PP2, "deepspeed_section": {"zero_optimization": {"stage": 2}}}, "use stage 1"),

@@ -1,0 +1,65 @@
+"""Initial values as method.md gives them, and the errors of loading."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_crnet.errors import CheckpointError
+from megatron_crnet.gpt import CRNetModel, build_model_chunks
+from megatron_crnet.parallel import initialize_parallel, shutdown_parallel
+from megatron_crnet.weights import canonical_weights, load_canonical
+from tests.helpers import tiny_config
+
+CONFIG = tiny_config(model={"hidden_size": 256, "ffn_hidden_size": 384, "rank": 64, "init_method_std": 0.02})
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    initialize_parallel(CONFIG)
+    yield build_model_chunks(CONFIG)[0]
+    shutdown_parallel()
+
+
+def _value(model: CRNetModel, name: str) -> torch.Tensor:
+    return next(weight.local().detach() for weight in canonical_weights(model) if weight.name == name)
+
+
+@pytest.mark.parametrize(
+    ("name", "std"),
+    [
+        ("model.embed_tokens.weight", 0.02),
+        ("lm_head.weight", 0.02),
+        ("model.layers.0.self_attn.q_proj.weight", 0.02),
+        ("model.layers.1.self_attn.q_proj.a.weight", 256**-0.5),
+        ("model.layers.1.mlp.down_proj.a.weight", 384**-0.5),
+        ("model.layers.1.mlp.up_proj.b.weight", 0.02 * (256 / 64) ** 0.5),
+        ("model.layers.1.mlp.down_proj.b.weight", 0.02 * (384 / 64) ** 0.5),
+    ],
+)
+def test_standard_deviations(model: CRNetModel, name: str, std: float) -> None:
+    assert _value(model, name).std().item() == pytest.approx(std, rel=0.03)
+
+
+def test_the_product_of_the_factors_looks_like_a_full_rank_weight(model: CRNetModel) -> None:
+    a, b = (_value(model, f"model.layers.2.mlp.gate_proj.{factor}.weight") for factor in "ab")
+    assert (b @ a).std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_beta_and_norms_are_constant_and_no_two_weights_are_alike(model: CRNetModel) -> None:
+    assert _value(model, "model.layers.1.self_attn.q_proj.beta").item() == pytest.approx(0.9)
+    assert _value(model, "model.norm.weight").unique().tolist() == [1.0]
+    matrices = [w.local().flatten()[:8] for w in canonical_weights(model) if len(w.shape) == 2]
+    assert len({tuple(m.tolist()) for m in matrices}) == len(matrices)
+
+
+def test_a_missing_or_misshapen_weight_is_an_error(model: CRNetModel) -> None:
+    weights = {w.name: torch.zeros(w.shape) for w in canonical_weights(model)}
+    name = "model.layers.1.mlp.up_proj.a.weight"
+    with pytest.raises(CheckpointError, match=f"{name} has the shape"):
+        load_canonical(model, {**weights, name: torch.zeros(3, 3)})
+    del weights[name]
+    with pytest.raises(CheckpointError, match=f"{name} is missing"):
+        load_canonical(model, weights)
