@@ -39,7 +39,7 @@ train: $(VENV)/.installed $(DATA)/train.idx $(DATA)/valid.idx  ## train the quic
 	$(RUN) pretrain_crnet.py --config examples/quickstart.yaml
 
 test: setup  ## the whole suite but the long matrices
-	$(RUN) -m pytest -m "not long"
+	$(RUN) -m pytest -m "not long" -n 2 --dist loadfile
 
 test-long: setup  ## the long matrices
 	$(RUN) -m pytest -m long

@@ -394,8 +394,8 @@ def check_pipeline(config: Config) -> None:
     require(
         rest > 0 and rest % unit == 0,
         f"model.num_layers {layers} leaves {rest} layers for {stages} pipeline stages of {vpp} virtual ones: use "
-        f"{layers - rest + max(rest // unit, 1) * unit} or {layers - rest + max(rest // unit + 1, 1) * unit} layers, or "
-        "set parallel.num_layers_in_first_pipeline_stage",
+        f"{layers - rest + max(rest // unit, 1) * unit} or {layers - rest + max(rest // unit + 1, 1) * unit} layers, "
+        "or set parallel.num_layers_in_first_pipeline_stage",
     )
 
 

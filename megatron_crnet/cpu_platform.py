@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -73,4 +74,5 @@ def _install_rng() -> None:
 def _skip_shared_memory_operator() -> None:
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # said before DeepSpeed asks, because it would find out by running a compiler for every operator it has
+    deepspeed.ops.__compatible_ops__ = defaultdict(bool)

@@ -1,8 +1,8 @@
 """Turns text into Megatron-Core's `.bin`/`.idx` with several processes.
 
 The reader (this process) decompresses and hands out raw chunks, the workers decode and tokenise them, and
-this process writes the results in order, so the bytes do not depend on the number of workers. A worker
-needs neither torch nor Megatron-Core, whose import takes seconds: only `_write` imports them.
+this process writes the results in order, so the bytes do not depend on the number of workers. Neither
+torch nor Megatron-Core, whose import takes seconds, is needed before `_write`: the workers are at work by then.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from megatron_crnet.atomic import atomic_files, sigterm_unwinds
 from megatron_crnet.corpus import CHUNK_BYTES, Chunk, CorpusStats, Rules, chunk_documents, list_files, read_chunks
 from megatron_crnet.errors import ConfigError, DataError
 from megatron_crnet.progress import Progress
-from megatron_crnet.tokenizer import TokenizerKind, load_tokenizer
+from megatron_crnet.tokenizer import Tokenizer, TokenizerKind, load_tokenizer
 from megatron_crnet.worker_pool import ordered_map
 
 
@@ -92,9 +93,9 @@ def preprocess(
         raise ConfigError(f"workers is {workers}, but must not be negative: use 0 to stay in one process")
     files = list_files(paths)
     total_bytes = sum(file.stat().st_size for file in files)
-    vocab_size = load_tokenizer(tokenizer_type, tokenizer_model).vocab_size
+    tokenizer = load_tokenizer(tokenizer_type, tokenizer_model)
+    tokenize_chunk = partial(_tokenize_chunk, tokenizer, append_eod, Rules(text_key, strict))
     targets = (Path(f"{out_prefix}.bin"), Path(f"{out_prefix}.idx"))
-    task = (tokenizer_type, tokenizer_model, append_eod, Rules(text_key, strict))
 
     def report(stats: CorpusStats, input_bytes: int) -> None:
         if progress is not None:
@@ -104,9 +105,9 @@ def preprocess(
     with (
         sigterm_unwinds(),
         atomic_files(*targets, overwrite=overwrite) as temporaries,
-        ordered_map(workers, read_chunks(files, chunk_bytes), make_tokenize_chunk, *task) as chunks,
+        ordered_map(workers, read_chunks(files, chunk_bytes), tokenize_chunk) as chunks,
     ):
-        stats, tokens = _write(chunks, temporaries, vocab_size, report)
+        stats, tokens = _write(chunks, temporaries, tokenizer.vocab_size, report)
     return PreprocessResult(tokens=tokens, seconds=time.monotonic() - started, **asdict(stats))
 
 
@@ -115,25 +116,18 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def make_tokenize_chunk(
-    tokenizer_type: TokenizerKind, tokenizer_model: str, append_eod: bool, rules: Rules
-) -> Callable[[Chunk], TokenizedChunk]:
-    """The work of one worker process: from a raw chunk to token ids."""
-    tokenizer = load_tokenizer(tokenizer_type, tokenizer_model)
+def _tokenize_chunk(tokenizer: Tokenizer, append_eod: bool, rules: Rules, chunk: Chunk) -> TokenizedChunk:
+    """The work of a worker process: from a raw chunk to token ids."""
+    stats = CorpusStats()
+    tokenized = tokenizer.tokenize_batch(chunk_documents(chunk, rules, stats))
+    documents = [ids for ids in tokenized if len(ids)]
+    stats.documents -= len(tokenized) - len(documents)
+    stats.empty += len(tokenized) - len(documents)
     end = np.array([tokenizer.eod] if append_eod else [], dtype=np.int32)
-
-    def tokenize_chunk(chunk: Chunk) -> TokenizedChunk:
-        stats = CorpusStats()
-        tokenized = tokenizer.tokenize_batch(chunk_documents(chunk, rules, stats))
-        documents = [ids for ids in tokenized if len(ids)]
-        stats.documents -= len(tokenized) - len(documents)
-        stats.empty += len(tokenized) - len(documents)
-        parts = [part for ids in documents for part in (ids, end)]
-        tokens = np.concatenate(parts, dtype=np.int32) if parts else end[:0]
-        lengths = np.array([len(ids) + len(end) for ids in documents], dtype=np.int32)
-        return TokenizedChunk(tokens.tobytes(), lengths.tobytes(), stats, chunk.input_bytes)
-
-    return tokenize_chunk
+    parts = [part for ids in documents for part in (ids, end)]
+    tokens = np.concatenate(parts, dtype=np.int32) if parts else end[:0]
+    lengths = np.array([len(ids) + len(end) for ids in documents], dtype=np.int32)
+    return TokenizedChunk(tokens.tobytes(), lengths.tobytes(), stats, chunk.input_bytes)
 
 
 def _write(

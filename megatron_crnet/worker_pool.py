@@ -1,19 +1,16 @@
 """Runs jobs in worker processes and gives the results in the order of the jobs.
 
 The standard library's pools wait for ever when a worker is killed while a large message is on its way.
-Here every worker has a socket of its own, served by one thread: a dead worker closes it and is noticed at
-once, and a dead parent closes all, which ends the workers. A worker is a fresh interpreter that imports
-what its task needs and nothing of the program that started it, such as torch.
+Here every worker has a pipe of its own, served by one thread: a dead worker closes it and is noticed at
+once, and a dead parent closes all, which ends the workers.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import queue
 import signal
-import socket
-import subprocess
-import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -28,7 +26,6 @@ from megatron_crnet.errors import CrnetError
 
 AHEAD = 16
 """Results that may wait for their turn, beyond those in work: the reader's pauses do not reach the workers."""
-WORKER_PROGRAM = "import sys; from megatron_crnet.worker_pool import serve; serve(int(sys.argv[1]))"
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 """The workers are the parallelism: the libraries in them start no threads of their own."""
 
@@ -38,7 +35,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class _Worker:
-    process: subprocess.Popen[bytes]
+    process: ForkProcess
     pipe: Connection
 
 
@@ -50,35 +47,40 @@ class _Failure:
 
 
 @contextmanager
-def ordered_map(
-    workers: int, jobs: Iterable[Job], make_task: Callable[..., Callable[[Job], Result]], *arguments: Any
-) -> Iterator[Iterator[Result]]:
-    """Give an iterator over the results of `jobs`; 0 workers run them in this process."""
+def ordered_map(workers: int, jobs: Iterable[Job], task: Callable[[Job], Result]) -> Iterator[Iterator[Result]]:
+    """Give an iterator over `task` of each of `jobs`; 0 workers do the work in this process."""
     if workers == 0:
-        yield map(make_task(*arguments), jobs)
+        yield map(task, jobs)
         return
-    with OrderedPool(workers, make_task, *arguments) as pool:
+    with OrderedPool(workers, task) as pool:
         yield pool.map(jobs)
 
 
 class OrderedPool(Generic[Job, Result]):
-    """Worker processes that all run `make_task(*arguments)`, a function from a job to a result.
+    """Worker processes that all run `task`, a function from a job to a result.
+
+    The workers are forked, so they start in milliseconds and inherit what `task` refers to; fresh interpreters
+    would spend seconds on importing what a Hugging Face tokenizer needs. As in every fork of a process with
+    threads, `task` must not need a lock that another thread may hold. Jobs and results travel by pickle.
 
     Args:
         workers: number of processes.
-        make_task: called once in every worker; like `arguments`, jobs and results it travels by pickle, so it
-            must be importable, which a function of the main program is not.
+        task: the work.
     """
 
-    def __init__(self, workers: int, make_task: Callable[..., Callable[[Job], Result]], *arguments: Any) -> None:
+    def __init__(self, workers: int, task: Callable[[Job], Result]) -> None:
         self._workers: list[_Worker] = []
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-        self._threads = ThreadPoolExecutor(workers)
+        self._threads = ThreadPoolExecutor(workers)  # its threads start with the first job, after the forks
+        context = multiprocessing.get_context("fork")
         for _ in range(workers):
-            worker = _start_worker()
-            self._workers.append(worker)
-            worker.pipe.send((make_task, arguments))
-            self._idle.put(worker)
+            ours, theirs = context.Pipe()
+            inherited = [ours, *(worker.pipe for worker in self._workers)]
+            process = context.Process(target=_serve, args=(theirs, inherited, task), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append(_Worker(process, ours))
+            self._idle.put(self._workers[-1])
 
     def __enter__(self) -> OrderedPool[Job, Result]:
         return self
@@ -91,7 +93,7 @@ class OrderedPool(Generic[Job, Result]):
             worker.process.kill()
         self._threads.shutdown(cancel_futures=True)
         for worker in self._workers:
-            worker.process.wait()
+            worker.process.join()
             worker.pipe.close()
 
     def map(self, jobs: Iterable[Job]) -> Iterator[Result]:
@@ -115,9 +117,10 @@ class OrderedPool(Generic[Job, Result]):
             worker.pipe.send(job)
             reply = worker.pipe.recv()
         except (EOFError, OSError) as error:
+            worker.process.join()
             raise CrnetError(
-                f"worker process {worker.process.pid} ended with exit code {worker.process.wait()} before its work was "
-                "done: if it was killed for want of memory, use fewer workers"
+                f"worker process {worker.process.pid} ended with exit code {worker.process.exitcode} before its work "
+                "was done: if it was killed for want of memory, use fewer workers"
             ) from error
         finally:
             self._idle.put(worker)
@@ -129,27 +132,17 @@ class OrderedPool(Generic[Job, Result]):
         return result
 
 
-def _start_worker() -> _Worker:
-    ours, theirs = socket.socketpair()
-    with theirs:
-        process = subprocess.Popen(
-            [sys.executable, "-c", WORKER_PROGRAM, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            env={**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
-    return _Worker(process, Connection(ours.detach()))
-
-
-def serve(descriptor: int) -> None:
-    """A worker's life: make the task, then answer jobs until the parent's end closes."""
+def _serve(pipe: Connection, inherited: list[Connection], task: Callable[[Any], Any]) -> None:
+    """A worker's life: answer jobs until the parent's end closes."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handler would unwind the parent's stack here
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    with suppress(EOFError, OSError), Connection(descriptor) as pipe:
-        make_task, arguments = pipe.recv()
-        task: Callable[[Any], Any] | None = None
+    os.environ.update(ONE_THREAD)
+    for parents_end in inherited:  # held open here, they would keep the workers alive after the parent
+        parents_end.close()
+    with suppress(EOFError, OSError):
         while True:
             job = pipe.recv()
             try:
-                task = task or make_task(*arguments)
                 reply = task(job)
             except CrnetError as error:
                 reply = error

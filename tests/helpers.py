@@ -46,14 +46,19 @@ def tiny_config(
     optimizer: dict[str, Any] | None = None,
     deepspeed_section: dict[str, Any] | None = None,
 ) -> Config:
-    """A configuration that trains in milliseconds; clipping is active, so a wrong norm changes weights."""
+    """A configuration that trains in milliseconds.
+
+    Clipping is active and eps is not negligible, so a wrong norm or scale of the gradients changes the weights.
+    """
     return Config(
         model=ModelConfig(**{**TINY_MODEL, **(model or {})}),
         parallel=ParallelConfig(**(parallel or {})),
         training=TrainingConfig(
             **{"seq_length": 16, "micro_batch_size": 2, "global_batch_size": 8, **(training or {})}
         ),
-        optimizer=OptimizerConfig(**{"lr": 3e-3, "lr_warmup_steps": 2, "clip_grad": 0.5, **(optimizer or {})}),
+        optimizer=OptimizerConfig(
+            **{"lr": 3e-3, "lr_warmup_steps": 2, "clip_grad": 0.5, "adam_eps": 1e-4, **(optimizer or {})}
+        ),
         deepspeed=deepspeed_section or {},
     )
 

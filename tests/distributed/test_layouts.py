@@ -148,8 +148,13 @@ def test_four_ranks(row: Layout, four: dict[str, Errors]) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("world_size", [4, 8])
 def test_the_whole_matrix(world_size: int) -> None:
-    found = run_distributed(measure, world_size, MATRIX, timeout_s=3000)[0]
-    for row, errors in zip(MATRIX, found, strict=True):
+    rows = (
+        MATRIX
+        if world_size == 4
+        else [row for row in MATRIX if row.dtype == "fp32" and row.model["variant"] == "crnet"]
+    )
+    found = run_distributed(measure, world_size, rows, timeout_s=3000)[0]
+    for row, errors in zip(rows, found, strict=True):
         check(row, errors)
 
 

@@ -72,11 +72,13 @@ def test_a_second_call_has_nothing_to_do(finished: tuple[Path, str], corpus: Cor
 
 @pytest.mark.parametrize(("dtype", "stage"), [("fp32", 0), ("bf16", 3)])
 def test_a_resumed_run_repeats_the_losses_of_the_whole_one(
-    corpus: Corpus, tmp_path: Path, dtype: str, stage: int
+    finished: tuple[Path, str], corpus: Corpus, tmp_path: Path, dtype: str, stage: int
 ) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole, cut = finished[0], tmp_path / "cut"
     changes = {"checkpoint__save_interval": 3, "training__dtype": dtype, "deepspeed__zero_optimization__stage": stage}
-    assert start(corpus.options(whole, **changes)).returncode == 0
+    if stage:
+        whole = tmp_path / "whole"
+        assert start(corpus.options(whole, **changes)).returncode == 0
     (cut / "checkpoints").mkdir(parents=True)
     shutil.copytree(whole / "checkpoints" / "step_00000003", cut / "checkpoints" / "step_00000003")
     (cut / "checkpoints" / "latest").write_text("step_00000003")
@@ -88,14 +90,13 @@ def test_a_resumed_run_repeats_the_losses_of_the_whole_one(
 
 
 def test_another_model_or_stage_does_not_continue_a_checkpoint(finished: tuple[Path, str], corpus: Corpus) -> None:
-    output, _ = finished
-    for changes, message in (
+    rows = (
         ({"model__hidden_size": 64}, "written with model.hidden_size 32, but the configuration says 64"),
         ({"deepspeed__zero_optimization__stage": 1}, "written with ZeRO stage 0"),
-    ):
-        result = start(corpus.options(output, training__train_steps=9, **changes))
-        assert result.returncode == 2
-        assert message in result.stderr
+    )
+    lines = [corpus.options(finished[0], training__train_steps=9, **changes) for changes, _ in rows]
+    for (error, status), (_, message) in zip(run_in_one_process(lines), rows, strict=True):
+        assert (status, message in error) == ("status 2", True), error
 
 
 def test_two_ranks_follow_one(finished: tuple[Path, str], corpus: Corpus, tmp_path: Path) -> None:
@@ -104,6 +105,18 @@ def test_two_ranks_follow_one(finished: tuple[Path, str], corpus: Corpus, tmp_pa
     result = start(corpus.options(output, deepspeed__zero_optimization__stage=2), ranks=2)
     assert result.returncode == 0, result.stderr
     for key in ("loss", "grad_norm", "validation_loss"):
+        assert lines_of(output, key) == pytest.approx(lines_of(alone, key), rel=1e-5)
+
+
+def test_two_by_two_model_parallel_ranks_follow_one(finished: tuple[Path, str], corpus: Corpus, tmp_path: Path) -> None:
+    alone, _ = finished
+    output = tmp_path / "four"
+    layout = {"parallel__tensor_model_parallel_size": 2, "parallel__pipeline_model_parallel_size": 2}
+    prompt = {"logging__sample_prompt": "def ", "logging__sample_tokens": 4}
+    result = start(corpus.options(output, **layout, **prompt), ranks=4)
+    assert result.returncode == 0, result.stderr
+    assert "--- a sampled continuation ---\ndef " in result.stdout
+    for key in ("loss", "grad_norm", "validation_loss", "lr"):
         assert lines_of(output, key) == pytest.approx(lines_of(alone, key), rel=1e-5)
 
 
@@ -144,6 +157,21 @@ for line in sys.stdin.read().splitlines():
 """
 
 
+def run_in_one_process(commands: list[list[str]]) -> list[tuple[str, str]]:
+    """The error line and the status that each command line gives."""
+    result = subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        input="\n".join("\t".join(options) for options in commands),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    shown = [line for line in result.stderr.splitlines() if line.startswith(("error", "status"))]
+    return list(zip(shown[::2], shown[1::2], strict=True))
+
+
 @pytest.fixture(scope="module")
 def refusals(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str, Path]]:
     """What each mistake printed, the status it gave, and the folder that it must not have made."""
@@ -152,19 +180,9 @@ def refusals(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         shutil.copy(f"{corpus.train}{suffix}", folder / f"cut{suffix}")
     os.truncate(folder / "cut.bin", 1000)
     MISTAKES["truncated"] = ({"data__train_data_path": f"[{folder / 'cut'}]"}, "cut.bin")
-    lines = ["\t".join(corpus.options(folder / name, **changes)) for name, (changes, _) in MISTAKES.items()]
-    result = subprocess.run(
-        [sys.executable, "-c", DRIVER],
-        input="\n".join(lines),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    shown = [line for line in result.stderr.splitlines() if line.startswith(("error", "status"))]
-    pairs = zip(MISTAKES, shown[::2], shown[1::2], strict=True)
-    return {name: (error, status, folder / name) for name, error, status in pairs}
+    lines = [corpus.options(folder / name, **changes) for name, (changes, _) in MISTAKES.items()]
+    shown = zip(MISTAKES, run_in_one_process(lines), strict=True)
+    return {name: (error, status, folder / name) for name, (error, status) in shown}
 
 
 @pytest.mark.parametrize("name", [*MISTAKES, "truncated"])
@@ -217,11 +235,7 @@ def test_dry_run_prints_and_writes_nothing(corpus: Corpus, tmp_path: Path) -> No
     assert not (tmp_path / "run").exists()
 
 
-def test_a_terminal_gets_a_bar_and_a_file_plain_lines(
-    corpus: Corpus, finished: tuple[Path, str], tmp_path: Path
-) -> None:
-    _, printed = finished
-    assert "step 6/6 | loss" in printed
+def test_a_terminal_gets_a_bar_and_a_file_plain_lines(corpus: Corpus, tmp_path: Path) -> None:
     leader, follower = pty.openpty()
     termios.tcsetwinsize(follower, (24, 120))
     command = [sys.executable, "pretrain_crnet.py", *corpus.options(tmp_path / "run")]
@@ -232,7 +246,7 @@ def test_a_terminal_gets_a_bar_and_a_file_plain_lines(
     assert "6/6" in shown
     assert "step/s" in shown or "s/step" in shown
     assert process.stdout is not None
-    assert b"step 6/6 |" not in process.stdout.read()
+    assert b"step 6/6 | loss" in process.stdout.read()
 
 
 def _read_all(terminal: int) -> Iterator[str]:

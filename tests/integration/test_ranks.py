@@ -1,4 +1,4 @@
-"""Several ranks through the real entry point: they follow one process, agree, and notice who is missing."""
+"""Several ranks through the real entry point: they agree before they start, and notice who is missing."""
 
 from __future__ import annotations
 
@@ -12,15 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import ROOT, Corpus, lines_of, start
-
-TP2_PP2 = {
-    "parallel__tensor_model_parallel_size": 2,
-    "parallel__pipeline_model_parallel_size": 2,
-    "training__global_batch_size": 8,
-    "logging__sample_prompt": "def ",
-    "logging__sample_tokens": 4,
-}
+from tests.integration.conftest import ROOT, Corpus, lines_of
 
 
 def start_rank(rank: int, port: int, options: list[str]) -> subprocess.Popen[str]:
@@ -59,17 +51,6 @@ def wait_for_step(output: Path, step: int, processes: list[subprocess.Popen[str]
         assert time.monotonic() < deadline
         assert all(process.poll() is None for process in processes)
         time.sleep(0.05)
-
-
-def test_two_by_two_model_parallel_ranks_follow_one_process(corpus: Corpus, tmp_path: Path) -> None:
-    alone, four = tmp_path / "alone", tmp_path / "four"
-    result = start(corpus.options(alone, training__global_batch_size=8))
-    assert result.returncode == 0, result.stderr
-    result = start(corpus.options(four, **TP2_PP2), ranks=4)
-    assert result.returncode == 0, result.stderr
-    assert "--- a sampled continuation ---\ndef " in result.stdout
-    for key in ("loss", "grad_norm", "validation_loss", "lr"):
-        assert lines_of(four, key) == pytest.approx(lines_of(alone, key), rel=1e-5)
 
 
 def test_another_configuration_on_one_rank_stops_all_and_names_it(corpus: Corpus, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,6 @@ from megatron_crnet.progress import Progress, ProgressPrinter
 from megatron_crnet.tokenizer import load_tokenizer
 from megatron_crnet.worker_pool import OrderedPool
 from tests.unit.data_helpers import library_texts, read_indexed, train_small_tokenizer, write_jsonl
-from tests.unit.worker_tasks import make_worker_task
 
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 
@@ -170,8 +170,18 @@ def test_a_worker_that_is_killed_is_an_error(corpus: Path, model: str, tmp_path:
     assert not psutil.Process().children()
 
 
+def worker_task(mode: str, job: int) -> tuple[int, int]:
+    """Returns the job and the process, or ends badly on job 3."""
+    if job == 3 and mode == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if job == 3 and mode == "raise":
+        raise ZeroDivisionError("job 3")
+    time.sleep(0.001)
+    return job, os.getpid()
+
+
 def test_pool_keeps_the_order_and_uses_every_worker() -> None:
-    with OrderedPool(2, make_worker_task, "work") as pool:
+    with OrderedPool(2, partial(worker_task, "work")) as pool:
         results = list(pool.map(range(200)))
     assert [job for job, _ in results] == list(range(200))
     assert len({process for _, process in results}) == 2
@@ -181,14 +191,14 @@ def test_pool_keeps_the_order_and_uses_every_worker() -> None:
     ("mode", "kind", "message"), [("die", CrnetError, "exit code -9"), ("raise", RuntimeError, "ZeroDivisionError")]
 )
 def test_pool_reports_a_bad_end(mode: str, kind: type[Exception], message: str) -> None:
-    with pytest.raises(kind, match=message), OrderedPool(2, make_worker_task, mode) as pool:
+    with pytest.raises(kind, match=message), OrderedPool(2, partial(worker_task, mode)) as pool:
         list(pool.map(range(10)))
 
 
 def test_workers_end_with_a_killed_parent() -> None:
     program = (
-        "import time; from megatron_crnet.worker_pool import OrderedPool; import os\n"
-        "pool = OrderedPool(2, os.getenv, 'x'); print(*[w.process.pid for w in pool._workers], flush=True)\n"
+        "import time; from megatron_crnet.worker_pool import OrderedPool\n"
+        "pool = OrderedPool(2, abs); print(*[w.process.pid for w in pool._workers], flush=True)\n"
         "time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
