@@ -3,12 +3,14 @@
 The modules in the order in which to read them; each uses only those above it.
 
     errors               the exceptions a user can meet
-    ranks, config        which map has which rank; every field of a run, with its rules
+    ranks, rules, config which map has which rank; what must hold; every field of a run
     settings             YAML and command line -> Config, and back
     reference            CR-Net in plain PyTorch: the mathematics, alone
 
     cpu_platform         Megatron-Core and DeepSpeed without CUDA: the only patches
-    parallel, batch      process groups; how a global batch is cut
+    liveness, parallel   who is missing; process groups
+    agreement, batch     all ranks mean the same run; how a global batch is cut
+    deepspeed_settings   DeepSpeed's JSON, checked
     arithmetic, report   parameters, operations, memory; what --dry-run prints
 
     transformer_config   Config -> Megatron-Core's TransformerConfig
@@ -30,6 +32,7 @@ The modules in the order in which to read them; each uses only those above it.
     schedule             one step under Megatron-Core's schedules
     engine               one step under DeepSpeed: accumulate, reduce, clip, update
     checkpoint           state on disk
+    communication        counts what a run sends; communication_report: for a configuration
     metrics, plot        what a run reports
     sampling             a look at what the model writes
     trainer              the loop

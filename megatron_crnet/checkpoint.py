@@ -16,8 +16,9 @@ import torch.distributed as dist
 import yaml
 from deepspeed import DeepSpeedEngine
 
-from megatron_crnet.config import Config, zero_stage
+from megatron_crnet.config import Config
 from megatron_crnet.errors import CheckpointError, ConfigError
+from megatron_crnet.rules import zero_stage
 from megatron_crnet.settings import resolved, save_config
 
 PREFIX = "step_"

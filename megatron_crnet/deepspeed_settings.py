@@ -8,8 +8,9 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from megatron_crnet.config import Config, zero_stage
+from megatron_crnet.config import Config
 from megatron_crnet.errors import ConfigError
+from megatron_crnet.rules import zero_stage
 
 KNOWN_KEYS = (
     "activation_checkpointing",

@@ -25,12 +25,13 @@ from deepspeed.utils import safe_get_full_fp32_param
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from megatron_crnet.config import Config, zero_stage
+from megatron_crnet.config import Config
 from megatron_crnet.deepspeed_settings import deepspeed_config, is_plain
 from megatron_crnet.gpt import CRNetModel
 from megatron_crnet.linear import LowRankGroup
 from megatron_crnet.optimizer import ParamGroup, build_adamw, build_scheduler, parameter_groups
 from megatron_crnet.parallel import MegatronMpu, NormMpu, ParallelContext
+from megatron_crnet.rules import zero_stage
 from megatron_crnet.schedule import Batch, ScheduledChunk, loss_totals, run_logits, run_schedule
 
 

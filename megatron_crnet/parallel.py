@@ -12,8 +12,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_crnet import cpu_platform
-from megatron_crnet.config import Config, require
+from megatron_crnet.config import Config
 from megatron_crnet.liveness import Heartbeat
+from megatron_crnet.rules import require
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse import set_parsing_settings as jsonargparse_settings
 
-from megatron_crnet.config import Config, sequence_parallel
+from megatron_crnet.config import Config
 from megatron_crnet.errors import ConfigError
 from megatron_crnet.ranks import resolve_full_rank_layers
+from megatron_crnet.rules import sequence_parallel
 
 jsonargparse_settings(docstring_parse_attribute_docstrings=True)
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_crnet.config import Config, sequence_parallel
+from megatron_crnet.config import Config
 from megatron_crnet.ranks import FULL_RANK, POSITIONS, RankTable, chain_starts, model_ranks
+from megatron_crnet.rules import sequence_parallel
 
 
 @dataclass

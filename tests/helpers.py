@@ -14,13 +14,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_crnet.batch import plan_batches
-from megatron_crnet.config import (
-    Config,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    TrainingConfig,
-)
+from megatron_crnet.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from megatron_crnet.engine import TrainEngine
 from megatron_crnet.gpt import build_model_chunks
 from megatron_crnet.parallel import initialize_parallel

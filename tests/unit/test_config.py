@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from megatron_crnet.config import OWNED_BY_OTHER_SECTIONS, Config
+from megatron_crnet.config import Config
 from megatron_crnet.errors import ConfigError
+from megatron_crnet.rules import OWNED_BY_OTHER_SECTIONS
 from tests.helpers import tiny_config
 
 TP2 = {"tensor_model_parallel_size": 2}
