@@ -194,15 +194,16 @@ def _update_fingerprint(digest: Any, path: str) -> None:
         digest.update(stream.read(FINGERPRINT_BYTES))
 
 
-STILL_WRITTEN_S = 120.0
+STILL_WRITTEN_S = 20.0
+"""A cache that is younger may be in another run's hands; one that a killed run left is older at the next start."""
 
 
 def discard_damaged(caches: Iterable[Path]) -> None:
     """Remove index caches that a killed run left half-written; Megatron-Core only asks whether they exist."""
     for cache in caches:
-        if time.time() - cache.stat().st_mtime < STILL_WRITTEN_S:
-            continue  # perhaps by another run at this moment
         try:
+            if time.time() - cache.stat().st_mtime < STILL_WRITTEN_S:
+                continue
             np.load(cache, mmap_mode="r")
         except (ValueError, EOFError, OSError):
             cache.unlink(missing_ok=True)

@@ -122,17 +122,23 @@ def test_errors_that_cost_no_work(model: str, tmp_path: Path) -> None:
         run(path, tmp_path / "file" / "out", model, workers=0)
 
 
+def children() -> set[psutil.Process]:
+    """Child processes; other tests in this process may have left a resource tracker."""
+    return set(psutil.Process().children())
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_sigterm_leaves_nothing(corpus: Path, model: str, tmp_path: Path, workers: int) -> None:
     def terminate(_: Progress) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
+    before = children()
     with pytest.raises(SystemExit) as caught:
         run(corpus, tmp_path / "out", model, workers=workers, chunk_bytes=3_000, progress=terminate)
     assert caught.value.code == 143
     assert names(tmp_path) == []
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert not psutil.Process().children()
+    assert children() == before
 
 
 def test_a_killed_run_leaves_no_output_and_does_not_disturb_the_next(corpus: Path, model: str, tmp_path: Path) -> None:
@@ -160,14 +166,16 @@ def test_a_stop_between_the_two_renames_never_pairs_old_and_new(tmp_path: Path) 
 
 
 def test_a_worker_that_is_killed_is_an_error(corpus: Path, model: str, tmp_path: Path) -> None:
+    before = children()
+
     def kill_a_worker(_: Progress) -> None:
-        for child in psutil.Process().children()[:1]:  # none is left when both have been killed
+        for child in list(children() - before)[:1]:  # none is left when both have been killed
             child.kill()
 
     with pytest.raises(CrnetError, match=r"worker process \d+ ended with exit code -9"):
         run(corpus, tmp_path / "out", model, workers=2, chunk_bytes=3_000, progress=kill_a_worker)
     assert names(tmp_path) == []
-    assert not psutil.Process().children()
+    assert children() == before
 
 
 def worker_task(mode: str, job: int) -> tuple[int, int]:
