@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     target = None
-    if "--json" in argv:
+    if "--json" in argv[:-1]:
         at = argv.index("--json")
         target, argv = argv[at + 1], argv[:at] + argv[at + 2 :]
     try:
