@@ -195,9 +195,14 @@ class TrainEngine:
         Under ZeRO 2 and 3 they are averaged and partitioned already; equal partitions lie on the same
         data-parallel rank of each tensor-parallel rank, so that they can be summed as they are.
         """
+        if self.stage == 3:
+            # kept by sub-group, pieces of a parameter group of at most sub_group_size elements
+            subs = enumerate(self.optimizer.fp16_groups)
+            partial = [i for i, parameters in subs if getattr(parameters[0], "sequence_parallel", False)]
+            return [gradient for i in partial for gradient in self.optimizer.averaged_gradients[i]]
         groups = self.optimizer.param_groups
         partial = [i for i, group in enumerate(groups) if group["tensor_parallel_partial"]]
-        if self.stage >= 2:
+        if self.stage == 2:
             return [gradient for i in partial for gradient in self.optimizer.averaged_gradients[i]]
         if self.stage == 1 and self.config.training.dtype == "bf16":
             return [gradient for i in partial for gradient in self.optimizer.fp32_groups_gradients[i]]

@@ -34,9 +34,10 @@ class Layout:
     model: dict[str, Any] = field(default_factory=dict, hash=False)
     parallel: dict[str, Any] = field(default_factory=dict, hash=False)
     offload: str = ""
+    keys: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def config(self) -> Config:
-        section: dict[str, Any] = {"stage": self.zero}
+        section: dict[str, Any] = {"stage": self.zero, **self.keys}
         if self.offload:
             section[self.offload] = {"device": "cpu"}
         parallel = {
@@ -52,7 +53,7 @@ class Layout:
 
     def __str__(self) -> str:
         sp = "" if self.sp is None else f"-sp{int(self.sp)}"
-        extra = "".join(f"-{key}={value}" for key, value in {**self.model, **self.parallel}.items())
+        extra = "".join(f"-{key}={value}" for key, value in {**self.model, **self.parallel, **self.keys}.items())
         return f"tp{self.tp}{sp}-pp{self.pp}x{self.vpp}-zero{self.zero}-{self.dtype}{extra}{self.offload}".replace(
             " ", ""
         )
@@ -64,6 +65,7 @@ RANKS = {"q": [8, 7, 6, 5], "k": 6, "v": 6, "o": 4, "gate": [3, 4, 5, 6], "up": 
 ON_TWO = [
     *(Layout(tp=2, zero=zero) for zero in (0, 1, 2, 3)),
     *(Layout(tp=2, sp=False, zero=zero) for zero in (0, 3)),
+    Layout(tp=2, zero=3, keys={"sub_group_size": 600}),
     *(Layout(pp=2, zero=zero) for zero in (0, 1)),
     *(Layout(pp=2, vpp=2, zero=zero) for zero in (0, 1)),
     *(Layout(tp=2, model={"variant": variant}) for variant in ("full_rank", "low_rank", "cola")),
