@@ -16,21 +16,10 @@ from tests.unit.data_helpers import (
     SEQ,
     VOCAB,
     build,
-    random_documents,
     whole,
     write_even_and_odd,
     write_indexed,
 )
-
-
-@pytest.fixture(scope="module")
-def documents() -> list[list[int]]:
-    return random_documents(200, VOCAB, seed=1)
-
-
-@pytest.fixture
-def prefix(tmp_path: Path, documents: list[list[int]]) -> str:
-    return write_indexed(tmp_path / "data", documents)
 
 
 def windows(documents: list[list[int]]) -> set[tuple[int, ...]]:

@@ -21,16 +21,6 @@ from tests.unit.data_helpers import (
 )
 
 
-@pytest.fixture(scope="module")
-def documents() -> list[list[int]]:
-    return random_documents(200, VOCAB, seed=1)
-
-
-@pytest.fixture
-def prefix(tmp_path: Path, documents: list[list[int]]) -> str:
-    return write_indexed(tmp_path / "data", documents)
-
-
 def break_file(path: str, how: str) -> None:
     content = Path(path).read_bytes()
     if how == "missing":

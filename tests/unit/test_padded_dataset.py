@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,20 +11,8 @@ from tests.unit.data_helpers import (
     VOCAB,
     PlainTokenizer,
     build,
-    random_documents,
     whole,
-    write_indexed,
 )
-
-
-@pytest.fixture(scope="module")
-def documents() -> list[list[int]]:
-    return random_documents(200, VOCAB, seed=1)
-
-
-@pytest.fixture
-def prefix(tmp_path: Path, documents: list[list[int]]) -> str:
-    return write_indexed(tmp_path / "data", documents)
 
 
 def expected_row(document: list[int], pad: int) -> tuple[list[int], list[int], list[float]]:
