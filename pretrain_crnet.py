@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 
 from megatron_crnet.errors import CrnetError
 from megatron_crnet.settings import is_help, parse_arguments, print_help
@@ -47,6 +48,19 @@ def main(argv: list[str]) -> int:
         return error.exit_status
 
 
+def run(argv: list[str]) -> None:
+    """Run the command line and end this rank's process at once after any error."""
+    try:
+        status = main(argv)
+    except SystemExit:  # --print_config and the like
+        raise
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    if status:
+        leave(status)
+
+
 def leave(status: int) -> None:
     """End the process at once after an error: no rank may wait for the others on its way out."""
     sys.stdout.flush()
@@ -55,6 +69,4 @@ def leave(status: int) -> None:
 
 
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
-    if status:
-        leave(status)
+    run(sys.argv[1:])

@@ -3,22 +3,32 @@
 The modules in the order in which to read them; each uses only those above it.
 
     errors               the exceptions a user can meet
-    ranks, rules, config which map has which rank; what must hold; every field of a run
+    ranks, rules         which map has which rank; what must hold
+    deepspeed_rules      what of DeepSpeed is refused, and why; recompute_rules: the same for recomputation
+    config               every field of a run
     settings             YAML and command line -> Config, and back
     reference            CR-Net in plain PyTorch: the mathematics, alone
 
     cpu_platform         Megatron-Core and DeepSpeed without CUDA: the only patches
-    liveness, parallel   who is missing; process groups
-    agreement, batch     all ranks mean the same run; how a global batch is cut
+    liveness, agreement  who is missing; all ranks mean the same run
+    parallel, batch      process groups; how a global batch is cut
     deepspeed_settings   DeepSpeed's JSON, checked
     arithmetic, report   parameters, operations, memory; what --dry-run prints
 
     transformer_config   Config -> Megatron-Core's TransformerConfig
-    cross_layer          Y = s(beta) Y_prev + Z as one operation
-    low_rank_products    z B for all positions of a group, with its communication
+    cross_layer          Y = s(beta) Y_prev + Z, its gradients and its inverse
+    random_states        random generators, captured and replayed
+    fragment, memory     graphs and tensors that a layer remembers for recomputation
+    sequence_shards      whole sequences to shards and back
+    input_product        z = X A of a group, with its communication
+    low_rank_products    Y from z for all positions of a group, with its communication
     linear               the linear maps of a layer, in four groups
     norm, attention      RMSNorm; core attention
-    layer, block, gpt    a layer, a pipeline stage, the model
+    layer                one layer
+    recompute_plan       where a stage is cut into segments
+    activation_store     where kept tensors live: DeepSpeed's activation_checkpointing section
+    segment              activation recomputation of a run of layers
+    block, gpt           a pipeline stage, the model
     weights              names, initial values and shards of the canonical weights
 
     tokenizer, tokenizer_training          SentencePiece and Hugging Face tokenizers
@@ -33,6 +43,7 @@ The modules in the order in which to read them; each uses only those above it.
     engine               one step under DeepSpeed: accumulate, reduce, clip, update
     checkpoint           state on disk
     communication        counts what a run sends; communication_report: for a configuration
+    live_memory          counts the bytes that are alive; recompute_report: for each recomputation strategy
     metrics, plot        what a run reports
     sampling             a look at what the model writes
     trainer              the loop

@@ -1,7 +1,8 @@
-"""Start-up check that all ranks mean the same run: configuration, library versions, tokenizer and data.
+"""Start-up check that all ranks mean the same run: configuration, library versions, tokenizer, data, checkpoint.
 
 A rank that sees another file or another option would train on, or hang, far from the cause. Here every rank
-learns what every other found, also that it failed, and all of them stop with the same line.
+learns what every other found, also that it failed, and all of them stop with the same line. The configuration
+comes first, before it decides who is in a collective call with whom.
 """
 
 from __future__ import annotations
@@ -18,6 +19,11 @@ from megatron_crnet.errors import ConfigError, CrnetError, DataError
 from megatron_crnet.settings import resolved
 
 LIBRARIES = ("torch", "megatron-core", "deepspeed", "megatron_crnet")
+CHECKPOINT = "the checkpoint"
+REMEDIES = {
+    CHECKPOINT: "checkpoint.dir (logging.output_dir by default) must be a folder that all ranks share: put it on a "
+    "shared file system"
+}
 
 Found = TypeVar("Found")
 
@@ -37,7 +43,18 @@ def configuration_facts(config: Config) -> dict[str, str]:
     return facts
 
 
-def examine_together(config: Config, examine: Callable[[], tuple[Found, dict[str, str]]]) -> Found:
+def agree_on_configuration(config: Config) -> None:
+    """Compare configuration and libraries with all other ranks; a collective call that no setting changes.
+
+    Raises:
+        ConfigError: ranks differ; names a rank, the fact and both values.
+    """
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, configuration_facts(config))
+    compare_facts(everyone)
+
+
+def examine_together(examine: Callable[[], tuple[Found, dict[str, str]]]) -> Found:
     """Run `examine` on every rank and compare what it found; a collective call.
 
     Args:
@@ -47,10 +64,10 @@ def examine_together(config: Config, examine: Callable[[], tuple[Found, dict[str
         CrnetError: `examine` raised on some rank; every rank raises, naming it.
         ConfigError: ranks differ; names a rank, the fact and both values.
     """
-    found, facts, problem = None, configuration_facts(config), None
+    found, problem = None, None
+    facts: dict[str, str] = {}
     try:
-        found, more = examine()
-        facts.update(more)
+        found, facts = examine()
     except CrnetError as error:
         problem = error
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -73,7 +90,5 @@ def compare_facts(facts: list[dict[str, str]]) -> None:
         different = [rank for rank, value in enumerate(values) if value != usual]
         if different:
             ranks = ", ".join(str(rank) for rank in different)
-            raise ConfigError(
-                f"rank {ranks} has {name} {values[different[0]]}, but the others have {usual}: start every rank with "
-                "the same configuration, libraries and files"
-            )
+            remedy = REMEDIES.get(name, "start every rank with the same configuration, libraries and files")
+            raise ConfigError(f"rank {ranks} has {name} {values[different[0]]}, but the others have {usual}: {remedy}")

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_crnet.config import Config, ModelConfig
+from megatron_crnet.deepspeed_rules import zero_stage
 from megatron_crnet.ranks import FULL_RANK, POSITIONS, chain_starts, model_ranks
-from megatron_crnet.rules import sequence_parallel, zero_stage
+from megatron_crnet.rules import sequence_parallel
 
 
 def position_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:

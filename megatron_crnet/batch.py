@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_crnet.config import Config
+from megatron_crnet.errors import require
 from megatron_crnet.parallel import data_parallel_size
-from megatron_crnet.rules import require
 
 
 @dataclass(frozen=True)

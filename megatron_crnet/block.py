@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,8 +18,11 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.core.utils import get_pg_rank, make_viewless_tensor
 from torch import Tensor
 
+from megatron_crnet.activation_store import ActivationStore
 from megatron_crnet.layer import LayerOutputs, layer_spec
 from megatron_crnet.norm import CRNetNorm
+from megatron_crnet.recompute_plan import micro_batches_in_flight, plan_inverse, plan_segments
+from megatron_crnet.segment import SegmentRun
 from megatron_crnet.transformer_config import CRNetTransformerConfig
 
 
@@ -90,6 +94,21 @@ class CRNetTransformerBlock(TransformerBlock):
         self.first_layer = get_transformer_layer_offset(config, vp_stage, pp_rank)
         submodules = TransformerBlockSubmodules(layer_specs=[layer_spec()] * count, layer_norm=CRNetNorm)
         super().__init__(config, submodules, vp_stage=vp_stage, pg_collection=pg_collection, **kwargs)
+        self.segments: list[range] = []
+        """Layers (from 0 over the whole model) that are recomputed together; empty without recomputation."""
+        self.store = ActivationStore(config)
+        if config.recompute_strategy in ("replay", "full"):
+            self.segments = plan_segments(config, self.layer_range, micro_batches_in_flight(config, pp_rank))
+
+    @property
+    def layer_range(self) -> range:
+        """Numbers of this chunk's layers, from 0 over the whole model."""
+        return range(self.first_layer, self.first_layer + len(self.layers))
+
+    def place_anchors(self, scales: Mapping[int, Sequence[float]]) -> int:
+        """Cut the layers for `inverse` as s(beta), by layer, allows. Returns how many anchors the guard has added."""
+        self.segments, added = plan_inverse(self.config, self.layer_range, scales)
+        return added
 
     def forward(self, hidden_states: Tensor, rotary_pos_emb: Tensor | None = None, **kwargs: Any) -> Tensor:
         """hidden_states: [s/t, b, h]; a later pipeline stage takes the packed `input_tensor` instead.
@@ -100,10 +119,27 @@ class CRNetTransformerBlock(TransformerBlock):
         if not self.pre_process:
             hidden_states, context = unpack(self.input_tensor, self.config, self.first_layer)
         hidden_states = make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True)
-        parallel_random = self.config.sequence_parallel and self.config.hidden_dropout > 0
+        parallel_random = self.config.sequence_parallel and self.config.has_dropout
         with tensor_parallel.get_cuda_rng_tracker().fork() if parallel_random else nullcontext():
-            for layer in self.layers:
-                hidden_states, context = layer(hidden_states, context=context, rotary_pos_emb=rotary_pos_emb)
+            if self.segments and self.training and torch.is_grad_enabled():
+                hidden_states, context = self._recomputed(hidden_states, context, rotary_pos_emb)
+            else:
+                for layer in self.layers:
+                    hidden_states, context = layer(hidden_states, context=context, rotary_pos_emb=rotary_pos_emb)
         if self.final_layernorm is not None:
             return self.final_layernorm(hidden_states)
         return pack(hidden_states, context, interleaved_width(self.config))
+
+    def _recomputed(
+        self, hidden_states: Tensor, context: LayerOutputs | None, rotary_pos_emb: Tensor | None
+    ) -> tuple[Tensor, LayerOutputs | None]:
+        below: SegmentRun | None = None
+        for segment in self.segments:
+            layers = [self.layers[number - self.first_layer] for number in segment]
+            last = segment is self.segments[-1]
+            run = SegmentRun(self.config, layers, self.store, rotary_pos_emb, last)
+            hidden_states, context = run(hidden_states, context)
+            if below is not None and below.passes_on:
+                below.end = run.start
+            below = run
+        return hidden_states, context

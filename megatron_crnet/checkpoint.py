@@ -7,6 +7,7 @@ DIR/latest           name of the checkpoint that a run continues from
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,10 +16,13 @@ from typing import Any
 import torch.distributed as dist
 import yaml
 from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
 from megatron_crnet.config import Config
+from megatron_crnet.deepspeed_rules import zero_stage
 from megatron_crnet.errors import CheckpointError, ConfigError
-from megatron_crnet.rules import zero_stage
+from megatron_crnet.liveness import is_communication
 from megatron_crnet.settings import resolved, save_config
 
 PREFIX = "step_"
@@ -29,7 +33,10 @@ LAYOUT = (
     "virtual_pipeline_model_parallel_size",
     "num_layers_in_first_pipeline_stage",
     "num_layers_in_last_pipeline_stage",
+    "sequence_parallel",  # decides which parameters share a flat buffer of DeepSpeed's
 )
+FLAT_BUFFER_KEYS = {"round_robin_gradients": (1, 2), "parameter_alignment": (1, 2), "sub_group_size": (3,)}
+"""Keys of zero_optimization that order and cut the flat buffers which a checkpoint holds, and the stages that do so."""
 
 
 @dataclass(frozen=True)
@@ -132,18 +139,36 @@ def check_resumable(config: Config, checkpoint: Path) -> dict[str, Any]:
     fields = [("model", name) for name in wanted["model"] if name not in NOT_OF_THE_SHAPE]
     fields += [("parallel", name) for name in LAYOUT] + [("training", "dtype")]
     for section, name in fields:
-        if saved[section].get(name) != wanted[section][name]:
-            raise ConfigError(
-                f"checkpoint {checkpoint} was written with {section}.{name} {saved[section].get(name)}, but the "
-                f"configuration says {wanted[section][name]}: use the saved value or another logging.output_dir"
-            )
-    stage = saved["deepspeed"].get("zero_optimization", {}).get("stage", 0)
-    if stage != zero_stage(config):
-        raise ConfigError(
-            f"checkpoint {checkpoint} was written with ZeRO stage {stage}, but the configuration says "
-            f"{zero_stage(config)}: use the saved stage or another logging.output_dir"
-        )
+        _require_equal(checkpoint, f"{section}.{name}", saved[section].get(name), wanted[section][name])
+    zero, own = (values["deepspeed"].get("zero_optimization", {}) for values in (saved, wanted))
+    stage = zero_stage(config)
+    _require_equal(checkpoint, "ZeRO stage", zero.get("stage", 0), stage)
+    was, now = DeepSpeedZeroConfig(**zero), DeepSpeedZeroConfig(**own)
+    for name, stages in FLAT_BUFFER_KEYS.items():
+        if stage in stages:
+            _require_equal(checkpoint, f"deepspeed.zero_optimization.{name}", getattr(was, name), getattr(now, name))
     return dict(saved)
+
+
+def _require_equal(checkpoint: Path, name: str, saved: Any, wanted: Any) -> None:
+    if saved != wanted:
+        raise ConfigError(
+            f"checkpoint {checkpoint} was written with {name} {saved}, but the configuration says {wanted}: "
+            "use the saved value or another logging.output_dir"
+        )
+
+
+# what DeepSpeed and PyTorch stumble over in files that are missing, damaged, or of another number of ranks
+LOAD_ERRORS = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    AssertionError,
+    ValueError,
+    pickle.UnpicklingError,
+    ZeRORuntimeException,
+)
 
 
 def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path) -> TrainingState:
@@ -157,7 +182,9 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path) -> TrainingState:
         path, client = engine.load_checkpoint(
             str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False
         )
-    except (OSError, RuntimeError, EOFError, KeyError, AssertionError) as error:
+    except LOAD_ERRORS as error:
+        if is_communication(error):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"checkpoint {checkpoint} cannot be loaded ({reason}): {advice}") from error
     if path is None or client is None:

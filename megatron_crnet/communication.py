@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+# other operations are counted under their own names
 KINDS = {
     "_allgather_base_": "all_gather",
     "allgather_": "all_gather",
@@ -56,22 +57,20 @@ class CommunicationCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _count(self, name: str, args: Any) -> None:
-        kind = KINDS.get(name)
-        if kind is None:
-            return
-        tensors = list(_tensors(args))
-        # gathers name the output first, reduce-scatters the input second: the larger of the two either way
-        largest = max(tensors, key=torch.Tensor.numel) if kind in ("all_gather", "reduce_scatter") else None
-        counted = [largest] if largest is not None else tensors
+        kind = KINDS.get(name, name)
+        # an argument is a tensor, a list of them, or for each of them a list by rank: the larger of output and input
+        sides = [list(_tensors(value)) for value in args]
+        counted = max(sides, key=lambda side: sum(t.numel() for t in side))
         factor = 2 if kind == "all_reduce" else 1
         entry = self.traffic[kind, _ranks(args)]
         entry.calls += 1
         entry.elements += factor * sum(t.numel() for t in counted)
         entry.bytes += factor * sum(t.numel() * t.element_size() for t in counted)
 
-    def elements(self, *kinds: str, ranks: tuple[int, ...] | None = None) -> int:
-        """Volume of some kinds in elements, in one group or in all."""
-        return sum(t.elements for (kind, group), t in self.traffic.items() if kind in kinds and ranks in (None, group))
+    def total(self, *kinds: str, ranks: tuple[int, ...] | None = None) -> Traffic:
+        """Traffic of some kinds, in one group or in all."""
+        found = [t for (kind, group), t in self.traffic.items() if kind in kinds and ranks in (None, group)]
+        return Traffic(*(sum(getattr(t, name) for t in found) for name in ("calls", "elements", "bytes")))
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -13,20 +13,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_crnet.communication import CommunicationCounter
+from megatron_crnet.communication import CommunicationCounter, Traffic
 from megatron_crnet.config import Config, ModelConfig
 from megatron_crnet.engine import TrainEngine
 from megatron_crnet.gpt import build_model_chunks
 from megatron_crnet.parallel import initialize_parallel
-from megatron_crnet.ranks import POSITIONS, model_ranks
+from megatron_crnet.ranks import POSITIONS, chain_starts, model_ranks
+from megatron_crnet.transformer_config import build_transformer_config
 
 TENSOR_PARALLEL_KINDS = ("all_gather", "reduce_scatter", "all_reduce")
 
 
 @dataclass(frozen=True)
 class LayerTraffic:
-    """Tensor-parallel volume of one layer for one token, in elements (see `communication.py`).
+    """Tensor-parallel volume of one layer for one token, in elements and in bytes (see `communication.py`).
 
     Attributes:
         forward: of the forward pass.
@@ -37,6 +39,17 @@ class LayerTraffic:
     forward: float
     step: float
     gradients: float
+    forward_bytes: float
+    step_bytes: float
+    gradients_bytes: float
+
+
+@dataclass(frozen=True)
+class BoundaryTraffic:
+    """What a pipeline rank sends forward for one token of this tensor-parallel rank."""
+
+    elements: float
+    bytes: float
 
 
 def layer_traffic(config: Config, variant: str) -> LayerTraffic:
@@ -45,17 +58,35 @@ def layer_traffic(config: Config, variant: str) -> LayerTraffic:
     return LayerTraffic(*(b - a for a, b in zip(two, three, strict=True)))
 
 
-def boundary_elements(config: Config) -> dict[int, float]:
-    """Elements that each pipeline rank sends forward for one token of this tensor-parallel rank; a collective call."""
-    parallel = config.parallel
-    pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
-    short = _with_model(config, {"num_layers": 2 * pp * vpp, "rank": _low_rank(config.model)}, keep_pipeline=True)
-    forward, _, _, tokens = _run(short)
-    mine = forward.elements("send") / tokens
+def boundary_traffic(config: Config) -> dict[int, BoundaryTraffic]:
+    """What each pipeline rank sends forward, by pipeline rank; a collective call."""
+    forward, _, _, tokens = _run(_short_pipeline(config))
+    sent = forward.total("send")
+    mine = BoundaryTraffic(sent.elements / tokens, sent.bytes / tokens)
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (parallel_state.get_pipeline_model_parallel_rank(), mine))
     parallel_state.destroy_model_parallel()
     return dict(everyone)
+
+
+def _short_pipeline(config: Config) -> Config:
+    """Two layers a model chunk, of which the first starts a chain exactly where the chunk's first layer does."""
+    parallel = config.parallel
+    pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
+    transformer, starts = build_transformer_config(config), chain_starts(config.model)
+    # chunk c of pipeline rank p is the (c pp + p)-th along the model
+    firsts = [
+        get_transformer_layer_offset(transformer, chunk if vpp > 1 else None, rank)
+        for chunk in range(vpp)
+        for rank in range(pp)
+    ]
+    full = [2 * k for k, first in enumerate(firsts) if first in starts]
+    changes = {
+        "num_layers": 2 * pp * vpp,
+        "rank": _low_rank(config.model),
+        "full_rank_layers": full if config.model.variant == "crnet" else None,
+    }
+    return _with_model(config, changes, keep_pipeline=True)
 
 
 def _low_rank(model: ModelConfig) -> dict[str, int | list[int]]:
@@ -87,17 +118,18 @@ def _with_model(config: Config, changes: dict[str, Any], *, keep_pipeline: bool)
             config.training, micro_batch_size=1, global_batch_size=dp * micro_batches, seq_length=4 * tp
         ),
         parallel=dataclasses.replace(parallel, **uneven),
-        deepspeed={},
+        deepspeed={"zero_optimization": {"stage": 1}},  # has every layout and dtype, and sends the same
     )
 
 
-def _count(short: Config) -> tuple[float, float, float]:
-    """Forward, step and gradient elements of this rank: the first two for one token."""
+def _count(short: Config) -> tuple[float, ...]:
+    """The fields of `LayerTraffic`, for all layers of this rank."""
     forward, passes, gradients, tokens = _run(short)
     ranks = tuple(dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group()))
-    volumes = [c.elements(*TENSOR_PARALLEL_KINDS, ranks=ranks) for c in (forward, passes, gradients)]
+    counters = ((forward, tokens), (passes, tokens), (gradients, 1))
+    volumes: list[tuple[Traffic, int]] = [(c.total(*TENSOR_PARALLEL_KINDS, ranks=ranks), n) for c, n in counters]
     parallel_state.destroy_model_parallel()
-    return volumes[0] / tokens, volumes[1] / tokens, float(volumes[2])
+    return (*(volume.elements / n for volume, n in volumes), *(volume.bytes / n for volume, n in volumes))
 
 
 def _run(config: Config) -> tuple[CommunicationCounter, CommunicationCounter, CommunicationCounter, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megatron_crnet.deepspeed_rules import check_deepspeed
 from megatron_crnet.ranks import Rank
 from megatron_crnet.rules import check_config
 
@@ -53,7 +54,7 @@ class ModelConfig:
     init_method_std: float = 0.02
     """Standard deviation of full-rank weights and embeddings; A and B are drawn so that A B has it."""
     hidden_dropout: float = 0.0
-    """Dropout on the attention and feed-forward outputs before they join the residual stream."""
+    """Dropout on the embedding, and on the attention and feed-forward outputs before they join the residual stream."""
     attention_dropout: float = 0.0
     """Dropout on attention probabilities."""
 
@@ -162,11 +163,15 @@ class RecomputeConfig:
     """Activation recomputation."""
 
     strategy: Literal["none", "replay", "inverse", "full"] = "none"
-    """none keeps every activation; the others arrive with the recomputation work."""
+    """none keeps every activation. replay keeps low-rank outputs and segment starts and rebuilds the rest, exactly.
+    inverse is the paper's: it divides by s(beta) and is exact to inverse_tolerance. full runs the layers again."""
     segment_length: int | Literal["auto"] = "auto"
-    """Layers in a segment."""
+    """Layers in a segment; under inverse, between anchors. auto takes the least memory (inverse: 8)."""
     keep_attention_output: bool = False
-    """Keep the attention output instead of recomputing it."""
+    """Keep attention's output (not under full) instead of computing it again; worth it for long sequences."""
+    inverse_tolerance: float | None = None
+    """Relative error up to which the betas may amplify rounding under inverse, by the rule of docs/recompute.md;
+    null means 1/16 in bf16 and 1e-4 in fp32. Anchors are added where it would be passed."""
 
 
 @dataclass(frozen=True)
@@ -212,3 +217,4 @@ class Config:
 
     def __post_init__(self) -> None:
         check_config(self)
+        check_deepspeed(self)

@@ -9,23 +9,17 @@ import difflib
 from typing import Any
 
 from megatron_crnet.config import Config
+from megatron_crnet.deepspeed_rules import zero_stage
 from megatron_crnet.errors import ConfigError
-from megatron_crnet.rules import zero_stage
 
 KNOWN_KEYS = (
     "activation_checkpointing",
     "aio",
-    "autotuning",
     "checkpoint",
     "comms_logger",
-    "compile",
-    "disable_allgather",
     "dump_state",
-    "elasticity",
     "flops_profiler",
     "memory_breakdown",
-    "nebula",
-    "sparse_gradients",
     "timers",
     "wall_clock_breakdown",
     "zero_allow_untested_optimizer",
@@ -57,6 +51,8 @@ def deepspeed_config(config: Config, dp_size: int) -> dict[str, Any]:
     }
     if bf16 and stage > 0:
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        # DeepSpeed's default would round the fp32 sums to bf16 before they are added up over replicas
+        settings["communication_data_type"] = "fp32"
     if bf16 and stage == 1:
         # every backward pass adds to the fp32 gradients at once, whoever started it
         settings["bf16"]["immediate_grad_update"] = True

@@ -12,6 +12,7 @@ Megatron-Core counts micro-batches and DeepSpeed is told 1, or gradients would b
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,18 +21,20 @@ from dataclasses import dataclass
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.activation_checkpointing import checkpointing
 from deepspeed.runtime.utils import clip_grad_norm_
 from deepspeed.utils import safe_get_full_fp32_param
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megatron_crnet.config import Config
+from megatron_crnet.deepspeed_rules import offloads_optimizer, zero_stage
 from megatron_crnet.deepspeed_settings import deepspeed_config, is_plain
 from megatron_crnet.gpt import CRNetModel
 from megatron_crnet.linear import LowRankGroup
-from megatron_crnet.optimizer import ParamGroup, build_adamw, build_scheduler, parameter_groups
+from megatron_crnet.optimizer import ParamGroup, build_adamw, build_scheduler, is_partial, parameter_groups
 from megatron_crnet.parallel import MegatronMpu, NormMpu, ParallelContext
-from megatron_crnet.rules import zero_stage
+from megatron_crnet.reference import signed_scale
 from megatron_crnet.schedule import Batch, ScheduledChunk, loss_totals, run_logits, run_schedule
 
 
@@ -65,23 +68,29 @@ class TrainEngine:
         module = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
         in_fp32 = {p: p.detach().clone() for p in module.parameters() if p.dtype == torch.float32}
         if self.stage == 3:
-            in_fp32 = {}  # stage 3 packs all parameters into one buffer of one dtype: see _refresh_betas
+            in_fp32 = {}  # stage 3 packs all parameters into one buffer of one dtype: see _weights_changed
+        settings = deepspeed_config(config, context.dp_size)
         self.deepspeed, *_ = deepspeed.initialize(
             model=module,
             optimizer=self._optimizer_factory(in_fp32),
-            model_parameters=parameter_groups(chunks, config.optimizer.weight_decay),
-            config=deepspeed_config(config, context.dp_size),
+            model_parameters=parameter_groups(chunks, config.optimizer.weight_decay, partial_apart=self.stage >= 2),
+            config=settings,
             mpu=MegatronMpu(),
             dist_init_required=False,
         )
+        checkpointing.configure(MegatronMpu(), deepspeed_config=settings)
+        if checkpointing.PROFILE_TIME:
+            logging.getLogger("DeepSpeed").setLevel(logging.INFO)  # its timers speak through it
         self.optimizer = self.deepspeed.optimizer
+        self.added_anchors = 0
+        """Anchors that the guard of `inverse` has added on this rank."""
         if self.stage == 0:
             # DeepSpeed's wrapper has taken a step (with rate 0) to allocate the moments, which counts in Adam's
             # bias correction
             self.deepspeed.basic_optimizer.state.clear()
             for group in self.deepspeed.basic_optimizer.param_groups:
                 group.pop("step", None)  # where Apex's FusedAdam counts
-        self._refresh_betas()
+        self._weights_changed()
         self.scheduler = build_scheduler(config, self.optimizer)
         self.last_grad_norm: float | None = None
         hooked = self.stage >= 2
@@ -99,17 +108,28 @@ class TrainEngine:
             # DeepSpeed has just cast every parameter to bf16; beta goes back to fp32 before ZeRO sees it
             for parameter, value in in_fp32.items():
                 parameter.data = value.to(parameter.device)
-            return build_adamw(groups, self.config.optimizer)
+            return build_adamw(groups, self.config.optimizer, on_host=offloads_optimizer(self.config))
 
         return factory
 
-    def _refresh_betas(self) -> None:
-        """Under bf16 ZeRO-3, give every group an fp32 copy of its beta, from the optimizer's master weights."""
-        if self.stage < 3 or self.config.training.dtype == "fp32":
+    def _weights_changed(self) -> None:
+        """What follows from new betas: fp32 copies under bf16 ZeRO-3, anchors under `inverse`."""
+        anchored = self.config.recompute.strategy == "inverse"
+        rounded = self.stage == 3 and self.config.training.dtype == "bf16"
+        if not anchored and not rounded:
             return
-        for group in (m for chunk in self.chunks for m in chunk.modules() if isinstance(m, LowRankGroup)):
-            if group.beta is not None:
-                group.beta_fp32 = safe_get_full_fp32_param(group.beta)
+        self.added_anchors = 0
+        for chunk in self.chunks:
+            betas = {group: self._exact_beta(group) for group in chunk.modules() if _has_residual(group)}
+            if rounded:
+                for group, beta in betas.items():
+                    group.beta_fp32 = beta
+            if anchored:
+                self.added_anchors += chunk.decoder.place_anchors(_scales_by_layer(betas))
+
+    def _exact_beta(self, group: LowRankGroup) -> Tensor:
+        assert group.beta is not None
+        return safe_get_full_fp32_param(group.beta) if self.stage == 3 else group.beta.detach()
 
     @contextmanager
     def _accumulating(self) -> Iterator[None]:
@@ -132,6 +152,7 @@ class TrainEngine:
     def accumulate(self, batches: list[Batch], tokens: int) -> list[dict[str, Tensor]]:
         """The passes of one step alone; see `forward_backward` and `run_schedule`."""
         self.deepspeed.train()
+        checkpointing.reset()  # frees what an abandoned step has left in DeepSpeed's hands
         self.deepspeed.set_gradient_accumulation_boundary(True)
         return run_schedule(self.scheduled, batches, tokens=tokens)
 
@@ -144,7 +165,7 @@ class TrainEngine:
         norm = self._clip() if plain else 0.0
         if math.isfinite(norm):
             self.deepspeed.step()
-        self._refresh_betas()
+        self._weights_changed()
         self.scheduler.step(1)
         self.last_grad_norm = norm if plain else float(self.deepspeed.get_global_grad_norm())
         return self.last_grad_norm, lr
@@ -155,8 +176,16 @@ class TrainEngine:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def restore_schedule(self, steps: int) -> None:
-        """Put the learning rate, and what follows from loaded weights, where `steps` steps have led."""
-        self._refresh_betas()
+        """Put the learning rate, and what follows from loaded weights, where `steps` steps have led.
+
+        A checkpoint brings its own optimizer settings along, in some stages: this run's are put back.
+        """
+        self._weights_changed()
+        section = self.config.optimizer
+        for group in self.optimizer.param_groups:
+            group.update(betas=(section.adam_beta1, section.adam_beta2), eps=section.adam_eps)
+        if not is_plain(self.config):
+            self.optimizer.clip_grad = section.clip_grad
         self.scheduler = build_scheduler(self.config, self.optimizer)
         self.scheduler.step(steps)
 
@@ -183,7 +212,8 @@ class TrainEngine:
 
     def reduce_gradients(self) -> None:
         """Sum partial gradients over tensor-parallel ranks and average over replicas, where no hook has."""
-        _sum_over_tensor_parallel(self._partial_gradients())
+        if parallel_state.get_tensor_model_parallel_world_size() > 1:
+            _sum_over_tensor_parallel(self._partial_gradients())
         if self.stage == 1 and self.config.training.dtype == "fp32":
             self.optimizer.reduce_gradients(pipeline_parallel=True)
         elif self.stage <= 1:
@@ -195,29 +225,40 @@ class TrainEngine:
         Under ZeRO 2 and 3 they are averaged and partitioned already; equal partitions lie on the same
         data-parallel rank of each tensor-parallel rank, so that they can be summed as they are.
         """
-        if self.stage == 3:
-            # kept by sub-group, pieces of a parameter group of at most sub_group_size elements
-            subs = enumerate(self.optimizer.fp16_groups)
-            partial = [i for i, parameters in subs if getattr(parameters[0], "sequence_parallel", False)]
-            return [gradient for i in partial for gradient in self.optimizer.averaged_gradients[i]]
-        groups = self.optimizer.param_groups
-        partial = [i for i, group in enumerate(groups) if group["tensor_parallel_partial"]]
-        if self.stage == 2:
+        if self.stage >= 2:
+            # by group; under ZeRO-3 by sub-group, a piece of a group of at most sub_group_size elements
+            groups = self.optimizer.fp16_groups if self.stage == 3 else self.optimizer.bit16_groups
+            partial = [i for i, parameters in enumerate(groups) if is_partial(parameters[0])]
             return [gradient for i in partial for gradient in self.optimizer.averaged_gradients[i]]
         if self.stage == 1 and self.config.training.dtype == "bf16":
-            return [gradient for i in partial for gradient in self.optimizer.fp32_groups_gradients[i]]
-        parameters = (p for chunk in self.chunks for p in chunk.parameters() if getattr(p, "sequence_parallel", False))
+            both = zip(self.optimizer.bf16_groups, self.optimizer.fp32_groups_gradients, strict=True)
+            return [g for pair in both for p, g in zip(*pair, strict=True) if is_partial(p)]
+        parameters = (p for chunk in self.chunks for p in chunk.parameters() if is_partial(p))
         return [p.grad for p in parameters if p.grad is not None]
 
 
 def _sum_over_tensor_parallel(gradients: list[Tensor]) -> None:
     """Sum partial gradients over the tensor-parallel group, one call for each dtype."""
     group = parallel_state.get_tensor_model_parallel_group()
-    if group.size() == 1:
-        return
     for dtype in sorted({gradient.dtype for gradient in gradients}, key=str):
         same = [gradient for gradient in gradients if gradient.dtype == dtype]
         flat = torch.cat([gradient.flatten() for gradient in same])
         dist.all_reduce(flat, group=group)
         for gradient, reduced in zip(same, flat.split([g.numel() for g in same]), strict=True):
             gradient.copy_(reduced.view_as(gradient))
+
+
+def _has_residual(module: nn.Module) -> bool:
+    return isinstance(module, LowRankGroup) and module.beta is not None
+
+
+def _scales_by_layer(betas: dict[LowRankGroup, Tensor]) -> dict[int, list[float]]:
+    """s(beta) of every position by layer (from 0), brought to the host at once."""
+    if not betas:
+        return {}
+    scales = torch.cat([signed_scale(beta.float(), group.config.cross_layer_epsilon) for group, beta in betas.items()])
+    values = iter(scales.tolist())
+    found: dict[int, list[float]] = {}
+    for group, beta in betas.items():
+        found.setdefault(group.layer, []).extend(next(values) for _ in range(beta.numel()))
+    return found

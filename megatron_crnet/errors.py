@@ -1,8 +1,8 @@
 """The exceptions a user can meet.
 
 Every message names the value, the rule that it breaks and the remedy, in one line. The command-line
-entry points print that line and end with `exit_status`; nothing else is caught there, so a defect
-of this code still shows its traceback.
+entry points print that line and end with `exit_status`; anything else is a defect of this code and
+shows its traceback.
 """
 
 from __future__ import annotations
@@ -43,3 +43,15 @@ class NonFiniteLossError(CrnetError):
     """Training met a loss or a gradient norm that is not a finite number."""
 
     exit_status = 3
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ConfigError with `message` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def require_positive(section: str, **values: float) -> None:
+    """Refuse values below one (integers) or not above zero (floats)."""
+    for name, value in values.items():
+        require(value > 0, f"{section}.{name} is {value}, but must be above 0: give a positive number")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from megatron_crnet.attention import SDPACoreAttention
 from megatron_crnet.linear import build_group
+from megatron_crnet.memory import GroupMemory, LayerMemory
 from megatron_crnet.norm import CRNetNorm
 from megatron_crnet.transformer_config import CRNetTransformerConfig
 
@@ -61,7 +64,7 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
         super().__init__(config=config)
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.layer_number = layer_number + get_transformer_layer_offset(config, vp_stage, get_pg_rank(groups.pp))
-        layer = self.layer_number - 1
+        layer = self.index = self.layer_number - 1
         self.returns_outputs = config.has_next(layer)
         norm = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
         self.input_layernorm = submodules.norm(**norm)
@@ -77,35 +80,72 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
         hidden_states: Tensor,
         context: LayerOutputs | None = None,
         rotary_pos_emb: Tensor | None = None,
+        memory: LayerMemory | None = None,
         **_: Any,
     ) -> tuple[Tensor, LayerOutputs | None]:
         """hidden_states: [s/t, b, h] with sequence parallelism, [s, b, h] without.
 
         `context` (Megatron-Core's name for what a block threads through its layers) holds the outputs of the
         layer below, None where a chain starts. Returns the residual stream and this layer's outputs, None
-        where the layer above does not use them.
+        where the layer above does not use them. With `memory` the call is recorded there, or repeated from
+        there, and the outputs are returned in any case (`segment.py`).
         """
-        y = context
+        y, m = context, memory.groups if memory else {}
         normed = self.input_layernorm(hidden_states)
-        q, k, v = self.linear_qkv(normed, (y.q, y.k, y.v) if y else None)
-        (o,) = self.linear_o(self.attention(q, k, v, rotary_pos_emb), (y.o,) if y else None)
-        hidden_states = hidden_states + self._dropout(o)
+        q, k, v = self.linear_qkv(normed, (y.q, y.k, y.v) if y else None, m.get("qkv"))
+        attention = self.attention(q, k, v, rotary_pos_emb, memory)
+        (o,) = self.linear_o(attention, (y.o,) if y else None, m.get("o"))
+        hidden_states = hidden_states + self._dropout(o, "o", memory)
         normed = self.pre_mlp_layernorm(hidden_states)
-        gate, up = self.linear_gate_up(normed, (y.gate, y.up) if y else None)
-        (down,) = self.linear_down(F.silu(gate) * up, (y.down,) if y else None)
-        hidden_states = hidden_states + self._dropout(down)
-        return hidden_states, LayerOutputs(q, k, v, o, gate, up, down) if self.returns_outputs else None
+        gate, up = self.linear_gate_up(normed, (y.gate, y.up) if y else None, m.get("gate_up"))
+        (down,) = self.linear_down(F.silu(gate) * up, (y.down,) if y else None, m.get("down"))
+        hidden_states = hidden_states + self._dropout(down, "down", memory)
+        outputs = LayerOutputs(q, k, v, o, gate, up, down)
+        return hidden_states, outputs if self.returns_outputs or memory else None
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, rotary_pos_emb: Tensor | None) -> Tensor:
+    def rebuild(
+        self, hidden_states: Tensor, context: LayerOutputs | None, memory: LayerMemory
+    ) -> tuple[Tensor, LayerOutputs | None]:
+        """What `forward` returned, from the low-rank outputs in `memory`: the same operations, the same bits.
+
+        Only the products with B and the additions are done. Where no chain passes, only those that lead to the
+        residual stream, and None stands for the outputs.
+        """
+        y, m = context, memory.groups
+        if y is None and not self.returns_outputs:
+            outputs = None
+            m["o"].outputs = o, = self.linear_o(None, None, m["o"])  # fmt: skip
+            m["down"].outputs = down, = self.linear_down(None, None, m["down"])  # fmt: skip
+        else:
+            outputs = LayerOutputs(*self._each_group(m, y, below=False))
+            memory.know(outputs)
+            o, down = outputs.o, outputs.down
+        hidden_states = hidden_states + self._dropout(o, "o", memory)
+        return hidden_states + self._dropout(down, "down", memory), outputs
+
+    def outputs_below(self, outputs: LayerOutputs, memory: LayerMemory) -> LayerOutputs:
+        """The outputs one layer below, from this layer's, to rounding (`low_rank_outputs_below`)."""
+        return LayerOutputs(*self._each_group(memory.groups, outputs, below=True))
+
+    def _each_group(self, groups: dict[str, GroupMemory], y: LayerOutputs | None, *, below: bool) -> Iterator[Tensor]:
+        yield from self.linear_qkv(None, (y.q, y.k, y.v) if y else None, groups["qkv"], below=below)
+        yield from self.linear_o(None, (y.o,) if y else None, groups["o"], below=below)
+        yield from self.linear_gate_up(None, (y.gate, y.up) if y else None, groups["gate_up"], below=below)
+        yield from self.linear_down(None, (y.down,) if y else None, groups["down"], below=below)
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, rotary_pos_emb: Tensor | None, memory: LayerMemory | None = None
+    ) -> Tensor:
         """Self-attention of the local heads; q, k, v: [s, b, local width]. Returns [s, b, h/t]."""
         q, k, v = (x.unflatten(-1, (-1, self.config.kv_channels)) for x in (q, k, v))
         if rotary_pos_emb is not None:
             q = apply_rotary_pos_emb(q, rotary_pos_emb, config=self.config)
             k = apply_rotary_pos_emb(k, rotary_pos_emb, config=self.config)
-        return self.core_attention(q, k, v)
+        return self.core_attention(q, k, v, memory)
 
-    def _dropout(self, x: Tensor) -> Tensor:
-        return F.dropout(x, p=self.config.hidden_dropout, training=self.training)
+    def _dropout(self, x: Tensor, point: str, memory: LayerMemory | None) -> Tensor:
+        with memory.drawing(point) if memory else nullcontext():
+            return F.dropout(x, p=self.config.hidden_dropout, training=self.training)
 
 
 def layer_spec() -> ModuleSpec:

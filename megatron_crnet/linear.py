@@ -12,7 +12,7 @@ and the output of a row group are [s/t, b, .], without it [s, b, .].
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -21,15 +21,19 @@ import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
 
-from megatron_crnet.cross_layer import cross_layer_residual
-from megatron_crnet.low_rank_products import low_rank_products
+from megatron_crnet.fragment import Fragment
+from megatron_crnet.input_product import Reduction, input_product
+from megatron_crnet.low_rank_products import (
+    ProductOptions,
+    low_rank_outputs,
+    low_rank_outputs_below,
+)
+from megatron_crnet.memory import GroupMemory
+from megatron_crnet.reference import signed_scale
+from megatron_crnet.sequence_shards import gather_sequence
 from megatron_crnet.transformer_config import CRNetTransformerConfig
 
 Outputs = tuple[Tensor, ...]
@@ -75,8 +79,12 @@ class LinearGroup(nn.Module):
         shards = 1 if self.is_row else self.tp_size
         self.local_out = [width // shards for width in self.h_out]
 
-    def forward(self, x: Tensor, previous: Outputs | None) -> Outputs:
-        """One output for each position. `previous` holds the same positions one layer below, or is None."""
+    def forward(self, x: Tensor | None, previous: Outputs | None, memory: GroupMemory | None = None) -> Outputs:
+        """One output for each position. `previous` holds the same positions one layer below, or is None.
+
+        `memory` makes the call part of a recomputation: empty, it is filled; filled, what it holds is not computed
+        again.
+        """
         raise NotImplementedError
 
     def pieces(self) -> Iterator[Piece]:
@@ -99,8 +107,18 @@ class FullRankGroup(LinearGroup):
                 self.h_in, sum(self.h_out), gather_output=False, tp_group=self.tp_group, **common
             )
 
-    def forward(self, x: Tensor, previous: Outputs | None) -> Outputs:
+    def forward(self, x: Tensor | None, previous: Outputs | None, memory: GroupMemory | None = None) -> Outputs:
         """X W; `previous` is not used."""
+        assert x is not None, "a full-rank layer cannot be rebuilt from low-rank outputs"
+        if memory is None or not memory.keep_graph:
+            return self._products(x)
+        if memory.fragment is None:
+            outputs, memory.fragment = Fragment.record(self._products, x)
+            return outputs
+        assert memory.outputs is not None
+        return memory.fragment.resume(memory.outputs, x)
+
+    def _products(self, x: Tensor) -> Outputs:
         y, _ = self.linear(x)
         return y.split(self.local_out, dim=-1)
 
@@ -124,6 +142,7 @@ class LowRankGroup(LinearGroup):
         self, config: CRNetTransformerConfig, group: str, pg_collection: ProcessGroupCollection, layer: int
     ) -> None:
         super().__init__(config, group, pg_collection)
+        self.layer = layer
         self.ranks = [config.ranks[layer][position] for position in self.positions]
         local_in = self.h_in // self.tp_size if self.is_row else self.h_in
         self.a = self._parameter(sum(self.ranks), local_in)
@@ -152,41 +171,81 @@ class LowRankGroup(LinearGroup):
             partial = self.tp_size > 1 and (self.config.sequence_parallel or not self.is_row)
             setattr(self.beta, "sequence_parallel", partial)  # noqa: B010
 
-    def forward(self, x: Tensor, previous: Outputs | None) -> Outputs:
-        """X A B, plus what the variant adds."""
-        return self.outputs(self.low_rank_output(x), previous)
+    def forward(
+        self, x: Tensor | None, previous: Outputs | None, memory: GroupMemory | None = None, below: bool = False
+    ) -> Outputs:
+        """X A B, plus what the variant adds.
 
-    def low_rank_output(self, x: Tensor) -> Tensor:
+        Without x, the outputs follow from the z in `memory`: upward from `previous`, or (`below`) the other way
+        round, from this layer's outputs, given as `previous`, to those one layer below.
+        """
+        if x is not None:
+            return self._outputs(self.low_rank_output(x, memory), previous, memory)
+        assert memory is not None
+        assert memory.z is not None
+        return self._rebuilt(memory.z, previous, memory, below)
+
+    def low_rank_output(self, x: Tensor, memory: GroupMemory | None = None) -> Tensor:
         """z = X A, the quantity that is cheap to keep and to send: [s/t, b, sum of ranks] (SP) or [s, b, .]."""
-        z = F.linear(x, self.a)
-        if not self.is_row or self.tp_size == 1:
-            return z
-        if self.config.sequence_parallel:
-            return reduce_scatter_to_sequence_parallel_region(z, group=self.tp_group)
-        return reduce_from_tensor_model_parallel_region(z, group=self.tp_group)
+        reduces = self.is_row and self.tp_size > 1
+        reduction = Reduction(self.tp_group, self.config.sequence_parallel) if reduces else None
+        z = input_product(x, self.a, reduction, known=memory.z if memory is not None else None)
+        if memory is not None and memory.z is None:
+            memory.kept.append(z.detach())
+        return z
 
-    def outputs(self, z: Tensor, previous: Outputs | None) -> Outputs:
+    def _outputs(self, z: Tensor, previous: Outputs | None, memory: GroupMemory | None) -> Outputs:
         """Y of every position from z and the outputs one layer below."""
+        z = self._entering(z)
+        repeats = torch.is_grad_enabled()
+        if memory is not None and repeats and self._gathers and memory.outputs is None:
+            # the product is repeated; its backward needs the same z
+            memory.gathered, _ = gather_sequence(z.detach(), self.tp_group)
+        return low_rank_outputs(z, self._stacks(), self._exact_beta(), previous, self._options(memory))
+
+    @torch.no_grad()
+    def _rebuilt(self, z: Tensor, outputs: Outputs | None, memory: GroupMemory, below: bool) -> Outputs:
+        """Y from z and the outputs one layer below, or the other way round; z is gathered for what follows, too."""
+        z = self._entering(z)
+        if self._gathers:
+            memory.gathered, _ = gather_sequence(z, self.tp_group)
+        options, beta = self._options(memory), self._exact_beta()
+        if not below:
+            return low_rank_outputs(z, self._stacks(), beta, outputs, options)
+        assert beta is not None
+        assert outputs is not None
+        memory.scale = signed_scale(beta.float(), options.epsilon)
+        return low_rank_outputs_below(z, self._stacks(), memory.scale, outputs, options)
+
+    def _entering(self, z: Tensor) -> Tensor:
+        """What B multiplies, up to a gather."""
         if self.config.variant == "cola":
             z = F.silu(z)
-        gather = not self.is_row and self.tp_size > 1 and self.config.sequence_parallel
-        if not self.is_row and self.tp_size > 1 and not gather:
-            z = copy_to_tensor_model_parallel_region(z, group=self.tp_group)
-        b = [getattr(self, f"b{index}") for index in range(len(self.batches))]
-        updates = low_rank_products(
-            z, b, gather_group=self.tp_group if gather else None, overlap=self.config.overlap_tp_communication
-        )
-        if self.beta is None or previous is None:
-            return updates
-        return self._add_previous(updates, previous)
+        if not self.is_row and self.tp_size > 1 and not self._gathers:
+            return copy_to_tensor_model_parallel_region(z, group=self.tp_group)
+        return z
 
-    def _add_previous(self, updates: Sequence[Tensor], previous: Outputs) -> Outputs:
-        assert self.beta is not None
-        eps = self.config.cross_layer_epsilon
+    @property
+    def _gathers(self) -> bool:
+        return not self.is_row and self.tp_size > 1 and self.config.sequence_parallel
+
+    def _options(self, memory: GroupMemory | None) -> ProductOptions:
+        return ProductOptions(
+            gather_group=self.tp_group if self._gathers else None,
+            overlap=self.config.overlap_tp_communication,
+            epsilon=self.config.cross_layer_epsilon,
+            known=memory.outputs if memory is not None else None,
+            gathered=memory.gathered if memory is not None else None,
+        )
+
+    def _stacks(self) -> list[Tensor]:
+        return [getattr(self, f"b{index}") for index in range(len(self.batches))]
+
+    def _exact_beta(self) -> Tensor | None:
+        if self.beta is None or self.beta_fp32 is None:
+            return self.beta
         # value of the fp32 copy, gradient of the parameter
-        beta = self.beta if self.beta_fp32 is None else self.beta_fp32 + (self.beta - self.beta.detach())
-        betas = beta.unbind()
-        return tuple(cross_layer_residual(*args, eps) for args in zip(updates, previous, betas, strict=True))
+        return self.beta_fp32 + (self.beta - self.beta.detach())
 
     def pieces(self) -> Iterator[Piece]:
         """Every A, B and beta."""

@@ -1,4 +1,4 @@
-"""z B for all positions of a group, with the sequence gathered on the way in and scattered on the way back.
+"""Y = s(beta) Y_prev + z B for all positions of a group; the sequence is gathered going in, scattered coming back.
 
 Only the sequence shard of z is kept for backward; it is gathered once more there for the gradient of B, which
 costs r-wide traffic and saves (t - 1)/t of z's memory (docs/parallelism.md).
@@ -6,25 +6,46 @@ costs r-wide traffic and saves (t - 1)/t of z's memory (docs/parallelism.md).
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-def _gather(z: Tensor, group: dist.ProcessGroup, async_op: bool) -> tuple[Tensor, Any]:
-    out = z.new_empty((z.shape[0] * group.size(), *z.shape[1:]))
-    return out, dist.all_gather_into_tensor(out, z.contiguous(), group=group, async_op=async_op)
-
-
-def _scatter(grad: Tensor, group: dist.ProcessGroup, async_op: bool) -> tuple[Tensor, Any]:
-    out = grad.new_empty((grad.shape[0] // group.size(), *grad.shape[1:]))
-    return out, dist.reduce_scatter_tensor(out, grad, group=group, async_op=async_op)
+from megatron_crnet.cross_layer import add_previous, gradients, remove_update
+from megatron_crnet.reference import signed_scale
+from megatron_crnet.sequence_shards import gather_sequence, scatter_sequence
 
 
-def _products(z: Tensor, matrices: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """z: [s, b, sum r]; matrices: [n, w, r] each. One batched product for each stack of equal shapes."""
+@dataclass(frozen=True)
+class ProductOptions:
+    """What `low_rank_outputs` is told beside the tensors.
+
+    Attributes:
+        gather_group: tensor-parallel group over which z is a sequence shard; None when it is whole.
+        overlap: start the backward's communication asynchronously (on CUDA).
+        epsilon: `model.cross_layer_epsilon`.
+        known: the outputs themselves, already rebuilt. Then no product is done; the gradients are those of the
+            products.
+        gathered: z over the whole sequence, if somebody has gathered it before.
+    """
+
+    gather_group: dist.ProcessGroup | None = None
+    overlap: bool = False
+    epsilon: float = 1e-6
+    known: tuple[Tensor, ...] | None = None
+    gathered: Tensor | None = None
+
+
+def products(z: Tensor, matrices: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """z B^T for every B; one batched product for each stack of equal shapes.
+
+    Args:
+        z: [s, b, sum of ranks], over the whole sequence.
+        matrices: stacks of B, [n, w, r] each, in the order of z.
+    """
     s, b, start, outputs = *z.shape[:2], 0, []
     for stack in matrices:
         count, width, rank = stack.shape
@@ -37,37 +58,52 @@ def _products(z: Tensor, matrices: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(outputs)
 
 
-class _LowRankProducts(torch.autograd.Function):
+class _LowRankOutputs(torch.autograd.Function):
+    """`tensors` are the stacks of B, then the outputs one layer below (none where a chain starts)."""
+
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, group: dist.ProcessGroup | None, overlap: bool, *matrices: Tensor
+        ctx: Any, options: ProductOptions, stacks: int, z: Tensor, beta: Tensor | None, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(z, *matrices)
-        ctx.group = group
-        ctx.overlap = overlap and z.is_cuda
-        if group is not None:
-            z, _ = _gather(z, group, async_op=False)
-        return _products(z, matrices)
+        ctx.save_for_backward(z, beta, *tensors)
+        ctx.stacks, ctx.group, ctx.gathered = stacks, options.gather_group, options.gathered
+        ctx.overlap = options.overlap and z.is_cuda
+        ctx.epsilon = options.epsilon
+        if options.known is not None:
+            return tuple(y.detach() for y in options.known)
+        if options.gathered is not None:
+            z = options.gathered
+        elif options.gather_group is not None:
+            z, _ = gather_sequence(z, options.gather_group)
+        updates, previous = products(z, tensors[:stacks]), tensors[stacks:]
+        if beta is None or not previous:
+            return updates
+        scales = signed_scale(beta.float(), options.epsilon)
+        return tuple(add_previous(*args) for args in zip(updates, previous, scales, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        z, *matrices = ctx.saved_tensors
-        wait_gather = wait_scatter = None
-        if ctx.group is not None:
-            z, wait_gather = _gather(z, ctx.group, ctx.overlap)
+        z, beta, *tensors = ctx.saved_tensors
+        matrices, previous = tensors[: ctx.stacks], tensors[ctx.stacks :]
+        whole, wait_gather, wait_scatter = z, None, None
+        if ctx.gathered is not None:
+            whole = ctx.gathered
+        elif ctx.group is not None:
+            whole, wait_gather = gather_sequence(z, ctx.group, ctx.overlap)
         flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        grad_z = _gradient_of_z(flat, matrices, z)
+        grad_z = _gradient_of_z(flat, matrices, whole)
         if wait_gather is not None:
             wait_gather.wait()
         if ctx.group is not None:
-            grad_z, wait_scatter = _scatter(grad_z, ctx.group, ctx.overlap)
-        grad_matrices = _gradient_of_matrices(flat, matrices, z)
+            grad_z, wait_scatter = scatter_sequence(grad_z, ctx.group, ctx.overlap)
+        grad_matrices = _gradient_of_matrices(flat, matrices, whole)
+        grad_beta, grad_previous = _gradients_of_residual(grads, previous, beta, ctx.epsilon)
         if wait_scatter is not None:
             wait_scatter.wait()
-        return grad_z, None, None, *grad_matrices
+        return None, None, grad_z, grad_beta, *grad_matrices, *grad_previous
 
 
-def _gradient_of_z(grads: list[Tensor], matrices: list[Tensor], like: Tensor) -> Tensor:
+def _gradient_of_z(grads: list[Tensor], matrices: Sequence[Tensor], like: Tensor) -> Tensor:
     """dz = dY B for each position, written side by side: [s, b, sum r]."""
     grad_z = torch.empty_like(like, memory_format=torch.contiguous_format)
     rows, start = grad_z.view(-1, grad_z.shape[-1]), 0
@@ -77,7 +113,7 @@ def _gradient_of_z(grads: list[Tensor], matrices: list[Tensor], like: Tensor) ->
     return grad_z
 
 
-def _gradient_of_matrices(grads: list[Tensor], matrices: list[Tensor], z: Tensor) -> list[Tensor]:
+def _gradient_of_matrices(grads: list[Tensor], matrices: Sequence[Tensor], z: Tensor) -> list[Tensor]:
     """dB = dY^T z for each position, in the stacks of `matrices`."""
     rows, start, remaining, stacks = z.reshape(-1, z.shape[-1]), 0, iter(grads), []
     for stack in matrices:
@@ -89,18 +125,45 @@ def _gradient_of_matrices(grads: list[Tensor], matrices: list[Tensor], z: Tensor
     return stacks
 
 
-def low_rank_products(
-    z: Tensor, matrices: list[Tensor], *, gather_group: dist.ProcessGroup | None, overlap: bool
+def _gradients_of_residual(
+    grads: Sequence[Tensor], previous: Sequence[Tensor], beta: Tensor | None, epsilon: float
+) -> tuple[Tensor | None, list[Tensor]]:
+    if beta is None or not previous:
+        return None, []
+    scales = signed_scale(beta.float(), epsilon)
+    pairs = [gradients(*args) for args in zip(grads, previous, scales, strict=True)]
+    return torch.stack([grad_beta for _, grad_beta in pairs]).to(beta.dtype), [grad for grad, _ in pairs]
+
+
+def low_rank_outputs(
+    z: Tensor,
+    matrices: Sequence[Tensor],
+    beta: Tensor | None = None,
+    previous: Sequence[Tensor] | None = None,
+    options: ProductOptions = ProductOptions(),
 ) -> tuple[Tensor, ...]:
-    """Y = z B^T for every position of a group.
+    """Y = s(beta) Y_prev + z B^T for every position of a group.
 
     Args:
-        z: low-rank outputs side by side, [s, b, sum of ranks], or [s/t, b, .] when `gather_group` is given.
+        z: low-rank outputs side by side, [s, b, sum of ranks], or [s/t, b, .] with a gather group.
         matrices: stacks of B, [n, w, r] each, in the order of z.
-        gather_group: tensor-parallel group over which z is a sequence shard; None when it is whole.
-        overlap: start the backward's communication asynchronously (on CUDA).
+        beta: one coefficient a position, fp32 whatever the other dtypes are; None without a residual.
+        previous: the positions' outputs one layer below, [s, b, w] each; None where a chain starts.
 
     Returns:
         One [s, b, w] tensor for each B.
     """
-    return _LowRankProducts.apply(z, gather_group, overlap, *matrices)
+    return _LowRankOutputs.apply(options, len(matrices), z, beta, *matrices, *(previous or ()))
+
+
+def low_rank_outputs_below(
+    z: Tensor, matrices: Sequence[Tensor], scales: Tensor, outputs: Sequence[Tensor], options: ProductOptions
+) -> tuple[Tensor, ...]:
+    """Y_prev = (Y - z B^T) / s, to rounding that grows by 1/|s|; arguments as in `low_rank_outputs`.
+
+    Args:
+        scales: s(beta) of every position, fp32.
+        outputs: Y of every position, [s, b, w] each.
+    """
+    updates = products(z if options.gathered is None else options.gathered, matrices)
+    return tuple(remove_update(*args) for args in zip(outputs, updates, scales, strict=True))

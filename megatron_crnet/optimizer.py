@@ -14,39 +14,53 @@ from megatron_crnet.config import Config, OptimizerConfig
 ParamGroup = dict[str, Any]
 
 
-def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[ParamGroup]:
-    """Groups by weight decay (matrices only: none for beta and norms) and by how the gradient is reduced.
+def is_partial(parameter: nn.Parameter) -> bool:
+    """Whether each tensor-parallel rank holds only a part of the sum that is this parameter's gradient."""
+    return bool(getattr(parameter, "sequence_parallel", False))
 
-    Parameters marked `sequence_parallel` hold a partial gradient on each tensor-parallel rank; in groups of
-    their own they can be reduced together wherever DeepSpeed keeps the gradients. fp32 parameters of a bf16
-    model also need their own groups, because DeepSpeed flattens each group into one tensor.
+
+def parameter_groups(
+    modules: Iterable[nn.Module], weight_decay: float, *, partial_apart: bool = False
+) -> list[ParamGroup]:
+    """Groups by weight decay (matrices only: none for beta and norms) and dtype.
+
+    fp32 parameters of a bf16 model need groups of their own, because DeepSpeed flattens each group into one tensor.
+    An fp32 model has the same two groups on every pipeline stage, whatever its layers: DeepSpeed's ZeRO-1 sums the
+    gradient norm over all stages with one call for each group, and another number of groups elsewhere would hang.
+
+    Args:
+        partial_apart: also keep parameters with partial gradients in groups of their own, so that these can be
+            summed where ZeRO 2 and 3 keep them, flattened by group. Stages then differ: not for pipelines.
     """
     groups: dict[tuple[bool, bool, torch.dtype], ParamGroup] = {}
     for parameter in (p for module in modules for p in module.parameters() if p.requires_grad):
         decays = parameter.dim() >= 2
-        partial = bool(getattr(parameter, "sequence_parallel", False))
+        partial = partial_apart and is_partial(parameter)
         group = groups.setdefault(
             (decays, partial, parameter.dtype),
             {
                 "params": [],
                 "weight_decay": weight_decay if decays else 0.0,
                 "wd_mult": 1.0 if decays else 0.0,
-                "tensor_parallel_partial": partial,
             },
         )
         group["params"].append(parameter)
     return [groups[key] for key in sorted(groups, key=str)]
 
 
-def build_adamw(groups: list[ParamGroup], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Apex's FusedAdam where it is installed, PyTorch's AdamW (fused on CUDA) otherwise."""
+def build_adamw(groups: list[ParamGroup], config: OptimizerConfig, *, on_host: bool = False) -> torch.optim.Optimizer:
+    """Apex's FusedAdam where it is installed, PyTorch's AdamW (fused on CUDA) otherwise.
+
+    Args:
+        on_host: DeepSpeed will give it master weights in host memory, which Apex's kernels cannot reach.
+    """
     arguments: dict[str, Any] = {
         "lr": 0.0,  # the scheduler sets it; DeepSpeed steps once before, to allocate the moments
         "betas": (config.adam_beta1, config.adam_beta2),
         "eps": config.adam_eps,
         "weight_decay": config.weight_decay,
     }
-    if not torch.cuda.is_available():
+    if on_host or not torch.cuda.is_available():
         return torch.optim.AdamW(groups, **arguments)
     try:
         from apex.optimizers import FusedAdam

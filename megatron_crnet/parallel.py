@@ -12,9 +12,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_crnet import cpu_platform
+from megatron_crnet.agreement import agree_on_configuration
 from megatron_crnet.config import Config
-from megatron_crnet.liveness import Heartbeat
-from megatron_crnet.rules import require
+from megatron_crnet.errors import ConfigError, PeerLostError, require
+from megatron_crnet.liveness import MARGIN_SECONDS, REMEDY, Heartbeat, naming_lost_peers, wait_for_all
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,15 @@ def data_parallel_size(config: Config, world_size: int) -> int:
 
 
 def initialize_parallel(config: Config) -> ParallelContext:
-    """Join the other processes and build Megatron-Core's groups; seeds Megatron's random trackers."""
-    device, store = join_processes(config)
-    parallel = config.parallel
-    vpp = parallel.virtual_pipeline_model_parallel_size
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=vpp if vpp and vpp > 1 else None,
-        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
-    )
+    """Join the other processes and build Megatron-Core's groups; seeds Megatron's random trackers.
+
+    Raises:
+        ConfigError: ranks have different configurations, or their number does not fit.
+        PeerLostError: another rank died or did not arrive.
+    """
+    device, heartbeat = join_processes(config)
+    with naming_lost_peers(heartbeat, config.parallel.distributed_timeout_minutes):
+        _build_groups(config)
     seed_random_states(config.training.seed)
     return ParallelContext(
         rank=dist.get_rank(),
@@ -79,7 +79,19 @@ def initialize_parallel(config: Config) -> ParallelContext:
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         device=device,
-        heartbeat=Heartbeat(store, dist.get_rank(), dist.get_world_size()),
+        heartbeat=heartbeat,
+    )
+
+
+def _build_groups(config: Config) -> None:
+    data_parallel_size(config, dist.get_world_size())
+    parallel = config.parallel
+    vpp = parallel.virtual_pipeline_model_parallel_size
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=vpp if vpp and vpp > 1 else None,
+        distributed_timeout_minutes=_collective_limit(config) / timedelta(minutes=1),
     )
 
 
@@ -91,12 +103,21 @@ def seed_random_states(seed: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(own)
 
 
-def join_processes(config: Config) -> tuple[torch.device, dist.Store]:
-    """Meet the other processes that the launcher started. Returns this rank's device and a store they share."""
+def join_processes(config: Config) -> tuple[torch.device, Heartbeat]:
+    """Meet the other processes that the launcher started, and agree on the configuration.
+
+    Returns:
+        This rank's device, and its heartbeat, which the caller closes.
+
+    Raises:
+        ConfigError: ranks have different configurations.
+        PeerLostError: another rank died or did not arrive.
+    """
     cpu_platform.install()
-    data_parallel_size(config, launched_world_size())
     device = _device()
-    return device, _join(timedelta(minutes=config.parallel.distributed_timeout_minutes))
+    if dist.is_initialized():
+        return device, Heartbeat(dist.HashStore(), dist.get_rank(), dist.get_world_size())
+    return device, _join(config)
 
 
 def shutdown_parallel() -> None:
@@ -114,21 +135,54 @@ def _device() -> torch.device:
     return device
 
 
-def _join(timeout: timedelta) -> dist.Store:
-    """Meet the other processes, unless the caller has. Returns a connection to the store they share."""
-    if dist.is_initialized():
-        return dist.HashStore()
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+def _join(config: Config) -> Heartbeat:
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
-    store: dist.Store
-    if "RANK" in os.environ:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    else:
-        store, rank, world_size = dist.HashStore(), 0, 1
-    groups = dist.PrefixStore("groups", store)
-    dist.init_process_group(backend, store=groups, rank=rank, world_size=world_size, timeout=timeout)
+    limit = config.parallel.distributed_timeout_minutes
+    rank, world_size = int(os.environ.get("RANK", "0")), launched_world_size()
+    store = _shared_store(rank, world_size, limit) if "RANK" in os.environ else dist.HashStore()
+    wait_for_all(store, rank, world_size, limit)
     # a connection of its own: a collective call that waits holds the other one
-    return store.clone() if hasattr(store, "clone") else dist.PrefixStore("heartbeats", store)
+    heartbeat = Heartbeat(store.clone() if hasattr(store, "clone") else store, rank, world_size)
+    with naming_lost_peers(heartbeat, limit):
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo",
+            store=dist.PrefixStore("groups", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=_collective_limit(config),
+        )
+        agree_on_configuration(config)
+    return heartbeat
+
+
+def _shared_store(rank: int, world_size: int, limit_minutes: float) -> dist.Store:
+    """The store of PyTorch's env:// start-up: torchrun's where it holds one, else rank 0's.
+
+    Unlike env:// itself it does not wait for the others here, where nobody can say which of them are missing.
+    """
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise ConfigError(f"RANK is set, but {missing[0]} is not, so ranks cannot meet: start them with torchrun")
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    holds = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    limit = timedelta(minutes=limit_minutes)
+    try:
+        return dist.TCPStore(address, int(port), world_size, holds, limit, wait_for_workers=False, multi_tenant=True)
+    except dist.DistError as error:
+        if holds:
+            raise
+        raise PeerLostError(
+            f"rank 0 or the launcher did not answer at {address}:{port} (MASTER_ADDR:MASTER_PORT) within "
+            f"parallel.distributed_timeout_minutes {limit_minutes:g}: {REMEDY}"
+        ) from error
+
+
+def _collective_limit(config: Config) -> timedelta:
+    """Time limit of collective calls.
+
+    NCCL ends the process at this limit without a word on who is missing: the heartbeat's watch comes before it.
+    """
+    limit = timedelta(minutes=config.parallel.distributed_timeout_minutes)
+    return limit + timedelta(seconds=2 * MARGIN_SECONDS) if torch.cuda.is_available() else limit
 
 
 class MegatronMpu:

@@ -1,22 +1,23 @@
 """What must hold in a configuration before anything else is looked at; messages name value, rule and remedy.
 
-Checks that need the number of ranks are in `batch.py`, DeepSpeed's own keys in `deepspeed_settings.py`, files and
-tokenizer in `data_checks.py`.
+The `deepspeed` section is in `deepspeed_rules.py`, `recompute` in `recompute_rules.py`; checks that need the number of
+ranks are in `batch.py`, those of files and tokenizer in `data_checks.py`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from megatron_crnet.errors import ConfigError
+from megatron_crnet.errors import require, require_positive
 from megatron_crnet.ranks import resolve_full_rank_layers, resolve_ranks
+from megatron_crnet.recompute_rules import check_recompute
 
 if TYPE_CHECKING:
     from megatron_crnet.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
 
 
 def check_config(config: Config) -> None:
-    """Every rule, in an order in which each may rely on those before it.
+    """Every rule of the other sections, in an order in which each may rely on those before it.
 
     Raises:
         ConfigError: the first rule that does not hold.
@@ -27,19 +28,6 @@ def check_config(config: Config) -> None:
     check_parallel(config)
     check_pipeline(config)
     check_recompute(config)
-    check_deepspeed(config)
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise ConfigError with `message` unless `condition` holds."""
-    if not condition:
-        raise ConfigError(message)
-
-
-def require_positive(section: str, **values: float) -> None:
-    """Refuse values below one (integers) or not above zero (floats)."""
-    for name, value in values.items():
-        require(value > 0, f"{section}.{name} is {value}, but must be above 0: give a positive number")
 
 
 def check_model(model: ModelConfig) -> None:
@@ -214,99 +202,3 @@ def sequence_parallel(parallel: ParallelConfig) -> bool:
     if parallel.sequence_parallel is None:
         return parallel.tensor_model_parallel_size > 1
     return parallel.sequence_parallel
-
-
-def check_recompute(config: Config) -> None:
-    """Only what exists is accepted."""
-    strategy = config.recompute.strategy
-    require(
-        strategy == "none",
-        f"recompute.strategy is {strategy}, but activation recomputation is not built yet: use none",
-    )
-
-
-OWNED_BY_OTHER_SECTIONS = {
-    "train_batch_size": "training.global_batch_size",
-    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
-    "gradient_accumulation_steps": "training.global_batch_size and training.micro_batch_size",
-    "gradient_clipping": "optimizer.clip_grad",
-    "optimizer": "the optimizer section",
-    "scheduler": "optimizer.lr_decay_style",
-    "bf16": "training.dtype",
-    "fp16": "training.dtype",
-    "bfloat16": "training.dtype",
-    "tensorboard": "logging.output_dir",
-    "wandb": "logging.wandb_project",
-    "csv_monitor": "logging.output_dir",
-    "tensor_parallel": "parallel.tensor_model_parallel_size",
-    "pipeline": "parallel.pipeline_model_parallel_size",
-    "steps_per_print": "logging.log_interval",
-    "communication_data_type": "training.dtype",
-    "amp": "training.dtype",
-    "data_types": "training.dtype",
-    "torch_autocast": "training.dtype",
-    "gradient_predivide_factor": "the engine, which averages gradients once,",
-    "prescale_gradients": "the engine, which averages gradients once,",
-    "managed_gradient_accumulation": "the engine",
-}
-
-
-def zero_stage(config: Config) -> int:
-    """DeepSpeed's ZeRO stage, 0 when the section does not say."""
-    section = config.deepspeed.get("zero_optimization", {})
-    return int(section.get("stage", 0)) if isinstance(section, dict) else 0
-
-
-def check_deepspeed(config: Config) -> None:
-    """Keys that would fight the other sections, and stages that do not exist."""
-    for key, owner in OWNED_BY_OTHER_SECTIONS.items():
-        require(
-            key not in config.deepspeed,
-            f"deepspeed.{key} is set, but {owner} decides this: remove deepspeed.{key}",
-        )
-    section = config.deepspeed.get("zero_optimization", {})
-    require(
-        isinstance(section, dict),
-        f"deepspeed.zero_optimization is {section!r}, but must be a mapping: write zero_optimization: {{stage: 1}}",
-    )
-    stage = section.get("stage", 0)
-    require(
-        stage in (0, 1, 2, 3) and not isinstance(stage, bool),
-        f"deepspeed.zero_optimization.stage is {stage!r}, but ZeRO has the stages 0, 1, 2 and 3: use one of them",
-    )
-    pp = config.parallel.pipeline_model_parallel_size
-    require(
-        pp == 1 or stage <= 1,
-        f"deepspeed.zero_optimization.stage {stage} does not work with pipeline_model_parallel_size {pp}, because "
-        "DeepSpeed cannot partition gradients that a pipeline schedule accumulates: use stage 1",
-    )
-    check_offload(config, section, stage)
-
-
-def check_offload(config: Config, section: dict[str, Any], stage: int) -> None:
-    """Offload works where DeepSpeed keeps gradients in a form that the other parallelism can reach."""
-    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
-    if "offload_param" in section:
-        require(
-            stage == 3,
-            f"deepspeed.zero_optimization.offload_param needs ZeRO-3, not stage {stage}, because only stage 3 "
-            "partitions parameters: use stage 3 or offload_optimizer",
-        )
-    if "offload_optimizer" not in section:
-        return
-    require(
-        stage >= 1,
-        "deepspeed.zero_optimization.offload_optimizer needs ZeRO 1, 2 or 3, not stage 0: use stage 1",
-    )
-    require(
-        tp == 1,
-        f"deepspeed.zero_optimization.offload_optimizer does not work with tensor_model_parallel_size {tp}, because "
-        "DeepSpeed moves gradients to the host before they can be summed over tensor-parallel ranks: use "
-        "tensor_model_parallel_size 1, or leave offload_optimizer out",
-    )
-    require(
-        pp == 1,
-        f"deepspeed.zero_optimization.offload_optimizer does not work with pipeline_model_parallel_size {pp}, because "
-        "DeepSpeed's host copies are filled by hooks that a pipeline schedule does not run: use "
-        "pipeline_model_parallel_size 1 with ZeRO 2 or 3, or leave offload_optimizer out",
-    )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_crnet.agreement import examine_together
+from megatron_crnet.agreement import CHECKPOINT, examine_together
 from megatron_crnet.arithmetic import flops_per_token
 from megatron_crnet.batch import BatchPlan, plan_batches
 from megatron_crnet.checkpoint import (
@@ -32,8 +32,9 @@ from megatron_crnet.data import Datasets, build_datasets, data_fingerprint
 from megatron_crnet.data_loading import global_batches
 from megatron_crnet.deepspeed_settings import check_deepspeed_keys
 from megatron_crnet.engine import StepResult, TrainEngine
-from megatron_crnet.errors import ConfigError, NonFiniteLossError, PeerLostError
+from megatron_crnet.errors import ConfigError, NonFiniteLossError
 from megatron_crnet.gpt import build_model_chunks
+from megatron_crnet.liveness import naming_lost_peers
 from megatron_crnet.metrics import MetricsWriter, Progress, check_sinks, peak_memory_bytes
 from megatron_crnet.parallel import ParallelContext, initialize_parallel, seed_random_states
 from megatron_crnet.plot import plot_loss
@@ -71,9 +72,7 @@ class Trainer:
         self.plan: BatchPlan = plan_batches(config, context.world_size)
         check_deepspeed_keys(config)
         check_sinks(config)
-        self.tokenizer = examine_together(config, partial(_examine, config))
-        self.checkpoint = newest_checkpoint(config)
-        self.saved = check_resumable(config, self.checkpoint) if self.checkpoint else None
+        self.tokenizer, self.checkpoint, self.saved = examine_together(partial(_examine, config))
         self.datasets = _datasets(config, self.tokenizer, self.plan)
         self.entropy = self._validation_entropy()
 
@@ -99,7 +98,8 @@ class Trainer:
         self.progress = Progress(self.config.training.train_steps, self.state.step, self.context.is_main)
         with MetricsWriter(self.config, self.context.is_main, self.state.step) as self.metrics:
             self._announce()
-            self._train()
+            with self.context.heartbeat.watching(60 * self.config.parallel.distributed_timeout_minutes):
+                self._train()
         self.progress.close()
         self._finish()
 
@@ -200,6 +200,8 @@ class Trainer:
             "tflops_per_device": flops / seconds / self.context.world_size / 1e12,
             "peak_memory_bytes": peak_memory_bytes(),
         }
+        if self.config.recompute.strategy == "inverse":
+            values["added_anchors"] = self.engine.added_anchors
         self.metrics.write(self.state.step, values)
         return values
 
@@ -210,10 +212,10 @@ class Trainer:
 
     def _validate(self) -> None:
         """Mean loss over all tokens of the same samples every time."""
-        totals = [
-            self.engine.evaluate(batches)
-            for batches in self._batches(self.datasets.valid, 0, self.config.training.eval_steps)
-        ]
+        totals: list[tuple[float, float]] = []
+        for batches in self._batches(self.datasets.valid, 0, self.config.training.eval_steps):
+            self.context.heartbeat.report(f"step {self.state.step}, batch {len(totals) + 1} of its validation")
+            totals.append(self.engine.evaluate(batches))
         loss = sum(total for total, _ in totals) / sum(count for _, count in totals)
         # e^700 is the largest power a float holds
         perplexity = math.exp(min(loss, 700.0))
@@ -271,23 +273,9 @@ def train(config: Config) -> None:
         NonFiniteLossError: the loss left the finite numbers; the last good state is saved.
     """
     context = initialize_parallel(config)
-    try:
+    limit = config.parallel.distributed_timeout_minutes
+    with context.heartbeat, naming_lost_peers(context.heartbeat, limit):
         _train_on_this_rank(config, context)
-    except RuntimeError as error:
-        if context.world_size == 1 or not _is_communication(error):
-            raise
-        limit = config.parallel.distributed_timeout_minutes
-        raise PeerLostError(
-            f"a collective call failed or waited longer than parallel.distributed_timeout_minutes {limit:g}: "
-            f"{context.heartbeat.whereabouts()}: look at the log of that rank, then start all ranks again"
-        ) from error
-    finally:
-        context.heartbeat.close()
-
-
-def _is_communication(error: RuntimeError) -> bool:
-    """Gloo raises plain RuntimeErrors, which name its source files."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def _train_on_this_rank(config: Config, context: ParallelContext) -> None:
@@ -302,14 +290,27 @@ def _train_on_this_rank(config: Config, context: ParallelContext) -> None:
     trainer.run()
 
 
-def _examine(config: Config) -> tuple[Tokenizer, dict[str, str]]:
-    """Open what this rank can see of the input, and say what must be the same on all ranks."""
+Examined = tuple[Tokenizer, Path | None, dict[str, Any] | None]
+
+
+def _examine(config: Config) -> tuple[Examined, dict[str, str]]:
+    """Open what this rank can see of the input, and say what must be the same on all ranks.
+
+    Returns:
+        Tokenizer, checkpoint to continue from and its configuration; facts by name.
+    """
     tokenizer = _tokenizer(config)
     check_vocabulary(tokenizer, config.model.vocab_size)
     if not (config.data.data_path or config.data.train_data_path):
         raise ConfigError("data.data_path is empty, but names the .bin/.idx files to train on: give their prefix")
-    facts = {"tokenizer": repr(tokenizer.unique_identifiers), "contents of the data": data_fingerprint(config)}
-    return tokenizer, facts
+    checkpoint = newest_checkpoint(config)
+    facts = {
+        "tokenizer": repr(tokenizer.unique_identifiers),
+        "contents of the data": data_fingerprint(config),
+        CHECKPOINT: checkpoint.name if checkpoint else "(none)",
+    }
+    saved = check_resumable(config, checkpoint) if checkpoint else None
+    return (tokenizer, checkpoint, saved), facts
 
 
 def _tokenizer(config: Config) -> Tokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -10,6 +11,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_crnet.config import Config
 from megatron_crnet.ranks import FULL_RANK, POSITIONS, RankTable, chain_starts, model_ranks
 from megatron_crnet.rules import sequence_parallel
+
+DEFAULT_INVERSE_TOLERANCE = {"bf16": 2.0**-4, "fp32": 1e-4}
 
 
 @dataclass
@@ -28,6 +31,20 @@ class CRNetTransformerConfig(TransformerConfig):
     """Initial value of every beta."""
     overlap_tp_communication: bool = True
     """Run the backward's gathers and scatters beside independent products (CUDA only)."""
+
+    recompute_strategy: str = "none"
+    """`recompute.strategy`. (Megatron-Core's own `recompute_*` fields stay unset.)"""
+    recompute_segment_length: int | None = None
+    """Layers in a segment; None chooses."""
+    recompute_keep_attention_output: bool = False
+    """Attention is not computed again."""
+    recompute_inverse_tolerance: float = 0.0
+    """Largest relative error of an output that `inverse` rebuilds."""
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training draws random numbers."""
+        return self.hidden_dropout > 0 or self.attention_dropout > 0
 
     def has_previous(self, layer: int) -> bool:
         """Whether layer `layer` (from 0) adds the outputs of the layer before."""
@@ -85,6 +102,7 @@ def build_transformer_config(config: Config) -> CRNetTransformerConfig:
         num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
         overlap_tp_communication=parallel.overlap_tp_communication,
+        **_recompute_fields(config),
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -92,3 +110,14 @@ def build_transformer_config(config: Config) -> CRNetTransformerConfig:
         deallocate_pipeline_outputs=True,
         batch_p2p_comm=torch.cuda.is_available(),
     )
+
+
+def _recompute_fields(config: Config) -> dict[str, Any]:
+    recompute = config.recompute
+    tolerance = recompute.inverse_tolerance or DEFAULT_INVERSE_TOLERANCE[config.training.dtype]
+    return {
+        "recompute_strategy": recompute.strategy,
+        "recompute_segment_length": None if recompute.segment_length == "auto" else recompute.segment_length,
+        "recompute_keep_attention_output": recompute.keep_attention_output,
+        "recompute_inverse_tolerance": tolerance,
+    }

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from megatron.core import parallel_state
 from torch import Tensor
@@ -65,18 +66,42 @@ def random_tokens(config: Config, step: int = 0) -> tuple[Tensor, Tensor]:
     return text[:, :-1].contiguous(), text[:, 1:].contiguous()
 
 
-def make_batch(tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """One micro-batch as the data pipeline gives it."""
+def random_mask(config: Config, step: int = 0) -> Tensor:
+    """1 for trained tokens, [global batch, s], the same on every rank.
+
+    The share differs from sequence to sequence, so that a mean over ranks or micro-batches is not the mean over tokens.
+    """
+    generator = torch.Generator().manual_seed(step + 1000)
+    count, length = config.training.global_batch_size, config.training.seq_length
+    share = torch.rand(count, 1, generator=generator)
+    mask = (torch.rand(count, length, generator=generator) < share).float()
+    mask[:, 0] = 1.0  # no sequence is without any
+    return mask
+
+
+def make_batch(tokens: Tensor, labels: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+    """One micro-batch as the data pipeline gives it; all tokens are trained without a mask."""
     positions = torch.arange(tokens.shape[1]).expand_as(tokens).contiguous()
-    return {"tokens": tokens, "labels": labels, "position_ids": positions, "loss_mask": torch.ones(tokens.shape)}
+    mask = torch.ones(tokens.shape) if mask is None else mask
+    return {"tokens": tokens, "labels": labels, "position_ids": positions, "loss_mask": mask}
 
 
 def micro_batches(config: Config, dp_rank: int, world_size: int, step: int = 0) -> list[dict[str, Tensor]]:
     """This rank's part of the global batch."""
-    plan, (tokens, labels) = plan_batches(config, world_size), random_tokens(config, step)
+    plan, (tokens, labels), mask = (
+        plan_batches(config, world_size),
+        random_tokens(config, step),
+        random_mask(config, step),
+    )
     size = plan.micro_batch_size
     starts = [(m * plan.dp_size + dp_rank) * size for m in range(plan.num_microbatches)]
-    return [make_batch(tokens[i : i + size], labels[i : i + size]) for i in starts]
+    return [make_batch(*(whole[i : i + size] for whole in (tokens, labels, mask))) for i in starts]
+
+
+def masked_loss(reference: ReferenceCRNet, tokens: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    """Mean cross-entropy over the trained tokens of the whole global batch."""
+    losses = F.cross_entropy(reference(tokens).flatten(0, 1), labels.flatten(), reduction="none")
+    return (losses * mask.flatten()).sum() / mask.sum()
 
 
 def reference_model(config: Config, transformer_config: Any) -> ReferenceCRNet:
@@ -152,9 +177,10 @@ def compare_with_reference(config: Config, steps: int = 3) -> Errors:
     optimizer = _plain_adamw(named, config)
     errors = torch.zeros(4, dtype=torch.float64)
     for step in range(steps):
-        tokens, labels = random_tokens(config, step)
-        loss = engine.forward_backward(micro_batches(config, context.dp_rank, context.world_size, step), tokens.numel())
-        plain_loss = reference.loss(tokens, labels)
+        (tokens, labels), mask = random_tokens(config, step), random_mask(config, step)
+        batches = micro_batches(config, context.dp_rank, context.world_size, step)
+        loss = engine.forward_backward(batches, int(mask.sum()))
+        plain_loss = masked_loss(reference, tokens, labels, mask)
         optimizer.zero_grad()
         plain_loss.backward()
         group = parallel_state.get_tensor_model_parallel_group()
@@ -176,7 +202,7 @@ def compare_with_reference(config: Config, steps: int = 3) -> Errors:
         errors = torch.maximum(errors, torch.tensor([*losses, gradients, parameters], dtype=torch.float64))
     dist.all_reduce(errors, op=dist.ReduceOp.MAX)
     engine.deepspeed.destroy()
-    parallel_state.destroy_model_parallel()
+    context.heartbeat.close()
     return Errors(*errors.tolist())
 
 

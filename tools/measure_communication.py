@@ -26,32 +26,39 @@ VARIANTS = ("crnet", "low_rank", "cola", "full_rank")
 def measure(config: Config) -> dict[str, Any]:
     """Traffic of a layer of each variant, and of the pipeline's boundaries; a collective call."""
     cpu_platform.install()
-    from megatron_crnet.communication_report import boundary_elements, layer_traffic
-    from megatron_crnet.parallel import join_processes, shutdown_parallel
+    from megatron_crnet.communication_report import boundary_traffic, layer_traffic
+    from megatron_crnet.liveness import naming_lost_peers
+    from megatron_crnet.parallel import data_parallel_size, join_processes, launched_world_size, shutdown_parallel
 
-    join_processes(config)
-    layers = {variant: dataclasses.asdict(layer_traffic(config, variant)) for variant in VARIANTS}
-    boundaries = boundary_elements(config) if config.parallel.pipeline_model_parallel_size > 1 else {}
+    data_parallel_size(config, launched_world_size())
+    _, heartbeat = join_processes(config)
+    with heartbeat, naming_lost_peers(heartbeat, config.parallel.distributed_timeout_minutes):
+        layers = {variant: layer_traffic(config, variant) for variant in VARIANTS}
+        boundaries = boundary_traffic(config) if config.parallel.pipeline_model_parallel_size > 1 else {}
     shutdown_parallel()
-    return {"layers": layers, "boundaries": boundaries, "bytes": 2 if config.training.dtype == "bf16" else 4}
+    return {
+        "layers": {variant: dataclasses.asdict(traffic) for variant, traffic in layers.items()},
+        "boundaries": {rank: dataclasses.asdict(traffic) for rank, traffic in boundaries.items()},
+    }
 
 
 def table(config: Config, found: dict[str, Any]) -> str:
-    """The figures as Markdown: elements for one token, also in units of h, and bytes in the run's dtype."""
-    h, size = config.model.hidden_size, found["bytes"]
+    """The figures as Markdown: elements for one token, also in units of h, and the bytes that were sent."""
+    h = config.model.hidden_size
     lines = [
-        f"tensor-parallel traffic of one layer, for one token (h = {h}; {size} bytes an element)",
+        f"tensor-parallel traffic of one layer, for one token (h = {h}, {config.training.dtype})",
         "",
         "| variant | forward | in h | step | in h | bytes a step | gradients, elements a step |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for variant, t in found["layers"].items():
-        row = (t["forward"], t["forward"] / h, t["step"], t["step"] / h, t["step"] * size, t["gradients"])
+        row = (t["forward"], t["forward"] / h, t["step"], t["step"] / h, t["step_bytes"], t["gradients"])
         lines.append("| {} | {:.0f} | {:.3f} | {:.0f} | {:.3f} | {:.0f} | {:.0f} |".format(variant, *row))
     if found["boundaries"]:
         lines += ["", "pipeline: what a rank sends forward for one token", "", "| pipeline rank | elements | bytes |"]
         lines += ["| --- | --- | --- |"]
-        lines += [f"| {rank} | {n:.0f} | {n * size:.0f} |" for rank, n in sorted(found["boundaries"].items())]
+        boundaries = sorted(found["boundaries"].items())
+        lines += [f"| {rank} | {t['elements']:.0f} | {t['bytes']:.0f} |" for rank, t in boundaries]
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 import time
@@ -11,9 +12,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from megatron.core import parallel_state
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300) -> list[Any]:
@@ -55,6 +58,34 @@ def _wait(processes: list[Any], folder: Path, timeout_s: float) -> None:
     assert not any(codes), f"exit codes of the ranks: {codes}"
 
 
+_store: dist.Store
+_worlds = 0
+
+
+def fresh_world() -> None:
+    """Leave all process groups and join new ones; a collective call.
+
+    Every group of gloo has threads of its own, and a test that builds many models would otherwise pile up thousands.
+    """
+    parallel_state.destroy_model_parallel()
+    gc.collect()
+    if dist.is_initialized():
+        dist.barrier()
+        if deepspeed.comm.is_initialized():
+            deepspeed.comm.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    gc.collect()
+    _join_world(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+
+
+def _join_world(rank: int, world_size: int) -> None:
+    global _worlds
+    _worlds += 1
+    store = dist.PrefixStore(f"world{_worlds}", _store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
+
+
 def _rank_main(function: Callable[..., Any], rank: int, world_size: int, folder: str, args: tuple[Any, ...]) -> None:
     try:
         torch.set_num_threads(1)
@@ -64,9 +95,9 @@ def _rank_main(function: Callable[..., Any], rank: int, world_size: int, folder:
         from megatron_crnet import cpu_platform
 
         cpu_platform.install()
-        store = dist.FileStore(str(Path(folder) / "store"), world_size)
-        limit = timedelta(seconds=120)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
+        global _store
+        _store = dist.FileStore(str(Path(folder) / "store"), world_size)
+        _join_world(rank, world_size)
         torch.save(function(*args), Path(folder) / f"result_{rank}")
         dist.barrier()
         os._exit(0)  # the groups of many engines need not be taken down one by one

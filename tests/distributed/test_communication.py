@@ -2,33 +2,74 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from megatron_crnet.communication_report import LayerTraffic, boundary_elements, layer_traffic
+from megatron_crnet.communication import CommunicationCounter, Traffic
+from megatron_crnet.communication_report import BoundaryTraffic, LayerTraffic, boundary_traffic, layer_traffic
 from tests.distributed.spawn import run_distributed
 from tests.helpers import tiny_config
 
 H, F = 32, 48
 TP2: dict[str, Any] = {"tensor_model_parallel_size": 2}
+ZERO_1 = {"zero_optimization": {"stage": 1}}
 NO_SP = {**TP2, "sequence_parallel": False}
 
 
 def tensor_parallel_traffic() -> dict[str, LayerTraffic]:
     with_sp, without = tiny_config(parallel=TP2), tiny_config(parallel=NO_SP)
     found = {variant: layer_traffic(with_sp, variant) for variant in ("crnet", "low_rank", "cola", "full_rank")}
-    return {**found, "crnet without sp": layer_traffic(without, "crnet")}
+    in_bf16 = tiny_config(
+        parallel=TP2, training={"dtype": "bf16"}, deepspeed_section={"zero_optimization": {"stage": 1}}
+    )
+    return {
+        **found,
+        "crnet without sp": layer_traffic(without, "crnet"),
+        "crnet in bf16": layer_traffic(in_bf16, "crnet"),
+        "calls": counted_calls(),
+    }
 
 
-def pipeline_traffic() -> dict[str, dict[int, float]]:
+def counted_calls() -> dict[str, Traffic]:
+    """Every form in which PyTorch names tensors of a collective call, with n elements a rank."""
+    n, rank = 6, dist.get_rank()
+    one, both = torch.ones(n, dtype=torch.bfloat16), [torch.ones(n), torch.ones(n)]
+    with CommunicationCounter() as counter:
+        dist.all_gather([torch.empty(n), torch.empty(n)], both[0])
+        dist.reduce_scatter(torch.empty(n), both)
+        dist.all_gather_into_tensor(torch.empty(2 * n, dtype=torch.bfloat16), one)
+        dist.all_to_all_single(torch.empty(n), both[0])
+        dist.send(one, 1) if rank == 0 else dist.recv(one, 0)
+        dist.barrier()
+    found: dict[str, Traffic] = {}
+    for kind, _ in counter.traffic:
+        found[kind] = counter.total(kind)
+    return found
+
+
+def pipeline_traffic() -> dict[str, dict[int, BoundaryTraffic]]:
     rows = {
         "pp": {"pipeline_model_parallel_size": 2},
         "vpp": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
     }
-    found = {name: boundary_elements(tiny_config(parallel=parallel)) for name, parallel in rows.items()}
-    chained = tiny_config(model={"full_rank_layers": [0, 2]}, parallel=rows["pp"])
-    return {**found, "next stage starts full rank": boundary_elements(chained)}
+    uneven = {**rows["pp"], "num_layers_in_first_pipeline_stage": 5}
+    chained = {
+        "next stage starts full rank": ({"num_layers": 8, "full_rank_layers": [0, 4]}, rows["pp"]),
+        "next stage goes on": ({"num_layers": 12, "full_rank_layers": [0, 2]}, rows["pp"]),
+        "uneven": ({"num_layers": 8, "full_rank_layers": [0, 5]}, uneven),
+        "uneven, goes on": ({"num_layers": 8, "full_rank_layers": [0, 4]}, uneven),
+        "last virtual stages start full rank": ({"num_layers": 8, "full_rank_layers": [0, 4, 6]}, rows["vpp"]),
+        "all virtual stages start full rank": ({"num_layers": 8, "full_rank_layers": [0, 2, 4, 6]}, rows["vpp"]),
+        "low_rank": ({"num_layers": 8, "variant": "low_rank"}, rows["pp"]),
+    }
+    configs = {name: tiny_config(parallel=parallel) for name, parallel in rows.items()}
+    configs |= {name: tiny_config(model=model, parallel=parallel) for name, (model, parallel) in chained.items()}
+    configs["bf16"] = tiny_config(parallel=rows["pp"], training={"dtype": "bf16"}, deepspeed_section=ZERO_1)
+    return {name: boundary_traffic(config) for name, config in configs.items()}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +78,7 @@ def traffic() -> dict[str, LayerTraffic]:
 
 
 @pytest.fixture(scope="module")
-def pipeline() -> dict[str, dict[int, float]]:
+def pipeline() -> dict[str, dict[int, BoundaryTraffic]]:
     return run_distributed(pipeline_traffic, 2)[0]
 
 
@@ -65,16 +106,44 @@ def test_gradients_of_replicated_factors_betas_and_norms_travel_once_a_step(traf
     assert traffic["full_rank"].gradients == 2 * 2 * H
 
 
-def test_a_boundary_carries_the_hidden_state_and_seven_outputs(pipeline: dict[str, dict[int, float]]) -> None:
-    assert pipeline["pp"] == {0: H + 5 * H + 2 * F, 1: 0}
+def test_bytes_are_those_of_the_tensors_that_travel(traffic: dict[str, LayerTraffic]) -> None:
+    assert traffic["crnet"].step_bytes == 4 * traffic["crnet"].step
+    bf16 = traffic["crnet in bf16"]
+    assert (bf16.forward_bytes, bf16.step_bytes) == (2 * bf16.forward, 2 * bf16.step)
+    assert (bf16.forward, bf16.step, bf16.gradients) == dataclasses.astuple(traffic["crnet"])[:3]
+    # a bf16 model sums its gradients in fp32
+    assert bf16.gradients_bytes == 4 * bf16.gradients
 
 
-def test_virtual_stages_cross_three_boundaries(pipeline: dict[str, dict[int, float]]) -> None:
-    width = H + 5 * H + 2 * F
-    assert pipeline["vpp"] == {0: 2 * width, 1: width}
+def test_every_call_counts_all_its_tensors_under_its_kind_or_its_own_name(traffic: dict[str, Any]) -> None:
+    n, calls = 6, traffic["calls"]
+    assert calls["all_gather"] == Traffic(2, 2 * n + 2 * n, 4 * 2 * n + 2 * 2 * n)
+    assert calls["reduce_scatter"] == Traffic(1, 2 * n, 4 * 2 * n)
+    assert calls["alltoall_base_"] == Traffic(1, n, 4 * n)
+    assert calls["send"] == Traffic(1, n, 2 * n)
+    assert calls["barrier"].calls == 1
 
 
-def test_only_the_hidden_state_crosses_where_the_next_stage_starts_a_chain(
-    pipeline: dict[str, dict[int, float]],
+WIDTH = H + 5 * H + 2 * F
+BOUNDARIES = {  # elements that pipeline ranks 0 and 1 send forward
+    "pp": (WIDTH, 0),
+    "vpp": (2 * WIDTH, WIDTH),
+    "next stage starts full rank": (H, 0),
+    "next stage goes on": (WIDTH, 0),
+    "uneven": (H, 0),
+    "uneven, goes on": (WIDTH, 0),
+    "last virtual stages start full rank": (2 * WIDTH, WIDTH),  # padded to the widest
+    "all virtual stages start full rank": (2 * H, H),
+    "low_rank": (H, 0),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDARIES)
+def test_a_boundary_carries_the_hidden_state_and_seven_outputs_unless_a_chain_starts(
+    name: str, pipeline: dict[str, dict[int, BoundaryTraffic]]
 ) -> None:
-    assert pipeline["next stage starts full rank"] == {0: H, 1: 0}
+    assert pipeline[name] == {rank: BoundaryTraffic(n, 4 * n) for rank, n in enumerate(BOUNDARIES[name])}
+
+
+def test_a_bf16_boundary_has_half_the_bytes(pipeline: dict[str, dict[int, BoundaryTraffic]]) -> None:
+    assert pipeline["bf16"][0] == BoundaryTraffic(WIDTH, 2 * WIDTH)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 
-from tests.distributed.spawn import run_distributed
+from tests.distributed.spawn import fresh_world, run_distributed
 from tests.helpers import Errors, compare_with_reference, tiny_config
 
 STAGES = (0, 1, 2, 3)
@@ -15,13 +17,12 @@ BF16_BOUNDS = Errors(loss=1e-2, grad_norm=5e-2, gradients=0.4, parameters=3e-2)
 
 
 def _rows() -> dict[tuple[int, str], Errors]:
-    return {
-        (stage, dtype): compare_with_reference(
-            tiny_config(training={"dtype": dtype}, deepspeed_section={"zero_optimization": {"stage": stage}})
-        )
-        for stage in STAGES
-        for dtype in DTYPES
-    }
+    rows = {}
+    for stage, dtype in product(STAGES, DTYPES):
+        config = tiny_config(training={"dtype": dtype}, deepspeed_section={"zero_optimization": {"stage": stage}})
+        rows[stage, dtype] = compare_with_reference(config)
+        fresh_world()
+    return rows
 
 
 @pytest.fixture(scope="module")

@@ -53,13 +53,13 @@ class Corpus:
         return [f"--{key}={value}" for key, value in values.items()]
 
 
-def start(options: list[str], ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """Run pretrain_crnet.py from the repository's root, under torchrun for several ranks."""
+def start(options: list[str], ranks: int = 1, program: str = "pretrain_crnet.py") -> subprocess.CompletedProcess[str]:
+    """Run a program from the repository's root, under torchrun for several ranks."""
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*launcher, "pretrain_crnet.py", *options]
+    command = [*launcher, program, *options]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 from megatron_crnet.arithmetic import total_parameters
 from megatron_crnet.settings import load_config
-from tests.integration.conftest import ROOT, Corpus, lines_of
+from tests.integration.conftest import ROOT, Corpus, lines_of, start
 
 EXAMPLES = sorted((ROOT / "examples").glob("**/*.yaml"))
 PARAMETERS = {  # benchmark-protocol figures: CR-Net at CoLA's rank, and full rank
@@ -80,3 +81,74 @@ def test_every_example_can_be_examined_at_its_own_size(path: Path) -> None:
     config = load_config(path)
     ranks = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
     assert "parameters (" in dry_run_report(config, world_size=max(ranks, 1 if path.stem == "quickstart" else 8))
+
+
+def test_the_quickstart_on_two_by_two_ranks_follows_one_process(corpus: Corpus, tmp_path: Path) -> None:
+    common = {
+        "data.train_data_path": f"[{corpus.train}]",
+        "data.valid_data_path": f"[{corpus.valid}]",
+        "data.tokenizer_model": corpus.tokenizer,
+        "data.cache_path": tmp_path / "cache",
+        "training.train_steps": 3,
+        "training.eval_steps": 1,
+        "optimizer.lr_warmup_steps": 1,
+        "logging.log_interval": 1,
+        "logging.sample_tokens": 0,
+    }
+    layout = {"parallel.tensor_model_parallel_size": 2, "parallel.pipeline_model_parallel_size": 2}
+    for ranks, values in ((1, common), (4, {**common, **layout})):
+        options = [f"--{key}={value}" for key, value in values.items()]
+        output = f"--logging.output_dir={tmp_path / str(ranks)}"
+        result = start(["--config", "examples/quickstart.yaml", *options, output], ranks)
+        assert result.returncode == 0, result.stderr
+    for key in ("loss", "grad_norm", "validation_loss"):
+        assert lines_of(tmp_path / "4", key) == pytest.approx(lines_of(tmp_path / "1", key), rel=1e-5)
+
+
+def test_the_communication_tool_prints_and_writes_what_the_quickstart_sends(tmp_path: Path) -> None:
+    options = ["--config", "examples/quickstart.yaml", "--training.dtype=bf16", "--json", str(tmp_path / "found.json")]
+    options += ["--parallel.pipeline_model_parallel_size=2"]
+    result = start(options, 2, "tools/measure_communication.py")
+    assert result.returncode == 0, result.stderr
+    width = 6 * 192 + 2 * 512
+    assert f"| 0 | {width} | {2 * width} |" in result.stdout
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["boundaries"] == {"0": {"elements": width, "bytes": 2 * width}, "1": {"elements": 0, "bytes": 0}}
+    assert set(found["layers"]) == {"crnet", "low_rank", "cola", "full_rank"}
+
+
+def recompute_figures(tmp_path: Path, *options: str) -> dict[str, dict[str, float]]:
+    target = tmp_path / "found.json"
+    command = [sys.executable, "tools/measure_recompute.py", "--json", str(target), *options]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "| replay, attention kept |" in result.stdout
+    return {record["name"]: record for record in json.loads(target.read_text())}
+
+
+def test_fake_tensors_count_what_real_ones_do_and_the_formula_says(tmp_path: Path) -> None:
+    options = ["--config", "examples/quickstart.yaml", "--training.seq_length=64", "--training.micro_batch_size=2"]
+    options += ["--model.num_layers=9"]
+    fake = recompute_figures(tmp_path, *options)
+    assert recompute_figures(tmp_path, *options, "--tensors", "real") == fake
+    entering = 192 * 64 * 2 * 4  # the hidden state that enters is not the layers' own
+    for name in ("replay", "inverse", "full"):
+        # and the position encoding's few numbers are not in the formula
+        assert fake[name]["kept"] + entering == pytest.approx(fake[name]["formula"], abs=64)
+    for name in ("none", "replay, attention kept", "inverse, attention kept"):
+        assert fake[name]["kept"] == pytest.approx(fake[name]["formula"], rel=0.03)
+
+
+@pytest.mark.long
+def test_the_targets_at_7b(tmp_path: Path) -> None:
+    options = ["--config", "examples/llama2_7b.yaml", "--training.seq_length=4096", "--training.micro_batch_size=1"]
+    found = recompute_figures(tmp_path, *options)
+    memory = {name: record["peak"] / found["none"]["peak"] for name, record in found.items()}
+    work = {name: record["flops"] / found["none"]["flops"] - 1 for name, record in found.items()}
+    assert memory["replay, attention kept"] <= 0.30
+    assert work["replay, attention kept"] <= 0.14
+    assert work["replay, attention kept"] < work["full"] / 2
+    assert memory["replay"] <= 0.26
+    assert work["replay"] <= 0.19
+    assert memory["inverse"] < memory["replay"]
+    assert memory["inverse, attention kept"] < memory["replay, attention kept"]

@@ -108,6 +108,18 @@ def test_two_ranks_follow_one(finished: tuple[Path, str], corpus: Corpus, tmp_pa
         assert lines_of(output, key) == pytest.approx(lines_of(alone, key), rel=1e-5)
 
 
+def test_recomputation_changes_no_digit(finished: tuple[Path, str], corpus: Corpus, tmp_path: Path) -> None:
+    alone, _ = finished
+    result = start(corpus.options(tmp_path / "replay", recompute__strategy="replay"))
+    assert result.returncode == 0, result.stderr
+    for key in ("loss", "grad_norm", "validation_loss"):
+        assert lines_of(tmp_path / "replay", key) == lines_of(alone, key)
+    result = start(corpus.options(tmp_path / "inverse", recompute__strategy="inverse"))
+    assert result.returncode == 0, result.stderr
+    assert lines_of(tmp_path / "inverse", "loss") == pytest.approx(lines_of(alone, "loss"), rel=1e-5)
+    assert set(lines_of(tmp_path / "inverse", "added_anchors").values()) == {0}
+
+
 def test_two_by_two_model_parallel_ranks_follow_one(finished: tuple[Path, str], corpus: Corpus, tmp_path: Path) -> None:
     alone, _ = finished
     output = tmp_path / "four"

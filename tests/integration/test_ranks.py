@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_crnet.settings import parse_arguments, save_config
 from tests.integration.conftest import ROOT, Corpus, lines_of
 
 
-def start_rank(rank: int, port: int, options: list[str]) -> subprocess.Popen[str]:
-    """One of two ranks without a launcher that would end the others."""
+def start_rank(rank: int, port: int, options: list[str], folder: Path = ROOT) -> subprocess.Popen[str]:
+    """One of two ranks without a launcher that would end the others; relative paths are below `folder`."""
     environment = {
         **os.environ,
         "RANK": str(rank),
@@ -26,9 +28,9 @@ def start_rank(rank: int, port: int, options: list[str]) -> subprocess.Popen[str
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "pretrain_crnet.py", *options]
+    command = [sys.executable, str(ROOT / "pretrain_crnet.py"), *options]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -63,14 +65,91 @@ def test_another_configuration_on_one_rank_stops_all_and_names_it(corpus: Corpus
     assert not output.exists()
 
 
+def copy_of(prefix: Path, folder: Path) -> None:
+    """A .bin/.idx pair as `text` in a folder."""
+    folder.mkdir()
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{prefix}{suffix}", folder / f"text{suffix}")
+
+
 def test_data_that_one_rank_does_not_see_stops_all_and_names_it(corpus: Corpus, tmp_path: Path) -> None:
+    """As on disks that are not shared: each rank looks for the same relative path in a folder of its own."""
+    copy_of(corpus.train, tmp_path / "0")
+    (tmp_path / "1").mkdir()
     port, output = free_port(), tmp_path / "run"
-    changed = corpus.options(output, data__train_data_path="[absent/train]")
-    ranks = [start_rank(rank, port, options) for rank, options in enumerate([corpus.options(output), changed])]
+    options = corpus.options(output, data__train_data_path="[text]")
+    ranks = [start_rank(rank, port, options, tmp_path / str(rank)) for rank in range(2)]
     errors = [error_of(process, 120) for process in ranks]
     assert [process.returncode for process in ranks] == [2, 2]
     assert "rank 1 stopped at start" in errors[0]
-    assert "absent/train" in errors[0]
+    assert all("text" in error for error in errors)
+    assert not output.exists()
+
+
+def test_another_layout_on_one_rank_stops_all_before_it_builds_groups(corpus: Corpus, tmp_path: Path) -> None:
+    port, output = free_port(), tmp_path / "run"
+    options = [corpus.options(output, parallel__tensor_model_parallel_size=size) for size in (1, 2)]
+    ranks = [start_rank(rank, port, options[rank]) for rank in range(2)]
+    errors = [error_of(process, 120) for process in ranks]
+    assert [process.returncode for process in ranks] == [2, 2]
+    assert all("has parallel.tensor_model_parallel_size 2, but the others have 1" in error for error in errors)
+
+
+def test_other_contents_under_the_same_path_stop_all(corpus: Corpus, tmp_path: Path) -> None:
+    for rank, prefix in enumerate((corpus.train, corpus.valid)):
+        copy_of(prefix, tmp_path / str(rank))
+    port, options = free_port(), corpus.options(tmp_path / "run", data__train_data_path="[text]")
+    ranks = [start_rank(rank, port, options, tmp_path / str(rank)) for rank in range(2)]
+    errors = [error_of(process, 120) for process in ranks]
+    assert [process.returncode for process in ranks] == [2, 2]
+    assert all("rank 1 has contents of the data" in error for error in errors)
+
+
+def test_a_checkpoint_that_one_rank_does_not_see_stops_all(corpus: Corpus, tmp_path: Path) -> None:
+    port, options = free_port(), corpus.options(tmp_path / "run", checkpoint__dir="saved")
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+    checkpoint = tmp_path / "0" / "saved" / "step_00000003"
+    checkpoint.mkdir(parents=True)
+    (checkpoint.parent / "latest").write_text(checkpoint.name)
+    save_config(parse_arguments(options).config, checkpoint / "config.yaml")
+    ranks = [start_rank(rank, port, options, tmp_path / str(rank)) for rank in range(2)]
+    errors = [error_of(process, 120) for process in ranks]
+    assert [process.returncode for process in ranks] == [2, 2]
+    assert all("rank 1 has the checkpoint (none), but the others have step_00000003" in error for error in errors)
+    assert all("a folder that all ranks share" in error for error in errors)
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [(0, "rank 1 of 2 did not arrive"), (1, "rank 0 or the launcher did not answer at 127.0.0.1:")],
+)
+def test_a_rank_that_never_starts_is_named(rank: int, message: str, corpus: Corpus, tmp_path: Path) -> None:
+    options = corpus.options(tmp_path / "run", parallel__distributed_timeout_minutes=0.03)
+    process = start_rank(rank, free_port(), options)
+    error = error_of(process, 120)
+    assert process.returncode == 4
+    assert message in error
+    assert "within parallel.distributed_timeout_minutes 0.03" in error
+
+
+def test_an_error_that_nobody_foresaw_ends_the_rank_at_once() -> None:
+    """A thread that goes on, as that of a collective call would, must not keep the process."""
+    program = """
+import runpy, threading, time
+from megatron_crnet import settings
+threading.Thread(target=time.sleep, args=(60,)).start()
+def fail(argv):
+    raise ZeroDivisionError("nobody foresaw this")
+settings.parse_arguments = fail
+runpy.run_path("pretrain_crnet.py", run_name="__main__")
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=50, check=False
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("Traceback")
+    assert result.stderr.endswith("ZeroDivisionError: nobody foresaw this\n")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_crnet.agreement import compare_facts, configuration_facts
+from megatron_crnet.agreement import CHECKPOINT, compare_facts, configuration_facts
 from megatron_crnet.errors import ConfigError
 from tests.helpers import tiny_config
 
@@ -19,3 +19,9 @@ def test_the_ranks_that_differ_from_most_are_named_with_both_values() -> None:
 
 def test_library_versions_count() -> None:
     assert configuration_facts(tiny_config())["version of deepspeed"][0].isdigit()
+
+
+def test_a_checkpoint_that_only_some_ranks_see_asks_for_a_shared_folder() -> None:
+    facts = [{CHECKPOINT: name} for name in ("step_00000003", "(none)", "step_00000003")]
+    with pytest.raises(ConfigError, match=r"rank 1 has the checkpoint \(none\).*must be a folder that all ranks share"):
+        compare_facts(facts)

@@ -3,10 +3,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_crnet.cross_layer import cross_layer_residual
+from megatron_crnet.cross_layer import add_previous, remove_update
+from megatron_crnet.low_rank_products import low_rank_outputs
 from megatron_crnet.reference import signed_scale
 
 EPS = 1e-6
+
+
+def residual(update: torch.Tensor, previous: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    """s(beta) previous + update through the function that the model uses: the update is z times the identity."""
+    identity = torch.eye(update.shape[-1], dtype=update.dtype).unsqueeze(0)
+    return low_rank_outputs(update, [identity], beta.unsqueeze(0), [previous])[0]
 
 
 @pytest.mark.parametrize(("beta", "scale"), [(0.5, 0.5 + EPS), (-0.5, -0.5 - EPS), (0.0, EPS), (-0.0, EPS)])
@@ -20,7 +27,7 @@ def test_value_and_gradients_are_those_of_plain_autograd(beta: float) -> None:
     update, previous = torch.randn(2, 5, 3, 7).requires_grad_().unbind()
     leaves = [update.detach().requires_grad_(), previous.detach().requires_grad_(), torch.tensor(beta).requires_grad_()]
     plain = [leaf.detach().clone().requires_grad_() for leaf in leaves]
-    ours = cross_layer_residual(*leaves, EPS)
+    ours = residual(*leaves)
     expected = plain[0] + plain[1] * signed_scale(plain[2], EPS)
     torch.testing.assert_close(ours, expected)
     weight = torch.randn_like(ours)
@@ -33,8 +40,7 @@ def test_value_and_gradients_are_those_of_plain_autograd(beta: float) -> None:
 def test_bf16_outputs_see_the_whole_precision_of_beta() -> None:
     # bf16 holds 1.0 and 1.0078, nothing between
     previous = torch.full((4, 1, 8), 100.0, dtype=torch.bfloat16)
-    update = torch.zeros_like(previous)
-    result = cross_layer_residual(update, previous, torch.tensor(1.004), EPS)
+    result = add_previous(torch.zeros_like(previous), previous, torch.tensor(1.004))
     assert result.dtype == torch.bfloat16
     assert result.unique().tolist() == [torch.tensor(100.4).bfloat16().item()]
 
@@ -42,6 +48,17 @@ def test_bf16_outputs_see_the_whole_precision_of_beta() -> None:
 def test_beta_gets_an_fp32_gradient_summed_in_fp32() -> None:
     previous = torch.full((64, 1, 64), 1 / 256, dtype=torch.bfloat16)
     beta = torch.tensor(1.0, requires_grad=True)
-    cross_layer_residual(torch.zeros_like(previous), previous, beta, EPS).sum().backward()
+    residual(torch.zeros_like(previous), previous, beta).sum().backward()
     assert beta.grad is not None
     assert beta.grad.item() == pytest.approx(64 * 64 / 256, rel=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("scale", [0.9, -0.7])
+def test_the_residual_can_be_undone_to_rounding(dtype: torch.dtype, bound: float, scale: float) -> None:
+    torch.manual_seed(0)
+    update, previous = torch.randn(2, 5, 3, 7).to(dtype)
+    output = add_previous(update, previous, torch.tensor(scale))
+    found = remove_update(output, update, torch.tensor(scale))
+    assert found.dtype == dtype
+    assert (found - previous).norm() / previous.norm() < bound

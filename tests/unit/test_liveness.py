@@ -1,25 +1,142 @@
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch.distributed as dist
 
 from megatron_crnet import liveness
-from megatron_crnet.liveness import Heartbeat
+from megatron_crnet.errors import PeerLostError
+from megatron_crnet.liveness import Heartbeat, naming_lost_peers, wait_for_all
+
+LIMIT_S = 60.0
+
+
+class World:
+    """Heartbeats of some ranks over one store, with a clock of their own; `lost` is what their watches said."""
+
+    def __init__(self, size: int) -> None:
+        self.store, self.now, self.lost = dist.HashStore(), 0.0, list[str]()
+        self.ranks = [
+            Heartbeat(self.store, rank, size, on_loss=self.lost.append, clock=lambda: self.now) for rank in range(size)
+        ]
+        self.alive = set(range(size))
+        self.wait_for_beats(1)
+
+    def wait_for_beats(self, number: int) -> None:
+        wanted = {rank: self.beats(rank) + number for rank in self.alive}
+        deadline = time.monotonic() + 60
+        while any(self.beats(rank) < count for rank, count in wanted.items()):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    def beats(self, rank: int) -> int:
+        key = f"heartbeat/{rank}"
+        return int(self.store.get(key).split()[0]) if self.store.check([key]) else 0
+
+    def pass_time(self, seconds: float) -> None:
+        for _ in range(int(seconds)):
+            self.now += 1
+            self.wait_for_beats(1)
+            self.wait_for_beats(2)  # every rank has looked at the others' beats by now
+
+    def end(self, rank: int) -> None:
+        self.alive.discard(rank)
+        self.ranks[rank].close()
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], World]]:
+    monkeypatch.setattr(liveness, "BEAT_SECONDS", 0.002)
+    worlds: list[World] = []
+
+    def start_world(size: int) -> World:
+        worlds.append(World(size))
+        return worlds[-1]
+
+    yield start_world
+    for heartbeat in (heartbeat for world in worlds for heartbeat in world.ranks):
+        heartbeat.close()
+
+
+Start = Callable[[int], World]
 
 
 def test_a_rank_that_no_longer_reports_is_named_gone_and_the_others_where_they_are(
-    monkeypatch: pytest.MonkeyPatch,
+    start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(liveness, "BEAT_SECONDS", 0.05)
-    store = dist.HashStore()
-    first, second, third = (Heartbeat(store, rank, 3) for rank in range(3))
-    first.report("step 7")
-    second.report("the checkpoint of step 6")
-    third.report("step 7")
-    while not store.check(["heartbeat/1", "heartbeat/2"]):
-        pass
-    third.close()
-    line = first.whereabouts()
+    world = start(3)
+    for heartbeat, doing in zip(world.ranks, ("step 7", "the checkpoint of step 6", "step 7"), strict=True):
+        heartbeat.report(doing)
+    world.end(2)
+    line = world.ranks[0].whereabouts()
     assert line == "gone: rank 2; this is rank 0 at step 7; rank 1 at the checkpoint of step 6"
-    for heartbeat in (first, second):
-        heartbeat.close()
+
+
+def test_the_watch_names_a_peer_that_is_gone_after_the_limit_and_a_margin(start: Start) -> None:
+    world = start(2)
+    with world.ranks[0].watching(LIMIT_S):
+        world.ranks[0].report("step 7")
+        world.end(1)
+        world.pass_time(89)
+        assert not world.lost
+        world.pass_time(2)
+    assert world.lost[0].startswith("error (rank 0): no progress for 90 s, longer than parallel.distributed_timeout")
+    assert "_minutes 1: gone: rank 1; this is rank 0 at step 7: look at the log" in world.lost[0]
+
+
+def test_the_watch_names_a_peer_that_stands_elsewhere(start: Start) -> None:
+    world = start(2)
+    with world.ranks[0].watching(LIMIT_S):
+        world.ranks[0].report("step 7")
+        world.ranks[1].report("the checkpoint of step 6")
+        world.pass_time(91)
+    assert "no rank is gone; this is rank 0 at step 7; rank 1 at the checkpoint of step 6" in world.lost[0]
+
+
+def test_the_watch_lets_all_ranks_take_their_time_over_the_same_work(start: Start) -> None:
+    world = start(2)
+    with world.ranks[0].watching(LIMIT_S), world.ranks[1].watching(LIMIT_S):
+        for heartbeat in world.ranks:
+            heartbeat.report("the checkpoint of step 6")
+        world.pass_time(150)
+        world.ranks[0].report("step 7")  # the other follows soon
+        world.pass_time(20)
+        world.ranks[1].report("step 7")
+        world.pass_time(10)
+    assert not world.lost
+
+
+def test_the_watch_leaves_a_rank_alone_that_goes_on_and_one_that_has_finished(start: Start) -> None:
+    world = start(2)
+    with world.ranks[0].watching(LIMIT_S):
+        world.end(1)
+        for step in range(3):
+            world.ranks[0].report(f"step {step}")
+            world.pass_time(60)
+    world.pass_time(100)
+    assert not world.lost
+
+
+def test_a_failed_collective_call_becomes_a_line_and_another_error_stays(start: Start) -> None:
+    world = start(2)
+    first = world.ranks[0]
+    world.end(1)
+    with (
+        pytest.raises(PeerLostError, match="minutes 3: gone: rank 1; this is rank 0 at starting"),
+        naming_lost_peers(first, 3),
+    ):
+        raise dist.DistStoreError("wait timeout after 3 ms")
+    with pytest.raises(RuntimeError, match="shapes"), naming_lost_peers(first, 3):
+        raise RuntimeError("shapes do not match")
+
+
+def test_ranks_that_have_not_arrived_are_named() -> None:
+    store = dist.HashStore()
+    store.set("arrived/2", "")
+    with pytest.raises(
+        PeerLostError, match=r"rank 1, 3 of 4 did not arrive within .*distributed_timeout_minutes 0.001"
+    ):
+        wait_for_all(store, 0, 4, 0.001)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_crnet.low_rank_products import low_rank_products
+from megatron_crnet.low_rank_products import low_rank_outputs
 
 
 def test_products_and_gradients_are_those_of_plain_autograd() -> None:
@@ -12,7 +12,7 @@ def test_products_and_gradients_are_those_of_plain_autograd() -> None:
     stacks = [torch.randn(3, 7, 4, dtype=torch.float64), torch.randn(1, 9, 6, dtype=torch.float64)]
     stacks = [stack.requires_grad_() for stack in stacks]
     parameters = [z, *stacks]
-    ours = low_rank_products(z, stacks, gather_group=None, overlap=True)
+    ours = low_rank_outputs(z, stacks)
     matrices = [*stacks[0], *stacks[1]]
     expected = [part @ m.t() for part, m in zip(z.split([4, 4, 4, 6], dim=-1), matrices, strict=True)]
     weights = [torch.randn_like(y) for y in expected]
@@ -34,5 +34,5 @@ def test_only_z_and_the_matrices_are_kept_for_backward() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        low_rank_products(z, [stack], gather_group=None, overlap=True)
+        low_rank_outputs(z, [stack])
     assert sorted(kept) == sorted([z.numel(), stack.numel()])

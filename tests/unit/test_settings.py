@@ -45,7 +45,7 @@ def test_dry_run_is_seen(file: Path) -> None:
         (["--modle.rank", "3"], "unknown section 'modle': did you mean model"),
         (["--model.num_layers", "many"], "model.num_layers"),
         (["--model.variant", "crnett"], "crnett"),
-        (["--recompute.strategy", "replay"], "not built yet"),
+        (["--recompute.strategy", "reply"], "reply"),
         (["--nonsense", "3"], "nonsense"),
         (["--deepspeed.zero_optimization.stage"], "has no value"),
         (["--config", "absent.yaml"], "absent.yaml cannot be read"),

@@ -1,0 +1,147 @@
+"""A piece of autograd graph that outlives its inputs: computed once, differentiated later, inputs handed in again.
+
+Activation recomputation runs the forward pass without a graph. A fragment is the exception: it keeps the graph of
+one expensive operation (attention, a full-rank product) with what only that operation knows (attention's output
+and its log-sum-exp), but not the inputs, which the recomputation rebuilds anyway. So the operation's own backward
+runs on its own saved values, whatever kernel it was, and its forward is not repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
+
+
+@dataclass(frozen=True)
+class _InputMark:
+    index: int
+
+
+@dataclass(frozen=True)
+class _KeptMark:
+    index: int
+
+
+class _Source(torch.autograd.Function):
+    """Where a fragment's graph ends: the gradient that arrives is put aside."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[Tensor | None], index: int, anchor: Tensor, value: Tensor) -> Tensor:
+        ctx.gradients, ctx.index = gradients, index
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        ctx.gradients[ctx.index] = grads[0]
+        return None, None, None, None
+
+
+class _Resume(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, fragment: Fragment, known: tuple[Tensor, ...], *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.fragment = fragment
+        ctx.save_for_backward(*inputs)
+        return tuple(y.detach() for y in known)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return None, None, *ctx.fragment.differentiate(ctx.saved_tensors, grads)
+
+
+class Fragment:
+    """The graph of one function call.
+
+    Attributes:
+        kept: what the graph holds beside its inputs and the weights; may be taken away and put back, in order.
+    """
+
+    def __init__(self) -> None:
+        # plain lists, shared with the graph's nodes: a reference to the fragment there would be a cycle that
+        # Python's collector cannot see
+        self.kept: list[Tensor] = []
+        self._outputs: list[int] = []
+        self._inputs: list[Tensor] = []
+        self._gradients: list[Tensor | None] = []
+        self._edges: list[GradientEdge] = []
+
+    @classmethod
+    def record(
+        cls, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor, keep_outputs: bool = False
+    ) -> tuple[tuple[Tensor, ...], Fragment]:
+        """Call `function(*inputs)` and keep its graph, and on demand its outputs.
+
+        Returns the outputs, without a graph, and the fragment.
+        """
+        self = cls()
+        self._gradients[:] = [None] * len(inputs)
+        anchor = torch.empty((), device=inputs[0].device, requires_grad=True)
+        with torch.enable_grad():
+            sources = [_Source.apply(self._gradients, index, anchor, x) for index, x in enumerate(inputs)]
+            with saved_tensors_hooks(*_hooks(sources, self._inputs, self.kept)):
+                outputs = function(*sources)
+        self._edges = [get_gradient_edge(y) for y in outputs]
+        sources.clear()
+        outputs = tuple(y.detach() for y in outputs)
+        if keep_outputs:
+            self._outputs = [self._index(y) for y in outputs]
+        return outputs, self
+
+    def _index(self, output: Tensor) -> int:
+        """Where an output is kept; often the graph holds it anyway."""
+        for index, tensor in enumerate(self.kept):
+            if _same(tensor, output):
+                return index
+        self.kept.append(output)
+        return len(self.kept) - 1
+
+    def kept_outputs(self) -> tuple[Tensor, ...]:
+        """The outputs of the call, if they were kept."""
+        return tuple(self.kept[index] for index in self._outputs)
+
+    def resume(self, known: tuple[Tensor, ...], *inputs: Tensor) -> tuple[Tensor, ...]:
+        """`known` as outputs of the call, joined to `inputs` (rebuilt, same shapes) by the kept graph."""
+        return _Resume.apply(self, known, *inputs)
+
+    def differentiate(self, inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> list[Tensor | None]:
+        """Gradients of the inputs; those of weights are accumulated. Works once, then the graph is gone."""
+        self._inputs[:] = inputs
+        torch.autograd.backward(self._edges, grads)
+        found = list(self._gradients)
+        for values in (self._inputs, self._gradients, self.kept, self._edges):
+            values.clear()
+        return found
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same view of the same memory; works for fake tensors, which have no address."""
+    return (
+        one.untyped_storage()._cdata == other.untyped_storage()._cdata
+        and one.storage_offset() == other.storage_offset()
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+    )
+
+
+def _hooks(
+    sources: list[Tensor], inputs: list[Tensor], kept: list[Tensor]
+) -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
+    def pack(tensor: Tensor) -> Any:
+        if isinstance(tensor, nn.Parameter):
+            return tensor  # ZeRO-3 takes its data away and brings it back
+        for index, source in enumerate(sources):
+            if _same(tensor, source):
+                return _InputMark(index)
+        kept.append(tensor.detach())
+        return _KeptMark(len(kept) - 1)
+
+    def unpack(mark: Any) -> Tensor:
+        if isinstance(mark, _InputMark):
+            return inputs[mark.index]
+        return kept[mark.index] if isinstance(mark, _KeptMark) else mark
+
+    return pack, unpack

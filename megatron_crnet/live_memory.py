@@ -1,0 +1,50 @@
+"""Counts the bytes of tensors that are alive, in a real run or on fake tensors, by watching every operation."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveMemory(TorchDispatchMode):
+    """While active, follows the storages that operations create until they are freed.
+
+    Attributes:
+        current: bytes alive now.
+        peak: largest `current` since the last `reset_peak`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current = self.peak = 0
+        self._known: dict[int, Any] = {}
+
+    def reset_peak(self) -> None:
+        """Start a new peak from what is alive now."""
+        self.peak = self.current
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        # an operation may return its input, which is followed already or was there before this counter
+        before = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in before:
+                self._follow(tensor.untyped_storage())
+        return out
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key = id(storage)
+        if key in self._known:
+            return
+        size = storage.nbytes()
+        self._known[key] = weakref.finalize(storage, self._freed, key, size)
+        self.current += size
+        self.peak = max(self.peak, self.current)
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.pop(key, None)
+        self.current -= size

@@ -1,0 +1,164 @@
+"""Count what each recomputation strategy keeps, holds at its peak and computes, on the layers of a configuration.
+
+    python tools/measure_recompute.py --config examples/llama2_7b.yaml --training.micro_batch_size 1
+
+Any `--section.field value` of pretrain_crnet.py is taken, and:
+
+    --tensors fake    shapes without memory, so any size fits (the default); `real` runs the pass
+    --segments N      also measure replay and full with segments of N layers
+    --resident        run real training steps, one process for each strategy, and report peak resident memory (of the
+                      host; on CPUs that is where activations are)
+    --json [FILE]     write the figures to the file as well; without a file, print them instead of the table
+
+One micro-batch, one rank without parallelism, the decoder's layers alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_crnet import cpu_platform
+from megatron_crnet.config import Config
+from megatron_crnet.errors import ConfigError, CrnetError, require
+from megatron_crnet.settings import parse_arguments
+
+OPTIONS = {"--tensors": "fake", "--segments": None, "--json": None, "--resident-of": None}
+
+
+def take_options(argv: list[str]) -> tuple[dict[str, str | None], list[str]]:
+    """This tool's own options, and what is left for the configuration."""
+    found, rest = dict(OPTIONS), list(argv)
+    for name in OPTIONS:
+        if name in rest:
+            at = rest.index(name)
+            if name == "--json" and (at + 1 == len(rest) or rest[at + 1].startswith("--")):
+                rest.insert(at + 1, "-")
+            require(at + 1 < len(rest), f"{name} has no value: give one")
+            found[name] = rest[at + 1]
+            del rest[at : at + 2]
+    kind = found["--tensors"]
+    require(kind in ("fake", "real"), f"--tensors is {kind}, but must be fake or real: correct it")
+    return found, rest
+
+
+def measure(config: Config, options: dict[str, str | None]) -> list[dict[str, Any]]:
+    """One record for each strategy."""
+    from megatron_crnet.parallel import shutdown_parallel
+    from megatron_crnet.recompute_report import measure_strategies
+
+    length = int(options["--segments"]) if options["--segments"] else None
+    found = measure_strategies(config, fake=options["--tensors"] == "fake", segment_length=length)
+    shutdown_parallel()
+    return [{**dataclasses.asdict(m), "transient": m.transient} for m in found]
+
+
+def table(config: Config, found: list[dict[str, Any]]) -> str:
+    """The figures as Markdown, in MiB and as shares of no recomputation."""
+    none, size = found[0], 2**20
+    lines = [
+        f"{config.model.num_layers} layers, h = {config.model.hidden_size}, {config.training.micro_batch_size} x "
+        f"{config.training.seq_length} tokens, {config.training.dtype}; MiB and GFLOP",
+        "",
+        "| strategy | kept | by formula | transient | kept + transient | of none | GFLOP | extra | segments |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {m['name']} | {m['kept'] / size:.1f} | {m['formula'] / size:.1f} | {m['transient'] / size:.1f} "
+        f"| {m['peak'] / size:.1f} | {m['peak'] / none['peak']:.3f} | {m['flops'] / 1e9:.1f} "
+        f"| {m['flops'] / none['flops'] - 1:.1%} | {' '.join(map(str, m['segments'])) or '-'} |"
+        for m in found
+    ]
+    return "\n".join(lines)
+
+
+def resident(argv: list[str]) -> list[dict[str, Any]]:
+    """Peak resident memory of a process that trains two steps, for each strategy."""
+    found = []
+    for strategy in ("none", "replay", "inverse", "full"):
+        command = [sys.executable, __file__, *argv, "--recompute.strategy", strategy, "--resident-of", strategy]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        require(done.returncode == 0, f"the process of strategy {strategy} failed: {done.stderr.strip()[-300:]}")
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    return found
+
+
+def resident_of(config: Config) -> dict[str, Any]:
+    """Train two steps on random tokens in this process. Returns its memory before and at the peak."""
+    import resource
+    import time
+
+    import torch
+
+    from megatron_crnet.engine import TrainEngine
+    from megatron_crnet.gpt import build_model_chunks
+    from megatron_crnet.parallel import initialize_parallel
+
+    context = initialize_parallel(config)
+    engine = TrainEngine(config, build_model_chunks(config), context)
+    training = config.training
+    shape = (training.micro_batch_size, training.seq_length)
+    tokens = torch.randint(config.model.vocab_size, shape, device=context.device)
+    positions = torch.arange(shape[1], device=context.device).expand(shape).contiguous()
+    batch = {
+        "tokens": tokens,
+        "labels": tokens,
+        "position_ids": positions,
+        "loss_mask": torch.ones(shape, device=context.device),
+    }
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    for _ in range(2):
+        engine.forward_backward([batch], tokens.numel())
+        engine.update()
+    seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    name = config.recompute.strategy
+    return {"name": name, "before_kib": before, "peak_kib": peak, "seconds": seconds}
+
+
+def resident_table(found: list[dict[str, Any]]) -> str:
+    """Peak resident memory as Markdown."""
+    lines = ["| strategy | before training, MiB | peak, MiB | peak - before, of none |", "| --- | --- | --- | --- |"]
+    none = found[0]["peak_kib"] - found[0]["before_kib"]
+    for m in found:
+        before, peak = m["before_kib"], m["peak_kib"]
+        share = (peak - before) / none
+        lines.append(f"| {m['name']} | {before / 1024:.0f} | {peak / 1024:.0f} | {share:.3f} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    """Run; returns the exit status."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    try:
+        options, rest = take_options([argument for argument in argv if argument != "--resident"])
+        config = parse_arguments(rest).config
+        require(
+            config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size == 1,
+            "the configuration asks for tensor or pipeline parallelism, but this tool counts one rank without: set "
+            "both sizes to 1",
+        )
+        cpu_platform.install()
+        if options["--resident-of"]:
+            print(json.dumps(resident_of(config)))
+            return 0
+        found = resident(rest) if "--resident" in argv else measure(config, options)
+    except (CrnetError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status if isinstance(error, CrnetError) else ConfigError.exit_status
+    if options["--json"] == "-":
+        print(json.dumps(found, indent=1))
+        return 0
+    print(resident_table(found) if "--resident" in argv else table(config, found))
+    if options["--json"]:
+        Path(options["--json"]).write_text(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
