@@ -29,6 +29,7 @@ The modules in the order in which to read them; each uses only those above it.
     activation_store     where kept tensors live: DeepSpeed's activation_checkpointing section
     segment              activation recomputation of a run of layers
     block, gpt           a pipeline stage, the model
+    anchors              how far down outputs may be divided, agreed over ranks
     weights              names, initial values and shards of the canonical weights
 
     tokenizer, tokenizer_training          SentencePiece and Hugging Face tokenizers

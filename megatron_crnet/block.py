@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -96,6 +96,8 @@ class CRNetTransformerBlock(TransformerBlock):
         super().__init__(config, submodules, vp_stage=vp_stage, pg_collection=pg_collection, **kwargs)
         self.segments: list[range] = []
         """Layers (from 0 over the whole model) that are recomputed together; empty without recomputation."""
+        self.growth: dict[int, Tensor] = {}
+        """|Y_l| / |Y_{l-1}| of the seven positions by layer, under `inverse`: largest of the passes since emptied."""
         self.store = ActivationStore(config)
         if config.recompute_strategy in ("replay", "full"):
             self.segments = plan_segments(config, self.layer_range, micro_batches_in_flight(config, pp_rank))
@@ -105,9 +107,9 @@ class CRNetTransformerBlock(TransformerBlock):
         """Numbers of this chunk's layers, from 0 over the whole model."""
         return range(self.first_layer, self.first_layer + len(self.layers))
 
-    def place_anchors(self, scales: Mapping[int, Sequence[float]]) -> int:
-        """Cut the layers for `inverse` as s(beta), by layer, allows. Returns how many anchors the guard has added."""
-        self.segments, added = plan_inverse(self.config, self.layer_range, scales)
+    def place_anchors(self, scales: Mapping[int, Tensor], growth: Mapping[int, Tensor]) -> int:
+        """Cut the layers for `inverse` (arguments: `plan_inverse`). Returns how many anchors the guard has added."""
+        self.segments, added = plan_inverse(self.config, self.layer_range, scales, growth)
         return added
 
     def forward(self, hidden_states: Tensor, rotary_pos_emb: Tensor | None = None, **kwargs: Any) -> Tensor:
@@ -121,7 +123,7 @@ class CRNetTransformerBlock(TransformerBlock):
         hidden_states = make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True)
         parallel_random = self.config.sequence_parallel and self.config.has_dropout
         with tensor_parallel.get_cuda_rng_tracker().fork() if parallel_random else nullcontext():
-            if self.segments and self.training and torch.is_grad_enabled():
+            if self.segments and self.training:
                 hidden_states, context = self._recomputed(hidden_states, context, rotary_pos_emb)
             else:
                 for layer in self.layers:
@@ -137,7 +139,7 @@ class CRNetTransformerBlock(TransformerBlock):
         for segment in self.segments:
             layers = [self.layers[number - self.first_layer] for number in segment]
             last = segment is self.segments[-1]
-            run = SegmentRun(self.config, layers, self.store, rotary_pos_emb, last)
+            run = SegmentRun(self.config, layers, self.store, rotary_pos_emb, last, self.growth)
             hidden_states, context = run(hidden_states, context)
             if below is not None and below.passes_on:
                 below.end = run.start

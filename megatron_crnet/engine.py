@@ -27,6 +27,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from megatron_crnet.anchors import place_anchors
 from megatron_crnet.config import Config
 from megatron_crnet.deepspeed_rules import offloads_optimizer, zero_stage
 from megatron_crnet.deepspeed_settings import deepspeed_config, is_plain
@@ -34,7 +35,7 @@ from megatron_crnet.gpt import CRNetModel
 from megatron_crnet.linear import LowRankGroup
 from megatron_crnet.optimizer import ParamGroup, build_adamw, build_scheduler, is_partial, parameter_groups
 from megatron_crnet.parallel import MegatronMpu, NormMpu, ParallelContext
-from megatron_crnet.reference import signed_scale
+from megatron_crnet.random_states import RandomStates
 from megatron_crnet.schedule import Batch, ScheduledChunk, loss_totals, run_logits, run_schedule
 
 
@@ -90,7 +91,7 @@ class TrainEngine:
             self.deepspeed.basic_optimizer.state.clear()
             for group in self.deepspeed.basic_optimizer.param_groups:
                 group.pop("step", None)  # where Apex's FusedAdam counts
-        self._weights_changed()
+        self._new_weights()
         self.scheduler = build_scheduler(config, self.optimizer)
         self.last_grad_norm: float | None = None
         hooked = self.stage >= 2
@@ -113,19 +114,34 @@ class TrainEngine:
         return factory
 
     def _weights_changed(self) -> None:
-        """What follows from new betas: fp32 copies under bf16 ZeRO-3, anchors under `inverse`."""
+        """What follows from new betas: fp32 copies under bf16 ZeRO-3, anchors under `inverse`. A collective call."""
         anchored = self.config.recompute.strategy == "inverse"
         rounded = self.stage == 3 and self.config.training.dtype == "bf16"
         if not anchored and not rounded:
             return
-        self.added_anchors = 0
-        for chunk in self.chunks:
-            betas = {group: self._exact_beta(group) for group in chunk.modules() if _has_residual(group)}
-            if rounded:
-                for group, beta in betas.items():
-                    group.beta_fp32 = beta
-            if anchored:
-                self.added_anchors += chunk.decoder.place_anchors(_scales_by_layer(betas))
+        groups = [group for chunk in self.chunks for group in chunk.modules() if _has_residual(group)]
+        betas = {group: self._exact_beta(group) for group in groups}
+        if rounded:
+            for group, beta in betas.items():
+                group.beta_fp32 = beta
+        if anchored:
+            self.added_anchors = place_anchors([chunk.decoder for chunk in self.chunks], betas)
+
+    def _new_weights(self) -> None:
+        """What follows from weights that no pass of this process has seen."""
+        self._weights_changed()
+        model, recompute = self.config.model, self.config.recompute
+        self._sizes_unknown = recompute.strategy == "inverse" and model.variant == "crnet"
+
+    @torch.no_grad()
+    def _look_at_sizes(self, batches: list[Batch]) -> None:
+        """Place anchors by the sizes of outputs, from a forward pass of a few micro-batches."""
+        with RandomStates.capture().replay():
+            # virtual stages need as many micro-batches as there are stages
+            few = batches[: self.config.parallel.pipeline_model_parallel_size]
+            run_schedule(self.scheduled, few, forward_only=True)
+        self._weights_changed()
+        self._sizes_unknown = False
 
     def _exact_beta(self, group: LowRankGroup) -> Tensor:
         assert group.beta is not None
@@ -152,6 +168,8 @@ class TrainEngine:
     def accumulate(self, batches: list[Batch], tokens: int) -> list[dict[str, Tensor]]:
         """The passes of one step alone; see `forward_backward` and `run_schedule`."""
         self.deepspeed.train()
+        if self._sizes_unknown:
+            self._look_at_sizes(batches)
         checkpointing.reset()  # frees what an abandoned step has left in DeepSpeed's hands
         self.deepspeed.set_gradient_accumulation_boundary(True)
         return run_schedule(self.scheduled, batches, tokens=tokens)
@@ -180,7 +198,7 @@ class TrainEngine:
 
         A checkpoint brings its own optimizer settings along, in some stages: this run's are put back.
         """
-        self._weights_changed()
+        self._new_weights()
         section = self.config.optimizer
         for group in self.optimizer.param_groups:
             group.update(betas=(section.adam_beta1, section.adam_beta2), eps=section.adam_eps)
@@ -250,15 +268,3 @@ def _sum_over_tensor_parallel(gradients: list[Tensor]) -> None:
 
 def _has_residual(module: nn.Module) -> bool:
     return isinstance(module, LowRankGroup) and module.beta is not None
-
-
-def _scales_by_layer(betas: dict[LowRankGroup, Tensor]) -> dict[int, list[float]]:
-    """s(beta) of every position by layer (from 0), brought to the host at once."""
-    if not betas:
-        return {}
-    scales = torch.cat([signed_scale(beta.float(), group.config.cross_layer_epsilon) for group, beta in betas.items()])
-    values = iter(scales.tolist())
-    found: dict[int, list[float]] = {}
-    for group, beta in betas.items():
-        found.setdefault(group.layer, []).extend(next(values) for _ in range(beta.numel()))
-    return found

@@ -48,6 +48,7 @@ class LayerMemory:
         draws: dropout is active, so random states are remembered.
         groups: by the name of the linear group.
         attention: attention's graph, when kept.
+        growth: |Y_l| / |Y_{l-1}| by position, where the layer may be inverted.
         random: states of the generators before each draw.
     """
 
@@ -55,6 +56,7 @@ class LayerMemory:
     draws: bool
     groups: dict[str, GroupMemory]
     attention: Fragment | None = None
+    growth: Tensor | None = None
     random: dict[str, RandomStates] = field(default_factory=dict)
 
     def drawing(self, point: str) -> AbstractContextManager[None]:

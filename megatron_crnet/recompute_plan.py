@@ -6,11 +6,13 @@ parallelism, of the s positions without. Formulas and drawings: docs/recompute.m
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+
+import torch
+from torch import Tensor
 
 from megatron_crnet.ranks import FULL_RANK
 from megatron_crnet.transformer_config import CRNetTransformerConfig
@@ -150,39 +152,44 @@ def amplification_limit(config: CRNetTransformerConfig) -> float:
 
 
 def plan_inverse(
-    config: CRNetTransformerConfig, layers: range, scales: Mapping[int, Sequence[float]]
+    config: CRNetTransformerConfig, layers: range, scales: Mapping[int, Tensor], growth: Mapping[int, Tensor]
 ) -> tuple[list[range], int]:
     """Segments between anchors, and how many anchors the guard has added.
 
-    A layer's outputs follow from the layer above by Y_{l-1} = (Y_l - z B) / s, which divides the rounding error of
-    Y_l by s and adds one of its own. A segment ends where the error bound of some position would pass
-    `amplification_limit`.
+    A segment ends where the error bound of some position would pass `amplification_limit`.
 
     Args:
-        scales: s(beta) of the positions of each layer with a residual.
+        scales: s(beta) of the positions of each layer with a residual, on the host.
+        growth: |Y_l| / |Y_{l-1}| of the same.
     """
     limit, longest = amplification_limit(config), config.recompute_segment_length or ANCHOR_DISTANCE
     segments, added, stop = [], 0, layers.stop
-    error = 0.0
+    errors = torch.zeros(())
     for layer in reversed(layers):
         if layer == layers.start:
             break
         guarded = False
         if config.has_previous(layer):
-            error = error_below(error, scales[layer])
-            guarded = not error <= limit
+            errors = errors_below(errors, scales[layer], growth[layer])
+            guarded = not bool((errors <= limit).all())  # what is not a number is guarded, too
         if guarded or not config.has_previous(layer) or stop - layer == longest:
             added += guarded and stop - layer < longest
             segments.append(range(layer, stop))
-            stop, error = layer, 0.0
+            stop, errors = layer, torch.zeros(())
     segments.append(range(layers.start, stop))
     return segments[::-1], added
 
 
-def error_below(error: float, scales: Sequence[float]) -> float:
-    """Error of the outputs one layer below, in roundings, from that of a layer's own outputs.
+def errors_below(errors: Tensor, scales: Tensor, growth: Tensor) -> Tensor:
+    """Relative errors of the outputs one layer below, from those of a layer's own outputs, by position.
 
-    It follows the amplification by the betas and takes outputs of neighbouring layers to be of one size: where Y
-    shrinks downward, the relative error grows by that ratio, too.
+    Y_{l-1} = (Y_l - z B) / s divides the error of Y_l, and what the forward pass rounded off it, by s, and is
+    rounded itself; in norms of whole outputs, relative to the smaller or larger Y_{l-1}. z B is the same bits in
+    both directions and cancels. In fp32 the arithmetic itself rounds up to twice more.
+
+    Args:
+        errors: in roundings (`ROUNDING`), [7] or a scalar.
+        scales: s(beta), [7].
+        growth: |Y_l| / |Y_{l-1}|, [7].
     """
-    return max(((error + 1) / abs(scale) + 1 if scale else math.inf) for scale in scales)
+    return (errors + 1) * growth / scales.abs() + 1

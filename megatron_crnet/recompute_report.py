@@ -22,6 +22,7 @@ from megatron_crnet.block import CRNetTransformerBlock
 from megatron_crnet.config import Config, RecomputeConfig
 from megatron_crnet.live_memory import LiveMemory
 from megatron_crnet.parallel import initialize_parallel
+from megatron_crnet.ranks import POSITIONS
 from megatron_crnet.recompute_plan import layer_widths
 from megatron_crnet.transformer_config import CRNetTransformerConfig, build_transformer_config
 
@@ -91,8 +92,12 @@ def measure_strategies(config: Config, *, fake: bool, segment_length: int | None
 
 def _measure(name: str, config: Config, fake: bool) -> Measurement:
     transformer = build_transformer_config(config)
-    with FakeTensorMode() if fake else nullcontext():
-        block, batch = _block(transformer), (config.training.seq_length, config.training.micro_batch_size)
+    tensors = FakeTensorMode() if fake else nullcontext()
+    with tensors:
+        block = _block(transformer)
+    _place_anchors(block)
+    with tensors:
+        batch = (config.training.seq_length, config.training.micro_batch_size)
         device = next(block.parameters()).device
         hidden = torch.randn(
             *batch, config.model.hidden_size, dtype=transformer.params_dtype, device=device
@@ -110,12 +115,17 @@ def _measure(name: str, config: Config, fake: bool) -> Measurement:
 def _block(config: CRNetTransformerConfig) -> CRNetTransformerBlock:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     block = CRNetTransformerBlock(config, None, groups, pre_process=True, post_process=False)
-    if config.recompute_strategy == "inverse":
-        block.place_anchors({layer: [config.beta_init] * 7 for layer in block.layer_range})
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
         parameter.grad = torch.zeros_like(parameter)
     return block.train()
+
+
+def _place_anchors(block: CRNetTransformerBlock) -> None:
+    """Anchors for the first betas and outputs of one size."""
+    if block.config.recompute_strategy == "inverse":
+        even = {layer: torch.ones(len(POSITIONS)) for layer in block.layer_range}
+        block.place_anchors({layer: block.config.beta_init * ones for layer, ones in even.items()}, even)
 
 
 def _count(block: CRNetTransformerBlock, hidden: torch.Tensor, rotary: torch.Tensor) -> tuple[int, int]:

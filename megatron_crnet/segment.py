@@ -24,8 +24,11 @@ from megatron_crnet.layer import CRNetTransformerLayer, LayerOutputs
 from megatron_crnet.linear import GROUPS
 from megatron_crnet.memory import GroupMemory, LayerMemory
 from megatron_crnet.random_states import RandomStates
-from megatron_crnet.recompute_plan import amplification_limit
+from megatron_crnet.recompute_plan import amplification_limit, errors_below
 from megatron_crnet.transformer_config import CRNetTransformerConfig
+
+DRIFT = 2.0
+"""How far the error bound of a pass may be above the one its anchors were placed for."""
 
 Grads = Sequence[Tensor | None]
 LayerState = tuple[Tensor, LayerOutputs | None, LayerOutputs | None]
@@ -66,6 +69,7 @@ class SegmentRun:
         layers: the segment's layers.
         store: where kept tensors live.
         last: no segment of this stage follows.
+        growth: where `inverse` notes the sizes of outputs (`CRNetTransformerBlock.growth`).
     """
 
     def __init__(
@@ -75,11 +79,12 @@ class SegmentRun:
         store: ActivationStore,
         rotary_pos_emb: Tensor | None,
         last: bool,
+        growth: dict[int, Tensor],
     ) -> None:
         self.config, self.layers, self.store, self.rotary_pos_emb = config, layers, store, rotary_pos_emb
         self.strategy = config.recompute_strategy
         self.draws = config.has_dropout
-        self.last = last
+        self.last, self.growth = last, growth
         self.memories: list[LayerMemory] = []
         self.start: Boundary
         self.end: Boundary | None = None
@@ -108,11 +113,20 @@ class SegmentRun:
             hidden_states, outputs = layer(
                 hidden_states, context=context, rotary_pos_emb=self.rotary_pos_emb, memory=memory
             )
+            if self.strategy == "inverse" and context is not None:
+                memory.growth = self._note_growth(layer, context, outputs)
             context = outputs if layer.returns_outputs else None
         if self._ends_in_anchor():
             self.end = Boundary(self.store, None, outputs)
         self._put_away(streams[1:] if self.strategy == "inverse" else [])
         return hidden_states, context
+
+    def _note_growth(self, layer: CRNetTransformerLayer, below: LayerOutputs, outputs: LayerOutputs) -> Tensor:
+        """|Y_l| / |Y_{l-1}| by position: this rank's shards, this micro-batch."""
+        growth = _norms(outputs) / _norms(below)
+        noted = self.growth.get(layer.index)
+        self.growth[layer.index] = growth if noted is None else torch.maximum(noted, growth)
+        return growth
 
     def _lists(self) -> dict[str, list[Tensor]]:
         """Every list of kept tensors, by a name that is the same in every run."""
@@ -161,7 +175,7 @@ class SegmentRun:
             grads = self._backward_of_layer(layer, self.memories.pop(), state, grads)
         gradient, *others = grads
         if self._beyond_bound is not None and gradient is not None:
-            # the plan was made for other betas: better no number than a wrong one
+            # the plan was made for other betas or outputs: better no number than a wrong one
             gradient = gradient.masked_fill(self._beyond_bound, math.nan)
         return [gradient, *others]
 
@@ -193,7 +207,7 @@ class SegmentRun:
         self._streams = []
         outputs = self.end.outputs if self.end is not None else None
         self.end = None
-        error: Tensor | float = 0.0
+        errors = torch.zeros((), device=streams[0].device)
         worst: Tensor | None = None
         for layer in reversed(self.layers):
             if len(streams) == 1:
@@ -201,13 +215,16 @@ class SegmentRun:
             else:
                 # the backward pass takes the memories away one by one: this layer's is the last
                 assert outputs is not None
-                previous = layer.outputs_below(outputs, self.memories[-1])
-                error = (error + 1) / self.memories[-1].scales().abs() + 1  # as `recompute_plan.error_below`
-                worst = error if worst is None else torch.maximum(worst, error)
+                memory = self.memories[-1]
+                previous = layer.outputs_below(outputs, memory)
+                assert memory.growth is not None
+                errors = errors_below(errors, memory.scales(), memory.growth)
+                worst = errors if worst is None else torch.maximum(worst, errors)
             yield streams.pop(), previous, outputs
             outputs = previous
         if worst is not None:
-            self._beyond_bound = ~(worst.max() <= 1.01 * amplification_limit(self.config))
+            # the plan knew the sizes of the step before: one step may change them a little
+            self._beyond_bound = ~(worst.max() <= DRIFT * amplification_limit(self.config))
 
     def _backward_of_layer(
         self, layer: CRNetTransformerLayer, memory: LayerMemory, state: LayerState, grads: Grads
@@ -230,6 +247,10 @@ class SegmentRun:
                 with self._random.replay():
                     results = self._plain(x, y)
         return _differentiate(results, grads, (x, y))
+
+
+def _norms(outputs: LayerOutputs) -> Tensor:
+    return torch.stack([torch.linalg.vector_norm(y, dtype=torch.float32) for y in outputs])
 
 
 def _leaves(hidden_states: Tensor, context: LayerOutputs | None) -> tuple[Tensor, LayerOutputs | None]:

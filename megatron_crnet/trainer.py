@@ -173,10 +173,15 @@ class Trainer:
         norm = "none yet" if grad_norm is None else f"{grad_norm:.4g}"
         raise NonFiniteLossError(
             f"{what} at step {self.state.step + 1} (learning rate {lr:.3e}, last gradient norm {norm}), but must be "
-            f"finite: lower optimizer.lr or look at the data of this step; a new start continues from "
+            f"finite: lower optimizer.lr or look at the data of this step{self._remedy()}; a new start continues from "
             f"{good or 'the beginning, as there is no earlier checkpoint'}; the state just before this step is kept "
             f"beside it as {PREFIX}{self.state.step:08d}"
         )
+
+    def _remedy(self) -> str:
+        # a segment that finds its error bound passed gives NaN (docs/recompute.md)
+        inverse = self.config.recompute.strategy == "inverse"
+        return ", or take recompute.strategy replay, which divides by no beta" if inverse else ""
 
     def _trained_tokens(self, batches: list[Batch]) -> int:
         """Positions of the global batch whose loss counts; the padding of padded rows differs by rank."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -188,19 +189,67 @@ BETAS = (1.0, 0.3, 0.0)
 UNGUARDED = 1e30
 
 
-def inverse_errors() -> dict[tuple[str, float, bool], tuple[float, int]]:
-    found = {}
-    for dtype in ("fp32", "bf16"):
-        for beta in BETAS:
-            config = tiny_config(
-                {"num_layers": 17, "beta_init": beta, "init_method_std": 0.05}, training={"dtype": dtype}
-            )
-            plain, _ = _gradient(config)
-            for guarded in (True, False):
-                recompute = RecomputeConfig(strategy="inverse", inverse_tolerance=None if guarded else UNGUARDED)
-                gradient, added = _gradient(dataclasses.replace(config, recompute=recompute))
-                found[dtype, beta, guarded] = float((gradient - plain).norm() / plain.norm()), added
-    return found
+@dataclass(frozen=True)
+class Case:
+    """A model whose outputs are hard to invert.
+
+    Attributes:
+        growth: B of v and up is this many times that of the layer below, so that Y shrinks downward.
+        steps: steps of training before the gradients are compared.
+    """
+
+    name: str
+    beta: float
+    growth: float = 1.0
+    steps: int = 0
+
+    def config(self, dtype: str) -> Config:
+        plain = tiny_config(
+            {"num_layers": 9, "beta_init": self.beta, "init_method_std": 0.05},
+            training={"dtype": dtype},
+            optimizer={"lr": 0.01, "lr_warmup_steps": 0},
+        )
+        return dataclasses.replace(plain, recompute=INVERSE)
+
+
+CASES = [Case(f"beta-{beta}", beta) for beta in BETAS]
+CASES += [Case("growing", 1.0, growth=4.0), Case("trained", 1.0, steps=20), Case("trained-small-beta", 0.3, steps=20)]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Error of all gradients together with the guard and without it, and how many anchors it has added."""
+
+    guarded: float
+    unguarded: float
+    added: int
+
+
+def inverse_errors() -> dict[tuple[str, str], Found]:
+    return {(dtype, case.name): _inverse_error(case, case.config(dtype)) for dtype in TOLERANCE for case in CASES}
+
+
+def _inverse_error(case: Case, config: Config) -> Found:
+    context = initialize_parallel(config)
+    chunks = build_model_chunks(config)
+    for layer in chunks[0].decoder.layers:
+        for piece in (*layer.linear_qkv.pieces(), *layer.linear_gate_up.pieces()):
+            if piece.position in ("v", "up") and piece.suffix == "b.weight":
+                piece.parameter.data[piece.index].mul_(case.growth**layer.index)
+    engine = TrainEngine(config, chunks, context)
+    for step in range(case.steps):
+        _step(engine, step)
+        engine.update()
+    guarded, added, block = _gradient(engine, case.steps), engine.added_anchors, chunks[0].decoder
+    block.config.recompute_inverse_tolerance = UNGUARDED
+    engine.restore_schedule(case.steps)  # anchors anew
+    unguarded = _gradient(engine, case.steps)
+    assert len(block.segments) < 4
+    block.segments = []
+    plain = _gradient(engine, case.steps)
+    _close(engine)
+    errors = [float((gradient - plain).norm() / plain.norm()) for gradient in (guarded, unguarded)]
+    return Found(*errors, added)
 
 
 def _engine(config: Config) -> TrainEngine:
@@ -208,40 +257,47 @@ def _engine(config: Config) -> TrainEngine:
     return TrainEngine(config, build_model_chunks(config), context)
 
 
-def _step(engine: TrainEngine) -> float:
-    tokens, _ = random_tokens(engine.config)
+def _step(engine: TrainEngine, step: int = 0) -> float:
+    tokens, _ = random_tokens(engine.config, step)
     context = engine.context
-    return engine.forward_backward(micro_batches(engine.config, context.dp_rank, context.world_size), tokens.numel())
+    batches = micro_batches(engine.config, context.dp_rank, context.world_size, step)
+    return engine.forward_backward(batches, tokens.numel())
 
 
-def _gradient(config: Config) -> tuple[Tensor, int]:
-    engine = _engine(config)
-    _step(engine)
-    gradient = torch.cat([gradient_of(engine, weight).double().flatten() for weight in local_weights(engine)])
-    added = engine.added_anchors
+def _gradient(engine: TrainEngine, step: int) -> Tensor:
+    """This rank's gradient of one step, on gradients that start at zero."""
+    engine.deepspeed.module.zero_grad()
+    _step(engine, step)
+    return torch.cat([gradient_of(engine, weight).double().flatten() for weight in local_weights(engine)])
+
+
+def _close(engine: TrainEngine) -> None:
     engine.context.heartbeat.close()
     engine.deepspeed.destroy()
     fresh_world()
-    return gradient, added
 
 
 @pytest.fixture(scope="module")
-def inverse() -> dict[tuple[str, float, bool], tuple[float, int]]:
+def inverse() -> dict[tuple[str, str], Found]:
     return run_distributed(inverse_errors, 1)[0]
 
 
-@pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize(("dtype", "bound"), [("fp32", 1e-4), ("bf16", 1 / 16)])
-def test_inverse_stays_within_its_tolerance(inverse: Any, dtype: str, bound: float, beta: float) -> None:
-    error, added = inverse[dtype, beta, True]
-    assert error < bound
-    assert (added > 0) == (beta < (0.5 if dtype == "fp32" else 0.9))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_inverse_stays_within_its_tolerance(inverse: dict[Any, Found], dtype: str, case: Case) -> None:
+    found = inverse[dtype, case.name]
+    print(dtype, case.name, found)  # for docs/results.md
+    assert found.guarded < TOLERANCE[dtype]
+    assert (found.added > 0) == (dtype == "bf16" or case.name not in ("beta-1.0", "trained"))
 
 
-def test_without_the_guard_small_betas_would_ruin_the_gradient(inverse: Any) -> None:
+def test_without_the_guard_small_betas_and_outputs_that_shrink_downward_would_ruin_the_gradient(
+    inverse: dict[Any, Found],
+) -> None:
     # at 0 the scale is the epsilon 1e-6, and seven divisions by it leave the range of fp32
-    assert all(not inverse[dtype, 0.0, False][0] < 1 for dtype in ("fp32", "bf16"))
-    assert inverse["bf16", 0.3, False][0] > 1
+    assert all(not inverse[dtype, "beta-0.0"].unguarded < 1 for dtype in TOLERANCE)
+    assert inverse["bf16", "beta-0.3"].unguarded > 1
+    assert all(inverse[dtype, "growing"].unguarded > TOLERANCE[dtype] for dtype in TOLERANCE)
 
 
 def stale_plan() -> tuple[bool, bool, int]:
@@ -254,9 +310,8 @@ def stale_plan() -> tuple[bool, bool, int]:
     finite = all(bool(gradient_of(engine, w).isfinite().all()) for w in local_weights(engine))
     engine.deepspeed.module.zero_grad()
     for weight in local_weights(engine):
-        # small in the middle and large below, so that the error is small again at the segment's end
         if weight.name.endswith("beta"):
-            weight.parameter.data.fill_({5: 1e-4, 4: 1e4}.get(int(weight.name.split(".")[2]), 1.0))
+            weight.parameter.data.fill_(1e-5 if ".5." in weight.name else 1.0)
     _step(engine)
     poisoned = any(bool(gradient_of(engine, w).isnan().any()) for w in local_weights(engine))
     engine.update()
@@ -278,6 +333,7 @@ def traffic() -> list[list[int]]:
         for recompute in (RecomputeConfig(), REPLAY, INVERSE):
             config = dataclasses.replace(tiny_config({"num_layers": 6, **model}, TP), recompute=recompute)
             engine = _engine(config)
+            _step(engine)  # inverse looks at the sizes of outputs first
             with CommunicationCounter() as counter:
                 _step(engine)
             volumes.append(counter.total("all_gather", "reduce_scatter", "all_reduce").bytes)
@@ -307,19 +363,28 @@ def memory_over_steps() -> dict[str, list[int]]:
             alive = []
             for _ in range(4):
                 _step(engine)
-                alive.append(memory.current)
+                alive.append(_settled(memory))
             for _ in range(3):
                 _abandon(engine)
-                alive.append(memory.current)
+                alive.append(_settled(memory))
             for _ in range(3):
                 _fail(engine)
                 # autograd holds on to a failed pass until the next one, without recomputation as well
                 _step(engine)
                 gc.collect()
-                alive.append(memory.current)
+                alive.append(_settled(memory))
         found[str(recompute)] = alive
         engine.context.heartbeat.close()
         fresh_world()
+    return found
+
+
+def _settled(memory: LiveMemory) -> int:
+    """Bytes alive once they no longer change: gloo's thread lets go of a reduced tensor a moment after the call."""
+    found = None
+    while found != memory.current:
+        found = memory.current
+        time.sleep(0.05)
     return found
 
 

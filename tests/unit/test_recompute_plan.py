@@ -5,6 +5,7 @@ from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_crnet.config import RecomputeConfig
 from megatron_crnet.recompute_plan import amplification_limit, cheapest_lengths, plan_inverse, plan_segments
@@ -65,12 +66,18 @@ def test_a_segment_length_is_obeyed_between_full_rank_layers() -> None:
     assert plan_segments(config, range(2, 9)) == [range(2, 6), range(6, 9)]
 
 
-ONES = dict.fromkeys(range(1, 32), [1.0] * 7)
+def even(value: float = 1.0, layers: int = 32) -> dict[int, torch.Tensor]:
+    """The same for every layer and position."""
+    return dict.fromkeys(range(1, layers), torch.full((7,), value))
+
+
+def one_position(value: float) -> torch.Tensor:
+    return torch.tensor([1.0] * 6 + [value])
 
 
 def test_anchors_are_every_eighth_layer_the_last_one_included() -> None:
     config = transformer("inverse", {"num_layers": 32})
-    assert plan_inverse(config, range(32), ONES) == (
+    assert plan_inverse(config, range(32), even(), even()) == (
         [range(0, 8), range(8, 16), range(16, 24), range(24, 32)],
         0,
     )
@@ -78,17 +85,30 @@ def test_anchors_are_every_eighth_layer_the_last_one_included() -> None:
 
 def test_an_anchor_is_added_where_the_bound_would_be_passed() -> None:
     config = transformer("inverse", {"num_layers": 32})
-    scales = {**ONES, 20: [1.0] * 6 + [1e-5]}
-    segments, added = plan_inverse(config, range(32), scales)
-    assert added == 1
-    assert range(20, 24) in segments
-    assert not any(20 in segment and segment.start < 20 for segment in segments)
+    for scales, growth in (({20: one_position(1e-5)}, {}), ({}, {20: one_position(1e5)})):
+        segments, added = plan_inverse(config, range(32), {**even(), **scales}, {**even(), **growth})
+        assert added == 1
+        assert range(20, 24) in segments
+        assert not any(20 in segment and segment.start < 20 for segment in segments)
+
+
+def test_outputs_that_grow_downward_make_up_for_small_betas() -> None:
+    config = transformer("inverse", {"num_layers": 32})
+    _, added = plan_inverse(config, range(32), even(0.1), even())
+    assert added > 0
+    assert plan_inverse(config, range(32), even(0.1), even(0.1)) == plan_inverse(config, range(32), even(), even())
+
+
+def test_positions_do_not_pay_for_each_other() -> None:
+    config = transformer("inverse", {"num_layers": 9}, dtype="bf16")
+    one = {layer: torch.ones(7).index_fill(0, torch.tensor(layer % 7), 0.5) for layer in range(1, 9)}
+    assert plan_inverse(config, range(9), one, even())[1] < plan_inverse(config, range(9), even(0.5), even())[1]
 
 
 @pytest.mark.parametrize("scale", [0.0, float("nan"), 1e-30])
 def test_where_nothing_can_be_inverted_every_layer_is_an_anchor(scale: float) -> None:
     config = transformer("inverse", {"num_layers": 5})
-    segments, added = plan_inverse(config, range(5), dict.fromkeys(range(1, 5), [scale] * 7))
+    segments, added = plan_inverse(config, range(5), even(scale), even())
     assert [len(segment) for segment in segments] == [1] * 5
     assert added == 4
 
@@ -100,6 +120,6 @@ def test_bf16_allows_fewer_roundings_than_fp32() -> None:
 
 def test_without_a_chain_every_layer_stands_alone_under_inverse() -> None:
     config = transformer("inverse", {"variant": "cola", "num_layers": 4})
-    segments, added = plan_inverse(config, range(4), {})
+    segments, added = plan_inverse(config, range(4), {}, {})
     assert [len(segment) for segment in segments] == [1] * 4
     assert added == 0
