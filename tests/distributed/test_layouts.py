@@ -114,7 +114,7 @@ ON_FOUR = [
     Layout(tp=2, pp=2, model={"full_rank_layers": [0, 2], "rank": RANKS}),
 ]
 MATRIX = [
-    Layout(tp, sp if tp > 1 else None, pp, vpp if pp > 1 else 1, zero, dtype, {"variant": variant})
+    Layout(tp, sp if tp > 1 else None, pp, vpp if pp > 1 else 1, zero, dtype, model={"variant": variant})
     for tp, sp, pp, vpp, zero, dtype, variant in product(
         (1, 2),
         (False, True),
