@@ -22,7 +22,7 @@ def place_anchors(blocks: Iterable[CRNetTransformerBlock], betas: dict[LowRankGr
     """Cut each block's layers as the betas and the sizes its passes have noted allow; a collective call.
 
     The largest growth over the tensor- and data-parallel ranks of this stage counts, so that all of them walk down
-    the same layers and every rank's own shard stays within the bound. Sizes that nobody has noted yet count as equal.
+    the same layers and every rank's own shard stays within the tolerance. Sizes that nobody has noted count as equal.
 
     Args:
         betas: the exact beta of each group with a residual.

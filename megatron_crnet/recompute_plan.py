@@ -156,7 +156,7 @@ def plan_inverse(
 ) -> tuple[list[range], int]:
     """Segments between anchors, and how many anchors the guard has added.
 
-    A segment ends where the error bound of some position would pass `amplification_limit`.
+    A segment ends where the estimated error of some position would pass `amplification_limit`.
 
     Args:
         scales: s(beta) of the positions of each layer with a residual, on the host.
@@ -185,11 +185,14 @@ def errors_below(errors: Tensor, scales: Tensor, growth: Tensor) -> Tensor:
 
     Y_{l-1} = (Y_l - z B) / s divides the error of Y_l, and what the forward pass rounded off it, by s, and is
     rounded itself; in norms of whole outputs, relative to the smaller or larger Y_{l-1}. z B is the same bits in
-    both directions and cancels. In fp32 the arithmetic itself rounds up to twice more.
+    both directions and cancels. Roundings to nearest are unbiased and those of different layers independent, so
+    their norms add in squares. Each counts with its largest size, 2.4 times the usual one, which also covers the
+    arithmetic's own roundings in fp32.
 
     Args:
         errors: in roundings (`ROUNDING`), [7] or a scalar.
         scales: s(beta), [7].
         growth: |Y_l| / |Y_{l-1}|, [7].
     """
-    return (errors + 1) * growth / scales.abs() + 1
+    one = torch.ones((), device=errors.device)
+    return torch.hypot(torch.hypot(errors, one) * growth / scales.abs(), one)

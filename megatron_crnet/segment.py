@@ -28,7 +28,7 @@ from megatron_crnet.recompute_plan import amplification_limit, errors_below
 from megatron_crnet.transformer_config import CRNetTransformerConfig
 
 DRIFT = 2.0
-"""How far the error bound of a pass may be above the one its anchors were placed for."""
+"""How far the estimated error of a pass may be above the one its anchors were placed for."""
 
 Grads = Sequence[Tensor | None]
 LayerState = tuple[Tensor, LayerOutputs | None, LayerOutputs | None]
@@ -92,7 +92,7 @@ class SegmentRun:
         self._stored = StoredTensors({})
         self._streams: list[Tensor] = []
         self._random: RandomStates | None = None
-        self._beyond_bound: Tensor | None = None
+        self._beyond_tolerance: Tensor | None = None
 
     def __call__(self, hidden_states: Tensor, context: LayerOutputs | None) -> tuple[Tensor, LayerOutputs | None]:
         """The layers' forward pass; what backward will need is kept."""
@@ -174,9 +174,9 @@ class SegmentRun:
         for layer, state in zip(reversed(self.layers), states, strict=True):
             grads = self._backward_of_layer(layer, self.memories.pop(), state, grads)
         gradient, *others = grads
-        if self._beyond_bound is not None and gradient is not None:
+        if self._beyond_tolerance is not None and gradient is not None:
             # the plan was made for other betas or outputs: better no number than a wrong one
-            gradient = gradient.masked_fill(self._beyond_bound, math.nan)
+            gradient = gradient.masked_fill(self._beyond_tolerance, math.nan)
         return [gradient, *others]
 
     @torch.no_grad()
@@ -224,7 +224,7 @@ class SegmentRun:
             outputs = previous
         if worst is not None:
             # the plan knew the sizes of the step before: one step may change them a little
-            self._beyond_bound = ~(worst.max() <= DRIFT * amplification_limit(self.config))
+            self._beyond_tolerance = ~(worst.max() <= DRIFT * amplification_limit(self.config))
 
     def _backward_of_layer(
         self, layer: CRNetTransformerLayer, memory: LayerMemory, state: LayerState, grads: Grads
