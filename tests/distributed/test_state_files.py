@@ -1,0 +1,131 @@
+"""Weights and moments through files: the layout that wrote them goes on bit for bit, any other to rounding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from safetensors import safe_open
+
+from megatron_crnet.config import Config
+from megatron_crnet.engine import TrainEngine
+from megatron_crnet.errors import CheckpointError
+from megatron_crnet.gpt import build_model_chunks
+from megatron_crnet.masters import KINDS, Masters
+from megatron_crnet.parallel import initialize_parallel
+from megatron_crnet.state_files import collect, fill, write
+from tests.distributed.spawn import fresh_world, run_distributed
+from tests.helpers import local_weights, micro_batches, tiny_config
+
+STEPS, SAVED_AT = 4, 2
+TP: dict[str, Any] = {"tensor_model_parallel_size": 2}
+PP: dict[str, Any] = {"pipeline_model_parallel_size": 2}
+LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {
+    "dp2-zero0": ({}, 0),
+    "dp2-zero1": ({}, 1),
+    "dp2-zero2": ({}, 2),
+    "dp2-zero3": ({}, 3),
+    "tp2-zero1": (TP, 1),
+    "tp2-zero3-without-sp": ({**TP, "sequence_parallel": False}, 3),
+    "pp2-zero1": (PP, 1),
+    "pp2-vpp2-zero1": ({**PP, "virtual_pipeline_model_parallel_size": 2}, 1),
+}
+WRITERS = {"fp32": ("tp2-zero1", "dp2-zero0", "dp2-zero3", "pp2-vpp2-zero1"), "bf16": ("dp2-zero1", "dp2-zero3")}
+READERS = {"fp32": tuple(LAYOUTS), "bf16": ("dp2-zero0", "dp2-zero1", "dp2-zero3", "tp2-zero1")}
+FROM_EACH = {"fp32": "tp2-zero1", "bf16": "dp2-zero3"}
+"""The writer whose files every reader takes; those of the others only the same layout takes."""
+
+
+def layout_config(name: str, dtype: str, **model: Any) -> Config:
+    parallel, stage = LAYOUTS[name]
+    training = {"dtype": dtype, "train_steps": STEPS}
+    return tiny_config(model, parallel, training, deepspeed_section={"zero_optimization": {"stage": stage}})
+
+
+def train(config: Config, load: Path | None = None, save: Path | None = None) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step, from the start or from files; a collective call."""
+    context = initialize_parallel(config)
+    engine = TrainEngine(config, build_model_chunks(config), context)
+    masters, weights, measured = Masters(engine.deepspeed, engine.stage), local_weights(engine), []
+    if load:
+        fill(load, masters, weights, SAVED_AT)
+        engine.restore_schedule(SAVED_AT)
+    for step in range(SAVED_AT if load else 0, STEPS):
+        batches = micro_batches(config, context.dp_rank, context.world_size, step)
+        loss = engine.forward_backward(batches, config.training.global_batch_size * config.training.seq_length)
+        measured.append((loss, engine.update()[0]))
+        if save and step + 1 == SAVED_AT:
+            assert masters.steps == SAVED_AT
+            write(save, collect(masters, weights), dist.new_group(backend="gloo"))
+    engine.deepspeed.destroy()
+    context.heartbeat.close()
+    fresh_world()
+    return measured
+
+
+def through_files(folder: str) -> dict[tuple[str, str, str], tuple[Any, Any]]:
+    """By dtype, writer and reader: what the writer measured after saving, and what the reader measured."""
+    found = {}
+    for dtype, writers in WRITERS.items():
+        for writer in writers:
+            saved = Path(folder, f"{dtype}-{writer}")
+            whole = train(layout_config(writer, dtype), save=saved)
+            readers = READERS[dtype] if writer == FROM_EACH[dtype] else (writer,)
+            for reader in readers:
+                found[dtype, writer, reader] = whole[SAVED_AT:], train(layout_config(reader, dtype), load=saved)
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("state"))
+
+
+@pytest.fixture(scope="module")
+def runs(folder: str) -> dict[tuple[str, str, str], tuple[Any, Any]]:
+    return run_distributed(through_files, 2, folder)[0]
+
+
+@pytest.mark.parametrize("dtype", WRITERS)
+def test_the_same_layout_goes_on_bit_for_bit(runs: Any, dtype: str) -> None:
+    for writer in WRITERS[dtype]:
+        whole, resumed = runs[dtype, writer, writer]
+        assert resumed == whole, writer
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2)])
+def test_any_other_layout_goes_on_to_rounding(runs: Any, dtype: str, tolerance: float) -> None:
+    for reader in READERS[dtype]:
+        whole, resumed = runs[dtype, FROM_EACH[dtype], reader]
+        for step, other in zip(whole, resumed, strict=True):
+            assert other == pytest.approx(step, rel=tolerance), reader
+
+
+def test_every_value_is_written_once_and_nothing_needs_unpickling(runs: Any, folder: str) -> None:
+    saved = Path(folder, "fp32-tp2-zero1")
+    assert {path.suffix for path in saved.iterdir()} == {".safetensors"}
+    elements: dict[str, int] = {}
+    for path in saved.iterdir():
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                elements[name] = elements.get(name, 0) + file.get_tensor(name).numel()
+    names = {name.partition(".")[2] for name in elements}
+    assert set(elements) == {f"{kind}.{name}" for kind in KINDS for name in names}
+    model = layout_config("dp2-zero0", "fp32").model
+    assert elements["master.lm_head.weight"] == model.vocab_size * model.hidden_size
+    assert elements["exp_avg.model.norm.weight"] == model.hidden_size
+
+
+def load_another_model(folder: str) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        train(layout_config("dp2-zero0", "fp32", num_layers=5), load=Path(folder, "fp32-tp2-zero1"))
+    fresh_world()
+    return str(caught.value)
+
+
+def test_files_of_another_model_are_refused(runs: Any, folder: str) -> None:
+    (message,) = run_distributed(load_another_model, 1, folder)
+    assert "does not fit this model" in message
+    assert "model.layers.4." in message
