@@ -28,7 +28,7 @@ def place_anchors(blocks: Iterable[CRNetTransformerBlock], betas: dict[LowRankGr
         betas: the exact beta of each group with a residual.
 
     Returns:
-        Number of anchors that the guard has added on this rank.
+        Number of anchors that the guard has added on all pipeline stages.
     """
     blocks, scales = list(blocks), _scales_by_layer(betas)
     growth = _largest_growth(blocks)
@@ -38,7 +38,13 @@ def place_anchors(blocks: Iterable[CRNetTransformerBlock], betas: dict[LowRankGr
     rows = iter(torch.stack(values).cpu() if values else ())
     scales, growth = {layer: next(rows) for layer in layers}, {layer: next(rows) for layer in noted}
     even = {layer: torch.ones_like(scale) for layer, scale in scales.items()}
-    return sum(block.place_anchors(scales, {**even, **growth}) for block in blocks)
+    added = torch.tensor(sum(block.place_anchors(scales, {**even, **growth}) for block in blocks), device=_device())
+    dist.all_reduce(added, group=parallel_state.get_pipeline_model_parallel_group())
+    return int(added)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _scales_by_layer(betas: dict[LowRankGroup, Tensor]) -> dict[int, Tensor]:

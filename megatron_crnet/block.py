@@ -97,7 +97,7 @@ class CRNetTransformerBlock(TransformerBlock):
         self.segments: list[range] = []
         """Layers (from 0 over the whole model) that are recomputed together; empty without recomputation."""
         self.growth: dict[int, Tensor] = {}
-        """|Y_l| / |Y_{l-1}| of the seven positions by layer, under `inverse`: largest of the passes since emptied."""
+        """|Y_l| / |Y_{l-1}| of the seven positions by layer under `inverse`: largest of all tokens since emptied."""
         self.store = ActivationStore(config)
         if config.recompute_strategy in ("replay", "full"):
             self.segments = plan_segments(config, self.layer_range, micro_batches_in_flight(config, pp_rank))

@@ -84,7 +84,7 @@ class TrainEngine:
             logging.getLogger("DeepSpeed").setLevel(logging.INFO)  # its timers speak through it
         self.optimizer = self.deepspeed.optimizer
         self.added_anchors = 0
-        """Anchors that the guard of `inverse` has added on this rank."""
+        """Anchors that the guard of `inverse` has added on all pipeline stages."""
         if self.stage == 0:
             # DeepSpeed's wrapper has taken a step (with rate 0) to allocate the moments, which counts in Adam's
             # bias correction

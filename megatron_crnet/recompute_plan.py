@@ -160,7 +160,7 @@ def plan_inverse(
 
     Args:
         scales: s(beta) of the positions of each layer with a residual, on the host.
-        growth: |Y_l| / |Y_{l-1}| of the same.
+        growth: |Y_l| / |Y_{l-1}| of the same, the largest of any token.
     """
     limit, longest = amplification_limit(config), config.recompute_segment_length or ANCHOR_DISTANCE
     segments, added, stop = [], 0, layers.stop
@@ -184,7 +184,7 @@ def errors_below(errors: Tensor, scales: Tensor, growth: Tensor) -> Tensor:
     """Relative errors of the outputs one layer below, from those of a layer's own outputs, by position.
 
     Y_{l-1} = (Y_l - z B) / s divides the error of Y_l, and what the forward pass rounded off it, by s, and is
-    rounded itself; in norms of whole outputs, relative to the smaller or larger Y_{l-1}. z B is the same bits in
+    rounded itself; in norms of a token's output, relative to the smaller or larger Y_{l-1}. z B is the same bits in
     both directions and cancels. Roundings to nearest are unbiased and those of different layers independent, so
     their norms add in squares. Each counts with its largest size, 2.4 times the usual one, which also covers the
     arithmetic's own roundings in fp32.

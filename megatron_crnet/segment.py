@@ -122,8 +122,9 @@ class SegmentRun:
         return hidden_states, context
 
     def _note_growth(self, layer: CRNetTransformerLayer, below: LayerOutputs, outputs: LayerOutputs) -> Tensor:
-        """|Y_l| / |Y_{l-1}| by position: this rank's shards, this micro-batch."""
-        growth = _norms(outputs) / _norms(below)
+        """Largest |Y_l| / |Y_{l-1}| of a token, by position: this rank's shards, this micro-batch."""
+        # by token, because a few tokens with large outputs would hide what happens to all others
+        growth = torch.stack([(_norms(y) / _norms(x)).max() for y, x in zip(outputs, below, strict=True)])
         noted = self.growth.get(layer.index)
         self.growth[layer.index] = growth if noted is None else torch.maximum(noted, growth)
         return growth
@@ -173,6 +174,7 @@ class SegmentRun:
         states = self._states_downward() if self.strategy == "inverse" else self._states_upward()
         for layer, state in zip(reversed(self.layers), states, strict=True):
             grads = self._backward_of_layer(layer, self.memories.pop(), state, grads)
+            del state  # gone before the next layer's outputs are rebuilt
         gradient, *others = grads
         if self._beyond_tolerance is not None and gradient is not None:
             # the plan was made for other betas or outputs: better no number than a wrong one
@@ -249,8 +251,8 @@ class SegmentRun:
         return _differentiate(results, grads, (x, y))
 
 
-def _norms(outputs: LayerOutputs) -> Tensor:
-    return torch.stack([torch.linalg.vector_norm(y, dtype=torch.float32) for y in outputs])
+def _norms(y: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(y, dim=-1, dtype=torch.float32)
 
 
 def _leaves(hidden_states: Tensor, context: LayerOutputs | None) -> tuple[Tensor, LayerOutputs | None]:

@@ -68,14 +68,15 @@ PP = {"pipeline_model_parallel_size": 2}
 VPP = {**PP, "virtual_pipeline_model_parallel_size": 2}
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 WITHOUT_SP = {**TP, "sequence_parallel": False}
-OFFLOADED = {"stage": 3, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
+PARTITIONED = {"stage": 3, "stage3_param_persistence_threshold": 0}
+OFFLOADED = {**PARTITIONED, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
 ROWS = [
     Row("tp2", {"num_layers": 6}, TP, strategies=(*EXACT, INVERSE)),
     Row("tp2-without-sp-everything-stored", {}, WITHOUT_SP, stored=EVERYTHING_STORED, strategies=(REPLAY_AUTO, FULL)),
-    Row("tp2-zero3-bf16", {}, TP, "bf16", {"stage": 3}, strategies=(REPLAY, INVERSE)),
+    Row("tp2-zero3-bf16", {}, TP, "bf16", PARTITIONED, strategies=(REPLAY, INVERSE)),
     Row("pp2-zero1", {"num_layers": 8}, PP, "fp32", {"stage": 1}, strategies=(REPLAY_AUTO,)),
     Row("pp2-vpp2-zero1-bf16", {"num_layers": 8}, VPP, "bf16", {"stage": 1}, strategies=(REPLAY, FULL, INVERSE)),
-    Row("dp2-zero2-bf16", {"full_rank_layers": [0, 2]}, {}, "bf16", {"stage": 2}, strategies=(REPLAY_AUTO,)),
+    Row("dp2-zero2-bf16", {"full_rank_layers": [0, 2]}, {}, "bf16", {"stage": 2}, strategies=(REPLAY_AUTO, INVERSE)),
     Row("dp2-zero3-offload", {}, {}, "fp32", OFFLOADED, strategies=(REPLAY,)),
     Row("tp2-dropout", DROPOUT, TP, strategies=(REPLAY_AUTO, FULL)),
     *(Row(f"tp2-{v}", {"variant": v}, TP, strategies=(REPLAY_AUTO,)) for v in VARIANTS if v != "crnet"),
@@ -84,7 +85,7 @@ MORE_ON_TWO = [
     Row("tp2-partitioned", {}, WITHOUT_SP, stored={"partition_activations": True}, strategies=(REPLAY,)),
     Row("tp2-without-sp-dropout", DROPOUT, WITHOUT_SP, strategies=(REPLAY, FULL)),
     Row("tp2-dropout", DROPOUT, TP, strategies=(REPLAY, INVERSE)),
-    Row("tp2-zero3-bf16", {}, TP, "bf16", {"stage": 3}, strategies=(REPLAY_AUTO, FULL)),
+    Row("tp2-zero3-bf16", {}, TP, "bf16", PARTITIONED, strategies=(REPLAY_AUTO, FULL)),
     Row("pp2-zero1", {"num_layers": 8}, PP, "fp32", {"stage": 1}, strategies=(REPLAY, FULL)),
     # without a residual there is nothing to invert, and inverse is exact, too
     *(Row(f"tp2-{v}", {"variant": v}, TP, strategies=(FULL, INVERSE)) for v in VARIANTS if v != "crnet"),
@@ -195,12 +196,14 @@ class Case:
 
     Attributes:
         growth: B of v and up is this many times that of the layer below, so that Y shrinks downward.
+        outlier: how strongly the first token's `up` of the full-rank layer answers, in every sequence.
         steps: steps of training before the gradients are compared.
     """
 
     name: str
     beta: float
     growth: float = 1.0
+    outlier: float = 0.0
     steps: int = 0
 
     def config(self, dtype: str) -> Config:
@@ -213,7 +216,12 @@ class Case:
 
 
 CASES = [Case(f"beta-{beta}", beta) for beta in BETAS]
-CASES += [Case("growing", 1.0, growth=4.0), Case("trained", 1.0, steps=20), Case("trained-small-beta", 0.3, steps=20)]
+CASES += [
+    Case("growing", 1.0, growth=4.0),
+    Case("growing-outlier", 1.0, growth=4.0, outlier=300.0),
+    Case("trained", 1.0, steps=20),
+    Case("trained-small-beta", 0.3, steps=20),
+]
 
 
 @dataclass(frozen=True)
@@ -236,6 +244,8 @@ def _inverse_error(case: Case, config: Config) -> Found:
         for piece in (*layer.linear_qkv.pieces(), *layer.linear_gate_up.pieces()):
             if piece.position in ("v", "up") and piece.suffix == "b.weight":
                 piece.parameter.data[piece.index].mul_(case.growth**layer.index)
+    if case.outlier:
+        _answer_strongly_to_the_first_token(chunks[0], case.outlier)
     engine = TrainEngine(config, chunks, context)
     for step in range(case.steps):
         _step(engine, step)
@@ -252,6 +262,21 @@ def _inverse_error(case: Case, config: Config) -> Found:
     return Found(*errors, added)
 
 
+@torch.no_grad()
+def _answer_strongly_to_the_first_token(model: Any, strength: float) -> None:
+    """Token 0, which starts every sequence, gets large outputs in layer 0; all others keep theirs."""
+    embedding, layer = model.embedding.word_embeddings.weight, model.decoder.layers[0]
+    direction = embedding[0].float() / embedding[0].float().norm()
+    embedding[1:] -= ((embedding[1:].float() @ direction)[:, None] * direction).to(embedding.dtype)
+    for piece in layer.linear_o.pieces():  # so that the residual stream keeps the embedding's directions
+        piece.parameter[piece.index].zero_()
+    for piece in layer.linear_gate_up.pieces():
+        if piece.position == "up":
+            up = piece.parameter[piece.index]
+            answer = torch.randn(up.shape[0], generator=torch.Generator().manual_seed(1))
+            up += (strength * torch.outer(answer, direction)).to(up.dtype)
+
+
 def _engine(config: Config) -> TrainEngine:
     context = initialize_parallel(config)
     return TrainEngine(config, build_model_chunks(config), context)
@@ -261,6 +286,8 @@ def _step(engine: TrainEngine, step: int = 0) -> float:
     tokens, _ = random_tokens(engine.config, step)
     context = engine.context
     batches = micro_batches(engine.config, context.dp_rank, context.world_size, step)
+    for batch in batches:
+        batch["tokens"][:, 0] = 0
     return engine.forward_backward(batches, tokens.numel())
 
 
