@@ -43,8 +43,9 @@ The modules in the order in which to read them; each uses only those above it.
     schedule             one step under Megatron-Core's schedules
     engine               one step under DeepSpeed: accumulate, reduce, clip, update
     masters              fp32 weights and moments, wherever DeepSpeed keeps them
-    state_files          they as files that any layout reads (the trainer does not use it yet)
-    checkpoint           state on disk, in DeepSpeed's format
+    state_files          they as files that any layout reads
+    checkpoint_folder    which checkpoints exist, are whole, and stay
+    checkpoint           a run's whole state, saved in the background
     communication        counts what a run sends; communication_report: for a configuration
     live_memory          counts the bytes that are alive; recompute_report: for each recomputation strategy
     metrics, plot        what a run reports

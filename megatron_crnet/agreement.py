@@ -35,12 +35,18 @@ def configuration_facts(config: Config) -> dict[str, str]:
         for section, values in resolved(config).items()
         for name, value in values.items()
     }
+    return {**facts, **{f"version of {library}": version for library, version in library_versions().items()}}
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of the libraries that a result depends on."""
+    versions = {}
     for library in LIBRARIES:
         try:
-            facts[f"version of {library}"] = importlib.metadata.version(library)
+            versions[library] = importlib.metadata.version(library)
         except importlib.metadata.PackageNotFoundError:
-            facts[f"version of {library}"] = "not installed"
-    return facts
+            versions[library] = "not installed"
+    return versions
 
 
 def agree_on_configuration(config: Config) -> None:

@@ -1,52 +1,59 @@
-"""Training state on disk, in DeepSpeed's own format: written beside, renamed when whole.
+"""A run's whole state on disk, and back into any layout: weights, moments, counters, random states.
 
-DIR/step_00000100/   DeepSpeed's files of every rank, and config.yaml
-DIR/latest           name of the checkpoint that a run continues from
+Saving is in two parts: the state is copied to host memory, which training waits for; a thread writes it while
+training goes on. The folder gets its final name when every rank's files are on disk.
 """
 
 from __future__ import annotations
 
-import os
-import pickle
-import shutil
-from dataclasses import asdict, dataclass
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import yaml
-from deepspeed import DeepSpeedEngine
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
-from megatron_crnet.config import Config
-from megatron_crnet.deepspeed_rules import zero_stage
-from megatron_crnet.errors import CheckpointError, ConfigError
-from megatron_crnet.liveness import is_communication
-from megatron_crnet.settings import resolved, save_config
-
-PREFIX = "step_"
-NOT_OF_THE_SHAPE = {"beta_init", "init_method_std", "hidden_dropout", "attention_dropout", "max_position_embeddings"}
-LAYOUT = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "sequence_parallel",  # decides which parameters share a flat buffer of DeepSpeed's
+from megatron_crnet.agreement import library_versions
+from megatron_crnet.checkpoint_folder import (
+    PARTIAL,
+    checkpoint_name,
+    checkpoints,
+    complete,
+    damage,
+    file_entries,
+    point_latest_at,
+    prune,
+    reject,
+    restore_replaced,
+    unwritable,
 )
-FLAT_BUFFER_KEYS = {"round_robin_gradients": (1, 2), "parameter_alignment": (1, 2), "sub_group_size": (3,)}
-"""Keys of zero_optimization that order and cut the flat buffers which a checkpoint holds, and the stages that do so."""
+from megatron_crnet.config import Config
+from megatron_crnet.engine import TrainEngine
+from megatron_crnet.errors import CheckpointError, ConfigError
+from megatron_crnet.masters import Masters
+from megatron_crnet.random_states import RandomStates
+from megatron_crnet.settings import resolved, save_config
+from megatron_crnet.state_files import Box, collect, fill, read, whole, write
+from megatron_crnet.weights import canonical_weights
+
+NOT_OF_THE_MODEL = {"beta_init", "init_method_std", "hidden_dropout", "attention_dropout", "max_position_embeddings"}
+LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a run needs besides weights and moments to go on.
+    """What a run needs besides weights, moments and random states to go on.
 
     Attributes:
-        step: optimizer steps done.
+        step: steps done.
         tokens: trained tokens so far.
-        samples: sequences drawn from the training data so far.
+        samples: sequences drawn from the training data so far: its position in the order that Megatron-Core's
+            datasets give all epochs and blended sources.
     """
 
     step: int = 0
@@ -59,134 +66,166 @@ def checkpoint_dir(config: Config) -> Path:
     return Path(config.checkpoint.dir or Path(config.logging.output_dir) / "checkpoints")
 
 
-def save_checkpoint(engine: DeepSpeedEngine, config: Config, state: TrainingState, *, latest: bool = True) -> Path:
-    """Write the state of all ranks; a collective call. A checkpoint of the same step is replaced.
+class Checkpointer:
+    """Saves and loads the state of one engine; every public method is a collective call."""
 
-    Args:
-        latest: continue from it; `latest` moves only when everything is on disk.
+    def __init__(self, config: Config, engine: TrainEngine) -> None:
+        self.config, self.folder = config, checkpoint_dir(config)
+        self.masters = Masters(engine.deepspeed, engine.stage)
+        self.weights = [weight for chunk in engine.chunks for weight in canonical_weights(chunk)]
+        # of its own, because the thread's calls must not meet those of training
+        self._group = dist.new_group(backend="gloo")
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def save(self, state: TrainingState) -> float:
+        """Copy the state and write it in the background. Returns the seconds for which training had to wait.
+
+        Raises:
+            CheckpointError: the checkpoint before this one could not be written.
+        """
+        started = time.perf_counter()
+        self.wait()
+        boxes = collect(self.masters, self.weights)
+        random = RandomStates.capture().tensors()
+        boxes.update({_random_name(name): whole(tensor.clone()) for name, tensor in random.items()})
+        about = {
+            **asdict(state),
+            "adam_steps": self.masters.steps,
+            "layout": self._layout(),
+            "versions": library_versions(),
+        }
+        self._thread = threading.Thread(target=self._write, args=(state.step, boxes, about), name="checkpoint")
+        self._thread.start()
+        return time.perf_counter() - started
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is on disk.
+
+        Raises:
+            CheckpointError: it could not be written; earlier ones are untouched.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _layout(self) -> dict[str, Any]:
+        values = resolved(self.config)["parallel"]
+        return {"world_size": dist.get_world_size(), **{name: values[name] for name in LAYOUT}}
+
+    def _write(self, step: int, boxes: dict[str, Box], about: dict[str, Any]) -> None:
+        try:
+            self._write_together(step, boxes, about)
+        except BaseException as error:  # for the training thread to raise
+            self._failure = error
+
+    def _write_together(self, step: int, boxes: dict[str, Box], about: dict[str, Any]) -> None:
+        partial = self.folder / f"{PARTIAL}{checkpoint_name(step)}"
+        self._on_main(lambda: self._prepare(partial))
+        own = write(partial, boxes, self._group)
+        boxes.clear()
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, file_entries(partial, own), group=self._group)
+        entries = {name: entry for files in everyone for name, entry in files.items()}
+        self._on_main(lambda: self._finish(partial, step, entries, about))
+
+    def _prepare(self, partial: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        restore_replaced(self.folder)
+        partial.mkdir()
+
+    def _finish(self, partial: Path, step: int, entries: dict[str, Any], about: dict[str, Any]) -> None:
+        (partial / "state.json").write_text(json.dumps(about, indent=1))
+        save_config(self.config, partial / "config.yaml")
+        entries.update(file_entries(partial, ["state.json", "config.yaml"]))
+        target = self.folder / checkpoint_name(step)
+        complete(partial, target, entries)
+        point_latest_at(target)
+        prune(self.folder, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
+
+    def _on_main(self, action: Callable[[], object]) -> None:
+        """Do something on rank 0; every rank learns how it went."""
+        outcome: list[Any] = [None]
+        if dist.get_rank() == 0:
+            try:
+                action()
+            except OSError as error:
+                outcome = [str(unwritable(self.folder, error))]
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        if outcome[0] is not None:
+            raise CheckpointError(outcome[0])
+
+    def load(self, checkpoint: Path) -> TrainingState:
+        """Fill engine and optimizer; under the layout that wrote it, put the random generators where they were.
+
+        The engine's schedule is the caller's (`TrainEngine.restore_schedule`).
+
+        Raises:
+            CheckpointError: the checkpoint does not fit the model.
+        """
+        about = json.loads((checkpoint / "state.json").read_text())
+        fill(checkpoint, self.masters, self.weights, about["adam_steps"])
+        if about["layout"] == self._layout():
+            states = {name: torch.empty_like(state) for name, state in RandomStates.capture().tensors().items()}
+            read(checkpoint, {_random_name(name): whole(state) for name, state in states.items()})
+            RandomStates.from_tensors(states).restore()
+        return TrainingState(**{field.name: about[field.name] for field in fields(TrainingState)})
+
+    def reject(self, step: int) -> Path | None:
+        """Take checkpoints of `step` and later out of the next start's way. Returns the newest that is left."""
+        self.wait()
+        self._on_main(lambda: reject(self.folder, step))
+        left = checkpoints(self.folder)
+        return left[-1] if left else None
+
+
+def _random_name(name: str) -> str:
+    return f"random.{dist.get_rank():05d}.{name}"
+
+
+def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, and a line on each newer one that is damaged; a collective call.
+
+    Ranks share the work of comparing checksums.
     """
-    folder = checkpoint_dir(config)
-    partial, target = folder / f".partial_{PREFIX}{state.step:08d}", folder / f"{PREFIX}{state.step:08d}"
-    is_main = dist.get_rank() == 0
-    if is_main:
-        for stale in folder.glob(".*_step_*"):
-            shutil.rmtree(stale)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    damaged: list[str] = []
+    for checkpoint in reversed(checkpoints(folder)):
+        everyone: list[Any] = [None] * size
+        dist.all_gather_object(everyone, damage(checkpoint, rank, size))
+        problems = [problem for problem in everyone if problem]
+        if not problems:
+            return checkpoint, damaged
+        damaged.append(f"checkpoint {checkpoint} {problems[0]}: skipped")
+    return None, damaged
+
+
+def tidy(folder: Path) -> None:
+    """Finish what a killed run has left in its folder; a collective call, before any rank looks into it."""
+    if dist.get_rank() == 0 and folder.is_dir():
+        restore_replaced(folder)
     dist.barrier()
-    engine.save_checkpoint(str(folder), tag=partial.name, client_state=asdict(state), save_latest=False)
-    dist.barrier()
-    if is_main:
-        save_config(config, partial / "config.yaml")
-        if target.exists():
-            target.rename(folder / f".replaced_{target.name}")
-        partial.rename(target)
-        if latest:
-            _point_latest_at(target)
-        shutil.rmtree(folder / f".replaced_{target.name}", ignore_errors=True)
-    dist.barrier()
-    return target
-
-
-def _point_latest_at(checkpoint: Path) -> None:
-    temporary = checkpoint.parent / f".latest.{os.getpid()}"
-    temporary.write_text(checkpoint.name)
-    temporary.replace(checkpoint.parent / "latest")
-
-
-def newest_checkpoint(config: Config) -> Path | None:
-    """The checkpoint that `latest` names, if it exists; None for a run that has none."""
-    latest = checkpoint_dir(config) / "latest"
-    named = checkpoint_dir(config) / latest.read_text().strip() if latest.is_file() else None
-    return named if named and named.is_dir() and named.name.startswith(PREFIX) else None
-
-
-def saved_step(checkpoint: Path) -> int:
-    """Steps done when the checkpoint was written, from its name."""
-    return int(checkpoint.name.removeprefix(PREFIX))
-
-
-def distrust_checkpoint(config: Config, step: int) -> Path | None:
-    """Stop continuing from checkpoints of `step` and later; a collective call.
-
-    Returns:
-        The newest earlier one, which `latest` names now; None if there is none.
-    """
-    folder = checkpoint_dir(config)
-    earlier = sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir() and saved_step(path) < step)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        if earlier:
-            _point_latest_at(earlier[-1])
-        else:
-            (folder / "latest").unlink(missing_ok=True)
-    dist.barrier()
-    return earlier[-1] if earlier else None
 
 
 def check_resumable(config: Config, checkpoint: Path) -> dict[str, Any]:
-    """Refuse to continue a checkpoint of another model or layout. Returns its resolved configuration.
+    """Refuse to continue a checkpoint of another model. Returns its resolved configuration.
 
     Raises:
-        ConfigError: a field that defines the weights or their distribution differs.
-        CheckpointError: the checkpoint is not whole.
+        ConfigError: a field that defines the weights differs; names all that do.
+        CheckpointError: the checkpoint's configuration cannot be read.
     """
     try:
         saved = yaml.safe_load((checkpoint / "config.yaml").read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise CheckpointError(
-            f"checkpoint {checkpoint} has no readable config.yaml: it is not whole, remove it"
-        ) from error
-    wanted = resolved(config)
-    fields = [("model", name) for name in wanted["model"] if name not in NOT_OF_THE_SHAPE]
-    fields += [("parallel", name) for name in LAYOUT] + [("training", "dtype")]
-    for section, name in fields:
-        _require_equal(checkpoint, f"{section}.{name}", saved[section].get(name), wanted[section][name])
-    zero, own = (values["deepspeed"].get("zero_optimization", {}) for values in (saved, wanted))
-    stage = zero_stage(config)
-    _require_equal(checkpoint, "ZeRO stage", zero.get("stage", 0), stage)
-    was, now = DeepSpeedZeroConfig(**zero), DeepSpeedZeroConfig(**own)
-    for name, stages in FLAT_BUFFER_KEYS.items():
-        if stage in stages:
-            _require_equal(checkpoint, f"deepspeed.zero_optimization.{name}", getattr(was, name), getattr(now, name))
-    return dict(saved)
-
-
-def _require_equal(checkpoint: Path, name: str, saved: Any, wanted: Any) -> None:
-    if saved != wanted:
+        raise CheckpointError(f"checkpoint {checkpoint} has no readable config.yaml: remove it") from error
+    wanted, found = resolved(config)["model"], saved["model"]
+    names = [name for name in wanted if name not in NOT_OF_THE_MODEL and found.get(name) != wanted[name]]
+    if names:
+        difference = ", ".join(f"model.{name} {found.get(name)} instead of {wanted[name]}" for name in names)
         raise ConfigError(
-            f"checkpoint {checkpoint} was written with {name} {saved}, but the configuration says {wanted}: "
-            "use the saved value or another logging.output_dir"
+            f"checkpoint {checkpoint} was written with {difference}: use the saved values or another logging.output_dir"
         )
-
-
-# what DeepSpeed and PyTorch stumble over in files that are missing, damaged, or of another number of ranks
-LOAD_ERRORS = (
-    OSError,
-    RuntimeError,
-    EOFError,
-    LookupError,
-    AssertionError,
-    ValueError,
-    pickle.UnpicklingError,
-    ZeRORuntimeException,
-)
-
-
-def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path) -> TrainingState:
-    """Fill engine and optimizer; a collective call.
-
-    Raises:
-        CheckpointError: files are missing or damaged, or were written by another number of ranks.
-    """
-    advice = "use the number of ranks that it was written with, or remove it to start again"
-    try:
-        path, client = engine.load_checkpoint(
-            str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False
-        )
-    except LOAD_ERRORS as error:
-        if is_communication(error):
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"checkpoint {checkpoint} cannot be loaded ({reason}): {advice}") from error
-    if path is None or client is None:
-        raise CheckpointError(f"checkpoint {checkpoint} cannot be read: {advice}")
-    return TrainingState(client["step"], client["tokens"], client["samples"])
+    return dict(saved)

@@ -182,6 +182,10 @@ class CheckpointConfig:
     """Folder of the checkpoints; null means `checkpoints` inside logging.output_dir."""
     save_interval: int = 0
     """Steps between checkpoints; 0 saves only at the end."""
+    keep_last: int | None = None
+    """Newest checkpoints that are kept: older ones are removed when a new one is whole. null keeps all."""
+    keep_every: int | None = None
+    """Checkpoints of steps that are multiples of this are kept for ever, whatever keep_last says."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -41,6 +41,25 @@ class RandomStates:
         # copies, because a tracker writes into the dictionary that it is given
         tensor_parallel.get_cuda_rng_tracker().set_states(dict(self.megatron))
         deepspeed.checkpointing.get_cuda_rng_tracker().set_states(dict(self.deepspeed))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every state by name, for a file."""
+        return {
+            "cpu": self.cpu,
+            "device": self.device,
+            **{f"megatron.{name}": state for name, state in self.megatron.items()},
+            **{f"deepspeed.{name}": state for name, state in self.deepspeed.items()},
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> RandomStates:
+        """The inverse of `tensors`."""
+        trackers: dict[str, dict[str, Tensor]] = {"megatron": {}, "deepspeed": {}}
+        for name, state in tensors.items():
+            tracker, _, key = name.partition(".")
+            if key:
+                trackers[tracker][key] = state
+        return cls(tensors["cpu"], tensors["device"], trackers["megatron"], trackers["deepspeed"])
 
     @contextmanager
     def replay(self) -> Iterator[None]:

@@ -89,6 +89,8 @@ def check_training(config: Config) -> None:
     ):
         value = getattr(getattr(config, section), name)
         require(value >= 0, f"{section}.{name} is {value}, but must not be negative: use 0 or more")
+    kept = {"keep_last": config.checkpoint.keep_last, "keep_every": config.checkpoint.keep_every}
+    require_positive("checkpoint", **{name: value for name, value in kept.items() if value is not None})
     limit = config.model.max_position_embeddings
     require(
         limit is None or limit >= training.seq_length,

@@ -140,8 +140,11 @@ def collect(masters: Masters, weights: list[Weight]) -> dict[str, Box]:
     return boxes
 
 
-def write(folder: Path, boxes: Mapping[str, Box], group: dist.ProcessGroup) -> None:
+def write(folder: Path, boxes: Mapping[str, Box], group: dist.ProcessGroup) -> list[str]:
     """Write the boxes of all ranks; a collective call of `group`, which must be a gloo group of all ranks.
+
+    Returns:
+        Names of the files that this rank has written.
 
     Raises:
         CheckpointError: some rank cannot write; raised on all of them.
@@ -152,7 +155,13 @@ def write(folder: Path, boxes: Mapping[str, Box], group: dist.ProcessGroup) -> N
         dcp.save(dict(boxes), storage_writer=writer, planner=planner, process_group=group)
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
-        raise CheckpointError(f"rank {rank} cannot write into {folder}: {cause}") from error
+        reason = " ".join(str(cause).split())[:200]
+        raise CheckpointError(
+            f"rank {rank} cannot write into {folder} ({reason}): free some space, correct the permissions or set "
+            "checkpoint.dir; earlier checkpoints are untouched"
+        ) from error
+    mine = f"shard-{dist.get_rank() + 1:05d}-"
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith(mine))
 
 
 def read(folder: Path, boxes: Mapping[str, Box]) -> None:

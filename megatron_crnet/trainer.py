@@ -17,22 +17,20 @@ from megatron_crnet.agreement import CHECKPOINT, examine_together
 from megatron_crnet.arithmetic import flops_per_token
 from megatron_crnet.batch import BatchPlan, plan_batches
 from megatron_crnet.checkpoint import (
-    PREFIX,
+    Checkpointer,
     TrainingState,
     check_resumable,
     checkpoint_dir,
-    distrust_checkpoint,
-    load_checkpoint,
-    newest_checkpoint,
-    save_checkpoint,
-    saved_step,
+    newest_complete,
+    tidy,
 )
+from megatron_crnet.checkpoint_folder import REJECTED, checkpoint_name, checkpoints, saved_step
 from megatron_crnet.config import Config
 from megatron_crnet.data import Datasets, build_datasets, data_fingerprint
 from megatron_crnet.data_loading import global_batches
 from megatron_crnet.deepspeed_settings import check_deepspeed_keys
 from megatron_crnet.engine import StepResult, TrainEngine
-from megatron_crnet.errors import ConfigError, NonFiniteLossError
+from megatron_crnet.errors import CheckpointError, ConfigError, NonFiniteLossError
 from megatron_crnet.gpt import build_model_chunks
 from megatron_crnet.liveness import naming_lost_peers
 from megatron_crnet.metrics import MetricsWriter, Progress, check_sinks, peak_memory_bytes
@@ -72,7 +70,10 @@ class Trainer:
         self.plan: BatchPlan = plan_batches(config, context.world_size)
         check_deepspeed_keys(config)
         check_sinks(config)
-        self.tokenizer, self.checkpoint, self.saved = examine_together(partial(_examine, config))
+        tidy(checkpoint_dir(config))
+        self.tokenizer = examine_together(partial(_examine, config))
+        self.checkpoint, self.damaged = newest_complete(checkpoint_dir(config))
+        self.saved = examine_together(partial(_examine_checkpoint, config, self.checkpoint))
         self.datasets = _datasets(config, self.tokenizer, self.plan)
         self.entropy = self._validation_entropy()
 
@@ -91,9 +92,11 @@ class Trainer:
     def run(self) -> None:
         """Train from the newest checkpoint, or from scratch, to the last step."""
         self.engine = TrainEngine(self.config, build_model_chunks(self.config), self.context)
-        self.state = load_checkpoint(self.engine.deepspeed, self.checkpoint) if self.checkpoint else TrainingState()
+        self.checkpointer = Checkpointer(self.config, self.engine)
+        # another layout than the checkpoint's has no random states of its own to continue from
+        seed_random_states(self.config.training.seed + (saved_step(self.checkpoint) if self.checkpoint else 0))
+        self.state = self.checkpointer.load(self.checkpoint) if self.checkpoint else TrainingState()
         self.engine.restore_schedule(self.state.step)
-        seed_random_states(self.config.training.seed + self.state.step)
         self._prepare_folder()
         self.progress = Progress(self.config.training.train_steps, self.state.step, self.context.is_main)
         with MetricsWriter(self.config, self.context.is_main, self.state.step) as self.metrics:
@@ -110,6 +113,8 @@ class Trainer:
             save_config(self.config, folder / "config.yaml")
 
     def _announce(self) -> None:
+        for line in self.damaged:
+            self.progress.line(f"warning: {line}")
         if self.checkpoint is not None:
             self.progress.line(f"continuing from {self.checkpoint}, step {self.state.step}")
             self._warn_of_another_order()
@@ -149,8 +154,18 @@ class Trainer:
                 self._validate()
             if self._saves(step):
                 heartbeat.report(f"the checkpoint of step {step}")
-                save_checkpoint(self.engine.deepspeed, self.config, self.state)
+                self._save(last=step == training.train_steps)
             window.started += time.perf_counter() - paused
+
+    def _save(self, last: bool) -> None:
+        try:
+            self.checkpointer.wait()
+        except CheckpointError as error:
+            self.progress.line(f"warning: {error}; training goes on")
+        seconds = self.checkpointer.save(self.state)
+        if last:
+            self.checkpointer.wait()
+        self.metrics.write(self.state.step, {"checkpoint_wait_s": seconds})
 
     def _step(self, batches: list[Batch]) -> StepResult:
         tokens = self._trained_tokens(batches)
@@ -168,14 +183,14 @@ class Trainer:
         The state before the step is saved without being continued from, and `latest` goes back to a checkpoint
         whose next step was good.
         """
-        save_checkpoint(self.engine.deepspeed, self.config, self.state, latest=False)
-        good = distrust_checkpoint(self.config, self.state.step)
+        self.checkpointer.save(self.state)
+        good = self.checkpointer.reject(self.state.step)
         norm = "none yet" if grad_norm is None else f"{grad_norm:.4g}"
         raise NonFiniteLossError(
             f"{what} at step {self.state.step + 1} (learning rate {lr:.3e}, last gradient norm {norm}), but must be "
             f"finite: lower optimizer.lr or look at the data of this step{self._remedy()}; a new start continues from "
             f"{good or 'the beginning, as there is no earlier checkpoint'}; the state just before this step is kept "
-            f"beside it as {PREFIX}{self.state.step:08d}"
+            f"beside it as {REJECTED}{checkpoint_name(self.state.step)}"
         )
 
     def _remedy(self) -> str:
@@ -265,7 +280,7 @@ class Trainer:
             text = continue_text(self.engine, self.tokenizer, section.sample_prompt, section.sample_tokens, seed=seed)
             self.progress.line(f"--- a sampled continuation ---\n{section.sample_prompt}{text}\n---")
         self.progress.line(f"done: {section.output_dir} holds metrics.jsonl, config.yaml, loss.png and tensorboard/")
-        self.progress.line(f"checkpoint: {newest_checkpoint(self.config)}")
+        self.progress.line(f"checkpoint: {checkpoint_dir(self.config) / checkpoint_name(self.state.step)}")
 
 
 def train(config: Config) -> None:
@@ -295,27 +310,22 @@ def _train_on_this_rank(config: Config, context: ParallelContext) -> None:
     trainer.run()
 
 
-Examined = tuple[Tokenizer, Path | None, dict[str, Any] | None]
-
-
-def _examine(config: Config) -> tuple[Examined, dict[str, str]]:
-    """Open what this rank can see of the input, and say what must be the same on all ranks.
-
-    Returns:
-        Tokenizer, checkpoint to continue from and its configuration; facts by name.
-    """
+def _examine(config: Config) -> tuple[Tokenizer, dict[str, str]]:
+    """Open what this rank can see of the input, and say what must be the same on all ranks."""
     tokenizer = _tokenizer(config)
     check_vocabulary(tokenizer, config.model.vocab_size)
     if not (config.data.data_path or config.data.train_data_path):
         raise ConfigError("data.data_path is empty, but names the .bin/.idx files to train on: give their prefix")
-    checkpoint = newest_checkpoint(config)
-    facts = {
+    names = [path.name for path in checkpoints(checkpoint_dir(config))]
+    return tokenizer, {
         "tokenizer": repr(tokenizer.unique_identifiers),
         "contents of the data": data_fingerprint(config),
-        CHECKPOINT: checkpoint.name if checkpoint else "(none)",
+        CHECKPOINT: ", ".join(names) or "(none)",
     }
-    saved = check_resumable(config, checkpoint) if checkpoint else None
-    return (tokenizer, checkpoint, saved), facts
+
+
+def _examine_checkpoint(config: Config, checkpoint: Path | None) -> tuple[dict[str, Any] | None, dict[str, str]]:
+    return check_resumable(config, checkpoint) if checkpoint else None, {}
 
 
 def _tokenizer(config: Config) -> Tokenizer:

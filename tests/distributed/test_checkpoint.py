@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from megatron.core import parallel_state
 
-from megatron_crnet.checkpoint import TrainingState, check_resumable, load_checkpoint, save_checkpoint
+from megatron_crnet.checkpoint import Checkpointer, TrainingState, check_resumable, newest_complete, tidy
+from megatron_crnet.checkpoint_folder import MANIFEST, PARTIAL, REPLACED, checkpoints, damage
 from megatron_crnet.config import CheckpointConfig, Config
 from megatron_crnet.engine import TrainEngine
 from megatron_crnet.errors import CheckpointError, ConfigError
@@ -20,32 +22,32 @@ from tests.distributed.spawn import fresh_world, run_distributed
 from tests.helpers import micro_batches, tiny_config
 
 STEPS = 4
+DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+TP = {"tensor_model_parallel_size": 2}
 ROWS: dict[str, dict[str, Any]] = {
-    "dp2-zero0-bf16": {"stage": 0, "dtype": "bf16"},
-    "dp2-zero1": {"stage": 1},
+    "dp2-zero0-bf16-dropout": {"stage": 0, "dtype": "bf16", "model": DROPOUT},
     "dp2-zero1-bf16": {"stage": 1, "dtype": "bf16"},
-    "dp2-zero3": {"stage": 3},
-    "tp2-zero1": {"stage": 1, "parallel": {"tensor_model_parallel_size": 2}},
+    "dp2-zero2-offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "dp2-zero3-dropout": {"stage": 3, "model": DROPOUT},
+    "tp2-zero1-dropout": {"stage": 1, "parallel": TP, "model": DROPOUT},
+    "pp2-zero1": {"stage": 1, "parallel": {"pipeline_model_parallel_size": 2}},
 }
 OTHER = {"adam_beta1": 0.5, "adam_beta2": 0.7, "adam_eps": 1e-3, "weight_decay": 0.3, "clip_grad": 0.25}
 
 
 def row_config(
-    folder: str,
-    stage: int,
+    folder: str | Path,
+    stage: int = 0,
     dtype: str = "fp32",
     parallel: dict[str, Any] | None = None,
     optimizer: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
     **zero: Any,
 ) -> Config:
     section = {"zero_optimization": {"stage": stage, **zero}}
-    config = tiny_config(
-        parallel=parallel,
-        training={"dtype": dtype, "train_steps": STEPS},
-        optimizer=optimizer,
-        deepspeed_section=section,
-    )
-    return dataclasses.replace(config, checkpoint=CheckpointConfig(dir=folder))
+    training = {"dtype": dtype, "train_steps": STEPS}
+    config = tiny_config(model, parallel, training, optimizer, section)
+    return dataclasses.replace(config, checkpoint=CheckpointConfig(dir=str(folder), keep_last=2, keep_every=10))
 
 
 def train(
@@ -54,7 +56,8 @@ def train(
     """Losses and gradient norms from the checkpoint, or from scratch, to the last step; the settings after it."""
     context = initialize_parallel(config)
     engine = TrainEngine(config, build_model_chunks(config), context)
-    state = load_checkpoint(engine.deepspeed, checkpoint) if checkpoint else TrainingState()
+    checkpointer = Checkpointer(config, engine)
+    state = checkpointer.load(checkpoint) if checkpoint else TrainingState()
     engine.restore_schedule(state.step)
     measured = []
     for step in range(state.step, steps):
@@ -62,7 +65,8 @@ def train(
         loss = engine.forward_backward(batches, config.training.global_batch_size * config.training.seq_length)
         measured.append((loss, engine.update()[0]))
         if step + 1 == save_at:
-            save_checkpoint(engine.deepspeed, config, TrainingState(step + 1))
+            checkpointer.save(TrainingState(step + 1))
+    checkpointer.wait()
     groups = [
         {name: group[name] for name in ("betas", "eps", "weight_decay")} for group in engine.optimizer.param_groups
     ]
@@ -79,26 +83,13 @@ def resume_rows(folder: str) -> dict[str, dict[str, Any]]:
         config = row_config(f"{folder}/{name}", **row)
         whole, _ = train(config, save_at=2)
         checkpoint = Path(folder, name, "step_00000002")
-        resumed, _ = train(config, checkpoint)
         changed = row_config(f"{folder}/{name}", **row, optimizer=OTHER)
         found[name] = {
             "whole": whole,
-            "resumed": resumed,
+            "resumed": train(config, checkpoint)[0],
             "changed": train(changed, checkpoint, steps=0)[1],
         }
     return found
-
-
-def load_alone(folder: str) -> dict[str, str]:
-    """What a world of one rank says to the checkpoints of two."""
-    messages = {}
-    for name in ("dp2-zero1", "dp2-zero1-bf16"):
-        with pytest.raises(CheckpointError) as caught:
-            train(row_config(f"{folder}/{name}", **ROWS[name]), Path(folder, name, "step_00000002"))
-        messages[name] = str(caught.value)
-        parallel_state.destroy_model_parallel()
-        fresh_world()
-    return messages
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +99,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def rows(folder: str) -> dict[str, dict[str, Any]]:
-    return run_distributed(resume_rows, 2, folder)[0]
+    return run_distributed(resume_rows, 2, folder, timeout_s=400)[0]
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -127,33 +118,95 @@ def test_changed_optimizer_settings_are_those_of_the_resumed_run(name: str, rows
     assert clip == 0.25
 
 
-def test_another_data_parallel_size_is_refused_with_a_remedy(rows: dict[str, Any], folder: str) -> None:
-    (messages,) = run_distributed(load_alone, 1, folder)
-    for message in messages.values():
-        assert "cannot be loaded" in message
-        assert message.endswith("use the number of ranks that it was written with, or remove it to start again")
+def test_a_checkpoint_says_what_it_holds_and_pickles_nothing(rows: dict[str, Any], folder: str) -> None:
+    checkpoint = Path(folder, "tp2-zero1-dropout", "step_00000002")
+    assert damage(checkpoint) is None
+    files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    assert {*files, MANIFEST} == {path.name for path in checkpoint.iterdir()}
+    assert {Path(name).suffix for name in files} == {".safetensors", ".json", ".yaml"}
+    about = json.loads((checkpoint / "state.json").read_text())
+    assert (about["step"], about["adam_steps"]) == (2, 2)
+    assert about["layout"]["tensor_model_parallel_size"] == 2
+    assert set(about["versions"]) >= {"torch", "deepspeed", "megatron-core"}
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "alignment": ({"stage": 1, "parameter_alignment": True}, "parameter_alignment False, but .* says True"),
-    "sub-groups": ({"stage": 3, "sub_group_size": 600}, "sub_group_size 1000000000, but .* says 600"),
-    "sequence parallelism": (
-        {"stage": 1, "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": False}},
-        "parallel.sequence_parallel True, but .* says False",
-    ),
-}
+def keep_and_fail(folder: str) -> tuple[list[str], list[str], str]:
+    """Checkpoints that are left by the policy; then a save whose folder cannot be made, and one after that."""
+    config = row_config(folder)
+    context = initialize_parallel(config)
+    engine = TrainEngine(config, build_model_chunks(config), context)
+    checkpointer = Checkpointer(config, engine)
+    for step in (10, 11, 12, 13):
+        checkpointer.save(TrainingState(step))
+    checkpointer.wait()
+    kept = [path.name for path in checkpoints(Path(folder))]
+    moved = Path(folder).rename(f"{folder}-moved")
+    Path(folder).write_text("in the way")
+    checkpointer.save(TrainingState(14))
+    with pytest.raises(CheckpointError) as caught:
+        checkpointer.wait()
+    Path(folder).unlink()
+    moved.rename(folder)
+    checkpointer.save(TrainingState(15))
+    checkpointer.wait()
+    after = [path.name for path in checkpoints(Path(folder))]
+    context.heartbeat.close()
+    fresh_world()
+    return kept, after, str(caught.value)
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_orders_deepspeeds_buffers_must_stay(name: str, tmp_path: Path) -> None:
-    changed, message = REFUSED[name]
-    parallel = {"tensor_model_parallel_size": 2} if "parallel" in changed else None
-    save_config(row_config(str(tmp_path), changed["stage"], parallel=parallel), tmp_path / "config.yaml")
-    with pytest.raises(ConfigError, match=f"{message}: use the saved value"):
-        check_resumable(row_config(str(tmp_path), **changed), tmp_path)
+def test_the_policy_keeps_the_last_and_every_tenth_and_a_failed_save_harms_nothing(tmp_path: Path) -> None:
+    (found,) = run_distributed(keep_and_fail, 1, str(tmp_path / "kept"))
+    kept, after, message = found
+    assert kept == ["step_00000010", "step_00000012", "step_00000013"]
+    assert after == ["step_00000010", "step_00000013", "step_00000015"]
+    assert "cannot write a checkpoint into" in message
+    assert message.endswith("earlier checkpoints are untouched")
 
 
-def test_keys_that_order_nothing_in_the_stage_may_change(tmp_path: Path) -> None:
-    save_config(row_config(str(tmp_path), 1), tmp_path / "config.yaml")
-    changed = row_config(str(tmp_path), 1, reduce_bucket_size=1000, optimizer=OTHER)
+def choose(folder: str) -> tuple[str, list[str]]:
+    initialize_parallel(tiny_config()).heartbeat.close()
+    tidy(Path(folder))
+    found, damaged = newest_complete(Path(folder))
+    fresh_world()
+    return found.name if found else "none", damaged
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+    rows: dict[str, Any], folder: str, tmp_path: Path
+) -> None:
+    whole = tmp_path / "checkpoints"
+    for step in (2, 3, 4, 5, 6):
+        shutil.copytree(Path(folder, "dp2-zero1-bf16", "step_00000002"), whole / f"step_{step:08d}")
+    data = "shard-00001-model-00001-of-00001.safetensors"
+    with (whole / "step_00000003" / data).open("r+b") as file:
+        file.seek(-5, 2)
+        file.write(b"other")
+    with (whole / "step_00000004" / data).open("ab") as file:
+        file.write(b"more")
+    (whole / "step_00000005" / data).unlink()
+    (whole / "step_00000006" / MANIFEST).unlink()
+    (whole / f"{PARTIAL}step_00000007").mkdir()
+    (whole / "step_00000002").rename(whole / f"{REPLACED}step_00000002")
+    results = run_distributed(choose, 2, str(whole))
+    assert results[0] == results[1]
+    name, damaged = results[0]
+    assert name == "step_00000002"
+    for line, problem in zip(
+        damaged, ("has no manifest", "lacks shard", "bytes in shard", "another checksum"), strict=True
+    ):
+        assert problem in line
+    assert not list(whole.glob(".*"))
+
+
+def test_another_model_is_refused_with_the_difference(tmp_path: Path) -> None:
+    save_config(row_config(tmp_path), tmp_path / "config.yaml")
+    other = row_config(tmp_path, model={"num_layers": 6, "beta_init": 0.5, "rank": 3})
+    with pytest.raises(ConfigError, match=r"model.num_layers 4 instead of 6, .*rank .* instead of 3: use the saved"):
+        check_resumable(other, tmp_path)
+
+
+def test_layout_stage_precision_and_optimizer_may_change(tmp_path: Path) -> None:
+    save_config(row_config(tmp_path), tmp_path / "config.yaml")
+    changed = row_config(tmp_path, 1, "bf16", TP, OTHER, reduce_bucket_size=1000)
     assert check_resumable(changed, tmp_path)["optimizer"]["clip_grad"] == 0.5

@@ -1,0 +1,161 @@
+"""Checkpoints as folders: which exist, whether one is whole, which go. No tensors in here.
+
+DIR/step_00000100/   safetensors of every rank, state.json, config.yaml and, last, manifest.json
+DIR/latest           name of the newest one, for people and scripts
+DIR/.partial_*       one that is being written
+DIR/rejected_*       state before a loss that was not finite: kept to look at, never continued from
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_crnet.errors import CheckpointError
+
+PREFIX = "step_"
+PARTIAL = ".partial_"
+REPLACED = ".replaced_"
+REJECTED = "rejected_"
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of the folder of the state after `step` steps."""
+    return f"{PREFIX}{step:08d}"
+
+
+def saved_step(checkpoint: Path) -> int:
+    """Steps done when the checkpoint was written, from its name."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints that carry a final name, the oldest first."""
+    found = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    return sorted((path for path in found if path.is_dir()), key=saved_step)
+
+
+def damage(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
+    """What is wrong with a checkpoint, None if nothing is.
+
+    Args:
+        share, shares: compare checksums of only this part of the files; sizes of all are compared.
+    """
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        files: dict[str, Any] = manifest["files"]
+        if manifest["format"] != FORMAT:
+            return f"has format {manifest['format']}, this version reads {FORMAT}"
+        for name, entry in sorted(files.items()):
+            path = checkpoint / name
+            if not path.is_file():
+                return f"lacks {name}"
+            if path.stat().st_size != entry["bytes"]:
+                return f"has {path.stat().st_size} bytes in {name} instead of {entry['bytes']}"
+        for index, (name, entry) in enumerate(sorted(files.items())):
+            if index % shares == share and checksum(checkpoint / name) != entry["sha256"]:
+                return f"has another checksum in {name} than in {MANIFEST}"
+    except FileNotFoundError:
+        return f"has no {MANIFEST}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"cannot be read ({error})"
+    return None
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_entries(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What the manifest says about files, which are on disk when this returns."""
+    entries = {}
+    for name in names:
+        _to_disk(folder / name)
+        entries[name] = {"bytes": (folder / name).stat().st_size, "sha256": checksum(folder / name)}
+    return entries
+
+
+def complete(partial: Path, target: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Write the manifest and give a partial checkpoint its final name; one of the same name is replaced."""
+    manifest = partial / MANIFEST
+    manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1, sort_keys=True))
+    _to_disk(manifest)
+    _to_disk(partial)
+    replaced = target.with_name(f"{REPLACED}{target.name}")
+    if target.exists():
+        target.rename(replaced)
+    partial.rename(target)
+    _to_disk(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def restore_replaced(folder: Path) -> None:
+    """Finish what a process that was killed inside `complete` has left, and remove partial checkpoints."""
+    for replaced in folder.glob(f"{REPLACED}*"):
+        target = folder / replaced.name.removeprefix(REPLACED)
+        if target.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(target)
+    for partial in folder.glob(f"{PARTIAL}*"):
+        shutil.rmtree(partial)
+
+
+def point_latest_at(checkpoint: Path) -> None:
+    """Name the newest checkpoint in DIR/latest."""
+    temporary = checkpoint.parent / f".latest.{os.getpid()}"
+    temporary.write_text(f"{checkpoint.name}\n")
+    temporary.replace(checkpoint.parent / "latest")
+
+
+def reject(folder: Path, step: int) -> Path | None:
+    """Take checkpoints of `step` and later out of the way of the next start. Returns the newest that is left."""
+    for path in checkpoints(folder):
+        if saved_step(path) >= step:
+            shutil.rmtree(folder / f"{REJECTED}{path.name}", ignore_errors=True)
+            path.rename(folder / f"{REJECTED}{path.name}")
+    left = checkpoints(folder)
+    if left:
+        point_latest_at(left[-1])
+    else:
+        (folder / "latest").unlink(missing_ok=True)
+    return left[-1] if left else None
+
+
+def superfluous(steps: Sequence[int], keep_last: int | None, keep_every: int | None) -> list[int]:
+    """Steps whose checkpoints the policy gives up: neither among the last ones nor a multiple of `keep_every`."""
+    if keep_last is None:
+        return []
+    old = sorted(steps)[:-keep_last]
+    return [step for step in old if not keep_every or step % keep_every]
+
+
+def prune(folder: Path, keep_last: int | None, keep_every: int | None) -> None:
+    """Remove what the policy gives up, the oldest first; a folder that cannot be removed stays."""
+    for step in superfluous([saved_step(path) for path in checkpoints(folder)], keep_last, keep_every):
+        shutil.rmtree(folder / checkpoint_name(step), ignore_errors=True)
+
+
+def unwritable(folder: Path, error: OSError) -> CheckpointError:
+    """The error of a folder that takes no checkpoint."""
+    return CheckpointError(
+        f"cannot write a checkpoint into {folder}: {error.strerror or error}: free some space, correct the permissions "
+        "or set checkpoint.dir; earlier checkpoints are untouched"
+    )
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

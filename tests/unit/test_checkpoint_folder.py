@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_crnet.checkpoint_folder import (
+    MANIFEST,
+    PARTIAL,
+    REPLACED,
+    checkpoint_name,
+    checkpoints,
+    complete,
+    damage,
+    file_entries,
+    point_latest_at,
+    reject,
+    restore_replaced,
+    superfluous,
+)
+
+
+def make(folder: Path, step: int, content: str = "weights") -> Path:
+    partial, target = folder / f"{PARTIAL}{checkpoint_name(step)}", folder / checkpoint_name(step)
+    partial.mkdir(parents=True)
+    (partial / "data").write_text(content)
+    complete(partial, target, file_entries(partial, ["data"]))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "expected"),
+    [(None, None, []), (None, 20, []), (2, None, [10, 20, 30]), (2, 20, [10, 30]), (9, None, []), (1, 10, [])],
+)
+def test_what_the_policy_gives_up(keep_last: int | None, keep_every: int | None, expected: list[int]) -> None:
+    assert superfluous([50, 10, 30, 20, 40], keep_last, keep_every) == expected
+
+
+def test_only_whole_folders_with_a_final_name_count(tmp_path: Path) -> None:
+    make(tmp_path, 10)
+    make(tmp_path, 9)
+    for name in (f"{PARTIAL}step_00000011", "step_latest", "rejected_step_00000012"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000009", "step_00000010"]
+
+
+def test_every_kind_of_damage_is_named(tmp_path: Path) -> None:
+    checkpoint = make(tmp_path, 1)
+    assert damage(checkpoint) is None
+    (checkpoint / "data").write_text("Weights")
+    assert damage(checkpoint) == "has another checksum in data than in manifest.json"
+    assert damage(checkpoint, share=1, shares=2) is None
+    (checkpoint / "data").write_text("w")
+    assert damage(checkpoint) == "has 1 bytes in data instead of 7"
+    (checkpoint / "data").unlink()
+    assert damage(checkpoint) == "lacks data"
+    (checkpoint / MANIFEST).write_text(json.dumps({"format": 99, "files": {}}))
+    assert damage(checkpoint) == "has format 99, this version reads 1"
+    (checkpoint / MANIFEST).write_text("{")
+    assert str(damage(checkpoint)).startswith("cannot be read")
+    (checkpoint / MANIFEST).unlink()
+    assert damage(checkpoint) == "has no manifest.json"
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
+    make(tmp_path, 1, "old")
+    assert (make(tmp_path, 1, "new") / "data").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+@pytest.mark.parametrize("killed", ["before the new one was renamed", "after it"])
+def test_a_kill_while_replacing_leaves_one_whole_checkpoint(tmp_path: Path, killed: str) -> None:
+    old = make(tmp_path, 1, "old")
+    old.rename(tmp_path / f"{REPLACED}{old.name}")
+    if killed == "after it":
+        make(tmp_path, 1, "new")
+    restore_replaced(tmp_path)
+    assert (old / "data").read_text() == ("new" if killed == "after it" else "old")
+    assert damage(old) is None
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_rejected_checkpoints_are_out_of_the_way_and_latest_goes_back(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        point_latest_at(make(tmp_path, step))
+    assert reject(tmp_path, 2) == tmp_path / "step_00000001"
+    assert (tmp_path / "latest").read_text() == "step_00000001\n"
+    assert (tmp_path / "rejected_step_00000003" / "data").exists()
+    assert reject(tmp_path, 1) is None
+    assert not (tmp_path / "latest").exists()
