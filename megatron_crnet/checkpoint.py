@@ -127,10 +127,21 @@ class Checkpointer:
         self._on_main(lambda: self._prepare(partial))
         own = write(partial, boxes, self._group)
         boxes.clear()
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, file_entries(partial, own), group=self._group)
-        entries = {name: entry for files in everyone for name, entry in files.items()}
+        entries = self._entries_of_all(partial, own)
         self._on_main(lambda: self._finish(partial, step, entries, about))
+
+    def _entries_of_all(self, partial: Path, own: list[str]) -> dict[str, Any]:
+        mine, problem = {}, None
+        try:
+            mine = file_entries(partial, own)
+        except OSError as error:
+            problem = str(unwritable(self.folder, error))
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (mine, problem), group=self._group)
+        problems = [problem for _, problem in everyone if problem]
+        if problems:
+            raise CheckpointError(problems[0])
+        return {name: entry for files, _ in everyone for name, entry in files.items()}
 
     def _prepare(self, partial: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -134,8 +134,11 @@ class TrainEngine:
         self._sizes_unknown = recompute.strategy == "inverse" and model.variant == "crnet"
 
     @torch.no_grad()
-    def _look_at_sizes(self, batches: list[Batch]) -> None:
-        """Place anchors by the sizes of outputs, from a forward pass of a few micro-batches."""
+    def look_at_sizes(self, batches: list[Batch]) -> None:
+        """Before the first step under `inverse`: place anchors by the sizes of outputs, from a few micro-batches."""
+        if not self._sizes_unknown:
+            return
+        self.deepspeed.train()
         with RandomStates.capture().replay():
             # virtual stages need as many micro-batches as there are stages
             few = batches[: self.config.parallel.pipeline_model_parallel_size]
@@ -167,9 +170,8 @@ class TrainEngine:
 
     def accumulate(self, batches: list[Batch], tokens: int) -> list[dict[str, Tensor]]:
         """The passes of one step alone; see `forward_backward` and `run_schedule`."""
+        self.look_at_sizes(batches)
         self.deepspeed.train()
-        if self._sizes_unknown:
-            self._look_at_sizes(batches)
         checkpointing.reset()  # frees what an abandoned step has left in DeepSpeed's hands
         self.deepspeed.set_gradient_accumulation_boundary(True)
         return run_schedule(self.scheduled, batches, tokens=tokens)

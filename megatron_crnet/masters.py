@@ -16,6 +16,8 @@ from deepspeed import DeepSpeedEngine
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from megatron_crnet.errors import CheckpointError
+
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of Adam's moments in PyTorch's and Apex's optimizers."""
@@ -60,6 +62,8 @@ class Masters:
         self.optimizer, self.stage = engine.optimizer, stage
         self.adam: torch.optim.Optimizer = engine.basic_optimizer if stage == 0 else engine.optimizer.optimizer
         self.slices = dict(self._slices(engine.module))
+        self.swaps = bool(getattr(self.optimizer, "swap_optimizer", False))
+        """State lives on NVMe; DeepSpeed alone can read it."""
 
     def _slices(self, module: nn.Module) -> Iterator[tuple[nn.Parameter, MasterSlice | None]]:
         if self.stage == 0:
@@ -103,6 +107,8 @@ class Masters:
 
     def read(self, parameter: nn.Parameter, kind: str) -> Tensor:
         """The whole fp32 master or moment, of the parameter's local shape; a collective call over replicas."""
+        if self.swaps:
+            return self.optimizer.get_full_hp_param(parameter, None if kind == MASTER else kind).float()
         found = self.slices[parameter]
         whole = torch.zeros(local_shape(parameter).numel(), device=_device())
         if found is not None:
@@ -136,7 +142,15 @@ class Masters:
         return int(counts[0]) if counts else 0
 
     def begin(self) -> None:
-        """Prepare for `write`; a collective call."""
+        """Prepare for `write`; a collective call.
+
+        Raises:
+            CheckpointError: DeepSpeed keeps the state on NVMe, where it cannot be put.
+        """
+        if self.swaps:
+            raise CheckpointError(
+                "offload_optimizer.device is nvme, into which no checkpoint can be loaded: resume with device cpu"
+            )
         if self.stage == 3:
             self.optimizer.checkpoint_event_prologue()
 

@@ -135,8 +135,8 @@ def collect(masters: Masters, weights: list[Weight]) -> dict[str, Box]:
                 turn += 1
                 mine = turn % dp_size == dp_rank
                 if mine and (weight.shard_dim is not None or turn // dp_size % tp_size == tp_rank):
-                    # the tensor may be a view of a larger one, or of the master itself
-                    boxes[f"{kind}.{weight.name}"] = _box(weight, weight.local(values).cpu().clone())
+                    # a copy, because the values may be a view of a larger tensor
+                    boxes[f"{kind}.{weight.name}"] = _box(weight, weight.local(values).to("cpu", copy=True))
     return boxes
 
 

@@ -74,7 +74,7 @@ ROWS = [
     Row("tp2", {"num_layers": 6}, TP, strategies=(*EXACT, INVERSE)),
     Row("tp2-without-sp-everything-stored", {}, WITHOUT_SP, stored=EVERYTHING_STORED, strategies=(REPLAY_AUTO, FULL)),
     Row("tp2-zero3-bf16", {}, TP, "bf16", PARTITIONED, strategies=(REPLAY, INVERSE)),
-    Row("pp2-zero1", {"num_layers": 8}, PP, "fp32", {"stage": 1}, strategies=(REPLAY_AUTO,)),
+    Row("pp2-zero1", {"num_layers": 8}, PP, "fp32", {"stage": 1}, strategies=(REPLAY_AUTO, INVERSE)),
     Row("pp2-vpp2-zero1-bf16", {"num_layers": 8}, VPP, "bf16", {"stage": 1}, strategies=(REPLAY, FULL, INVERSE)),
     Row("dp2-zero2-bf16", {"full_rank_layers": [0, 2]}, {}, "bf16", {"stage": 2}, strategies=(REPLAY_AUTO, INVERSE)),
     Row("dp2-zero3-offload", {}, {}, "fp32", OFFLOADED, strategies=(REPLAY,)),
