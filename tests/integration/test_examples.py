@@ -133,8 +133,10 @@ def test_fake_tensors_count_what_real_ones_do_and_the_formula_says(tmp_path: Pat
     assert recompute_figures(tmp_path, *options, "--tensors", "real") == fake
     entering = 192 * 64 * 2 * 4  # the hidden state that enters is not the layers' own
     for name in ("replay", "inverse", "full"):
+        # seven ratios of sizes for each of eight layers, in the pass and in the block, are inverse's guard
+        guard = 2 * 8 * 7 * 4 if name == "inverse" else 0
         # and the position encoding's few numbers are not in the formula
-        assert fake[name]["kept"] + entering == pytest.approx(fake[name]["formula"], abs=64)
+        assert fake[name]["kept"] - guard + entering == pytest.approx(fake[name]["formula"], abs=64)
     for name in ("none", "replay, attention kept", "inverse, attention kept"):
         assert fake[name]["kept"] == pytest.approx(fake[name]["formula"], rel=0.03)
 
