@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,9 @@ from megatron_crnet.linear import LowRankGroup
 from megatron_crnet.reference import signed_scale
 
 
-def place_anchors(blocks: Iterable[CRNetTransformerBlock], betas: dict[LowRankGroup, Tensor]) -> int:
+def place_anchors(
+    blocks: Sequence[CRNetTransformerBlock], betas: dict[LowRankGroup, Tensor], device: torch.device
+) -> int:
     """Cut each block's layers as the betas and the sizes its passes have noted allow; a collective call.
 
     The largest growth over the tensor- and data-parallel ranks of this stage counts, so that all of them walk down
@@ -26,25 +28,21 @@ def place_anchors(blocks: Iterable[CRNetTransformerBlock], betas: dict[LowRankGr
 
     Args:
         betas: the exact beta of each group with a residual.
+        device: where this rank computes.
 
     Returns:
         Number of anchors that the guard has added on all pipeline stages.
     """
-    blocks, scales = list(blocks), _scales_by_layer(betas)
-    growth = _largest_growth(blocks)
+    scales, growth = _scales_by_layer(betas), _largest_growth(blocks)
     layers, noted = sorted(scales), [layer for layer in sorted(scales) if layer in growth]
     # one transfer to the host
     values = [scales[layer] for layer in layers] + [growth[layer] for layer in noted]
     rows = iter(torch.stack(values).cpu() if values else ())
     scales, growth = {layer: next(rows) for layer in layers}, {layer: next(rows) for layer in noted}
     even = {layer: torch.ones_like(scale) for layer, scale in scales.items()}
-    added = torch.tensor(sum(block.place_anchors(scales, {**even, **growth}) for block in blocks), device=_device())
+    added = torch.tensor(sum(block.place_anchors(scales, {**even, **growth}) for block in blocks), device=device)
     dist.all_reduce(added, group=parallel_state.get_pipeline_model_parallel_group())
     return int(added)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _scales_by_layer(betas: dict[LowRankGroup, Tensor]) -> dict[int, Tensor]:

@@ -12,7 +12,6 @@ Megatron-Core counts micro-batches and DeepSpeed is told 1, or gradients would b
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -80,8 +79,6 @@ class TrainEngine:
             dist_init_required=False,
         )
         checkpointing.configure(MegatronMpu(), deepspeed_config=settings)
-        if checkpointing.PROFILE_TIME:
-            logging.getLogger("DeepSpeed").setLevel(logging.INFO)  # its timers speak through it
         self.optimizer = self.deepspeed.optimizer
         self.added_anchors = 0
         """Anchors that the guard of `inverse` has added on all pipeline stages."""
@@ -125,7 +122,7 @@ class TrainEngine:
             for group, beta in betas.items():
                 group.beta_fp32 = beta
         if anchored:
-            self.added_anchors = place_anchors([chunk.decoder for chunk in self.chunks], betas)
+            self.added_anchors = place_anchors([chunk.decoder for chunk in self.chunks], betas, self.context.device)
 
     def _new_weights(self) -> None:
         """What follows from weights that no pass of this process has seen."""

@@ -59,7 +59,7 @@ class Masters:
     """
 
     def __init__(self, engine: DeepSpeedEngine, stage: int) -> None:
-        self.optimizer, self.stage = engine.optimizer, stage
+        self.optimizer, self.device, self.stage = engine.optimizer, engine.device, stage
         self.adam: torch.optim.Optimizer = engine.basic_optimizer if stage == 0 else engine.optimizer.optimizer
         self.slices = dict(self._slices(engine.module))
         self.swaps = bool(getattr(self.optimizer, "swap_optimizer", False))
@@ -110,7 +110,7 @@ class Masters:
         if self.swaps:
             return self.optimizer.get_full_hp_param(parameter, None if kind == MASTER else kind).float()
         found = self.slices[parameter]
-        whole = torch.zeros(local_shape(parameter).numel(), device=_device())
+        whole = torch.zeros(local_shape(parameter).numel(), device=self.device)
         if found is not None:
             found.cut(whole).copy_(found.part(self._tensor(found.master, kind)))
         if self.stage > 0:
@@ -172,7 +172,3 @@ class Masters:
             for index in range(len(self.optimizer.fp16_groups)):
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(index)
             self.optimizer.checkpoint_event_epilogue()
-
-
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
