@@ -50,6 +50,7 @@ The modules in the order in which to read them; each uses only those above it.
     live_memory          counts the bytes that are alive; recompute_report: for each recomputation strategy
     metrics, plot        what a run reports
     sampling             a look at what the model writes
+    inputs               everything that a run reads, examined before it writes
     trainer              the loop
 """
 

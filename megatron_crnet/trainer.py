@@ -6,32 +6,23 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_crnet.agreement import CHECKPOINT, examine_together
 from megatron_crnet.arithmetic import flops_per_token
 from megatron_crnet.batch import BatchPlan, plan_batches
-from megatron_crnet.checkpoint import (
-    Checkpointer,
-    TrainingState,
-    check_resumable,
-    checkpoint_dir,
-    newest_complete,
-    tidy,
-)
-from megatron_crnet.checkpoint_folder import REJECTED, checkpoint_name, checkpoints, saved_step
+from megatron_crnet.checkpoint import Checkpointer, TrainingState, checkpoint_dir
+from megatron_crnet.checkpoint_folder import REJECTED, checkpoint_name
 from megatron_crnet.config import Config
-from megatron_crnet.data import Datasets, build_datasets, data_fingerprint
 from megatron_crnet.data_loading import global_batches
 from megatron_crnet.deepspeed_settings import check_deepspeed_keys
 from megatron_crnet.engine import StepResult, TrainEngine
-from megatron_crnet.errors import CheckpointError, ConfigError, NonFiniteLossError
+from megatron_crnet.errors import CheckpointError, NonFiniteLossError
 from megatron_crnet.gpt import build_model_chunks
+from megatron_crnet.inputs import examine_inputs
 from megatron_crnet.liveness import naming_lost_peers
 from megatron_crnet.metrics import MetricsWriter, Progress, check_sinks, peak_memory_bytes
 from megatron_crnet.parallel import ParallelContext, initialize_parallel, seed_random_states
@@ -39,8 +30,6 @@ from megatron_crnet.plot import plot_loss
 from megatron_crnet.sampling import continue_text
 from megatron_crnet.schedule import Batch
 from megatron_crnet.settings import save_config
-from megatron_crnet.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
-from megatron_crnet.unigram import unigram_entropy
 
 
 @dataclass
@@ -70,32 +59,21 @@ class Trainer:
         self.plan: BatchPlan = plan_batches(config, context.world_size)
         check_deepspeed_keys(config)
         check_sinks(config)
-        tidy(checkpoint_dir(config))
-        self.tokenizer = examine_together(partial(_examine, config))
-        self.checkpoint, self.damaged = newest_complete(checkpoint_dir(config))
-        self.saved = examine_together(partial(_examine_checkpoint, config, self.checkpoint))
-        self.datasets = _datasets(config, self.tokenizer, self.plan)
-        self.entropy = self._validation_entropy()
-
-    def _validation_entropy(self) -> float | None:
-        """Unigram entropy of the very tokens whose loss a validation reports."""
-        if self.datasets.valid is None:
-            return None
-        count = self.config.training.eval_steps * self.plan.global_batch_size
-        return unigram_entropy((self.datasets.valid[i] for i in range(count)), self.config.model.vocab_size)
+        self.inputs = examine_inputs(config, self.plan)
 
     @property
     def is_complete(self) -> bool:
         """Whether an earlier run has done all steps already."""
-        return self.checkpoint is not None and saved_step(self.checkpoint) >= self.config.training.train_steps
+        return self.inputs.step >= self.config.training.train_steps
 
     def run(self) -> None:
         """Train from the newest checkpoint, or from scratch, to the last step."""
         self.engine = TrainEngine(self.config, build_model_chunks(self.config), self.context)
         self.checkpointer = Checkpointer(self.config, self.engine)
         # another layout than the checkpoint's has no random states of its own to continue from
-        seed_random_states(self.config.training.seed + (saved_step(self.checkpoint) if self.checkpoint else 0))
-        self.state = self.checkpointer.load(self.checkpoint) if self.checkpoint else TrainingState()
+        seed_random_states(self.config.training.seed + self.inputs.step)
+        checkpoint = self.inputs.checkpoint
+        self.state = self.checkpointer.load(checkpoint) if checkpoint else TrainingState()
         self.engine.restore_schedule(self.state.step)
         self._prepare_folder()
         self.progress = Progress(self.config.training.train_steps, self.state.step, self.context.is_main)
@@ -113,20 +91,20 @@ class Trainer:
             save_config(self.config, folder / "config.yaml")
 
     def _announce(self) -> None:
-        for line in self.damaged:
+        for line in self.inputs.damaged:
             self.progress.line(f"warning: {line}")
-        if self.checkpoint is not None:
-            self.progress.line(f"continuing from {self.checkpoint}, step {self.state.step}")
+        if self.inputs.checkpoint is not None:
+            self.progress.line(f"continuing from {self.inputs.checkpoint}, step {self.state.step}")
             self._warn_of_another_order()
-        if self.entropy is not None:
+        if self.inputs.entropy is not None:
             self.progress.line(
-                f"unigram entropy of the validation tokens: {self.entropy:.4f} nats "
-                f"(perplexity {math.exp(self.entropy):.1f}): a loss below it shows that context is used"
+                f"unigram entropy of the validation tokens: {self.inputs.entropy:.4f} nats "
+                f"(perplexity {math.exp(self.inputs.entropy):.1f}): a loss below it shows that context is used"
             )
 
     def _warn_of_another_order(self) -> None:
         """Megatron-Core shuffles the epochs of a run together, so their number decides the order of all samples."""
-        saved, training = (self.saved or {}).get("training", {}), self.config.training
+        saved, training = self.inputs.saved.get("training", {}), self.config.training
         wanted = {name: getattr(training, name) for name in ("train_steps", "global_batch_size", "seed", "seq_length")}
         changed = [name for name, value in wanted.items() if saved.get(name) != value]
         if changed:
@@ -138,7 +116,9 @@ class Trainer:
     def _train(self) -> None:
         training, window = self.config.training, LoggingWindow(time.perf_counter())
         heartbeat = self.context.heartbeat
-        for batches in self._batches(self.datasets.train, self.state.samples, training.train_steps - self.state.step):
+        for batches in self._batches(
+            self.inputs.datasets.train, self.state.samples, training.train_steps - self.state.step
+        ):
             step = self.state.step + 1
             heartbeat.report(f"step {step}")
             result = self._step(batches)
@@ -228,12 +208,12 @@ class Trainer:
     def _validates(self, step: int) -> bool:
         training = self.config.training
         interval = training.eval_interval and step % training.eval_interval == 0
-        return self.datasets.valid is not None and bool(interval or step == training.train_steps)
+        return self.inputs.datasets.valid is not None and bool(interval or step == training.train_steps)
 
     def _validate(self) -> None:
         """Mean loss over all tokens of the same samples every time."""
         totals: list[tuple[float, float]] = []
-        for batches in self._batches(self.datasets.valid, 0, self.config.training.eval_steps):
+        for batches in self._batches(self.inputs.datasets.valid, 0, self.config.training.eval_steps):
             self.context.heartbeat.report(f"step {self.state.step}, batch {len(totals) + 1} of its validation")
             totals.append(self.engine.evaluate(batches))
         loss = sum(total for total, _ in totals) / sum(count for _, count in totals)
@@ -243,7 +223,7 @@ class Trainer:
         self.metrics.write(self.state.step, values)
         self.progress.line(
             f"step {self.state.step} | validation loss {loss:.4f} | validation perplexity {perplexity:.2f} | "
-            f"unigram entropy {self.entropy:.4f}"
+            f"unigram entropy {self.inputs.entropy:.4f}"
         )
 
     def _saves(self, step: int) -> bool:
@@ -269,7 +249,7 @@ class Trainer:
         folder = Path(self.config.logging.output_dir)
         if self.context.is_main and (folder / "metrics.jsonl").exists():
             title = f"{self.config.model.variant}, {folder.name}"
-            plot_loss(folder / "metrics.jsonl", folder / "loss.png", title=title, unigram_entropy=self.entropy)
+            plot_loss(folder / "metrics.jsonl", folder / "loss.png", title=title, unigram_entropy=self.inputs.entropy)
 
     def _finish(self) -> None:
         """The picture, and a look at what the model writes."""
@@ -277,7 +257,9 @@ class Trainer:
         self.draw()
         if section.sample_prompt is not None and section.sample_tokens:
             seed = self.config.training.seed
-            text = continue_text(self.engine, self.tokenizer, section.sample_prompt, section.sample_tokens, seed=seed)
+            text = continue_text(
+                self.engine, self.inputs.tokenizer, section.sample_prompt, section.sample_tokens, seed=seed
+            )
             self.progress.line(f"--- a sampled continuation ---\n{section.sample_prompt}{text}\n---")
         self.progress.line(f"done: {section.output_dir} holds metrics.jsonl, config.yaml, loss.png and tensorboard/")
         self.progress.line(f"checkpoint: {checkpoint_dir(self.config) / checkpoint_name(self.state.step)}")
@@ -303,42 +285,8 @@ def _train_on_this_rank(config: Config, context: ParallelContext) -> None:
     if trainer.is_complete:
         trainer.draw()
         Progress(0, 0, context.is_main).line(
-            f"{trainer.checkpoint} has all {config.training.train_steps} steps already: nothing to do; "
+            f"{trainer.inputs.checkpoint} has all {config.training.train_steps} steps already: nothing to do; "
             f"raise training.train_steps to go on, or remove {checkpoint_dir(config)} to start again"
         )
         return
     trainer.run()
-
-
-def _examine(config: Config) -> tuple[Tokenizer, dict[str, str]]:
-    """Open what this rank can see of the input, and say what must be the same on all ranks."""
-    tokenizer = _tokenizer(config)
-    check_vocabulary(tokenizer, config.model.vocab_size)
-    if not (config.data.data_path or config.data.train_data_path):
-        raise ConfigError("data.data_path is empty, but names the .bin/.idx files to train on: give their prefix")
-    names = [path.name for path in checkpoints(checkpoint_dir(config))]
-    return tokenizer, {
-        "tokenizer": repr(tokenizer.unique_identifiers),
-        "contents of the data": data_fingerprint(config),
-        CHECKPOINT: ", ".join(names) or "(none)",
-    }
-
-
-def _examine_checkpoint(config: Config, checkpoint: Path | None) -> tuple[dict[str, Any] | None, dict[str, str]]:
-    return check_resumable(config, checkpoint) if checkpoint else None, {}
-
-
-def _tokenizer(config: Config) -> Tokenizer:
-    if config.data.tokenizer_model is None:
-        raise ConfigError("data.tokenizer_model is not set, but names the tokenizer of the data: give its path")
-    return load_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
-
-
-def _datasets(config: Config, tokenizer: Tokenizer, plan: BatchPlan) -> Datasets:
-    training = config.training
-    return build_datasets(
-        config,
-        tokenizer,
-        num_train_samples=training.train_steps * plan.global_batch_size,
-        num_valid_samples=training.eval_steps * plan.global_batch_size,
-    )
