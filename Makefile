@@ -9,7 +9,7 @@ DATA := data/quickstart
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-long check format clean distclean
+.PHONY: help setup train test test-long test-faults check format clean distclean
 
 help:  ## what there is to do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,10 +39,13 @@ train: $(VENV)/.installed $(DATA)/train.idx $(DATA)/valid.idx  ## train the quic
 	$(RUN) pretrain_crnet.py --config examples/quickstart.yaml
 
 test: setup  ## the whole suite but the long matrices
-	$(RUN) -m pytest -m "not long" -n 2 --dist loadfile
+	$(RUN) -m pytest -m "not long and not faults" -n 2 --dist loadfile
 
 test-long: setup  ## the long matrices
 	$(RUN) -m pytest -m long
+
+test-faults: setup  ## kill runs a hundred times at random moments; half an hour (FAULTS_SEED=2)
+	$(RUN) -m pytest -m faults -rP
 
 check: setup  ## ruff (lint and format) and mypy
 	$(RUN) -m ruff check .

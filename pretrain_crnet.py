@@ -4,8 +4,8 @@
     python pretrain_crnet.py --config examples/quickstart.yaml --training.train_steps 100
     torchrun --nproc_per_node=2 pretrain_crnet.py --config examples/quickstart.yaml
 
-Exit status: 0 done, 2 a mistake in configuration or data, 3 a loss that is not finite,
-4 another rank that died or stands still, 1 anything else.
+Exit status: 0 done, 75 stopped by a signal with the state saved (the same command goes on), 2 a mistake in
+configuration or data, 3 a loss that is not finite or a spike, 4 another rank that died or stands still, 1 all else.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import traceback
 
 from megatron_crnet.errors import CrnetError
+from megatron_crnet.interruption import INTERRUPTED, Interruption
 from megatron_crnet.settings import is_help, parse_arguments, print_help
 
 
@@ -23,6 +24,11 @@ def main(argv: list[str]) -> int:
     if is_help(argv):
         print_help()
         return 0
+    with Interruption() as interruption:
+        return _run(argv, interruption)
+
+
+def _run(argv: list[str], interruption: Interruption) -> int:
     try:
         arguments = parse_arguments(argv)
         # libraries that take seconds to import come after everything that can be refused at once
@@ -39,7 +45,8 @@ def main(argv: list[str]) -> int:
             return 0
         from megatron_crnet.trainer import train
 
-        train(arguments.config)
+        if not train(arguments.config, interruption):
+            return INTERRUPTED
         shutdown_parallel()
         return 0
     except CrnetError as error:
@@ -62,7 +69,7 @@ def run(argv: list[str]) -> None:
 
 
 def leave(status: int) -> None:
-    """End the process at once after an error: no rank may wait for the others on its way out."""
+    """End the process at once after an error or a signal: no rank may wait for the others on its way out."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

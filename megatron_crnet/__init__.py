@@ -9,6 +9,7 @@ The modules in the order in which to read them; each uses only those above it.
     settings             YAML and command line -> Config, and back
     reference            CR-Net in plain PyTorch: the mathematics, alone
 
+    interruption         signals that ask to stop
     cpu_platform         Megatron-Core and DeepSpeed without CUDA: the only patches
     liveness, agreement  who is missing; all ranks mean the same run
     parallel, batch      process groups; how a global batch is cut
@@ -44,6 +45,8 @@ The modules in the order in which to read them; each uses only those above it.
     engine               one step under DeepSpeed: accumulate, reduce, clip, update
     masters              fp32 weights and moments, wherever DeepSpeed keeps them
     state_files          they as files that any layout reads
+    training_state       the counters of a run
+    bad_steps            which steps would do harm, and how many may be skipped
     checkpoint_folder    which checkpoints exist, are whole, and stay
     checkpoint           a run's whole state, saved in the background
     communication        counts what a run sends; communication_report: for a configuration

@@ -1,4 +1,4 @@
-"""Start-up check that all ranks mean the same run: configuration, library versions, tokenizer, data, checkpoint.
+"""What all ranks must agree on: at start-up that they mean the same run, in training whether to stop or save.
 
 A rank that sees another file or another option would train on, or hang, far from the cause. Here every rank
 learns what every other found, also that it failed, and all of them stop with the same line. The configuration
@@ -10,8 +10,10 @@ from __future__ import annotations
 import importlib.metadata
 from collections import Counter
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from megatron_crnet.config import Config
@@ -98,3 +100,22 @@ def compare_facts(facts: list[dict[str, str]]) -> None:
             ranks = ", ".join(str(rank) for rank in different)
             remedy = REMEDIES.get(name, "start every rank with the same configuration, libraries and files")
             raise ConfigError(f"rank {ranks} has {name} {values[different[0]]}, but the others have {usual}: {remedy}")
+
+
+class Vote:
+    """What some rank alone knows, such as a signal, made known to all; to be made on all ranks together.
+
+    Its calls are on the host, so they wait for no kernel.
+
+    Args:
+        limit: how long a call waits for the others.
+    """
+
+    def __init__(self, limit: timedelta) -> None:
+        self._group = dist.new_group(backend="gloo", timeout=limit)
+
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is set on some rank; a collective call."""
+        votes = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._group)
+        return [bool(vote) for vote in votes]

@@ -10,7 +10,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,26 +39,11 @@ from megatron_crnet.masters import Masters
 from megatron_crnet.random_states import RandomStates
 from megatron_crnet.settings import resolved, save_config
 from megatron_crnet.state_files import Box, collect, fill, read, whole, write
+from megatron_crnet.training_state import TrainingState
 from megatron_crnet.weights import canonical_weights
 
 NOT_OF_THE_MODEL = {"beta_init", "init_method_std", "hidden_dropout", "attention_dropout", "max_position_embeddings"}
 LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
-
-
-@dataclass(frozen=True)
-class TrainingState:
-    """What a run needs besides weights, moments and random states to go on.
-
-    Attributes:
-        step: steps done.
-        tokens: trained tokens so far.
-        samples: sequences drawn from the training data so far: its position in the order that Megatron-Core's
-            datasets give all epochs and blended sources.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    samples: int = 0
 
 
 def checkpoint_dir(config: Config) -> Path:
@@ -183,7 +168,7 @@ class Checkpointer:
             states = {name: torch.empty_like(state) for name, state in RandomStates.capture().tensors().items()}
             read(checkpoint, {_random_name(name): whole(state) for name, state in states.items()})
             RandomStates.from_tensors(states).restore()
-        return TrainingState(**{field.name: about[field.name] for field in fields(TrainingState)})
+        return TrainingState.from_values(about)
 
     def reject(self, step: int) -> Path | None:
         """Take checkpoints of `step` and later out of the next start's way. Returns the newest that is left."""

@@ -181,11 +181,31 @@ class CheckpointConfig:
     dir: str | None = None
     """Folder of the checkpoints; null means `checkpoints` inside logging.output_dir."""
     save_interval: int = 0
-    """Steps between checkpoints; 0 saves only at the end."""
+    """Steps between checkpoints; 0 saves only at the end (and on a signal)."""
+    save_interval_minutes: float = 0.0
+    """Minutes after the last checkpoint at which the next step is saved, beside save_interval; 0 does not look at
+    the clock."""
     keep_last: int | None = None
     """Newest checkpoints that are kept: older ones are removed when a new one is whole. null keeps all."""
     keep_every: int | None = None
     """Checkpoints of steps that are multiples of this are kept for ever, whatever keep_last says."""
+
+
+@dataclass(frozen=True)
+class FaultsConfig:
+    """What happens when a step would do harm: its loss or gradient norm is not finite, or its loss is a spike."""
+
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """stop ends the run with status 3. skip passes over the step's samples without changing a weight, and counts."""
+    spike_deviations: float | None = None
+    """A loss is a spike when it is this many standard deviations above the mean of the last spike_window good steps;
+    null takes no finite loss for a spike."""
+    spike_window: int = 128
+    """Good steps whose losses are looked at; before there are so many no loss is a spike."""
+    max_skips_in_a_row: int = 10
+    """Bad steps one after the other that are skipped; one more stops the run."""
+    max_skips: int = 100
+    """Bad steps that are skipped in the whole run; one more stops it."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +235,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """DeepSpeed's JSON as it stands; keys that the other sections own are refused."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from megatron_crnet.errors import ConfigError, DataError
+from megatron_crnet.interruption import leave_signals_to_parent
 
 SAMPLE_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
@@ -92,6 +93,7 @@ def _grouped(dataset: Any, indices: MicroBatchIndices, num_workers: int) -> Iter
         batch_sampler=indices,
         num_workers=num_workers,
         collate_fn=_collate,
+        worker_init_fn=leave_signals_to_parent,
         generator=torch.Generator(),  # else the loader draws a seed from the global state, which dropout shares
     )
     micro_batches = indices.global_batch_size // (indices.micro_batch_size * indices.dp_size)

@@ -226,6 +226,11 @@ def check_deepspeed(config: Config) -> None:
         stage in (0, 1, 2, 3) and not isinstance(stage, bool),
         f"deepspeed.zero_optimization.stage is {stage!r}, but ZeRO has the stages 0, 1, 2 and 3: use one of them",
     )
+    require(
+        not (offloads_optimizer(config) and config.faults.on_bad_step == "skip"),
+        "faults.on_bad_step is skip, but deepspeed.zero_optimization.offload_optimizer is on, under which DeepSpeed "
+        "keeps dropped gradients and drops the step after them, too: use on_bad_step stop, or no offload",
+    )
     tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
     _check_stage(stage, tp, pp, config.training.dtype)
     layout = Layout(stage, tp, pp)

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 import deepspeed
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from deepspeed.runtime.activation_checkpointing import checkpointing
 from deepspeed.runtime.utils import clip_grad_norm_
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_grad
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
@@ -32,6 +33,7 @@ from megatron_crnet.deepspeed_rules import offloads_optimizer, zero_stage
 from megatron_crnet.deepspeed_settings import deepspeed_config, is_plain
 from megatron_crnet.gpt import CRNetModel
 from megatron_crnet.linear import LowRankGroup
+from megatron_crnet.masters import local_shape
 from megatron_crnet.optimizer import ParamGroup, build_adamw, build_scheduler, is_partial, parameter_groups
 from megatron_crnet.parallel import MegatronMpu, NormMpu, ParallelContext
 from megatron_crnet.random_states import RandomStates
@@ -176,16 +178,46 @@ class TrainEngine:
     def update(self) -> tuple[float, float]:
         """Clip, update the weights, advance the schedule. Returns gradient norm and learning rate.
 
-        A gradient norm that is not finite changes no weight.
+        A gradient norm that is not finite changes no weight and no moment: DeepSpeed drops such gradients.
         """
         lr, plain = self.current_lr, is_plain(self.config)
         norm = self._clip() if plain else 0.0
         if math.isfinite(norm):
             self.deepspeed.step()
+        else:
+            self.deepspeed.zero_grad()
         self._weights_changed()
         self.scheduler.step(1)
         self.last_grad_norm = norm if plain else float(self.deepspeed.get_global_grad_norm())
         return self.last_grad_norm, lr
+
+    def discard(self) -> None:
+        """Instead of `update`: drop the gradients and advance the schedule; weights and moments stay as they are.
+
+        Each ZeRO stage keeps gradients in places of its own; what all of them share is that DeepSpeed drops
+        gradients that are not finite, so they are made so: all of them, because in some stages each rank decides by
+        the part that it keeps.
+        """
+        if is_plain(self.config):
+            self.deepspeed.zero_grad()
+        else:
+            self._spoil_gradients()
+            self.deepspeed.step()
+        self.scheduler.step(1)
+
+    def _spoil_gradients(self) -> None:
+        if self.stage == 1 and self.config.training.dtype == "bf16":
+            # DeepSpeed's setter fails for a parameter that is cut between ranks under this optimizer
+            for gradient in (gradient for group in self.optimizer.fp32_groups_gradients for gradient in group):
+                gradient.fill_(math.nan)
+            return
+        for parameter in self.deepspeed.module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.fill_(math.nan)
+            else:
+                # ZeRO-3 cuts equal parts for all ranks; what the last one has beyond the parameter must stay 0
+                value = torch.full((local_shape(parameter).numel(),), math.nan, device=self.context.device)
+                safe_set_full_grad(parameter, F.pad(value, (0, self.context.dp_size)))
 
     @property
     def current_lr(self) -> float:

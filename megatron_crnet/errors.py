@@ -39,8 +39,8 @@ class PeerLostError(CrnetError):
     exit_status = 4
 
 
-class NonFiniteLossError(CrnetError):
-    """Training met a loss or a gradient norm that is not a finite number."""
+class BadStepError(CrnetError):
+    """Training met a step that would do harm: loss or gradient norm not finite, a loss spike, or too many of them."""
 
     exit_status = 3
 

@@ -7,14 +7,17 @@ collective call cannot fail (NCCL ends the process instead), the thread itself n
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 
 import torch.distributed as dist
@@ -51,6 +54,8 @@ class Heartbeat:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.world_size = world_size
+        self.stacks: Path | None = None
+        """File that shall say where each thread of this rank stands, when it gives up waiting for its peers."""
         self._store, self._rank, self._on_loss, self._clock = store, rank, on_loss, clock
         self._doing, self._since = "starting", clock()
         self._limit: float | None = None
@@ -102,7 +107,23 @@ class Heartbeat:
             self._on_loss(
                 f"error (rank {self._rank}): no progress for {still:.0f} s, longer than "
                 f"parallel.distributed_timeout_minutes {limit / 60:g}: {self._line(stopped, at)}: {REMEDY}"
+                f"{self.dump_stacks()}"
             )
+
+    def dump_stacks(self, error: BaseException | None = None) -> str:
+        """Write `stacks`, after the traceback of `error`. Returns what an error line says of it."""
+        if self.stacks is None:
+            return ""
+        try:
+            self.stacks.parent.mkdir(parents=True, exist_ok=True)
+            with self.stacks.open("w") as file:
+                if error is not None:
+                    traceback.print_exception(error, file=file)
+                    file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError:
+            return ""
+        return f"; {self.stacks} says where its threads stand"
 
     def _observe(self, now: float) -> None:
         """Note what the peers' heartbeats say now; a store that is gone leaves all of them silent."""
@@ -188,12 +209,13 @@ def naming_lost_peers(heartbeat: Heartbeat, limit_minutes: float) -> Iterator[No
     except BaseException as error:
         lost = heartbeat.world_size > 1 and is_communication(error)
         whereabouts = heartbeat.whereabouts() if lost else ""
+        stacks = heartbeat.dump_stacks(error) if lost else ""
         heartbeat.close()
         if not lost:
             raise
         raise PeerLostError(
             f"a collective call failed or waited longer than parallel.distributed_timeout_minutes {limit_minutes:g}: "
-            f"{whereabouts}: {REMEDY}"
+            f"{whereabouts}: {REMEDY}{stacks}"
         ) from error
 
 

@@ -6,9 +6,11 @@ import importlib.util
 import json
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
@@ -42,7 +44,10 @@ class MetricsWriter:
     """
 
     def __init__(self, config: Config, is_main: bool, start_step: int = 0) -> None:
-        self._file = self._tensorboard = self._wandb = None
+        self._file: TextIO | None = None
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        self._failed: set[str] = set()
         if not is_main:
             return
         folder = Path(config.logging.output_dir)
@@ -61,20 +66,33 @@ class MetricsWriter:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl and one point of every curve."""
-        if self._file is None or self._tensorboard is None:
+        if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+        with self._keeping_on("metrics.jsonl"):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()  # what a full disk does not take now stays in the buffer for the next line
+        with self._keeping_on("tensorboard"):
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
+    @contextmanager
+    def _keeping_on(self, sink: str) -> Iterator[None]:
+        """A disk that is full must not end the training whose state is in memory: warn, once for each sink."""
+        try:
+            yield
+        except OSError as error:
+            if sink not in self._failed:
+                self._failed.add(sink)
+                print(f"warning: cannot write {sink}: {error.strerror or error}; training goes on", file=sys.stderr)
+
     def close(self) -> None:
         """Flush and close every sink."""
-        for sink in (self._file, self._tensorboard):
+        for name, sink in (("metrics.jsonl", self._file), ("tensorboard", self._tensorboard)):
             if sink is not None:
-                sink.close()
+                with self._keeping_on(name):
+                    sink.close()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -131,7 +149,8 @@ class Progress:
         if self._bar is not None and not self._lines:
             self._bar.write(text)
         else:
-            print(text, flush=True)
+            with suppress(OSError):  # a log file on a full disk
+                print(text, flush=True)
 
     def close(self) -> None:
         """Leave the bar as it stands."""

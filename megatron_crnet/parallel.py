@@ -91,7 +91,7 @@ def _build_groups(config: Config) -> None:
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=vpp if vpp and vpp > 1 else None,
-        distributed_timeout_minutes=_collective_limit(config) / timedelta(minutes=1),
+        distributed_timeout_minutes=collective_limit(config) / timedelta(minutes=1),
     )
 
 
@@ -149,7 +149,7 @@ def _join(config: Config) -> Heartbeat:
             store=dist.PrefixStore("groups", store),
             rank=rank,
             world_size=world_size,
-            timeout=_collective_limit(config),
+            timeout=collective_limit(config),
         )
         agree_on_configuration(config)
     return heartbeat
@@ -176,7 +176,7 @@ def _shared_store(rank: int, world_size: int, limit_minutes: float) -> dist.Stor
         ) from error
 
 
-def _collective_limit(config: Config) -> timedelta:
+def collective_limit(config: Config) -> timedelta:
     """Time limit of collective calls.
 
     NCCL ends the process at this limit without a word on who is missing: the heartbeat's watch comes before it.

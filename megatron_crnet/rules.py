@@ -70,7 +70,7 @@ def check_model(model: ModelConfig) -> None:
 
 
 def check_training(config: Config) -> None:
-    """Step counts, batch sizes and the logging intervals."""
+    """Step counts, batch sizes, intervals and limits."""
     training = config.training
     require_positive(
         "training",
@@ -84,6 +84,9 @@ def check_training(config: Config) -> None:
         ("training", "eval_interval"),
         ("training", "eval_steps"),
         ("checkpoint", "save_interval"),
+        ("checkpoint", "save_interval_minutes"),
+        ("faults", "max_skips_in_a_row"),
+        ("faults", "max_skips"),
         ("data", "num_workers"),
         ("logging", "sample_tokens"),
     ):
@@ -91,6 +94,12 @@ def check_training(config: Config) -> None:
         require(value >= 0, f"{section}.{name} is {value}, but must not be negative: use 0 or more")
     kept = {"keep_last": config.checkpoint.keep_last, "keep_every": config.checkpoint.keep_every}
     require_positive("checkpoint", **{name: value for name, value in kept.items() if value is not None})
+    require(
+        config.faults.spike_window > 1,
+        f"faults.spike_window is {config.faults.spike_window}, but a deviation needs at least 2 losses: raise it",
+    )
+    if config.faults.spike_deviations is not None:
+        require_positive("faults", spike_deviations=config.faults.spike_deviations)
     limit = config.model.max_position_embeddings
     require(
         limit is None or limit >= training.seq_length,

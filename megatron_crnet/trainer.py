@@ -5,47 +5,57 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_crnet.agreement import Vote, examine_together
 from megatron_crnet.arithmetic import flops_per_token
+from megatron_crnet.bad_steps import losses_to_remember, passed_limit, problem_of_loss
 from megatron_crnet.batch import BatchPlan, plan_batches
-from megatron_crnet.checkpoint import Checkpointer, TrainingState, checkpoint_dir
+from megatron_crnet.checkpoint import Checkpointer, checkpoint_dir
 from megatron_crnet.checkpoint_folder import REJECTED, checkpoint_name
 from megatron_crnet.config import Config
 from megatron_crnet.data_loading import global_batches
 from megatron_crnet.deepspeed_settings import check_deepspeed_keys
 from megatron_crnet.engine import StepResult, TrainEngine
-from megatron_crnet.errors import CheckpointError, NonFiniteLossError
+from megatron_crnet.errors import BadStepError, CheckpointError, ConfigError
 from megatron_crnet.gpt import build_model_chunks
 from megatron_crnet.inputs import examine_inputs
+from megatron_crnet.interruption import Interruption
 from megatron_crnet.liveness import naming_lost_peers
 from megatron_crnet.metrics import MetricsWriter, Progress, check_sinks, peak_memory_bytes
-from megatron_crnet.parallel import ParallelContext, initialize_parallel, seed_random_states
+from megatron_crnet.parallel import ParallelContext, collective_limit, initialize_parallel, seed_random_states
 from megatron_crnet.plot import plot_loss
 from megatron_crnet.sampling import continue_text
 from megatron_crnet.schedule import Batch
 from megatron_crnet.settings import save_config
+from megatron_crnet.training_state import TrainingState
 
 
 @dataclass
 class LoggingWindow:
-    """Means over the steps since the last metric line; `started` moves on by what is no training."""
+    """Work and time of this process since the last metric line; `started` moves on by what is no training.
+
+    Attributes:
+        steps: all of them, also the skipped ones.
+        last: the last one that was not skipped.
+    """
 
     started: float
     steps: int = 0
     tokens: int = 0
-    loss: float = 0.0
+    last: StepResult | None = None
 
-    def add(self, result: StepResult) -> None:
-        """Count one step."""
+    def add(self, result: StepResult | None) -> None:
+        """Count one step; None for one that was skipped."""
         self.steps += 1
-        self.tokens += result.tokens
-        self.loss += result.loss
+        if result is not None:
+            self.tokens += result.tokens
+            self.last = result
 
 
 class Trainer:
@@ -54,8 +64,8 @@ class Trainer:
     Everything that can be wrong with the input is found in here, before the run's folder is touched.
     """
 
-    def __init__(self, config: Config, context: ParallelContext) -> None:
-        self.config, self.context = config, context
+    def __init__(self, config: Config, context: ParallelContext, interruption: Interruption) -> None:
+        self.config, self.context, self.interruption = config, context, interruption
         self.plan: BatchPlan = plan_batches(config, context.world_size)
         check_deepspeed_keys(config)
         check_sinks(config)
@@ -66,29 +76,42 @@ class Trainer:
         """Whether an earlier run has done all steps already."""
         return self.inputs.step >= self.config.training.train_steps
 
-    def run(self) -> None:
-        """Train from the newest checkpoint, or from scratch, to the last step."""
+    def run(self) -> bool:
+        """Train from the newest checkpoint, or from scratch. Returns whether all steps are done."""
         self.engine = TrainEngine(self.config, build_model_chunks(self.config), self.context)
         self.checkpointer = Checkpointer(self.config, self.engine)
+        self.vote = Vote(collective_limit(self.config))
         # another layout than the checkpoint's has no random states of its own to continue from
         seed_random_states(self.config.training.seed + self.inputs.step)
         checkpoint = self.inputs.checkpoint
         self.state = self.checkpointer.load(checkpoint) if checkpoint else TrainingState()
         self.engine.restore_schedule(self.state.step)
-        self._prepare_folder()
         self.progress = Progress(self.config.training.train_steps, self.state.step, self.context.is_main)
-        with MetricsWriter(self.config, self.context.is_main, self.state.step) as self.metrics:
+        with examine_together(self._open_folder) as self.metrics:
             self._announce()
-            with self.context.heartbeat.watching(60 * self.config.parallel.distributed_timeout_minutes):
-                self._train()
+            self.context.heartbeat.stacks = (
+                Path(self.config.logging.output_dir) / "stacks" / f"rank_{self.context.rank:05d}.txt"
+            )
+            limit_s = 60 * self.config.parallel.distributed_timeout_minutes
+            with self.context.heartbeat.watching(limit_s), self.interruption.noted():
+                complete = self._train()
         self.progress.close()
-        self._finish()
+        self._finish() if complete else self._take_leave()
+        return complete
 
-    def _prepare_folder(self) -> None:
-        if self.context.is_main:
-            folder = Path(self.config.logging.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            save_config(self.config, folder / "config.yaml")
+    def _open_folder(self) -> tuple[MetricsWriter, dict[str, str]]:
+        """The first thing that is written; an error reaches every rank."""
+        folder = Path(self.config.logging.output_dir)
+        try:
+            if self.context.is_main:
+                folder.mkdir(parents=True, exist_ok=True)
+                save_config(self.config, folder / "config.yaml")
+            return MetricsWriter(self.config, self.context.is_main, self.state.step), {}
+        except OSError as error:
+            raise ConfigError(
+                f"logging.output_dir {folder} cannot be written ({error.strerror or error}): free some space, correct "
+                "the permissions or choose another folder"
+            ) from error
 
     def _announce(self) -> None:
         for line in self.inputs.damaged:
@@ -113,64 +136,106 @@ class Trainer:
                 "another order from here: some samples may be seen again and some not"
             )
 
-    def _train(self) -> None:
+    def _train(self) -> bool:
+        """Returns whether all steps are done; not so after a signal, whose state is saved."""
         training, window = self.config.training, LoggingWindow(time.perf_counter())
-        heartbeat = self.context.heartbeat
-        for batches in self._batches(
-            self.inputs.datasets.train, self.state.samples, training.train_steps - self.state.step
-        ):
-            step = self.state.step + 1
-            heartbeat.report(f"step {step}")
-            result = self._step(batches)
-            samples = self.state.samples + self.plan.global_batch_size
-            self.state = TrainingState(step, self.state.tokens + result.tokens, samples)
-            window.add(result)
-            logged = step % self.config.logging.log_interval == 0 or step in (1, training.train_steps)
-            self.progress.advance(step, self._log(result, window) if logged else None)
-            if logged:
-                window = LoggingWindow(time.perf_counter())
+        self._saved_at = time.monotonic()
+        if self.state.validation_due and not self._validate():
+            return False
+        remaining = training.train_steps - self.state.step
+        for batches in self._batches(self.inputs.datasets.train, self.state.samples, remaining):
+            self.context.heartbeat.report(f"step {self.state.step + 1}")
+            window.add(self._step(batches))
+            step, last = self.state.step, self.state.step == training.train_steps
+            if window.last and (step % self.config.logging.log_interval == 0 or step == 1 or last):
+                self.progress.advance(step, self._log(window, window.last))
+                self.state, window = self.state.logged(), LoggingWindow(time.perf_counter())
+            else:
+                self.progress.advance(step, None)
             paused = time.perf_counter()
+            warned, due = self.vote.any(self._is_warned(last), self._is_time_to_save())
             if self._validates(step):
-                self._validate()
-            if self._saves(step):
-                heartbeat.report(f"the checkpoint of step {step}")
-                self._save(last=step == training.train_steps)
+                warned = warned or not self._validate(to_the_end=last)
+                self.state = replace(self.state, validation_due=warned)
+            if warned or due or last or self._saves(step):
+                self._save(at_once=warned or last)
+            if warned:
+                return False
             window.started += time.perf_counter() - paused
+        return True
 
-    def _save(self, last: bool) -> None:
+    def _is_warned(self, last: bool) -> bool:
+        """Whether a signal asks this rank to stop; after the last step the run ends anyway."""
+        return self.interruption.received is not None and not last
+
+    def _is_time_to_save(self) -> bool:
+        """By the clock of rank 0, which decides for all."""
+        minutes = self.config.checkpoint.save_interval_minutes
+        return self.context.is_main and minutes > 0 and time.monotonic() - self._saved_at >= 60 * minutes
+
+    def _save(self, at_once: bool) -> None:
+        """Save in the background, or return when all is on disk; then a failure is an error, else a warning."""
+        self.context.heartbeat.report(f"the checkpoint of step {self.state.step}")
+        started = self._saved_at = time.monotonic()
         try:
             self.checkpointer.wait()
         except CheckpointError as error:
             self.progress.line(f"warning: {error}; training goes on")
-        seconds = self.checkpointer.save(self.state)
-        if last:
-            self.checkpointer.wait()
-        self.metrics.write(self.state.step, {"checkpoint_wait_s": seconds})
-
-    def _step(self, batches: list[Batch]) -> StepResult:
-        tokens = self._trained_tokens(batches)
-        loss = self.engine.forward_backward(batches, tokens)
-        if not math.isfinite(loss):
-            self._stop(f"the loss is {loss}", self.engine.current_lr, self.engine.last_grad_norm)
-        grad_norm, lr = self.engine.update()
-        if not math.isfinite(grad_norm):
-            self._stop(f"the loss is {loss:.4f} and the gradient norm {grad_norm}", lr, grad_norm)
-        return StepResult(loss, grad_norm, lr, tokens)
-
-    def _stop(self, what: str, lr: float, grad_norm: float | None) -> None:
-        """Stop on every rank alike. The bad step has changed no weight; what led to it may have.
-
-        The state before the step is saved without being continued from, and `latest` goes back to a checkpoint
-        whose next step was good.
-        """
         self.checkpointer.save(self.state)
-        good = self.checkpointer.reject(self.state.step)
-        norm = "none yet" if grad_norm is None else f"{grad_norm:.4g}"
-        raise NonFiniteLossError(
-            f"{what} at step {self.state.step + 1} (learning rate {lr:.3e}, last gradient norm {norm}), but must be "
-            f"finite: lower optimizer.lr or look at the data of this step{self._remedy()}; a new start continues from "
-            f"{good or 'the beginning, as there is no earlier checkpoint'}; the state just before this step is kept "
-            f"beside it as {REJECTED}{checkpoint_name(self.state.step)}"
+        if at_once:
+            self.checkpointer.wait()
+        self.metrics.write(self.state.step, {"checkpoint_wait_s": time.monotonic() - started})
+
+    def _step(self, batches: list[Batch]) -> StepResult | None:
+        """One step, after which `state` counts it; None for a bad one that was skipped."""
+        tokens, lr = self._trained_tokens(batches), self.engine.current_lr
+        loss, faults = self.engine.forward_backward(batches, tokens), self.config.faults
+        problem = problem_of_loss(loss, self.state.recent_losses, faults)
+        if problem is None:
+            grad_norm, _ = self.engine.update()
+            if math.isfinite(grad_norm):
+                window = losses_to_remember(faults)
+                self.state = self.state.trained(self.plan.global_batch_size, tokens, loss, window)
+                return StepResult(loss, grad_norm, lr, tokens)
+            problem = f"the loss is {loss:.4f} and the gradient norm {grad_norm}, but must be finite"
+        elif faults.on_bad_step == "skip":
+            self.engine.discard()
+        self._pass_over(problem, lr)
+        return None
+
+    def _pass_over(self, problem: str, lr: float) -> None:
+        """Count a bad step, or stop on every rank alike. It has changed no weight; what led to it may have."""
+        faults = self.config.faults
+        skipped = self.state.passed_over(self.plan.global_batch_size)
+        limit = passed_limit(skipped, faults)
+        if faults.on_bad_step == "skip" and limit is None:
+            self.state = skipped
+            self.metrics.write(skipped.step, {"skipped_steps": skipped.skipped})
+            self.progress.line(
+                f"warning: step {skipped.step} is skipped: {problem} (learning rate {lr:.3e}); {skipped.skipped} of at "
+                f"most faults.max_skips {faults.max_skips}"
+            )
+            return
+        self._stop(problem if faults.on_bad_step == "stop" else f"{problem}, and {limit}", lr)
+
+    def _stop(self, problem: str, lr: float) -> None:
+        """End the run with the state before the bad step saved, but not as one to continue from.
+
+        `latest` goes back to a checkpoint whose next step was good.
+        """
+        kept = f"is kept beside it as {REJECTED}{checkpoint_name(self.state.step)}"
+        try:
+            self.checkpointer.save(self.state)
+            self.checkpointer.wait()
+        except CheckpointError as error:
+            kept = f"is lost ({error})"
+        good = self.checkpointer.reject(self.state.step - self.state.skipped_in_a_row)
+        norm = "none yet" if self.engine.last_grad_norm is None else f"{self.engine.last_grad_norm:.4g}"
+        skipping = "" if self.config.faults.on_bad_step == "skip" else ", or skip such steps (faults.on_bad_step skip)"
+        raise BadStepError(
+            f"{problem} at step {self.state.step + 1} (learning rate {lr:.3e}, last gradient norm {norm}): lower "
+            f"optimizer.lr or look at the data of this step{skipping}{self._remedy()}; a new start continues from "
+            f"{good or 'the beginning, as there is no earlier checkpoint'}; the state just before this step {kept}"
         )
 
     def _remedy(self) -> str:
@@ -187,12 +252,12 @@ class Trainer:
         replicas = self.context.world_size // self.context.dp_size
         return round(float(count) / replicas)
 
-    def _log(self, result: StepResult, window: LoggingWindow) -> dict[str, Any]:
+    def _log(self, window: LoggingWindow, result: StepResult) -> dict[str, Any]:
         seconds = time.perf_counter() - window.started
         flops = flops_per_token(self.config.model, self.plan.seq_length) * self.plan.tokens_per_step * window.steps
         values = {
             "tokens": self.state.tokens,
-            "loss": window.loss / window.steps,
+            "loss": self.state.unlogged_loss / self.state.unlogged_steps,
             "grad_norm": result.grad_norm,
             "lr": result.lr,
             "step_time_s": seconds / window.steps,
@@ -202,6 +267,8 @@ class Trainer:
         }
         if self.config.recompute.strategy == "inverse":
             values["added_anchors"] = self.engine.added_anchors
+        if self.config.faults.on_bad_step == "skip":
+            values["skipped_steps"] = self.state.skipped
         self.metrics.write(self.state.step, values)
         return values
 
@@ -210,12 +277,18 @@ class Trainer:
         interval = training.eval_interval and step % training.eval_interval == 0
         return self.inputs.datasets.valid is not None and bool(interval or step == training.train_steps)
 
-    def _validate(self) -> None:
-        """Mean loss over all tokens of the same samples every time."""
+    def _validate(self, to_the_end: bool = False) -> bool:
+        """Mean loss over all tokens of the same samples every time. Returns whether no signal cut it short.
+
+        Args:
+            to_the_end: take no notice of signals.
+        """
         totals: list[tuple[float, float]] = []
         for batches in self._batches(self.inputs.datasets.valid, 0, self.config.training.eval_steps):
             self.context.heartbeat.report(f"step {self.state.step}, batch {len(totals) + 1} of its validation")
             totals.append(self.engine.evaluate(batches))
+            if any(self.vote.any(self._is_warned(to_the_end))):
+                return False
         loss = sum(total for total, _ in totals) / sum(count for _, count in totals)
         # e^700 is the largest power a float holds
         perplexity = math.exp(min(loss, 700.0))
@@ -225,10 +298,12 @@ class Trainer:
             f"step {self.state.step} | validation loss {loss:.4f} | validation perplexity {perplexity:.2f} | "
             f"unigram entropy {self.inputs.entropy:.4f}"
         )
+        self.state = replace(self.state, validation_due=False)
+        return True
 
     def _saves(self, step: int) -> bool:
         interval = self.config.checkpoint.save_interval
-        return step == self.config.training.train_steps or bool(interval and step % interval == 0)
+        return bool(interval and step % interval == 0)
 
     def _batches(self, dataset: Any, first_sample: int, steps: int) -> Iterator[list[Batch]]:
         plan = self.plan
@@ -264,29 +339,39 @@ class Trainer:
         self.progress.line(f"done: {section.output_dir} holds metrics.jsonl, config.yaml, loss.png and tensorboard/")
         self.progress.line(f"checkpoint: {checkpoint_dir(self.config) / checkpoint_name(self.state.step)}")
 
+    def _take_leave(self) -> None:
+        received = self.interruption.received
+        self.progress.line(
+            f"stopped by {received.name if received else 'a signal to another rank'} after step {self.state.step}; the "
+            f"same command goes on from {checkpoint_dir(self.config) / checkpoint_name(self.state.step)}"
+        )
 
-def train(config: Config) -> None:
-    """Run a configuration on the ranks that the launcher started.
+
+def train(config: Config, interruption: Interruption) -> bool:
+    """Run a configuration on the ranks that the launcher started. Returns whether all its steps are done.
+
+    Args:
+        interruption: notes signals that ask to stop; then the state has been saved.
 
     Raises:
         ConfigError, DataError: the input cannot be used; nothing has been written.
-        CheckpointError: the saved state does not fit.
+        CheckpointError: the saved state does not fit, or the last one cannot be written.
         PeerLostError: another rank died or stands still.
-        NonFiniteLossError: the loss left the finite numbers; the last good state is saved.
+        BadStepError: a loss is not finite or a spike; the state before it is saved.
     """
     context = initialize_parallel(config)
     limit = config.parallel.distributed_timeout_minutes
     with context.heartbeat, naming_lost_peers(context.heartbeat, limit):
-        _train_on_this_rank(config, context)
+        return _train_on_this_rank(config, context, interruption)
 
 
-def _train_on_this_rank(config: Config, context: ParallelContext) -> None:
-    trainer = Trainer(config, context)
-    if trainer.is_complete:
-        trainer.draw()
-        Progress(0, 0, context.is_main).line(
-            f"{trainer.inputs.checkpoint} has all {config.training.train_steps} steps already: nothing to do; "
-            f"raise training.train_steps to go on, or remove {checkpoint_dir(config)} to start again"
-        )
-        return
-    trainer.run()
+def _train_on_this_rank(config: Config, context: ParallelContext, interruption: Interruption) -> bool:
+    trainer = Trainer(config, context, interruption)
+    if not trainer.is_complete:
+        return trainer.run()
+    trainer.draw()
+    Progress(0, 0, context.is_main).line(
+        f"{trainer.inputs.checkpoint} has all {config.training.train_steps} steps already: nothing to do; "
+        f"raise training.train_steps to go on, or remove {checkpoint_dir(config)} to start again"
+    )
+    return True

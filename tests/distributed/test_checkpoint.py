@@ -6,18 +6,19 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
-from megatron_crnet.checkpoint import Checkpointer, TrainingState, check_resumable, newest_complete, tidy
+from megatron_crnet.checkpoint import Checkpointer, check_resumable, newest_complete, tidy
 from megatron_crnet.checkpoint_folder import MANIFEST, PARTIAL, REPLACED, checkpoints, damage
-from megatron_crnet.config import CheckpointConfig, Config
+from megatron_crnet.config import CheckpointConfig, Config, RecomputeConfig
 from megatron_crnet.engine import TrainEngine
 from megatron_crnet.errors import CheckpointError, ConfigError
 from megatron_crnet.gpt import build_model_chunks
 from megatron_crnet.parallel import initialize_parallel
 from megatron_crnet.settings import save_config
+from megatron_crnet.training_state import TrainingState
 from tests.distributed.spawn import fresh_world, run_distributed
 from tests.helpers import micro_batches, tiny_config
 
@@ -29,6 +30,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "dp2-zero1-bf16": {"stage": 1, "dtype": "bf16"},
     "dp2-zero2-offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
     "dp2-zero3-dropout": {"stage": 3, "model": DROPOUT},
+    "dp2-zero2-replay-dropout": {"stage": 2, "model": DROPOUT, "recompute": "replay"},
     "tp2-zero1-dropout": {"stage": 1, "parallel": TP, "model": DROPOUT},
     "pp2-zero1": {"stage": 1, "parallel": {"pipeline_model_parallel_size": 2}},
 }
@@ -42,12 +44,17 @@ def row_config(
     parallel: dict[str, Any] | None = None,
     optimizer: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
+    recompute: Literal["none", "replay"] = "none",
     **zero: Any,
 ) -> Config:
     section = {"zero_optimization": {"stage": stage, **zero}}
     training = {"dtype": dtype, "train_steps": STEPS}
     config = tiny_config(model, parallel, training, optimizer, section)
-    return dataclasses.replace(config, checkpoint=CheckpointConfig(dir=str(folder), keep_last=2, keep_every=10))
+    return dataclasses.replace(
+        config,
+        checkpoint=CheckpointConfig(dir=str(folder), keep_last=2, keep_every=10),
+        recompute=RecomputeConfig(strategy=recompute),
+    )
 
 
 def train(

@@ -54,10 +54,10 @@ class Corpus:
 
 
 def start(options: list[str], ranks: int = 1, program: str = "pretrain_crnet.py") -> subprocess.CompletedProcess[str]:
-    """Run a program from the repository's root, under torchrun for several ranks."""
+    """Run a program from the repository's root, under this project's agent for several ranks."""
     launcher = [sys.executable]
     if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        launcher += ["tools/launch.py", "--standalone", f"--nproc_per_node={ranks}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [*launcher, program, *options]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)

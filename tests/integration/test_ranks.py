@@ -17,7 +17,9 @@ from megatron_crnet.settings import parse_arguments, save_config
 from tests.integration.conftest import ROOT, Corpus, lines_of
 
 
-def start_rank(rank: int, port: int, options: list[str], folder: Path = ROOT) -> subprocess.Popen[str]:
+def start_rank(
+    rank: int, port: int, options: list[str], folder: Path = ROOT, stdout: int = subprocess.DEVNULL
+) -> subprocess.Popen[str]:
     """One of two ranks without a launcher that would end the others; relative paths are below `folder`."""
     environment = {
         **os.environ,
@@ -29,9 +31,7 @@ def start_rank(rank: int, port: int, options: list[str], folder: Path = ROOT) ->
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, str(ROOT / "pretrain_crnet.py"), *options]
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True)
 
 
 def free_port() -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
+import signal
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -101,6 +103,19 @@ def test_workers_end_when_exhausted_and_when_dropped() -> None:
     steps = one_rank(Numbers(1000), num_workers=2)
     next(steps)
     assert len(multiprocessing.active_children()) == 2
+    del steps
+    wait_for_no_children()
+
+
+def test_workers_outlive_a_warning_that_reaches_the_whole_process_group() -> None:
+    steps = one_rank(Numbers(1000), num_workers=1)
+    next(steps)
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        assert worker.pid is not None
+        os.kill(worker.pid, number)
+    assert [sample_numbers(next(steps)) for _ in range(20)]
+    assert worker.is_alive()
     del steps
     wait_for_no_children()
 

@@ -1,0 +1,106 @@
+"""A warning that this process will soon be ended: SIGTERM, SIGUSR1 (SLURM's choice), or Ctrl-C.
+
+Before training there is nothing to lose, and the first signal ends the process. In training it is noted, the step is
+finished and the state saved; a second signal ends the process at once. A thread decides this, because the main thread
+may be inside a collective call that does not return, where Python runs no signal handler.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+
+INTERRUPTED = 75
+"""Exit status of a run that ended on a signal with its state saved: start it again (sysexits.h, EX_TEMPFAIL)."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+REPEAT_SECONDS = 2.0
+"""Signals this close to the first are the same warning: it comes from the launcher and to the process group as well."""
+CLOSE = 0
+
+
+class Interruption:
+    """Takes the signals of this process until it is closed; to be made in the main thread.
+
+    Args:
+        leave: ends the process with a status.
+        clock: seconds.
+    """
+
+    def __init__(self, leave: Callable[[int], object] = os._exit, clock: Callable[[], float] = time.monotonic) -> None:
+        self.received: signal.Signals | None = None
+        """The first signal that came in training."""
+        self._leave, self._clock = leave, clock
+        self._first, self._training = 0.0, False
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        # Python itself writes the number of each signal that has a handler, whatever the main thread does
+        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._handlers = {number: signal.signal(number, _do_nothing) for number in SIGNALS}
+        for number in SIGNALS:
+            signal.siginterrupt(number, False)  # libraries' system calls go on as if nothing had happened
+        self._thread = threading.Thread(target=self._listen, daemon=True, name="signals")
+        self._thread.start()
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Inside, a signal is noted in `received` for the work to end itself."""
+        self._training = True
+        try:
+            yield
+        finally:
+            self._training = False
+
+    def _listen(self) -> None:
+        while CLOSE not in (numbers := os.read(self._read, 64)):
+            for number in numbers:
+                if number in SIGNALS:
+                    self._take(signal.Signals(number))
+
+    def _take(self, number: signal.Signals) -> None:
+        if not self._training:
+            _say(f"{number.name} before training or after it: nothing to save")
+            self._leave(INTERRUPTED)
+        elif self.received is None:
+            self._first, self.received = self._clock(), number
+        elif self._clock() - self._first > REPEAT_SECONDS:
+            _say(f"{number.name} again: this rank ends at once; the last checkpoint is whole")
+            self._leave(128 + number)
+
+    def close(self) -> None:
+        """Give the signals back to whom they belonged before."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        os.write(self._write, bytes([CLOSE]))
+        self._thread.join()
+        os.close(self._read)
+        os.close(self._write)
+
+    def __enter__(self) -> Interruption:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def leave_signals_to_parent(_worker: int = 0) -> None:
+    """Let a helper process ignore the signals: its parent finishes a step with it, and ends it then."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _do_nothing(_number: int, _frame: FrameType | None) -> None:
+    pass
+
+
+def _say(line: str) -> None:
+    rank = os.environ.get("RANK")
+    print(f"{line}{f' (rank {rank})' if rank else ''}", file=sys.stderr, flush=True)

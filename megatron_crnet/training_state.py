@@ -1,0 +1,71 @@
+"""The counters of a run: what it needs besides weights, moments and random states to go on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a run needs besides weights, moments and random states to go on.
+
+    Attributes:
+        step: steps done.
+        tokens: trained tokens so far.
+        samples: sequences drawn from the training data so far: its position in the order that Megatron-Core's
+            datasets give all epochs and blended sources.
+        skipped, skipped_in_a_row: bad steps that were passed over, in all and since the last good one.
+        unlogged_loss, unlogged_steps: sum of the losses since the last metric line, and of how many good steps.
+        recent_losses: of the last good steps, for what faults.spike_deviations compares with.
+        validation_due: a signal came before this step's validation was done.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    samples: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    unlogged_loss: float = 0.0
+    unlogged_steps: int = 0
+    recent_losses: tuple[float, ...] = ()
+    validation_due: bool = False
+
+    def trained(self, samples: int, tokens: int, loss: float, window: int) -> TrainingState:
+        """The state after a good step on `samples` sequences.
+
+        Args:
+            window: losses to remember.
+        """
+        losses = (*self.recent_losses, loss)
+        return replace(
+            self,
+            step=self.step + 1,
+            tokens=self.tokens + tokens,
+            samples=self.samples + samples,
+            skipped_in_a_row=0,
+            unlogged_loss=self.unlogged_loss + loss,
+            unlogged_steps=self.unlogged_steps + 1,
+            recent_losses=losses[max(len(losses) - window, 0) :],
+        )
+
+    def passed_over(self, samples: int) -> TrainingState:
+        """The state after a step that was skipped: data and schedule have moved on, nothing else has."""
+        return replace(
+            self,
+            step=self.step + 1,
+            samples=self.samples + samples,
+            skipped=self.skipped + 1,
+            skipped_in_a_row=self.skipped_in_a_row + 1,
+        )
+
+    def logged(self) -> TrainingState:
+        """The state after a metric line."""
+        return replace(self, unlogged_loss=0.0, unlogged_steps=0)
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> TrainingState:
+        """What `dataclasses.asdict` gave, after a way through JSON; what an older version did not know is left out."""
+        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+        return cls(**{**known, "recent_losses": tuple(known.get("recent_losses", ()))})

@@ -1,0 +1,102 @@
+"""A step that is dropped changes no weight and no moment, and the steps after it are as if it had never been."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_crnet.config import Config
+from megatron_crnet.engine import TrainEngine
+from megatron_crnet.gpt import build_model_chunks
+from megatron_crnet.masters import KINDS, Masters
+from megatron_crnet.parallel import initialize_parallel
+from tests.distributed.spawn import fresh_world, run_distributed
+from tests.helpers import micro_batches, tiny_config
+
+TP: dict[str, Any] = {"tensor_model_parallel_size": 2}
+PP: dict[str, Any] = {"pipeline_model_parallel_size": 2}
+ROWS: dict[str, dict[str, Any]] = {
+    "zero0": {"stage": 0},
+    "zero0-bf16": {"stage": 0, "dtype": "bf16"},
+    "zero1": {"stage": 1},
+    "zero1-bf16": {"stage": 1, "dtype": "bf16"},
+    "zero2": {"stage": 2},
+    "zero2-bf16": {"stage": 2, "dtype": "bf16"},
+    "zero3": {"stage": 3},
+    "zero3-bf16": {"stage": 3, "dtype": "bf16", "stage3_param_persistence_threshold": 0},
+    "tp2-zero0": {"stage": 0, "parallel": TP},
+    "tp2-zero3": {"stage": 3, "parallel": TP},
+    "pp2-zero1-bf16": {"stage": 1, "dtype": "bf16", "parallel": PP},
+}
+HOW = ("none", "discarded", "not a number")
+"""What becomes of the second of three steps."""
+
+
+def row_config(stage: int, dtype: str = "fp32", parallel: dict[str, Any] | None = None, **zero: Any) -> Config:
+    section = {"zero_optimization": {"stage": stage, **zero}}
+    return tiny_config(None, parallel, {"dtype": dtype}, deepspeed_section=section)
+
+
+def everything(engine: TrainEngine, masters: Masters) -> list[Tensor]:
+    return [masters.read(p, kind).cpu().clone() for p in masters.slices for kind in KINDS]
+
+
+def train(config: Config, how: str) -> tuple[bool, list[float], list[Tensor]]:
+    """Whether the second step changed nothing; learning rates; weights and moments after the third."""
+    context = initialize_parallel(config)
+    engine = TrainEngine(config, build_model_chunks(config), context)
+    masters = Masters(engine.deepspeed, engine.stage)
+    tokens = config.training.global_batch_size * config.training.seq_length
+
+    def batches(step: int) -> list[dict[str, Tensor]]:
+        return micro_batches(config, context.dp_rank, context.world_size, step)
+
+    engine.forward_backward(batches(0), tokens)
+    rates = [engine.update()[1]]
+    before = everything(engine, masters)
+    if how == "none":
+        engine.scheduler.step(1)
+    else:
+        spoilt = batches(1)
+        if how == "not a number":
+            spoilt[-1]["loss_mask"] = spoilt[-1]["loss_mask"] * float("inf")
+        engine.forward_backward(spoilt, tokens)
+        if how == "discarded":
+            engine.discard()
+        else:
+            assert not torch.isfinite(torch.tensor(engine.update()[0]))
+    unchanged = all(torch.equal(a, b) for a, b in zip(before, everything(engine, masters), strict=True))
+    engine.forward_backward(batches(2), tokens)
+    rates.append(engine.update()[1])
+    after = everything(engine, masters)
+    engine.deepspeed.destroy()
+    context.heartbeat.close()
+    fresh_world()
+    return unchanged, rates, after
+
+
+def drop_steps() -> dict[str, dict[str, tuple[bool, bool]]]:
+    found: dict[str, dict[str, tuple[bool, bool]]] = {}
+    for name, row in ROWS.items():
+        config = row_config(**row)
+        _, wanted_rates, wanted = train(config, "none")
+        found[name] = {}
+        for how in HOW[1:]:
+            unchanged, rates, after = train(config, how)
+            same = all(torch.equal(a, b) for a, b in zip(wanted, after, strict=True))
+            found[name][how] = unchanged, same and rates == wanted_rates
+    return found
+
+
+@pytest.fixture(scope="module")
+def dropped() -> list[dict[str, dict[str, tuple[bool, bool]]]]:
+    return run_distributed(drop_steps, 2, timeout_s=400)
+
+
+@pytest.mark.parametrize("how", HOW[1:])
+@pytest.mark.parametrize("name", ROWS)
+def test_a_dropped_step_leaves_no_trace(name: str, how: str, dropped: list[dict[str, Any]]) -> None:
+    assert [ranks[name][how] for ranks in dropped] == [(True, True)] * 2

@@ -1,0 +1,105 @@
+"""A run that is stopped by signals, by the clock's saves or by an agent's death goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import ROOT, Corpus, lines_of, start
+from tests.integration.test_ranks import free_port, start_rank, wait_for_step
+
+# the validation takes most of the time, so that signals come in it, too
+LONG = {
+    "training__train_steps": 60,
+    "training__eval_interval": 5,
+    "training__eval_steps": 20,
+    "logging__log_interval": 7,
+}
+
+
+def metrics(output: Path) -> dict[str, dict[int, float]]:
+    return {key: lines_of(output, key) for key in ("loss", "grad_norm", "lr", "tokens", "validation_loss")}
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, float]]:
+    """What two ranks report that nobody disturbs."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    result = start(corpus.options(output, **LONG), ranks=2)
+    assert result.returncode == 0, result.stderr
+    return metrics(output)
+
+
+def test_a_signal_to_one_rank_saves_on_all_and_the_run_goes_on_as_if_nothing_had_happened(
+    corpus: Corpus, tmp_path: Path, whole: dict[str, dict[int, float]]
+) -> None:
+    port, output = free_port(), tmp_path / "run"
+    options = corpus.options(output, **LONG)
+    ranks = [start_rank(rank, port, options, stdout=subprocess.PIPE) for rank in range(2)]
+    wait_for_step(output, 14, ranks)
+    ranks[1].send_signal(signal.SIGUSR1)
+    printed = [process.communicate(timeout=60) for process in ranks]
+    assert [process.returncode for process in ranks] == [75, 75], printed
+    (left,) = (output / "checkpoints").glob("step_*")
+    step = int(left.name.removeprefix("step_"))
+    assert 14 <= step < 60
+    assert f"stopped by a signal to another rank after step {step}; the same command goes on from" in printed[0][0]
+    assert json.loads((left / "state.json").read_text())["step"] == step
+    result = start(options, ranks=2)
+    assert result.returncode == 0, result.stderr
+    assert f"continuing from {left}, step {step}" in result.stdout
+    assert metrics(output) == whole
+
+
+def test_the_agent_passes_the_warning_on_and_tells_the_ranks_status(
+    corpus: Corpus, tmp_path: Path, whole: dict[str, dict[int, float]]
+) -> None:
+    output = tmp_path / "run"
+    options = corpus.options(output, **LONG, checkpoint__save_interval_minutes=1e-6, checkpoint__keep_last=2)
+    command = [sys.executable, "tools/launch.py", "--standalone", "--nproc_per_node=2", "pretrain_crnet.py", *options]
+    agent = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_for_step(output, 7, [agent])
+    agent.send_signal(signal.SIGTERM)
+    printed, _ = agent.communicate(timeout=60)
+    assert agent.returncode == 75, printed
+    assert "stopped by SIGTERM after step" in printed
+    assert len(list((output / "checkpoints").glob("step_*"))) == 2
+    assert len(lines_of(output, "checkpoint_wait_s")) >= 7
+    result = start(options, ranks=2)
+    assert result.returncode == 0, result.stderr
+    assert metrics(output) == whole
+
+
+def test_a_second_signal_ends_a_rank_that_waits_in_vain(corpus: Corpus, tmp_path: Path) -> None:
+    port, output = free_port(), tmp_path / "run"
+    options = corpus.options(output, training__train_steps=100000, checkpoint__save_interval=2)
+    ranks = [start_rank(rank, port, options) for rank in range(2)]
+    try:
+        wait_for_step(output, 3, ranks)
+        ranks[1].send_signal(signal.SIGSTOP)
+        time.sleep(0.5)
+        ranks[0].send_signal(signal.SIGTERM)
+        time.sleep(2.5)
+        assert ranks[0].poll() is None
+        ranks[0].send_signal(signal.SIGTERM)
+        _, printed = ranks[0].communicate(timeout=10)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    assert ranks[0].returncode == 128 + signal.SIGTERM
+    assert "SIGTERM again: this rank ends at once; the last checkpoint is whole (rank 0)" in printed

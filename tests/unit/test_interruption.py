@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from megatron_crnet.interruption import INTERRUPTED, REPEAT_SECONDS, Interruption, leave_signals_to_parent
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+class Process:
+    """This process with a clock of its own; `left` are the statuses with which it would have ended."""
+
+    def __init__(self) -> None:
+        self.now, self.left = 100.0, list[int]()
+        self.interruption = Interruption(leave=self.left.append, clock=lambda: self.now)
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(os.getpid(), number)
+
+
+@pytest.fixture
+def process() -> Iterator[Process]:
+    process = Process()
+    yield process
+    process.interruption.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_before_training_a_signal_ends_the_process_at_once(process: Process, number: signal.Signals) -> None:
+    process.send(number)
+    wait_until(lambda: process.left == [INTERRUPTED])
+    assert process.interruption.received is None
+
+
+def test_in_training_the_first_signal_is_noted_and_a_later_one_ends_the_process(process: Process) -> None:
+    with process.interruption.noted():
+        process.send(signal.SIGUSR1)
+        wait_until(lambda: process.interruption.received is signal.SIGUSR1)
+        process.now += REPEAT_SECONDS + 0.1
+        process.send(signal.SIGTERM)
+        wait_until(lambda: bool(process.left))
+    assert process.left == [128 + signal.SIGTERM]
+
+
+def test_the_same_warning_on_two_ways_counts_once(process: Process) -> None:
+    with process.interruption.noted():
+        process.send(signal.SIGTERM)
+        wait_until(lambda: process.interruption.received is signal.SIGTERM)
+        process.now += REPEAT_SECONDS - 0.1
+        process.send(signal.SIGTERM)
+        process.send(signal.SIGUSR1)
+        time.sleep(0.1)
+        assert not process.left
+        process.now += 0.2
+        process.send(signal.SIGTERM)
+        wait_until(lambda: process.left == [128 + signal.SIGTERM])
+
+
+def test_signals_belong_to_their_former_owner_again(process: Process) -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: seen.append(number))
+    try:
+        with Interruption(leave=process.left.append):
+            pass
+        process.send(signal.SIGUSR1)
+        wait_until(lambda: seen == [signal.SIGUSR1])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_second_signal_ends_a_process_whose_main_thread_never_returns() -> None:
+    """As inside a collective call: C code that runs no Python handler. The signal comes from another process."""
+    program = """
+import ctypes
+from megatron_crnet.interruption import Interruption
+with Interruption(clock=iter([0.0, 10.0]).__next__) as interruption, interruption.noted():
+    print("ready", flush=True)
+    lock = ctypes.create_string_buffer(256)
+    libc = ctypes.CDLL(None)
+    libc.sem_init(lock, 0, 0)
+    while True:
+        libc.sem_wait(lock)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGUSR1)
+        time.sleep(0.3)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        _, printed = process.communicate(timeout=20)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert printed == "SIGTERM again: this rank ends at once; the last checkpoint is whole\n"
+
+
+def test_a_helper_process_takes_no_notice() -> None:
+    pid = os.fork()
+    if pid == 0:
+        leave_signals_to_parent()
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        os._exit(7)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 7

@@ -1,0 +1,67 @@
+#!/usr/bin/env python3
+"""Start ranks as torchrun does, with two differences that jobs which are stopped and continued need.
+
+    python tools/launch.py --nproc_per_node=8 pretrain_crnet.py --config examples/llama2_7b.yaml
+
+Takes torchrun's options. The exit status is that of the first rank that failed (torchrun's own is always 1). SIGTERM,
+SIGUSR1 and Ctrl-C are passed on to the ranks, which save and end themselves; torchrun would kill them after 30 seconds.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+
+import psutil
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import parse_args, run
+
+from megatron_crnet.interruption import INTERRUPTED, SIGNALS
+
+OWN_SIGNALS = "SIGHUP,SIGQUIT"
+"""At these the agent itself ends its ranks."""
+
+
+class Warnings:
+    """Passes signals on to the ranks."""
+
+    def __init__(self) -> None:
+        self.passed: set[int] = set()
+        for number in SIGNALS:
+            signal.signal(number, self._pass_on)
+
+    def _pass_on(self, number: int, _frame: FrameType | None) -> None:
+        self.passed.add(number)
+        for process in psutil.Process().children():
+            process.send_signal(number)
+
+
+def status_of(error: ChildFailedError, passed: set[int]) -> int:
+    """The exit status of the first rank that failed.
+
+    Args:
+        passed: signals that were passed on: a rank that had not yet learnt to take one has lost nothing by it.
+    """
+    rank, failure = error.get_first_failure()
+    code = int(failure.exitcode)
+    if code < 0:
+        print(f"rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
+        return INTERRUPTED if -code in passed else 128 - code
+    return code
+
+
+def main(argv: list[str]) -> int:
+    """Run torchrun's agent on this node; returns the exit status."""
+    arguments = parse_args(argv)
+    arguments.signals_to_handle = OWN_SIGNALS
+    warnings = Warnings()
+    try:
+        run(arguments)
+    except ChildFailedError as error:
+        return status_of(error, warnings.passed)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
