@@ -1,0 +1,59 @@
+"""The agent: its exit status is the ranks' own, and a warning is passed on."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import ROOT
+
+PROGRAM = """
+import os, signal, sys, time
+from pathlib import Path
+rank, folder, what = int(os.environ["RANK"]), Path(sys.argv[1]), sys.argv[2]
+def warned(number, _):
+    if what == "saves":
+        time.sleep(1.0)
+        sys.exit(75)
+if what != "deaf":
+    signal.signal(signal.SIGUSR1, warned)
+(folder / f"ready{rank}").touch()
+if what == "killed" and rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+if what.isdigit():
+    sys.exit(int(what) if rank == 1 else 0)
+time.sleep(60)
+"""
+
+
+def agent(folder: Path, what: str) -> subprocess.Popen[str]:
+    program = folder / "program.py"
+    program.write_text(PROGRAM)
+    options = ["tools/launch.py", "--standalone", "--nproc_per_node=2", str(program), str(folder), what]
+    return subprocess.Popen([sys.executable, *options], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(("what", "status"), [("0", 0), ("3", 3), ("killed", 137)])
+def test_the_status_is_that_of_the_first_rank_that_failed(tmp_path: Path, what: str, status: int) -> None:
+    process = agent(tmp_path, what)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == status, printed
+    assert "Traceback" not in printed
+    assert ("rank 1 was ended by SIGKILL" in printed) == (what == "killed")
+
+
+@pytest.mark.parametrize("what", ["saves", "deaf"], ids=["a rank that saves", "a rank that cannot take signals yet"])
+def test_a_warning_reaches_the_ranks_and_their_answer_the_shell(tmp_path: Path, what: str) -> None:
+    process = agent(tmp_path, what)
+    deadline = time.monotonic() + 60
+    while not all((tmp_path / f"ready{rank}").exists() for rank in range(2)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 75, printed
