@@ -1,12 +1,11 @@
 """Kills the ranks of runs at random moments and starts them again, until all steps are done.
 
 Everything is drawn from a seed: the moment (while ranks start, or while they train and save), and who is killed (one
-rank, or both, as when a node dies). A run that was killed must end with the metrics and the files of one that was not.
+rank, or both, as when a node dies). A run that was killed must end with the metrics and tensors of one that was not.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import signal
 import subprocess
@@ -16,7 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_crnet.checkpoint_folder import MANIFEST, PARTIAL, checkpoints, saved_step
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_crnet.checkpoint_folder import PARTIAL, checkpoints, saved_step
 from tests.integration.conftest import Corpus, lines_of
 from tests.integration.test_ranks import free_port, start_rank
 
@@ -63,17 +66,22 @@ class Outcome:
     def differences(self) -> list[str]:
         """What of the killed run is not as it should be."""
         found = [key for key in KEYS if lines_of(self.whole, key) != lines_of(self.killed, key)]
-        manifests = [json.loads((checkpoints(run / "checkpoints")[-1] / MANIFEST).read_text()) for run in self._runs()]
-        shards = [{name: e for name, e in m["files"].items() if name.startswith("shard")} for m in manifests]
-        if shards[0] != shards[1]:
-            found.append("files of the last checkpoint")
+        whole, killed = (saved_tensors(checkpoints(run / "checkpoints")[-1]) for run in (self.whole, self.killed))
+        if whole.keys() != killed.keys():
+            found.append("names of the last checkpoint's tensors")
+        found += [name for name in whole.keys() & killed.keys() if not torch.equal(whole[name], killed[name])]
         if any((self.killed / "checkpoints").glob(".*")):
             found.append("partial checkpoints are left")
         found += [f"a survivor ended with {s}" for kill in self.kills for s in kill.statuses if s != 4]
         return [f"{self.layout}: {difference}" for difference in found]
 
-    def _runs(self) -> tuple[Path, Path]:
-        return self.whole, self.killed
+
+def saved_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """Weights, moments and random states, by file and name."""
+    found = {}
+    for path in checkpoint.glob("*.safetensors"):
+        found.update({f"{path.name} {name}": tensor for name, tensor in load_file(path).items()})
+    return found
 
 
 class Kills:

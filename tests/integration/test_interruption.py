@@ -15,13 +15,19 @@ import pytest
 from tests.integration.conftest import ROOT, Corpus, lines_of, start
 from tests.integration.test_ranks import free_port, start_rank, wait_for_step
 
-# the validation takes most of the time, so that signals come in it, too
-LONG = {
-    "training__train_steps": 60,
-    "training__eval_interval": 5,
-    "training__eval_steps": 20,
-    "logging__log_interval": 7,
-}
+
+def long_options(corpus: Corpus, output: Path, **changes: object) -> list[str]:
+    """Sixty steps into the second epoch of a blend; validation takes most of the time, so that signals come in it."""
+    options = {
+        "data__train_data_path": f"['0.9',{corpus.train},'0.1',{corpus.valid}]",
+        "training__train_steps": 60,
+        "training__global_batch_size": 16,
+        "training__micro_batch_size": 4,
+        "training__eval_interval": 5,
+        "training__eval_steps": 6,
+        "logging__log_interval": 7,
+    }
+    return corpus.options(output, **{**options, **changes})
 
 
 def metrics(output: Path) -> dict[str, dict[int, float]]:
@@ -32,7 +38,7 @@ def metrics(output: Path) -> dict[str, dict[int, float]]:
 def whole(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, float]]:
     """What two ranks report that nobody disturbs."""
     output = tmp_path_factory.mktemp("whole") / "run"
-    result = start(corpus.options(output, **LONG), ranks=2)
+    result = start(long_options(corpus, output), ranks=2)
     assert result.returncode == 0, result.stderr
     return metrics(output)
 
@@ -41,7 +47,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_the_run_goes_on_as_if_nothing_had
     corpus: Corpus, tmp_path: Path, whole: dict[str, dict[int, float]]
 ) -> None:
     port, output = free_port(), tmp_path / "run"
-    options = corpus.options(output, **LONG)
+    options = long_options(corpus, output)
     ranks = [start_rank(rank, port, options, stdout=subprocess.PIPE) for rank in range(2)]
     wait_for_step(output, 14, ranks)
     ranks[1].send_signal(signal.SIGUSR1)
@@ -58,11 +64,11 @@ def test_a_signal_to_one_rank_saves_on_all_and_the_run_goes_on_as_if_nothing_had
     assert metrics(output) == whole
 
 
-def test_the_agent_passes_the_warning_on_and_tells_the_ranks_status(
+def test_the_agent_passes_the_warning_on_and_another_layout_goes_on(
     corpus: Corpus, tmp_path: Path, whole: dict[str, dict[int, float]]
 ) -> None:
     output = tmp_path / "run"
-    options = corpus.options(output, **LONG, checkpoint__save_interval_minutes=1e-6, checkpoint__keep_last=2)
+    options = long_options(corpus, output, checkpoint__save_interval_minutes=1e-6, checkpoint__keep_last=2)
     command = [sys.executable, "tools/launch.py", "--standalone", "--nproc_per_node=2", "pretrain_crnet.py", *options]
     agent = subprocess.Popen(
         command,
@@ -79,9 +85,13 @@ def test_the_agent_passes_the_warning_on_and_tells_the_ranks_status(
     assert "stopped by SIGTERM after step" in printed
     assert len(list((output / "checkpoints").glob("step_*"))) == 2
     assert len(lines_of(output, "checkpoint_wait_s")) >= 7
-    result = start(options, ranks=2)
+    # under another layout: no sample is lost or comes twice, or the losses would not be the same
+    result = start([*options, "--parallel.tensor_model_parallel_size=2", "--recompute.strategy=full"], ranks=2)
     assert result.returncode == 0, result.stderr
-    assert metrics(output) == whole
+    found = metrics(output)
+    assert found["tokens"] == whole["tokens"]
+    for key, values in whole.items():
+        assert found[key] == pytest.approx(values, rel=1e-4), key
 
 
 def test_a_second_signal_ends_a_rank_that_waits_in_vain(corpus: Corpus, tmp_path: Path) -> None:
