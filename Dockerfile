@@ -12,7 +12,7 @@
 # PyTorch 2.13.0a0+8145d630e8 (NVIDIA's release notes, rel-26-06); 26.02 and 26.03 hold 2.11.0a0, which comes before the
 # 2.11 that pyproject.toml asks for: on them the last pip below ends with saying so.
 ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:26.06-py3
-ARG CPU_BASE_IMAGE=python:3.11-slim-bookworm
+ARG CPU_BASE_IMAGE=python:3.11.14-slim-bookworm
 
 # ---------------------------------------------------------------------------------------------------------------- cpu
 FROM ${CPU_BASE_IMAGE} AS cpu

@@ -36,7 +36,7 @@ def test_the_health_check_imports_what_a_run_needs(podman: Podman, cpu_image: st
     assert [part.split()[0] for part in printed.split(", ")[:5]] == [
         *("torch", "megatron.core", "deepspeed", "megatron_crnet", "safetensors"),
     ]
-    options = (entrypoint, "--env=DS_ACCELERATOR=absent")  # at which DeepSpeed's import fails
+    options = (entrypoint, "--env=DS_ACCELERATOR=absent")  # on which importing DeepSpeed fails
     broken = podman.run(cpu_image, *command[1:], options=options, check=False)
     assert broken.returncode == 1, broken.stdout
 
