@@ -46,7 +46,10 @@ def test_nothing_of_the_build_or_of_this_machine_stays_in_the_image(
 ) -> None:
     code = """
 import os, pathlib
-for folder in ("/root/.cache", "/root/.config", "/var/lib/apt/lists", "/var/cache/apt", "/mnt", "/run/secrets", "/tmp"):
+for folder in (
+    *("/root/.cache", "/root/.config", "/home/crnet/.cache", "/var/lib/apt/lists", "/var/cache/apt"),
+    *("/mnt", "/run/secrets", "/tmp"),
+):
     for path in pathlib.Path(folder).rglob("*"):
         if not path.is_dir() and path.lstat().st_size: print(path)  # mount points stay, empty
 for name in ("/etc/pip.conf", "/root/.pip", "/etc/apt/sources.list", "/opt/megatron_crnet/.git"):
