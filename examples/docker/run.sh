@@ -5,7 +5,8 @@
 #   PROCESSES=8 DATA=/scratch/c4 OUTPUT=/scratch/runs \
 #       examples/docker/run.sh --config examples/llama2_1b.yaml                    eight GPUs
 #   IMAGE=megatron_crnet:cpu GPUS=none PROCESSES=2 \
-#       examples/docker/run.sh --config examples/quickstart.yaml                   two processes on CPUs
+#       examples/docker/run.sh --config examples/quickstart.yaml \
+#       --training.micro_batch_size 4                                              two processes on CPUs
 #   examples/docker/run.sh --dry-run --config ...                                  print the command, start nothing
 #   PROGRAM=tools/preprocess_data.py examples/docker/run.sh data/text ...          one of the tools
 #
