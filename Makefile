@@ -7,9 +7,11 @@ TORCH ?= requirements-torch.txt
 VENV_FLAGS ?=
 DATA := data/quickstart
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
+# what git knows or would add, so that a new file is found by itself
+files = $(shell git ls-files --cached --others --exclude-standard -- $(1))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-long test-faults check format clean distclean
+.PHONY: help setup train test test-long test-faults test-image check format clean distclean
 
 help:  ## what there is to do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,7 +41,7 @@ train: $(VENV)/.installed $(DATA)/train.idx $(DATA)/valid.idx  ## train the quic
 	$(RUN) pretrain_crnet.py --config examples/quickstart.yaml
 
 test: setup  ## the whole suite but the long matrices
-	$(RUN) -m pytest -m "not long and not faults" -n 2 --dist loadfile
+	$(RUN) -m pytest -m "not long and not faults and not image" -n 2 --dist loadfile
 
 test-long: setup  ## the long matrices
 	$(RUN) -m pytest -m long
@@ -47,10 +49,16 @@ test-long: setup  ## the long matrices
 test-faults: setup  ## kill runs a hundred times at random moments; half an hour (FAULTS_SEED=2)
 	$(RUN) -m pytest -m faults -rP
 
-check: setup  ## ruff (lint and format) and mypy
+test-image: setup  ## build the container image and train in it (installs podman and debootstrap; root on Debian)
+	tests/image/prepare.sh
+	$(RUN) -m pytest -m image tests/image
+
+check: setup  ## ruff (lint and format), mypy, hadolint and shellcheck
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/hadolint $(call files,'Dockerfile' '*/Dockerfile' '*.Dockerfile')
+	$(VENV)/bin/shellcheck --external-sources $(call files,'*.sh' '*.sbatch' '.ci/*')
 
 format: setup  ## put the code into ruff's format
 	$(RUN) -m ruff check --fix .

@@ -2,7 +2,7 @@
 """Pre-train CR-Net.
 
     python pretrain_crnet.py --config examples/quickstart.yaml --training.train_steps 100
-    torchrun --nproc_per_node=2 pretrain_crnet.py --config examples/quickstart.yaml
+    torchrun --nproc_per_node=2 pretrain_crnet.py --config examples/quickstart.yaml --training.micro_batch_size 4
 
 Exit status: 0 done, 75 stopped by a signal with the state saved (the same command goes on), 2 a mistake in
 configuration or data, 3 a loss that is not finite or a spike, 4 another rank that died or stands still, 1 all else.

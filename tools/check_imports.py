@@ -1,0 +1,31 @@
+"""Import what a run needs and print the versions: the health check of the container image.
+
+    python tools/check_imports.py
+
+Exit status: 0 all of it can be imported, 1 something cannot (Python's own message says what).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+
+REQUIRED = ("torch", "megatron.core", "deepspeed", "megatron_crnet", "safetensors")
+OPTIONAL = ("apex", "transformer_engine", "flash_attn")
+
+
+def main() -> int:
+    """Run; returns the exit status."""
+    from megatron_crnet import cpu_platform
+
+    cpu_platform.install()  # before Megatron-Core and DeepSpeed, as in a run
+    versions = [f"{name} {importlib.import_module(name).__version__}" for name in REQUIRED]
+    # these are looked for, not imported: without a GPU's driver some cannot be
+    found = [f"{name} {'found' if importlib.util.find_spec(name) else 'absent'}" for name in OPTIONAL]
+    print(", ".join((*versions, *found)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
