@@ -149,10 +149,9 @@ class CrossLayerLinear(nn.Module):
 
 
 def rotary_embedding(position_ids: Tensor, head_width: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotate-half form, [b, s, d] each, computed in fp32 at least."""
-    wide = torch.promote_types(dtype, torch.float32)
-    exponents = torch.arange(0, head_width, 2, device=position_ids.device, dtype=wide) / head_width
-    angles = position_ids[..., None].to(wide) * base**-exponents
+    """Cosines and sines of the rotate-half form, [b, s, d] each, computed in fp32."""
+    exponents = torch.arange(0, head_width, 2, device=position_ids.device, dtype=torch.float32) / head_width
+    angles = position_ids[..., None].float() * base**-exponents
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
