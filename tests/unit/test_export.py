@@ -37,7 +37,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def config(tokenizer: str) -> Config:
-    config = tiny_config(model={"vocab_size": 416, "rank": {p: 8 for p in ("q", "k", "v", "o", "gate", "up", "down")}})
+    config = tiny_config(
+        model={"vocab_size": 416, "rank": dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), 8)}
+    )
     return dataclasses.replace(config, data=DataConfig(tokenizer_model=tokenizer))
 
 
@@ -98,7 +100,9 @@ def test_the_export_holds_every_weight_bit_for_bit(export: Path, weights: Weight
         "tokenizer.model",
         "tokenizer_config.json",
     }
-    assert {path.stat().st_mode & 0o777 for path in export.iterdir()} == {(export / "config.json").stat().st_mode & 0o777}
+    assert {path.stat().st_mode & 0o777 for path in export.iterdir()} == {
+        (export / "config.json").stat().st_mode & 0o777
+    }
 
 
 def test_transformers_opens_it_and_gives_the_references_logits(export: Path, weights: Weights, config: Config) -> None:
