@@ -26,7 +26,7 @@ class CRNetTokenizer(SentencePieceBackend):
         return str(self.sp_model.IdToPiece(index)) if index < self.sp_model.get_piece_size() else ""
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Text of pieces; special tokens keep their spelling."""
-        special = set(self.all_special_tokens)
+        """Text of pieces; special tokens keep their spelling, what is unknown becomes SentencePiece's sign for it."""
+        special = set(self.all_special_tokens) - {self.unk_token}
         runs = groupby((token for token in tokens if token), key=special.__contains__)
         return "".join("".join(run) if is_special else self.sp_model.decode(list(run)) for is_special, run in runs)
