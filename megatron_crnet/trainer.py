@@ -117,7 +117,8 @@ class Trainer:
             self.progress.line(f"warning: {line}")
         if self.checkpoint is not None:
             self.progress.line(f"continuing from {self.checkpoint}, step {self.state.step}")
-            self._warn_of_another_order()
+            if self.state.samples:
+                self._warn_of_another_order()
         if self.entropy is not None:
             self.progress.line(
                 f"unigram entropy of the validation tokens: {self.entropy:.4f} nats "

@@ -9,11 +9,12 @@ One process, whatever layout has written the checkpoint or will continue it.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
 from megatron_crnet.atomic import sigterm_unwinds
-from megatron_crnet.errors import CrnetError
+from megatron_crnet.errors import CrnetError, require
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -38,6 +39,10 @@ def export(args: argparse.Namespace) -> None:
     from megatron_crnet.export import to_hf
     from megatron_crnet.weight_files import find_checkpoint
 
+    require(
+        re.fullmatch(r"\d+(KB|MB|GB|TB)", args.shard_size) is not None,
+        f"--shard-size is {args.shard_size}, but must be a number with KB, MB, GB or TB: write 5GB, say",
+    )
     checkpoint, notes = find_checkpoint(args.checkpoint)
     for note in notes:
         print(f"warning: {note}", file=sys.stderr)
