@@ -29,9 +29,9 @@ from megatron_crnet.checkpoint_folder import (
 from megatron_crnet.config import Config
 from megatron_crnet.errors import DataError
 from megatron_crnet.export_config import hugging_face_fields, read_export_config
-from megatron_crnet.export_tokenizer import SENTENCEPIECE, write_tokenizer
+from megatron_crnet.export_tokenizer import tokenizer_of, write_tokenizer
 from megatron_crnet.settings import load_config, save_config
-from megatron_crnet.tokenizer import Tokenizer, check_vocabulary
+from megatron_crnet.tokenizer import Tokenizer, TokenizerKind, check_vocabulary
 from megatron_crnet.weight_files import INDEX, CheckpointWeights, ExportWeights, WeightSource, canonical_shapes
 
 CODE = "modeling_crnet.py"
@@ -54,6 +54,12 @@ def saved_config(checkpoint: Path) -> Config:
     if not (checkpoint / "config.yaml").is_file():
         raise DataError(f"checkpoint {checkpoint} has no config.yaml: use another one")
     return load_config(checkpoint / "config.yaml")
+
+
+def with_tokenizer(config: Config, path: str) -> Config:
+    """The configuration with another tokenizer: a folder holds Hugging Face's, a file is SentencePiece's."""
+    kind: TokenizerKind = "huggingface" if Path(path).is_dir() else "sentencepiece"
+    return replace(config, data=replace(config.data, tokenizer_type=kind, tokenizer_model=path))
 
 
 def to_hf(
@@ -82,7 +88,7 @@ def to_hf(
     """
     config = saved_config(checkpoint)
     if tokenizer is not None:
-        config = replace(config, data=replace(config.data, tokenizer_model=tokenizer))
+        config = with_tokenizer(config, tokenizer)
     source = CheckpointWeights(checkpoint)
     source.check(canonical_shapes(config.model))
     if out.exists() and overwrite and not _is_export(out):
@@ -169,9 +175,7 @@ def from_hf(export: Path, folder: Path) -> Path:
     source.check(canonical_shapes(config.model))
     if checkpoints(folder):
         raise DataError(f"{folder} holds checkpoints, and a run continues from the newest: choose another folder")
-    if (export / SENTENCEPIECE).is_file():
-        path = str((export / SENTENCEPIECE).resolve())
-        config = replace(config, data=replace(config.data, tokenizer_model=path))
+    config = with_tokenizer(config, tokenizer_of(export.resolve())[1])
     target = folder / checkpoint_name(0)
     with _partial_checkpoint(target) as partial:
         names = [_write_masters(partial, i, weights) for i, weights in enumerate(source.portions(), start=1)]

@@ -42,9 +42,14 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         DataError: there is none.
     """
+    return load_tokenizer(*tokenizer_of(folder))
+
+
+def tokenizer_of(folder: Path) -> tuple[TokenizerKind, str]:
+    """`data.tokenizer_type` and `data.tokenizer_model` of an export's tokenizer."""
     if (folder / CODE).is_file():
-        return load_tokenizer("sentencepiece", str(folder / SENTENCEPIECE))
-    return load_tokenizer("huggingface", str(folder))
+        return "sentencepiece", str(folder / SENTENCEPIECE)
+    return "huggingface", str(folder)
 
 
 def _sentencepiece_config(path: str, max_length: int) -> dict[str, Any]:

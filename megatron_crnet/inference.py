@@ -6,7 +6,7 @@ Generation is transformers' own. No code of an export runs: the model is this pa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ import torch
 
 from megatron_crnet.config import Config
 from megatron_crnet.errors import ConfigError, DataError
-from megatron_crnet.export import DTYPES, Dtype, cast, saved_config
+from megatron_crnet.export import DTYPES, Dtype, cast, saved_config, with_tokenizer
 from megatron_crnet.export_config import hugging_face_fields, read_export_config
-from megatron_crnet.export_tokenizer import read_tokenizer
+from megatron_crnet.export_tokenizer import tokenizer_of
 from megatron_crnet.modeling_crnet import CRNetConfig, CRNetForCausalLM
 from megatron_crnet.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_crnet.weight_files import (
@@ -96,13 +96,11 @@ def open_model(
     if (path / "config.json").is_file():
         config = read_export_config(path)
         source: WeightSource = ExportWeights(path)
-        own = load_tokenizer("sentencepiece", tokenizer) if tokenizer else read_tokenizer(path)
+        config = with_tokenizer(config, tokenizer_of(path)[1])
     else:
         checkpoint, notes = find_checkpoint(path)
         config, source = saved_config(checkpoint), CheckpointWeights(checkpoint)
-        if tokenizer:
-            config = replace(config, data=replace(config.data, tokenizer_model=tokenizer))
-        own = _tokenizer_of(config)
+    own = _tokenizer_of(with_tokenizer(config, tokenizer) if tokenizer else config)
     check_vocabulary(own, config.model.vocab_size)
     model = build_model(config, source, dtype).to(device or default_device())
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = own.eod, own.pad

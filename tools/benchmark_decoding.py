@@ -3,7 +3,8 @@
     python tools/benchmark_decoding.py --config examples/llama2_60m.yaml --prompt-tokens 32 --new-tokens 64
 
 Random weights, greedy, always all new tokens. One repeat runs every row once, in turn, so that a busy machine slows all
-alike. A row's time holds the pass over the prompt.
+alike; what full rank is compared by is the median of the ratios within repeats. CPU time beside the clock's tells how
+busy the machine was. A row's time holds the pass over the prompt.
 """
 
 from __future__ import annotations
@@ -27,17 +28,23 @@ class Row:
     """One variant with or without the cache.
 
     Attributes:
-        seconds: of each repeat.
+        seconds: of each repeat, by the clock.
+        cpu_seconds: of each repeat, over all threads of this process.
         tokens_per_s: median over the repeats, all sequences of the batch together.
-        spread: (slowest - fastest repeat) / median.
+        tokens_per_cpu_s: the same by CPU time.
+        spread: (slowest - fastest repeat) / median, by the clock.
+        cpu_spread: the same by CPU time.
     """
 
     variant: str
     cache: bool
     parameters: int
     seconds: list[float]
+    cpu_seconds: list[float]
     tokens_per_s: float
+    tokens_per_cpu_s: float
     spread: float
+    cpu_spread: float
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
@@ -55,14 +62,14 @@ def measure(args: argparse.Namespace) -> list[Row]:
     models = {variant: random_model(config, variant, args.dtype) for variant in args.variants}
     prompt = torch.randint(config.model.vocab_size, (args.batch_size, args.prompt_tokens), device=default_device())
     rows = [(variant, cache) for variant in args.variants for cache in (True, False)]
-    seconds: dict[tuple[str, bool], list[float]] = {row: [] for row in rows}
+    times: dict[tuple[str, bool], list[tuple[float, float]]] = {row: [] for row in rows}
     for repeat in range(args.repeats + 1):
         for row in rows:
             elapsed = decode(models[row[0]], prompt, args.new_tokens, row[1])
             if repeat:  # the first one warms up
-                seconds[row].append(elapsed)
+                times[row].append(elapsed)
     tokens = args.batch_size * args.new_tokens
-    return [finished(row, models[row[0]], seconds[row], tokens) for row in rows]
+    return [finished(row, models[row[0]], times[row], tokens) for row in rows]
 
 
 def random_model(config: Any, variant: str, dtype: str) -> Any:
@@ -81,11 +88,11 @@ def random_model(config: Any, variant: str, dtype: str) -> Any:
     return model.to(default_device(), DTYPES[dtype]).eval()
 
 
-def decode(model: Any, prompt: Any, new_tokens: int, cache: bool) -> float:
-    """Seconds of one batch."""
+def decode(model: Any, prompt: Any, new_tokens: int, cache: bool) -> tuple[float, float]:
+    """Seconds of one batch, by the clock and of the CPU."""
     import torch
 
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     found = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
@@ -98,29 +105,41 @@ def decode(model: Any, prompt: Any, new_tokens: int, cache: bool) -> float:
     if prompt.is_cuda:
         torch.cuda.synchronize()
     assert found.shape[1] == prompt.shape[1] + new_tokens
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - cpu_started
 
 
-def finished(row: tuple[str, bool], model: Any, seconds: list[float], tokens: int) -> Row:
+def finished(row: tuple[str, bool], model: Any, times: list[tuple[float, float]], tokens: int) -> Row:
     """The figures of one row."""
-    median = statistics.median(seconds)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Row(*row, parameters, seconds, tokens / median, (max(seconds) - min(seconds)) / median)
+    clock, cpu = ([pair[i] for pair in times] for i in (0, 1))
+    medians = statistics.median(clock), statistics.median(cpu)
+    spreads = [(max(values) - min(values)) / middle for values, middle in zip((clock, cpu), medians, strict=True)]
+    return Row(*row, parameters, clock, cpu, tokens / medians[0], tokens / medians[1], *spreads)
+
+
+def of_full_rank(row: Row, rows: list[Row]) -> str:
+    """How many times as fast as full rank, by CPU time where that is what computes."""
+    import torch
+
+    kind = "seconds" if torch.cuda.is_available() else "cpu_seconds"
+    for other in rows:
+        if (other.variant, other.cache) == ("full_rank", row.cache):
+            pairs = zip(getattr(other, kind), getattr(row, kind), strict=True)
+            return f"{statistics.median(theirs / ours for theirs, ours in pairs):.2f}"
+    return "-"
 
 
 def table(rows: list[Row]) -> str:
     """The figures as Markdown."""
-    full = {row.cache: row.tokens_per_s for row in rows if row.variant == "full_rank"}
     lines = [
-        "| variant | parameters | cache | tokens/s | spread | of full rank |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| variant | parameters | cache | tokens/s | spread | tokens/s of CPU time | spread | of full rank |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in rows:
-        share = f"{row.tokens_per_s / full[row.cache]:.2f}" if full else "-"
-        lines.append(
-            f"| {row.variant} | {row.parameters / 1e6:.1f}M | {'yes' if row.cache else 'no'} "
-            f"| {row.tokens_per_s:.1f} | {row.spread:.0%} | {share} |"
-        )
+    lines += [
+        f"| {row.variant} | {row.parameters / 1e6:.1f}M | {'yes' if row.cache else 'no'} | {row.tokens_per_s:.1f} "
+        f"| {row.spread:.0%} | {row.tokens_per_cpu_s:.1f} | {row.cpu_spread:.0%} | {of_full_rank(row, rows)} |"
+        for row in rows
+    ]
     return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ from megatron_crnet.checkpoint import check_resumable
 from megatron_crnet.checkpoint_folder import MANIFEST, complete, damage, file_entries
 from megatron_crnet.config import Config, DataConfig
 from megatron_crnet.errors import ConfigError, CrnetError, DataError
-from megatron_crnet.export import from_hf, to_hf
+from megatron_crnet.export import from_hf, saved_config, to_hf
 from megatron_crnet.inference import open_model
 from megatron_crnet.modeling_crnet import CRNetForCausalLM
 from megatron_crnet.ranks import POSITIONS
@@ -295,3 +295,6 @@ def test_the_tokenizer_may_have_moved(weights: Weights, config: Config, tokenize
             to_hf(checkpoint, tmp_path / "out")
         assert not (tmp_path / "out").exists()
     to_hf(checkpoint, tmp_path / "out", tokenizer=tokenizer)
+    assert open_model(checkpoint, tokenizer=tokenizer).tokenizer.vocab_size == 400
+    back = from_hf(tmp_path / "out", tmp_path / "checkpoints")
+    assert saved_config(back).data.tokenizer_model == str(tmp_path / "out" / "tokenizer.model")
