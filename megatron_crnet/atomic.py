@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -44,14 +45,45 @@ def atomic_files(*targets: Path, overwrite: bool) -> Iterator[tuple[Path, ...]]:
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        raise DataError(
-            f"cannot write {error.filename or targets[0]}: {error.strerror or error}: free some space, correct the "
-            "permissions or choose another folder"
-        ) from error
+        raise _unwritable(targets[0], error) from error
     finally:
         for temporary in temporaries:
             with suppress(OSError):
                 temporary.unlink()
+
+
+@contextmanager
+def atomic_folder(target: Path, overwrite: bool) -> Iterator[Path]:
+    """Give a new folder beside `target`; rename it if the block succeeds, else remove it.
+
+    Raises:
+        DataError: `target` exists and `overwrite` is false, or it cannot be written.
+    """
+    if not overwrite:
+        refuse_existing(target)
+    temporary, old = (target.with_name(f".{target.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if target.exists():
+            target.rename(old)
+        temporary.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise _unwritable(target, error) from error
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _unwritable(target: Path, error: OSError) -> DataError:
+    return DataError(
+        f"cannot write {error.filename or target}: {error.strerror or error}: free some space, correct the "
+        "permissions or choose another folder"
+    )
 
 
 def refuse_existing(*targets: Path) -> None:

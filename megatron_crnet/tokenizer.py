@@ -172,12 +172,17 @@ def _load_auto_tokenizer(path: str) -> Any:
         raise DataError(f"tokenizer {path} cannot be loaded ({reason}): give a folder with tokenizer.json") from error
 
 
-def _digest_folder(folder: Path) -> str:
-    """SHA-256 over the names and contents of a folder's tokenizer files; weights beside them do not count."""
-    digest = hashlib.sha256()
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a folder that make its Hugging Face tokenizer; weights beside them are none."""
     prefixes = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "sentencepiece")
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and (file.name.startswith(prefixes) or file.suffix == ".model"):
-            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-            digest.update(file.read_bytes())
+    files = (file for file in sorted(folder.iterdir()) if file.is_file())
+    return [file for file in files if file.name.startswith(prefixes) or file.suffix == ".model"]
+
+
+def _digest_folder(folder: Path) -> str:
+    """SHA-256 over the names and contents of a folder's tokenizer files."""
+    digest = hashlib.sha256()
+    for file in tokenizer_files(folder):
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -118,7 +118,8 @@ class Trainer:
             self.progress.line(f"warning: {line}")
         if self.inputs.checkpoint is not None:
             self.progress.line(f"continuing from {self.inputs.checkpoint}, step {self.state.step}")
-            self._warn_of_another_order()
+            if self.state.samples:
+                self._warn_of_another_order()
         if self.inputs.entropy is not None:
             self.progress.line(
                 f"unigram entropy of the validation tokens: {self.inputs.entropy:.4f} nats "

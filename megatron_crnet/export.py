@@ -1,0 +1,219 @@
+"""Weights out, as a folder that Hugging Face transformers opens, and back into a checkpoint of any layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.serialization import StateDictSplit, split_state_dict_into_shards_factory
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_crnet.agreement import library_versions
+from megatron_crnet.atomic import atomic_folder
+from megatron_crnet.checkpoint_folder import (
+    PARTIAL,
+    checkpoint_name,
+    checkpoints,
+    complete,
+    file_entries,
+    point_latest_at,
+    unwritable,
+)
+from megatron_crnet.config import Config
+from megatron_crnet.errors import DataError
+from megatron_crnet.export_config import hugging_face_fields, read_export_config
+from megatron_crnet.export_tokenizer import tokenizer_of, write_tokenizer
+from megatron_crnet.settings import load_config, save_config
+from megatron_crnet.tokenizer import Tokenizer, TokenizerKind, check_vocabulary
+from megatron_crnet.training_state import TrainingState
+from megatron_crnet.weight_files import INDEX, CheckpointWeights, ExportWeights, WeightSource, canonical_shapes
+
+CODE = "modeling_crnet.py"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Dtype = Literal["fp32", "bf16"]
+PATTERN = "model{suffix}.safetensors"
+
+
+def cast(name: str, tensor: Tensor, dtype: Dtype) -> Tensor:
+    """A weight in the precision of an export: beta is fp32 in all."""
+    return tensor.float() if name.endswith(".beta") else tensor.to(DTYPES[dtype])
+
+
+def saved_config(checkpoint: Path) -> Config:
+    """The configuration that a checkpoint was written with.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if not (checkpoint / "config.yaml").is_file():
+        raise DataError(f"checkpoint {checkpoint} has no config.yaml: use another one")
+    return load_config(checkpoint / "config.yaml")
+
+
+def with_tokenizer(config: Config, path: str) -> Config:
+    """The configuration with another tokenizer: a folder holds Hugging Face's, a file is SentencePiece's."""
+    kind: TokenizerKind = "huggingface" if Path(path).is_dir() else "sentencepiece"
+    return replace(config, data=replace(config.data, tokenizer_type=kind, tokenizer_model=path))
+
+
+def to_hf(
+    checkpoint: Path,
+    out: Path,
+    *,
+    dtype: Dtype = "fp32",
+    tokenizer: str | None = None,
+    shard_size: int | str = "5GB",
+    overwrite: bool = False,
+) -> int:
+    """Write OUT from a whole checkpoint. Host memory holds about one file of weights at a time.
+
+    Args:
+        dtype: of all weights but beta, which stays fp32.
+        tokenizer: path of the tokenizer; None takes the one that the checkpoint's configuration names.
+        shard_size: largest file of weights; more than that are cut, with an index.
+        overwrite: replace an older export.
+
+    Returns:
+        The number of parameters.
+
+    Raises:
+        DataError: OUT exists or cannot be written, the tokenizer is missing, or a weight is missing, unknown, of
+            another shape, not finite or zero all over. Nothing is left behind.
+    """
+    config = saved_config(checkpoint)
+    if tokenizer is not None:
+        config = with_tokenizer(config, tokenizer)
+    source = CheckpointWeights(checkpoint)
+    source.check(canonical_shapes(config.model))
+    if out.exists() and overwrite and not _is_export(out):
+        raise DataError(f"{out} is no export, so --overwrite does not replace it: choose another folder")
+    with atomic_folder(out, overwrite) as folder:
+        shutil.copyfile(Path(__file__).with_name(CODE), folder / CODE)
+        _write_descriptions(config, folder, dtype)
+        _write_weights(source, folder, dtype, shard_size)
+    return sum(torch.Size(shape).numel() for shape in source.shapes.values())
+
+
+def _is_export(folder: Path) -> bool:
+    try:
+        return json.loads((folder / "config.json").read_text())["model_type"] == "crnet"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _write_weights(source: WeightSource, folder: Path, dtype: Dtype, shard_size: int | str) -> None:
+    plan = _plan_files(source, dtype, shard_size)
+    for file, names in plan.filename_to_tensors.items():
+        tensors = {name: cast(name, tensor, dtype) for name, tensor in source.checked(names).items()}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        shutil.copymode(folder / CODE, folder / file)  # safetensors lets only the owner read
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _plan_files(source: WeightSource, dtype: Dtype, shard_size: int | str) -> StateDictSplit:
+    """Which weight goes into which file."""
+    empty = {name: cast(name, torch.empty(shape, device="meta"), dtype) for name, shape in source.shapes.items()}
+    return split_state_dict_into_shards_factory(
+        empty, get_storage_size=lambda tensor: tensor.nbytes, filename_pattern=PATTERN, max_shard_size=shard_size
+    )
+
+
+def _write_descriptions(config: Config, folder: Path, dtype: Dtype) -> None:
+    """config.json, generation_config.json and the tokenizer."""
+    fields = hugging_face_fields(config)
+    tokenizer = _export_tokenizer(config, folder, fields["max_position_embeddings"])
+    ends = {"eos_token_id": tokenizer.eod, "pad_token_id": tokenizer.pad}
+    module = Path(CODE).stem
+    about = {
+        "architectures": ["CRNetForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{module}.CRNetConfig",
+            "AutoModel": f"{module}.CRNetModel",
+            "AutoModelForCausalLM": f"{module}.CRNetForCausalLM",
+        },
+        "model_type": "crnet",
+        **fields,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        **ends,
+        "dtype": str(DTYPES[dtype]).removeprefix("torch."),
+    }
+    (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
+
+
+def _export_tokenizer(config: Config, folder: Path, max_length: int) -> Tokenizer:
+    if config.data.tokenizer_model is None:
+        raise DataError("the checkpoint's configuration names no tokenizer: give one with --tokenizer")
+    try:
+        tokenizer = write_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model, folder, max_length)
+    except DataError as error:
+        raise DataError(f"{error}, or give another with --tokenizer") from error
+    check_vocabulary(tokenizer, config.model.vocab_size)
+    return tokenizer
+
+
+def from_hf(export: Path, folder: Path) -> Path:
+    """Write an export's weights as a checkpoint of step 0, with moments of zero. Returns it.
+
+    A run with the same model section and `checkpoint.dir FOLDER` continues from it under any layout.
+
+    Raises:
+        DataError: FOLDER holds checkpoints or cannot be written, or the export's weights are not whole (`to_hf`).
+        ConfigError: the export's sizes contradict each other.
+    """
+    config = read_export_config(export)
+    source = ExportWeights(export)
+    source.check(canonical_shapes(config.model))
+    if checkpoints(folder):
+        raise DataError(f"{folder} holds checkpoints, and a run continues from the newest: choose another folder")
+    config = with_tokenizer(config, tokenizer_of(export.resolve())[1])
+    target = folder / checkpoint_name(0)
+    with _partial_checkpoint(target) as partial:
+        names = [_write_masters(partial, i, weights) for i, weights in enumerate(source.portions(), start=1)]
+        (partial / "state.json").write_text(json.dumps(_fresh_state(), indent=1))
+        save_config(config, partial / "config.yaml")
+        complete(partial, target, file_entries(partial, [*names, "state.json", "config.yaml"]))
+        point_latest_at(target)
+    return target
+
+
+@contextmanager
+def _partial_checkpoint(target: Path) -> Iterator[Path]:
+    partial = target.with_name(f"{PARTIAL}{target.name}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+    except OSError as error:
+        raise DataError(str(unwritable(target.parent, error))) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_masters(partial: Path, number: int, weights: dict[str, Tensor]) -> str:
+    """One file as a rank would write it that owns these weights whole. Returns its name."""
+    name = f"shard-{number:05d}-model-00001-of-00001.safetensors"
+    masters = {f"master.{n}": tensor.float() for n, tensor in weights.items()}
+    moments = {f"{kind}.{n}": torch.zeros(t.shape) for kind in ("exp_avg", "exp_avg_sq") for n, t in weights.items()}
+    save_file({**masters, **moments}, partial / name, metadata={"format": "pt"})
+    return name
+
+
+def _fresh_state() -> dict[str, Any]:
+    """state.json before the first step. No rank's random state is in the files: the layout is nobody's."""
+    return {
+        **asdict(TrainingState()),
+        "adam_steps": 0,
+        "layout": {"imported_from": "a Hugging Face export"},
+        "versions": library_versions(),
+    }

@@ -1,0 +1,63 @@
+"""The model section of a configuration as Hugging Face's config.json, and back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_crnet.config import Config, ModelConfig, TrainingConfig
+from megatron_crnet.errors import ConfigError, DataError
+from megatron_crnet.settings import resolved
+
+FIELDS = {
+    "variant": "variant",
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_query_groups",
+    "max_position_embeddings": "max_position_embeddings",
+    "rms_norm_eps": "layernorm_epsilon",
+    "rope_theta": "rotary_base",
+    "rank": "rank",
+    "full_rank_layers": "full_rank_layers",
+    "cross_layer_epsilon": "cross_layer_epsilon",
+    "beta_init": "beta_init",
+    "initializer_range": "init_method_std",
+}
+"""Hugging Face's name of each field of ModelConfig; dropout belongs to training alone."""
+
+
+def hugging_face_fields(config: Config) -> dict[str, Any]:
+    """What CRNetConfig is made from."""
+    model = resolved(config)["model"]
+    return {theirs: model[ours] for theirs, ours in FIELDS.items()}
+
+
+def read_export_config(folder: Path) -> Config:
+    """A configuration whose model section is that of an export; every other field has its default.
+
+    Raises:
+        DataError: config.json is missing, damaged or of another kind of model.
+        ConfigError: its sizes contradict each other.
+    """
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text())
+        kind = values["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is not readable ({error!r}): give a folder that to-hf has written") from error
+    if kind != "crnet":
+        raise DataError(f"{path} describes a model of type {kind!r}, not crnet: give a folder that to-hf has written")
+    if values.get("tie_word_embeddings"):
+        raise DataError(f"{path} ties the output layer to the embedding, which no model here does: untie them")
+    if missing := [name for name in FIELDS if name not in values]:
+        raise DataError(f"{path} has no {missing[0]}: give a folder that to-hf has written")
+    fields = {ours: values[theirs] for theirs, ours in FIELDS.items()}
+    try:
+        length = int(fields["max_position_embeddings"])
+        return Config(model=ModelConfig(**fields), training=TrainingConfig(seq_length=length))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{path} holds a value of the wrong type ({error}): correct it") from error

@@ -1,0 +1,82 @@
+"""A tokenizer's files inside an export, for `transformers.AutoTokenizer`, and back.
+
+A SentencePiece model stays what it is. Its conversion to Hugging Face's fast tokenizers is not exact: SentencePiece
+adds scores in fp32, so that two segmentations whose scores differ by less than that rounding come out in its own way.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_crnet.errors import DataError
+from megatron_crnet.tokenizer import Tokenizer, TokenizerKind, load_tokenizer, tokenizer_files
+
+SENTENCEPIECE = "tokenizer.model"
+CODE = "tokenization_crnet.py"
+SPECIAL = ("bos", "eos", "unk", "pad")
+
+
+def write_tokenizer(kind: TokenizerKind, path: str, folder: Path, max_length: int) -> Tokenizer:
+    """Put a tokenizer's files into an export. Returns the tokenizer.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    tokenizer = load_tokenizer(kind, path)
+    if kind == "huggingface":
+        _copy_hugging_face(Path(path), folder)
+        return tokenizer
+    shutil.copyfile(path, folder / SENTENCEPIECE)
+    shutil.copyfile(Path(__file__).with_name(CODE), folder / CODE)
+    about = _sentencepiece_config(path, max_length)
+    (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
+    return tokenizer
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of an export. No code of the folder runs.
+
+    Raises:
+        DataError: there is none.
+    """
+    return load_tokenizer(*tokenizer_of(folder))
+
+
+def tokenizer_of(folder: Path) -> tuple[TokenizerKind, str]:
+    """`data.tokenizer_type` and `data.tokenizer_model` of an export's tokenizer."""
+    if (folder / CODE).is_file():
+        return "sentencepiece", str(folder / SENTENCEPIECE)
+    return "huggingface", str(folder)
+
+
+def _sentencepiece_config(path: str, max_length: int) -> dict[str, Any]:
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor(model_file=path)
+    ids = {name: getattr(processor, f"{name}_id")() for name in SPECIAL}
+    return {
+        "auto_map": {"AutoTokenizer": [f"{Path(CODE).stem}.CRNetTokenizer", None]},
+        # without trust_remote_code: the same ids, but text comes back stripped and with byte pieces spelled out
+        "tokenizer_class": "SentencePieceBackend",
+        **{f"{name}_token": processor.id_to_piece(i) if i >= 0 else None for name, i in ids.items()},
+        "special_tokens_pattern": "none",
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+        "model_max_length": max_length,
+    }
+
+
+def _copy_hugging_face(source: Path, folder: Path) -> None:
+    for file in tokenizer_files(source):
+        shutil.copyfile(file, folder / file.name)
+    path = folder / "tokenizer_config.json"
+    about = json.loads(path.read_text()) if path.is_file() else {}
+    if "auto_map" in about:
+        raise DataError(f"tokenizer {source} needs code of its own, which an export does not carry: convert it first")
+    # AutoTokenizer would otherwise go by the model's type, which names no tokenizer
+    about.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+    path.write_text(json.dumps(about, indent=2) + "\n")

@@ -1,0 +1,168 @@
+"""A trained model in one process: opens a checkpoint or an export, continues prompts.
+
+Generation is transformers' own. No code of an export runs: the model is this package's modeling_crnet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_crnet.config import Config
+from megatron_crnet.errors import ConfigError, DataError
+from megatron_crnet.export import DTYPES, Dtype, cast, saved_config, with_tokenizer
+from megatron_crnet.export_config import hugging_face_fields, read_export_config
+from megatron_crnet.export_tokenizer import tokenizer_of
+from megatron_crnet.modeling_crnet import CRNetConfig, CRNetForCausalLM
+from megatron_crnet.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from megatron_crnet.weight_files import (
+    CheckpointWeights,
+    ExportWeights,
+    WeightSource,
+    canonical_shapes,
+    find_checkpoint,
+)
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model that can be asked.
+
+    Attributes:
+        config: its model section, and for a checkpoint all others.
+        notes: lines on newer checkpoints that were passed over.
+    """
+
+    model: CRNetForCausalLM
+    tokenizer: Tokenizer
+    config: Config
+    notes: list[str]
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the model was made for."""
+        return int(self.model.config.max_position_embeddings)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest token (greedy).
+        top_k: only the k likeliest tokens; 0 for all.
+        top_p: only the likeliest tokens that have this probability together.
+        seed: of the random numbers.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rules = (
+            (self.temperature >= 0, f"--temperature is {self.temperature}, but must not be negative: use 0 or more"),
+            (self.top_k >= 0, f"--top-k is {self.top_k}, but must not be negative: use 0 for all tokens"),
+            (0 < self.top_p <= 1, f"--top-p is {self.top_p}, but must lie in (0, 1]: use 1 for all tokens"),
+        )
+        for holds, message in rules:
+            if not holds:
+                raise ConfigError(message)
+
+
+def default_device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def open_model(
+    path: Path, *, dtype: Dtype = "fp32", device: torch.device | None = None, tokenizer: str | None = None
+) -> OpenModel:
+    """Open an export, a checkpoint, a folder of checkpoints or the folder of a run.
+
+    Args:
+        tokenizer: path of the tokenizer; None takes the model's own.
+
+    Raises:
+        DataError: there is no model, or its weights are not whole.
+        ConfigError: its sizes contradict each other.
+    """
+    notes: list[str] = []
+    if (path / "config.json").is_file():
+        config = read_export_config(path)
+        source: WeightSource = ExportWeights(path)
+        config = with_tokenizer(config, tokenizer_of(path)[1])
+    else:
+        checkpoint, notes = find_checkpoint(path)
+        config, source = saved_config(checkpoint), CheckpointWeights(checkpoint)
+    own = _tokenizer_of(with_tokenizer(config, tokenizer) if tokenizer else config)
+    check_vocabulary(own, config.model.vocab_size)
+    model = build_model(config, source, dtype).to(device or default_device())
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = own.eod, own.pad
+    return OpenModel(model, own, config, notes)
+
+
+def _tokenizer_of(config: Config) -> Tokenizer:
+    if config.data.tokenizer_model is None:
+        raise DataError("the checkpoint's configuration names no tokenizer: give one with --tokenizer")
+    return load_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
+
+
+def build_model(config: Config, source: WeightSource, dtype: Dtype = "fp32") -> CRNetForCausalLM:
+    """The model with checked weights, in host memory.
+
+    Raises:
+        DataError: a weight is missing, unknown, of another shape, not finite or zero all over.
+    """
+    source.check(canonical_shapes(config.model))
+    with torch.device("meta"):
+        model = CRNetForCausalLM(CRNetConfig(**hugging_face_fields(config), dtype=DTYPES[dtype]))
+    for weights in source.portions():
+        ready = {name: cast(name, tensor, dtype) for name, tensor in weights.items()}
+        model.load_state_dict(ready, strict=False, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def continue_prompts(
+    opened: OpenModel, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling, use_cache: bool = True
+) -> list[list[int]]:
+    """New token ids after each prompt, up to the end of the document, which is left out.
+
+    Prompts are one batch, padded on the left. An empty one begins a document.
+
+    Args:
+        use_cache: keep keys and values; else all tokens are computed again for each new one.
+
+    Raises:
+        ConfigError: a prompt and its continuation are longer than the model was made for.
+    """
+    eod, pad = opened.tokenizer.eod, opened.tokenizer.pad
+    rows = [opened.tokenizer.tokenize(prompt) or [eod] for prompt in prompts]
+    width = max(map(len, rows))
+    if max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens is {max_new_tokens}, but must be positive: use 1 or more")
+    if width + max_new_tokens > opened.longest:
+        raise ConfigError(
+            f"a prompt of {width} tokens and {max_new_tokens} new ones pass the model's max_position_embeddings "
+            f"{opened.longest}: shorten the prompt or lower --max-new-tokens"
+        )
+    device = opened.model.device
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    how: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature > 0:
+        how = {
+            "do_sample": True,
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+        }
+    torch.manual_seed(sampling.seed)
+    found = opened.model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, use_cache=use_cache, **how)
+    new: list[list[int]] = found[:, width:].tolist()
+    return [row[: row.index(eod)] if eod in row else row for row in new]

@@ -1,0 +1,194 @@
+"""Canonical weights in files, a checkpoint's masters or an export's, and what must hold of them.
+
+Everything here is one process without Megatron-Core, DeepSpeed or process groups. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron_crnet.checkpoint_folder import MANIFEST, checkpoints, damage
+from megatron_crnet.config import ModelConfig
+from megatron_crnet.errors import DataError
+from megatron_crnet.reference import ReferenceCRNet
+
+Shapes = dict[str, tuple[int, ...]]
+"""Shapes by canonical name."""
+
+MASTER = "master."
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+BYTES_AT_ONCE = 2**30
+"""Host memory for values on their way from one file to another, in bytes."""
+
+
+class WeightSource(ABC):
+    """Files that hold whole canonical weights.
+
+    Attributes:
+        where: what the files are, for messages.
+        shapes: of all weights in them.
+    """
+
+    where: str
+    shapes: Shapes
+
+    @abstractmethod
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The values of some weights."""
+
+    def check(self, wanted: Shapes) -> None:
+        """Compare names and shapes with a model's.
+
+        Raises:
+            DataError: a weight is missing, unknown or of another shape.
+        """
+        for name, shape in wanted.items():
+            if name not in self.shapes:
+                raise DataError(f"{self.where} lacks the weight {name}, which the model has: write all of them again")
+            if self.shapes[name] != shape:
+                raise DataError(
+                    f"{self.where} holds {name} in the shape {self.shapes[name]}, but the model needs {shape}: use the "
+                    "configuration that the weights were made with"
+                )
+        for name in self.shapes:
+            if name not in wanted:
+                raise DataError(
+                    f"{self.where} holds the weight {name}, which the model does not have: use the configuration that "
+                    "the weights were made with"
+                )
+
+    def portions(self, size: int = BYTES_AT_ONCE) -> Iterator[dict[str, Tensor]]:
+        """All weights, in turn, about `size` bytes of fp32 at once.
+
+        Raises:
+            DataError: see `checked`.
+        """
+        names: list[str] = []
+        waiting = 0
+        for name, shape in self.shapes.items():
+            names.append(name)
+            waiting += 4 * torch.Size(shape).numel()
+            if waiting >= size:
+                yield self.checked(names)
+                names, waiting = [], 0
+        if names:
+            yield self.checked(names)
+
+    def checked(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """As `read`, after a look at every value.
+
+        Raises:
+            DataError: a value is not finite, or a matrix or a norm is zero all over.
+        """
+        found = self.read(names)
+        for name, tensor in found.items():
+            if not tensor.isfinite().all():
+                raise DataError(f"{self.where} holds values in {name} that are not finite: use weights of a good run")
+            if tensor.dim() and not tensor.any():
+                raise DataError(f"{self.where} holds only zeros in {name}: use weights that were trained and written")
+        return found
+
+
+class CheckpointWeights(WeightSource):
+    """The fp32 master weights of a checkpoint, whatever layout has written it."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.where, self._folder = f"checkpoint {checkpoint}", str(checkpoint)
+        saved = HuggingFaceStorageReader(self._folder).read_metadata().state_dict_metadata
+        self.shapes = {
+            name.removeprefix(MASTER): tuple(about.size)
+            for name, about in sorted(saved.items())
+            if name.startswith(MASTER) and isinstance(about, TensorStorageMetadata)
+        }
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """See WeightSource."""
+        # NaN, so that a part which no file holds is found
+        found = {f"{MASTER}{name}": torch.full(self.shapes[name], torch.nan) for name in names}
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is what is meant
+                dcp.load(dict(found), storage_reader=HuggingFaceStorageReader(self._folder), no_dist=True)
+        except (CheckpointException, OSError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{self.where} cannot be read ({reason}): use another one") from error
+        return {name.removeprefix(MASTER): tensor for name, tensor in found.items()}
+
+
+class ExportWeights(WeightSource):
+    """model.safetensors, or the files that its index names."""
+
+    def __init__(self, folder: Path) -> None:
+        self.where = f"export {folder}"
+        try:
+            files = _files_of(folder)
+            self._file_of, self.shapes = {}, {}
+            for file in files:
+                with safe_open(file, framework="pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118  (not a mapping)
+                        self._file_of[name], self.shapes[name] = file, tuple(opened.get_slice(name).get_shape())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            raise DataError(f"{self.where} has no readable weights ({error}): export the checkpoint again") from error
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """See WeightSource."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._file_of[name], []).append(name)
+        found = {}
+        for file, wanted in by_file.items():
+            with safe_open(file, framework="pt") as opened:
+                found.update({name: opened.get_tensor(name) for name in wanted})
+        return found
+
+
+def _files_of(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise FileNotFoundError(f"no {WEIGHTS}")
+    named: Mapping[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+    # a name with a folder in it would lead out of the export
+    return [folder / Path(name).name for name in sorted(set(named.values()))]
+
+
+def canonical_shapes(model: ModelConfig) -> Shapes:
+    """Shapes of all weights of a model."""
+    with torch.device("meta"):
+        return {name: tuple(value.shape) for name, value in ReferenceCRNet(model).state_dict().items()}
+
+
+def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
+    """The checkpoint that a user means, and a line on each newer one that is damaged.
+
+    Args:
+        path: a checkpoint, a folder of checkpoints or the folder of a run; of several the newest whole one counts.
+
+    Raises:
+        DataError: there is none.
+    """
+    if (path / MANIFEST).is_file() or (path / "state.json").is_file():
+        problem = damage(path)
+        if problem:
+            raise DataError(f"checkpoint {path} {problem}: use another one")
+        return path, []
+    found = checkpoints(path) or checkpoints(path / "checkpoints")
+    damaged: list[str] = []
+    for checkpoint in reversed(found):
+        if (problem := damage(checkpoint)) is None:
+            return checkpoint, damaged
+        damaged.append(f"checkpoint {checkpoint} {problem}: skipped")
+    if damaged:
+        raise DataError(f"{path} has no whole checkpoint (the oldest {problem}): use another folder")
+    raise DataError(f"{path} holds no checkpoint: give a step_ folder, a folder of them, or the folder of a run")
