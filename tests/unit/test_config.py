@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
-from megatron_crnet.config import Config
+from megatron_crnet.config import Config, FaultsConfig
 from megatron_crnet.deepspeed_rules import OWNED_BY_OTHER_SECTIONS
 from megatron_crnet.deepspeed_settings import check_deepspeed_keys, deepspeed_config
 from megatron_crnet.errors import ConfigError
@@ -123,6 +124,22 @@ def test_bf16_gradients_are_added_up_in_fp32(stage: int) -> None:
 def test_deepspeed_keys_that_other_sections_own_are_refused(key: str) -> None:
     with pytest.raises(ConfigError, match=f"deepspeed.{key} is set, but "):
         tiny_config(deepspeed_section={key: {}})
+
+
+@pytest.mark.parametrize(
+    ("faults", "message"),
+    [
+        ({"on_bad_step": "skip"}, "offload_optimizer is on, .* use on_bad_step stop, or no offload"),
+        ({"spike_window": 1}, "faults.spike_window is 1, but a deviation needs at least 2"),
+        ({"spike_deviations": 0.0}, "faults.spike_deviations is 0.0"),
+        ({"max_skips": -1}, "faults.max_skips is -1"),
+    ],
+)
+def test_faults_that_cannot_be_handled_so_are_refused(faults: dict[str, Any], message: str) -> None:
+    offloaded = tiny_config(deepspeed_section={"zero_optimization": {"stage": 2, "offload_optimizer": OFFLOAD}})
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(offloaded, faults=FaultsConfig(**faults))
+    dataclasses.replace(offloaded, faults=FaultsConfig())
 
 
 def test_the_defaults_are_valid() -> None:
