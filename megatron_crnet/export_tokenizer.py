@@ -36,15 +36,6 @@ def write_tokenizer(kind: TokenizerKind, path: str, folder: Path, max_length: in
     return tokenizer
 
 
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of an export. No code of the folder runs.
-
-    Raises:
-        DataError: there is none.
-    """
-    return load_tokenizer(*tokenizer_of(folder))
-
-
 def tokenizer_of(folder: Path) -> tuple[TokenizerKind, str]:
     """`data.tokenizer_type` and `data.tokenizer_model` of an export's tokenizer."""
     if (folder / CODE).is_file():

@@ -13,7 +13,7 @@ from sentencepiece import SentencePieceTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_crnet.errors import DataError
-from megatron_crnet.export_tokenizer import read_tokenizer, write_tokenizer
+from megatron_crnet.export_tokenizer import tokenizer_of, write_tokenizer
 from megatron_crnet.tokenization_crnet import CRNetTokenizer
 from megatron_crnet.tokenizer import load_tokenizer
 from tests.unit.data_helpers import library_texts, train_small_tokenizer
@@ -75,7 +75,7 @@ def test_ids_and_texts_are_the_trainers(kind: str, texts: list[str], tmp_path: P
     assert [exact.decode(one) for one in ids] == [ours.detokenize(one) for one in ids]
     assert (exact.eos_token_id, len(exact)) == (ours.eod, ours.vocab_size)
     assert exact.pad_token_id in (ours.pad, None)
-    assert read_tokenizer(out).unique_identifiers == ours.unique_identifiers
+    assert load_tokenizer(*tokenizer_of(out)).unique_identifiers == ours.unique_identifiers
     without_code = AutoTokenizer.from_pretrained(out, trust_remote_code=False, verbose=False)
     assert type(without_code).__module__.startswith("transformers.")
     assert without_code(texts)["input_ids"] == ids
@@ -119,7 +119,9 @@ def test_a_hugging_face_tokenizer_is_copied(hugging_face: Path, texts: list[str]
     (out / "config.json").write_text(json.dumps({"model_type": "crnet", "auto_map": {"AutoConfig": "m.C"}}))
     ours = write_tokenizer("huggingface", str(hugging_face), out, 256)
     assert not (out / "model.safetensors").exists()
-    assert [ours.tokenize(text) for text in texts] == [read_tokenizer(out).tokenize(text) for text in texts]
+    assert [ours.tokenize(text) for text in texts] == [
+        load_tokenizer(*tokenizer_of(out)).tokenize(text) for text in texts
+    ]
     about = json.loads((out / "tokenizer_config.json").read_text())
     del about["tokenizer_class"]
     (hugging_face / "tokenizer_config.json").write_text(json.dumps(about))
