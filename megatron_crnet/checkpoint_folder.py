@@ -88,6 +88,8 @@ def complete(partial: Path, target: Path, files: dict[str, dict[str, Any]]) -> N
     """Write the manifest and give a partial checkpoint its final name; one of the same name is replaced."""
     manifest = partial / MANIFEST
     manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1, sort_keys=True))
+    for name in files:
+        shutil.copymode(manifest, partial / name)  # safetensors lets only the owner read
     _to_disk(manifest)
     _to_disk(partial)
     replaced = target.with_name(f"{REPLACED}{target.name}")

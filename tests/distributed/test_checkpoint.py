@@ -131,6 +131,8 @@ def test_a_checkpoint_says_what_it_holds_and_pickles_nothing(rows: dict[str, Any
     files = json.loads((checkpoint / MANIFEST).read_text())["files"]
     assert {*files, MANIFEST} == {path.name for path in checkpoint.iterdir()}
     assert {Path(name).suffix for name in files} == {".safetensors", ".json", ".yaml"}
+    (checkpoint.parent / "file").touch()
+    assert {path.stat().st_mode for path in checkpoint.iterdir()} == {(checkpoint.parent / "file").stat().st_mode}
     about = json.loads((checkpoint / "state.json").read_text())
     assert (about["step"], about["adam_steps"]) == (2, 2)
     assert about["layout"]["tensor_model_parallel_size"] == 2
