@@ -163,7 +163,9 @@ print(json.dumps({
 
 def outside(command: list[str], home: Path) -> str:
     """Output of a command that knows nothing of this repository."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    # nor of a launcher: another test may have left LOCAL_RANK, at which accelerate would look for more ranks
+    ours = ("PYTHONPATH", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
     environment |= {**OFFLINE, "HF_HOME": str(home)}
     result = subprocess.run(
         command, cwd=home, env=environment, capture_output=True, text=True, timeout=300, check=False
