@@ -95,9 +95,9 @@ def test_a_warned_and_then_a_killed_job_continues_bit_for_bit(
 
 def test_slurm_warns_by_itself_and_scancel_ends_the_job(cluster: Cluster, corpus: Corpus, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    # of 120 s of run time the warning leaves 70; SLURM looks every 30 s or so
-    job = pretrain(cluster, corpus, output, "--time=2", "--signal=B:USR1@70", steps=ENDLESS)
-    job.start_again(1, seconds=150)
+    # SLURM warns up to half a minute early, which still leaves the trainer as long to start
+    job = pretrain(cluster, corpus, output, "--time=3", "--signal=B:USR1@100", steps=ENDLESS)
+    job.start_again(1, seconds=180)
     assert "warning signal" in job.printed
     saved = int((output / "checkpoints" / "latest").read_text().removeprefix("step_"))
     job.wait_for(lambda: reached(output, saved + 10), 180, "more steps")
