@@ -14,7 +14,7 @@ files = $(shell git ls-files --cached --others --exclude-standard -- $(1))
 .PHONY: help setup train test test-long test-faults test-image test-slurm check format clean distclean
 
 help:  ## what there is to do
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed  ## make .venv with the pinned requirements
 
