@@ -6,7 +6,6 @@ import os
 import pwd
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
@@ -104,24 +103,18 @@ class Cluster:
 
     def kill_node(self, name: str) -> None:
         """End a node as a power cut does: its daemon and everything that runs on it."""
-        victims = [psutil.Process(int((self.folder / f"{name}.pid").read_text())), *self.processes(name)]
-        for process in victims:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        _, alive = psutil.wait_procs(victims, timeout=20)
-        assert not alive, alive
+        running = self.processes(SLURMD_NODENAME=name)
+        # slurmstepd, above them, has no variable with the name
+        above = {process.parent() for process in running}
+        steps = [process for process in above if process and process.name().startswith("slurmstepd")]
+        _kill([psutil.Process(int((self.folder / f"{name}.pid").read_text())), *steps, *running])
 
-    def processes(self, name: str) -> list[psutil.Process]:
-        """What jobs run on a node, and SLURM's processes above it."""
-        found = []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                environment = process.environ()
-                if environment.get("SLURMD_NODENAME") == name and environment.get("SLURM_CONF") == self.configuration:
-                    above = process.parent()
-                    found += [above] if above and above.cmdline()[0].startswith("slurmstepd") else []
-                    found.append(process)
-        return found
+    def processes(self, **environment: str) -> list[psutil.Process]:
+        """Everything that was started for this cluster and has these environment variables."""
+        wanted = {
+            f"{name}={value}".encode() for name, value in {"SLURM_CONF": self.configuration, **environment}.items()
+        }
+        return [process for process in psutil.process_iter() if wanted <= _variables(process.pid)]
 
     @property
     def configuration(self) -> str:
@@ -132,6 +125,13 @@ class Cluster:
         """The last lines of the daemons' logs."""
         logs = sorted(self.folder.glob("*.log"))
         return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in logs)
+
+
+def _variables(pid: int) -> set[bytes]:
+    # not psutil's environ(), which stops at the gap that slurmstepd's title leaves
+    with suppress(OSError):
+        return set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+    return set()
 
 
 @contextmanager
@@ -185,20 +185,24 @@ def _start(cluster: Cluster) -> None:
 
 
 def _stop(cluster: Cluster) -> None:
-    """End the jobs, then exactly the daemons that wrote a pid file into this cluster's folder."""
-    cluster.try_run("scancel", "--full", "--signal=KILL", "--user", pwd.getpwuid(os.geteuid()).pw_name)
-    left = [process for name in cluster.names for process in cluster.processes(name)]
+    """End the daemons, then whatever else was started for this cluster: jobs, and SLURM's processes above them."""
     daemons = []
     for path in cluster.folder.glob("*.pid"):
         with suppress(psutil.NoSuchProcess, ValueError):
             daemons.append(psutil.Process(int(path.read_text())))
     for process in daemons:
-        process.send_signal(signal.SIGTERM)
-    _, alive = psutil.wait_procs(daemons, timeout=20)
-    for process in [*left, *alive]:
+        process.terminate()
+    psutil.wait_procs(daemons, timeout=20)
+    _kill(daemons)
+    _kill(cluster.processes())
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs([*left, *alive], timeout=10)
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    assert not alive, f"cannot end {alive}"
 
 
 def free_ports(count: int) -> int:
