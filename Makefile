@@ -11,10 +11,10 @@ PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
 files = $(shell git ls-files --cached --others --exclude-standard -- $(1))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-long test-faults test-image check format clean distclean
+.PHONY: help setup train test test-long test-faults test-image test-slurm check format clean distclean
 
 help:  ## what there is to do
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed  ## make .venv with the pinned requirements
 
@@ -41,7 +41,7 @@ train: $(VENV)/.installed $(DATA)/train.idx $(DATA)/valid.idx  ## train the quic
 	$(RUN) pretrain_crnet.py --config examples/quickstart.yaml
 
 test: setup  ## the whole suite but the long matrices
-	$(RUN) -m pytest -m "not long and not faults and not image" -n 2 --dist loadfile
+	$(RUN) -m pytest -m "not long and not faults and not image and not slurm" -n 2 --dist loadfile
 
 test-long: setup  ## the long matrices
 	$(RUN) -m pytest -m long
@@ -52,6 +52,10 @@ test-faults: setup  ## kill runs a hundred times at random moments; half an hour
 test-image: setup  ## build the container image and train in it (installs podman and debootstrap; root on Debian)
 	tests/image/prepare.sh
 	$(RUN) -m pytest -m image tests/image
+
+test-slurm: setup  ## submit the shipped scripts to a real two-node SLURM on this host (installs SLURM; root on Debian)
+	tests/slurm/prepare.sh
+	$(RUN) -m pytest -m slurm tests/slurm
 
 check: setup  ## ruff (lint and format), mypy, hadolint and shellcheck
 	$(RUN) -m ruff check .

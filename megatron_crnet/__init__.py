@@ -14,7 +14,7 @@ The modules in the order in which to read them; each uses only those above it.
     liveness, agreement  who is missing; all ranks mean the same run
     parallel, batch      process groups; how a global batch is cut
     deepspeed_settings   DeepSpeed's JSON, checked
-    arithmetic, report   parameters, operations, memory; what --dry-run prints
+    arithmetic           parameters, operations
 
     transformer_config   Config -> Megatron-Core's TransformerConfig
     cross_layer          Y = s(beta) Y_prev + Z, its gradients and its inverse
@@ -27,6 +27,7 @@ The modules in the order in which to read them; each uses only those above it.
     norm, attention      RMSNorm; core attention
     layer                one layer
     recompute_plan       where a stage is cut into segments
+    memory_estimate      what the fullest rank holds, by formula; report: what --dry-run prints
     activation_store     where kept tensors live: DeepSpeed's activation_checkpointing section
     segment              activation recomputation of a run of layers
     block, gpt           a pipeline stage, the model

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import yaml
 
-from megatron_crnet.arithmetic import estimate_memory, flops_per_token, parameters_by_part, total_parameters
+from megatron_crnet.arithmetic import flops_per_token, parameters_by_part, total_parameters
 from megatron_crnet.batch import plan_batches
 from megatron_crnet.config import Config
 from megatron_crnet.deepspeed_settings import check_deepspeed_keys
+from megatron_crnet.memory_estimate import estimate_memory
 from megatron_crnet.settings import resolved
 
 
 def dry_run_report(config: Config, world_size: int) -> str:
-    """Configuration, parameters by part, batch arithmetic, operations and a first memory estimate.
+    """Configuration, parameters by part, batch arithmetic, operations and a memory estimate.
 
     Raises:
         ConfigError: the batch or the layout does not fit `world_size` ranks.
@@ -30,7 +31,7 @@ def dry_run_report(config: Config, world_size: int) -> str:
         f"ranks = {plan.global_batch_size} sequences = {plan.tokens_per_step:,} tokens a step",
         f"  {training.train_steps:,} steps = {training.train_steps * plan.tokens_per_step:,} tokens",
         f"  {flops_per_token(model, plan.seq_length) * plan.tokens_per_step:.3e} operations a step",
-        "memory of the fullest rank, a first estimate (GiB)",
+        "memory of the fullest rank, an estimate (GiB)",
         *(
             f"  {name:<16}{value / 2**30:>10.2f}"
             for name, value in (

@@ -11,10 +11,15 @@ from pathlib import Path
 import pytest
 
 from megatron_crnet.arithmetic import total_parameters
-from megatron_crnet.settings import load_config
+from megatron_crnet.batch import plan_batches
+from megatron_crnet.config import Config
+from megatron_crnet.memory_estimate import estimate_memory
+from megatron_crnet.report import dry_run_report
+from megatron_crnet.settings import load_config, parse_arguments
 from tests.integration.conftest import ROOT, Corpus, lines_of, start
 
 EXAMPLES = sorted((ROOT / "examples").glob("**/*.yaml"))
+LAYOUTS = [path for path in EXAMPLES if path.parent.name == "layouts"]
 PARAMETERS = {  # benchmark-protocol figures: CR-Net at CoLA's rank, and full rank
     "llama2_60m": (44.7e6, 58.1e6),
     "llama2_130m": (97.3e6, 134.1e6),
@@ -35,8 +40,26 @@ for line in sys.stdin.read().splitlines():
 """
 
 
+def files_of(path: Path) -> list[Path]:
+    """A layout, MODEL_Ngpu.yaml, is laid over the example of its model."""
+    return [ROOT / "examples" / f"{path.stem.rpartition('_')[0]}.yaml", path] if path in LAYOUTS else [path]
+
+
+def gpus_of(path: Path) -> int:
+    """GPUs that an example is made for."""
+    if path in LAYOUTS:
+        return int(path.stem.rpartition("_")[2].removesuffix("gpu"))
+    return 1 if path.stem == "quickstart" else 8
+
+
+def config_of(path: Path) -> Config:
+    return parse_arguments([f"--config={file}" for file in files_of(path)]).config
+
+
 def test_there_are_examples() -> None:
     assert {path.stem for path in EXAMPLES} >= {"quickstart", *PARAMETERS}
+    layouts = {f"llama2_{size}_{gpus}gpu" for size in ("7b", "13b") for gpus in (8, 32, 128)}
+    assert {path.stem for path in LAYOUTS} == layouts
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -58,7 +81,7 @@ def test_every_example_trains_two_steps_at_a_small_size(corpus: Corpus, tmp_path
             parallel__tensor_model_parallel_size=1,
             parallel__pipeline_model_parallel_size=1,
         )
-        commands.append("\t".join(["--config", str(path), *options]))
+        commands.append("\t".join([*(f"--config={file}" for file in files_of(path)), *options]))
     result = subprocess.run(
         [sys.executable, "-c", DRIVER],
         input="\n".join(commands),
@@ -76,11 +99,20 @@ def test_every_example_trains_two_steps_at_a_small_size(corpus: Corpus, tmp_path
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_every_example_can_be_examined_at_its_own_size(path: Path) -> None:
-    from megatron_crnet.report import dry_run_report
+    assert "parameters (" in dry_run_report(config_of(path), world_size=gpus_of(path))
 
-    config = load_config(path)
-    ranks = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
-    assert "parameters (" in dry_run_report(config, world_size=max(ranks, 1 if path.stem == "quickstart" else 8))
+
+@pytest.mark.parametrize("path", LAYOUTS, ids=lambda path: path.stem)
+def test_a_layout_fits_80_gb_with_room_for_what_the_estimate_leaves_out(path: Path) -> None:
+    config = config_of(path)
+    assert (config.training.seq_length, config.training.dtype) == (4096, "bf16")
+    assert config.parallel.tensor_model_parallel_size <= 8  # inside a node
+    memory = estimate_memory(config, plan_batches(config, gpus_of(path)).dp_size)
+    assert memory.total < 0.7 * 80e9
+    # the table of docs/cluster.md
+    parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.total)
+    row = f"| `{path.stem}` | " + " | ".join(f"{part / 2**30:.1f}" for part in parts) + " |"
+    assert row in (ROOT / "docs" / "cluster.md").read_text(), row
 
 
 def test_the_quickstart_on_two_by_two_ranks_follows_one_process(corpus: Corpus, tmp_path: Path) -> None:
