@@ -72,7 +72,7 @@ class Cluster:
     def run(self, *command: object, **variables: object) -> str:
         """Standard output of a command that must succeed, started from the folder `jobs`."""
         done = self.try_run(*command, **variables)
-        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        assert done.returncode == 0, f"{command} ended with {done.returncode}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 
     def try_run(
@@ -85,7 +85,12 @@ class Cluster:
 
     def job(self, job: str) -> dict[str, str]:
         """What `scontrol show job` says."""
-        words = self.run("scontrol", "show", "job", "--oneliner", job).split()
+        command = ("scontrol", "show", "job", "--oneliner", job)
+        for _ in range(4):  # it has been seen to fail without a word where the host is busy
+            if (done := self.try_run(*command)).returncode == 0:
+                break
+            time.sleep(0.5)
+        words = (done.stdout if done.returncode == 0 else self.run(*command)).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     @property
