@@ -56,7 +56,7 @@ def _run(argv: list[str], interruption: Interruption) -> int:
 
 
 def run(argv: list[str]) -> None:
-    """Run the command line and end this rank's process at once after any error."""
+    """Run the command line and end this rank's process at once, whatever threads and helpers it still has."""
     try:
         status = main(argv)
     except SystemExit:  # --print_config and the like
@@ -64,12 +64,11 @@ def run(argv: list[str]) -> None:
     except BaseException:
         traceback.print_exc()
         status = 1
-    if status:
-        leave(status)
+    leave(status)
 
 
 def leave(status: int) -> None:
-    """End the process at once after an error or a signal: no rank may wait for the others on its way out."""
+    """End the process at once: no rank may wait for others, or for a helper that is stuck, on its way out."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -7,10 +7,11 @@ training goes on. The folder gets its final name when every rank's files are on 
 from __future__ import annotations
 
 import json
+import shutil
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import yaml
 from megatron_crnet.agreement import library_versions
 from megatron_crnet.checkpoint_folder import (
     PARTIAL,
+    REJECTED,
     checkpoint_name,
     checkpoints,
     complete,
@@ -28,8 +30,8 @@ from megatron_crnet.checkpoint_folder import (
     file_entries,
     point_latest_at,
     prune,
-    reject,
     restore_replaced,
+    set_aside,
     unwritable,
 )
 from megatron_crnet.config import Config
@@ -43,6 +45,8 @@ from megatron_crnet.training_state import TrainingState
 from megatron_crnet.weights import canonical_weights
 
 NOT_OF_THE_MODEL = {"beta_init", "init_method_std", "hidden_dropout", "attention_dropout", "max_position_embeddings"}
+WRITING_LIMIT = timedelta(minutes=30)
+"""How long ranks wait for each other's files: a slow file system is no lost peer, so it is not training's limit."""
 LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
 
 
@@ -59,17 +63,19 @@ class Checkpointer:
         self.masters = Masters(engine.deepspeed, engine.stage)
         self.weights = [weight for chunk in engine.chunks for weight in canonical_weights(chunk)]
         # of its own, because the thread's calls must not meet those of training
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=WRITING_LIMIT)
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
-    def save(self, state: TrainingState) -> float:
-        """Copy the state and write it in the background. Returns the seconds for which training had to wait.
+    def save(self, state: TrainingState, aside: bool = False) -> None:
+        """Copy the state and write it in the background.
+
+        Args:
+            aside: write it to be looked at, not to be continued from.
 
         Raises:
             CheckpointError: the checkpoint before this one could not be written.
         """
-        started = time.perf_counter()
         self.wait()
         boxes = collect(self.masters, self.weights)
         random = RandomStates.capture().tensors()
@@ -80,9 +86,9 @@ class Checkpointer:
             "layout": self._layout(),
             "versions": library_versions(),
         }
-        self._thread = threading.Thread(target=self._write, args=(state.step, boxes, about), name="checkpoint")
+        target = self.folder / f"{REJECTED if aside else ''}{checkpoint_name(state.step)}"
+        self._thread = threading.Thread(target=self._write, args=(target, state, boxes, about), name="checkpoint")
         self._thread.start()
-        return time.perf_counter() - started
 
     def wait(self) -> None:
         """Return when the last checkpoint is on disk.
@@ -101,19 +107,18 @@ class Checkpointer:
         values = resolved(self.config)["parallel"]
         return {"world_size": dist.get_world_size(), **{name: values[name] for name in LAYOUT}}
 
-    def _write(self, step: int, boxes: dict[str, Box], about: dict[str, Any]) -> None:
+    def _write(self, target: Path, state: TrainingState, boxes: dict[str, Box], about: dict[str, Any]) -> None:
+        partial = self.folder / f"{PARTIAL}{target.name}"
         try:
-            self._write_together(step, boxes, about)
+            self._on_main(lambda: self._prepare(partial))
+            own = write(partial, boxes, self._group)
+            boxes.clear()
+            entries = self._entries_of_all(partial, own)
+            self._on_main(lambda: self._finish(partial, target, state, entries, about))
         except BaseException as error:  # for the training thread to raise
+            if dist.get_rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
             self._failure = error
-
-    def _write_together(self, step: int, boxes: dict[str, Box], about: dict[str, Any]) -> None:
-        partial = self.folder / f"{PARTIAL}{checkpoint_name(step)}"
-        self._on_main(lambda: self._prepare(partial))
-        own = write(partial, boxes, self._group)
-        boxes.clear()
-        entries = self._entries_of_all(partial, own)
-        self._on_main(lambda: self._finish(partial, step, entries, about))
 
     def _entries_of_all(self, partial: Path, own: list[str]) -> dict[str, Any]:
         mine, problem = {}, None
@@ -133,14 +138,16 @@ class Checkpointer:
         restore_replaced(self.folder)
         partial.mkdir()
 
-    def _finish(self, partial: Path, step: int, entries: dict[str, Any], about: dict[str, Any]) -> None:
+    def _finish(
+        self, partial: Path, target: Path, state: TrainingState, entries: dict[str, Any], about: dict[str, Any]
+    ) -> None:
         (partial / "state.json").write_text(json.dumps(about, indent=1))
         save_config(self.config, partial / "config.yaml")
         entries.update(file_entries(partial, ["state.json", "config.yaml"]))
-        target = self.folder / checkpoint_name(step)
         complete(partial, target, entries)
-        point_latest_at(target)
-        prune(self.folder, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
+        if not target.name.startswith(REJECTED):
+            point_latest_at(target)
+            prune(self.folder, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every, state.good_step)
 
     def _on_main(self, action: Callable[[], object]) -> None:
         """Do something on rank 0; every rank learns how it went."""
@@ -170,10 +177,9 @@ class Checkpointer:
             RandomStates.from_tensors(states).restore()
         return TrainingState.from_values(about)
 
-    def reject(self, step: int) -> Path | None:
+    def set_aside(self, step: int, prefix: str = REJECTED) -> Path | None:
         """Take checkpoints of `step` and later out of the next start's way. Returns the newest that is left."""
-        self.wait()
-        self._on_main(lambda: reject(self.folder, step))
+        self._on_main(lambda: set_aside(self.folder, step, prefix))
         left = checkpoints(self.folder)
         return left[-1] if left else None
 

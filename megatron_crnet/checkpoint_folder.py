@@ -3,7 +3,8 @@
 DIR/step_00000100/   safetensors of every rank, state.json, config.yaml and, last, manifest.json
 DIR/latest           name of the newest one, for people and scripts
 DIR/.partial_*       one that is being written
-DIR/rejected_*       state before a loss that was not finite: kept to look at, never continued from
+DIR/rejected_*       state before a bad step: kept to look at, never continued from
+DIR/damaged_*        one that a start has found damaged
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ PREFIX = "step_"
 PARTIAL = ".partial_"
 REPLACED = ".replaced_"
 REJECTED = "rejected_"
+DAMAGED = "damaged_"
 MANIFEST = "manifest.json"
 FORMAT = 1
 
@@ -119,31 +122,36 @@ def point_latest_at(checkpoint: Path) -> None:
     temporary.replace(checkpoint.parent / "latest")
 
 
-def reject(folder: Path, step: int) -> Path | None:
+def set_aside(folder: Path, step: int, prefix: str = REJECTED) -> Path | None:
     """Take checkpoints of `step` and later out of the way of the next start. Returns the newest that is left."""
+    # gone first: on a full disk it may not come back, and must not name a folder that has gone
+    (folder / "latest").unlink(missing_ok=True)
     for path in checkpoints(folder):
         if saved_step(path) >= step:
-            shutil.rmtree(folder / f"{REJECTED}{path.name}", ignore_errors=True)
-            path.rename(folder / f"{REJECTED}{path.name}")
+            shutil.rmtree(folder / f"{prefix}{path.name}", ignore_errors=True)
+            path.rename(folder / f"{prefix}{path.name}")
     left = checkpoints(folder)
     if left:
-        point_latest_at(left[-1])
-    else:
-        (folder / "latest").unlink(missing_ok=True)
+        with suppress(OSError):
+            point_latest_at(left[-1])
     return left[-1] if left else None
 
 
-def superfluous(steps: Sequence[int], keep_last: int | None, keep_every: int | None) -> list[int]:
-    """Steps whose checkpoints the policy gives up: neither among the last ones nor a multiple of `keep_every`."""
+def superfluous(steps: Sequence[int], keep_last: int | None, keep_every: int | None, good: int) -> list[int]:
+    """Steps whose checkpoints the policy gives up: neither among the last ones nor a multiple of `keep_every`.
+
+    The last one before step `good` stays as well: a run that stops at a bad step goes back to it.
+    """
     if keep_last is None:
         return []
-    old = sorted(steps)[:-keep_last]
-    return [step for step in old if not keep_every or step % keep_every]
+    before = [step for step in steps if step < good]
+    old = set(sorted(steps)[:-keep_last]) - {max(before, default=-1)}
+    return sorted(step for step in old if not keep_every or step % keep_every)
 
 
-def prune(folder: Path, keep_last: int | None, keep_every: int | None) -> None:
+def prune(folder: Path, keep_last: int | None, keep_every: int | None, good: int) -> None:
     """Remove what the policy gives up, the oldest first; a folder that cannot be removed stays."""
-    for step in superfluous([saved_step(path) for path in checkpoints(folder)], keep_last, keep_every):
+    for step in superfluous([saved_step(path) for path in checkpoints(folder)], keep_last, keep_every, good):
         shutil.rmtree(folder / checkpoint_name(step), ignore_errors=True)
 
 

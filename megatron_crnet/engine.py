@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import deepspeed
 import torch
@@ -38,23 +37,6 @@ from megatron_crnet.optimizer import ParamGroup, build_adamw, build_scheduler, i
 from megatron_crnet.parallel import MegatronMpu, NormMpu, ParallelContext
 from megatron_crnet.random_states import RandomStates
 from megatron_crnet.schedule import Batch, ScheduledChunk, loss_totals, run_logits, run_schedule
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What an optimizer step reports.
-
-    Attributes:
-        loss: mean over all trained tokens of the global batch, nats.
-        grad_norm: global gradient norm before clipping.
-        lr: learning rate that the step used.
-        tokens: trained tokens of the global batch.
-    """
-
-    loss: float
-    grad_norm: float
-    lr: float
-    tokens: int
 
 
 class TrainEngine:

@@ -12,8 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import FrameType, TracebackType
 
 INTERRUPTED = 75
@@ -22,6 +21,42 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 REPEAT_SECONDS = 2.0
 """Signals this close to the first are the same warning: it comes from the launcher and to the process group as well."""
 CLOSE = 0
+
+
+class SignalListener:
+    """Hands signals to a thread until it is closed; to be made in the main thread.
+
+    Args:
+        take: called with each signal.
+    """
+
+    def __init__(self, take: Callable[[signal.Signals], object]) -> None:
+        self._take = take
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        # Python itself writes the number of each signal that has a handler, whatever the main thread does
+        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._handlers = {number: signal.signal(number, _do_nothing) for number in SIGNALS}
+        for number in SIGNALS:
+            signal.siginterrupt(number, False)  # libraries' system calls go on as if nothing had happened
+        self._thread = threading.Thread(target=self._listen, daemon=True, name="signals")
+        self._thread.start()
+
+    def _listen(self) -> None:
+        while CLOSE not in (numbers := os.read(self._read, 64)):
+            for number in numbers:
+                if number in SIGNALS:
+                    self._take(signal.Signals(number))
+
+    def close(self) -> None:
+        """Give the signals back to whom they belonged before."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        os.write(self._write, bytes([CLOSE]))
+        self._thread.join()
+        os.close(self._read)
+        os.close(self._write)
 
 
 class Interruption:
@@ -34,37 +69,22 @@ class Interruption:
 
     def __init__(self, leave: Callable[[int], object] = os._exit, clock: Callable[[], float] = time.monotonic) -> None:
         self.received: signal.Signals | None = None
-        """The first signal that came in training."""
+        """The first signal since `note_from_now_on`."""
         self._leave, self._clock = leave, clock
-        self._first, self._training = 0.0, False
-        self._read, self._write = os.pipe()
-        os.set_blocking(self._write, False)
-        # Python itself writes the number of each signal that has a handler, whatever the main thread does
-        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._handlers = {number: signal.signal(number, _do_nothing) for number in SIGNALS}
-        for number in SIGNALS:
-            signal.siginterrupt(number, False)  # libraries' system calls go on as if nothing had happened
-        self._thread = threading.Thread(target=self._listen, daemon=True, name="signals")
-        self._thread.start()
+        self._first, self._noting = 0.0, False
+        self._listener = SignalListener(self._take)
 
-    @contextmanager
-    def noted(self) -> Iterator[None]:
-        """Inside, a signal is noted in `received` for the work to end itself."""
-        self._training = True
-        try:
-            yield
-        finally:
-            self._training = False
+    def note_from_now_on(self) -> None:
+        """There is something to lose: the first signal is left in `received`, for the work to come to its end itself.
 
-    def _listen(self) -> None:
-        while CLOSE not in (numbers := os.read(self._read, 64)):
-            for number in numbers:
-                if number in SIGNALS:
-                    self._take(signal.Signals(number))
+        So it stays to the end of the process, whose last lines and files must not be cut off by a launcher that
+        ends all ranks when the first has ended.
+        """
+        self._noting = True
 
     def _take(self, number: signal.Signals) -> None:
-        if not self._training:
-            _say(f"{number.name} before training or after it: nothing to save")
+        if not self._noting:
+            _say(f"{number.name} before training: nothing to save")
             self._leave(INTERRUPTED)
         elif self.received is None:
             self._first, self.received = self._clock(), number
@@ -74,13 +94,7 @@ class Interruption:
 
     def close(self) -> None:
         """Give the signals back to whom they belonged before."""
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup)
-        os.write(self._write, bytes([CLOSE]))
-        self._thread.join()
-        os.close(self._read)
-        os.close(self._write)
+        self._listener.close()
 
     def __enter__(self) -> Interruption:
         return self

@@ -57,23 +57,27 @@ class Heartbeat:
         self.stacks: Path | None = None
         """File that shall say where each thread of this rank stands, when it gives up waiting for its peers."""
         self._store, self._rank, self._on_loss, self._clock = store, rank, on_loss, clock
-        self._doing, self._since = "starting", clock()
+        self._doing, self._may_take_long, self._since = "starting", True, clock()
         self._limit: float | None = None
         self._peers: dict[int, Peer] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
         self._thread.start()
 
-    def report(self, doing: str) -> None:
-        """What this rank is doing, e.g. `step 17`."""
-        self._doing, self._since = doing, self._clock()
+    def report(self, doing: str, may_take_long: bool = False) -> None:
+        """What this rank is doing, e.g. `step 17`.
+
+        Args:
+            may_take_long: all ranks may be at it for longer than the limit of `watching`.
+        """
+        self._doing, self._may_take_long, self._since = doing, may_take_long, self._clock()
 
     @contextmanager
     def watching(self, limit_s: float) -> Iterator[None]:
         """End this process when it can only wait in vain; for work that reports more often than `limit_s`.
 
-        It can when it has reported nothing new for the limit of collective calls and a margin, and for half the
-        limit some peer has not reported at all, or has reported the same other thing.
+        It can when it has reported nothing new for the limit of collective calls and a margin. During work that may
+        take long, only if besides, for half the limit, some peer has not reported at all, or the same other thing.
         """
         self._since, self._limit = self._clock(), limit_s if self.world_size > 1 else None
         try:
@@ -102,7 +106,8 @@ class Heartbeat:
         peers = self._peers.items()
         stopped = [rank for rank, peer in peers if now - peer.heard >= limit / 2]
         elsewhere = [rank for rank, peer in peers if peer.doing != doing and now - peer.changed >= limit / 2]
-        if still >= limit + MARGIN_SECONDS and (stopped or elsewhere) and self._limit is not None:
+        in_vain = stopped or elsewhere or not self._may_take_long
+        if still >= limit + MARGIN_SECONDS and in_vain and self._limit is not None:
             at = {rank: peer.doing for rank, peer in peers}
             self._on_loss(
                 f"error (rank {self._rank}): no progress for {still:.0f} s, longer than "

@@ -17,11 +17,11 @@ from megatron_crnet.arithmetic import flops_per_token
 from megatron_crnet.bad_steps import losses_to_remember, passed_limit, problem_of_loss
 from megatron_crnet.batch import BatchPlan, plan_batches
 from megatron_crnet.checkpoint import Checkpointer, checkpoint_dir
-from megatron_crnet.checkpoint_folder import REJECTED, checkpoint_name
+from megatron_crnet.checkpoint_folder import DAMAGED, REJECTED, checkpoint_name
 from megatron_crnet.config import Config
 from megatron_crnet.data_loading import global_batches
 from megatron_crnet.deepspeed_settings import check_deepspeed_keys
-from megatron_crnet.engine import StepResult, TrainEngine
+from megatron_crnet.engine import TrainEngine
 from megatron_crnet.errors import BadStepError, CheckpointError, ConfigError
 from megatron_crnet.gpt import build_model_chunks
 from megatron_crnet.inputs import examine_inputs
@@ -33,7 +33,7 @@ from megatron_crnet.plot import plot_loss
 from megatron_crnet.sampling import continue_text
 from megatron_crnet.schedule import Batch
 from megatron_crnet.settings import save_config
-from megatron_crnet.training_state import TrainingState
+from megatron_crnet.training_state import StepResult, TrainingState
 
 
 @dataclass
@@ -42,20 +42,17 @@ class LoggingWindow:
 
     Attributes:
         steps: all of them, also the skipped ones.
-        last: the last one that was not skipped.
+        tokens: trained ones.
     """
 
     started: float
     steps: int = 0
     tokens: int = 0
-    last: StepResult | None = None
 
-    def add(self, result: StepResult | None) -> None:
-        """Count one step; None for one that was skipped."""
+    def add(self, tokens: int) -> None:
+        """Count one step."""
         self.steps += 1
-        if result is not None:
-            self.tokens += result.tokens
-            self.last = result
+        self.tokens += tokens
 
 
 class Trainer:
@@ -93,10 +90,15 @@ class Trainer:
                 Path(self.config.logging.output_dir) / "stacks" / f"rank_{self.context.rank:05d}.txt"
             )
             limit_s = 60 * self.config.parallel.distributed_timeout_minutes
-            with self.context.heartbeat.watching(limit_s), self.interruption.noted():
+            self.interruption.note_from_now_on()
+            if self.inputs.damaged:
+                self.checkpointer.set_aside(self.inputs.step + (checkpoint is not None), DAMAGED)
+            with self.context.heartbeat.watching(limit_s):
                 complete = self._train()
         self.progress.close()
         self._finish() if complete else self._take_leave()
+        # a launcher ends all ranks when the first has ended: none goes before rank 0 has closed its files
+        self.vote.any(False)
         return complete
 
     def _open_folder(self) -> tuple[MetricsWriter, dict[str, str]]:
@@ -141,15 +143,15 @@ class Trainer:
         """Returns whether all steps are done; not so after a signal, whose state is saved."""
         training, window = self.config.training, LoggingWindow(time.perf_counter())
         self._saved_at = time.monotonic()
-        if self.state.validation_due and not self._validate():
+        if self.state.validation_due and self._validates(self.state.step) and not self._validate():
             return False
         remaining = training.train_steps - self.state.step
         for batches in self._batches(self.inputs.datasets.train, self.state.samples, remaining):
             self.context.heartbeat.report(f"step {self.state.step + 1}")
             window.add(self._step(batches))
             step, last = self.state.step, self.state.step == training.train_steps
-            if window.last and (step % self.config.logging.log_interval == 0 or step == 1 or last):
-                self.progress.advance(step, self._log(window, window.last))
+            if self.state.unlogged_steps and (step % self.config.logging.log_interval == 0 or step == 1 or last):
+                self.progress.advance(step, self._log(window))
                 self.state, window = self.state.logged(), LoggingWindow(time.perf_counter())
             else:
                 self.progress.advance(step, None)
@@ -176,33 +178,37 @@ class Trainer:
 
     def _save(self, at_once: bool) -> None:
         """Save in the background, or return when all is on disk; then a failure is an error, else a warning."""
-        self.context.heartbeat.report(f"the checkpoint of step {self.state.step}")
+        self.context.heartbeat.report(f"the checkpoint of step {self.state.step}", may_take_long=True)
         started = self._saved_at = time.monotonic()
-        try:
-            self.checkpointer.wait()
-        except CheckpointError as error:
-            self.progress.line(f"warning: {error}; training goes on")
+        self._settle()
         self.checkpointer.save(self.state)
         if at_once:
             self.checkpointer.wait()
         self.metrics.write(self.state.step, {"checkpoint_wait_s": time.monotonic() - started})
 
-    def _step(self, batches: list[Batch]) -> StepResult | None:
-        """One step, after which `state` counts it; None for a bad one that was skipped."""
+    def _settle(self) -> None:
+        """Wait for the checkpoint that is being written; say so if it could not be."""
+        try:
+            self.checkpointer.wait()
+        except CheckpointError as error:
+            self.progress.line(f"warning: {error}; training goes on")
+
+    def _step(self, batches: list[Batch]) -> int:
+        """One step, after which `state` counts it. Returns its trained tokens, 0 for a bad one that was skipped."""
         tokens, lr = self._trained_tokens(batches), self.engine.current_lr
         loss, faults = self.engine.forward_backward(batches, tokens), self.config.faults
         problem = problem_of_loss(loss, self.state.recent_losses, faults)
         if problem is None:
             grad_norm, _ = self.engine.update()
             if math.isfinite(grad_norm):
-                window = losses_to_remember(faults)
-                self.state = self.state.trained(self.plan.global_batch_size, tokens, loss, window)
-                return StepResult(loss, grad_norm, lr, tokens)
+                result, window = StepResult(loss, grad_norm, lr, tokens), losses_to_remember(faults)
+                self.state = self.state.trained(self.plan.global_batch_size, result, window)
+                return tokens
             problem = f"the loss is {loss:.4f} and the gradient norm {grad_norm}, but must be finite"
         elif faults.on_bad_step == "skip":
             self.engine.discard()
         self._pass_over(problem, lr)
-        return None
+        return 0
 
     def _pass_over(self, problem: str, lr: float) -> None:
         """Count a bad step, or stop on every rank alike. It has changed no weight; what led to it may have."""
@@ -222,15 +228,16 @@ class Trainer:
     def _stop(self, problem: str, lr: float) -> None:
         """End the run with the state before the bad step saved, but not as one to continue from.
 
-        `latest` goes back to a checkpoint whose next step was good.
+        The next start goes back to a checkpoint whose next step was good.
         """
+        self._settle()
+        good = self.checkpointer.set_aside(self.state.good_step)
         kept = f"is kept beside it as {REJECTED}{checkpoint_name(self.state.step)}"
         try:
-            self.checkpointer.save(self.state)
+            self.checkpointer.save(self.state, aside=True)
             self.checkpointer.wait()
         except CheckpointError as error:
             kept = f"is lost ({error})"
-        good = self.checkpointer.reject(self.state.step - self.state.skipped_in_a_row)
         norm = "none yet" if self.engine.last_grad_norm is None else f"{self.engine.last_grad_norm:.4g}"
         skipping = "" if self.config.faults.on_bad_step == "skip" else ", or skip such steps (faults.on_bad_step skip)"
         raise BadStepError(
@@ -253,14 +260,14 @@ class Trainer:
         replicas = self.context.world_size // self.context.dp_size
         return round(float(count) / replicas)
 
-    def _log(self, window: LoggingWindow, result: StepResult) -> dict[str, Any]:
+    def _log(self, window: LoggingWindow) -> dict[str, Any]:
         seconds = time.perf_counter() - window.started
         flops = flops_per_token(self.config.model, self.plan.seq_length) * self.plan.tokens_per_step * window.steps
         values = {
             "tokens": self.state.tokens,
             "loss": self.state.unlogged_loss / self.state.unlogged_steps,
-            "grad_norm": result.grad_norm,
-            "lr": result.lr,
+            "grad_norm": self.state.grad_norm,
+            "lr": self.state.lr,
             "step_time_s": seconds / window.steps,
             "tokens_per_s": window.tokens / seconds,
             "tflops_per_device": flops / seconds / self.context.world_size / 1e12,

@@ -8,6 +8,23 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step reports.
+
+    Attributes:
+        loss: mean over all trained tokens of the global batch, nats.
+        grad_norm: global gradient norm before clipping.
+        lr: learning rate that the step used.
+        tokens: trained tokens of the global batch.
+    """
+
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+
+
+@dataclass(frozen=True)
 class TrainingState:
     """What a run needs besides weights, moments and random states to go on.
 
@@ -18,6 +35,7 @@ class TrainingState:
             datasets give all epochs and blended sources.
         skipped, skipped_in_a_row: bad steps that were passed over, in all and since the last good one.
         unlogged_loss, unlogged_steps: sum of the losses since the last metric line, and of how many good steps.
+        grad_norm, lr: of the last good step.
         recent_losses: of the last good steps, for what faults.spike_deviations compares with.
         validation_due: a signal came before this step's validation was done.
     """
@@ -29,24 +47,33 @@ class TrainingState:
     skipped_in_a_row: int = 0
     unlogged_loss: float = 0.0
     unlogged_steps: int = 0
+    grad_norm: float = 0.0
+    lr: float = 0.0
     recent_losses: tuple[float, ...] = ()
     validation_due: bool = False
 
-    def trained(self, samples: int, tokens: int, loss: float, window: int) -> TrainingState:
+    @property
+    def good_step(self) -> int:
+        """The step after the last good one: what was saved later holds the same weights."""
+        return self.step - self.skipped_in_a_row
+
+    def trained(self, samples: int, result: StepResult, window: int) -> TrainingState:
         """The state after a good step on `samples` sequences.
 
         Args:
             window: losses to remember.
         """
-        losses = (*self.recent_losses, loss)
+        losses = (*self.recent_losses, result.loss)
         return replace(
             self,
             step=self.step + 1,
-            tokens=self.tokens + tokens,
+            tokens=self.tokens + result.tokens,
             samples=self.samples + samples,
             skipped_in_a_row=0,
-            unlogged_loss=self.unlogged_loss + loss,
+            unlogged_loss=self.unlogged_loss + result.loss,
             unlogged_steps=self.unlogged_steps + 1,
+            grad_norm=result.grad_norm,
+            lr=result.lr,
             recent_losses=losses[max(len(losses) - window, 0) :],
         )
 

@@ -3,38 +3,47 @@
 
     python tools/launch.py --nproc_per_node=8 pretrain_crnet.py --config examples/llama2_7b.yaml
 
-Takes torchrun's options. The exit status is that of the first rank that failed (torchrun's own is always 1). SIGTERM,
-SIGUSR1 and Ctrl-C are passed on to the ranks, which save and end themselves; torchrun would kill them after 30 seconds.
+Takes torchrun's options but --max_restarts. The exit status is that of the first rank that failed (torchrun's own is
+always 1). SIGTERM, SIGUSR1 and Ctrl-C are passed on to the ranks, which save and end themselves; torchrun would kill
+them after 30 seconds.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-from types import FrameType
+from contextlib import suppress
 
 import psutil
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-from megatron_crnet.interruption import INTERRUPTED, SIGNALS
+from megatron_crnet.interruption import INTERRUPTED, SignalListener
 
 OWN_SIGNALS = "SIGHUP,SIGQUIT"
 """At these the agent itself ends its ranks."""
 
 
 class Warnings:
-    """Passes signals on to the ranks."""
+    """Passes signals on to the ranks; before there are any, a signal ends this agent.
+
+    Taken by a thread, because the agent's main thread may wait for other nodes where Python runs no handler.
+    """
 
     def __init__(self) -> None:
         self.passed: set[int] = set()
-        for number in SIGNALS:
-            signal.signal(number, self._pass_on)
+        self._listener = SignalListener(self._pass_on)
 
-    def _pass_on(self, number: int, _frame: FrameType | None) -> None:
+    def _pass_on(self, number: signal.Signals) -> None:
+        ranks = psutil.Process().children()
+        if not ranks:
+            print(f"{number.name} before a rank was started: nothing to save", file=sys.stderr, flush=True)
+            os._exit(INTERRUPTED)
         self.passed.add(number)
-        for process in psutil.Process().children():
-            process.send_signal(number)
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
 
 
 def status_of(error: ChildFailedError, passed: set[int]) -> int:
@@ -54,6 +63,13 @@ def status_of(error: ChildFailedError, passed: set[int]) -> int:
 def main(argv: list[str]) -> int:
     """Run torchrun's agent on this node; returns the exit status."""
     arguments = parse_args(argv)
+    if arguments.max_restarts:
+        print(
+            f"error: --max_restarts is {arguments.max_restarts}, but a rank that has saved and ended must not be "
+            "started again here: leave it out; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
+        return 2
     arguments.signals_to_handle = OWN_SIGNALS
     warnings = Warnings()
     try:

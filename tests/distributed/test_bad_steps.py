@@ -30,6 +30,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "tp2-zero0": {"stage": 0, "parallel": TP},
     "tp2-zero3": {"stage": 3, "parallel": TP},
     "pp2-zero1-bf16": {"stage": 1, "dtype": "bf16", "parallel": PP},
+    "pp2-vpp2-zero1": {"stage": 1, "parallel": {**PP, "virtual_pipeline_model_parallel_size": 2}},
 }
 HOW = ("none", "discarded", "not a number")
 """What becomes of the second of three steps."""

@@ -139,8 +139,8 @@ def test_a_checkpoint_says_what_it_holds_and_pickles_nothing(rows: dict[str, Any
     assert set(about["versions"]) >= {"torch", "deepspeed", "megatron-core"}
 
 
-def keep_and_fail(folder: str) -> tuple[list[str], list[str], str]:
-    """Checkpoints that are left by the policy; then a save whose folder cannot be made, and one after that."""
+def keep_and_fail(folder: str) -> tuple[list[str], list[str], list[str], str]:
+    """Checkpoints that are left by the policy; then after a save that fails and one after that; then after a stop."""
     config = row_config(folder)
     context = initialize_parallel(config)
     engine = TrainEngine(config, build_model_chunks(config), context)
@@ -159,16 +159,23 @@ def keep_and_fail(folder: str) -> tuple[list[str], list[str], str]:
     checkpointer.save(TrainingState(15))
     checkpointer.wait()
     after = [path.name for path in checkpoints(Path(folder))]
+    checkpointer.set_aside(14)
+    checkpointer.save(TrainingState(16), aside=True)
+    checkpointer.wait()
+    back = sorted(path.name for path in Path(folder).iterdir())
     context.heartbeat.close()
     fresh_world()
-    return kept, after, str(caught.value)
+    return kept, after, back, str(caught.value)
 
 
 def test_the_policy_keeps_the_last_and_every_tenth_and_a_failed_save_harms_nothing(tmp_path: Path) -> None:
     (found,) = run_distributed(keep_and_fail, 1, str(tmp_path / "kept"))
-    kept, after, message = found
+    kept, after, back, message = found
     assert kept == ["step_00000010", "step_00000012", "step_00000013"]
     assert after == ["step_00000010", "step_00000013", "step_00000015"]
+    names = ["latest", "rejected_step_00000015", "rejected_step_00000016", "step_00000010", "step_00000013"]
+    assert back == names
+    assert (tmp_path / "kept" / "latest").read_text() == "step_00000013\n"
     assert "cannot write a checkpoint into" in message
     assert message.endswith("earlier checkpoints are untouched")
 

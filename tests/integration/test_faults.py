@@ -108,4 +108,5 @@ def test_a_hundred_kills(corpus: Corpus, tmp_path: Path) -> None:
     found = Kills(corpus, tmp_path, seed=int(os.environ.get("FAULTS_SEED", "2")), kills=100).run()
     print(json.dumps(found.figures(), indent=1))
     assert len(found.kills) == 100
+    assert {"start-up", "step", "save"} == {kill.moment for kill in found.kills}
     assert found.differences() == []

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.integration.conftest import ROOT, Corpus, lines_of, start
@@ -43,6 +44,19 @@ def whole(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return metrics(output)
 
 
+def start_agent(options: list[str]) -> subprocess.Popen[str]:
+    """Two ranks under the agent, whose output is that of all of them."""
+    command = [sys.executable, "tools/launch.py", "--standalone", "--nproc_per_node=2", "pretrain_crnet.py", *options]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
 def test_a_signal_to_one_rank_saves_on_all_and_the_run_goes_on_as_if_nothing_had_happened(
     corpus: Corpus, tmp_path: Path, whole: dict[str, dict[int, float]]
 ) -> None:
@@ -69,15 +83,7 @@ def test_the_agent_passes_the_warning_on_and_another_layout_goes_on(
 ) -> None:
     output = tmp_path / "run"
     options = long_options(corpus, output, checkpoint__save_interval_minutes=1e-6, checkpoint__keep_last=2)
-    command = [sys.executable, "tools/launch.py", "--standalone", "--nproc_per_node=2", "pretrain_crnet.py", *options]
-    agent = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    agent = start_agent(options)
     wait_for_step(output, 7, [agent])
     agent.send_signal(signal.SIGTERM)
     printed, _ = agent.communicate(timeout=60)
@@ -113,3 +119,15 @@ def test_a_second_signal_ends_a_rank_that_waits_in_vain(corpus: Corpus, tmp_path
             process.wait()
     assert ranks[0].returncode == 128 + signal.SIGTERM
     assert "SIGTERM again: this rank ends at once; the last checkpoint is whole (rank 0)" in printed
+
+
+def test_the_agent_lets_a_rank_that_is_left_alone_say_who_is_gone(corpus: Corpus, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    agent = start_agent(corpus.options(output, training__train_steps=100000, training__eval_steps=0))
+    wait_for_step(output, 3, [agent])
+    (lost,) = [child for child in psutil.Process(agent.pid).children() if child.environ().get("RANK") == "1"]
+    lost.kill()
+    printed, _ = agent.communicate(timeout=60)
+    assert agent.returncode == 128 + signal.SIGKILL, printed
+    assert "gone: rank 1; this is rank 0 at step" in printed
+    assert (output / "stacks" / "rank_00000.txt").stat().st_size

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.conftest import ROOT
+from tests.integration.test_ranks import free_port
 
 PROGRAM = """
 import os, signal, sys, time
@@ -31,10 +32,10 @@ time.sleep(60)
 """
 
 
-def agent(folder: Path, what: str) -> subprocess.Popen[str]:
+def agent(folder: Path, what: str, *nodes: str) -> subprocess.Popen[str]:
     program = folder / "program.py"
     program.write_text(PROGRAM)
-    options = ["tools/launch.py", "--standalone", "--nproc_per_node=2", str(program), str(folder), what]
+    options = ["tools/launch.py", *(nodes or ("--standalone",)), "--nproc_per_node=2", str(program), str(folder), what]
     return subprocess.Popen([sys.executable, *options], cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
@@ -57,3 +58,22 @@ def test_a_warning_reaches_the_ranks_and_their_answer_the_shell(tmp_path: Path, 
     process.send_signal(signal.SIGUSR1)
     _, printed = process.communicate(timeout=60)
     assert process.returncode == 75, printed
+
+
+def test_a_warning_while_the_agent_waits_for_another_node_ends_it(tmp_path: Path) -> None:
+    """Its main thread is then in a call of C++, where Python runs no handler."""
+    port = str(free_port())
+    process = agent(tmp_path, "0", "--nnodes=2", "--node_rank=1", "--master_addr=127.0.0.1", f"--master_port={port}")
+    time.sleep(8)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, printed = process.communicate(timeout=20)
+    assert process.returncode == 75, printed
+    assert "SIGTERM before a rank was started: nothing to save" in printed
+
+
+def test_ranks_that_have_saved_are_not_started_again(tmp_path: Path) -> None:
+    process = agent(tmp_path, "0", "--max_restarts=1")
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert printed.startswith("error: --max_restarts is 1, but ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_crnet.checkpoint_folder import MANIFEST, complete, file_entries
 from tests.integration.conftest import ROOT, Corpus, lines_of, start
 
 LOGGED = {
@@ -96,6 +98,24 @@ def test_another_model_does_not_continue_a_checkpoint(finished: tuple[Path, str]
     lines = [corpus.options(finished[0], training__train_steps=9, **changes) for changes, _ in rows]
     for (error, status), (_, message) in zip(run_in_one_process(lines), rows, strict=True):
         assert (status, message in error) == ("status 2", True), error
+
+
+def test_a_validation_that_is_due_is_not_done_where_there_is_none(
+    finished: tuple[Path, str], corpus: Corpus, tmp_path: Path
+) -> None:
+    """The checkpoint of a run that was stopped in its validation, continued without validation data."""
+    cut = tmp_path / "cut"
+    checkpoint = cut / "checkpoints" / "step_00000003"
+    shutil.copytree(finished[0] / "checkpoints" / checkpoint.name, checkpoint)
+    state = json.loads((checkpoint / "state.json").read_text())
+    (checkpoint / "state.json").write_text(json.dumps({**state, "validation_due": True}))
+    names = [path.name for path in checkpoint.iterdir() if path.name != MANIFEST]
+    checkpoint.rename(cut / "partial")
+    complete(cut / "partial", checkpoint, file_entries(cut / "partial", names))
+    result = start(corpus.options(cut, training__eval_interval=0, training__eval_steps=0))
+    assert result.returncode == 0, result.stderr
+    assert lines_of(cut, "validation_loss") == {}
+    assert lines_of(cut, "loss") == {step: loss for step, loss in lines_of(finished[0], "loss").items() if step > 3}
 
 
 def test_two_ranks_follow_one(finished: tuple[Path, str], corpus: Corpus, tmp_path: Path) -> None:

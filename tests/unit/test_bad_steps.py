@@ -8,8 +8,9 @@ import pytest
 
 from megatron_crnet.bad_steps import losses_to_remember, passed_limit, problem_of_loss
 from megatron_crnet.config import FaultsConfig
-from megatron_crnet.training_state import TrainingState
+from megatron_crnet.training_state import StepResult, TrainingState
 
+GOOD = StepResult(loss=2.0, grad_norm=0.5, lr=1e-3, tokens=100)
 SPIKES = FaultsConfig(spike_deviations=3.0, spike_window=4)
 
 
@@ -36,23 +37,24 @@ def test_both_limits_count_and_a_good_step_ends_a_row() -> None:
     assert passed_limit(state.passed_over(8), faults) == (
         "step 3 would be skipped step 3 of at most faults.max_skips_in_a_row 2"
     )
-    state = state.trained(8, 100, 2.0, 0).passed_over(8)
+    state = state.trained(8, GOOD, 0).passed_over(8)
     assert passed_limit(state, faults) is None
-    state = state.trained(8, 100, 2.0, 0).passed_over(8)
+    state = state.trained(8, GOOD, 0).passed_over(8)
     assert passed_limit(state, faults) == "step 6 would be skipped step 4 of at most faults.max_skips 3"
+    assert state.good_step == 5
     assert (state.step, state.samples, state.tokens, state.skipped, state.skipped_in_a_row) == (6, 48, 200, 4, 1)
 
 
 def test_the_state_remembers_what_spikes_are_compared_with_and_survives_json() -> None:
     state = TrainingState()
     for loss in (0.1, 0.2, 0.3):
-        state = state.trained(8, 100, loss, 2)
+        state = state.trained(8, StepResult(loss, 0.5, 1e-3, 100), 2)
     assert state.recent_losses == (0.2, 0.3)
     assert (state.unlogged_loss, state.unlogged_steps) == (0.1 + 0.2 + 0.3, 3)
     again = TrainingState.from_values(json.loads(json.dumps({**dataclasses.asdict(state), "layout": {}})))
     assert again == state
     assert state.logged().unlogged_steps == 0
-    assert state.trained(8, 100, 0.4, losses_to_remember(FaultsConfig())).recent_losses == ()
+    assert state.trained(8, GOOD, losses_to_remember(FaultsConfig())).recent_losses == ()
     assert losses_to_remember(SPIKES) == 4
 
 

@@ -45,27 +45,27 @@ def test_before_training_a_signal_ends_the_process_at_once(process: Process, num
 
 
 def test_in_training_the_first_signal_is_noted_and_a_later_one_ends_the_process(process: Process) -> None:
-    with process.interruption.noted():
-        process.send(signal.SIGUSR1)
-        wait_until(lambda: process.interruption.received is signal.SIGUSR1)
-        process.now += REPEAT_SECONDS + 0.1
-        process.send(signal.SIGTERM)
-        wait_until(lambda: bool(process.left))
+    process.interruption.note_from_now_on()
+    process.send(signal.SIGUSR1)
+    wait_until(lambda: process.interruption.received is signal.SIGUSR1)
+    process.now += REPEAT_SECONDS + 0.1
+    process.send(signal.SIGTERM)
+    wait_until(lambda: bool(process.left))
     assert process.left == [128 + signal.SIGTERM]
 
 
 def test_the_same_warning_on_two_ways_counts_once(process: Process) -> None:
-    with process.interruption.noted():
-        process.send(signal.SIGTERM)
-        wait_until(lambda: process.interruption.received is signal.SIGTERM)
-        process.now += REPEAT_SECONDS - 0.1
-        process.send(signal.SIGTERM)
-        process.send(signal.SIGUSR1)
-        time.sleep(0.1)
-        assert not process.left
-        process.now += 0.2
-        process.send(signal.SIGTERM)
-        wait_until(lambda: process.left == [128 + signal.SIGTERM])
+    process.interruption.note_from_now_on()
+    process.send(signal.SIGTERM)
+    wait_until(lambda: process.interruption.received is signal.SIGTERM)
+    process.now += REPEAT_SECONDS - 0.1
+    process.send(signal.SIGTERM)
+    process.send(signal.SIGUSR1)
+    time.sleep(0.1)
+    assert not process.left
+    process.now += 0.2
+    process.send(signal.SIGTERM)
+    wait_until(lambda: process.left == [128 + signal.SIGTERM])
 
 
 def test_signals_belong_to_their_former_owner_again(process: Process) -> None:
@@ -85,7 +85,8 @@ def test_a_second_signal_ends_a_process_whose_main_thread_never_returns() -> Non
     program = """
 import ctypes
 from megatron_crnet.interruption import Interruption
-with Interruption(clock=iter([0.0, 10.0]).__next__) as interruption, interruption.noted():
+with Interruption(clock=iter([0.0, 10.0]).__next__) as interruption:
+    interruption.note_from_now_on()
     print("ready", flush=True)
     lock = ctypes.create_string_buffer(256)
     libc = ctypes.CDLL(None)

@@ -100,13 +100,25 @@ def test_the_watch_lets_all_ranks_take_their_time_over_the_same_work(start: Star
     world = start(2)
     with world.ranks[0].watching(LIMIT_S), world.ranks[1].watching(LIMIT_S):
         for heartbeat in world.ranks:
-            heartbeat.report("the checkpoint of step 6")
+            heartbeat.report("the checkpoint of step 6", may_take_long=True)
         world.pass_time(150)
         world.ranks[0].report("step 7")  # the other follows soon
         world.pass_time(20)
         world.ranks[1].report("step 7")
         world.pass_time(10)
     assert not world.lost
+
+
+def test_the_watch_ends_ranks_that_stand_together_in_a_step(start: Start) -> None:
+    """As in a collective call of NCCL, which does not fail, on ranks whose other threads live."""
+    world = start(2)
+    with world.ranks[0].watching(LIMIT_S):
+        for heartbeat in world.ranks:
+            heartbeat.report("step 7")
+        world.pass_time(89)
+        assert not world.lost
+        world.pass_time(2)
+    assert "no rank is gone; this is rank 0 at step 7; rank 1 at step 7: look at" in world.lost[0]
 
 
 def test_the_watch_leaves_a_rank_alone_that_goes_on_and_one_that_has_finished(start: Start) -> None:
