@@ -1,16 +1,13 @@
-"""Parameters, floating-point operations and memory, from formulas.
+"""Parameters and useful floating-point operations of the whole model, from formulas.
 
-Symbols: h hidden, f FFN width, L layers, V vocabulary, s sequence, r rank.
+Symbols: h hidden, f FFN width, L layers, V vocabulary, s sequence, r rank. What one rank holds, does and sends is in
+`estimate.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from megatron_crnet.config import Config, ModelConfig
-from megatron_crnet.deepspeed_rules import zero_stage
+from megatron_crnet.config import ModelConfig
 from megatron_crnet.ranks import FULL_RANK, POSITIONS, chain_starts, model_ranks
-from megatron_crnet.rules import sequence_parallel
 
 
 def position_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -56,53 +53,3 @@ def flops_per_token(model: ModelConfig, seq_length: int) -> float:
     linear = sum(linear_parameters(model, layer) for layer in range(model.num_layers))
     attention = 2 * seq_length * model.hidden_size * model.num_layers
     return 3.0 * (2 * (linear + model.hidden_size * model.vocab_size) + attention)
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes on the fullest rank, from formulas; fragmentation and communication buffers are left out."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-
-    @property
-    def total(self) -> float:
-        """Sum of the parts."""
-        return self.weights + self.gradients + self.optimizer + self.activations
-
-
-def activation_elements(model: ModelConfig, layer: int) -> float:
-    """Elements kept for backward for one token of one layer, without recomputation.
-
-    12 h + 4 f + sum r with cross-layer outputs (Y of all positions is kept for beta's gradient); 8 h + 4 f + sum r
-    without. Multi-head attention; grouped-query attention keeps less.
-    """
-    h, f = model.hidden_size, model.ffn_hidden_size
-    ranks = sum(rank for rank in model_ranks(model)[layer].values() if rank != FULL_RANK)
-    cross_layer = layer + 1 < model.num_layers and layer + 1 not in chain_starts(model)
-    return (12 if cross_layer else 8) * h + 4 * f + ranks
-
-
-def estimate_memory(config: Config, dp_size: int) -> MemoryEstimate:
-    """A first estimate for one rank: states divided as ZeRO says, activations of the first pipeline stage."""
-    model, parallel, stage = config.model, config.parallel, zero_stage(config)
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    size = 2 if config.training.dtype == "bf16" else 4
-    weights = total_parameters(model) / (tp * pp)
-    optimizer = weights * (8 if config.training.dtype == "fp32" and stage == 0 else 12)
-    tokens = config.training.micro_batch_size * config.training.seq_length
-    layers = range(-(-model.num_layers // pp))
-    elements = sum(activation_elements(model, layer) for layer in layers)
-    # 1F1B keeps as many micro-batches in flight on the first stage as there are stages
-    activations = tokens * elements * size * pp / tp
-    if not sequence_parallel(parallel):
-        activations *= 1 if tp == 1 else 1.5  # norms and residual stream are then on every rank
-    logits = tokens * model.vocab_size / tp * (size + 4)
-    return MemoryEstimate(
-        weights=weights * size / (dp_size if stage == 3 else 1),
-        gradients=weights * 4 / (dp_size if stage >= 2 else 1),
-        optimizer=optimizer / (dp_size if stage >= 1 else 1),
-        activations=activations + (logits if pp == 1 else 0),
-    )
