@@ -59,6 +59,7 @@ The modules in the order in which to read them; each uses only those above it.
     estimate             all of these together; estimate_report: as tables; report: what --dry-run prints
     counted_step         the same figures, counted in a real step
     simulation           that step as one rank of a large world, in one process
+    plan_search          the fastest layout that fits, by the estimate
     metrics, plot        what a run reports
     sampling             a look at what the model writes
     inputs               everything that a run reads, examined before it writes

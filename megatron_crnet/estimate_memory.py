@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from megatron_crnet.batch import BatchPlan
 from megatron_crnet.block import boundary_widths
 from megatron_crnet.config import Config
-from megatron_crnet.deepspeed_rules import zero_stage
+from megatron_crnet.deepspeed_rules import offloads_optimizer, zero_stage
 from megatron_crnet.figures import Memory
 from megatron_crnet.local_model import Chunk, LocalModel
 from megatron_crnet.recompute_plan import kept_widths, layer_widths, micro_batches_in_flight
@@ -91,6 +91,7 @@ def _state(model: LocalModel, plan: BatchPlan) -> dict[str, int]:
     weights = sum(size * group.size for size, group in zip(sizes, groups, strict=True))
     numel, tensor = sum(sum(g.numels) for g in groups), max(max(g.numels) for g in groups)
     bucket = _zero_option(model.config, "reduce_bucket_size", DEFAULT_BUCKET)
+    offloaded = offloads_optimizer(model.config)
     if stage == 0:
         size = 2 if bf16 else 4
         return {
@@ -102,7 +103,7 @@ def _state(model: LocalModel, plan: BatchPlan) -> dict[str, int]:
             "update": 8 * tensor + (4 * numel if bf16 else 0),
         }
     update = 8 * largest // dp
-    if stage == 1 and bf16:
+    if stage == 1 and bf16 and not offloaded:
         # one flat fp32 gradient for each group, summed in one piece
         return {
             "weights": weights,
@@ -112,7 +113,16 @@ def _state(model: LocalModel, plan: BatchPlan) -> dict[str, int]:
             "reduction": 4 * whole,
             "update": update,
         }
-    state = {"weights": weights, "optimizer": 12 * whole // dp, "buffers": 4 * bucket, "reduction": 0, "update": update}
+    state: dict[str, int] = {
+        "weights": weights,
+        "optimizer": 12 * whole // dp,
+        "buffers": 4 * bucket,
+        "reduction": 0,
+        "update": update,
+    }
+    if offloaded:
+        # masters, moments and an fp32 gradient
+        state |= {"optimizer": 0, "update": 0, "host": 16 * whole // dp}
     if stage == 1:
         # DeepSpeed holds zeros of every gradient beside it, and takes a second bucket when it sums
         return {**state, "gradients": 8 * numel, "reduction": 4 * bucket}
@@ -180,16 +190,21 @@ def _transient(model: LocalModel, plan: BatchPlan) -> float:
     # the gradient of bf16 logits is made beside that of the fp32 ones, which takes the exponentials' place
     losses = [_head(model, plan) / 2 for chunk in model.chunks if chunk.predicts and _element(model) == 2]
     moments = [bucket + moment for chunk in model.chunks for moment in _moments(model, plan, chunk)]
-    return max(0.0, *losses, *moments) + _passed_back(model, plan)
+    received = _received(model, plan)
+    return max(0.0, *(loss + 2 * received for loss in losses), *(moment + received for moment in moments))
 
 
-def _passed_back(model: LocalModel, plan: BatchPlan) -> float:
-    """Under 1F1B: what was received for the micro-batch before, and its gradient, until the next are there."""
+def _received(model: LocalModel, plan: BatchPlan) -> float:
+    """What a stage receives for one micro-batch.
+
+    Under 1F1B that of the micro-batch before and its gradient outlive it: counted, both are there when the next loss is
+    differentiated, one when its layers are.
+    """
     first = model.chunks[0]
     if first.embeds or plan.num_microbatches == 1 or len(model.chunks) > 1:
         return 0.0
     width = sum(boundary_widths(model.transformer, first.layers.start))
-    return 2 * width * _local_tokens(model, plan) * _element(model)
+    return width * _local_tokens(model, plan) * _element(model)
 
 
 def _moments(model: LocalModel, plan: BatchPlan, chunk: Chunk) -> Iterator[float]:

@@ -18,6 +18,8 @@ from megatron_crnet.recompute_plan import layer_widths
 
 ACTIVATION_USES = 4
 """Each activation is written and read in forward, and so is its gradient in backward."""
+LAUNCHES, LAUNCH_SECONDS = 400, 5e-6
+"""Kernels of a layer in one micro-batch's forward and backward pass, and the host's time for each: stated guesses."""
 HOST_ADAM_BANDWIDTH = 20e9
 """Bytes a second of host memory for each GPU when the optimizer is offloaded: a stated guess."""
 
@@ -31,6 +33,7 @@ class StepTime:
     Attributes:
         products: matrix products and attention of the slowest stage.
         element_wise: its norms, activations and residuals, by memory bandwidth.
+        launches: what the device waits because the host cannot start so many small kernels faster.
         tensor_parallel, pipeline, data_parallel: communication.
         bubble: waiting for other stages at both ends of the schedule.
         update: the optimizer.
@@ -38,6 +41,7 @@ class StepTime:
 
     products: float
     element_wise: float
+    launches: float
     tensor_parallel: float
     pipeline: float
     bubble: float
@@ -50,6 +54,7 @@ class StepTime:
         return (
             self.products
             + self.element_wise
+            + self.launches
             + self.tensor_parallel
             + self.pipeline
             + self.bubble
@@ -75,11 +80,14 @@ def _stage_time(part: Part, plan: BatchPlan, machine: Machine, inside: dict[str,
             machine.node_bandwidth if inside.get(flow.group, all(inside.values())) else machine.network_bandwidth
         )
         seconds[kind] += flow.wire_bytes / (bandwidth * machine.link_efficiency)
-    busy = products + element_wise + seconds["TP"] + seconds["PP"]
-    chunks = len(model.chunks)
+    chunks, layers = len(model.chunks), sum(len(chunk.layers) for chunk in model.chunks)
+    launches = plan.num_microbatches * layers * LAUNCHES * LAUNCH_SECONDS
+    launches = max(0.0, launches - products - element_wise)
+    busy = products + element_wise + launches + seconds["TP"] + seconds["PP"]
     return StepTime(
         products=products,
         element_wise=element_wise,
+        launches=launches,
         tensor_parallel=seconds["TP"],
         pipeline=seconds["PP"],
         bubble=busy * (model.pp - 1) / (plan.num_microbatches * chunks),

@@ -121,7 +121,7 @@ def test_time_shrinks_with_a_faster_machine_and_the_bubble_with_more_micro_batch
     fewer = dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch_size=32))
     shorter = estimate(fewer, 8, MACHINES["h100"]).time
     assert shorter is not None
-    busy = ("products", "element_wise", "tensor_parallel", "pipeline")
+    busy = ("products", "element_wise", "launches", "tensor_parallel", "pipeline")
     for time, count in ((fast.time, 512 // 8 // 2), (shorter, 512 // 32 // 2)):
         assert time.bubble == pytest.approx(sum(getattr(time, name) for name in busy) * 3 / count)
     assert fast.utilization(MACHINES["h100"]) < 1
