@@ -14,6 +14,7 @@ What a simulation can and cannot see: docs/estimate.md.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -38,7 +39,8 @@ def compare(config: Config, world_size: int, rank: int) -> dict[str, Any]:
     expected = estimate(config, world_size)
     # ranks count through tensor and data parallelism before they reach the next stage
     stage = expected.stages[rank // (world_size // len(expected.stages))]
-    return {"counted": simulate(config, world_size, rank), "estimated": stage}
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints the memory of this process
+        return {"counted": simulate(config, world_size, rank), "estimated": stage}
 
 
 def tables(found: dict[str, Any]) -> list[str]:
