@@ -14,7 +14,8 @@ The modules in the order in which to read them; each uses only those above it.
     liveness, agreement  who is missing; all ranks mean the same run
     parallel, batch      process groups; how a global batch is cut
     deepspeed_settings   DeepSpeed's JSON, checked
-    arithmetic           parameters, operations
+    arithmetic           parameters and useful operations of a model
+    options              what the tools take beside the configuration
 
     transformer_config   Config -> Megatron-Core's TransformerConfig
     cross_layer          Y = s(beta) Y_prev + Z, its gradients and its inverse
@@ -27,7 +28,6 @@ The modules in the order in which to read them; each uses only those above it.
     norm, attention      RMSNorm; core attention
     layer                one layer
     recompute_plan       where a stage is cut into segments
-    memory_estimate      what the fullest rank holds, by formula; report: what --dry-run prints
     activation_store     where kept tensors live: DeepSpeed's activation_checkpointing section
     segment              activation recomputation of a run of layers
     block, gpt           a pipeline stage, the model
@@ -57,6 +57,14 @@ The modules in the order in which to read them; each uses only those above it.
     inference            opens either in one process, continues prompts; evaluation: loss over text
     communication        counts what a run sends; communication_report: for a configuration
     live_memory          counts the bytes that are alive; recompute_report: for each recomputation strategy
+    figures              what a step holds, sends and computes on a rank, however it was found
+    local_model          which layers and parameters a rank holds
+    estimate_memory, estimate_operations, estimate_traffic   the figures from formulas
+    machines             GPUs and links by data sheet; estimate_time: a step's roofline
+    estimate             all of these together; estimate_report: as tables; report: what --dry-run prints
+    counted_step         the same figures, counted in a real step
+    simulation           that step as one rank of a large world, in one process
+    plan_search          the fastest layout that fits, by the estimate
     metrics, plot        what a run reports
     sampling             a look at what the model writes
     inputs               everything that a run reads, examined before it writes

@@ -1,6 +1,7 @@
-"""Parameters and floating-point operations, from formulas.
+"""Parameters and useful floating-point operations of the whole model, from formulas.
 
-Symbols: h hidden, f FFN width, L layers, V vocabulary, s sequence, r rank.
+Symbols: h hidden, f FFN width, L layers, V vocabulary, s sequence, r rank. What one rank holds, does and sends is in
+`estimate.py`.
 """
 
 from __future__ import annotations

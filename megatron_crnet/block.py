@@ -87,6 +87,7 @@ class CRNetTransformerBlock(TransformerBlock):
     """Megatron-Core's block with the cross-layer path threaded through layers and pipeline stages."""
 
     config: CRNetTransformerConfig
+    input_tensor: Tensor | None
 
     def __init__(self, config: CRNetTransformerConfig, vp_stage: int | None, pg_collection: Any, **kwargs: Any) -> None:
         pp_rank = get_pg_rank(pg_collection.pp)
@@ -119,7 +120,9 @@ class CRNetTransformerBlock(TransformerBlock):
         """
         context: LayerOutputs | None = None
         if not self.pre_process:
+            assert self.input_tensor is not None, "a schedule hands over what the stage before has sent"
             hidden_states, context = unpack(self.input_tensor, self.config, self.first_layer)
+            self.input_tensor = None  # the graph holds it until backward; here it would stay, with its gradient
         hidden_states = make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True)
         parallel_random = self.config.sequence_parallel and self.config.has_dropout
         with tensor_parallel.get_cuda_rng_tracker().fork() if parallel_random else nullcontext():

@@ -205,6 +205,11 @@ def offloads_optimizer(config: Config) -> bool:
     return _offloads(_value(config.deepspeed, "zero_optimization.offload_optimizer"))
 
 
+def offloads_parameters(config: Config) -> bool:
+    """Whether weights live on the host (or its disks) between their uses."""
+    return _offloads(_value(config.deepspeed, "zero_optimization.offload_param"))
+
+
 def check_deepspeed(config: Config) -> None:
     """Keys that would fight the other sections, and combinations that DeepSpeed gets wrong.
 

@@ -50,9 +50,11 @@ class TrainEngine:
         self.config, self.chunks, self.context = config, chunks, context
         self.stage = zero_stage(config)
         module = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
-        in_fp32 = {p: p.detach().clone() for p in module.parameters() if p.dtype == torch.float32}
-        if self.stage == 3:
-            in_fp32 = {}  # stage 3 packs all parameters into one buffer of one dtype: see _weights_changed
+        in_fp32: dict[nn.Parameter, Tensor] = {}
+        # an fp32 model is not cast, and DeepSpeed keeps the factory, so these values would stay; stage 3 packs all
+        # parameters into one buffer of one dtype: see _weights_changed
+        if config.training.dtype == "bf16" and self.stage < 3:
+            in_fp32 = {p: p.detach().clone() for p in module.parameters() if p.dtype == torch.float32}
         settings = deepspeed_config(config, context.dp_size)
         self.deepspeed, *_ = deepspeed.initialize(
             model=module,

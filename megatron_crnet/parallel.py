@@ -92,6 +92,7 @@ def _build_groups(config: Config) -> None:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=vpp if vpp and vpp > 1 else None,
         distributed_timeout_minutes=collective_limit(config) / timedelta(minutes=1),
+        create_gloo_process_groups=False,  # second groups on the host, which nothing here uses
     )
 
 

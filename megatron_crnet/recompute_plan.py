@@ -64,6 +64,28 @@ def layer_widths(config: CRNetTransformerConfig, layer: int) -> LayerWidths:
     )
 
 
+def kept_widths(config: CRNetTransformerConfig, layers: range, segments: list[range]) -> float:
+    """Elements for each local sequence position that a pass of one micro-batch leaves for backward.
+
+    Args:
+        layers: of a stage, numbers from 0.
+        segments: how they are cut; empty without recomputation.
+    """
+    widths = {layer: layer_widths(config, layer) for layer in layers}
+    if not segments:
+        return sum(w.activations for w in widths.values())
+    starts = sum(widths[segment.start].start for segment in segments)
+    if config.recompute_strategy == "full":
+        return starts
+    kept = starts + sum(w.z for w in widths.values())
+    if config.recompute_keep_attention_output:
+        kept += sum(w.attention for w in widths.values())
+    if config.recompute_strategy == "inverse":
+        kept += sum((len(segment) - 1) * config.hidden_size for segment in segments)
+        kept += widths[layers[-1]].start - config.hidden_size if len(segments[-1]) > 1 else 0
+    return kept
+
+
 def micro_batches_in_flight(config: CRNetTransformerConfig, pp_rank: int) -> float:
     """Micro-batches whose kept tensors a chunk of pipeline rank `pp_rank` holds at once, when there are enough."""
     pp, vpp = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size

@@ -23,7 +23,7 @@ from megatron_crnet.config import Config, RecomputeConfig
 from megatron_crnet.live_memory import LiveMemory
 from megatron_crnet.parallel import initialize_parallel
 from megatron_crnet.ranks import POSITIONS
-from megatron_crnet.recompute_plan import layer_widths
+from megatron_crnet.recompute_plan import kept_widths
 from megatron_crnet.transformer_config import CRNetTransformerConfig, build_transformer_config
 
 aten = torch.ops.aten
@@ -104,11 +104,11 @@ def _measure(name: str, config: Config, fake: bool) -> Measurement:
         ).requires_grad_()
         rotary = torch.randn(batch[0], 1, 1, transformer.kv_channels, device=device)
         # a pass of its own, because PyTorch's counter holds on to what passes through modules
-        with _flop_counter() as flops:
+        with flop_counter() as flops:
             block(hidden, rotary_pos_emb=rotary).sum().backward()
         kept, peak = _count(block, hidden, rotary)
     lengths = [len(segment) for segment in block.segments]
-    elements = formula(transformer, block.segments) * batch[0] * batch[1]
+    elements = kept_widths(transformer, block.layer_range, block.segments) * batch[0] * batch[1]
     return Measurement(name, kept, peak, flops.get_total_flops(), elements * hidden.element_size(), lengths)
 
 
@@ -142,33 +142,21 @@ def _count(block: CRNetTransformerBlock, hidden: torch.Tensor, rotary: torch.Ten
     return kept, max(peak, kept)
 
 
-def _flop_counter() -> FlopCounterMode:
-    # PyTorch counts the attention kernels of CUDA only; the CPU's has the same shapes
-    def forward(q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-        return sdpa_flop_count(q, k, v)
-
-    def backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-        return sdpa_backward_flop_count(grad, q, k, v)
-
-    mapping = {
-        aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
-    return FlopCounterMode(display=False, custom_mapping=mapping)
+def _forward_count(q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return sdpa_flop_count(q, k, v)
 
 
-def formula(config: CRNetTransformerConfig, segments: list[range]) -> float:
-    """Kept elements for each local sequence position."""
-    widths = [layer_widths(config, layer) for layer in range(config.num_layers)]
-    if not segments:
-        return sum(w.activations for w in widths)
-    starts = sum(widths[segment.start].start for segment in segments)
-    if config.recompute_strategy == "full":
-        return starts
-    kept = starts + sum(w.z for w in widths)
-    if config.recompute_keep_attention_output:
-        kept += sum(w.attention for w in widths)
-    if config.recompute_strategy == "inverse":
-        kept += sum((len(segment) - 1) * config.hidden_size for segment in segments)
-        kept += widths[-1].start - config.hidden_size if len(segments[-1]) > 1 else 0
-    return kept
+def _backward_count(grad: Any, q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return sdpa_backward_flop_count(grad, q, k, v)
+
+
+_CPU_ATTENTION: dict[Any, Any] = {
+    aten._scaled_dot_product_flash_attention_for_cpu: _forward_count,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward_count,
+}
+"""Operations of the CPU's attention kernels: PyTorch counts those of CUDA only; the CPU's have the same shapes."""
+
+
+def flop_counter() -> FlopCounterMode:
+    """PyTorch's counter, with the CPU's attention."""
+    return FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)

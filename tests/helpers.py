@@ -18,7 +18,7 @@ from megatron_crnet.batch import plan_batches
 from megatron_crnet.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from megatron_crnet.engine import TrainEngine
 from megatron_crnet.gpt import build_model_chunks
-from megatron_crnet.memory_estimate import rank_parameters
+from megatron_crnet.local_model import build_local_models
 from megatron_crnet.parallel import initialize_parallel
 from megatron_crnet.reference import ReferenceCRNet
 from megatron_crnet.weights import Weight, canonical_weights, initial_value
@@ -173,9 +173,10 @@ def compare_with_reference(config: Config, steps: int = 3) -> Errors:
     """
     context = initialize_parallel(config)
     engine = TrainEngine(config, build_model_chunks(config), context)
-    if engine.stage < 3 and config.parallel.virtual_pipeline_model_parallel_size is None:
+    if engine.stage < 3:
         here = sum(parameter.numel() for chunk in engine.chunks for parameter in chunk.parameters())
-        assert here == rank_parameters(config, parallel_state.get_pipeline_model_parallel_rank())
+        local = build_local_models(config)[parallel_state.get_pipeline_model_parallel_rank()]
+        assert here == sum(parameter.numel for parameter in local.parameters)
     reference = reference_model(config, engine.chunks[0].config)
     named = dict(reference.named_parameters())
     optimizer = _plain_adamw(named, config)

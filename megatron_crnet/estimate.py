@@ -1,0 +1,100 @@
+"""What a configuration needs on every pipeline stage, and how long a step takes on a named machine, from formulas.
+
+Memory, operations and bytes are checked against `simulation.py` and real runs; the time is a roofline, whose
+assumptions docs/estimate.md lists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_crnet.arithmetic import flops_per_token
+from megatron_crnet.batch import BatchPlan, plan_batches
+from megatron_crnet.config import Config
+from megatron_crnet.estimate_memory import estimate_memory
+from megatron_crnet.estimate_operations import Operations, estimate_operations
+from megatron_crnet.estimate_time import StepTime, estimate_time
+from megatron_crnet.estimate_traffic import estimate_flows
+from megatron_crnet.figures import DATA, PIPELINE, TENSOR, Flow, Memory
+from megatron_crnet.local_model import LocalModel, build_local_models
+from megatron_crnet.machines import Machine
+
+GPUS_PER_NODE = 8
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """One rank of a pipeline stage; its tensor- and data-parallel peers are alike."""
+
+    memory: Memory
+    operations: Operations
+    flows: list[Flow]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A whole run's step.
+
+    Attributes:
+        stages: by pipeline rank.
+        model_flops: useful operations of a step over all ranks (`arithmetic.flops_per_token`: attention's causal
+            half, no recomputation).
+        inside: whether the ranks of a group (TP, PP, DP) share a node.
+        time: on the machine, where one was named.
+    """
+
+    plan: BatchPlan
+    world_size: int
+    stages: list[StageEstimate]
+    model_flops: float
+    inside: dict[str, bool]
+    time: StepTime | None
+
+    @property
+    def fullest(self) -> int:
+        """The pipeline rank that needs the most memory."""
+        return max(range(len(self.stages)), key=lambda rank: self.stages[rank].memory.total)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the whole run."""
+        assert self.time is not None
+        return self.plan.tokens_per_step / self.time.total
+
+    def utilization(self, machine: Machine) -> float:
+        """Model FLOPs utilization: useful operations as a share of what the GPUs could do meanwhile."""
+        assert self.time is not None
+        return self.model_flops / (self.time.total * self.world_size * machine.peak_flops)
+
+
+def estimate(
+    config: Config, world_size: int, machine: Machine | None = None, gpus_per_node: int = GPUS_PER_NODE
+) -> Estimate:
+    """The figures of a step on `world_size` ranks.
+
+    Raises:
+        ConfigError: the batch or the layout does not fit `world_size` ranks.
+    """
+    plan = plan_batches(config, world_size)
+    models = build_local_models(config)
+    stages = [_stage(model, plan) for model in models]
+    inside = ranks_inside_nodes(config, plan, gpus_per_node)
+    time = None
+    if machine is not None:
+        parts = [(model, stage.operations, stage.flows) for model, stage in zip(models, stages, strict=True)]
+        time = estimate_time(parts, plan, machine, inside)
+    useful = flops_per_token(config.model, plan.seq_length) * plan.tokens_per_step
+    return Estimate(plan, world_size, stages, useful, inside, time)
+
+
+def _stage(model: LocalModel, plan: BatchPlan) -> StageEstimate:
+    return StageEstimate(estimate_memory(model, plan), estimate_operations(model, plan), estimate_flows(model, plan))
+
+
+def ranks_inside_nodes(config: Config, plan: BatchPlan, gpus_per_node: int) -> dict[str, bool]:
+    """For each group whether all of its kind lie within nodes; ranks count through tp first, then dp, then pp."""
+    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+    spans = {TENSOR: tp, DATA: tp * plan.dp_size, PIPELINE: tp * plan.dp_size * pp}
+    world = tp * pp * plan.dp_size
+    # blocks of ranks of these spans never straddle nodes if spans divide the node; one node holds everything
+    return {group: world <= gpus_per_node or gpus_per_node % span == 0 for group, span in spans.items()}

@@ -1,0 +1,100 @@
+"""The estimate as tables and as plain values."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from megatron_crnet.estimate import Estimate
+from megatron_crnet.figures import Flow, Memory
+from megatron_crnet.machines import Machine
+
+GIB = 2**30
+PARTS = [field.name for field in dataclasses.fields(Memory)]
+
+
+def memory_table(columns: dict[str, Memory]) -> list[str]:
+    """Parts as rows, one column for each rank or way of counting; GiB."""
+    rows = [(part, [getattr(memory, part) for memory in columns.values()]) for part in PARTS]
+    rows = [(part, values) for part, values in rows if part != "host" or any(values)]
+    rows.append(("peak", [memory.total for memory in columns.values()]))
+    return [
+        f"  {'':<12}" + "".join(f"{name:>12}" for name in columns),
+        *(f"  {part:<12}" + "".join(f"{value / GIB:>12.3f}" for value in values) for part, values in rows),
+    ]
+
+
+def flow_rows(flows: list[Flow], inside: dict[str, bool] | None = None) -> list[str]:
+    """A line for each kind and group; the link where `inside` tells it."""
+    if not flows:
+        return ["  nothing"]
+    return [
+        f"  {flow.group:<8}{flow.kind:<16}{flow.size:>5} ranks{flow.bytes / GIB:>12.3f} GiB" + _link(flow, inside)
+        for flow in flows
+    ]
+
+
+def _link(flow: Flow, inside: dict[str, bool] | None) -> str:
+    if inside is None:
+        return ""
+    return "  inside a node" if inside.get(flow.group, all(inside.values())) else "  between nodes"
+
+
+def estimate_tables(found: Estimate, machine: Machine | None) -> list[str]:
+    """What `tools/estimate.py` and `--dry-run` print."""
+    stage = found.stages[found.fullest]
+    shown = sorted({0, found.fullest, len(found.stages) - 1})
+    operations = stage.operations
+    lines = [
+        "memory of a rank, GiB (peak: state plus the largest of kept + transient, reduction, update)",
+        *memory_table({f"stage {rank}": found.stages[rank].memory for rank in shown}),
+        f"operations of a step: {found.model_flops:.3e} useful over all ranks; on a rank of stage {found.fullest} "
+        f"{operations.passes:.3e}, recomputation {operations.recomputation:.3e} (attention without the mask)",
+        f"volume of a rank of stage {found.fullest} in a step",
+        *flow_rows(stage.flows, found.inside),
+    ]
+    return [*lines, *_time_lines(found, machine)] if machine is not None else lines
+
+
+def _time_lines(found: Estimate, machine: Machine) -> list[str]:
+    assert found.time is not None
+    fits = found.stages[found.fullest].memory.total <= machine.memory_bytes
+    return [
+        f"time of a step on {found.world_size} x {machine.name}, seconds (roofline: products at "
+        f"{machine.product_efficiency:.0%} of the peak, links at {machine.link_efficiency:.0%}, nothing overlaps)",
+        *(f"  {name:<16}{value:>10.4f}" for name, value in dataclasses.asdict(found.time).items()),
+        f"  {'step':<16}{found.time.total:>10.4f}",
+        f"{found.tokens_per_second:,.0f} tokens/s, model FLOPs utilization {found.utilization(machine):.1%}; "
+        f"{'fits' if fits else 'DOES NOT FIT'} in {machine.memory_bytes / GIB:.0f} GiB",
+    ]
+
+
+def as_values(found: Estimate, machine: Machine) -> dict[str, Any]:
+    """Everything as JSON knows it; bytes, operations, seconds."""
+    assert found.time is not None
+    return {
+        "world_size": found.world_size,
+        "data_parallel_size": found.plan.dp_size,
+        "micro_batches": found.plan.num_microbatches,
+        "machine": dataclasses.asdict(machine),
+        "stages": [
+            {
+                "memory": {**dataclasses.asdict(stage.memory), "peak": stage.memory.total},
+                "operations": {**dataclasses.asdict(stage.operations), "total": stage.operations.total},
+                "flows": [
+                    {**dataclasses.asdict(flow), "wire_bytes": flow.wire_bytes, "inside_node": _inside(found, flow)}
+                    for flow in stage.flows
+                ],
+            }
+            for stage in found.stages
+        ],
+        "model_flops": found.model_flops,
+        "seconds": {**dataclasses.asdict(found.time), "step": found.time.total},
+        "tokens_per_second": found.tokens_per_second,
+        "model_flops_utilization": found.utilization(machine),
+        "fits": found.stages[found.fullest].memory.total <= machine.memory_bytes,
+    }
+
+
+def _inside(found: Estimate, flow: Flow) -> bool:
+    return found.inside.get(flow.group, all(found.inside.values()))

@@ -1,0 +1,116 @@
+"""The time of a step by a roofline: products at a share of the peak, all else at memory's and links' speed, no overlap.
+
+What is left out, so that a real step takes longer: kernel launches, imbalance between ranks, stragglers, data loading,
+evaluation and checkpoints. What would make it shorter: communication that runs beside products.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_crnet.batch import BatchPlan
+from megatron_crnet.estimate_memory import estimate_memory
+from megatron_crnet.estimate_operations import Operations
+from megatron_crnet.figures import PIPELINE, TENSOR, Flow
+from megatron_crnet.local_model import LocalModel
+from megatron_crnet.machines import Machine
+from megatron_crnet.recompute_plan import layer_widths
+
+ACTIVATION_USES = 4
+"""Each activation is written and read in forward, and so is its gradient in backward."""
+LAUNCHES, LAUNCH_SECONDS = 400, 5e-6
+"""Kernels of a layer in one micro-batch's forward and backward pass, and the host's time for each: stated guesses."""
+HOST_ADAM_BANDWIDTH = 20e9
+"""Bytes a second of host memory for each GPU when the optimizer is offloaded: a stated guess."""
+
+Part = tuple[LocalModel, Operations, list[Flow]]
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step; the parts follow one another.
+
+    Attributes:
+        products: matrix products and attention of the slowest stage.
+        element_wise: its norms, activations and residuals, by memory bandwidth.
+        launches: what the device waits because the host cannot start so many small kernels faster.
+        tensor_parallel, pipeline, data_parallel: communication.
+        bubble: waiting for other stages at both ends of the schedule.
+        update: the optimizer.
+    """
+
+    products: float
+    element_wise: float
+    launches: float
+    tensor_parallel: float
+    pipeline: float
+    bubble: float
+    data_parallel: float
+    update: float
+
+    @property
+    def total(self) -> float:
+        """The step."""
+        return (
+            self.products
+            + self.element_wise
+            + self.launches
+            + self.tensor_parallel
+            + self.pipeline
+            + self.bubble
+            + self.data_parallel
+            + self.update
+        )
+
+
+def estimate_time(parts: list[Part], plan: BatchPlan, machine: Machine, inside: dict[str, bool]) -> StepTime:
+    """The step of the stage that takes longest."""
+    return max((_stage_time(part, plan, machine, inside) for part in parts), key=lambda time: time.total)
+
+
+def _stage_time(part: Part, plan: BatchPlan, machine: Machine, inside: dict[str, bool]) -> StepTime:
+    model, operations, flows = part
+    # kernels on GPUs skip the masked half of attention, which the counter counts
+    products = (operations.total - operations.attention / 2) / (machine.peak_flops * machine.product_efficiency)
+    element_wise = plan.num_microbatches * _activation_bytes(model, plan) * ACTIVATION_USES / machine.memory_bandwidth
+    seconds = dict.fromkeys(("TP", "PP", "rest"), 0.0)
+    for flow in flows:
+        kind = flow.group if flow.group in (TENSOR, PIPELINE) else "rest"
+        bandwidth = (
+            machine.node_bandwidth if inside.get(flow.group, all(inside.values())) else machine.network_bandwidth
+        )
+        seconds[kind] += flow.wire_bytes / (bandwidth * machine.link_efficiency)
+    chunks, layers = len(model.chunks), sum(len(chunk.layers) for chunk in model.chunks)
+    launches = plan.num_microbatches * layers * LAUNCHES * LAUNCH_SECONDS
+    launches = max(0.0, launches - products - element_wise)
+    busy = products + element_wise + launches + seconds["TP"] + seconds["PP"]
+    return StepTime(
+        products=products,
+        element_wise=element_wise,
+        launches=launches,
+        tensor_parallel=seconds["TP"],
+        pipeline=seconds["PP"],
+        bubble=busy * (model.pp - 1) / (plan.num_microbatches * chunks),
+        data_parallel=seconds["rest"],
+        update=_update_time(model, plan, machine),
+    )
+
+
+def _activation_bytes(model: LocalModel, plan: BatchPlan) -> float:
+    """What a micro-batch writes, whether or not it is kept."""
+    size = 2 if model.config.training.dtype == "bf16" else 4
+    tokens = plan.micro_batch_size * plan.seq_length
+    local = tokens // model.tp if model.transformer.sequence_parallel else tokens
+    layers = sum(layer_widths(model.transformer, layer).activations for chunk in model.chunks for layer in chunk.layers)
+    logits = tokens * model.config.model.vocab_size // model.tp * (size + 4)
+    return layers * local * size + (logits if model.chunks[-1].predicts else 0)
+
+
+def _update_time(model: LocalModel, plan: BatchPlan, machine: Machine) -> float:
+    """Moments, masters and gradients are read, and all but the gradients written."""
+    memory = estimate_memory(model, plan)
+    if memory.host:
+        # gradients down, weights up, Adam in the host's memory
+        moved = memory.host / 12 * (4 + 2)
+        return moved / (machine.host_bandwidth * machine.link_efficiency) + 2.3 * memory.host / HOST_ADAM_BANDWIDTH
+    return (2 * memory.optimizer + memory.optimizer / 3 + memory.weights) / machine.memory_bandwidth

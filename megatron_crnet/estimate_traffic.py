@@ -1,0 +1,188 @@
+"""Bytes that one rank sends and receives in a step, by kind of call and group of ranks.
+
+Volumes as in `communication.py`: an all-gather's output, a reduce-scatter's input, an all-reduce as both. Derived from
+the code that calls: `linear.py`, `low_rank_products.py`, Megatron-Core's parallel layers, DeepSpeed's optimizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_crnet.batch import BatchPlan
+from megatron_crnet.block import boundary_widths, interleaved_width
+from megatron_crnet.deepspeed_rules import zero_stage
+from megatron_crnet.deepspeed_settings import is_plain
+from megatron_crnet.estimate_memory import grouped, padded
+from megatron_crnet.estimate_operations import outputs_are_kept
+from megatron_crnet.figures import DATA, MODEL, PIPELINE, TENSOR, WORLD, Flow, merged
+from megatron_crnet.local_model import Chunk, LocalModel
+
+COLUMNS, ROWS = ("q", "k", "v", "gate", "up"), ("o", "down")
+ONE_MEGATRON_LAYER = 2
+"""Megatron-Core's parallel layers of one kind in a full-rank layer."""
+
+
+def estimate_flows(model: LocalModel, plan: BatchPlan) -> list[Flow]:
+    """Everything that a rank of this stage sends in a step."""
+    return merged(
+        [
+            *_tensor_parallel(model, plan),
+            *_pipeline(model, plan),
+            *_data_parallel(model, plan),
+            *_norm_and_loss(model, plan),
+        ]
+    )
+
+
+def _group(model: LocalModel, plan: BatchPlan, name: str) -> tuple[str, int]:
+    """The smallest group with the same ranks, and its size."""
+    sizes = {
+        TENSOR: model.tp,
+        PIPELINE: model.pp,
+        DATA: plan.dp_size,
+        MODEL: model.tp * model.pp,
+        WORLD: model.tp * model.pp * plan.dp_size,
+    }
+    parts = {TENSOR: {TENSOR}, PIPELINE: {PIPELINE}, DATA: {DATA}, MODEL: {TENSOR, PIPELINE}}
+    wider = {part for part in parts.get(name, {TENSOR, PIPELINE, DATA}) if sizes[part] > 1}
+    same = [group for group, own in parts.items() if {part for part in own if sizes[part] > 1} == wider]
+    return (same[0] if same else WORLD), sizes[name]
+
+
+def _tensor_parallel(model: LocalModel, plan: BatchPlan) -> Iterator[Flow]:
+    if model.tp == 1:
+        return
+    size, tokens = element_size(model), plan.micro_batch_size * plan.seq_length
+
+    def flow(kind: str, width: float, calls: int, of_size: int = size) -> Flow:
+        factor = 2 if kind == "all_reduce" else 1
+        count = plan.num_microbatches
+        return Flow(kind, TENSOR, model.tp, calls * count, round(factor * tokens * width * of_size) * count)
+
+    for chunk in model.chunks:
+        for layer in chunk.layers:
+            times = _forward_passes(model, chunk, layer)
+            make = _full_rank_layer if model.transformer.is_full_rank(layer) else _low_rank_layer
+            for kind, width, calls in make(model, layer, times):
+                yield flow(kind, width, calls)
+        for kind, width, calls in _embedding(model, chunk):
+            yield flow(kind, width, calls)
+        if chunk.predicts:
+            # maximum, target's logit and sum of exponentials, of every token
+            yield flow("all_reduce", 3, 3, 4)
+    yield from _partial_gradients(model)
+
+
+Call = tuple[str, float, int]
+"""Kind, width in elements for each token, number of calls; of one micro-batch."""
+
+
+def _forward_passes(model: LocalModel, chunk: Chunk, layer: int) -> tuple[int, int]:
+    """How often products with A or full-rank weights communicate as in forward, and how often z is gathered so."""
+    if model.transformer.recompute_strategy == "full" and chunk.segments:
+        return 2, 2
+    segment = next((segment for segment in chunk.segments if layer in segment), None)
+    again = segment is not None and not outputs_are_kept(model, chunk, segment, layer)
+    # `replay` keeps z; what it gathers while rebuilding, backward does not gather again
+    return (2 if again and model.transformer.is_full_rank(layer) else 1), 1
+
+
+def _low_rank_layer(model: LocalModel, layer: int, times: tuple[int, int]) -> Iterator[Call]:
+    ranks = model.transformer.ranks[layer]
+    columns, rows = sum(ranks[p] for p in COLUMNS), sum(ranks[p] for p in ROWS)
+    if model.transformer.sequence_parallel:
+        yield "all_gather", times[1] * columns + columns + rows, 2 * times[1] + 4
+        yield "reduce_scatter", times[0] * rows + columns, 2 * times[0] + 2
+    else:
+        yield "all_reduce", times[0] * rows + columns, 2 * times[0] + 2
+
+
+def _full_rank_layer(model: LocalModel, layer: int, times: tuple[int, int]) -> Iterator[Call]:
+    h, pairs = model.config.model.hidden_size, ONE_MEGATRON_LAYER
+    if model.transformer.sequence_parallel:
+        # a column layer gathers its input forward and once more for the gradient of its weights
+        yield "all_gather", (times[0] + 2) * pairs * h, (times[0] + 2) * pairs
+        yield "reduce_scatter", (times[0] + 1) * pairs * h, (times[0] + 1) * pairs
+    else:
+        yield "all_reduce", (times[0] + 1) * pairs * h, (times[0] + 1) * pairs
+
+
+def _embedding(model: LocalModel, chunk: Chunk) -> Iterator[Call]:
+    h, sp = model.config.model.hidden_size, model.transformer.sequence_parallel
+    if chunk.embeds:
+        yield from [("reduce_scatter", h, 1), ("all_gather", h, 1)] if sp else [("all_reduce", h, 1)]
+    if chunk.predicts:
+        # as a full-rank column layer
+        yield from [("all_gather", 2 * h, 2), ("reduce_scatter", h, 1)] if sp else [("all_reduce", h, 1)]
+
+
+def _partial_gradients(model: LocalModel) -> Iterator[Flow]:
+    """Once a step, one call for each dtype."""
+    plain = model.config.training.dtype == "bf16" and zero_stage(model.config) == 0
+    numel = sum(p.numel for p in model.parameters if p.is_partial)
+    if numel:
+        yield Flow("all_reduce", TENSOR, model.tp, 1, 2 * numel * (2 if plain else 4))
+
+
+def _pipeline(model: LocalModel, plan: BatchPlan) -> Iterator[Flow]:
+    if model.pp == 1:
+        return
+    width = interleaved_width(model.transformer)
+    tokens = plan.micro_batch_size * plan.seq_length
+    local = tokens // (model.tp if model.transformer.sequence_parallel else 1)
+    widths = [
+        # forward from a chunk's end, and its gradient from the beginning of the next
+        width or sum(boundary_widths(model.transformer, edge))
+        for chunk in model.chunks
+        for edge in ([] if chunk.predicts else [chunk.layers.stop]) + ([] if chunk.embeds else [chunk.layers.start])
+    ]
+    count = plan.num_microbatches
+    volume = count * sum(widths) * local * element_size(model)
+    yield Flow("send", PIPELINE, model.pp, count * len(widths), volume)
+
+
+def _data_parallel(model: LocalModel, plan: BatchPlan) -> Iterator[Flow]:
+    stage, bf16, dp = zero_stage(model.config), model.config.training.dtype == "bf16", plan.dp_size
+    groups = grouped(model)
+    numel = sum(sum(group.numels) for group in groups)
+    whole = sum(padded(group, dp, stage) for group in groups)
+    times = plan.num_microbatches if stage >= 2 else 1
+    if stage < 3:
+        size = 2 if bf16 and stage == 0 else 4
+        # bf16 at stage 1 sums flat buffers with their padding
+        summed = whole if bf16 and stage == 1 else numel
+        yield Flow("all_reduce", DATA, dp, times, times * 2 * summed * size)
+    if stage in (1, 2):
+        volume = sum(padded(group, dp, stage) * group.size for group in groups)
+        yield Flow("all_gather", DATA, dp, len(groups), volume)
+    if stage == 3:
+        size = element_size(model)
+        yield Flow("reduce_scatter", DATA, dp, times, times * whole * 4)
+        # gathered for the forward and for the backward pass of every micro-batch: an upper bound, see docs
+        yield Flow("all_gather", DATA, dp, 2 * times, 2 * times * whole * size)
+
+
+def _norm_and_loss(model: LocalModel, plan: BatchPlan) -> Iterator[Flow]:
+    """A few numbers a step: the loss's sum and count in fp64, and the gradient norm."""
+    name, size = _group(model, plan, WORLD)
+    yield Flow("all_reduce", name, size, 1, 2 * 2 * 8)
+    stage, bf16 = zero_stage(model.config), model.config.training.dtype == "bf16"
+    whole_model, replicas = _group(model, plan, MODEL), _group(model, plan, DATA)
+    if stage == 0:
+        if is_plain(model.config):
+            yield from (Flow("all_reduce", *group, 1, 2 * 4) for group in (whole_model, replicas))
+        return
+    if stage == 1 and bf16:
+        yield Flow("all_reduce", *whole_model, 1, 2 * 4)
+        return
+    # ZeRO sums the norm of each parameter group, in fp64 at stage 3; in bf16 it also asks whether all is finite
+    count = len(grouped(model))
+    for group in (replicas, whole_model):
+        yield Flow("all_reduce", *group, count, count * 2 * (8 if stage == 3 else 4))
+        if bf16 and stage == 2:
+            yield Flow("all_reduce", *group, 1, 2 * 1)
+
+
+def element_size(model: LocalModel) -> int:
+    """Bytes of a weight and an activation."""
+    return 2 if model.config.training.dtype == "bf16" else 4

@@ -1,0 +1,89 @@
+"""What a GPU and its links can do, by data sheet; a file with the same fields describes another machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from megatron_crnet.errors import ConfigError, require, require_positive
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One GPU in its node. Bandwidths are for one direction.
+
+    Attributes:
+        name: for reports.
+        peak_flops: dense bf16 matrix products, floating-point operations a second.
+        memory_bytes: device memory that PyTorch can have.
+        memory_bandwidth: of device memory, bytes a second.
+        node_bandwidth: to the other GPUs of the node, bytes a second.
+        network_bandwidth: of this GPU's share of the network, bytes a second.
+        host_bandwidth: to the host's memory, bytes a second.
+        product_efficiency: share of `peak_flops` that matrix products reach. A stated guess, not a measurement.
+        link_efficiency: share of the three bandwidths between devices that large transfers reach. The same.
+    """
+
+    name: str
+    peak_flops: float
+    memory_bytes: float
+    memory_bandwidth: float
+    node_bandwidth: float
+    network_bandwidth: float
+    host_bandwidth: float
+    product_efficiency: float = 0.6
+    link_efficiency: float = 0.8
+
+
+GIB = 2**30
+MACHINES = {
+    # NVIDIA A100 80GB SXM data sheet; DGX A100: one 200 Gb/s port a GPU, PCIe 4
+    "a100-80g": Machine("a100-80g", 312e12, 79 * GIB, 2.039e12, 300e9, 25e9, 32e9),
+    # NVIDIA H100 SXM5 data sheet (half of the figures with sparsity); DGX H100: one 400 Gb/s port a GPU, PCIe 5
+    "h100": Machine("h100", 989e12, 79 * GIB, 3.35e12, 450e9, 50e9, 64e9),
+    # NVIDIA H200 SXM data sheet; links as H100
+    "h200": Machine("h200", 989e12, 139 * GIB, 4.8e12, 450e9, 50e9, 64e9),
+}
+"""By the names that tools take."""
+
+
+def find_machine(name: str) -> Machine:
+    """A known machine, or one read from a YAML file with the fields of `Machine`.
+
+    Raises:
+        ConfigError: neither; names what is wrong.
+    """
+    if name in MACHINES:
+        return MACHINES[name]
+    path = Path(name)
+    require(path.is_file(), f"--gpu is {name}, but must be {', '.join(MACHINES)} or a YAML file: give one of them")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--gpu {name} cannot be read ({' '.join(str(error).split())}): correct it") from error
+    require(isinstance(values, dict), f"--gpu {name} holds no mapping: write the fields of a machine in it")
+    return _machine(name, values)
+
+
+def _machine(path: str, values: dict[str, object]) -> Machine:
+    fields = {f.name: f for f in dataclasses.fields(Machine)}
+    for key in values:
+        close = difflib.get_close_matches(str(key), list(fields), n=1)
+        remedy = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(fields)}"
+        require(key in fields, f"--gpu {path}: unknown field {key!r}: {remedy}")
+    numbers: dict[str, float] = {}
+    for name, field in fields.items():
+        if name == "name":
+            continue
+        value = values.get(name, field.default)
+        require(value is not dataclasses.MISSING, f"--gpu {path} gives no {name}: add it")
+        try:
+            numbers[name] = float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"--gpu {path}: {name} is {value!r}, but must be a number: correct it") from error
+    require_positive(f"--gpu {path}:", **numbers)
+    return Machine(str(values.get("name", Path(path).stem)), **numbers)

@@ -1,0 +1,164 @@
+"""The estimate against a step that really runs on gloo ranks, and against one that is simulated."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_crnet.config import Config, RecomputeConfig
+from megatron_crnet.counted_step import OperationCounter, count_step
+from megatron_crnet.estimate import StageEstimate, estimate
+from megatron_crnet.figures import Flow, StepFigures
+from megatron_crnet.parallel import initialize_parallel
+from megatron_crnet.settings import load_config
+from megatron_crnet.simulation import simulate
+from tests.distributed.spawn import fresh_world, run_distributed
+from tests.helpers import tiny_config
+
+# wide enough that activations and state weigh as in a real model, and DeepSpeed's buckets are not everything
+MODEL = {"hidden_size": 64, "ffn_hidden_size": 160, "vocab_size": 256, "rank": 16, "num_layers": 4}
+TRAINING = {"seq_length": 64, "micro_batch_size": 2, "global_batch_size": 16}
+TP = {"tensor_model_parallel_size": 2}
+PP = {"pipeline_model_parallel_size": 2}
+VPP = {**PP, "virtual_pipeline_model_parallel_size": 2}
+REPLAY, FULL = RecomputeConfig(strategy="replay"), RecomputeConfig(strategy="full")
+
+
+def row(dtype: str, stage: int, parallel: dict[str, Any] | None = None, recompute: Any = None, **model: Any) -> Config:
+    zero = {"stage": stage, "reduce_bucket_size": 50_000}
+    config = tiny_config(
+        model={**MODEL, **model},
+        training={**TRAINING, "dtype": dtype},
+        parallel=parallel,
+        deepspeed_section={"zero_optimization": zero},
+    )
+    return dataclasses.replace(config, recompute=recompute or RecomputeConfig())
+
+
+@cache
+def rows() -> dict[str, Config]:
+    return {
+        "zero 0, fp32": row("fp32", 0),
+        "zero 1, fp32": row("fp32", 1),
+        "zero 1, bf16": row("bf16", 1),
+        "zero 2, bf16": row("bf16", 2),
+        "tp": row("bf16", 1, TP),
+        "tp without sp": row("bf16", 1, {**TP, "sequence_parallel": False}),
+        "tp, full rank": row("bf16", 1, TP, variant="full_rank"),
+        "tp, replay": row("bf16", 1, TP, REPLAY),
+        "tp, full": row("bf16", 1, TP, FULL),
+        "pp": row("bf16", 1, PP),
+        "pp, replay": row("fp32", 1, PP, REPLAY),
+        "vpp": row("bf16", 1, VPP),
+    }
+
+
+Found = dict[str, tuple[StepFigures, StageEstimate]]
+
+
+RARE = ("zero 1, fp32", "tp without sp", "tp, full rank", "tp, full", "pp, replay")
+"""Marked long: every row costs a second on an idle machine, and more where process groups are built."""
+SOON = [name for name in rows() if name not in RARE]
+
+
+def count_rows(names: list[str]) -> Found:
+    """On every rank: what was counted in a real step, and the estimate for this rank's stage."""
+    found: Found = {}
+    for name in names:
+        config = rows()[name]
+        context = initialize_parallel(config)
+        counted = count_step(config, context)
+        context.heartbeat.close()
+        stages = estimate(config, context.world_size).stages
+        found[name] = counted, stages[context.rank // (context.world_size // len(stages))]
+        fresh_world()
+    return found
+
+
+@pytest.fixture(scope="module")
+def counted() -> list[Found]:
+    return run_distributed(count_rows, 2, SOON)
+
+
+@pytest.fixture(scope="module")
+def counted_rarely() -> list[Found]:
+    return run_distributed(count_rows, 2, list(RARE))
+
+
+def volumes(flows: list[Flow]) -> dict[tuple[str, str, int], int]:
+    return {(flow.group, flow.kind, flow.size): flow.bytes for flow in flows}
+
+
+@pytest.mark.parametrize("name", SOON)
+def test_bytes_are_those_that_were_intercepted(name: str, counted: list[Found]) -> None:
+    for real, expected in (found[name] for found in counted):
+        assert volumes(expected.flows) == volumes(real.flows)
+
+
+@pytest.mark.parametrize("name", SOON)
+def test_operations_are_those_of_the_counter(name: str, counted: list[Found]) -> None:
+    for real, expected in (found[name] for found in counted):
+        assert expected.operations.total == real.flops
+
+
+@pytest.mark.parametrize("name", SOON)
+def test_the_peak_is_within_a_tenth_of_what_was_alive(name: str, counted: list[Found]) -> None:
+    for real, expected in (found[name] for found in counted):
+        assert expected.memory.total == pytest.approx(real.memory.total, rel=0.1), (real.memory, expected.memory)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", RARE)
+def test_rarer_rows_hold_as_well(name: str, counted_rarely: list[Found]) -> None:
+    for real, expected in (found[name] for found in counted_rarely):
+        assert volumes(expected.flows) == volumes(real.flows)
+        assert expected.operations.total == real.flops
+        assert expected.memory.total == pytest.approx(real.memory.total, rel=0.1), (real.memory, expected.memory)
+
+
+# a simulation takes ten seconds
+@pytest.mark.parametrize("name", [n if n == "pp" else pytest.param(n, marks=pytest.mark.long) for n in SOON])
+def test_a_simulated_rank_does_exactly_what_the_real_one_does(name: str, counted: list[Found]) -> None:
+    real = counted[1][name][0]
+    simulated = simulate(rows()[name], 2, 1)
+    assert volumes(simulated.flows) == volumes(real.flows)
+    assert simulated.flops == real.flops
+    assert simulated.memory.total == pytest.approx(real.memory.total, rel=0.01)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("example", ["llama2_7b", "llama2_13b"])
+def test_the_large_examples_are_estimated_as_they_are_simulated(example: str) -> None:
+    config = load_config(f"examples/{example}.yaml")
+    simulated, expected = simulate(config, 8, 0), estimate(config, 8).stages[0]
+    assert volumes(expected.flows) == volumes(simulated.flows)
+    assert expected.operations.total == simulated.flops
+    assert expected.memory.total == pytest.approx(simulated.memory.total, rel=0.05)
+
+
+def test_operations_are_counted_as_pytorch_counts_them() -> None:
+    x, w = torch.randn(4, 8, requires_grad=True), torch.randn(8, 16, requires_grad=True)
+    q = torch.randn(1, 2, 8, 4, requires_grad=True)
+    with OperationCounter() as ours:
+        (x @ w).sum().backward()
+        torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
+    with FlopCounterMode(display=False) as theirs:
+        (x @ w).sum().backward()
+    attention = 2 * 8 * 8 * 4 * 2 * (2 + 5)
+    assert ours.total == theirs.get_total_flops() + attention
+
+
+def test_a_world_of_thousands_is_one_process() -> None:
+    config = row("bf16", 1, {**TP, **PP})
+    training = dataclasses.replace(config.training, global_batch_size=2048)
+    config = dataclasses.replace(config, training=training)
+    simulated, expected = simulate(config, 4096, 4095), estimate(config, 4096).stages[1]
+    assert not dist.is_initialized()
+    assert volumes(simulated.flows) == volumes(expected.flows)
+    assert {flow.size for flow in simulated.flows if flow.group == "DP"} == {1024}

@@ -1,0 +1,60 @@
+"""Say before a run whether it fits and how fast it will be: memory by part, operations, bytes on the wire, time.
+
+    python tools/estimate.py --config examples/llama2_7b.yaml --world-size 8 --gpu h100
+
+Any `--section.field value` of pretrain_crnet.py is taken, and:
+
+    --world-size N       ranks of the run (default: one tensor-parallel group in each pipeline stage)
+    --gpu NAME           a100-80g, h100, h200, or a YAML file with the fields of `megatron_crnet/machines.py`
+                         (default h100)
+    --gpus-per-node N    ranks that share a node (default 8)
+    --json               print the figures as JSON instead of tables
+
+What the figures mean and where they come from: docs/estimate.md.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from megatron_crnet import cpu_platform
+from megatron_crnet.errors import CrnetError
+from megatron_crnet.options import positive_integer, take_options
+from megatron_crnet.settings import parse_arguments
+
+OPTIONS = {"--world-size": None, "--gpu": "h100", "--gpus-per-node": "8"}
+
+
+def main(argv: list[str]) -> int:
+    """Run; returns the exit status."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    try:
+        options, rest = take_options(OPTIONS, [argument for argument in argv if argument != "--json"])
+        config = parse_arguments(rest).config
+        cpu_platform.install()
+        from megatron_crnet.estimate import estimate
+        from megatron_crnet.estimate_report import as_values, estimate_tables
+        from megatron_crnet.machines import find_machine
+
+        parallel = config.parallel
+        least = str(parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+        world_size = positive_integer("--world-size", options["--world-size"] or least)
+        machine = find_machine(str(options["--gpu"]))
+        found = estimate(
+            config, world_size, machine, positive_integer("--gpus-per-node", str(options["--gpus-per-node"]))
+        )
+    except CrnetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    if "--json" in argv:
+        print(json.dumps(as_values(found, machine), indent=1))
+    else:
+        print("\n".join(estimate_tables(found, machine)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,99 @@
+"""Find the layout in which a configuration trains fastest on N GPUs, by the estimate, and write it as a YAML file.
+
+    python tools/plan.py --config examples/llama2_7b.yaml --gpus 8 --gpu h100 --output plan.yaml
+
+Searches TP, PP, virtual stages, DP, ZeRO stage, micro-batch, recomputation and optimizer offload. The global batch and
+the model stay. Ctrl-C ends the search with what was found so far. Any `--section.field value` is taken, and:
+
+    --gpus N             GPUs of the run
+    --gpu NAME           a100-80g, h100, h200, or a YAML file (default h100)
+    --gpus-per-node N    GPUs that share a node (default 8)
+    --output FILE        where the first choice is written (default plan.yaml)
+    --show N             how many plans are listed (default 10)
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_crnet import cpu_platform
+from megatron_crnet.errors import ConfigError, CrnetError, require
+from megatron_crnet.interruption import INTERRUPTED
+from megatron_crnet.options import positive_integer, take_options
+from megatron_crnet.settings import parse_arguments, save_config
+
+OPTIONS = {"--gpus": None, "--gpu": "h100", "--gpus-per-node": "8", "--output": "plan.yaml", "--show": "10"}
+GIB = 2**30
+
+
+def table(plans: list[Any]) -> list[str]:
+    """The plans in their order, one a line."""
+    from megatron_crnet.plan_search import peak
+
+    lines = [
+        f"{'':>3}{'TP':>4}{'PP':>4}{'VPP':>4}{'DP':>5}{'ZeRO':>5}{'micro':>6}  {'recompute':<24}{'offload':<8}"
+        f"{'GiB':>7}{'s/step':>9}{'tokens/s':>12}"
+    ]
+    for number, plan in enumerate(plans, 1):
+        c, e = plan.choice, plan.estimate
+        lines.append(
+            f"{number:>3}{c.tp:>4}{c.pp:>4}{c.vpp:>4}{e.plan.dp_size:>5}{c.zero:>5}{c.micro_batch:>6}  "
+            f"{c.recompute:<24}{'cpu' if c.offload else '-':<8}"
+            f"{peak(plan) / GIB:>7.1f}{e.time.total:>9.3f}{e.tokens_per_second:>12,.0f}"
+        )
+    return lines
+
+
+def run(argv: list[str]) -> int:
+    """Search, print, write. Returns the exit status."""
+    options, rest = take_options(OPTIONS, argv)
+    require(options["--gpus"] is not None, "--gpus is missing, but says how many GPUs the run has: add --gpus N")
+    gpus, per_node, show = (
+        positive_integer(name, str(options[name])) for name in ("--gpus", "--gpus-per-node", "--show")
+    )
+    output = Path(str(options["--output"]))
+    require(output.parent.is_dir(), f"--output {output} lies in no existing folder: create {output.parent}")
+    config = parse_arguments(rest).config
+    cpu_platform.install()
+    from tqdm import tqdm
+
+    from megatron_crnet.machines import find_machine
+    from megatron_crnet.plan_search import RESERVE, explain, peak, search
+
+    machine = find_machine(str(options["--gpu"]))
+    found = search(config, gpus, machine, per_node, lambda all_choices: tqdm(all_choices, unit="layouts"))
+    done = f"stopped after {found.tried} of {found.total}" if found.stopped else f"{found.total}"
+    print(
+        f"{done} layouts tried: {found.refused} not allowed, {found.too_large} above {1 - RESERVE:.0%} of "
+        f"{machine.memory_bytes / GIB:.0f} GiB, {len(found.fitting)} fit"
+    )
+    if not found.fitting:
+        least = f"the smallest needs {peak(found.least) / GIB:.1f} GiB" if found.least else "none is allowed"
+        raise ConfigError(f"no layout fits {gpus} x {machine.name}, {least}: use more GPUs or a smaller global batch")
+    ranked = found.ranked()
+    print(
+        "\n".join(
+            [*table(ranked[:show]), "the first, because of the search's estimate:", *(f"  {x}" for x in explain(found))]
+        )
+    )
+    save_config(ranked[0].config, output)
+    print(f"written to {output}: start {gpus} processes of pretrain_crnet.py --config {output}")
+    return INTERRUPTED if found.stopped else 0
+
+
+def main(argv: list[str]) -> int:
+    """Run; returns the exit status."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    try:
+        return run(argv)
+    except CrnetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

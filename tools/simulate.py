@@ -1,0 +1,88 @@
+"""Run one rank of a world of up to 4096 in this process, without memory and without peers, and count its step.
+
+    python tools/simulate.py --config examples/llama2_7b.yaml --world-size 8 --rank 0
+
+The real model, schedule and DeepSpeed engine, on PyTorch's fake tensors and fake process group. The estimate's figures
+stand beside the counted ones. Any `--section.field value` of pretrain_crnet.py is taken, and:
+
+    --world-size N    ranks of the simulated world
+    --rank K          which of them this process is (default 0)
+    --json            print the counted and the estimated figures as JSON instead
+
+What a simulation can and cannot see: docs/estimate.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from typing import Any
+
+from megatron_crnet import cpu_platform
+from megatron_crnet.config import Config
+from megatron_crnet.errors import CrnetError, require
+from megatron_crnet.options import positive_integer, take_options
+from megatron_crnet.settings import parse_arguments
+
+OPTIONS = {"--world-size": "1", "--rank": "0"}
+
+
+def compare(config: Config, world_size: int, rank: int) -> dict[str, Any]:
+    """Counted and estimated figures of the rank."""
+    cpu_platform.install()
+    from megatron_crnet.estimate import estimate
+    from megatron_crnet.simulation import check_simulation, simulate
+
+    check_simulation(config, world_size, rank)
+    expected = estimate(config, world_size)
+    # ranks count through tensor and data parallelism before they reach the next stage
+    stage = expected.stages[rank // (world_size // len(expected.stages))]
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints the memory of this process
+        return {"counted": simulate(config, world_size, rank), "estimated": stage}
+
+
+def tables(found: dict[str, Any]) -> list[str]:
+    """Both side by side."""
+    from megatron_crnet.estimate_report import flow_rows, memory_table
+
+    counted, estimated = found["counted"], found["estimated"]
+    ratio = estimated.memory.total / counted.memory.total - 1
+    same = sorted((f.group, f.kind, f.bytes) for f in counted.flows) == sorted(
+        (f.group, f.kind, f.bytes) for f in estimated.flows
+    )
+    return [
+        "memory, GiB",
+        *memory_table({"counted": counted.memory, "estimated": estimated.memory}),
+        f"  the estimate's peak differs by {ratio:+.1%}",
+        f"operations: counted {counted.flops:.6e}, estimated {estimated.operations.total:.6e}",
+        "volume, counted" + (" and estimated alike" if same else ""),
+        *flow_rows(counted.flows),
+        *([] if same else ["volume, estimated", *flow_rows(estimated.flows)]),
+    ]
+
+
+def main(argv: list[str]) -> int:
+    """Run; returns the exit status."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    try:
+        options, rest = take_options(OPTIONS, [argument for argument in argv if argument != "--json"])
+        rank = str(options["--rank"])
+        require(rank.isdecimal(), f"--rank is {rank}, but must be an integer from 0: correct it")
+        world_size = positive_integer("--world-size", str(options["--world-size"]))
+        found = compare(parse_arguments(rest).config, world_size, int(rank))
+    except CrnetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    if "--json" in argv:
+        print(json.dumps({name: dataclasses.asdict(figures) for name, figures in found.items()}, indent=1))
+    else:
+        print("\n".join(tables(found)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
