@@ -56,10 +56,14 @@ The modules in the order in which to read them; each uses only those above it.
     inference            opens either in one process, continues prompts; evaluation: loss over text
     communication        counts what a run sends; communication_report: for a configuration
     live_memory          counts the bytes that are alive; recompute_report: for each recomputation strategy
+    provenance           the command, machine and versions beside every figure
     metrics, plot        what a run reports
     sampling             a look at what the model writes
     inputs               everything that a run reads, examined before it writes
     trainer              the loop
+
+    benchmark_rows       what is compared; benchmark_world: the processes of one row
+    benchmark            rows in turn, medians and ratios
 """
 
 __version__ = "0.1.0"
