@@ -102,18 +102,22 @@ def _layouts(config: Config, processes: int) -> list[Row]:
 
 def _strong(config: Config, processes: int) -> list[Row]:
     size = config.training.global_batch_size
-    return [Row("strong", f"{n} processes", n, _batch(config, size, n)) for n in _powers(processes)]
+    return [Row("strong", _count(n), n, _batch(config, size, n)) for n in _powers(processes)]
 
 
 def _weak(config: Config, processes: int) -> list[Row]:
     size = config.training.global_batch_size
-    return [Row("weak", f"{n} processes", n, _batch(config, size * n, n)) for n in _powers(processes)]
+    return [Row("weak", _count(n), n, _batch(config, size * n, n)) for n in _powers(processes)]
 
 
 def _batch(config: Config, global_batch_size: int, replicas: int) -> tuple[str, ...]:
     """The batch of `replicas` data-parallel ranks; micro-batches as large as asked for, where they fit."""
     micro = max(min(config.training.micro_batch_size, global_batch_size // replicas), 1)
     return "--training.global_batch_size", str(global_batch_size), "--training.micro_batch_size", str(micro)
+
+
+def _count(processes: int) -> str:
+    return "1 process" if processes == 1 else f"{processes} processes"
 
 
 def _powers(largest: int) -> list[int]:
