@@ -64,6 +64,8 @@ The modules in the order in which to read them; each uses only those above it.
 
     benchmark_rows       what is compared; benchmark_world: the processes of one row
     benchmark            rows in turn, medians and ratios
+    report_inputs        reads runs and figures, whole or damaged; charts: SVG for paper, phones and the dark
+    scaling_report       what a report says; report_page: as HTML and Markdown
 """
 
 __version__ = "0.1.0"

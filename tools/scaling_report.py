@@ -49,8 +49,8 @@ def run(argv: list[str]) -> int:
     peak = None if args.peak_tflops is None else args.peak_tflops * 1e12
     sections = build_sections(evidence, peak, command_line([__file__, *argv]))
     introduction = (
-        f"Made from {len(evidence.runs)} runs, {len(evidence.benchmarks)} benchmarks, "
-        f"{len(evidence.figures)} estimates and simulations, {len(evidence.recompute)} counts of recomputation."
+        f"Made from runs: {len(evidence.runs)}, benchmarks: {len(evidence.benchmarks)}, estimates and simulations: "
+        f"{len(evidence.figures)}, counts of recomputation: {len(evidence.recompute)}."
     )
     with atomic_files(args.output.with_suffix(".md"), args.output, overwrite=True) as (markdown, page):
         markdown.write_text(markdown_page(args.title, introduction, sections))
