@@ -65,6 +65,8 @@ The modules in the order in which to read them; each uses only those above it.
     benchmark_rows       what is compared; benchmark_world: the processes of one row
     benchmark            rows in turn, medians and ratios
     report_inputs        reads runs and figures, whole or damaged; charts: SVG for paper, phones and the dark
+    report_parts         sections, tables and what they share
+    report_speed, report_costs             how fast; memory, recomputation, traffic
     scaling_report       what a report says; report_page: as HTML and Markdown
 """
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from megatron_crnet.charts import DASHES, HATCHES, SERIES, Chart, marker
-from megatron_crnet.scaling_report import Section, Table
+from megatron_crnet.report_parts import Section, Table
 
 LIGHT = ("#0b62b4", "#b8480e", "#0a7a4b", "#8a3a9e", "#8a6d00", "#c2185b", "#00778a", "#555f6b")
 DARK = ("#6cb6ff", "#ff9d57", "#5fd39a", "#d699ff", "#e8c547", "#ff7eb0", "#4fd3e6", "#b4bec9")
@@ -18,7 +18,8 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --text: #e6e9ed; --back: #14181d; --soft: #a3adb8; --line: #3a424c;
   --box: #1d232a; --warn: #ffb86b; DARK } }
 @media print { :root { --text: #000; --back: #fff; --soft: #333; --line: #bbb; --box: #fff; --warn: #5a3000; LIGHT }
-  figure, table, h2 { break-inside: avoid; } h2 { break-after: avoid; } nav { display: none; }
+  figure, table, h2 { break-inside: avoid; } h2, section > p { break-after: avoid; } nav { display: none; }
+  body { font-size: 12px; } .charts { grid-template-columns: 1fr 1fr !important; }
   * { print-color-adjust: exact; } }
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back); margin: 0 auto;
