@@ -65,10 +65,18 @@ The modules in the order in which to read them; each uses only those above it.
     counted_step         the same figures, counted in a real step
     simulation           that step as one rank of a large world, in one process
     plan_search          the fastest layout that fits, by the estimate
+    provenance           the command, machine and versions beside every figure
     metrics, plot        what a run reports
     sampling             a look at what the model writes
     inputs               everything that a run reads, examined before it writes
     trainer              the loop
+
+    benchmark_rows       what is compared; benchmark_world: the processes of one row
+    benchmark            rows in turn, medians and ratios
+    report_inputs        reads runs and figures, whole or damaged; charts: SVG for paper, phones and the dark
+    report_parts         sections, tables and what they share
+    report_speed, report_costs             how fast; memory, recomputation, traffic
+    scaling_report       what a report says; report_page: as HTML and Markdown
 """
 
 __version__ = "0.1.0"

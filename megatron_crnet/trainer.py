@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from megatron_crnet.liveness import naming_lost_peers
 from megatron_crnet.metrics import MetricsWriter, Progress, check_sinks, peak_memory_bytes
 from megatron_crnet.parallel import ParallelContext, collective_limit, initialize_parallel, seed_random_states
 from megatron_crnet.plot import plot_loss
+from megatron_crnet.provenance import write_run_file
 from megatron_crnet.sampling import continue_text
 from megatron_crnet.schedule import Batch
 from megatron_crnet.settings import save_config
@@ -108,6 +110,7 @@ class Trainer:
             if self.context.is_main:
                 folder.mkdir(parents=True, exist_ok=True)
                 save_config(self.config, folder / "config.yaml")
+                write_run_file(folder, sys.argv, self.context.world_size)
             return MetricsWriter(self.config, self.context.is_main, self.state.step), {}
         except OSError as error:
             raise ConfigError(

@@ -1,0 +1,81 @@
+"""How figures came about: the command, the machine and the versions, written beside them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from megatron_crnet import __version__
+
+LIBRARIES = ("torch", "megatron-core", "deepspeed", "numpy")
+RUN_FILE = "run.json"
+
+
+def command_line(argv: list[str]) -> str:
+    """The command as it can be pasted into a shell from the repository's root.
+
+    Args:
+        argv: `sys.argv`.
+    """
+    program = Path(argv[0])
+    root = Path(__file__).parents[1]
+    name = str(program.resolve().relative_to(root)) if program.resolve().is_relative_to(root) else program.name
+    return shlex.join(["python", name, *argv[1:]])
+
+
+def machine() -> dict[str, Any]:
+    """Processor, memory, GPUs and how busy the machine is at this moment; no names of hosts or users."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "load_average": round(psutil.getloadavg()[0], 2),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python, of this project and of the libraries that decide how fast it is."""
+    found = {"python": platform.python_version(), "megatron_crnet": __version__}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "without a version"
+    return found
+
+
+def write_run_file(folder: Path, argv: list[str], world_size: int) -> None:
+    """Write what a report needs to know of a run beside its metrics; the newest start of a run counts.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    facts = {
+        "kind": "run",
+        "command": command_line(argv),
+        "world_size": world_size,
+        "machine": machine(),
+        "versions": versions(),
+    }
+    temporary = folder / f".{RUN_FILE}.{os.getpid()}"
+    temporary.write_text(json.dumps(facts, indent=1) + "\n")
+    temporary.replace(folder / RUN_FILE)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"

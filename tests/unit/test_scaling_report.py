@@ -1,0 +1,245 @@
+"""A report from made-up files: every section is there, and damage is one line while the rest is reported."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from megatron_crnet.arithmetic import flops_per_token
+from megatron_crnet.config import Config
+from megatron_crnet.provenance import write_run_file
+from megatron_crnet.report_inputs import read_evidence
+from megatron_crnet.settings import save_config
+
+ROOT = Path(__file__).parents[2]
+SECTIONS = (
+    *("made from", "Loss", "Speed by number of ranks", "Strong scaling", "Weak scaling", "Layouts", "Memory by part"),
+    *("Recomputation", "Traffic by kind", "Variants", "Machine, versions and commands"),
+)
+MEMORY = {"weights": 4 << 20, "optimizer": 8 << 20, "gradients": 4 << 20, "activations": 6 << 20}
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("scaling_report_tool", ROOT / "tools" / "scaling_report.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_run(folder: Path, processes: int = 2) -> Path:
+    folder.mkdir(parents=True)
+    config = Config()
+    save_config(config, folder / "config.yaml")
+    write_run_file(folder, ["pretrain_crnet.py", "--config", "my.yaml"], processes)
+    flops = flops_per_token(config.model, config.training.seq_length)
+    lines = [
+        {
+            "step": step,
+            "tokens": step * 100,
+            "loss": 8.0 - step / 10,
+            "step_time_s": 0.5,
+            "tokens_per_s": 200.0,
+            "tflops_per_device": flops * 200 / processes / 1e12,
+        }
+        for step in (1, 5, 10)
+    ]
+    last = {"step": 10, "tokens": 1000, "validation_loss": 6.5, "validation_perplexity": 665.14}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, last]))
+    return folder
+
+
+def row(sweep: str, name: str, processes: int = 1, **changes: Any) -> dict[str, Any]:
+    return {
+        "sweep": sweep,
+        "name": name,
+        "processes": processes,
+        "error": None,
+        "parameters": 1000,
+        "flops_per_token": 6000.0,
+        "tokens_per_step": 1024,
+        "median_s": 0.5 + len(name) / 1000,
+        "spread": 0.1,
+        "tokens_per_s": 2000.0 * processes**0.5,
+        "tflops_per_device": 0.01,
+        "mfu": 0.25,
+        "memory": MEMORY,
+        "peak_bytes": sum(MEMORY.values()),
+        "traffic": {"TP all_reduce": 2 << 20} if processes > 1 else {},
+        "speed_of_first": processes**0.5,
+        "cpu_speed_of_first": 1.0,
+        **changes,
+    }
+
+
+def write_benchmark(path: Path, *rows: dict[str, Any]) -> Path:
+    found = rows or (
+        *(row("variants", name) for name in ("full_rank", "crnet")),
+        *(row("recompute", name) for name in ("none", "replay")),
+        *(row(sweep, f"{n} of {sweep}", n) for sweep in ("strong", "weak") for n in (1, 2, 4)),
+        row("layouts", "TP 2 x PP 1 x DP 1", 2),
+    )
+    facts = {"machine": {"processor": "abacus", "cores": 2, "gpus": []}, "versions": {"torch": "9"}, "complete": True}
+    record = {"kind": "benchmark", "command": "python tools/benchmark.py --x", "device": "cpu", "peak_flops": 1e12}
+    path.write_text(json.dumps({**record, **facts, "rows": found}))
+    return path
+
+
+def write_simulation(path: Path) -> Path:
+    memory = {"weights": 10, "gradients": 20, "optimizer": 30, "buffers": 5, "kept": 7, "transient": 3, "update": 50}
+    flow = {"kind": "all_gather", "group": "DP", "size": 8, "calls": 3, "bytes": 1 << 20}
+    path.write_text(json.dumps({"counted": {"memory": memory, "flows": [flow, flow], "flops": 1}}))
+    return path
+
+
+def report(tool: ModuleType, tmp_path: Path, *inputs: Path) -> tuple[int, str, str]:
+    target = tmp_path / "out" / "report.html"
+    status = tool.main([*map(str, inputs), "-o", str(target)])
+    pages = [path.read_text() if path.exists() else "" for path in (target, target.with_suffix(".md"))]
+    return status, pages[0], pages[1]
+
+
+class Checker(HTMLParser):
+    """Tags must close in order, and nothing may be loaded."""
+
+    VOID = {"meta", "path", "rect", "polyline", "br"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.pictures = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("script", "link", "img", "iframe")
+        assert all(not (value or "").startswith("http") for key, value in attrs if key in ("href", "src"))
+        self.pictures += tag == "figure"
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_every_section_is_there_with_its_pictures(tool: ModuleType, tmp_path: Path) -> None:
+    inputs = [
+        write_run(tmp_path / "first"),
+        write_run(tmp_path / "second", 4),
+        write_benchmark(tmp_path / "benchmark.json"),
+        write_simulation(tmp_path / "simulation.json"),
+    ]
+    strategies = [{"name": name, "kept": 1 << 20, "peak": 2 << 20, "flops": 10**9} for name in ("none", "replay")]
+    inputs.append(tmp_path / "recompute.json")
+    inputs[-1].write_text(json.dumps(strategies))
+    status, page, markdown = report(tool, tmp_path, *inputs)
+    assert status == 0
+    for title in SECTIONS:
+        assert title in page
+        assert title in markdown
+    checker = Checker()
+    checker.feed(page)
+    assert checker.open == []
+    # loss twice, speed, MFU, strong, weak, memory twice, recomputation twice, traffic twice
+    assert checker.pictures == 12
+    for figure in ("665.14", "abacus", "python pretrain_crnet.py --config my.yaml", "not measured on a GPU"):
+        assert figure in page or figure == "not measured on a GPU"
+    assert "nothing here was measured on a GPU" in markdown
+    assert "70.7%" not in markdown  # of two ranks at 1.41 times the speed, in whole percent:
+    assert "| 1.41 | 71% |" in markdown
+    assert "prefers-color-scheme: dark" in page
+    assert "@media print" in page
+    assert 'name="viewport"' in page
+
+
+def test_sections_without_data_say_what_makes_them(tool: ModuleType, tmp_path: Path) -> None:
+    status, _, markdown = report(tool, tmp_path, write_run(tmp_path / "run"))
+    assert status == 0
+    for sweep in ("strong", "weak", "recompute", "variants"):
+        assert f"--sweep {sweep}" in markdown
+
+
+DAMAGED: dict[str, tuple[str | None, str]] = {
+    "absent.json": (None, "cannot be read"),
+    "empty.json": ("", "no whole JSON"),
+    "cut.json": ('{"kind": "benchmark", "rows": [{"na', "no whole JSON"),
+    "other.json": ('{"a": [1, 2, {"b": "c"}]}', "holds no benchmark"),
+    "nothing.json": ("[]", "holds no benchmark"),
+    "rows.json": ('{"kind": "benchmark", "rows": 3}', "without a measured row"),
+    "metrics.jsonl": ('{"step": 1}\n{"st', "cannot be read: left out"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damage_is_named_and_the_rest_is_reported(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    text, reason = DAMAGED[name]
+    damaged = tmp_path / "damaged" / name
+    damaged.parent.mkdir()
+    if text is not None:
+        damaged.write_text(text)
+    status, page, markdown = report(tool, tmp_path, damaged, write_run(tmp_path / "run"))
+    assert status == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert any(str(damaged) in line and reason in line for line in warnings)
+    assert reason in page
+    assert "| run | 4 lines, 2 processes |" in markdown
+
+
+def test_nothing_readable_ends_with_status_2_and_no_page(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder").mkdir()
+    status, page, markdown = report(tool, tmp_path, tmp_path / "folder", tmp_path / "absent")
+    assert (status, page, markdown) == (2, "", "")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: none of the 2 inputs could be read")
+
+
+def test_a_run_may_lack_its_configuration_and_facts(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "run.json").unlink()
+    found = read_evidence([run])
+    assert found.runs[0].processes == 2  # from the rates of its lines
+    (run / "config.yaml").write_text("model: [")
+    found = read_evidence([run])
+    assert found.runs[0].config is None
+    assert found.runs[0].processes is None
+    assert len(found.problems) == 2
+
+
+def test_a_damaged_row_leaves_the_others(tmp_path: Path) -> None:
+    rows = (
+        row("rows", "whole"),
+        row("rows", "text", median_s="0.5"),
+        row("rows", "no parts", memory=None),
+        row("rows", "nan", peak_bytes=float("nan")),
+        {"sweep": "rows", "name": "refused", "processes": 1, "error": "rank 0"},
+    )
+    found = read_evidence([write_benchmark(tmp_path / "b.json", *rows, 7)])  # type: ignore[arg-type]
+    assert [r["name"] for _, rows in found.measured() for r in rows] == ["whole"]
+    assert len(found.problems) == 5
+    assert "refused was not measured: rank 0" in found.problems[3]
+
+
+def test_losses_over_time_add_up_the_steps(tmp_path: Path) -> None:
+    run = read_evidence([write_run(tmp_path / "run")]).runs[0]
+    assert run.points_over_time("loss") == [(0.5, 7.9), (2.5, 7.5), (5.0, 7.0)]
+    assert run.points("validation_loss") == [(1000, 6.5)]
+
+
+def test_the_parts_of_a_simulation_add_up_to_its_peak(tmp_path: Path) -> None:
+    figures = read_evidence([write_simulation(tmp_path / "s.json")]).figures[0]
+    assert figures.parts == {"weights": 10, "optimizer": 35, "gradients": 20, "activations": 50}
+    assert figures.traffic == {"DP all_gather": 2 << 20}
+    assert figures.name == "s, counted"

@@ -1,0 +1,130 @@
+"""Measure training steps of several configurations in one run, in turn, so that ratios hold on a busy machine.
+
+    python tools/benchmark.py --config examples/quickstart.yaml --sweep variants --sweep recompute --json FILE
+    python tools/benchmark.py --config examples/quickstart.yaml --processes 4 --sweep strong --sweep layouts
+    python tools/benchmark.py --config examples/quickstart.yaml --row 'narrow: --model.rank 24' --row 'two x2:'
+
+Any `--section.field value` of pretrain_crnet.py is taken and holds for all rows. Each row has processes of its own,
+which run real training steps on random tokens; a repeat runs one step of each row in a drawn order. Tokens/s are of the
+median step; `of first` is the median, over repeats, of tokens/s in units of the sweep's first row, by the clock and by
+CPU time. MFU is the share of the device's peak that the model's operations are (recomputation counts nothing). Peak
+memory is that of the fullest rank: on GPUs the allocator's, on CPUs of all tensors that are alive.
+Ctrl-C ends the run with what was measured so far (status 75).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_crnet.atomic import atomic_files
+from megatron_crnet.benchmark_rows import SWEEPS, Row, parse_row, sweep_rows
+from megatron_crnet.errors import CrnetError, DataError, require, require_positive
+from megatron_crnet.interruption import INTERRUPTED, Interruption
+from megatron_crnet.settings import parse_arguments
+
+COLUMNS = (
+    *("sweep", "row", "processes", "parameters", "ms a step", "spread", "tokens/s", "of first", "by CPU time"),
+    *("TFLOP/s", "MFU", "peak memory, MiB"),
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """This tool's own options; what it leaves is the configuration's."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--sweep", action="append", choices=[*SWEEPS], default=[], help="rows ready made; may repeat")
+    parser.add_argument("--row", action="append", default=[], help="'NAME: OPTIONS' or 'NAME xPROCESSES: OPTIONS'")
+    parser.add_argument("--processes", type=int, default=1, help="ranks of a row, and the most of strong and weak")
+    parser.add_argument("--repeats", type=int, default=10, help="measured steps of each row")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps of each row before them")
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of rows")
+    parser.add_argument("--peak-tflops", type=float, help="of one device; without it matrix products measure it")
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    return parser
+
+
+def rows_of(args: argparse.Namespace, options: list[str]) -> list[Row]:
+    """All rows that the command line asks for."""
+    require_positive("benchmark", processes=args.processes)
+    config = parse_arguments(options).config
+    rows = [row for sweep in dict.fromkeys(args.sweep) for row in sweep_rows(sweep, config, args.processes)]
+    rows += [parse_row(text) for text in args.row]
+    return rows or [Row("rows", config.model.variant, args.processes)]
+
+
+def table(record: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    peak = f"{record['peak_flops'] / 1e12:.3g} TFLOP/s a device ({record['peak_source']})"
+    machine = record["machine"]
+    load = f"load {machine['load_average']} to {machine['load_average_at_end']} on {machine['cores']} cores"
+    lines = [
+        f"{record['device']}; peak {peak}; {record['plan']['repeats']} repeats; {load}",
+        "",
+        f"| {' | '.join(COLUMNS)} |",
+        "| --- " * len(COLUMNS) + "|",
+    ]
+    lines += [_line(row) for row in record["rows"]]
+    return "\n".join(lines)
+
+
+def _line(row: dict[str, Any]) -> str:
+    start = f"| {row['sweep']} | {row['name']} | {row['processes']} |"
+    if "median_s" not in row:
+        return f"{start} not measured: {row['error'] or 'the run was stopped before'} |" + " |" * 8
+    return (
+        f"{start} {row['parameters'] / 1e6:.2f}M | {row['median_s'] * 1e3:.0f} | {row['spread']:.0%} "
+        f"| {row['tokens_per_s']:.0f} | {row['speed_of_first']:.2f} | {row['cpu_speed_of_first']:.2f} "
+        f"| {row['tflops_per_device']:.3g} | {row['mfu']:.1%} | {row['peak_bytes'] / 2**20:.1f} |"
+    )
+
+
+def run(argv: list[str]) -> int:
+    """Measure and write; returns the exit status."""
+    args, options = build_parser().parse_known_args(argv)
+    rows = rows_of(args, options)
+    require(
+        "RANK" not in os.environ, "RANK is set, but this tool starts its own processes: start it without a launcher"
+    )
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        raise DataError(f"--json {args.json} lies in a folder that does not exist: make it, or choose another")
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the processes, which are not there yet
+    from megatron_crnet.benchmark import Plan, measure
+    from megatron_crnet.provenance import command_line
+
+    peak = None if args.peak_tflops is None else args.peak_tflops * 1e12
+    plan = Plan(args.repeats, args.warm_up, args.threads, args.seed, peak)
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    with Interruption() as interruption, interruption.noted():
+        record = measure(rows, options, plan, say, lambda: interruption.received is not None)
+    record = {"kind": record.pop("kind"), "command": command_line([__file__, *argv]), **record}
+    print(table(record))
+    if args.json is not None:
+        with atomic_files(args.json, overwrite=True) as (temporary,):
+            temporary.write_text(json.dumps(record, indent=1) + "\n")
+    if interruption.received is not None:
+        say(f"stopped by {interruption.received.name}: the table holds what was measured so far")
+        return INTERRUPTED
+    return 0 if any("median_s" in row for row in record["rows"]) else 1
+
+
+def main(argv: list[str]) -> int:
+    """Run; returns the exit status."""
+    try:
+        return run(argv)
+    except CrnetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,72 @@
+"""Make one page of runs, benchmarks, estimates and simulations: curves, scaling, memory, traffic, commands.
+
+    python tools/scaling_report.py runs/quickstart benchmark.json -o report.html
+
+Takes folders of runs (metrics.jsonl, config.yaml, run.json, and any JSON file beside them), files of
+tools/benchmark.py, and JSON of tools/measure_recompute.py, of estimates and of simulations. The page is self-contained;
+the same in Markdown lies beside it. What is missing or damaged is named in a line, on the page as well, and the rest is
+reported.
+Exit status: 0 a report was made, 2 nothing at all could be read, or the report cannot be written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_crnet.atomic import atomic_files
+from megatron_crnet.errors import CrnetError, DataError, require, require_positive
+
+
+def run(argv: list[str]) -> int:
+    """Read, say what is absent, write; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or a JSON file")
+    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="page; .md lies beside it")
+    parser.add_argument("--title", default="CR-Net: scaling report")
+    parser.add_argument("--peak-tflops", type=float, help="of one device, for the MFU of runs")
+    args = parser.parse_args(argv)
+    require(
+        args.output.suffix in (".html", ".htm"),
+        f"--output is {args.output}, but must end in .html, because Markdown lies beside it: correct it",
+    )
+    if args.peak_tflops is not None:
+        require_positive("report", peak_tflops=args.peak_tflops)
+    from megatron_crnet.provenance import command_line
+    from megatron_crnet.report_inputs import read_evidence
+    from megatron_crnet.report_page import html_page, markdown_page
+    from megatron_crnet.scaling_report import build_sections
+
+    evidence = read_evidence(args.inputs)
+    for problem in evidence.problems:
+        print(f"warning: {problem}", file=sys.stderr)
+    if evidence.is_empty:
+        raise DataError(
+            f"none of the {len(args.inputs)} inputs could be read, so there is nothing to report: give the folder of a "
+            "run or a file of tools/benchmark.py"
+        )
+    peak = None if args.peak_tflops is None else args.peak_tflops * 1e12
+    sections = build_sections(evidence, peak, command_line([__file__, *argv]))
+    introduction = (
+        f"Made from runs: {len(evidence.runs)}, benchmarks: {len(evidence.benchmarks)}, estimates and simulations: "
+        f"{len(evidence.figures)}, counts of recomputation: {len(evidence.recompute)}."
+    )
+    with atomic_files(args.output.with_suffix(".md"), args.output, overwrite=True) as (markdown, page):
+        markdown.write_text(markdown_page(args.title, introduction, sections))
+        page.write_text(html_page(args.title, introduction, sections))
+    print(f"{args.output} and {args.output.with_suffix('.md')}: {introduction}")
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Run; returns the exit status."""
+    try:
+        return run(argv)
+    except CrnetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
