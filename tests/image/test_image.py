@@ -46,13 +46,14 @@ def test_nothing_of_the_build_or_of_this_machine_stays_in_the_image(
 ) -> None:
     code = """
 import os, pathlib
+home = os.path.expanduser("~root")
 for folder in (
-    *("/root/.cache", "/root/.config", "/home/crnet/.cache", "/var/lib/apt/lists", "/var/cache/apt"),
+    *(f"{home}/.cache", f"{home}/.config", "/home/crnet/.cache", "/var/lib/apt/lists", "/var/cache/apt"),
     *("/mnt", "/run/secrets", "/tmp"),
 ):
     for path in pathlib.Path(folder).rglob("*"):
         if not path.is_dir() and path.lstat().st_size: print(path)  # mount points stay, empty
-for name in ("/etc/pip.conf", "/root/.pip", "/etc/apt/sources.list", "/opt/megatron_crnet/.git"):
+for name in ("/etc/pip.conf", f"{home}/.pip", "/etc/apt/sources.list", "/opt/megatron_crnet/.git"):
     if os.path.lexists(name): print(name)
 """
     assert podman.python(cpu_image, code, "--user=0") == ""
