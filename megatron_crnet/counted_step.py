@@ -20,7 +20,7 @@ from megatron_crnet.batch import BatchPlan, plan_batches
 from megatron_crnet.communication import CommunicationCounter
 from megatron_crnet.config import Config
 from megatron_crnet.engine import TrainEngine
-from megatron_crnet.figures import DATA, MODEL, PIPELINE, TENSOR, WORLD, Flow, Memory, StepFigures, merged
+from megatron_crnet.figures import DATA, MODEL, PIPELINE, STAGE, TENSOR, WORLD, Flow, Memory, StepFigures, merged
 from megatron_crnet.gpt import build_model_chunks
 from megatron_crnet.live_memory import LiveMemory
 from megatron_crnet.masters import Masters
@@ -178,6 +178,7 @@ def _group_name(ranks: tuple[int, ...]) -> str:
         PIPELINE: parallel_state.get_pipeline_model_parallel_group(),
         DATA: parallel_state.get_data_parallel_group(),
         MODEL: parallel_state.get_model_parallel_group(),
+        STAGE: parallel_state.get_tensor_and_data_parallel_group(),
     }
     same = [name for name, group in groups.items() if tuple(dist.get_process_group_ranks(group)) == ranks]
     return same[0] if same else WORLD

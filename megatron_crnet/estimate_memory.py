@@ -241,4 +241,6 @@ def _rebuilt(transformer: CRNetTransformerConfig, segment: range, is_recomputed:
     if transformer.recompute_strategy == "full":
         return gradients + sum(w.activations for w in widths)
     inner = widths[-1].activations - widths[-1].z - widths[-1].outputs
-    return gradients + sum(w.outputs for w in widths) + max(inner, 0)
+    # `inverse` walks down one layer at a time
+    outputs = widths[-1].outputs if transformer.recompute_strategy == "inverse" else sum(w.outputs for w in widths)
+    return gradients + outputs + max(inner, 0)

@@ -101,12 +101,16 @@ def _recomputation(model: LocalModel, chunk: Chunk, plan: BatchPlan) -> tuple[in
                 again, attention = again + products.linear, attention + products.attention
                 continue
             attention += 0 if config.recompute_keep_attention_output else products.attention
+            if config.recompute_strategy == "inverse" and len(segment) > 1:
+                # every layer but the first is gone down from, which repeats its products with B
+                again += 0 if layer == segment[0] else sum(products.outputs.values())
+                continue
             again += 0 if outputs_are_kept(model, chunk, segment, layer) else _repeated(model, layer, products)
     return again + attention, attention
 
 
 def outputs_are_kept(model: LocalModel, chunk: Chunk, segment: range, layer: int) -> bool:
-    """Whether `replay` finds the outputs of a layer where the next segment starts."""
+    """Whether a layer's outputs lie where the next segment starts: under `replay`, or in a segment of one layer."""
     return layer == segment[-1] and model.transformer.has_next(layer) and segment is not chunk.segments[-1]
 
 

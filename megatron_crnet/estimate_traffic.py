@@ -14,8 +14,9 @@ from megatron_crnet.deepspeed_rules import zero_stage
 from megatron_crnet.deepspeed_settings import is_plain
 from megatron_crnet.estimate_memory import grouped, padded
 from megatron_crnet.estimate_operations import outputs_are_kept
-from megatron_crnet.figures import DATA, MODEL, PIPELINE, TENSOR, WORLD, Flow, merged
+from megatron_crnet.figures import DATA, MODEL, PIPELINE, STAGE, TENSOR, WORLD, Flow, merged
 from megatron_crnet.local_model import Chunk, LocalModel
+from megatron_crnet.ranks import POSITIONS
 
 COLUMNS, ROWS = ("q", "k", "v", "gate", "up"), ("o", "down")
 ONE_MEGATRON_LAYER = 2
@@ -30,6 +31,7 @@ def estimate_flows(model: LocalModel, plan: BatchPlan) -> list[Flow]:
             *_pipeline(model, plan),
             *_data_parallel(model, plan),
             *_norm_and_loss(model, plan),
+            *_anchors(model, plan),
         ]
     )
 
@@ -41,9 +43,10 @@ def _group(model: LocalModel, plan: BatchPlan, name: str) -> tuple[str, int]:
         PIPELINE: model.pp,
         DATA: plan.dp_size,
         MODEL: model.tp * model.pp,
+        STAGE: model.tp * plan.dp_size,
         WORLD: model.tp * model.pp * plan.dp_size,
     }
-    parts = {TENSOR: {TENSOR}, PIPELINE: {PIPELINE}, DATA: {DATA}, MODEL: {TENSOR, PIPELINE}}
+    parts = {TENSOR: {TENSOR}, PIPELINE: {PIPELINE}, DATA: {DATA}, MODEL: {TENSOR, PIPELINE}, STAGE: {TENSOR, DATA}}
     wider = {part for part in parts.get(name, {TENSOR, PIPELINE, DATA}) if sizes[part] > 1}
     same = [group for group, own in parts.items() if {part for part in own if sizes[part] > 1} == wider]
     return (same[0] if same else WORLD), sizes[name]
@@ -83,6 +86,8 @@ def _forward_passes(model: LocalModel, chunk: Chunk, layer: int) -> tuple[int, i
         return 2, 2
     segment = next((segment for segment in chunk.segments if layer in segment), None)
     again = segment is not None and not outputs_are_kept(model, chunk, segment, layer)
+    if segment is not None and model.transformer.recompute_strategy == "inverse" and len(segment) > 1:
+        again = False  # outputs come from the layer above
     # `replay` keeps z; what it gathers while rebuilding, backward does not gather again
     return (2 if again and model.transformer.is_full_rank(layer) else 1), 1
 
@@ -181,6 +186,15 @@ def _norm_and_loss(model: LocalModel, plan: BatchPlan) -> Iterator[Flow]:
         yield Flow("all_reduce", *group, count, count * 2 * (8 if stage == 3 else 4))
         if bf16 and stage == 2:
             yield Flow("all_reduce", *group, 1, 2 * 1)
+
+
+def _anchors(model: LocalModel, plan: BatchPlan) -> Iterator[Flow]:
+    """Under `inverse`, after each update: the largest growth of every position, and how many anchors were added."""
+    if model.transformer.recompute_strategy != "inverse":
+        return
+    noted = sum(model.transformer.has_previous(layer) for chunk in model.chunks for layer in chunk.layers)
+    yield Flow("all_reduce", *_group(model, plan, STAGE), 1, 2 * noted * len(POSITIONS) * 4)
+    yield Flow("all_reduce", *_group(model, plan, PIPELINE), 1, 2 * 8)
 
 
 def element_size(model: LocalModel) -> int:

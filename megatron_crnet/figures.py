@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-TENSOR, PIPELINE, DATA, MODEL, WORLD = "TP", "PP", "DP", "TP x PP", "world"
-"""Groups of ranks by what they are for. MODEL and WORLD carry a few numbers a step: norm and loss."""
+TENSOR, PIPELINE, DATA, MODEL, STAGE, WORLD = "TP", "PP", "DP", "TP x PP", "TP x DP", "world"
+"""Groups of ranks by what they are for. The last three carry a few numbers a step: norm, sizes of outputs, loss."""
 
 
 @dataclass(frozen=True)

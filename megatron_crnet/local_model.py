@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
+import torch
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_crnet.arithmetic import position_shapes
 from megatron_crnet.config import Config
-from megatron_crnet.recompute_plan import micro_batches_in_flight, plan_segments
+from megatron_crnet.ranks import POSITIONS
+from megatron_crnet.recompute_plan import micro_batches_in_flight, plan_inverse, plan_segments
 from megatron_crnet.transformer_config import CRNetTransformerConfig, build_transformer_config
 
 GROUPS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
@@ -95,6 +97,10 @@ def _chunks(transformer: CRNetTransformerConfig, pp_rank: int) -> list[Chunk]:
         segments: list[range] = []
         if transformer.recompute_strategy in ("replay", "full"):
             segments = plan_segments(transformer, layers, micro_batches_in_flight(transformer, pp_rank))
+        elif transformer.recompute_strategy == "inverse":
+            # without what its guard may add: values decide that
+            even = {layer: torch.ones(len(POSITIONS)) for layer in layers}
+            segments, _ = plan_inverse(transformer, layers, even, even)
         chunks.append(
             Chunk(layers, pp_rank == 0 and chunk == 0, pp_rank == pp - 1 and chunk == (vpp or 1) - 1, segments)
         )

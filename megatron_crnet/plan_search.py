@@ -186,7 +186,7 @@ def explain(found: Search) -> list[str]:
     for name, value in dataclasses.asdict(best.choice).items():
         rivals = [plan for plan in others if getattr(plan.choice, name) != value]
         if not rivals:
-            lines.append(f"{name} {value}: no plan with another value is allowed and fits")
+            lines.append(f"{name} {value}: no plan with another value was found that fits")
             continue
         rival = rivals[0]
         share = rival.estimate.tokens_per_second / speed

@@ -28,6 +28,7 @@ TP = {"tensor_model_parallel_size": 2}
 PP = {"pipeline_model_parallel_size": 2}
 VPP = {**PP, "virtual_pipeline_model_parallel_size": 2}
 REPLAY, FULL = RecomputeConfig(strategy="replay"), RecomputeConfig(strategy="full")
+INVERSE = RecomputeConfig(strategy="inverse", inverse_tolerance=0.1)  # wide, so that the guard adds nothing
 
 
 def row(dtype: str, stage: int, parallel: dict[str, Any] | None = None, recompute: Any = None, **model: Any) -> Config:
@@ -56,13 +57,15 @@ def rows() -> dict[str, Config]:
         "pp": row("bf16", 1, PP),
         "pp, replay": row("fp32", 1, PP, REPLAY),
         "vpp": row("bf16", 1, VPP),
+        "inverse": row("fp32", 0, None, INVERSE),
+        "pp, inverse": row("fp32", 1, PP, INVERSE),
     }
 
 
 Found = dict[str, tuple[StepFigures, StageEstimate]]
 
 
-RARE = ("zero 1, fp32", "tp without sp", "tp, full rank", "tp, full", "pp, replay")
+RARE = ("zero 1, fp32", "tp without sp", "tp, full rank", "tp, full", "pp, replay", "inverse", "pp, inverse")
 """Marked long: every row costs a second on an idle machine, and more where process groups are built."""
 SOON = [name for name in rows() if name not in RARE]
 
