@@ -222,6 +222,8 @@ def _read_benchmark(path: Path, name: str, record: dict[str, Any], evidence: Evi
             evidence.problems.append(f"{path}: row {row['name']} is damaged: left out")
         else:
             kept.append(row)
+            if row.get("error"):
+                evidence.problems.append(f"{path}: row {row['name']} was measured in part: {row['error']}")
     if not kept:
         evidence.problems.append(f"{path} is a benchmark without a measured row: left out")
         return

@@ -38,6 +38,7 @@ figure svg { display: block; width: 100%; height: auto; color: var(--text); }
 table { border-collapse: collapse; font-size: 0.88rem; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: 0.25rem 0.7rem 0.25rem 0; text-align: left;
   vertical-align: top; }
+td.short { white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; }
 .absent { border-left: 4px solid var(--warn); background: var(--box); padding: 0.4rem 0.8rem; margin: 0.8rem 0; }
 .absent p { margin: 0.2rem 0; overflow-wrap: anywhere; }
@@ -111,8 +112,13 @@ def _swatch(index: int, kind: str) -> str:
 
 def _table(table: Table) -> str:
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.header)
-    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
+    rows = "".join("<tr>" + "".join(map(_table_cell, row)) + "</tr>" for row in table.rows)
     return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _table_cell(text: str) -> str:
+    # what is short stays on one line, and a table that is too wide for a phone is moved sideways
+    return f"<td{' class=short' if len(text) <= 32 else ''}>{escape(text)}</td>"
 
 
 def markdown_page(title: str, introduction: str, sections: Sequence[Section]) -> str:

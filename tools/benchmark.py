@@ -71,6 +71,8 @@ def table(record: dict[str, Any]) -> str:
         "| --- " * len(COLUMNS) + "|",
     ]
     lines += [_line(row) for row in record["rows"]]
+    ended = [row for row in record["rows"] if row["error"] and "median_s" in row]
+    lines += [f"\n{row['name']} has only {len(row['seconds'])} repeats: {row['error']}" for row in ended]
     return "\n".join(lines)
 
 

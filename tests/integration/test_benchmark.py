@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
-from tests.integration.conftest import TINY, start
+import psutil
+
+from tests.integration.conftest import ROOT, TINY, start
 
 
 def test_rows_of_every_kind_in_one_run(tmp_path: Path) -> None:
@@ -31,7 +36,7 @@ def test_rows_of_every_kind_in_one_run(tmp_path: Path) -> None:
         assert row["tokens_per_s"] > 0
         assert 0 < row["mfu"] < 1
         assert math.isfinite(row["loss"])
-    # weights twice: they, and ZeRO-0's moments; nothing of it is estimated
+    # ZeRO-0 in fp32: moments are twice the weights, gradients once
     assert one["memory"]["weights"] == 4 * one["parameters"]
     assert one["memory"]["optimizer"] >= 8 * one["parameters"]
     assert one["memory"]["gradients"] == 4 * one["parameters"]
@@ -47,3 +52,40 @@ def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
     done = start(["--row=nonsense"], program="tools/benchmark.py")
     assert done.returncode == 2
     assert done.stderr.startswith("error: --row is 'nonsense'")
+
+
+def wait_for(process: subprocess.Popen[str], text: str) -> None:
+    assert process.stderr is not None
+    for line in process.stderr:  # ends when the process does
+        if text in line:
+            return
+    raise AssertionError(f"no line with {text!r}")
+
+
+def test_a_row_may_die_and_a_stop_keeps_what_was_measured(tmp_path: Path) -> None:
+    target = tmp_path / "benchmark.json"
+    options = [f"--{key}={value}" for key, value in TINY.items()]
+    rows = ["--row=one:", "--row=other: --model.rank 4", "--repeats=1000000", "--warm-up=1", f"--json={target}"]
+    command = [sys.executable, "tools/benchmark.py", *options, *rows]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(process, "repeat 1 of")
+        ranks = [p for p in psutil.Process(process.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+        assert len(ranks) == 2
+        ranks[-1].kill()
+        wait_for(process, "cannot be measured")
+        wait_for(process, "repeat")
+        process.send_signal(signal.SIGINT)
+        printed, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 75, errors
+    assert "stopped by SIGINT" in errors
+    assert "Traceback" not in errors
+    record = json.loads(target.read_text())
+    assert not record["complete"]
+    whole = [row for row in record["rows"] if row["error"] is None]
+    assert len(whole) == 1
+    assert whole[0]["tokens_per_s"] > 0
+    assert "repeats: the process of rank 0 ended by itself" in printed
+    assert not any(rank.is_running() for rank in ranks)

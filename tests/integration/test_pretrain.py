@@ -45,7 +45,7 @@ def finished(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 def test_a_run_leaves_everything_that_the_readme_names(finished: tuple[Path, str]) -> None:
     output, printed = finished
-    assert {"metrics.jsonl", "config.yaml", "tensorboard", "loss.png", "checkpoints"} <= {
+    assert {"metrics.jsonl", "config.yaml", "run.json", "tensorboard", "loss.png", "checkpoints"} <= {
         p.name for p in output.iterdir()
     }
     assert (output / "checkpoints" / "latest").read_text() == "step_00000006\n"

@@ -225,10 +225,12 @@ def test_a_damaged_row_leaves_the_others(tmp_path: Path) -> None:
         row("rows", "no parts", memory=None),
         row("rows", "nan", peak_bytes=float("nan")),
         {"sweep": "rows", "name": "refused", "processes": 1, "error": "rank 0"},
+        row("rows", "died", error="it ended by itself"),
     )
     found = read_evidence([write_benchmark(tmp_path / "b.json", *rows, 7)])  # type: ignore[arg-type]
-    assert [r["name"] for _, rows in found.measured() for r in rows] == ["whole"]
-    assert len(found.problems) == 5
+    assert [r["name"] for _, rows in found.measured() for r in rows] == ["whole", "died"]
+    assert len(found.problems) == 6
+    assert "died was measured in part: it ended by itself" in found.problems[4]
     assert "refused was not measured: rank 0" in found.problems[3]
 
 
