@@ -106,7 +106,8 @@ def run(argv: list[str]) -> int:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    with Interruption() as interruption, interruption.noted():
+    with Interruption() as interruption:
+        interruption.note_from_now_on()
         record = measure(rows, options, plan, say, lambda: interruption.received is not None)
     record = {"kind": record.pop("kind"), "command": command_line([__file__, *argv]), **record}
     print(table(record))

@@ -18,19 +18,22 @@ from tests.helpers import micro_batches, tiny_config
 
 TP: dict[str, Any] = {"tensor_model_parallel_size": 2}
 PP: dict[str, Any] = {"pipeline_model_parallel_size": 2}
+VPP: dict[str, Any] = {**PP, "virtual_pipeline_model_parallel_size": 2}
 ROWS: dict[str, dict[str, Any]] = {
     "zero0": {"stage": 0},
     "zero0-bf16": {"stage": 0, "dtype": "bf16"},
-    "zero1": {"stage": 1},
     "zero1-bf16": {"stage": 1, "dtype": "bf16"},
     "zero2": {"stage": 2},
+    "zero3-bf16": {"stage": 3, "dtype": "bf16", "stage3_param_persistence_threshold": 0},
+    "pp2-vpp2-zero1": {"stage": 1, "parallel": VPP},
+}
+MORE_ROWS: dict[str, dict[str, Any]] = {
+    "zero1": {"stage": 1},
     "zero2-bf16": {"stage": 2, "dtype": "bf16"},
     "zero3": {"stage": 3},
-    "zero3-bf16": {"stage": 3, "dtype": "bf16", "stage3_param_persistence_threshold": 0},
     "tp2-zero0": {"stage": 0, "parallel": TP},
     "tp2-zero3": {"stage": 3, "parallel": TP},
     "pp2-zero1-bf16": {"stage": 1, "dtype": "bf16", "parallel": PP},
-    "pp2-vpp2-zero1": {"stage": 1, "parallel": {**PP, "virtual_pipeline_model_parallel_size": 2}},
 }
 HOW = ("none", "discarded", "not a number")
 """What becomes of the second of three steps."""
@@ -79,9 +82,9 @@ def train(config: Config, how: str) -> tuple[bool, list[float], list[Tensor]]:
     return unchanged, rates, after
 
 
-def drop_steps() -> dict[str, dict[str, tuple[bool, bool]]]:
+def drop_steps(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, tuple[bool, bool]]]:
     found: dict[str, dict[str, tuple[bool, bool]]] = {}
-    for name, row in ROWS.items():
+    for name, row in rows.items():
         config = row_config(**row)
         _, wanted_rates, wanted = train(config, "none")
         found[name] = {}
@@ -94,10 +97,16 @@ def drop_steps() -> dict[str, dict[str, tuple[bool, bool]]]:
 
 @pytest.fixture(scope="module")
 def dropped() -> list[dict[str, dict[str, tuple[bool, bool]]]]:
-    return run_distributed(drop_steps, 2, timeout_s=400)
+    return run_distributed(drop_steps, 2, ROWS, timeout_s=400)
 
 
 @pytest.mark.parametrize("how", HOW[1:])
 @pytest.mark.parametrize("name", ROWS)
 def test_a_dropped_step_leaves_no_trace(name: str, how: str, dropped: list[dict[str, Any]]) -> None:
     assert [ranks[name][how] for ranks in dropped] == [(True, True)] * 2
+
+
+@pytest.mark.long
+def test_more_dropped_steps_leave_no_trace() -> None:
+    for ranks in run_distributed(drop_steps, 2, MORE_ROWS, timeout_s=600):
+        assert ranks == {name: dict.fromkeys(HOW[1:], (True, True)) for name in MORE_ROWS}

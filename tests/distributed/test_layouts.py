@@ -73,45 +73,57 @@ PARTITION_EVERYTHING = {"stage3_param_persistence_threshold": 0}
 RANKS = {"q": [8, 7, 6, 5], "k": 6, "v": 6, "o": 4, "gate": [3, 4, 5, 6], "up": 8, "down": 2}
 
 ON_TWO = [
-    *(Layout(tp=2, zero=zero) for zero in (0, 1, 2, 3)),
-    *(Layout(tp=2, sp=False, zero=zero) for zero in (0, 3)),
+    *(Layout(tp=2, zero=zero) for zero in (0, 3)),
+    Layout(tp=2, sp=False, zero=0),
     Layout(tp=2, zero=3, keys={"sub_group_size": 600}),
-    *(Layout(pp=2, zero=zero) for zero in (0, 1)),
-    *(Layout(pp=2, vpp=2, zero=zero) for zero in (0, 1)),
-    *(Layout(tp=2, model={"variant": variant}) for variant in ("full_rank", "low_rank", "cola")),
-    *(Layout(pp=2, model={"variant": variant}) for variant in ("full_rank", "low_rank", "cola")),
+    Layout(pp=2, zero=0),
+    Layout(pp=2, vpp=2, zero=1),
+    *(Layout(tp=2, model={"variant": variant}) for variant in ("full_rank", "cola")),
     Layout(tp=2, model={"num_query_groups": 2}),
-    Layout(tp=2, model={"rank": RANKS}),
     Layout(pp=2, model={"rank": RANKS}),
+    Layout(pp=2, parallel=UNEVEN),
+    Layout(zero=2, keys=SMALL_BUCKETS),
+    Layout(zero=3, offload="offload_param"),
+    Layout(zero=1, dtype="bf16", offload="offload_optimizer"),
+    Layout(tp=2, zero=1, dtype="bf16"),
+]
+MORE_ON_TWO = [
+    *(Layout(tp=2, zero=zero) for zero in (1, 2)),
+    Layout(tp=2, sp=False, zero=3),
+    Layout(pp=2, zero=1),
+    Layout(pp=2, vpp=2, zero=0),
+    Layout(tp=2, model={"variant": "low_rank"}),
+    *(Layout(pp=2, model={"variant": variant}) for variant in ("full_rank", "low_rank", "cola")),
+    Layout(tp=2, model={"rank": RANKS}),
     Layout(pp=2, model={"full_rank_layers": [0, 2]}),
     Layout(pp=2, vpp=2, model={"full_rank_layers": [0, 2]}),
-    Layout(pp=2, parallel=UNEVEN),
     Layout(pp=2, zero=1, model={"num_layers": 2}),
     Layout(pp=2, zero=1, keys={"contiguous_gradients": False}),
     Layout(pp=2, zero=1, keys=SMALL_BUCKETS),
-    *(Layout(zero=zero, keys=keys) for keys in (UNBUFFERED, SMALL_BUCKETS) for zero in (1, 2, 3)),
+    *(Layout(zero=zero, keys=UNBUFFERED) for zero in (1, 2, 3)),
+    *(Layout(zero=zero, keys=SMALL_BUCKETS) for zero in (1, 3)),
     Layout(zero=3, keys=PARTITION_EVERYTHING),
     *(Layout(zero=zero, offload="offload_optimizer") for zero in (1, 2, 3)),
-    Layout(zero=1, dtype="bf16", offload="offload_optimizer"),
-    Layout(zero=3, offload="offload_param"),
-    Layout(tp=2, zero=1, dtype="bf16"),
     Layout(pp=2, vpp=2, zero=1, dtype="bf16"),
 ]
 ON_FOUR = [
-    *(Layout(tp=2, zero=zero) for zero in (1, 2, 3)),
-    *(Layout(tp=2, pp=2, zero=zero) for zero in (0, 1)),
     # the first stage has neither betas nor partial matrices
-    *(Layout(tp=2, pp=2, zero=1, dtype=dtype, parallel=ONE_FULL_RANK_STAGE) for dtype in ("fp32", "bf16")),
+    Layout(tp=2, pp=2, zero=1, dtype="bf16", parallel=ONE_FULL_RANK_STAGE),
     Layout(tp=2, pp=2, vpp=2, zero=1),
-    Layout(tp=2, sp=False, pp=2, vpp=2),
-    Layout(pp=2, zero=1),
     Layout(pp=4),
-    Layout(zero=3, keys={"zero_hpz_partition_size": 2}),
     Layout(tp=2, zero=3, keys={**SMALL_BUCKETS, **PARTITION_EVERYTHING}),
-    Layout(tp=4, model={"num_query_groups": 4}),
-    Layout(tp=2, pp=2, zero=1, dtype="bf16"),
     Layout(tp=2, zero=2, dtype="bf16"),
     Layout(tp=2, pp=2, model={"full_rank_layers": [0, 2], "rank": RANKS}),
+]
+MORE_ON_FOUR = [
+    *(Layout(tp=2, zero=zero) for zero in (1, 2, 3)),
+    *(Layout(tp=2, pp=2, zero=zero) for zero in (0, 1)),
+    Layout(tp=2, pp=2, zero=1, parallel=ONE_FULL_RANK_STAGE),
+    Layout(tp=2, sp=False, pp=2, vpp=2),
+    Layout(pp=2, zero=1),
+    Layout(zero=3, keys={"zero_hpz_partition_size": 2}),
+    Layout(tp=4, model={"num_query_groups": 4}),
+    Layout(tp=2, pp=2, zero=1, dtype="bf16"),
 ]
 MATRIX = [
     Layout(tp, sp if tp > 1 else None, pp, vpp if pp > 1 else 1, zero, dtype, model={"variant": variant})
@@ -171,6 +183,14 @@ def test_two_ranks(row: Layout, two: dict[str, Errors]) -> None:
 @pytest.mark.parametrize("row", ON_FOUR, ids=str)
 def test_four_ranks(row: Layout, four: dict[str, Errors]) -> None:
     check(row, four[str(row)])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("world_size", "rows"), [(2, MORE_ON_TWO), (4, MORE_ON_FOUR)], ids=["two", "four"])
+def test_more_layouts(world_size: int, rows: list[Layout]) -> None:
+    found = run_distributed(measure, world_size, rows, timeout_s=900)[0]
+    for row, errors in zip(rows, found, strict=True):
+        check(row, errors)
 
 
 # eight replicas need sixteen sequences

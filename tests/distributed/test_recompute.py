@@ -79,9 +79,10 @@ ROWS = [
     Row("dp2-zero2-bf16", {"full_rank_layers": [0, 2]}, {}, "bf16", {"stage": 2}, strategies=(REPLAY_AUTO, INVERSE)),
     Row("dp2-zero3-offload", {}, {}, "fp32", OFFLOADED, strategies=(REPLAY,)),
     Row("tp2-dropout", DROPOUT, TP, strategies=(REPLAY_AUTO, FULL)),
-    *(Row(f"tp2-{v}", {"variant": v}, TP, strategies=(REPLAY_AUTO,)) for v in VARIANTS if v != "crnet"),
+    Row("tp2-cola", {"variant": "cola"}, TP, strategies=(REPLAY_AUTO,)),
 ]
 MORE_ON_TWO = [
+    *(Row(f"tp2-{v}-replay", {"variant": v}, TP, strategies=(REPLAY_AUTO,)) for v in ("full_rank", "low_rank")),
     Row("tp2-partitioned", {}, WITHOUT_SP, stored={"partition_activations": True}, strategies=(REPLAY,)),
     Row("tp2-without-sp-dropout", DROPOUT, WITHOUT_SP, strategies=(REPLAY, FULL)),
     Row("tp2-dropout", DROPOUT, TP, strategies=(REPLAY, INVERSE)),

@@ -137,6 +137,7 @@ def test_the_quickstart_on_two_by_two_ranks_follows_one_process(corpus: Corpus, 
         assert lines_of(tmp_path / "4", key) == pytest.approx(lines_of(tmp_path / "1", key), rel=1e-5)
 
 
+@pytest.mark.long
 def test_the_communication_tool_prints_and_writes_what_the_quickstart_sends(tmp_path: Path) -> None:
     options = ["--config", "examples/quickstart.yaml", "--training.dtype=bf16", "--json", str(tmp_path / "found.json")]
     options += ["--parallel.pipeline_model_parallel_size=2"]
@@ -158,6 +159,7 @@ def recompute_figures(tmp_path: Path, *options: str) -> dict[str, dict[str, floa
     return {record["name"]: record for record in json.loads(target.read_text())}
 
 
+@pytest.mark.long
 def test_fake_tensors_count_what_real_ones_do_and_the_formula_says(tmp_path: Path) -> None:
     options = ["--config", "examples/quickstart.yaml", "--training.seq_length=64", "--training.micro_batch_size=2"]
     options += ["--model.num_layers=9"]

@@ -82,7 +82,7 @@ def test_the_agent_passes_the_warning_on_and_another_layout_goes_on(
     corpus: Corpus, tmp_path: Path, whole: dict[str, dict[int, float]]
 ) -> None:
     output = tmp_path / "run"
-    options = long_options(corpus, output, checkpoint__save_interval_minutes=1e-6, checkpoint__keep_last=2)
+    options = long_options(corpus, output, checkpoint__save_interval_minutes=0.003, checkpoint__keep_last=2)
     agent = start_agent(options)
     wait_for_step(output, 7, [agent])
     agent.send_signal(signal.SIGTERM)
@@ -90,7 +90,7 @@ def test_the_agent_passes_the_warning_on_and_another_layout_goes_on(
     assert agent.returncode == 75, printed
     assert "stopped by SIGTERM after step" in printed
     assert len(list((output / "checkpoints").glob("step_*"))) == 2
-    assert len(lines_of(output, "checkpoint_wait_s")) >= 7
+    assert len(lines_of(output, "checkpoint_wait_s")) >= 3
     # under another layout: no sample is lost or comes twice, or the losses would not be the same
     result = start([*options, "--parallel.tensor_model_parallel_size=2", "--recompute.strategy=full"], ranks=2)
     assert result.returncode == 0, result.stderr

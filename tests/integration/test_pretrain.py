@@ -261,7 +261,14 @@ def test_dry_run_prints_and_writes_nothing(corpus: Corpus, tmp_path: Path) -> No
     assert result.returncode == 0
     resolved = yaml.safe_load(result.stdout.partition("parameters (crnet)")[0])
     assert resolved["training"]["train_steps"] == 6
-    for part in ("embedding", "low-rank maps", "micro-batches", "memory of the fullest rank"):
+    for part in (
+        "embedding",
+        "low-rank maps",
+        "micro-batches",
+        "memory of a rank, GiB",
+        "operations of a step",
+        "volume of a rank",
+    ):
         assert part in result.stdout
     assert not (tmp_path / "run").exists()
 
