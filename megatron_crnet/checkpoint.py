@@ -25,12 +25,12 @@ from megatron_crnet.checkpoint_folder import (
     REJECTED,
     checkpoint_name,
     checkpoints,
-    complete,
     damage,
     file_entries,
     point_latest_at,
     prune,
     restore_replaced,
+    seal,
     set_aside,
     unwritable,
 )
@@ -39,7 +39,7 @@ from megatron_crnet.engine import TrainEngine
 from megatron_crnet.errors import CheckpointError, ConfigError
 from megatron_crnet.masters import Masters
 from megatron_crnet.random_states import RandomStates
-from megatron_crnet.settings import resolved, save_config
+from megatron_crnet.settings import resolved
 from megatron_crnet.state_files import Box, collect, fill, read, whole, write
 from megatron_crnet.training_state import TrainingState
 from megatron_crnet.weights import canonical_weights
@@ -141,10 +141,7 @@ class Checkpointer:
     def _finish(
         self, partial: Path, target: Path, state: TrainingState, entries: dict[str, Any], about: dict[str, Any]
     ) -> None:
-        (partial / "state.json").write_text(json.dumps(about, indent=1))
-        save_config(self.config, partial / "config.yaml")
-        entries.update(file_entries(partial, ["state.json", "config.yaml"]))
-        complete(partial, target, entries)
+        seal(partial, target, self.config, about, entries)
         if not target.name.startswith(REJECTED):
             point_latest_at(target)
             prune(self.folder, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every, state.good_step)

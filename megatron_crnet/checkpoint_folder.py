@@ -13,12 +13,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from megatron_crnet.config import Config
 from megatron_crnet.errors import CheckpointError
+from megatron_crnet.settings import save_config
 
 PREFIX = "step_"
 PARTIAL = ".partial_"
@@ -85,6 +87,18 @@ def file_entries(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]
         _to_disk(folder / name)
         entries[name] = {"bytes": (folder / name).stat().st_size, "sha256": checksum(folder / name)}
     return entries
+
+
+def seal(partial: Path, target: Path, config: Config, about: Mapping[str, Any], entries: dict[str, Any]) -> None:
+    """Write what a checkpoint holds beside its tensors, and give it its final name.
+
+    Args:
+        about: contents of state.json.
+        entries: what the manifest says about the files of tensors.
+    """
+    (partial / "state.json").write_text(json.dumps(about, indent=1))
+    save_config(config, partial / "config.yaml")
+    complete(partial, target, {**entries, **file_entries(partial, ["state.json", "config.yaml"])})
 
 
 def complete(partial: Path, target: Path, files: dict[str, dict[str, Any]]) -> None:

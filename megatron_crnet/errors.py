@@ -7,6 +7,9 @@ shows its traceback.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 
 class CrnetError(Exception):
     """Base of this project's exceptions."""
@@ -43,6 +46,15 @@ class BadStepError(CrnetError):
     """Training met a step that would do harm: loss or gradient norm not finite, a loss spike, or too many of them."""
 
     exit_status = 3
+
+
+def reported(run: Callable[[], int]) -> int:
+    """The exit status of a tool; what a user has to know of an exception of this project goes to standard error."""
+    try:
+        return run()
+    except CrnetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
 
 
 def require(condition: bool, message: str) -> None:

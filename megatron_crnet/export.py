@@ -21,16 +21,16 @@ from megatron_crnet.checkpoint_folder import (
     PARTIAL,
     checkpoint_name,
     checkpoints,
-    complete,
     file_entries,
     point_latest_at,
+    seal,
     unwritable,
 )
 from megatron_crnet.config import Config
 from megatron_crnet.errors import DataError
 from megatron_crnet.export_config import hugging_face_fields, read_export_config
 from megatron_crnet.export_tokenizer import tokenizer_of, write_tokenizer
-from megatron_crnet.settings import load_config, save_config
+from megatron_crnet.settings import load_config
 from megatron_crnet.tokenizer import Tokenizer, TokenizerKind, check_vocabulary
 from megatron_crnet.training_state import TrainingState
 from megatron_crnet.weight_files import INDEX, CheckpointWeights, ExportWeights, WeightSource, canonical_shapes
@@ -180,9 +180,7 @@ def from_hf(export: Path, folder: Path) -> Path:
     target = folder / checkpoint_name(0)
     with _partial_checkpoint(target) as partial:
         names = [_write_masters(partial, i, weights) for i, weights in enumerate(source.portions(), start=1)]
-        (partial / "state.json").write_text(json.dumps(_fresh_state(), indent=1))
-        save_config(config, partial / "config.yaml")
-        complete(partial, target, file_entries(partial, [*names, "state.json", "config.yaml"]))
+        seal(partial, target, config, _fresh_state(), file_entries(partial, names))
         point_latest_at(target)
     return target
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -13,9 +12,8 @@ from typing import Any
 import psutil
 import torch
 
-from megatron_crnet import __version__
+from megatron_crnet.agreement import LIBRARIES, library_versions
 
-LIBRARIES = ("torch", "megatron-core", "deepspeed", "numpy")
 RUN_FILE = "run.json"
 
 
@@ -45,13 +43,7 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of Python, of this project and of the libraries that decide how fast it is."""
-    found = {"python": platform.python_version(), "megatron_crnet": __version__}
-    for name in LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "without a version"
-    return found
+    return {"python": platform.python_version(), **library_versions((*LIBRARIES, "numpy"))}
 
 
 def write_run_file(folder: Path, argv: list[str], world_size: int) -> None:

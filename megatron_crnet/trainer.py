@@ -162,7 +162,8 @@ class Trainer:
             warned, due = self.vote.any(self._is_warned(last), self._is_time_to_save())
             if self._validates(step):
                 warned = warned or not self._validate(to_the_end=last)
-                self.state = replace(self.state, validation_due=warned)
+                if warned:
+                    self.state = replace(self.state, validation_due=True)
             if warned or due or last or self._saves(step):
                 self._save(at_once=warned or last)
             if warned:

@@ -23,7 +23,7 @@ from typing import Any
 
 from megatron_crnet.atomic import atomic_files
 from megatron_crnet.benchmark_rows import SWEEPS, Row, parse_row, sweep_rows
-from megatron_crnet.errors import CrnetError, DataError, require, require_positive
+from megatron_crnet.errors import DataError, reported, require, require_positive
 from megatron_crnet.interruption import INTERRUPTED, Interruption
 from megatron_crnet.settings import parse_arguments
 
@@ -122,11 +122,7 @@ def run(argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """Run; returns the exit status."""
-    try:
-        return run(argv)
-    except CrnetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+    return reported(lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from megatron_crnet.atomic import sigterm_unwinds
-from megatron_crnet.errors import CrnetError, require
+from megatron_crnet.errors import reported, require
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -65,16 +65,17 @@ def bring_back(args: argparse.Namespace) -> None:
     print(f"{checkpoint}: continue it with checkpoint.dir {args.folder} and the same model section")
 
 
+def convert(args: argparse.Namespace) -> int:
+    """The command that was asked for."""
+    with sigterm_unwinds():
+        export(args) if args.command == "to-hf" else bring_back(args)
+    return 0
+
+
 def main() -> int:
     """Run; returns the exit status."""
     args = parse_arguments()
-    try:
-        with sigterm_unwinds():
-            export(args) if args.command == "to-hf" else bring_back(args)
-    except CrnetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    return 0
+    return reported(lambda: convert(args))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_crnet.errors import CrnetError, require_positive
+from megatron_crnet.errors import reported, require_positive
 
 if TYPE_CHECKING:
     from megatron_crnet.evaluation import Row
@@ -83,20 +83,21 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     return dataclasses.asdict(evaluate(opened.model, rows, args.batch_size))
 
 
-def main() -> int:
-    """Run; returns the exit status."""
-    args = parse_arguments()
-    try:
-        found = run(args)
-    except CrnetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+def show(args: argparse.Namespace) -> int:
+    """Print the figures."""
+    found = run(args)
     if args.json:
         print(json.dumps(found, indent=1))
         return 0
     for name, value in found.items():
         print(f"{name:30} {value:,}" if isinstance(value, int) else f"{name:30} {value:.6f}")
     return 0
+
+
+def main() -> int:
+    """Run; returns the exit status."""
+    args = parse_arguments()
+    return reported(lambda: show(args))
 
 
 if __name__ == "__main__":

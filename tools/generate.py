@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_crnet.errors import CrnetError, DataError
+from megatron_crnet.errors import DataError, reported
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -70,19 +70,20 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
-def main() -> int:
-    """Run; returns the exit status."""
-    args = parse_arguments()
-    try:
-        records = run(args)
-    except CrnetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+def show(args: argparse.Namespace) -> int:
+    """Print the texts."""
+    records = run(args)
     if args.json:
         print(json.dumps(records, indent=1, ensure_ascii=False))
         return 0
     print("\n---\n".join(f"{record['prompt']}{record['text']}" for record in records))
     return 0
+
+
+def main() -> int:
+    """Run; returns the exit status."""
+    args = parse_arguments()
+    return reported(lambda: show(args))
 
 
 if __name__ == "__main__":

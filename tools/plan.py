@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_crnet import cpu_platform
-from megatron_crnet.errors import ConfigError, CrnetError, require
+from megatron_crnet.errors import ConfigError, reported, require
 from megatron_crnet.interruption import INTERRUPTED
 from megatron_crnet.options import positive_integer, take_options
 from megatron_crnet.settings import parse_arguments, save_config
@@ -88,11 +88,7 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0
-    try:
-        return run(argv)
-    except CrnetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+    return reported(lambda: run(argv))
 
 
 if __name__ == "__main__":

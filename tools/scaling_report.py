@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from megatron_crnet.atomic import atomic_files
-from megatron_crnet.errors import CrnetError, DataError, require, require_positive
+from megatron_crnet.errors import DataError, reported, require, require_positive
 
 
 def run(argv: list[str]) -> int:
@@ -61,11 +61,7 @@ def run(argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """Run; returns the exit status."""
-    try:
-        return run(argv)
-    except CrnetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+    return reported(lambda: run(argv))
 
 
 if __name__ == "__main__":
