@@ -15,6 +15,7 @@ from megatron_crnet.engine import TrainEngine
 from megatron_crnet.gpt import build_model_chunks
 from megatron_crnet.live_memory import LiveMemory
 from megatron_crnet.parallel import initialize_parallel
+from tests.distributed.engines import settled
 from tests.distributed.spawn import fresh_world, run_distributed
 from tests.helpers import micro_batches, tiny_config
 
@@ -63,7 +64,7 @@ def _observe(section: dict[str, Any]) -> Seen:
     get_accelerator().synchronize = lambda *_: count.__setitem__(0, count[0] + 1)
     with LiveMemory() as memory, contextlib.redirect_stdout(printed):
         losses = engine.chunks[0].token_losses(batch)
-        kept = memory.current
+        kept = settled(memory)
         losses.sum().backward()
     get_accelerator().synchronize = original
     tokens, h = batch["tokens"].numel(), config.model.hidden_size

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,16 +18,16 @@ from megatron_crnet.engine import TrainEngine
 from megatron_crnet.gpt import build_model_chunks
 from megatron_crnet.live_memory import LiveMemory
 from megatron_crnet.parallel import initialize_parallel
+from tests.distributed.engines import build_engine, close_engine, run_step, settled
 from tests.distributed.spawn import fresh_world, run_distributed
+from tests.distributed.test_inverse import INVERSE, TOLERANCE
 from tests.helpers import gradient_of, local_weights, micro_batches, random_tokens, tiny_config
 
 REPLAY = RecomputeConfig(strategy="replay", segment_length=2)
 REPLAY_AUTO = RecomputeConfig(strategy="replay", keep_attention_output=True)
 FULL = RecomputeConfig(strategy="full", segment_length=2)
 FULL_AUTO = RecomputeConfig(strategy="full")
-INVERSE = RecomputeConfig(strategy="inverse")
 VARIANTS = ("crnet", "full_rank", "low_rank", "cola")
-TOLERANCE = {"fp32": 1e-4, "bf16": 1 / 16}
 EXACT = (REPLAY, REPLAY_AUTO, FULL)
 EVERYTHING_STORED = {
     "partition_activations": True,
@@ -185,174 +184,6 @@ def test_the_whole_matrix_has_the_same_bits(start: int) -> None:
     assert [key for key, same in found.items() if not same] == []
 
 
-# inverse: the error of all gradients together, by the first value of beta, with the guard and with a bound that
-# never acts
-BETAS = (1.0, 0.3, 0.0)
-UNGUARDED = 1e30
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model whose outputs are hard to invert.
-
-    Attributes:
-        growth: B of v and up is this many times that of the layer below, so that Y shrinks downward.
-        outlier: how strongly the first token's `up` of the full-rank layer answers, in every sequence.
-        steps: steps of training before the gradients are compared.
-    """
-
-    name: str
-    beta: float
-    growth: float = 1.0
-    outlier: float = 0.0
-    steps: int = 0
-
-    def config(self, dtype: str) -> Config:
-        plain = tiny_config(
-            {"num_layers": 9, "beta_init": self.beta, "init_method_std": 0.05},
-            training={"dtype": dtype},
-            optimizer={"lr": 0.01, "lr_warmup_steps": 0},
-        )
-        return dataclasses.replace(plain, recompute=INVERSE)
-
-
-CASES = [Case(f"beta-{beta}", beta) for beta in BETAS]
-CASES += [
-    Case("growing", 1.0, growth=4.0),
-    Case("growing-outlier", 1.0, growth=4.0, outlier=300.0),
-    Case("trained", 1.0, steps=20),
-    Case("trained-small-beta", 0.3, steps=20),
-]
-
-
-@dataclass(frozen=True)
-class Found:
-    """Error of all gradients together with the guard and without it, and how many anchors it has added."""
-
-    guarded: float
-    unguarded: float
-    added: int
-
-
-def inverse_errors() -> dict[tuple[str, str], Found]:
-    return {(dtype, case.name): _inverse_error(case, case.config(dtype)) for dtype in TOLERANCE for case in CASES}
-
-
-def _inverse_error(case: Case, config: Config) -> Found:
-    context = initialize_parallel(config)
-    chunks = build_model_chunks(config)
-    for layer in chunks[0].decoder.layers:
-        for piece in (*layer.linear_qkv.pieces(), *layer.linear_gate_up.pieces()):
-            if piece.position in ("v", "up") and piece.suffix == "b.weight":
-                piece.parameter.data[piece.index].mul_(case.growth**layer.index)
-    if case.outlier:
-        _answer_strongly_to_the_first_token(chunks[0], case.outlier)
-    engine = TrainEngine(config, chunks, context)
-    for step in range(case.steps):
-        _step(engine, step)
-        engine.update()
-    guarded, added, block = _gradient(engine, case.steps), engine.added_anchors, chunks[0].decoder
-    block.config.recompute_inverse_tolerance = UNGUARDED
-    engine.restore_schedule(case.steps)  # anchors anew
-    unguarded = _gradient(engine, case.steps)
-    assert len(block.segments) < 4
-    block.segments = []
-    plain = _gradient(engine, case.steps)
-    _close(engine)
-    errors = [float((gradient - plain).norm() / plain.norm()) for gradient in (guarded, unguarded)]
-    return Found(*errors, added)
-
-
-@torch.no_grad()
-def _answer_strongly_to_the_first_token(model: Any, strength: float) -> None:
-    """Token 0, which starts every sequence, gets large outputs in layer 0; all others keep theirs."""
-    embedding, layer = model.embedding.word_embeddings.weight, model.decoder.layers[0]
-    direction = embedding[0].float() / embedding[0].float().norm()
-    embedding[1:] -= ((embedding[1:].float() @ direction)[:, None] * direction).to(embedding.dtype)
-    for piece in layer.linear_o.pieces():  # so that the residual stream keeps the embedding's directions
-        piece.parameter[piece.index].zero_()
-    for piece in layer.linear_gate_up.pieces():
-        if piece.position == "up":
-            up = piece.parameter[piece.index]
-            answer = torch.randn(up.shape[0], generator=torch.Generator().manual_seed(1))
-            up += (strength * torch.outer(answer, direction)).to(up.dtype)
-
-
-def _engine(config: Config) -> TrainEngine:
-    context = initialize_parallel(config)
-    return TrainEngine(config, build_model_chunks(config), context)
-
-
-def _step(engine: TrainEngine, step: int = 0) -> float:
-    tokens, _ = random_tokens(engine.config, step)
-    context = engine.context
-    batches = micro_batches(engine.config, context.dp_rank, context.world_size, step)
-    for batch in batches:
-        batch["tokens"][:, 0] = 0
-    return engine.forward_backward(batches, tokens.numel())
-
-
-def _gradient(engine: TrainEngine, step: int) -> Tensor:
-    """This rank's gradient of one step, on gradients that start at zero."""
-    engine.deepspeed.module.zero_grad()
-    _step(engine, step)
-    return torch.cat([gradient_of(engine, weight).double().flatten() for weight in local_weights(engine)])
-
-
-def _close(engine: TrainEngine) -> None:
-    engine.context.heartbeat.close()
-    engine.deepspeed.destroy()
-    fresh_world()
-
-
-@pytest.fixture(scope="module")
-def inverse() -> dict[tuple[str, str], Found]:
-    return run_distributed(inverse_errors, 1)[0]
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_inverse_stays_within_its_tolerance(inverse: dict[Any, Found], dtype: str, case: Case) -> None:
-    found = inverse[dtype, case.name]
-    print(dtype, case.name, found)  # for docs/results.md
-    assert found.guarded < TOLERANCE[dtype]
-    assert (found.added > 0) == (dtype == "bf16" or case.name not in ("beta-1.0", "trained"))
-
-
-def test_without_the_guard_small_betas_and_outputs_that_shrink_downward_would_ruin_the_gradient(
-    inverse: dict[Any, Found],
-) -> None:
-    # at 0 the scale is the epsilon 1e-6, and seven divisions by it leave the range of fp32
-    assert all(not inverse[dtype, "beta-0.0"].unguarded < 1 for dtype in TOLERANCE)
-    assert inverse["bf16", "beta-0.3"].unguarded > 1
-    assert all(inverse[dtype, "growing"].unguarded > TOLERANCE[dtype] for dtype in TOLERANCE)
-
-
-def stale_plan() -> tuple[bool, bool, int]:
-    """The betas change behind the engine's back, then an update notices."""
-    config = dataclasses.replace(
-        tiny_config({"num_layers": 9, "beta_init": 1.0}), recompute=RecomputeConfig(strategy="inverse")
-    )
-    engine = _engine(config)
-    _step(engine)
-    finite = all(bool(gradient_of(engine, w).isfinite().all()) for w in local_weights(engine))
-    engine.deepspeed.module.zero_grad()
-    for weight in local_weights(engine):
-        if weight.name.endswith("beta"):
-            weight.parameter.data.fill_(1e-5 if ".5." in weight.name else 1.0)
-    _step(engine)
-    poisoned = any(bool(gradient_of(engine, w).isnan().any()) for w in local_weights(engine))
-    engine.update()
-    return finite, poisoned, engine.added_anchors
-
-
-def test_a_plan_for_other_betas_gives_no_number_rather_than_a_wrong_one() -> None:
-    finite, poisoned, added = run_distributed(stale_plan, 1)[0]
-    assert finite
-    assert poisoned
-    assert added > 0
-
-
 def traffic() -> list[list[int]]:
     """Bytes of all tensor-parallel calls of a step, without and with recomputation, for several models."""
     found = []
@@ -360,13 +191,12 @@ def traffic() -> list[list[int]]:
         volumes = []
         for recompute in (RecomputeConfig(), REPLAY, INVERSE):
             config = dataclasses.replace(tiny_config({"num_layers": 6, **model}, TP), recompute=recompute)
-            engine = _engine(config)
-            _step(engine)  # inverse looks at the sizes of outputs first
+            engine = build_engine(config)
+            run_step(engine)  # inverse looks at the sizes of outputs first
             with CommunicationCounter() as counter:
-                _step(engine)
+                run_step(engine)
             volumes.append(counter.total("all_gather", "reduce_scatter", "all_reduce").bytes)
-            engine.context.heartbeat.close()
-            fresh_world()
+            close_engine(engine)
         found.append(volumes)
     return found
 
@@ -385,34 +215,24 @@ def memory_over_steps() -> dict[str, list[int]]:
     """Bytes alive after each step, each abandoned micro-batch and each failed backward pass."""
     found: dict[str, list[int]] = {}
     for recompute in (REPLAY, REPLAY_AUTO, FULL, INVERSE):
-        engine = _engine(dataclasses.replace(tiny_config({"num_layers": 6}), recompute=recompute))
-        _step(engine)
+        engine = build_engine(dataclasses.replace(tiny_config({"num_layers": 6}), recompute=recompute))
+        run_step(engine)
         with LiveMemory() as memory:
             alive = []
             for _ in range(4):
-                _step(engine)
-                alive.append(_settled(memory))
+                run_step(engine)
+                alive.append(settled(memory))
             for _ in range(3):
                 _abandon(engine)
-                alive.append(_settled(memory))
+                alive.append(settled(memory))
             for _ in range(3):
                 _fail(engine)
                 # autograd holds on to a failed pass until the next one, without recomputation as well
-                _step(engine)
+                run_step(engine)
                 gc.collect()
-                alive.append(_settled(memory))
+                alive.append(settled(memory))
         found[str(recompute)] = alive
-        engine.context.heartbeat.close()
-        fresh_world()
-    return found
-
-
-def _settled(memory: LiveMemory) -> int:
-    """Bytes alive once they no longer change: gloo's thread lets go of a reduced tensor a moment after the call."""
-    found = None
-    while found != memory.current:
-        found = memory.current
-        time.sleep(0.05)
+        close_engine(engine)
     return found
 
 

@@ -1,0 +1,45 @@
+"""An engine on the ranks of a spawned world, a step of it, and the memory that is left."""
+
+from __future__ import annotations
+
+import time
+
+from megatron_crnet.config import Config
+from megatron_crnet.engine import TrainEngine
+from megatron_crnet.gpt import build_model_chunks
+from megatron_crnet.live_memory import LiveMemory
+from megatron_crnet.parallel import initialize_parallel
+from tests.distributed.spawn import fresh_world
+from tests.helpers import micro_batches, random_tokens
+
+
+def build_engine(config: Config) -> TrainEngine:
+    """A model and its engine on this world's ranks; a collective call."""
+    context = initialize_parallel(config)
+    return TrainEngine(config, build_model_chunks(config), context)
+
+
+def run_step(engine: TrainEngine, step: int = 0) -> float:
+    """The passes of a step without the update; every sequence starts with token 0. The loss."""
+    tokens, _ = random_tokens(engine.config, step)
+    context = engine.context
+    batches = micro_batches(engine.config, context.dp_rank, context.world_size, step)
+    for batch in batches:
+        batch["tokens"][:, 0] = 0
+    return engine.forward_backward(batches, tokens.numel())
+
+
+def close_engine(engine: TrainEngine) -> None:
+    """Let go of it and of all groups; a collective call."""
+    engine.context.heartbeat.close()
+    engine.deepspeed.destroy()
+    fresh_world()
+
+
+def settled(memory: LiveMemory) -> int:
+    """Bytes alive once they no longer change: gloo's thread lets go of a reduced tensor a moment after the call."""
+    seen = [memory.current]
+    while len(seen) < 4 or len(set(seen[-4:])) > 1:
+        time.sleep(0.03)
+        seen.append(memory.current)
+    return seen[-1]
