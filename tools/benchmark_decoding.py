@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_crnet.errors import CrnetError, require, require_positive
+from megatron_crnet.errors import reported, require, require_positive
 
 VARIANTS = ("crnet", "low_rank", "cola", "full_rank")
 
@@ -158,21 +158,22 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
-    """Run; returns the exit status."""
-    args = parse_arguments()
-    try:
-        if args.json:
-            require(args.json.parent.is_dir(), f"--json {args.json} lies in no folder: make {args.json.parent}")
-        rows = measure(args)
-    except CrnetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+def run(args: argparse.Namespace) -> int:
+    """Measure and write."""
+    if args.json:
+        require(args.json.parent.is_dir(), f"--json {args.json} lies in no folder: make {args.json.parent}")
+    rows = measure(args)
     print(table(rows))
     if args.json:
         about = {name: str(value) for name, value in vars(args).items()}
         args.json.write_text(json.dumps({"arguments": about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
     return 0
+
+
+def main() -> int:
+    """Run; returns the exit status."""
+    args = parse_arguments()
+    return reported(lambda: run(args))
 
 
 if __name__ == "__main__":

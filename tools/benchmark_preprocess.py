@@ -22,7 +22,7 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
-from megatron_crnet.errors import CrnetError, DataError
+from megatron_crnet.errors import DataError, reported
 from megatron_crnet.preprocess import available_cpus, preprocess
 from megatron_crnet.standard_library import write_corpus
 from megatron_crnet.tokenizer_training import train_sentencepiece
@@ -134,20 +134,21 @@ def run(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     return results
 
 
-def main() -> int:
-    """Run; returns the exit status."""
-    args = parse_arguments()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            results = run(args, Path(folder))
-    except CrnetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+def show(args: argparse.Namespace) -> int:
+    """Measure and write."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = run(args, Path(folder))
     print_table(results)
     if args.json:
         machine = {"python": platform.python_version(), "cpus": available_cpus(), "workers": args.workers}
         args.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
     return 0
+
+
+def main() -> int:
+    """Run; returns the exit status."""
+    args = parse_arguments()
+    return reported(lambda: show(args))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from megatron_crnet.arithmetic import total_parameters
-from megatron_crnet.errors import CrnetError, DataError
+from megatron_crnet.errors import DataError, reported
 from megatron_crnet.plot import read_metrics
 from megatron_crnet.settings import load_config
 
@@ -35,19 +35,21 @@ def row(folder: Path) -> tuple[str, ...]:
     )
 
 
-def main() -> int:
-    """Run; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
-    try:
-        rows = [row(folder) for folder in parser.parse_args().runs]
-    except CrnetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+def show(folders: list[Path]) -> int:
+    """Print the table."""
+    rows = [row(folder) for folder in folders]
     header = ("variant", "lr", "parameters", "steps", "tokens", "validation loss", "perplexity")
     for line in (header, tuple("---" for _ in header), *rows):
         print("| " + " | ".join(line) + " |")
     return 0
+
+
+def main() -> int:
+    """Run; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
+    args = parser.parse_args()
+    return reported(lambda: show(args.runs))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_crnet.errors import CrnetError
+from megatron_crnet.errors import reported
 from megatron_crnet.standard_library import write_corpus
 
 
@@ -26,16 +26,17 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def run(args: argparse.Namespace) -> int:
+    """Write the corpus."""
+    summary = write_corpus(args.folder, args.valid_fraction)
+    print(summary)
+    return 0
+
+
 def main() -> int:
     """Run; returns the exit status."""
     args = parse_arguments()
-    try:
-        summary = write_corpus(args.folder, args.valid_fraction)
-    except CrnetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    print(summary)
-    return 0
+    return reported(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from typing import Any
 
 from megatron_crnet import cpu_platform
 from megatron_crnet.config import Config
-from megatron_crnet.errors import CrnetError
+from megatron_crnet.errors import reported
+from megatron_crnet.options import take_options
 from megatron_crnet.settings import parse_arguments
 
 VARIANTS = ("crnet", "low_rank", "cola", "full_rank")
@@ -62,26 +63,24 @@ def table(config: Config, found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def run(argv: list[str]) -> int:
+    """Count and write."""
+    options, rest = take_options({"--json": None}, argv)
+    config = parse_arguments(rest).config
+    found = measure(config)
+    if os.environ.get("RANK", "0") == "0":
+        print(table(config, found))
+        if options["--json"]:
+            Path(options["--json"]).write_text(json.dumps(found, indent=1))
+    return 0
+
+
 def main(argv: list[str]) -> int:
     """Run; returns the exit status."""
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0
-    target = None
-    if "--json" in argv[:-1]:
-        at = argv.index("--json")
-        target, argv = argv[at + 1], argv[:at] + argv[at + 2 :]
-    try:
-        config = parse_arguments(argv).config
-        found = measure(config)
-    except CrnetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    if os.environ.get("RANK", "0") == "0":
-        print(table(config, found))
-        if target:
-            Path(target).write_text(json.dumps(found, indent=1))
-    return 0
+    return reported(lambda: run(argv))
 
 
 if __name__ == "__main__":

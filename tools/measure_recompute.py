@@ -24,23 +24,18 @@ from typing import Any
 
 from megatron_crnet import cpu_platform
 from megatron_crnet.config import Config
-from megatron_crnet.errors import ConfigError, CrnetError, require
+from megatron_crnet.errors import reported, require
+from megatron_crnet.options import positive_integer, take_options
 from megatron_crnet.settings import parse_arguments
 
 OPTIONS = {"--tensors": "fake", "--segments": None, "--json": None, "--resident-of": None}
 
 
-def take_options(argv: list[str]) -> tuple[dict[str, str | None], list[str]]:
+def own_options(argv: list[str]) -> tuple[dict[str, str | None], list[str]]:
     """This tool's own options, and what is left for the configuration."""
-    found, rest = dict(OPTIONS), list(argv)
-    for name in OPTIONS:
-        if name in rest:
-            at = rest.index(name)
-            if name == "--json" and (at + 1 == len(rest) or rest[at + 1].startswith("--")):
-                rest.insert(at + 1, "-")
-            require(at + 1 < len(rest), f"{name} has no value: give one")
-            found[name] = rest[at + 1]
-            del rest[at : at + 2]
+    following = [*argv, "--"][1:]
+    bare = [name == "--json" and after.startswith("--") for name, after in zip(argv, following, strict=True)]
+    found, rest = take_options(OPTIONS, ["--json=-" if alone else word for word, alone in zip(argv, bare, strict=True)])
     kind = found["--tensors"]
     require(kind in ("fake", "real"), f"--tensors is {kind}, but must be fake or real: correct it")
     return found, rest
@@ -51,7 +46,8 @@ def measure(config: Config, options: dict[str, str | None]) -> list[dict[str, An
     from megatron_crnet.parallel import shutdown_parallel
     from megatron_crnet.recompute_report import measure_strategies
 
-    length = int(options["--segments"]) if options["--segments"] else None
+    segments = options["--segments"]
+    length = positive_integer("--segments", segments) if segments else None
     found = measure_strategies(config, fake=options["--tensors"] == "fake", segment_length=length)
     shutdown_parallel()
     return [{**dataclasses.asdict(m), "transient": m.transient} for m in found]
@@ -130,27 +126,20 @@ def resident_table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> int:
-    """Run; returns the exit status."""
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
+def run(argv: list[str]) -> int:
+    """Count, print and write."""
+    options, rest = own_options([argument for argument in argv if argument != "--resident"])
+    config = parse_arguments(rest).config
+    require(
+        config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size == 1,
+        "the configuration asks for tensor or pipeline parallelism, but this tool counts one rank without: set "
+        "both sizes to 1",
+    )
+    cpu_platform.install()
+    if options["--resident-of"]:
+        print(json.dumps(resident_of(config)))
         return 0
-    try:
-        options, rest = take_options([argument for argument in argv if argument != "--resident"])
-        config = parse_arguments(rest).config
-        require(
-            config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size == 1,
-            "the configuration asks for tensor or pipeline parallelism, but this tool counts one rank without: set "
-            "both sizes to 1",
-        )
-        cpu_platform.install()
-        if options["--resident-of"]:
-            print(json.dumps(resident_of(config)))
-            return 0
-        found = resident(rest) if "--resident" in argv else measure(config, options)
-    except (CrnetError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status if isinstance(error, CrnetError) else ConfigError.exit_status
+    found = resident(rest) if "--resident" in argv else measure(config, options)
     if options["--json"] == "-":
         print(json.dumps(found, indent=1))
         return 0
@@ -158,6 +147,14 @@ def main(argv: list[str]) -> int:
     if options["--json"]:
         Path(options["--json"]).write_text(json.dumps(found, indent=1))
     return 0
+
+
+def main(argv: list[str]) -> int:
+    """Run; returns the exit status."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    return reported(lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_crnet.errors import CrnetError
+from megatron_crnet.errors import reported
 from megatron_crnet.preprocess import available_cpus, preprocess
 from megatron_crnet.progress import ProgressPrinter
 
@@ -38,26 +38,21 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
-    """Run; returns the exit status."""
-    args = parse_arguments()
-    try:
-        with ProgressPrinter() as progress:
-            result = preprocess(
-                args.input,
-                args.output,
-                args.tokenizer_type,
-                args.tokenizer_model,
-                workers=args.workers,
-                append_eod=not args.no_append_eod,
-                text_key=args.text_key,
-                strict=args.strict,
-                overwrite=args.overwrite,
-                progress=progress,
-            )
-    except CrnetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+def run(args: argparse.Namespace) -> int:
+    """Write the files and say what is in them."""
+    with ProgressPrinter() as progress:
+        result = preprocess(
+            args.input,
+            args.output,
+            args.tokenizer_type,
+            args.tokenizer_model,
+            workers=args.workers,
+            append_eod=not args.no_append_eod,
+            text_key=args.text_key,
+            strict=args.strict,
+            overwrite=args.overwrite,
+            progress=progress,
+        )
     print(
         f"{args.output}: {result.documents:,} documents, {result.tokens:,} tokens, {result.text_bytes:,} bytes of text "
         f"in {result.seconds:.1f} s"
@@ -68,6 +63,12 @@ def main() -> int:
             f"{result.invalid_json:,} not a JSON object, {result.missing_text:,} without the key {args.text_key!r}"
         )
     return 0
+
+
+def main() -> int:
+    """Run; returns the exit status."""
+    args = parse_arguments()
+    return reported(lambda: run(args))
 
 
 if __name__ == "__main__":

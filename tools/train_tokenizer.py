@@ -9,7 +9,7 @@ import argparse
 import sys
 
 from megatron_crnet.corpus import CorpusStats, iter_documents
-from megatron_crnet.errors import CrnetError
+from megatron_crnet.errors import reported
 from megatron_crnet.preprocess import available_cpus
 from megatron_crnet.tokenizer import load_tokenizer
 from megatron_crnet.tokenizer_training import train_sentencepiece
@@ -40,23 +40,18 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
-    """Run; returns the exit status."""
-    args = parse_arguments()
+def run(args: argparse.Namespace) -> int:
+    """Train and say what was left out."""
     stats = CorpusStats()
-    try:
-        model = train_sentencepiece(
-            iter_documents(args.input, args.text_key, args.strict, stats),
-            args.output,
-            args.vocab_size,
-            num_threads=args.threads,
-            sample_bytes=args.sample_bytes,
-            overwrite=args.overwrite,
-        )
-        size = load_tokenizer("sentencepiece", str(model)).vocab_size
-    except CrnetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+    model = train_sentencepiece(
+        iter_documents(args.input, args.text_key, args.strict, stats),
+        args.output,
+        args.vocab_size,
+        num_threads=args.threads,
+        sample_bytes=args.sample_bytes,
+        overwrite=args.overwrite,
+    )
+    size = load_tokenizer("sentencepiece", str(model)).vocab_size
     print(f"{model}: {size} pieces")
     if stats.skipped:
         print(
@@ -64,6 +59,12 @@ def main() -> int:
             f"{stats.invalid_json} not a JSON object, {stats.missing_text} without the key {args.text_key!r}"
         )
     return 0
+
+
+def main() -> int:
+    """Run; returns the exit status."""
+    args = parse_arguments()
+    return reported(lambda: run(args))
 
 
 if __name__ == "__main__":
