@@ -1,8 +1,8 @@
 """Lets Megatron-Core and DeepSpeed run where there is no CUDA device. The only patches of this project.
 
 Megatron-Core asks `torch.cuda` for the current device, for random states, and builds a few tensors on
-"cuda" by name; DeepSpeed's CPU back end compiles a shared-memory operator that nothing here uses and
-that needs a compiler. With a CUDA device this module does nothing at all.
+"cuda" by name; its fusions and DeepSpeed's CPU back end bring compilers along that nothing here uses.
+With a CUDA device this module does nothing at all.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import logging
 import os
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -58,10 +60,29 @@ def install() -> None:
     torch.cuda.get_rng_state = lambda *_: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, *_: torch.set_rng_state(state)
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
-    _install_rng()
+    with _without_a_compiler():
+        _install_rng()
     _skip_shared_memory_operator()
     _mode = _CudaMeansCpu()
     _mode.__enter__()
+
+
+@contextmanager
+def _without_a_compiler() -> Iterator[None]:
+    """While Megatron-Core is imported: it gives its fusions to `torch.compile`, which loads for three seconds.
+
+    Nothing here calls them, and on first call they would ask for a C++ compiler.
+    """
+    original = torch.compile
+    torch.compile = _as_it_is  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = original
+
+
+def _as_it_is(function: Any = None, **_: Any) -> Any:
+    return function if function is not None else _as_it_is
 
 
 def _install_rng() -> None:
