@@ -3,6 +3,7 @@
 The modules in the order in which to read them; each uses only those above it.
 
     errors               the exceptions a user can meet
+    atomic               files whole or not at all
     ranks, rules         which map has which rank; what must hold
     deepspeed_rules      what of DeepSpeed is refused, and why; recompute_rules: the same for recomputation
     config               every field of a run
@@ -39,7 +40,7 @@ The modules in the order in which to read them; each uses only those above it.
     preprocess, worker_pool                documents -> .bin/.idx
     data, data_checks, padded_dataset      .bin/.idx -> samples
     data_loading, unigram                  samples -> micro-batches; entropy of the tokens
-    atomic, progress                       files whole or not at all; progress of the tools
+    progress                               how far a tool is
 
     optimizer            AdamW's groups, the learning rate over time
     schedule             one step under Megatron-Core's schedules

@@ -79,6 +79,21 @@ def atomic_folder(target: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole: it holds the old text or the new one at any moment.
+
+    Raises:
+        OSError: it cannot be written; the old text is there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
 def _unwritable(target: Path, error: OSError) -> DataError:
     return DataError(
         f"cannot write {error.filename or target}: {error.strerror or error}: free some space, correct the "

@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from megatron_crnet.atomic import replace_text
 from megatron_crnet.config import Config
 from megatron_crnet.errors import CheckpointError
 from megatron_crnet.settings import save_config
@@ -131,9 +132,7 @@ def restore_replaced(folder: Path) -> None:
 
 def point_latest_at(checkpoint: Path) -> None:
     """Name the newest checkpoint in DIR/latest."""
-    temporary = checkpoint.parent / f".latest.{os.getpid()}"
-    temporary.write_text(f"{checkpoint.name}\n")
-    temporary.replace(checkpoint.parent / "latest")
+    replace_text(checkpoint.parent / "latest", f"{checkpoint.name}\n")
 
 
 def set_aside(folder: Path, step: int, prefix: str = REJECTED) -> Path | None:

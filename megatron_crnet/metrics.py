@@ -15,6 +15,7 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
+from megatron_crnet.atomic import replace_text
 from megatron_crnet.config import Config
 from megatron_crnet.errors import ConfigError
 from megatron_crnet.settings import resolved
@@ -116,12 +117,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_text("".join(kept))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_text(path, "".join(kept))
 
 
 class Progress:

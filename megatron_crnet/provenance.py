@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from megatron_crnet.agreement import LIBRARIES, library_versions
+from megatron_crnet.atomic import replace_text
 
 RUN_FILE = "run.json"
 
@@ -59,9 +60,7 @@ def write_run_file(folder: Path, argv: list[str], world_size: int) -> None:
         "machine": machine(),
         "versions": versions(),
     }
-    temporary = folder / f".{RUN_FILE}.{os.getpid()}"
-    temporary.write_text(json.dumps(facts, indent=1) + "\n")
-    temporary.replace(folder / RUN_FILE)
+    replace_text(folder / RUN_FILE, json.dumps(facts, indent=1) + "\n")
 
 
 def _processor() -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse import set_parsing_settings as jsonargparse_settings
 
+from megatron_crnet.atomic import replace_text
 from megatron_crnet.config import Config
 from megatron_crnet.errors import ConfigError
 from megatron_crnet.ranks import resolve_full_rank_layers
@@ -98,9 +98,7 @@ def resolved(config: Config) -> dict[str, Any]:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration, which `--config` reads back."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(yaml.safe_dump(resolved(config), sort_keys=False))
-    temporary.replace(path)
+    replace_text(path, yaml.safe_dump(resolved(config), sort_keys=False))
 
 
 def check_keys(values: Any, source: str) -> None:
