@@ -132,6 +132,16 @@ def test_rows_of_a_wider_tensor_are_read_where_they_lie() -> None:
     assert kernels._rows(expanded).data_ptr() == expanded.data_ptr()
 
 
+def test_what_triton_would_compile_another_way_is_copied() -> None:
+    even, odd = torch.zeros(4, 2, 3 * 64, device=DEVICE), torch.zeros(4, 2, 48 + 33, device=DEVICE)
+    parts = [even[..., 1:65], even.flatten()[1:129].view(4, 32), *odd.split([48, 33], dim=-1), even.transpose(0, 2)]
+    for part in parts:
+        rows = kernels._rows(part)
+        assert torch.equal(rows, part.reshape(rows.shape))
+        assert rows.is_contiguous()
+        assert (rows.data_ptr() % 16, rows.data_ptr() != part.data_ptr()) == (0, True)
+
+
 def test_offsets_may_pass_two_to_the_31() -> None:
     # only the pages of three rows are ever touched
     stride = 2**30 + 16
