@@ -20,6 +20,7 @@ from megatron_crnet.config import Config
 from megatron_crnet.errors import ConfigError, CrnetError, DataError
 from megatron_crnet.settings import resolved
 
+# where Triton is absent or another one, the residual rounds differently
 LIBRARIES = ("torch", "triton", "megatron-core", "deepspeed", "megatron_crnet")
 CHECKPOINT = "the checkpoint"
 REMEDIES = {

@@ -10,8 +10,10 @@ Rules that keep a run repeatable bit for bit:
   adds up in another order; but a recomputed tensor need not lie where the first one did. `_rows` sees to it.
 - Multiply-add is written out, so that no compiler chooses where it rounds.
 
-One launch handles one position. The seven differ in width and lie in tensors of their own, and at 7B with 4096 tokens a
-launch moves 100 to 270 MB, which takes longer than starting it.
+One launch handles one position. The seven differ in width and strides and lie in tensors of their own: one launch for a
+group would need a copy of the kernel's body for each. As it is, PyTorch's 28 operations of a bf16 layer become 7 in
+forward, and 35 become 14 in backward. At 7B with 4096 tokens a launch moves 100 to 270 MB, 30 to 80 microseconds at
+3.35 TB/s; only far shorter ones, as with tensor parallelism of 8, could gain from being joined.
 """
 
 from __future__ import annotations

@@ -68,28 +68,33 @@ def test_the_residual_can_be_undone_to_rounding(dtype: torch.dtype, bound: float
 
 
 class MovedBytes(TorchDispatchMode):
-    """Adds up what operations read and write: every tensor that goes in or comes out, once an operation; no views."""
+    """Counts operations that are no views, and adds up every tensor that goes into one or comes out."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.total = 0
+        self.total = self.operations = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if not func.is_view:
+            self.operations += 1
             self.total += sum(x.nbytes for x in (*args, out) if isinstance(x, torch.Tensor))
         return out
 
 
 @pytest.mark.parametrize(
-    ("dtype", "wanted"), [(torch.bfloat16, (30, 34, 38)), (torch.float32, (12, 16, 20))], ids=["bf16", "fp32"]
+    ("dtype", "wanted"),
+    [(torch.bfloat16, [(30, 4), (34, 5), (38, 5)]), (torch.float32, [(12, 1), (16, 2), (20, 2)])],
+    ids=["bf16", "fp32"],
 )
-def test_bytes_that_the_plain_functions_move_for_an_element(dtype: torch.dtype, wanted: tuple[int, ...]) -> None:
-    """The figures of docs/architecture.md; the kernels move 6 and 12 (test_cross_layer_kernels.py)."""
+def test_bytes_an_element_and_operations_of_the_plain_functions(
+    dtype: torch.dtype, wanted: list[tuple[int, int]]
+) -> None:
+    """The figures of docs/benchmarks.md; the kernels' are in test_cross_layer_kernels.py."""
     x, y, scale = torch.ones(64, 2, 64, dtype=dtype), torch.ones(64, 2, 64, dtype=dtype), torch.tensor(0.5)
     found = []
     for function in (add_previous, gradients, remove_update):
         with MovedBytes() as moved:
             function(x, y, scale)
-        found.append(round(moved.total / x.numel()))
-    assert tuple(found) == wanted
+        found.append((round(moved.total / x.numel()), moved.operations))
+    assert found == wanted

@@ -102,7 +102,7 @@ def test_compiled_for_a_gpu_each_input_is_read_once_and_each_output_written_once
 
 def test_the_plain_functions_are_chosen_where_kernels_cannot_run_or_are_not_wanted() -> None:
     with FakeTensorMode() as mode:
-        fake = FakeTensor(mode, torch.empty(2, device="meta"), torch.device("cuda"))
+        fake = torch.nn.Parameter(FakeTensor(mode, torch.empty(2, device="meta"), torch.device("cuda")))
     assert fake.is_cuda
     for weight in (torch.empty(2), torch.empty(2, device="meta"), fake):
         assert choose_residual(weight, fusion=True) is PLAIN
