@@ -46,23 +46,29 @@ def test_every_check_holds_on_a_gpu() -> None:
     assert re.search(r"\d\d passed", run_checks(TRITON_INTERPRET="0"))
 
 
-def compiled(kernel: Any, dtype: str, capability: int) -> Any:
-    """What wide models run: rows of at least a tile, all strides and addresses multiples of 16."""
+@pytest.fixture(autouse=True)
+def compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def compiled(name: str, dtype: str, capability: int, width: int) -> Any:
+    """What the launch of a kernel on contiguous rows of this width makes Triton compile."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    constants = {"tile_rows": 1, "tile_columns": 1024}
-    scalars = {"scale": "*fp32", "partial_sums": "*fp32", "rows": "i32", "width": "i32"}
-    signature = {
-        name: "constexpr" if name in constants else scalars.get(name, "i32" if name.endswith("stride") else f"*{dtype}")
-        for name in kernel.arg_names
-    }
-    even = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(kernel.arg_names)
-        if name not in (*constants, "rows", "scale")
-    }
-    source = ASTSource(kernel, signature, constants, even)
+    from megatron_crnet import cross_layer_kernels
+
+    kernel = getattr(cross_layer_kernels, name)
+    _, tile_rows, tile_columns = cross_layer_kernels._tiles(torch.Size((64, width)))
+    lengths = {argument for argument in kernel.arg_names if argument.endswith("stride") or argument == "width"}
+    constants = {"tile_rows": tile_rows, "tile_columns": tile_columns}
+    if width == 1:
+        constants |= dict.fromkeys(lengths, 1)
+    types = {"scale": "*fp32", "partial_sums": "*fp32", "rows": "i32", **dict.fromkeys(lengths, "i32")}
+    signature = {n: "constexpr" if n in constants else types.get(n, f"*{dtype}") for n in kernel.arg_names}
+    even = set(kernel.arg_names) - {*constants, "rows", "scale"} - (lengths if width % 16 else set())
+    hints = {(index,): [["tt.divisibility", 16]] for index, n in enumerate(kernel.arg_names) if n in even}
+    source = ASTSource(kernel, signature, constants, hints)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm
 
 
@@ -79,12 +85,9 @@ def bytes_of(instruction: str, code: str) -> tuple[float, int]:
     ("name", "partial_sums"), [("add_previous_kernel", 0), ("gradients_kernel", 1), ("remove_update_kernel", 0)]
 )
 def test_compiled_for_a_gpu_each_input_is_read_once_and_each_output_written_once(
-    name: str, partial_sums: int, dtype: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, partial_sums: int, dtype: str, capability: int
 ) -> None:
-    from megatron_crnet import cross_layer_kernels
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    assembly = compiled(getattr(cross_layer_kernels, name), dtype, capability)
+    assembly = compiled(name, dtype, capability, width=4096)
     code = assembly["ptx"]
     assert len(assembly["cubin"]) > 0
     assert bytes_of("ld", code) == (2 * ELEMENT[dtype], 1)  # both inputs, and the scale
@@ -98,6 +101,12 @@ def test_compiled_for_a_gpu_each_input_is_read_once_and_each_output_written_once
         assert code.count("fma.rn.f32") == 1024 // THREADS
     if name == "remove_update_kernel":
         assert code.count("div.rn.f32") == 1024 // THREADS
+
+
+@pytest.mark.parametrize("width", [1, 33, 48])
+@pytest.mark.parametrize("name", ["add_previous_kernel", "gradients_kernel", "remove_update_kernel"])
+def test_narrow_and_odd_rows_compile_too(name: str, width: int) -> None:
+    assert len(compiled(name, "bf16", 90, width)["cubin"]) > 0
 
 
 def test_the_plain_functions_are_chosen_where_kernels_cannot_run_or_are_not_wanted() -> None:
