@@ -19,7 +19,8 @@ The modules in the order in which to read them; each uses only those above it.
     options              what the tools take beside the configuration
 
     transformer_config   Config -> Megatron-Core's TransformerConfig
-    cross_layer          Y = s(beta) Y_prev + Z, its gradients and its inverse
+    cross_layer_kernels  the residual on CUDA, one pass over memory an operation: Triton
+    cross_layer          Y = s(beta) Y_prev + Z, its gradients and its inverse, or the kernels for them
     random_states        random generators, captured and replayed
     fragment, memory     graphs and tensors that a layer remembers for recomputation
     sequence_shards      whole sequences to shards and back

@@ -20,7 +20,8 @@ from megatron_crnet.config import Config
 from megatron_crnet.errors import ConfigError, CrnetError, DataError
 from megatron_crnet.settings import resolved
 
-LIBRARIES = ("torch", "megatron-core", "deepspeed", "megatron_crnet")
+# where Triton is absent or another one, the residual rounds differently
+LIBRARIES = ("torch", "triton", "megatron-core", "deepspeed", "megatron_crnet")
 CHECKPOINT = "the checkpoint"
 REMEDIES = {
     CHECKPOINT: "checkpoint.dir (logging.output_dir by default) must be a folder that all ranks share: put it on a "

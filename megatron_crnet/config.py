@@ -100,6 +100,9 @@ class TrainingConfig:
     """Tokens in a sequence."""
     dtype: Literal["bf16", "fp32"] = "fp32"
     """Precision of weights and activations; master weights, moments and beta stay fp32."""
+    cross_layer_fusion: bool = True
+    """On CUDA, compute the cross-layer residual and its gradients by Triton's kernels, one pass over memory each. false
+    (or no Triton): by PyTorch's operations, which round differently."""
     seed: int = 1234
     """Seed of the initial weights, of the order of the data and of dropout."""
     eval_interval: int = 100

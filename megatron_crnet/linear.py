@@ -24,6 +24,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
 
+from megatron_crnet.cross_layer import choose_residual
 from megatron_crnet.fragment import Fragment
 from megatron_crnet.input_product import Reduction, input_product
 from megatron_crnet.low_rank_products import (
@@ -153,6 +154,7 @@ class LowRankGroup(LinearGroup):
             self.register_parameter(f"b{index}", self._parameter(count, *shape))
         beta = torch.full((len(self.positions),), config.beta_init, dtype=torch.float32, device=self.a.device)
         self.beta = nn.Parameter(beta) if config.has_previous(layer) else None
+        self.residual = choose_residual(self.a, config.cross_layer_fusion and self.beta is not None)
         self.beta_fp32: Tensor | None = None
         """Exact value of beta where the parameter itself had to be rounded to bf16 (ZeRO-3)."""
         self._mark_gradients()
@@ -234,6 +236,7 @@ class LowRankGroup(LinearGroup):
             gather_group=self.tp_group if self._gathers else None,
             overlap=self.config.overlap_tp_communication,
             epsilon=self.config.cross_layer_epsilon,
+            residual=self.residual,
             known=memory.outputs if memory is not None else None,
             gathered=memory.gathered if memory is not None else None,
         )

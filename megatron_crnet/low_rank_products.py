@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_crnet.cross_layer import add_previous, gradients, remove_update
+from megatron_crnet.cross_layer import PLAIN, Residual
 from megatron_crnet.reference import signed_scale
 from megatron_crnet.sequence_shards import gather_sequence, scatter_sequence
 
@@ -27,6 +27,7 @@ class ProductOptions:
         gather_group: tensor-parallel group over which z is a sequence shard; None when it is whole.
         overlap: start the backward's communication asynchronously (on CUDA).
         epsilon: `model.cross_layer_epsilon`.
+        residual: who computes the residual, forward, backward and downward.
         known: the outputs themselves, already rebuilt. Then no product is done; the gradients are those of the
             products.
         gathered: z over the whole sequence, if somebody has gathered it before.
@@ -35,6 +36,7 @@ class ProductOptions:
     gather_group: dist.ProcessGroup | None = None
     overlap: bool = False
     epsilon: float = 1e-6
+    residual: Residual = PLAIN
     known: tuple[Tensor, ...] | None = None
     gathered: Tensor | None = None
 
@@ -68,7 +70,7 @@ class _LowRankOutputs(torch.autograd.Function):
         ctx.save_for_backward(z, beta, *tensors)
         ctx.stacks, ctx.group, ctx.gathered = stacks, options.gather_group, options.gathered
         ctx.overlap = options.overlap and z.is_cuda
-        ctx.epsilon = options.epsilon
+        ctx.epsilon, ctx.residual = options.epsilon, options.residual
         if options.known is not None:
             return tuple(y.detach() for y in options.known)
         if options.gathered is not None:
@@ -79,7 +81,7 @@ class _LowRankOutputs(torch.autograd.Function):
         if beta is None or not previous:
             return updates
         scales = signed_scale(beta.float(), options.epsilon)
-        return tuple(add_previous(*args) for args in zip(updates, previous, scales, strict=True))
+        return tuple(options.residual.add_previous(*args) for args in zip(updates, previous, scales, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -97,7 +99,7 @@ class _LowRankOutputs(torch.autograd.Function):
         if ctx.group is not None:
             grad_z, wait_scatter = scatter_sequence(grad_z, ctx.group, ctx.overlap)
         grad_matrices = _gradient_of_matrices(flat, matrices, whole)
-        grad_beta, grad_previous = _gradients_of_residual(grads, previous, beta, ctx.epsilon)
+        grad_beta, grad_previous = _gradients_of_residual(ctx.residual, flat, previous, beta, ctx.epsilon)
         if wait_scatter is not None:
             wait_scatter.wait()
         return None, None, grad_z, grad_beta, *grad_matrices, *grad_previous
@@ -126,12 +128,13 @@ def _gradient_of_matrices(grads: list[Tensor], matrices: Sequence[Tensor], z: Te
 
 
 def _gradients_of_residual(
-    grads: Sequence[Tensor], previous: Sequence[Tensor], beta: Tensor | None, epsilon: float
+    residual: Residual, grads: Sequence[Tensor], previous: Sequence[Tensor], beta: Tensor | None, epsilon: float
 ) -> tuple[Tensor | None, list[Tensor]]:
     if beta is None or not previous:
         return None, []
     scales = signed_scale(beta.float(), epsilon)
-    pairs = [gradients(*args) for args in zip(grads, previous, scales, strict=True)]
+    whole = [grad.view(y.shape) for grad, y in zip(grads, previous, strict=True)]
+    pairs = [residual.gradients(*args) for args in zip(whole, previous, scales, strict=True)]
     return torch.stack([grad_beta for _, grad_beta in pairs]).to(beta.dtype), [grad for grad, _ in pairs]
 
 
@@ -166,4 +169,4 @@ def low_rank_outputs_below(
         outputs: Y of every position, [s, b, w] each.
     """
     updates = products(z if options.gathered is None else options.gathered, matrices)
-    return tuple(remove_update(*args) for args in zip(outputs, updates, scales, strict=True))
+    return tuple(options.residual.remove_update(*args) for args in zip(outputs, updates, scales, strict=True))

@@ -29,6 +29,8 @@ class CRNetTransformerConfig(TransformerConfig):
     """eps of s(b) = sign(b)(|b| + eps)."""
     beta_init: float = 1.0
     """Initial value of every beta."""
+    cross_layer_fusion: bool = True
+    """The cross-layer residual by Triton's kernels (CUDA only)."""
     overlap_tp_communication: bool = True
     """Run the backward's gathers and scatters beside independent products (CUDA only)."""
 
@@ -78,6 +80,7 @@ def build_transformer_config(config: Config) -> CRNetTransformerConfig:
         chain_starts=frozenset(chain_starts(model)),
         cross_layer_epsilon=model.cross_layer_epsilon,
         beta_init=model.beta_init,
+        cross_layer_fusion=config.training.cross_layer_fusion,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,

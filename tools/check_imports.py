@@ -12,7 +12,7 @@ import importlib.util
 import sys
 
 REQUIRED = ("torch", "megatron.core", "deepspeed", "megatron_crnet", "safetensors")
-OPTIONAL = ("apex", "transformer_engine", "flash_attn")
+OPTIONAL = ("triton", "apex", "transformer_engine", "flash_attn")
 
 
 def main() -> int:

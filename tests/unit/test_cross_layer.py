@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_crnet.cross_layer import add_previous, remove_update
+from megatron_crnet.cross_layer import add_previous, gradients, remove_update
 from megatron_crnet.low_rank_products import low_rank_outputs
 from megatron_crnet.reference import signed_scale
 
@@ -62,3 +65,36 @@ def test_the_residual_can_be_undone_to_rounding(dtype: torch.dtype, bound: float
     found = remove_update(output, update, torch.tensor(scale))
     assert found.dtype == dtype
     assert (found - previous).norm() / previous.norm() < bound
+
+
+class MovedBytes(TorchDispatchMode):
+    """Counts operations that are no views, and adds up every tensor that goes into one or comes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.operations += 1
+            self.total += sum(x.nbytes for x in (*args, out) if isinstance(x, torch.Tensor))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wanted"),
+    [(torch.bfloat16, [(30, 4), (34, 5), (38, 5)]), (torch.float32, [(12, 1), (16, 2), (20, 2)])],
+    ids=["bf16", "fp32"],
+)
+def test_bytes_an_element_and_operations_of_the_plain_functions(
+    dtype: torch.dtype, wanted: list[tuple[int, int]]
+) -> None:
+    """The figures of docs/benchmarks.md; the kernels' are in test_cross_layer_kernels.py."""
+    x, y, scale = torch.ones(64, 2, 64, dtype=dtype), torch.ones(64, 2, 64, dtype=dtype), torch.tensor(0.5)
+    found = []
+    for function in (add_previous, gradients, remove_update):
+        with MovedBytes() as moved:
+            function(x, y, scale)
+        found.append((round(moved.total / x.numel()), moved.operations))
+    assert found == wanted

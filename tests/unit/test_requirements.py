@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 # taken where a base image brings them
-BROUGHT = {"apex", "transformer_engine"}
+BROUGHT = {"apex", "transformer_engine", "triton"}
 
 
 def normal(name: str) -> str:
