@@ -52,8 +52,9 @@ def count_step(config: Config, context: ParallelContext) -> StepFigures:
     with LiveMemory() as memory:
         engine = TrainEngine(config, build_model_chunks(config), context)
         batch = _batch(plan, config.model.vocab_size, context.device)
-        # virtual stages need as many micro-batches as there are stages
-        few = min(plan.num_microbatches, config.parallel.pipeline_model_parallel_size)
+        # virtual stages need as many micro-batches as there are stages; ZeRO-3 learns the order of its modules in the
+        # first and decides in the second what it will keep between their uses
+        few = min(plan.num_microbatches, max(config.parallel.pipeline_model_parallel_size, 2))
         engine.forward_backward([batch] * few, plan.tokens_per_step)
         engine.update()
         gc.collect()

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from megatron_crnet.batch import BatchPlan
 from megatron_crnet.block import boundary_widths
-from megatron_crnet.config import Config
-from megatron_crnet.deepspeed_rules import offloads_optimizer, zero_stage
+from megatron_crnet.deepspeed_rules import offloads_optimizer, zero_option, zero_stage
+from megatron_crnet.estimate_zero3 import estimate_gathers
 from megatron_crnet.figures import Memory
 from megatron_crnet.local_model import Chunk, LocalModel
 from megatron_crnet.recompute_plan import kept_widths, layer_widths, micro_batches_in_flight
@@ -21,8 +21,6 @@ from megatron_crnet.transformer_config import CRNetTransformerConfig
 
 DEFAULT_BUCKET = 500_000_000
 """DeepSpeed's reduce_bucket_size, in elements."""
-DEFAULT_LIVE = 1_000_000_000
-"""DeepSpeed's stage3_max_live_parameters."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +30,12 @@ class Group:
     Attributes:
         numels: elements of each parameter.
         size: bytes of one element as the passes use it.
+        is_partial: from ZeRO 2 on, whether their gradients are partial sums over tensor-parallel ranks.
     """
 
     numels: list[int]
     size: int
+    is_partial: bool
 
 
 def grouped(model: LocalModel) -> list[Group]:
@@ -46,8 +46,8 @@ def grouped(model: LocalModel) -> list[Group]:
         found.setdefault((p.is_matrix, stage >= 2 and p.is_partial, bf16 and p.is_beta), []).append(p.numel)
     # ZeRO-3 packs beta's group in bf16, too
     return [
-        Group(numels, 4 if not bf16 or (is_beta and stage < 3) else 2)
-        for (_, _, is_beta), numels in sorted(found.items())
+        Group(numels, 4 if not bf16 or (is_beta and stage < 3) else 2, is_partial)
+        for (_, is_partial, is_beta), numels in sorted(found.items())
     ]
 
 
@@ -90,7 +90,7 @@ def _state(model: LocalModel, plan: BatchPlan) -> dict[str, int]:
     whole, largest = sum(sizes), max(sizes)
     weights = sum(size * group.size for size, group in zip(sizes, groups, strict=True))
     numel, tensor = sum(sum(g.numels) for g in groups), max(max(g.numels) for g in groups)
-    bucket = _zero_option(model.config, "reduce_bucket_size", DEFAULT_BUCKET)
+    bucket = zero_option(model.config, "reduce_bucket_size", DEFAULT_BUCKET)
     offloaded = offloads_optimizer(model.config)
     if stage == 0:
         size = 2 if bf16 else 4
@@ -129,12 +129,8 @@ def _state(model: LocalModel, plan: BatchPlan) -> dict[str, int]:
     if stage == 2:
         # every gradient of the last micro-batch stays beside the averaged part; the bucket lives in backward passes
         return {**state, "gradients": numel * _element(model) + 4 * whole // dp, "buffers": 0}
-    live = min(numel, _zero_option(model.config, "stage3_max_live_parameters", DEFAULT_LIVE))
+    live = estimate_gathers(model, plan).live
     return {**state, "weights": weights // dp + live * _element(model), "gradients": 4 * whole // dp}
-
-
-def _zero_option(config: Config, key: str, default: int) -> int:
-    return int(config.deepspeed.get("zero_optimization", {}).get(key, default))
 
 
 def _local_tokens(model: LocalModel, plan: BatchPlan) -> int:
@@ -186,7 +182,7 @@ def _transient(model: LocalModel, plan: BatchPlan) -> float:
     # ZeRO 2 makes its bucket at the first gradient, when the loss has been differentiated
     bucket = 0
     if zero_stage(model.config) == 2:
-        bucket = _zero_option(model.config, "reduce_bucket_size", DEFAULT_BUCKET) * _element(model)
+        bucket = zero_option(model.config, "reduce_bucket_size", DEFAULT_BUCKET) * _element(model)
     # the gradient of bf16 logits is made beside that of the fp32 ones, which takes the exponentials' place
     losses = [_head(model, plan) / 2 for chunk in model.chunks if chunk.predicts and _element(model) == 2]
     moments = [bucket + moment for chunk in model.chunks for moment in _moments(model, plan, chunk)]

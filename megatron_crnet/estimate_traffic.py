@@ -14,6 +14,7 @@ from megatron_crnet.deepspeed_rules import zero_stage
 from megatron_crnet.deepspeed_settings import is_plain
 from megatron_crnet.estimate_memory import grouped, padded
 from megatron_crnet.estimate_operations import outputs_are_kept
+from megatron_crnet.estimate_zero3 import estimate_gathers
 from megatron_crnet.figures import DATA, MODEL, PIPELINE, STAGE, TENSOR, WORLD, Flow, merged
 from megatron_crnet.local_model import Chunk, LocalModel
 from megatron_crnet.ranks import POSITIONS
@@ -73,7 +74,7 @@ def _tensor_parallel(model: LocalModel, plan: BatchPlan) -> Iterator[Flow]:
         if chunk.predicts:
             # maximum, target's logit and sum of exponentials, of every token
             yield flow("all_reduce", 3, 3, 4)
-    yield from _partial_gradients(model)
+    yield from _partial_gradients(model, plan)
 
 
 Call = tuple[str, float, int]
@@ -121,10 +122,14 @@ def _embedding(model: LocalModel, chunk: Chunk) -> Iterator[Call]:
         yield from [("all_gather", 2 * h, 2), ("reduce_scatter", h, 1)] if sp else [("all_reduce", h, 1)]
 
 
-def _partial_gradients(model: LocalModel) -> Iterator[Flow]:
+def _partial_gradients(model: LocalModel, plan: BatchPlan) -> Iterator[Flow]:
     """Once a step, one call for each dtype."""
-    plain = model.config.training.dtype == "bf16" and zero_stage(model.config) == 0
+    stage = zero_stage(model.config)
+    plain = model.config.training.dtype == "bf16" and stage == 0
     numel = sum(p.numel for p in model.parameters if p.is_partial)
+    if stage >= 2:
+        # what has been cut between replicas already
+        numel = sum(padded(group, plan.dp_size, stage) for group in grouped(model) if group.is_partial) // plan.dp_size
     if numel:
         yield Flow("all_reduce", TENSOR, model.tp, 1, 2 * numel * (2 if plain else 4))
 
@@ -161,10 +166,13 @@ def _data_parallel(model: LocalModel, plan: BatchPlan) -> Iterator[Flow]:
         volume = sum(padded(group, dp, stage) * group.size for group in groups)
         yield Flow("all_gather", DATA, dp, len(groups), volume)
     if stage == 3:
-        size = element_size(model)
         yield Flow("reduce_scatter", DATA, dp, times, times * whole * 4)
-        # gathered for the forward and for the backward pass of every micro-batch: an upper bound, see docs
-        yield Flow("all_gather", DATA, dp, 2 * times, 2 * times * whole * size)
+        gathered = estimate_gathers(model, plan)
+        yield Flow("all_gather", DATA, dp, gathered.calls, gathered.numel * element_size(model))
+        if bf16:
+            # the exact betas, after the update
+            betas = [-(-p.numel // dp) * dp for p in model.parameters if p.is_beta]
+            yield Flow("all_gather", DATA, dp, len(betas), 4 * sum(betas))
 
 
 def _norm_and_loss(model: LocalModel, plan: BatchPlan) -> Iterator[Flow]:
