@@ -21,6 +21,8 @@ from megatron_crnet.transformer_config import CRNetTransformerConfig
 
 DEFAULT_BUCKET = 500_000_000
 """DeepSpeed's reduce_bucket_size, in elements."""
+DEFAULT_SUB_GROUP = 1_000_000_000
+"""DeepSpeed's sub_group_size: elements of a rank's share that stage 3 updates at once."""
 
 
 @dataclass(frozen=True)
@@ -123,14 +125,26 @@ def _state(model: LocalModel, plan: BatchPlan) -> dict[str, int]:
     if offloaded:
         # masters, moments and an fp32 gradient
         state |= {"optimizer": 0, "update": 0, "host": 16 * whole // dp}
+    if offloaded and stage < 3:
+        # a tensor's gradient on its way, on both sides, and sums over micro-batches of this rank's share on the host
+        sums = numel // dp if plan.num_microbatches > 1 else 0
+        state["buffers"] += _element(model) * tensor
+        state["host"] += _element(model) * (tensor + sums)
     if stage == 1:
         # DeepSpeed holds zeros of every gradient beside it, and takes a second bucket when it sums
-        return {**state, "gradients": 8 * numel, "reduction": 4 * bucket}
+        return {**state, "gradients": (4 + _element(model)) * numel, "reduction": 4 * bucket}
     if stage == 2:
         # every gradient of the last micro-batch stays beside the averaged part; the bucket lives in backward passes
-        return {**state, "gradients": numel * _element(model) + 4 * whole // dp, "buffers": 0}
-    live = estimate_gathers(model, plan).live
-    return {**state, "weights": weights // dp + live * _element(model), "gradients": 4 * whole // dp}
+        return {
+            **state,
+            "gradients": numel * _element(model) + 4 * whole // dp,
+            "buffers": state["buffers"] - 4 * bucket,
+        }
+    live = estimate_gathers(model, plan).live * _element(model)
+    # a sub-group's gradients are copied before its update, when no weight is whole
+    copied = min(largest // dp, zero_option(model.config, "sub_group_size", DEFAULT_SUB_GROUP))
+    update = 0 if offloaded else max(0, 12 * copied - live)
+    return {**state, "weights": weights // dp + live, "gradients": 4 * whole // dp, "update": update}
 
 
 def _local_tokens(model: LocalModel, plan: BatchPlan) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from megatron_crnet.batch import BatchPlan
 from megatron_crnet.block import boundary_widths, interleaved_width
-from megatron_crnet.deepspeed_rules import zero_stage
+from megatron_crnet.deepspeed_rules import offloads_optimizer, zero_stage
 from megatron_crnet.deepspeed_settings import is_plain
 from megatron_crnet.estimate_memory import grouped, padded
 from megatron_crnet.estimate_operations import outputs_are_kept
@@ -159,8 +159,8 @@ def _data_parallel(model: LocalModel, plan: BatchPlan) -> Iterator[Flow]:
     times = plan.num_microbatches if stage >= 2 else 1
     if stage < 3:
         size = 2 if bf16 and stage == 0 else 4
-        # bf16 at stage 1 sums flat buffers with their padding
-        summed = whole if bf16 and stage == 1 else numel
+        # bf16 at stage 1 sums flat buffers with their padding, but not where the optimizer is on the host
+        summed = whole if bf16 and stage == 1 and not offloads_optimizer(model.config) else numel
         yield Flow("all_reduce", DATA, dp, times, times * 2 * summed * size)
     if stage in (1, 2):
         volume = sum(padded(group, dp, stage) * group.size for group in groups)
@@ -180,19 +180,21 @@ def _norm_and_loss(model: LocalModel, plan: BatchPlan) -> Iterator[Flow]:
     name, size = _group(model, plan, WORLD)
     yield Flow("all_reduce", name, size, 1, 2 * 2 * 8)
     stage, bf16 = zero_stage(model.config), model.config.training.dtype == "bf16"
+    offloaded = offloads_optimizer(model.config)
     whole_model, replicas = _group(model, plan, MODEL), _group(model, plan, DATA)
     if stage == 0:
         if is_plain(model.config):
             yield from (Flow("all_reduce", *group, 1, 2 * 4) for group in (whole_model, replicas))
         return
-    if stage == 1 and bf16:
+    if stage == 1 and bf16 and not offloaded:
         yield Flow("all_reduce", *whole_model, 1, 2 * 4)
         return
-    # ZeRO sums the norm of each parameter group, in fp64 at stage 3; in bf16 it also asks whether all is finite
-    count = len(grouped(model))
+    # ZeRO sums the norm of each parameter group, in fp64 at stage 3 on devices; in bf16 it also asks whether all is
+    # finite
+    count, size = len(grouped(model)), 8 if stage == 3 and not offloaded else 4
     for group in (replicas, whole_model):
-        yield Flow("all_reduce", *group, count, count * 2 * (8 if stage == 3 else 4))
-        if bf16 and stage == 2:
+        yield Flow("all_reduce", *group, count, count * 2 * size)
+        if bf16 and stage < 3:
             yield Flow("all_reduce", *group, 1, 2 * 1)
 
 
