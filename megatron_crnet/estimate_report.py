@@ -38,7 +38,7 @@ def _links(flow: Flow, crossings: dict[str, float] | None) -> str:
     if crossings is None:
         return ""
     share = crossings[flow.group]
-    return "  inside a node" if share == 0 else f"  {share:.0%} between nodes"
+    return "  inside a node" if share == 0 else f"  {100 * share:.3g}% between nodes"
 
 
 def estimate_tables(found: Estimate, machine: Machine | None) -> list[str]:
