@@ -115,36 +115,48 @@ def _state(model: LocalModel, plan: BatchPlan) -> dict[str, int]:
             "reduction": 4 * whole,
             "update": update,
         }
+    # of ZeRO-3's weights each rank has its share, and some are whole
+    whole_weights = estimate_gathers(model, plan).live * _element(model) if stage == 3 else 0
     state: dict[str, int] = {
-        "weights": weights,
+        "weights": weights // dp + whole_weights if stage == 3 else weights,
         "optimizer": 12 * whole // dp,
         "buffers": 4 * bucket,
         "reduction": 0,
         "update": update,
     }
     if offloaded:
-        # masters, moments and an fp32 gradient
-        state |= {"optimizer": 0, "update": 0, "host": 16 * whole // dp}
-    if offloaded and stage < 3:
-        # a tensor's gradient on its way, on both sides, and sums over micro-batches of this rank's share on the host
-        sums = numel // dp if plan.num_microbatches > 1 else 0
-        state["buffers"] += _element(model) * tensor
-        state["host"] += _element(model) * (tensor + sums)
+        return {**state, "optimizer": 0, "update": 0, **_offloaded(model, plan)}
     if stage == 1:
-        # DeepSpeed holds zeros of every gradient beside it, and takes a second bucket when it sums
-        return {**state, "gradients": (4 + _element(model)) * numel, "reduction": 4 * bucket}
+        # DeepSpeed takes a second bucket when it sums
+        return {**state, "gradients": 4 * numel, "reduction": 4 * bucket}
     if stage == 2:
-        # every gradient of the last micro-batch stays beside the averaged part; the bucket lives in backward passes
-        return {
-            **state,
-            "gradients": numel * _element(model) + 4 * whole // dp,
-            "buffers": state["buffers"] - 4 * bucket,
-        }
-    live = estimate_gathers(model, plan).live * _element(model)
+        # the bucket lives in backward passes
+        return {**state, "gradients": 4 * whole // dp, "buffers": 0}
     # a sub-group's gradients are copied before its update, when no weight is whole
     copied = min(largest // dp, zero_option(model.config, "sub_group_size", DEFAULT_SUB_GROUP))
-    update = 0 if offloaded else max(0, 12 * copied - live)
-    return {**state, "weights": weights // dp + live, "gradients": 4 * whole // dp, "update": update}
+    return {**state, "gradients": 4 * whole // dp, "update": max(0, 12 * copied - whole_weights)}
+
+
+def _offloaded(model: LocalModel, plan: BatchPlan) -> dict[str, int]:
+    """What differs with the optimizer on the host: masters, moments and fp32 gradients are there, and what is below."""
+    stage, bf16, size = zero_stage(model.config), model.config.training.dtype == "bf16", _element(model)
+    groups = grouped(model)
+    numel, tensor = sum(sum(g.numels) for g in groups), max(max(g.numels) for g in groups)
+    share = sum(padded(group, plan.dp_size, stage) for group in groups) // plan.dp_size
+    bucket = 4 * zero_option(model.config, "reduce_bucket_size", DEFAULT_BUCKET)
+    if stage == 3:
+        # gradients of all micro-batches are summed on the host
+        return {"gradients": 0, "host": 20 * share}
+    # in bf16 gradients are summed on the device, in fp32 on the host; updated weights and one tensor's gradient pass
+    # through memory of their own
+    sums = 4 * share if bf16 else 0
+    sums_on_host = 0 if bf16 or stage == 1 or plan.num_microbatches == 1 else size * numel // plan.dp_size
+    return {
+        "gradients": sums + (size * numel if stage == 1 else 0),
+        "buffers": (bucket if stage == 1 else 0) + size * tensor,
+        "reduction": bucket if stage == 1 else 0,
+        "host": (16 + size) * share + size * tensor + sums_on_host,
+    }
 
 
 def _local_tokens(model: LocalModel, plan: BatchPlan) -> int:

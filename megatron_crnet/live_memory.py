@@ -38,7 +38,8 @@ class LiveMemory(TorchDispatchMode):
         before = {id(x.untyped_storage()) for x in tensors_in((args, kwargs))}
         for tensor in tensors_in(out):
             storage = tensor.untyped_storage()
-            if id(storage) not in before:
+            # DeepSpeed notes shapes in tensors on "meta", which have a size and no memory
+            if id(storage) not in before and tensor.device.type != "meta":
                 self._follow(storage)
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
