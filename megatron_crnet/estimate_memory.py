@@ -241,7 +241,25 @@ def _moments(model: LocalModel, plan: BatchPlan, chunk: Chunk) -> Iterator[float
         below = kept_widths(
             transformer, range(chunk.layers.start, segment.stop), [s for s in chunk.segments if s.start < segment.stop]
         )
-        yield (below - kept + _rebuilt(transformer, segment, bool(chunk.segments))) * local * size - head
+        width = below - kept + _rebuilt(transformer, segment, bool(chunk.segments))
+        yield width * local * size - head + _cut_bucket(model, segment)
+
+
+def _cut_bucket(model: LocalModel, segment: range) -> int:
+    """ZeRO-3's copy of a full bucket, which is cut between replicas, if one is full while `segment` is differentiated."""
+    if zero_stage(model.config) < 3:
+        return 0
+    bucket = zero_option(model.config, "reduce_bucket_size", DEFAULT_BUCKET)
+    above = within = 0
+    for parameter in model.parameters:
+        name, _, _ = parameter.owner.partition(".")
+        if name == "embedding":
+            continue
+        if not name.isdigit() or int(name) >= segment.stop:
+            above += parameter.numel
+        elif int(name) >= segment.start:
+            within += parameter.numel
+    return 4 * bucket if (above + within) // bucket > above // bucket else 0
 
 
 def _copies(model: LocalModel) -> int:
