@@ -246,8 +246,8 @@ def _moments(model: LocalModel, plan: BatchPlan, chunk: Chunk) -> Iterator[float
 
 
 def _cut_bucket(model: LocalModel, segment: range) -> int:
-    """ZeRO-3's copy of a full bucket, which is cut between replicas, if one is full while `segment` is differentiated."""
-    if zero_stage(model.config) < 3:
+    """ZeRO 2 and 3: the fp32 copy of a full bucket on its way to the replicas, if one fills while `segment` runs."""
+    if zero_stage(model.config) < 2:
         return 0
     bucket = zero_option(model.config, "reduce_bucket_size", DEFAULT_BUCKET)
     above = within = 0

@@ -216,19 +216,23 @@ def test_partial_gradients_are_summed_as_replicas_have_cut_them(stage: int, rank
 
 
 ZERO_3 = ["--deepspeed.zero_optimization.stage", "3"]
-# as the examples are, and one micro-batch of each rank, which is quick
+SHORT = ["--training.global_batch_size", "64"]
 LARGE = {
     "7B": ("llama2_7b", []),
     "13B": ("llama2_13b", []),
     "7B, ZeRO-3": ("llama2_7b", ZERO_3),
     "7B, ZeRO-3, replay": ("llama2_7b", [*ZERO_3, "--recompute.strategy", "replay"]),
-    "7B, one micro-batch": ("llama2_7b", ["--training.global_batch_size", "64"]),
-    "13B, one micro-batch": ("llama2_13b", ["--training.global_batch_size", "16"]),
+    # one micro-batch of each rank: the same peak, soon simulated
+    "7B, short": ("llama2_7b", SHORT),
+    "7B, ZeRO-2, short": ("llama2_7b", [*SHORT, "--deepspeed.zero_optimization.stage", "2"]),
+    "7B, ZeRO-2, replay, short": (
+        "llama2_7b",
+        [*SHORT, "--deepspeed.zero_optimization.stage", "2", "--recompute.strategy", "replay"],
+    ),
 }
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", [n if n == "7B, short" else pytest.param(n, marks=pytest.mark.long) for n in LARGE])
 def test_the_large_examples_are_estimated_as_they_are_simulated(name: str) -> None:
     example, overrides = LARGE[name]
     config = load_config(f"examples/{example}.yaml", overrides)
