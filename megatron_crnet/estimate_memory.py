@@ -250,16 +250,15 @@ def _cut_bucket(model: LocalModel, segment: range) -> int:
     if zero_stage(model.config) < 2:
         return 0
     bucket = zero_option(model.config, "reduce_bucket_size", DEFAULT_BUCKET)
-    above = within = 0
-    for parameter in model.parameters:
-        name, _, _ = parameter.owner.partition(".")
-        if name == "embedding":
-            continue
-        if not name.isdigit() or int(name) >= segment.stop:
-            above += parameter.numel
-        elif int(name) >= segment.start:
-            within += parameter.numel
-    return 4 * bucket if (above + within) // bucket > above // bucket else 0
+    filled = largest = 0
+    for parameter in reversed(model.parameters):
+        layer, _, _ = parameter.owner.partition(".")
+        if filled and filled + parameter.numel > bucket:
+            if layer.isdigit() and int(layer) in segment:
+                largest = max(largest, filled)
+            filled = 0
+        filled += parameter.numel
+    return 4 * largest
 
 
 def _copies(model: LocalModel) -> int:
