@@ -242,7 +242,9 @@ def _moments(model: LocalModel, plan: BatchPlan, chunk: Chunk) -> Iterator[float
             transformer, range(chunk.layers.start, segment.stop), [s for s in chunk.segments if s.start < segment.stop]
         )
         width = below - kept + _rebuilt(transformer, segment, bool(chunk.segments))
-        yield width * local * size - head + _cut_bucket(model, segment)
+        yield width * local * size - head
+        # a bucket is full when weights have their gradients, after those of the activations around
+        yield (width - _gradients(transformer, segment)) * local * size - head + _cut_bucket(model, segment)
 
 
 def _cut_bucket(model: LocalModel, segment: range) -> int:
@@ -269,12 +271,7 @@ def _copies(model: LocalModel) -> int:
 
 def _rebuilt(transformer: CRNetTransformerConfig, segment: range, is_recomputed: bool) -> float:
     """What exists beside kept tensors while the last layer of a segment is differentiated."""
-    widths = [layer_widths(transformer, layer) for layer in segment]
-    up = transformer.width("up") / (1 if transformer.sequence_parallel else transformer.tensor_model_parallel_size)
-    above = segment.stop < transformer.num_layers and transformer.has_previous(segment.stop)
-    entering = layer_widths(transformer, segment.stop).start if above else transformer.hidden_size
-    # bf16 gradients of the residual are computed in fp32: two copies of the widest output and its gradient
-    gradients = entering + up * (5 if transformer.bf16 else 3)
+    widths, gradients = [layer_widths(transformer, layer) for layer in segment], _gradients(transformer, segment)
     if not is_recomputed:
         return gradients
     if transformer.recompute_strategy == "full":
@@ -283,3 +280,12 @@ def _rebuilt(transformer: CRNetTransformerConfig, segment: range, is_recomputed:
     # `inverse` walks down one layer at a time
     outputs = widths[-1].outputs if transformer.recompute_strategy == "inverse" else sum(w.outputs for w in widths)
     return gradients + outputs + max(inner, 0)
+
+
+def _gradients(transformer: CRNetTransformerConfig, segment: range) -> float:
+    """Gradients of activations in the last layer of a segment, with what enters it from above."""
+    up = transformer.width("up") / (1 if transformer.sequence_parallel else transformer.tensor_model_parallel_size)
+    above = segment.stop < transformer.num_layers and transformer.has_previous(segment.stop)
+    entering = layer_widths(transformer, segment.stop).start if above else transformer.hidden_size
+    # bf16 gradients of the residual are computed in fp32: two copies of the widest output and its gradient
+    return entering + up * (5 if transformer.bf16 else 3)
