@@ -243,8 +243,8 @@ def _moments(model: LocalModel, plan: BatchPlan, chunk: Chunk) -> Iterator[float
         )
         width = below - kept + _rebuilt(transformer, segment, bool(chunk.segments))
         yield width * local * size - head
-        # a bucket is full when weights have their gradients, after those of the activations around
-        yield (width - _gradients(transformer, segment)) * local * size - head + _cut_bucket(model, segment)
+        # a bucket is full when weights have their gradients, and what those took to compute is gone
+        yield (width - _intermediates(transformer)) * local * size - head + _cut_bucket(model, segment)
 
 
 def _cut_bucket(model: LocalModel, segment: range) -> int:
@@ -271,7 +271,8 @@ def _copies(model: LocalModel) -> int:
 
 def _rebuilt(transformer: CRNetTransformerConfig, segment: range, is_recomputed: bool) -> float:
     """What exists beside kept tensors while the last layer of a segment is differentiated."""
-    widths, gradients = [layer_widths(transformer, layer) for layer in segment], _gradients(transformer, segment)
+    widths = [layer_widths(transformer, layer) for layer in segment]
+    gradients = _gradients(transformer, segment) + _intermediates(transformer)
     if not is_recomputed:
         return gradients
     if transformer.recompute_strategy == "full":
@@ -284,8 +285,15 @@ def _rebuilt(transformer: CRNetTransformerConfig, segment: range, is_recomputed:
 
 def _gradients(transformer: CRNetTransformerConfig, segment: range) -> float:
     """Gradients of activations in the last layer of a segment, with what enters it from above."""
-    up = transformer.width("up") / (1 if transformer.sequence_parallel else transformer.tensor_model_parallel_size)
     above = segment.stop < transformer.num_layers and transformer.has_previous(segment.stop)
     entering = layer_widths(transformer, segment.stop).start if above else transformer.hidden_size
-    # bf16 gradients of the residual are computed in fp32: two copies of the widest output and its gradient
-    return entering + up * (5 if transformer.bf16 else 3)
+    return entering + _widest(transformer)
+
+
+def _intermediates(transformer: CRNetTransformerConfig) -> float:
+    """What computing the gradient of the widest output takes: for the residual in bf16, two copies in fp32."""
+    return _widest(transformer) * (4 if transformer.bf16 else 2)
+
+
+def _widest(transformer: CRNetTransformerConfig) -> float:
+    return transformer.width("up") / (1 if transformer.sequence_parallel else transformer.tensor_model_parallel_size)
