@@ -244,23 +244,29 @@ def _moments(model: LocalModel, plan: BatchPlan, chunk: Chunk) -> Iterator[float
         width = below - kept + _rebuilt(transformer, segment, bool(chunk.segments))
         yield width * local * size - head
         # a bucket is full when weights have their gradients, and what those took to compute is gone
-        yield (width - _intermediates(transformer)) * local * size - head + _cut_bucket(model, segment)
+        yield (width - _intermediates(transformer)) * local * size - head + _cut_bucket(model, plan, segment)
 
 
-def _cut_bucket(model: LocalModel, segment: range) -> int:
-    """ZeRO 2 and 3: the fp32 copy of a full bucket on its way to the replicas, if one fills while `segment` runs."""
-    if zero_stage(model.config) < 2:
-        return 0
+def _cut_bucket(model: LocalModel, plan: BatchPlan, segment: range) -> float:
+    """ZeRO 2 and 3: the fp32 copy of a full bucket on its way to the replicas, if one fills while `segment` runs.
+
+    At ZeRO 2 with what this pass has cut before, which joins the gradients of other micro-batches at its end.
+    """
+    stage = zero_stage(model.config)
+    if stage < 2:
+        return 0.0
     bucket = zero_option(model.config, "reduce_bucket_size", DEFAULT_BUCKET)
-    filled = largest = 0
+    part = 4 / plan.dp_size if stage == 2 and plan.num_microbatches > 1 else 0.0
+    filled = cut = 0
+    largest = 0.0
     for parameter in reversed(model.parameters):
         layer, _, _ = parameter.owner.partition(".")
         if filled and filled + parameter.numel > bucket:
             if layer.isdigit() and int(layer) in segment:
-                largest = max(largest, filled)
-            filled = 0
+                largest = max(largest, 4 * filled + part * cut)
+            filled, cut = 0, cut + filled
         filled += parameter.numel
-    return 4 * largest
+    return largest
 
 
 def _copies(model: LocalModel) -> int:
