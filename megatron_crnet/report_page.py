@@ -38,6 +38,7 @@ figure svg { display: block; width: 100%; height: auto; color: var(--text); }
 table { border-collapse: collapse; font-size: 0.88rem; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: 0.25rem 0.7rem 0.25rem 0; text-align: left;
   vertical-align: top; }
+caption { text-align: left; font-weight: 600; padding: 0.4rem 0; }
 td.short { white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; }
 .absent { border-left: 4px solid var(--warn); background: var(--box); padding: 0.4rem 0.8rem; margin: 0.8rem 0; }
@@ -113,7 +114,9 @@ def _swatch(index: int, kind: str) -> str:
 def _table(table: Table) -> str:
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.header)
     rows = "".join("<tr>" + "".join(map(_table_cell, row)) + "</tr>" for row in table.rows)
-    return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    title = f"<caption>{escape(table.title)}</caption>" if table.title else ""
+    content = f"{title}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
+    return f'<div class="scroll" tabindex="0"><table>{content}</table></div>'
 
 
 def _table_cell(text: str) -> str:
@@ -136,7 +139,8 @@ def markdown_page(title: str, introduction: str, sections: Sequence[Section]) ->
 
 def _markdown_table(table: Table) -> str:
     lines = [table.header, ["---"] * len(table.header), *table.rows]
-    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+    title = f"**{_cell(table.title)}**\n\n" if table.title else ""
+    return title + "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
 
 
 def _cell(text: str) -> str:

@@ -8,6 +8,7 @@ from megatron_crnet.arithmetic import flops_per_token, total_parameters
 from megatron_crnet.report_costs import memory_section, recompute_section, traffic_section
 from megatron_crnet.report_inputs import Evidence, Run
 from megatron_crnet.report_parts import BENCHMARK, MIB, Section, Table, count_processes
+from megatron_crnet.report_side_by_side import side_by_side_section
 from megatron_crnet.report_speed import layouts_section, loss_section, scaling_section, speed_section
 
 
@@ -25,6 +26,7 @@ def build_sections(evidence: Evidence, peak_flops: float | None, command: str) -
         scaling_section(evidence, "strong", "the same global batch on more processes"),
         scaling_section(evidence, "weak", "a global batch that grows with the processes"),
         layouts_section(evidence),
+        side_by_side_section(evidence),
         memory_section(evidence),
         recompute_section(evidence),
         traffic_section(evidence),
@@ -97,6 +99,7 @@ def _quality(run: Run) -> tuple[str, ...]:
 def _provenance(evidence: Evidence, command: str) -> Section:
     section = Section("Machine, versions and commands", "Where the figures come from, so that they can be made again.")
     records = [(run.name, run.facts) for run in evidence.runs if run.facts] + evidence.benchmarks
+    records += [(name, record) for name, record in evidence.records if "command" in record]
     rows = [
         (name, _machine(record.get("machine")), ", ".join(f"{k} {v}" for k, v in _mapping(record, "versions").items()))
         for name, record in records
@@ -121,8 +124,8 @@ def _provenance(evidence: Evidence, command: str) -> Section:
 
 
 def _command(name: str, record: dict[str, Any]) -> str:
-    processes = record.get("world_size")
-    several = f", {processes} processes under tools/launch.py" if processes and processes > 1 else ""
+    processes = record.get("world_size") if record.get("kind") == "run" else None
+    several = f", {processes} processes under tools/launch.py" if isinstance(processes, int) and processes > 1 else ""
     return f"# {name}{several}\n{record.get('command', 'not known')}"
 
 
@@ -134,6 +137,8 @@ def _mapping(record: dict[str, Any], key: str) -> dict[str, Any]:
 def _machine(facts: Any) -> str:
     if not isinstance(facts, dict):
         return "not known"
+    if "peak_flops" in facts:  # of an estimate
+        return f"for {facts.get('name')}, by data sheet or file; runs anywhere"
     gpus = ", ".join(facts.get("gpus") or []) or "no GPU"
     load = " to ".join(str(facts[k]) for k in ("load_average", "load_average_at_end") if k in facts)
     return f"{facts.get('processor')}, {facts.get('cores')} cores, {gpus}, load {load}"
