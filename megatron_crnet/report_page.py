@@ -38,8 +38,8 @@ figure svg { display: block; width: 100%; height: auto; color: var(--text); }
 table { border-collapse: collapse; font-size: 0.88rem; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: 0.25rem 0.7rem 0.25rem 0; text-align: left;
   vertical-align: top; }
-caption { text-align: left; font-weight: 600; padding: 0.4rem 0; }
-td.short { white-space: nowrap; }
+.title { font-weight: 600; font-size: 0.95rem; margin: 1.4rem 0 0; break-after: avoid; }
+td { min-width: 11rem; } td.short { min-width: 0; white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; }
 .absent { border-left: 4px solid var(--warn); background: var(--box); padding: 0.4rem 0.8rem; margin: 0.8rem 0; }
 .absent p { margin: 0.2rem 0; overflow-wrap: anywhere; }
@@ -114,9 +114,10 @@ def _swatch(index: int, kind: str) -> str:
 def _table(table: Table) -> str:
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.header)
     rows = "".join("<tr>" + "".join(map(_table_cell, row)) + "</tr>" for row in table.rows)
-    title = f"<caption>{escape(table.title)}</caption>" if table.title else ""
-    content = f"{title}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
-    return f'<div class="scroll" tabindex="0"><table>{content}</table></div>'
+    # above what is moved sideways, not in it
+    title = f'<p class="title">{escape(table.title)}</p>' if table.title else ""
+    content = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return f'{title}<div class="scroll" tabindex="0">{content}</div>'
 
 
 def _table_cell(text: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_crnet.charts import stacked_bars
 from megatron_crnet.report_costs import PARTS
 from megatron_crnet.report_inputs import Evidence, are_numbers, bytes_by_kind, memory_parts
-from megatron_crnet.report_parts import MIB, Section, Table, row_name
+from megatron_crnet.report_parts import MIB, Section, Table, distinct, row_name
 from megatron_crnet.step_identity import identify_step
 
 ESTIMATED, SIMULATED, MEASURED = "estimated", "simulated", "measured"
@@ -70,8 +70,11 @@ def side_by_side_section(evidence: Evidence) -> Section:
         "from the simulated one; a time is compared only where the estimate is for the device that was measured.",
     )
     sources, together = list(_sources(evidence, section)), False
-    for fingerprint in dict.fromkeys(source.step["fingerprint"] for source in sources):
-        same = [source for source in sources if source.step["fingerprint"] == fingerprint]
+    steps: dict[str, list[Source]] = {}
+    for source in sources:
+        steps.setdefault(source.step["fingerprint"], []).append(source)
+    measured_first = sorted(steps.values(), key=lambda found: all(s.way != MEASURED for s in found))
+    for same in measured_first:
         together |= _compare(section, same)
     if not together:
         section.absent.append(
@@ -91,7 +94,7 @@ def _sources(evidence: Evidence, section: Section) -> Iterator[Source]:
             continue
         yield Source(way, name, step, record, str(_mapping(record, "machine").get("name", "")))
     for name, record in evidence.benchmarks:
-        named = [(row, step) for row in record["rows"] if (step := _step(row)) is not None]
+        named = [(row, step) for row in distinct(record["rows"]) if (step := _step(row)) is not None]
         if not named:
             nameless.append(name)
         for row, step in named:
@@ -286,7 +289,7 @@ def _cell(value: float | None, reference: float | None, unit: float) -> str:
     """A figure and how far it is from the one that it is compared with."""
     if value is None:
         return "-"
-    shown = f"{value / unit:,.0f}" if value / unit >= 1e4 else f"{value / unit:,.2f}"
+    shown = f"{value / unit:,.0f}" if value / unit >= 1e3 else f"{value / unit:,.2f}"
     if not reference:
         return shown
     return f"{shown} ({'equal' if value == reference else f'{value / reference - 1:+.1%}'})"
@@ -306,8 +309,8 @@ def _draw(section: Section, line: str, rank: int, sides: list[Side]) -> None:
     for side in sides:
         if side.parts and (side.way, side.parts) not in [(s.way, s.parts) for s in kept]:
             kept.append(side)
+    ways = [s.way for s in kept]
+    names = [s.way if ways.count(s.way) == 1 else f"{s.way}, {s.source}" for s in kept]
     unit, size = _unit([s.peak for s in kept], ("MiB", MIB), ("GiB", 2**30))
     parts = [(text, [s.parts[key] / size for s in kept]) for key, text in PARTS.items()]
-    section.charts.append(
-        stacked_bars(f"Memory of rank {rank}, by way", line, unit, [f"{s.way}, {s.source}" for s in kept], parts)
-    )
+    section.charts.append(stacked_bars(f"Peak memory of rank {rank}", line, unit, names, parts))
