@@ -62,6 +62,7 @@ The modules in the order in which to read them; each uses only those above it.
     figures              what a step holds, sends and computes on a rank, however it was found
     local_model          which layers and parameters a rank holds
     estimate_memory, estimate_operations, estimate_traffic   the figures from formulas
+    estimate_zero3       which weights ZeRO-3 gathers and holds, by DeepSpeed's own rule
     machines             GPUs and links by data sheet; estimate_time: a step's roofline
     estimate             all of these together; estimate_report: as tables; report: what --dry-run prints
     counted_step         the same figures, counted in a real step

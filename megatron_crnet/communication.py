@@ -7,13 +7,14 @@ input, an all-reduce counts as both. What a rank puts on the wire is (t - 1)/t o
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_crnet.live_memory import tensors_in
 
 # other operations are counted under their own names
 KINDS = {
@@ -52,14 +53,19 @@ class CommunicationCounter(TorchDispatchMode):
         self.traffic: dict[tuple[str, tuple[int, ...]], Traffic] = defaultdict(Traffic)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.observe(func, args, kwargs, out)
+        return out
+
+    def observe(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Count an operation if it communicates."""
         if func.namespace == "c10d":
             self._count(func._opname, args)
-        return func(*args, **(kwargs or {}))
 
     def _count(self, name: str, args: Any) -> None:
         kind = KINDS.get(name, name)
         # an argument is a tensor, a list of them, or for each of them a list by rank: the larger of output and input
-        sides = [list(_tensors(value)) for value in args]
+        sides = [list(tensors_in(value)) for value in args]
         counted = max(sides, key=lambda side: sum(t.numel() for t in side))
         factor = 2 if kind == "all_reduce" else 1
         entry = self.traffic[kind, _ranks(args)]
@@ -71,14 +77,6 @@ class CommunicationCounter(TorchDispatchMode):
         """Traffic of some kinds, in one group or in all."""
         found = [t for (kind, group), t in self.traffic.items() if kind in kinds and ranks in (None, group)]
         return Traffic(*(sum(getattr(t, name) for t in found) for name in ("calls", "elements", "bytes")))
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
 
 
 def _ranks(args: Any) -> tuple[int, ...]:

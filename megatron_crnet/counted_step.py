@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_crnet.batch import BatchPlan, plan_batches
 from megatron_crnet.communication import CommunicationCounter
 from megatron_crnet.config import Config
+from megatron_crnet.deepspeed_rules import zero_stage
 from megatron_crnet.engine import TrainEngine
 from megatron_crnet.figures import DATA, MODEL, PIPELINE, STAGE, TENSOR, WORLD, Flow, Memory, StepFigures, merged
 from megatron_crnet.gpt import build_model_chunks
@@ -38,26 +39,47 @@ class OperationCounter(TorchDispatchMode):
         self._formulas = flop_counter().flop_registry
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = func(*args, **(kwargs or {}))
+        self.observe(func, args, kwargs, out)
+        return out
+
+    def observe(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Count an operation that PyTorch has a formula for."""
         formula = self._formulas.get(func._overloadpacket)
         if formula is not None:
-            self.total += formula(*args, **kwargs, out_val=out)
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+
+
+class _Observers(TorchDispatchMode):
+    """Several counters behind one mode: each mode of its own would cost every operation a turn in Python."""
+
+    def __init__(self, *counters: LiveMemory | OperationCounter | CommunicationCounter) -> None:
+        super().__init__()
+        self.counters = list(counters)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is not torch.ops.prim.device.default:  # half of what a simulation dispatches, and does nothing
+            for counter in self.counters:
+                counter.observe(func, args, kwargs, out)
         return out
 
 
 def count_step(config: Config, context: ParallelContext) -> StepFigures:
     """Build this rank's model, count its second step, which finds everything allocated; a collective call."""
     plan = plan_batches(config, context.world_size)
-    with LiveMemory() as memory:
+    memory = LiveMemory()
+    with _Observers(memory) as observers:
         engine = TrainEngine(config, build_model_chunks(config), context)
         batch = _batch(plan, config.model.vocab_size, context.device)
-        # virtual stages need as many micro-batches as there are stages
-        few = min(plan.num_microbatches, config.parallel.pipeline_model_parallel_size)
+        # virtual stages need as many micro-batches as there are stages; ZeRO-3 learns the order of its modules in the
+        # first and decides in the second what it will keep between their uses
+        needed = max(config.parallel.pipeline_model_parallel_size, 2 if zero_stage(config) == 3 else 1)
+        few = min(plan.num_microbatches, needed)
         engine.forward_backward([batch] * few, plan.tokens_per_step)
         engine.update()
         gc.collect()
-        figures = _counted(engine, [batch] * plan.num_microbatches, plan.tokens_per_step, memory)
+        figures = _counted(engine, [batch] * plan.num_microbatches, plan.tokens_per_step, memory, observers)
         engine.deepspeed.destroy()
     return figures
 
@@ -74,20 +96,24 @@ def _batch(plan: BatchPlan, vocab_size: int, device: torch.device) -> Batch:
     }
 
 
-def _counted(engine: TrainEngine, batches: list[Batch], tokens: int, memory: LiveMemory) -> StepFigures:
+def _counted(
+    engine: TrainEngine, batches: list[Batch], tokens: int, memory: LiveMemory, observers: _Observers
+) -> StepFigures:
     before, passes = memory.current, _Passes(engine, memory)
-    with OperationCounter() as operations, CommunicationCounter() as traffic:
-        memory.reset_peak()
-        results = engine.accumulate(batches, tokens)
-        peak, after = memory.peak, memory.current
-        weights, optimizer, buffers = _state(engine)
-        memory.reset_peak()
-        engine.reduce_gradients()
-        reduction = memory.peak
-        loss_totals(results, engine.context.device)
-        memory.reset_peak()
-        engine.update()
-        update = memory.peak
+    operations, traffic = OperationCounter(), CommunicationCounter()
+    observers.counters += [operations, traffic]
+    memory.reset_peak()
+    results = engine.accumulate(batches, tokens)
+    peak, after = memory.peak, memory.current
+    weights, optimizer, buffers = _state(engine)
+    memory.reset_peak()
+    engine.reduce_gradients()
+    reduction = memory.peak
+    loss_totals(results, engine.context.device)
+    memory.reset_peak()
+    engine.update()
+    update = memory.peak
+    observers.counters = [memory]
     passes.close()
     kept = passes.kept - before
     counted = Memory(

@@ -200,6 +200,13 @@ def zero_stage(config: Config) -> int:
     return int(section.get("stage", 0)) if isinstance(section, dict) else 0
 
 
+def zero_option(config: Config, key: str, default: int) -> int:
+    """A number of `zero_optimization`; DeepSpeed knows the keys of stage 3 with and without `stage3_`."""
+    section = config.deepspeed.get("zero_optimization", {})
+    value = section.get(key, section.get(key.removeprefix("stage3_")))
+    return default if value is None else int(value)
+
+
 def offloads_optimizer(config: Config) -> bool:
     """Whether the optimizer runs on the host."""
     return _offloads(_value(config.deepspeed, "zero_optimization.offload_optimizer"))

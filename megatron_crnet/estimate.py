@@ -15,7 +15,7 @@ from megatron_crnet.estimate_memory import estimate_memory
 from megatron_crnet.estimate_operations import Operations, estimate_operations
 from megatron_crnet.estimate_time import StepTime, estimate_time
 from megatron_crnet.estimate_traffic import estimate_flows
-from megatron_crnet.figures import DATA, PIPELINE, TENSOR, Flow, Memory
+from megatron_crnet.figures import Flow, Memory, node_crossings
 from megatron_crnet.local_model import LocalModel, build_local_models
 from megatron_crnet.machines import Machine
 
@@ -39,7 +39,7 @@ class Estimate:
         stages: by pipeline rank.
         model_flops: useful operations of a step over all ranks (`arithmetic.flops_per_token`: attention's causal
             half, no recomputation).
-        inside: whether the ranks of a group (TP, PP, DP) share a node.
+        crossings: of each kind of group, the share of its bytes that leaves a node (`figures.node_crossings`).
         time: on the machine, where one was named.
     """
 
@@ -47,7 +47,7 @@ class Estimate:
     world_size: int
     stages: list[StageEstimate]
     model_flops: float
-    inside: dict[str, bool]
+    crossings: dict[str, float]
     time: StepTime | None
 
     @property
@@ -78,23 +78,15 @@ def estimate(
     plan = plan_batches(config, world_size)
     models = build_local_models(config)
     stages = [_stage(model, plan) for model in models]
-    inside = ranks_inside_nodes(config, plan, gpus_per_node)
+    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+    crossings = node_crossings(tp, pp, plan.dp_size, gpus_per_node)
     time = None
     if machine is not None:
         parts = [(model, stage.operations, stage.flows) for model, stage in zip(models, stages, strict=True)]
-        time = estimate_time(parts, plan, machine, inside)
+        time = estimate_time(parts, plan, machine, crossings)
     useful = flops_per_token(config.model, plan.seq_length) * plan.tokens_per_step
-    return Estimate(plan, world_size, stages, useful, inside, time)
+    return Estimate(plan, world_size, stages, useful, crossings, time)
 
 
 def _stage(model: LocalModel, plan: BatchPlan) -> StageEstimate:
     return StageEstimate(estimate_memory(model, plan), estimate_operations(model, plan), estimate_flows(model, plan))
-
-
-def ranks_inside_nodes(config: Config, plan: BatchPlan, gpus_per_node: int) -> dict[str, bool]:
-    """For each group whether all of its kind lie within nodes; ranks count through tp first, then dp, then pp."""
-    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
-    spans = {TENSOR: tp, DATA: tp * plan.dp_size, PIPELINE: tp * plan.dp_size * pp}
-    world = tp * pp * plan.dp_size
-    # blocks of ranks of these spans never straddle nodes if spans divide the node; one node holds everything
-    return {group: world <= gpus_per_node or gpus_per_node % span == 0 for group, span in spans.items()}

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from megatron_crnet.batch import BatchPlan
 from megatron_crnet.block import boundary_widths
-from megatron_crnet.config import Config
-from megatron_crnet.deepspeed_rules import offloads_optimizer, zero_stage
+from megatron_crnet.deepspeed_rules import offloads_optimizer, zero_option, zero_stage
+from megatron_crnet.estimate_zero3 import estimate_gathers
 from megatron_crnet.figures import Memory
 from megatron_crnet.local_model import Chunk, LocalModel
 from megatron_crnet.recompute_plan import kept_widths, layer_widths, micro_batches_in_flight
@@ -21,8 +21,8 @@ from megatron_crnet.transformer_config import CRNetTransformerConfig
 
 DEFAULT_BUCKET = 500_000_000
 """DeepSpeed's reduce_bucket_size, in elements."""
-DEFAULT_LIVE = 1_000_000_000
-"""DeepSpeed's stage3_max_live_parameters."""
+DEFAULT_SUB_GROUP = 1_000_000_000
+"""DeepSpeed's sub_group_size: elements of a rank's share that stage 3 updates at once."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,12 @@ class Group:
     Attributes:
         numels: elements of each parameter.
         size: bytes of one element as the passes use it.
+        is_partial: from ZeRO 2 on, whether their gradients are partial sums over tensor-parallel ranks.
     """
 
     numels: list[int]
     size: int
+    is_partial: bool
 
 
 def grouped(model: LocalModel) -> list[Group]:
@@ -46,8 +48,8 @@ def grouped(model: LocalModel) -> list[Group]:
         found.setdefault((p.is_matrix, stage >= 2 and p.is_partial, bf16 and p.is_beta), []).append(p.numel)
     # ZeRO-3 packs beta's group in bf16, too
     return [
-        Group(numels, 4 if not bf16 or (is_beta and stage < 3) else 2)
-        for (_, _, is_beta), numels in sorted(found.items())
+        Group(numels, 4 if not bf16 or (is_beta and stage < 3) else 2, is_partial)
+        for (_, is_partial, is_beta), numels in sorted(found.items())
     ]
 
 
@@ -90,7 +92,7 @@ def _state(model: LocalModel, plan: BatchPlan) -> dict[str, int]:
     whole, largest = sum(sizes), max(sizes)
     weights = sum(size * group.size for size, group in zip(sizes, groups, strict=True))
     numel, tensor = sum(sum(g.numels) for g in groups), max(max(g.numels) for g in groups)
-    bucket = _zero_option(model.config, "reduce_bucket_size", DEFAULT_BUCKET)
+    bucket = zero_option(model.config, "reduce_bucket_size", DEFAULT_BUCKET)
     offloaded = offloads_optimizer(model.config)
     if stage == 0:
         size = 2 if bf16 else 4
@@ -113,28 +115,48 @@ def _state(model: LocalModel, plan: BatchPlan) -> dict[str, int]:
             "reduction": 4 * whole,
             "update": update,
         }
+    # of ZeRO-3's weights each rank has its share, and some are whole
+    whole_weights = estimate_gathers(model, plan).live * _element(model) if stage == 3 else 0
     state: dict[str, int] = {
-        "weights": weights,
+        "weights": weights // dp + whole_weights if stage == 3 else weights,
         "optimizer": 12 * whole // dp,
         "buffers": 4 * bucket,
         "reduction": 0,
         "update": update,
     }
     if offloaded:
-        # masters, moments and an fp32 gradient
-        state |= {"optimizer": 0, "update": 0, "host": 16 * whole // dp}
+        return {**state, "optimizer": 0, "update": 0, **_offloaded(model, plan)}
     if stage == 1:
-        # DeepSpeed holds zeros of every gradient beside it, and takes a second bucket when it sums
-        return {**state, "gradients": 8 * numel, "reduction": 4 * bucket}
+        # DeepSpeed takes a second bucket when it sums
+        return {**state, "gradients": 4 * numel, "reduction": 4 * bucket}
     if stage == 2:
-        # every gradient of the last micro-batch stays beside the averaged part; the bucket lives in backward passes
-        return {**state, "gradients": numel * _element(model) + 4 * whole // dp, "buffers": 0}
-    live = min(numel, _zero_option(model.config, "stage3_max_live_parameters", DEFAULT_LIVE))
-    return {**state, "weights": weights // dp + live * _element(model), "gradients": 4 * whole // dp}
+        # the bucket lives in backward passes
+        return {**state, "gradients": 4 * whole // dp, "buffers": 0}
+    # a sub-group's gradients are copied before its update, when no weight is whole
+    copied = min(largest // dp, zero_option(model.config, "sub_group_size", DEFAULT_SUB_GROUP))
+    return {**state, "gradients": 4 * whole // dp, "update": max(0, 12 * copied - whole_weights)}
 
 
-def _zero_option(config: Config, key: str, default: int) -> int:
-    return int(config.deepspeed.get("zero_optimization", {}).get(key, default))
+def _offloaded(model: LocalModel, plan: BatchPlan) -> dict[str, int]:
+    """What differs with the optimizer on the host: masters, moments and fp32 gradients are there, and what is below."""
+    stage, bf16, size = zero_stage(model.config), model.config.training.dtype == "bf16", _element(model)
+    groups = grouped(model)
+    numel, tensor = sum(sum(g.numels) for g in groups), max(max(g.numels) for g in groups)
+    share = sum(padded(group, plan.dp_size, stage) for group in groups) // plan.dp_size
+    bucket = 4 * zero_option(model.config, "reduce_bucket_size", DEFAULT_BUCKET)
+    if stage == 3:
+        # gradients of all micro-batches are summed on the host
+        return {"gradients": 0, "host": 20 * share}
+    # in bf16 gradients are summed on the device, in fp32 on the host; updated weights and one tensor's gradient pass
+    # through memory of their own
+    sums = 4 * share if bf16 else 0
+    sums_on_host = 0 if bf16 or stage == 1 or plan.num_microbatches == 1 else size * numel // plan.dp_size
+    return {
+        "gradients": sums + (size * numel if stage == 1 else 0),
+        "buffers": (bucket if stage == 1 else 0) + size * tensor,
+        "reduction": bucket if stage == 1 else 0,
+        "host": (16 + size) * share + size * tensor + sums_on_host,
+    }
 
 
 def _local_tokens(model: LocalModel, plan: BatchPlan) -> int:
@@ -186,7 +208,7 @@ def _transient(model: LocalModel, plan: BatchPlan) -> float:
     # ZeRO 2 makes its bucket at the first gradient, when the loss has been differentiated
     bucket = 0
     if zero_stage(model.config) == 2:
-        bucket = _zero_option(model.config, "reduce_bucket_size", DEFAULT_BUCKET) * _element(model)
+        bucket = zero_option(model.config, "reduce_bucket_size", DEFAULT_BUCKET) * _element(model)
     # the gradient of bf16 logits is made beside that of the fp32 ones, which takes the exponentials' place
     losses = [_head(model, plan) / 2 for chunk in model.chunks if chunk.predicts and _element(model) == 2]
     moments = [bucket + moment for chunk in model.chunks for moment in _moments(model, plan, chunk)]
@@ -219,7 +241,26 @@ def _moments(model: LocalModel, plan: BatchPlan, chunk: Chunk) -> Iterator[float
         below = kept_widths(
             transformer, range(chunk.layers.start, segment.stop), [s for s in chunk.segments if s.start < segment.stop]
         )
-        yield (below - kept + _rebuilt(transformer, segment, bool(chunk.segments))) * local * size - head
+        width = below - kept + _rebuilt(transformer, segment, bool(chunk.segments))
+        yield width * local * size - head
+        # a bucket is full when weights have their gradients, after those of the activations around
+        yield (width - _gradients(transformer, segment)) * local * size - head + _cut_bucket(model, segment)
+
+
+def _cut_bucket(model: LocalModel, segment: range) -> int:
+    """ZeRO 2 and 3: the fp32 copy of a full bucket on its way to the replicas, if one fills while `segment` runs."""
+    if zero_stage(model.config) < 2:
+        return 0
+    bucket = zero_option(model.config, "reduce_bucket_size", DEFAULT_BUCKET)
+    filled = largest = 0
+    for parameter in reversed(model.parameters):
+        layer, _, _ = parameter.owner.partition(".")
+        if filled and filled + parameter.numel > bucket:
+            if layer.isdigit() and int(layer) in segment:
+                largest = max(largest, filled)
+            filled = 0
+        filled += parameter.numel
+    return 4 * largest
 
 
 def _copies(model: LocalModel) -> int:
@@ -230,12 +271,7 @@ def _copies(model: LocalModel) -> int:
 
 def _rebuilt(transformer: CRNetTransformerConfig, segment: range, is_recomputed: bool) -> float:
     """What exists beside kept tensors while the last layer of a segment is differentiated."""
-    widths = [layer_widths(transformer, layer) for layer in segment]
-    up = transformer.width("up") / (1 if transformer.sequence_parallel else transformer.tensor_model_parallel_size)
-    above = segment.stop < transformer.num_layers and transformer.has_previous(segment.stop)
-    entering = layer_widths(transformer, segment.stop).start if above else transformer.hidden_size
-    # bf16 gradients of the residual are computed in fp32: two copies of the widest output and its gradient
-    gradients = entering + up * (5 if transformer.bf16 else 3)
+    widths, gradients = [layer_widths(transformer, layer) for layer in segment], _gradients(transformer, segment)
     if not is_recomputed:
         return gradients
     if transformer.recompute_strategy == "full":
@@ -244,3 +280,12 @@ def _rebuilt(transformer: CRNetTransformerConfig, segment: range, is_recomputed:
     # `inverse` walks down one layer at a time
     outputs = widths[-1].outputs if transformer.recompute_strategy == "inverse" else sum(w.outputs for w in widths)
     return gradients + outputs + max(inner, 0)
+
+
+def _gradients(transformer: CRNetTransformerConfig, segment: range) -> float:
+    """Gradients of activations in the last layer of a segment, with what enters it from above."""
+    up = transformer.width("up") / (1 if transformer.sequence_parallel else transformer.tensor_model_parallel_size)
+    above = segment.stop < transformer.num_layers and transformer.has_previous(segment.stop)
+    entering = layer_widths(transformer, segment.stop).start if above else transformer.hidden_size
+    # bf16 gradients of the residual are computed in fp32: two copies of the widest output and its gradient
+    return entering + up * (5 if transformer.bf16 else 3)

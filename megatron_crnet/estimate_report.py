@@ -24,20 +24,21 @@ def memory_table(columns: dict[str, Memory]) -> list[str]:
     ]
 
 
-def flow_rows(flows: list[Flow], inside: dict[str, bool] | None = None) -> list[str]:
-    """A line for each kind and group; the link where `inside` tells it."""
+def flow_rows(flows: list[Flow], crossings: dict[str, float] | None = None) -> list[str]:
+    """A line for each kind and group; the links where `crossings` tells them."""
     if not flows:
         return ["  nothing"]
     return [
-        f"  {flow.group:<8}{flow.kind:<16}{flow.size:>5} ranks{flow.bytes / GIB:>12.3f} GiB" + _link(flow, inside)
+        f"  {flow.group:<8}{flow.kind:<16}{flow.size:>5} ranks{flow.bytes / GIB:>12.3f} GiB" + _links(flow, crossings)
         for flow in flows
     ]
 
 
-def _link(flow: Flow, inside: dict[str, bool] | None) -> str:
-    if inside is None:
+def _links(flow: Flow, crossings: dict[str, float] | None) -> str:
+    if crossings is None:
         return ""
-    return "  inside a node" if inside.get(flow.group, all(inside.values())) else "  between nodes"
+    share = crossings[flow.group]
+    return "  inside a node" if share == 0 else f"  {100 * share:.3g}% between nodes"
 
 
 def estimate_tables(found: Estimate, machine: Machine | None) -> list[str]:
@@ -51,7 +52,7 @@ def estimate_tables(found: Estimate, machine: Machine | None) -> list[str]:
         f"operations of a step: {found.model_flops:.3e} useful over all ranks; on a rank of stage {found.fullest} "
         f"{operations.passes:.3e}, recomputation {operations.recomputation:.3e} (attention without the mask)",
         f"volume of a rank of stage {found.fullest} in a step",
-        *flow_rows(stage.flows, found.inside),
+        *flow_rows(stage.flows, found.crossings),
     ]
     return [*lines, *_time_lines(found, machine)] if machine is not None else lines
 
@@ -82,7 +83,11 @@ def as_values(found: Estimate, machine: Machine) -> dict[str, Any]:
                 "memory": {**dataclasses.asdict(stage.memory), "peak": stage.memory.total},
                 "operations": {**dataclasses.asdict(stage.operations), "total": stage.operations.total},
                 "flows": [
-                    {**dataclasses.asdict(flow), "wire_bytes": flow.wire_bytes, "inside_node": _inside(found, flow)}
+                    {
+                        **dataclasses.asdict(flow),
+                        "wire_bytes": flow.wire_bytes,
+                        "wire_bytes_between_nodes": flow.wire_bytes * found.crossings[flow.group],
+                    }
                     for flow in stage.flows
                 ],
             }
@@ -94,7 +99,3 @@ def as_values(found: Estimate, machine: Machine) -> dict[str, Any]:
         "model_flops_utilization": found.utilization(machine),
         "fits": found.stages[found.fullest].memory.total <= machine.memory_bytes,
     }
-
-
-def _inside(found: Estimate, flow: Flow) -> bool:
-    return found.inside.get(flow.group, all(found.inside.values()))

@@ -6,10 +6,12 @@ evaluation and checkpoints. What would make it shorter: communication that runs 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_crnet.batch import BatchPlan
-from megatron_crnet.estimate_memory import estimate_memory
+from megatron_crnet.deepspeed_rules import zero_stage
+from megatron_crnet.estimate_memory import estimate_memory, grouped, padded
 from megatron_crnet.estimate_operations import Operations
 from megatron_crnet.figures import PIPELINE, TENSOR, Flow
 from megatron_crnet.local_model import LocalModel
@@ -63,12 +65,12 @@ class StepTime:
         )
 
 
-def estimate_time(parts: list[Part], plan: BatchPlan, machine: Machine, inside: dict[str, bool]) -> StepTime:
+def estimate_time(parts: list[Part], plan: BatchPlan, machine: Machine, crossings: dict[str, float]) -> StepTime:
     """The step of the stage that takes longest."""
-    return max((_stage_time(part, plan, machine, inside) for part in parts), key=lambda time: time.total)
+    return max((_stage_time(part, plan, machine, crossings) for part in parts), key=lambda time: time.total)
 
 
-def _stage_time(part: Part, plan: BatchPlan, machine: Machine, inside: dict[str, bool]) -> StepTime:
+def _stage_time(part: Part, plan: BatchPlan, machine: Machine, crossings: dict[str, float]) -> StepTime:
     model, operations, flows = part
     # kernels on GPUs skip the masked half of attention, which the counter counts
     products = (operations.total - operations.attention / 2) / (machine.peak_flops * machine.product_efficiency)
@@ -76,10 +78,7 @@ def _stage_time(part: Part, plan: BatchPlan, machine: Machine, inside: dict[str,
     seconds = dict.fromkeys(("TP", "PP", "rest"), 0.0)
     for flow in flows:
         kind = flow.group if flow.group in (TENSOR, PIPELINE) else "rest"
-        bandwidth = (
-            machine.node_bandwidth if inside.get(flow.group, all(inside.values())) else machine.network_bandwidth
-        )
-        seconds[kind] += flow.wire_bytes / (bandwidth * machine.link_efficiency)
+        seconds[kind] += _flow_time(flow, machine, crossings[flow.group])
     chunks, layers = len(model.chunks), sum(len(chunk.layers) for chunk in model.chunks)
     launches = plan.num_microbatches * layers * LAUNCHES * LAUNCH_SECONDS
     launches = max(0.0, launches - products - element_wise)
@@ -96,6 +95,13 @@ def _stage_time(part: Part, plan: BatchPlan, machine: Machine, inside: dict[str,
     )
 
 
+def _flow_time(flow: Flow, machine: Machine, crossing: float) -> float:
+    """What leaves a node is spread over the network ports of the group's ranks there, but for messages."""
+    share = math.ceil(crossing) if flow.kind == "send" else crossing
+    slowest = max(1 / machine.node_bandwidth, share / machine.network_bandwidth)
+    return flow.wire_bytes * slowest / machine.link_efficiency
+
+
 def _activation_bytes(model: LocalModel, plan: BatchPlan) -> float:
     """What a micro-batch writes, whether or not it is kept."""
     size = 2 if model.config.training.dtype == "bf16" else 4
@@ -110,7 +116,8 @@ def _update_time(model: LocalModel, plan: BatchPlan, machine: Machine) -> float:
     """Moments, masters and gradients are read, and all but the gradients written."""
     memory = estimate_memory(model, plan)
     if memory.host:
-        # gradients down, weights up, Adam in the host's memory
-        moved = memory.host / 12 * (4 + 2)
-        return moved / (machine.host_bandwidth * machine.link_efficiency) + 2.3 * memory.host / HOST_ADAM_BANDWIDTH
+        # gradients down, weights up; masters, moments and gradients read in the host's memory, all but the last written
+        share = sum(padded(group, plan.dp_size, zero_stage(model.config)) for group in grouped(model)) / plan.dp_size
+        moved = share * (4 + 2)
+        return moved / (machine.host_bandwidth * machine.link_efficiency) + 28 * share / HOST_ADAM_BANDWIDTH
     return (2 * memory.optimizer + memory.optimizer / 3 + memory.weights) / machine.memory_bandwidth

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 
 from megatron_crnet.batch import BatchPlan
 from megatron_crnet.block import boundary_widths, interleaved_width
-from megatron_crnet.deepspeed_rules import zero_stage
+from megatron_crnet.deepspeed_rules import offloads_optimizer, zero_stage
 from megatron_crnet.deepspeed_settings import is_plain
 from megatron_crnet.estimate_memory import grouped, padded
 from megatron_crnet.estimate_operations import outputs_are_kept
+from megatron_crnet.estimate_zero3 import estimate_gathers
 from megatron_crnet.figures import DATA, MODEL, PIPELINE, STAGE, TENSOR, WORLD, Flow, merged
 from megatron_crnet.local_model import Chunk, LocalModel
 from megatron_crnet.ranks import POSITIONS
@@ -73,7 +74,7 @@ def _tensor_parallel(model: LocalModel, plan: BatchPlan) -> Iterator[Flow]:
         if chunk.predicts:
             # maximum, target's logit and sum of exponentials, of every token
             yield flow("all_reduce", 3, 3, 4)
-    yield from _partial_gradients(model)
+    yield from _partial_gradients(model, plan)
 
 
 Call = tuple[str, float, int]
@@ -121,10 +122,14 @@ def _embedding(model: LocalModel, chunk: Chunk) -> Iterator[Call]:
         yield from [("all_gather", 2 * h, 2), ("reduce_scatter", h, 1)] if sp else [("all_reduce", h, 1)]
 
 
-def _partial_gradients(model: LocalModel) -> Iterator[Flow]:
+def _partial_gradients(model: LocalModel, plan: BatchPlan) -> Iterator[Flow]:
     """Once a step, one call for each dtype."""
-    plain = model.config.training.dtype == "bf16" and zero_stage(model.config) == 0
+    stage = zero_stage(model.config)
+    plain = model.config.training.dtype == "bf16" and stage == 0
     numel = sum(p.numel for p in model.parameters if p.is_partial)
+    if stage >= 2:
+        # what has been cut between replicas already
+        numel = sum(padded(group, plan.dp_size, stage) for group in grouped(model) if group.is_partial) // plan.dp_size
     if numel:
         yield Flow("all_reduce", TENSOR, model.tp, 1, 2 * numel * (2 if plain else 4))
 
@@ -154,17 +159,20 @@ def _data_parallel(model: LocalModel, plan: BatchPlan) -> Iterator[Flow]:
     times = plan.num_microbatches if stage >= 2 else 1
     if stage < 3:
         size = 2 if bf16 and stage == 0 else 4
-        # bf16 at stage 1 sums flat buffers with their padding
-        summed = whole if bf16 and stage == 1 else numel
+        # bf16 at stage 1 sums flat buffers with their padding, but not where the optimizer is on the host
+        summed = whole if bf16 and stage == 1 and not offloads_optimizer(model.config) else numel
         yield Flow("all_reduce", DATA, dp, times, times * 2 * summed * size)
     if stage in (1, 2):
         volume = sum(padded(group, dp, stage) * group.size for group in groups)
         yield Flow("all_gather", DATA, dp, len(groups), volume)
     if stage == 3:
-        size = element_size(model)
         yield Flow("reduce_scatter", DATA, dp, times, times * whole * 4)
-        # gathered for the forward and for the backward pass of every micro-batch: an upper bound, see docs
-        yield Flow("all_gather", DATA, dp, 2 * times, 2 * times * whole * size)
+        gathered = estimate_gathers(model, plan)
+        yield Flow("all_gather", DATA, dp, gathered.calls, gathered.numel * element_size(model))
+        if bf16:
+            # the exact betas, after the update
+            betas = [-(-p.numel // dp) * dp for p in model.parameters if p.is_beta]
+            yield Flow("all_gather", DATA, dp, len(betas), 4 * sum(betas))
 
 
 def _norm_and_loss(model: LocalModel, plan: BatchPlan) -> Iterator[Flow]:
@@ -172,19 +180,21 @@ def _norm_and_loss(model: LocalModel, plan: BatchPlan) -> Iterator[Flow]:
     name, size = _group(model, plan, WORLD)
     yield Flow("all_reduce", name, size, 1, 2 * 2 * 8)
     stage, bf16 = zero_stage(model.config), model.config.training.dtype == "bf16"
+    offloaded = offloads_optimizer(model.config)
     whole_model, replicas = _group(model, plan, MODEL), _group(model, plan, DATA)
     if stage == 0:
         if is_plain(model.config):
             yield from (Flow("all_reduce", *group, 1, 2 * 4) for group in (whole_model, replicas))
         return
-    if stage == 1 and bf16:
+    if stage == 1 and bf16 and not offloaded:
         yield Flow("all_reduce", *whole_model, 1, 2 * 4)
         return
-    # ZeRO sums the norm of each parameter group, in fp64 at stage 3; in bf16 it also asks whether all is finite
-    count = len(grouped(model))
+    # ZeRO sums the norm of each parameter group, in fp64 at stage 3 on devices; in bf16 it also asks whether all is
+    # finite
+    count, size = len(grouped(model)), 8 if stage == 3 and not offloaded else 4
     for group in (replicas, whole_model):
-        yield Flow("all_reduce", *group, count, count * 2 * (8 if stage == 3 else 4))
-        if bf16 and stage == 2:
+        yield Flow("all_reduce", *group, count, count * 2 * size)
+        if bf16 and stage < 3:
             yield Flow("all_reduce", *group, 1, 2 * 1)
 
 

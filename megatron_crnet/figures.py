@@ -86,6 +86,39 @@ def merged(flows: Iterable[Flow]) -> list[Flow]:
     ]
 
 
+def node_crossings(tp: int, pp: int, dp: int, gpus_per_node: int) -> dict[str, float]:
+    """For each kind of group, the share of its rings' edges that lead from one node to another.
+
+    A group's ring goes through its ranks in order and back; ranks count through tp first, then dp, then pp, and fill
+    one node after the other. Every edge of a ring carries the same bytes, so this is also the share of its bytes.
+    """
+    strides = {"tp": (tp, 1), "dp": (dp, tp), "pp": (pp, tp * dp)}
+    parts = {
+        TENSOR: ("tp",),
+        PIPELINE: ("pp",),
+        DATA: ("dp",),
+        MODEL: ("tp", "pp"),
+        STAGE: ("tp", "dp"),
+        WORLD: ("tp", "dp", "pp"),
+    }
+    nodes = [rank // gpus_per_node for rank in range(tp * pp * dp)]
+    return {
+        name: sum(nodes[rank] != nodes[_next(rank, [strides[part] for part in own])] for rank in range(len(nodes)))
+        / len(nodes)
+        for name, own in parts.items()
+    }
+
+
+def _next(rank: int, parts: list[tuple[int, int]]) -> int:
+    """The rank after `rank` in the ring over parts of (size, distance), the narrowest first."""
+    for size, stride in parts:
+        position = rank // stride % size
+        if position + 1 < size:
+            return rank + stride
+        rank -= position * stride
+    return rank
+
+
 @dataclass(frozen=True)
 class StepFigures:
     """One rank's step.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class LiveMemory(TorchDispatchMode):
@@ -29,12 +29,18 @@ class LiveMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        # an operation may return its input, which is followed already or was there before this counter
-        before = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in before:
-                self._follow(tensor.untyped_storage())
+        self.observe(func, args, kwargs, out)
         return out
+
+    def observe(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Follow what an operation has created, once it has run."""
+        # an operation may return its input, which is followed already or was there before this counter
+        before = {id(x.untyped_storage()) for x in tensors_in((args, kwargs))}
+        for tensor in tensors_in(out):
+            storage = tensor.untyped_storage()
+            # DeepSpeed notes shapes in tensors on "meta", which have a size and no memory
+            if id(storage) not in before and tensor.device.type != "meta":
+                self._follow(storage)
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
         key = id(storage)
@@ -48,3 +54,14 @@ class LiveMemory(TorchDispatchMode):
     def _freed(self, key: int, size: int) -> None:
         self._known.pop(key, None)
         self.current -= size
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors among an operation's arguments or results, in lists, tuples and dictionaries as they come."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))

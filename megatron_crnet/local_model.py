@@ -42,12 +42,14 @@ class LocalParameter:
     """One parameter tensor of a rank.
 
     Attributes:
+        owner: the module that holds it, such as `3.qkv` in layer 3; `estimate_zero3.visits` names them so, too.
         numel: elements on this rank.
         is_matrix: it is decayed, and in a parameter group of matrices.
         is_partial: its gradient is a partial sum over tensor-parallel ranks.
         is_beta: it stays fp32 under bf16 (but at ZeRO-3).
     """
 
+    owner: str
     numel: int
     is_matrix: bool = True
     is_partial: bool = False
@@ -56,7 +58,11 @@ class LocalParameter:
 
 @dataclass(frozen=True)
 class LocalModel:
-    """The part of the model of every rank of pipeline stage `pp_rank`; tensor-parallel ranks are alike."""
+    """The part of the model of every rank of pipeline stage `pp_rank`; tensor-parallel ranks are alike.
+
+    Attributes:
+        parameters: in the order of PyTorch's `parameters()`.
+    """
 
     config: Config
     transformer: CRNetTransformerConfig
@@ -109,31 +115,33 @@ def _chunks(transformer: CRNetTransformerConfig, pp_rank: int) -> list[Chunk]:
 
 def _parameters(config: Config, transformer: CRNetTransformerConfig, chunk: Chunk) -> Iterator[LocalParameter]:
     h, t, sp = config.model.hidden_size, transformer.tensor_model_parallel_size, transformer.sequence_parallel
-    norm, vocabulary = LocalParameter(h, False, sp), LocalParameter(config.model.vocab_size // t * h)
+    vocabulary = config.model.vocab_size // t * h
     if chunk.embeds:
-        yield vocabulary
+        yield LocalParameter("embedding.word", vocabulary)
     for layer in chunk.layers:
-        yield from (norm, norm)
-        for positions in GROUPS.values():
-            yield from _group(config, transformer, layer, positions)
+        for norm, groups in (("input_norm", ("qkv", "o")), ("mlp_norm", ("gate_up", "down"))):
+            yield LocalParameter(f"{layer}.{norm}", h, False, sp)
+            for group in groups:
+                yield from _group(config, transformer, layer, group)
     if chunk.predicts:
-        yield from (norm, vocabulary)
+        yield LocalParameter("final_norm", h, False, sp)
+        yield LocalParameter("output", vocabulary)
 
 
-def _group(
-    config: Config, transformer: CRNetTransformerConfig, layer: int, positions: tuple[str, ...]
-) -> Iterator[LocalParameter]:
+def _group(config: Config, transformer: CRNetTransformerConfig, layer: int, group: str) -> Iterator[LocalParameter]:
     shapes, t, sp = position_shapes(config.model), transformer.tensor_model_parallel_size, transformer.sequence_parallel
+    positions, owner = GROUPS[group], f"{layer}.{group}"
     ranks = [transformer.ranks[layer][p] for p in positions]
     h_in, widths, is_row = shapes[positions[0]][0], [shapes[p][1] for p in positions], len(positions) == 1
     if transformer.is_full_rank(layer):
-        yield LocalParameter(h_in * sum(widths) // t)
+        # held by Megatron-Core's layer inside of the group
+        yield LocalParameter(f"{owner}.linear", h_in * sum(widths) // t)
         return
-    yield LocalParameter(sum(ranks) * h_in // (t if is_row else 1), True, sp and not is_row)
+    yield LocalParameter(owner, sum(ranks) * h_in // (t if is_row else 1), True, sp and not is_row)
     local = widths if is_row else [width // t for width in widths]
     # stacks of one shape are one parameter
     for (width, rank), same in groupby(zip(local, ranks, strict=True)):
-        yield LocalParameter(len(list(same)) * width * rank, True, sp and is_row)
+        yield LocalParameter(owner, len(list(same)) * width * rank, True, sp and is_row)
     if transformer.has_previous(layer):
         # a column group's beta sees only a shard of its outputs even without sequence parallelism
-        yield LocalParameter(len(positions), False, t > 1 and (sp or not is_row), True)
+        yield LocalParameter(owner, len(positions), False, t > 1 and (sp or not is_row), True)

@@ -95,9 +95,11 @@ def _seams() -> list[Any]:
 
 
 class _Scalars(TorchDispatchMode):
-    """Answers for single values."""
+    """Answers for single values, and for the device, which is asked for as often as anything is computed."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return args[0].device
         if func is torch.ops.aten._local_scalar_dense.default:
             return _value(args[0].dtype)
         return func(*args, **(kwargs or {}))

@@ -13,7 +13,7 @@ import yaml
 from megatron_crnet.errors import ConfigError
 from megatron_crnet.estimate import Estimate, estimate
 from megatron_crnet.estimate_report import as_values, estimate_tables
-from megatron_crnet.figures import DATA, MODEL, PIPELINE, TENSOR, WORLD, Flow, Memory, merged
+from megatron_crnet.figures import DATA, MODEL, PIPELINE, TENSOR, WORLD, Flow, Memory, merged, node_crossings
 from megatron_crnet.local_model import build_local_models
 from megatron_crnet.machines import MACHINES, find_machine
 from megatron_crnet.settings import load_config
@@ -92,11 +92,39 @@ def test_the_loss_travels_in_the_smallest_group_with_the_same_ranks(sizes: tuple
     assert {flow.size for flow in flows if flow.group == group} == {tp * pp * dp}
 
 
-def test_groups_lie_inside_a_node_when_their_spans_divide_it() -> None:
-    layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
-    for gpus_per_node, inside in ((8, (True, True, True)), (4, (True, True, False)), (2, (True, False, False))):
-        estimated = estimate(tiny_config(parallel=layout), 8, gpus_per_node=gpus_per_node)
-        assert tuple(estimated.inside[group] for group in (TENSOR, DATA, PIPELINE)) == inside
+@pytest.mark.parametrize(
+    ("sizes", "gpus_per_node", "shares"),
+    [
+        # TP 2, PP 2, DP 2 of eight ranks: 0 and 1, 0 and 4, 0 and 2 are groups
+        ((2, 2, 2), 8, (0, 0, 0)),
+        ((2, 2, 2), 4, (0, 1, 0)),
+        ((2, 2, 2), 2, (0, 1, 1)),
+        # rings of four ranks over nodes of three: 0 1 2 | 3 4 5 | 6 7
+        ((4, 1, 2), 3, (4 / 8, 0, 1)),
+        # a ring over two nodes leaves each once
+        ((1, 1, 16), 8, (0, 0, 2 / 16)),
+    ],
+)
+def test_of_a_ring_only_the_edges_between_nodes_leave_them(
+    sizes: tuple[int, int, int], gpus_per_node: int, shares: tuple[float, float, float]
+) -> None:
+    crossings = node_crossings(*sizes, gpus_per_node)
+    assert tuple(crossings[group] for group in (TENSOR, PIPELINE, DATA)) == shares
+    world = sizes[0] * sizes[1] * sizes[2]
+    assert crossings[WORLD] == (-(-world // gpus_per_node) % world if world > gpus_per_node else 0) / world
+
+
+def test_the_network_slows_a_ring_down_by_what_each_port_must_carry() -> None:
+    machine = MACHINES["h100"]
+    times = {}
+    for gpus_per_node in (16, 8, 1):
+        config = tiny_config(deepspeed_section=ZERO_1, training={"global_batch_size": 32})
+        time = estimate(config, 16, machine, gpus_per_node).time
+        assert time is not None
+        times[gpus_per_node] = time.data_parallel
+    # two of sixteen edges cross: an eighth of the bytes for each port, which has a ninth of a node's bandwidth
+    assert times[8] == pytest.approx(times[16] * 450 / 50 / 8)
+    assert times[1] == pytest.approx(times[16] * 450 / 50)
 
 
 def test_the_peak_is_the_fullest_moment() -> None:

@@ -30,6 +30,16 @@ def test_storages_count_from_their_creation_to_their_end_real_and_fake_alike() -
         assert work(memory) == real
 
 
+def test_a_tensor_that_is_only_a_shape_is_no_memory() -> None:
+    with LiveMemory() as memory:
+        x = torch.zeros_like(torch.ones(256), device="meta")
+        assert memory.current == 0
+    with FakeTensorMode(), LiveMemory() as memory:
+        y = torch.zeros_like(torch.ones(256), device="meta")
+        assert memory.current == 0
+    assert x.shape == y.shape
+
+
 def test_what_backward_needs_is_counted() -> None:
     x = torch.ones(256, requires_grad=True)
     with LiveMemory() as memory:
