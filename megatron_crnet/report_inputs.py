@@ -91,7 +91,7 @@ class Evidence:
     benchmarks: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     figures: list[Figures] = field(default_factory=list)
     records: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    """The files that `figures` were found in, as they are."""
+    """The files that `figures` were found in, as they are; empty for one that is no mapping."""
     recompute: list[tuple[str, list[dict[str, Any]]]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -199,8 +199,7 @@ def _read_json(path: Path, evidence: Evidence) -> None:
         evidence.recompute.append((name, value))
     elif found := list(_find_figures(name, value)):
         evidence.figures += found
-        if isinstance(value, dict):
-            evidence.records.append((name, value))
+        evidence.records.append((name, value if isinstance(value, dict) else {}))
     elif len(evidence.problems) == known:
         evidence.problems.append(
             f"{path} holds no benchmark, estimate, simulation or strategies of recomputation: left out"

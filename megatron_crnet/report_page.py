@@ -18,7 +18,9 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --text: #e6e9ed; --back: #14181d; --soft: #a3adb8; --line: #3a424c;
   --box: #1d232a; --warn: #ffb86b; DARK } }
 @media print { :root { --text: #000; --back: #fff; --soft: #333; --line: #bbb; --box: #fff; --warn: #5a3000; LIGHT }
-  figure, table, h2 { break-inside: avoid; } h2, section > p { break-after: avoid; } nav { display: none; }
+  figure, tr, h2, p { break-inside: avoid; } h2, section > p { break-after: avoid; } nav { display: none; }
+  .scroll { overflow: visible !important; } table { font-size: 10px !important; }
+  td { min-width: 0 !important; white-space: normal !important; }
   body { font-size: 12px; } .charts { grid-template-columns: 1fr 1fr !important; }
   * { print-color-adjust: exact; } }
 * { box-sizing: border-box; }

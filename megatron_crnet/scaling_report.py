@@ -43,7 +43,9 @@ def _what_was_read(evidence: Evidence) -> Section:
         device = record.get("device")
         on = "a CPU: its ratios count, its absolute figures are those of a small machine" if device == "cpu" else device
         rows.append(("benchmark", name, f"{len(record['rows'])} measured rows on {on}{whole}"))
-    rows += [("estimate or simulation", figures.name, "memory and traffic of a rank") for figures in evidence.figures]
+    for name, record in evidence.records:
+        line = _mapping(record, "step").get("line", "memory and traffic of a rank")
+        rows.append((str(record.get("kind", "estimate or simulation")), name, str(line)))
     rows += [("recomputation", name, f"{len(found)} strategies, counted") for name, found in evidence.recompute]
     section.tables.append(Table(("kind", "name", "what"), rows))
     section.absent += evidence.problems
