@@ -290,6 +290,8 @@ def _cell(value: float | None, reference: float | None, unit: float) -> str:
     if value is None:
         return "-"
     shown = f"{value / unit:,.0f}" if value / unit >= 1e3 else f"{value / unit:,.2f}"
+    if 0 < value / unit < 0.005:
+        shown = "<0.01"  # the norm's few bytes
     if not reference:
         return shown
     return f"{shown} ({'equal' if value == reference else f'{value / reference - 1:+.1%}'})"
