@@ -69,6 +69,7 @@ The modules in the order in which to read them; each uses only those above it.
     simulation           that step as one rank of a large world, in one process
     plan_search          the fastest layout that fits, by the estimate
     provenance           the command, machine and versions beside every figure
+    step_identity        which step figures are of, so that they can be set beside each other
     metrics, plot        what a run reports
     sampling             a look at what the model writes
     inputs               everything that a run reads, examined before it writes
@@ -79,6 +80,7 @@ The modules in the order in which to read them; each uses only those above it.
     report_inputs        reads runs and figures, whole or damaged; charts: SVG for paper, phones and the dark
     report_parts         sections, tables and what they share
     report_speed, report_costs             how fast; memory, recomputation, traffic
+    report_side_by_side  one step, estimated, simulated and measured
     scaling_report       what a report says; report_page: as HTML and Markdown
 """
 

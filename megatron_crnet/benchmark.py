@@ -22,6 +22,7 @@ from megatron_crnet.config import Config
 from megatron_crnet.deepspeed_rules import zero_stage
 from megatron_crnet.errors import CrnetError, require_positive
 from megatron_crnet.provenance import machine, versions
+from megatron_crnet.step_identity import identify_step
 
 PRODUCT = 1024
 """Rows and columns of the matrix products that measure the peak."""
@@ -231,6 +232,7 @@ def _facts(config: Config, processes: int) -> dict[str, Any]:
     parallel, training, tokens = config.parallel, config.training, _tokens(config)
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     return {
+        "step": identify_step(config, processes),
         "variant": config.model.variant,
         "recompute": config.recompute.strategy,
         "dtype": training.dtype,
@@ -247,11 +249,12 @@ def _tokens(config: Config) -> int:
 
 
 def _counts(ready: list[Ready]) -> dict[str, Any]:
-    """Memory of the fullest rank, and what all ranks send together."""
+    """Memory of the fullest rank and what all ranks send together; beside these the figures of every rank."""
     fullest = max((rank.held for rank in ready), key=lambda held: held.total)
     kinds = sorted({kind for rank in ready for kind in rank.traffic})
     traffic = {kind: sum(rank.traffic.get(kind, 0) for rank in ready) for kind in kinds}
-    return {"memory": asdict(fullest), "peak_bytes": fullest.total, "traffic": traffic}
+    ranks = [{"memory": asdict(r.held), "operations": r.operations, "traffic": r.traffic} for r in ready]
+    return {"memory": asdict(fullest), "peak_bytes": fullest.total, "traffic": traffic, "ranks": ranks}
 
 
 def seconds(step: list[Timed]) -> float:

@@ -52,11 +52,13 @@ class Ready:
     """What a rank says when it has built its model and counted one step.
 
     Attributes:
-        traffic: bytes of this rank's calls by kind and group, as in `communication.py`.
+        traffic: bytes of this rank's calls by group and kind, as in `communication.py`.
+        operations: of matrix products and attention, recomputation included, as PyTorch's counter counts them.
     """
 
     held: Held
     traffic: dict[str, int]
+    operations: int
 
 
 @dataclass(frozen=True)
@@ -206,21 +208,25 @@ class _Site:
     def counted(self) -> Ready:
         """Two steps, of which the second is watched: the first one allocates what stays."""
         from megatron_crnet.communication import CommunicationCounter
+        from megatron_crnet.counted_step import OperationCounter, flows
 
-        counter, memory = CommunicationCounter(), self.memory
+        counter, operations, memory = CommunicationCounter(), OperationCounter(), self.memory
         with memory:
             self._passes()
             self.engine.update()
             state = memory.current
             memory.reset_peak()
-            with counter:
+            with counter, operations:
                 self._passes()
                 after_passes = memory.current
                 self.engine.update()
         weights = sum(_bytes_of(p) for chunk in self.engine.chunks for p in chunk.parameters())
         gradients = max(after_passes - state, 0)
         held = Held(weights, max(state - weights, 0), gradients, max(memory.peak - state - gradients, 0))
-        return Ready(held, _by_group(counter))
+        traffic: Counter[str] = Counter()
+        for flow in flows(counter):
+            traffic[f"{flow.group} {flow.kind}"] += flow.bytes
+        return Ready(held, dict(traffic), operations.total)
 
     def timed(self) -> Timed:
         """One step by the clock."""
@@ -263,22 +269,3 @@ def _bytes_of(parameter: Any) -> int:
     """Of this rank's part; ZeRO-3 leaves an empty parameter and puts its part beside it."""
     kept = getattr(parameter, "ds_tensor", parameter)
     return int(kept.numel() * kept.element_size())
-
-
-def _by_group(counter: Any) -> dict[str, int]:
-    """Bytes by kind and purpose of the group: the smallest one with the same ranks."""
-    from megatron.core import parallel_state
-
-    named = {
-        "TP": parallel_state.get_tensor_model_parallel_group(),
-        "PP": parallel_state.get_pipeline_model_parallel_group(),
-        "DP": parallel_state.get_data_parallel_group(),
-    }
-    names = [(name, tuple(dist.get_process_group_ranks(group))) for name, group in named.items()]
-    found: Counter[str] = Counter()
-    for (kind, ranks), traffic in counter.traffic.items():
-        if len(ranks) == 1 or kind.startswith("recv"):
-            continue
-        group = "PP" if kind == "send" else next((name for name, own in names if own == ranks), "all")
-        found[f"{group} {kind}"] += traffic.bytes
-    return {name: size for name, size in sorted(found.items()) if size}

@@ -6,6 +6,10 @@ from megatron_crnet.charts import Axis, Series, stacked_bars
 from megatron_crnet.report_inputs import Evidence
 from megatron_crnet.report_parts import BENCHMARK, MIB, Section, Table, distinct, draw, row_name
 
+Bytes = tuple[str, dict[str, float]]
+"""A name, and bytes by part."""
+LARGE = 10 * 2**30
+"""Bytes from which figures are in GiB."""
 PARTS = {
     "weights": "weights",
     "optimizer": "optimizer and buffers",
@@ -26,7 +30,7 @@ def memory_section(evidence: Evidence) -> Section:
         for name, rows in evidence.measured()
     }
     figures = [(f.name, f.parts) for f in evidence.figures]
-    for title, found in {**measured, "Memory, estimated and simulated": figures}.items():
+    for title, found in {**measured, **_by_size("Memory, estimated and simulated", figures)}.items():
         if found:
             names = [name for name, _ in found]
             parts = [(text, [memory.get(key, 0) for _, memory in found]) for key, text in PARTS.items()]
@@ -40,6 +44,13 @@ def memory_section(evidence: Evidence) -> Section:
     return section
 
 
+def _by_size(title: str, found: list[Bytes]) -> dict[str, list[Bytes]]:
+    """Small and large ones in pictures of their own: a small bar cannot be read beside a large one."""
+    large = [(name, parts) for name, parts in found if sum(parts.values()) >= LARGE]
+    small = [(name, parts) for name, parts in found if sum(parts.values()) < LARGE]
+    return {title: small, f"{title}, large": large} if small else {title: large}
+
+
 def _draw_sizes(
     section: Section, title: str, caption: str, names: list[str], parts: list[tuple[str, list[float]]]
 ) -> None:
@@ -49,7 +60,7 @@ def _draw_sizes(
         parts: name of a part and its bytes in each row.
     """
     totals = [sum(sizes[i] for _, sizes in parts) for i in range(len(names))]
-    unit, size = ("GiB", 2**30) if max(totals) >= 10 * 2**30 else ("MiB", MIB)
+    unit, size = ("GiB", 2**30) if max(totals) >= LARGE else ("MiB", MIB)
     scaled = [(name, [value / size for value in sizes]) for name, sizes in parts]
     section.charts.append(stacked_bars(title, caption, unit, names, scaled))
     rows = [
@@ -114,7 +125,7 @@ def traffic_section(evidence: Evidence) -> Section:
         for name, rows in evidence.measured()
     }
     figures = [(f.name, f.traffic) for f in evidence.figures if f.traffic]
-    for title, found in {**measured, "Traffic of a rank, estimated and simulated": figures}.items():
+    for title, found in {**measured, **_by_size("Traffic of a rank, estimated and simulated", figures)}.items():
         if found:
             kinds = sorted({kind for _, traffic in found for kind in traffic})
             names = [name for name, _ in found]

@@ -36,22 +36,22 @@ class Run:
 
     def points(self, key: str) -> list[tuple[float, float]]:
         """(tokens, value) of every line that has both."""
-        return [(line["tokens"], line[key]) for line in self.lines if _are_numbers(line, "tokens", key)]
+        return [(line["tokens"], line[key]) for line in self.lines if are_numbers(line, "tokens", key)]
 
     def points_over_time(self, key: str) -> list[tuple[float, float]]:
         """(seconds of training, value), validation and saving left out of the time."""
         found, seconds, last = [], 0.0, 0
         for line in self.lines:
-            if _are_numbers(line, "step", "step_time_s"):
+            if are_numbers(line, "step", "step_time_s"):
                 seconds += line["step_time_s"] * (line["step"] - last)
                 last = line["step"]
-            if _are_numbers(line, key):
+            if are_numbers(line, key):
                 found.append((seconds, float(line[key])))
         return found
 
     def median(self, key: str) -> float | None:
         """Over the lines but the first, which holds what starts up."""
-        values = [line[key] for line in self.lines if _are_numbers(line, key)]
+        values = [line[key] for line in self.lines if are_numbers(line, key)]
         return statistics.median(values[1:] or values) if values else None
 
     @property
@@ -90,6 +90,8 @@ class Evidence:
     runs: list[Run] = field(default_factory=list)
     benchmarks: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     figures: list[Figures] = field(default_factory=list)
+    records: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    """The files that `figures` were found in, as they are; empty for one that is no mapping."""
     recompute: list[tuple[str, list[dict[str, Any]]]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -143,14 +145,14 @@ def _read_run(path: Path, evidence: Evidence) -> None:
             value = json.loads(line)
         except json.JSONDecodeError:
             value = None
-        if isinstance(value, dict) and _are_numbers(value, "step"):
+        if isinstance(value, dict) and are_numbers(value, "step"):
             lines.append(value)
         else:
             damaged.append(number)
     if damaged:
         which = f"line {damaged[0]}" if len(damaged) == 1 else f"{len(damaged)} lines, the first of them {damaged[0]},"
         evidence.problems.append(f"{path}: {which} cannot be read: left out")
-    if not any(_are_numbers(line, "tokens", "loss") for line in lines):
+    if not any(are_numbers(line, "tokens", "loss") for line in lines):
         evidence.problems.append(f"{path} has no line with tokens and loss: the run is left out")
         return
     evidence.runs.append(Run(_short(folder), lines, _config(folder, evidence), _facts(folder, evidence)))
@@ -197,6 +199,7 @@ def _read_json(path: Path, evidence: Evidence) -> None:
         evidence.recompute.append((name, value))
     elif found := list(_find_figures(name, value)):
         evidence.figures += found
+        evidence.records.append((name, value if isinstance(value, dict) else {}))
     elif len(evidence.problems) == known:
         evidence.problems.append(
             f"{path} holds no benchmark, estimate, simulation or strategies of recomputation: left out"
@@ -231,16 +234,16 @@ def _read_benchmark(path: Path, name: str, record: dict[str, Any], evidence: Evi
 
 
 def _is_measured(row: dict[str, Any]) -> bool:
-    if not _are_numbers(row, "processes", *MEASURED) or min(row["processes"], row["speed_of_first"]) <= 0:
+    if not are_numbers(row, "processes", *MEASURED) or min(row["processes"], row["speed_of_first"]) <= 0:
         return False
     memory, traffic = row.get("memory"), row.get("traffic")
     if not isinstance(memory, dict) or not isinstance(traffic, dict):
         return False
-    return _are_numbers(memory, "weights", "optimizer", "gradients", "activations") and _are_numbers(traffic, *traffic)
+    return are_numbers(memory, "weights", "optimizer", "gradients", "activations") and are_numbers(traffic, *traffic)
 
 
 def _is_strategy(item: Any) -> bool:
-    return isinstance(item, dict) and "name" in item and _are_numbers(item, "peak", "kept", "flops")
+    return isinstance(item, dict) and "name" in item and are_numbers(item, "peak", "kept", "flops")
 
 
 def _find_figures(name: str, value: Any, depth: int = 0) -> Iterator[Figures]:
@@ -249,36 +252,43 @@ def _find_figures(name: str, value: Any, depth: int = 0) -> Iterator[Figures]:
         value = {f"stage {i}": item for i, item in enumerate(value)}
     if not isinstance(value, dict) or depth > 3:
         return
-    memory = value.get("memory")
-    if isinstance(memory, dict) and _are_numbers(memory, "weights", "gradients", "optimizer", "kept", "transient"):
-        yield Figures(name, _parts(memory), _flows(value.get("flows")))
+    if parts := memory_parts(value.get("memory")):
+        yield Figures(name, parts, bytes_by_kind(value.get("flows")))
         return
     for key, item in value.items():
         if isinstance(item, dict | list):
             yield from _find_figures(name if key == "stages" else f"{name}, {key}", item, depth + 1)
 
 
-def _parts(memory: dict[str, Any]) -> dict[str, float]:
-    """The parts of a benchmark's row, from the finer ones of an estimate (`figures.Memory`)."""
-    others = [memory.get(key, 0) for key in ("reduction", "update")]
+def memory_parts(memory: Any) -> dict[str, float]:
+    """The parts of a benchmark's row, from the finer ones of an estimate (`figures.Memory`); empty if damaged."""
+    if not isinstance(memory, dict):
+        return {}
+    if not are_numbers(memory, "weights", "gradients", "optimizer", "kept", "transient"):
+        return {}
+    others = {name: memory.get(name, 0) for name in ("buffers", "reduction", "update")}
+    if not are_numbers(others, *others):
+        return {}
     return {
         "weights": memory["weights"],
-        "optimizer": memory["optimizer"] + memory.get("buffers", 0),
+        "optimizer": memory["optimizer"] + others["buffers"],
         "gradients": memory["gradients"],
-        "activations": max(memory["kept"] + memory["transient"], *others),
+        "activations": max(memory["kept"] + memory["transient"], others["reduction"], others["update"]),
     }
 
 
-def _flows(flows: Any) -> dict[str, float]:
+def bytes_by_kind(flows: Any) -> dict[str, float]:
+    """Of an estimate's or a simulation's flows, by `GROUP kind`."""
     found: dict[str, float] = {}
     for flow in flows if isinstance(flows, list) else []:
-        if isinstance(flow, dict) and _are_numbers(flow, "bytes"):
+        if isinstance(flow, dict) and are_numbers(flow, "bytes"):
             kind = f"{flow.get('group')} {flow.get('kind')}"
             found[kind] = found.get(kind, 0) + flow["bytes"]
     return found
 
 
-def _are_numbers(values: dict[str, Any], *keys: str) -> bool:
+def are_numbers(values: dict[str, Any], *keys: str) -> bool:
+    """Whether all of these are there, are numbers and are finite."""
     found = [values.get(key) for key in keys]
     return all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in found)
 

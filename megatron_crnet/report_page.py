@@ -18,7 +18,9 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --text: #e6e9ed; --back: #14181d; --soft: #a3adb8; --line: #3a424c;
   --box: #1d232a; --warn: #ffb86b; DARK } }
 @media print { :root { --text: #000; --back: #fff; --soft: #333; --line: #bbb; --box: #fff; --warn: #5a3000; LIGHT }
-  figure, table, h2 { break-inside: avoid; } h2, section > p { break-after: avoid; } nav { display: none; }
+  figure, tr, h2, p { break-inside: avoid; } h2, section > p { break-after: avoid; } nav { display: none; }
+  .scroll { overflow: visible !important; } table { font-size: 10px !important; }
+  td { min-width: 0 !important; white-space: normal !important; }
   body { font-size: 12px; } .charts { grid-template-columns: 1fr 1fr !important; }
   * { print-color-adjust: exact; } }
 * { box-sizing: border-box; }
@@ -38,7 +40,8 @@ figure svg { display: block; width: 100%; height: auto; color: var(--text); }
 table { border-collapse: collapse; font-size: 0.88rem; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: 0.25rem 0.7rem 0.25rem 0; text-align: left;
   vertical-align: top; }
-td.short { white-space: nowrap; }
+.title { font-weight: 600; font-size: 0.95rem; margin: 1.4rem 0 0; break-after: avoid; }
+td { min-width: 11rem; } td.short { min-width: 0; white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; }
 .absent { border-left: 4px solid var(--warn); background: var(--box); padding: 0.4rem 0.8rem; margin: 0.8rem 0; }
 .absent p { margin: 0.2rem 0; overflow-wrap: anywhere; }
@@ -113,7 +116,10 @@ def _swatch(index: int, kind: str) -> str:
 def _table(table: Table) -> str:
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.header)
     rows = "".join("<tr>" + "".join(map(_table_cell, row)) + "</tr>" for row in table.rows)
-    return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    # above what is moved sideways, not in it
+    title = f'<p class="title">{escape(table.title)}</p>' if table.title else ""
+    content = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return f'{title}<div class="scroll" tabindex="0">{content}</div>'
 
 
 def _table_cell(text: str) -> str:
@@ -136,7 +142,8 @@ def markdown_page(title: str, introduction: str, sections: Sequence[Section]) ->
 
 def _markdown_table(table: Table) -> str:
     lines = [table.header, ["---"] * len(table.header), *table.rows]
-    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+    title = f"**{_cell(table.title)}**\n\n" if table.title else ""
+    return title + "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
 
 
 def _cell(text: str) -> str:

@@ -15,10 +15,11 @@ BENCHMARK = "python tools/benchmark.py --config FILE --json benchmark.json"
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under a header."""
+    """Rows of text under a header, and above it what they are of, where the section does not say it."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+    title: str = ""
 
 
 @dataclass

@@ -8,6 +8,7 @@ from megatron_crnet.arithmetic import flops_per_token, total_parameters
 from megatron_crnet.report_costs import memory_section, recompute_section, traffic_section
 from megatron_crnet.report_inputs import Evidence, Run
 from megatron_crnet.report_parts import BENCHMARK, MIB, Section, Table, count_processes
+from megatron_crnet.report_side_by_side import side_by_side_section
 from megatron_crnet.report_speed import layouts_section, loss_section, scaling_section, speed_section
 
 
@@ -25,6 +26,7 @@ def build_sections(evidence: Evidence, peak_flops: float | None, command: str) -
         scaling_section(evidence, "strong", "the same global batch on more processes"),
         scaling_section(evidence, "weak", "a global batch that grows with the processes"),
         layouts_section(evidence),
+        side_by_side_section(evidence),
         memory_section(evidence),
         recompute_section(evidence),
         traffic_section(evidence),
@@ -41,7 +43,9 @@ def _what_was_read(evidence: Evidence) -> Section:
         device = record.get("device")
         on = "a CPU: its ratios count, its absolute figures are those of a small machine" if device == "cpu" else device
         rows.append(("benchmark", name, f"{len(record['rows'])} measured rows on {on}{whole}"))
-    rows += [("estimate or simulation", figures.name, "memory and traffic of a rank") for figures in evidence.figures]
+    for name, record in evidence.records:
+        line = _mapping(record, "step").get("line", "memory and traffic of a rank")
+        rows.append((str(record.get("kind", "estimate or simulation")), name, str(line)))
     rows += [("recomputation", name, f"{len(found)} strategies, counted") for name, found in evidence.recompute]
     section.tables.append(Table(("kind", "name", "what"), rows))
     section.absent += evidence.problems
@@ -97,6 +101,7 @@ def _quality(run: Run) -> tuple[str, ...]:
 def _provenance(evidence: Evidence, command: str) -> Section:
     section = Section("Machine, versions and commands", "Where the figures come from, so that they can be made again.")
     records = [(run.name, run.facts) for run in evidence.runs if run.facts] + evidence.benchmarks
+    records += [(name, record) for name, record in evidence.records if "command" in record]
     rows = [
         (name, _machine(record.get("machine")), ", ".join(f"{k} {v}" for k, v in _mapping(record, "versions").items()))
         for name, record in records
@@ -121,8 +126,8 @@ def _provenance(evidence: Evidence, command: str) -> Section:
 
 
 def _command(name: str, record: dict[str, Any]) -> str:
-    processes = record.get("world_size")
-    several = f", {processes} processes under tools/launch.py" if processes and processes > 1 else ""
+    processes = record.get("world_size") if record.get("kind") == "run" else None
+    several = f", {processes} processes under tools/launch.py" if isinstance(processes, int) and processes > 1 else ""
     return f"# {name}{several}\n{record.get('command', 'not known')}"
 
 
@@ -134,6 +139,8 @@ def _mapping(record: dict[str, Any], key: str) -> dict[str, Any]:
 def _machine(facts: Any) -> str:
     if not isinstance(facts, dict):
         return "not known"
+    if "peak_flops" in facts:  # of an estimate
+        return f"for {facts.get('name')}, by data sheet or file; runs anywhere"
     gpus = ", ".join(facts.get("gpus") or []) or "no GPU"
     load = " to ".join(str(facts[k]) for k in ("load_average", "load_average_at_end") if k in facts)
     return f"{facts.get('processor')}, {facts.get('cores')} cores, {gpus}, load {load}"

@@ -8,7 +8,7 @@ Any `--section.field value` of pretrain_crnet.py is taken, and:
     --gpu NAME           a100-80g, h100, h200, or a YAML file with the fields of `megatron_crnet/machines.py`
                          (default h100)
     --gpus-per-node N    ranks that share a node (default 8)
-    --json               print the figures as JSON instead of tables
+    --json               print the figures as JSON instead of tables; tools/scaling_report.py takes it
 
 What the figures mean and where they come from: docs/estimate.md.
 """
@@ -19,11 +19,41 @@ import json
 import sys
 
 from megatron_crnet import cpu_platform
-from megatron_crnet.errors import CrnetError
+from megatron_crnet.errors import reported
 from megatron_crnet.options import positive_integer, take_options
 from megatron_crnet.settings import parse_arguments
 
 OPTIONS = {"--world-size": None, "--gpu": "h100", "--gpus-per-node": "8"}
+
+
+def run(argv: list[str]) -> int:
+    """Estimate and print; returns the exit status."""
+    options, rest = take_options(OPTIONS, [argument for argument in argv if argument != "--json"])
+    config = parse_arguments(rest).config
+    cpu_platform.install()
+    from megatron_crnet.estimate import estimate
+    from megatron_crnet.estimate_report import as_values, estimate_tables
+    from megatron_crnet.machines import find_machine
+    from megatron_crnet.provenance import command_line, versions
+    from megatron_crnet.step_identity import identify_step
+
+    parallel = config.parallel
+    least = str(parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    world_size = positive_integer("--world-size", options["--world-size"] or least)
+    machine = find_machine(str(options["--gpu"]))
+    found = estimate(config, world_size, machine, positive_integer("--gpus-per-node", str(options["--gpus-per-node"])))
+    if "--json" not in argv:
+        print("\n".join(estimate_tables(found, machine)))
+        return 0
+    record = {
+        "kind": "estimate",
+        "command": command_line([__file__, *argv]),
+        "versions": versions(),
+        "step": identify_step(config, world_size),
+        **as_values(found, machine),
+    }
+    print(json.dumps(record, indent=1))
+    return 0
 
 
 def main(argv: list[str]) -> int:
@@ -31,29 +61,7 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0
-    try:
-        options, rest = take_options(OPTIONS, [argument for argument in argv if argument != "--json"])
-        config = parse_arguments(rest).config
-        cpu_platform.install()
-        from megatron_crnet.estimate import estimate
-        from megatron_crnet.estimate_report import as_values, estimate_tables
-        from megatron_crnet.machines import find_machine
-
-        parallel = config.parallel
-        least = str(parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
-        world_size = positive_integer("--world-size", options["--world-size"] or least)
-        machine = find_machine(str(options["--gpu"]))
-        found = estimate(
-            config, world_size, machine, positive_integer("--gpus-per-node", str(options["--gpus-per-node"]))
-        )
-    except CrnetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    if "--json" in argv:
-        print(json.dumps(as_values(found, machine), indent=1))
-    else:
-        print("\n".join(estimate_tables(found, machine)))
-    return 0
+    return reported(lambda: run(argv))
 
 
 if __name__ == "__main__":

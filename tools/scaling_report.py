@@ -50,7 +50,7 @@ def run(argv: list[str]) -> int:
     sections = build_sections(evidence, peak, command_line([__file__, *argv]))
     introduction = (
         f"Made from runs: {len(evidence.runs)}, benchmarks: {len(evidence.benchmarks)}, estimates and simulations: "
-        f"{len(evidence.figures)}, counts of recomputation: {len(evidence.recompute)}."
+        f"{len(evidence.records)}, counts of recomputation: {len(evidence.recompute)}."
     )
     with atomic_files(args.output.with_suffix(".md"), args.output, overwrite=True) as (markdown, page):
         markdown.write_text(markdown_page(args.title, introduction, sections))

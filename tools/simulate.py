@@ -7,7 +7,7 @@ stand beside the counted ones. Any `--section.field value` of pretrain_crnet.py 
 
     --world-size N    ranks of the simulated world
     --rank K          which of them this process is (default 0)
-    --json            print the counted and the estimated figures as JSON instead
+    --json            print the counted and the estimated figures as JSON instead; tools/scaling_report.py takes it
 
 What a simulation can and cannot see: docs/estimate.md.
 """
@@ -22,7 +22,7 @@ from typing import Any
 
 from megatron_crnet import cpu_platform
 from megatron_crnet.config import Config
-from megatron_crnet.errors import CrnetError, require
+from megatron_crnet.errors import reported, require
 from megatron_crnet.options import positive_integer, take_options
 from megatron_crnet.settings import parse_arguments
 
@@ -63,25 +63,40 @@ def tables(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def run(argv: list[str]) -> int:
+    """Simulate and print; returns the exit status."""
+    options, rest = take_options(OPTIONS, [argument for argument in argv if argument != "--json"])
+    rank = str(options["--rank"])
+    require(rank.isdecimal(), f"--rank is {rank}, but must be an integer from 0: correct it")
+    world_size = positive_integer("--world-size", str(options["--world-size"]))
+    config = parse_arguments(rest).config
+    found = compare(config, world_size, int(rank))
+    if "--json" not in argv:
+        print("\n".join(tables(found)))
+        return 0
+    from megatron_crnet.provenance import command_line, machine, versions
+    from megatron_crnet.step_identity import identify_step
+
+    record = {
+        "kind": "simulation",
+        "command": command_line([__file__, *argv]),
+        "machine": machine(),
+        "versions": versions(),
+        "step": identify_step(config, world_size),
+        "world_size": world_size,
+        "rank": int(rank),
+        **{name: dataclasses.asdict(figures) for name, figures in found.items()},
+    }
+    print(json.dumps(record, indent=1))
+    return 0
+
+
 def main(argv: list[str]) -> int:
     """Run; returns the exit status."""
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0
-    try:
-        options, rest = take_options(OPTIONS, [argument for argument in argv if argument != "--json"])
-        rank = str(options["--rank"])
-        require(rank.isdecimal(), f"--rank is {rank}, but must be an integer from 0: correct it")
-        world_size = positive_integer("--world-size", str(options["--world-size"]))
-        found = compare(parse_arguments(rest).config, world_size, int(rank))
-    except CrnetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    if "--json" in argv:
-        print(json.dumps({name: dataclasses.asdict(figures) for name, figures in found.items()}, indent=1))
-    else:
-        print("\n".join(tables(found)))
-    return 0
+    return reported(lambda: run(argv))
 
 
 if __name__ == "__main__":

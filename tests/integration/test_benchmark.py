@@ -43,6 +43,11 @@ def test_rows_of_every_kind_in_one_run(tmp_path: Path) -> None:
     assert two["memory"]["weights"] < one["memory"]["weights"]
     assert one["traffic"] == {}
     assert sum(size for kind, size in two["traffic"].items() if kind.startswith("TP")) > 0
+    assert [len(row["ranks"]) for row in (one, two)] == [1, 2]
+    # tensor-parallel ranks share one rank's products; what they send adds up
+    assert [rank["operations"] * 2 for rank in two["ranks"]] == [one["ranks"][0]["operations"]] * 2
+    assert sum(sum(rank["traffic"].values()) for rank in two["ranks"]) == sum(two["traffic"].values())
+    assert one["step"]["fingerprint"] != two["step"]["fingerprint"]
     assert "rank 0" in refused["error"]
     assert "global_batch_size" in three["error"]
     assert done.stdout.count("not measured") == 2

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_crnet.settings import load_config
+from megatron_crnet.step_identity import identify_step
+
 CONFIG = ["--config", "examples/quickstart.yaml", "--training.global_batch_size", "8"]
 
 
@@ -33,6 +36,9 @@ def test_the_estimate_is_printed_as_json() -> None:
     values = json.loads(done.stdout)
     assert values["fits"] is True
     assert values["seconds"]["step"] > 0
+    assert values["kind"] == "estimate"
+    assert values["command"].startswith("python tools/estimate.py --config examples/quickstart.yaml")
+    assert values["step"] == identify_step(load_config(CONFIG[1], CONFIG[2:]), 1)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from megatron_crnet.benchmark_world import Held, Ready, Timed
 from megatron_crnet.errors import ConfigError
 from megatron_crnet.provenance import command_line
 from megatron_crnet.settings import load_config
+from megatron_crnet.step_identity import identify_step
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
 OPTIONS = ["--config", str(QUICKSTART)]
@@ -22,8 +23,8 @@ OPTIONS = ["--config", str(QUICKSTART)]
 def measured(row: Row, times: list[float], options: list[str] = OPTIONS) -> Candidate:
     """A row that took `times`, on two ranks of which the second needs half as long."""
     steps = [[Timed(s, s / 4, 1.0), Timed(s / 2, s / 4, 1.0)] for s in times]
-    held = Ready(Held(4, 3, 2, 1), {"TP all_reduce": 10})
-    return Candidate(row, row.config(options), ready=[held, Ready(Held(1, 1, 1, 1), {"PP send": 5})], steps=steps)
+    ready = [Ready(Held(4, 3, 2, 1), {"TP all_reduce": 10}, 7), Ready(Held(1, 1, 1, 1), {"PP send": 5}, 8)]
+    return Candidate(row, row.config(options), ready=ready, steps=steps)
 
 
 def test_a_row_says_its_name_its_processes_and_its_options() -> None:
@@ -69,6 +70,12 @@ def test_ratios_are_medians_within_repeats() -> None:
     assert second["mfu"] == pytest.approx(flops / 1e12)
     assert second["peak_bytes"] == 10
     assert second["traffic"] == {"TP all_reduce": 10, "PP send": 5}
+    assert [(r["operations"], r["traffic"]) for r in second["ranks"]] == [
+        (7, {"TP all_reduce": 10}),
+        (8, {"PP send": 5}),
+    ]
+    assert second["ranks"][1]["memory"]["weights"] == 1
+    assert second["step"] == identify_step(fast.row.config(OPTIONS), 2)
 
 
 def test_rows_that_failed_or_never_had_their_turn_stay_without_figures() -> None:

@@ -16,11 +16,13 @@ from megatron_crnet.config import Config
 from megatron_crnet.provenance import write_run_file
 from megatron_crnet.report_inputs import read_evidence
 from megatron_crnet.settings import save_config
+from megatron_crnet.step_identity import identify_step
 
 ROOT = Path(__file__).parents[2]
 SECTIONS = (
-    *("made from", "Loss", "Speed by number of ranks", "Strong scaling", "Weak scaling", "Layouts", "Memory by part"),
-    *("Recomputation", "Traffic by kind", "Variants", "Machine, versions and commands"),
+    *("made from", "Loss", "Speed by number of ranks", "Strong scaling", "Weak scaling", "Layouts"),
+    *("Estimated, simulated, measured", "Memory by part", "Recomputation", "Traffic by kind", "Variants"),
+    "Machine, versions and commands",
 )
 MEMORY = {"weights": 4 << 20, "optimizer": 8 << 20, "gradients": 4 << 20, "activations": 6 << 20}
 
@@ -245,3 +247,137 @@ def test_the_parts_of_a_simulation_add_up_to_its_peak(tmp_path: Path) -> None:
     assert figures.parts == {"weights": 10, "optimizer": 35, "gradients": 20, "activations": 50}
     assert figures.traffic == {"DP all_gather": 2 << 20}
     assert figures.name == "s, counted"
+
+
+STEP = {"fingerprint": "0123456789ab", "line": "crnet of 1M parameters, 2 ranks"}
+STATE = {"weights": 1 << 20, "gradients": 1 << 20, "optimizer": 2 << 20, "buffers": 0}
+PASSES = {**STATE, "kept": 5 << 20, "transient": 1 << 20, "reduction": 1, "update": 2}  # 10 MiB
+
+
+def flow(group: str, kind: str, mebibytes: int) -> dict[str, Any]:
+    return {"group": group, "kind": kind, "bytes": mebibytes << 20}
+
+
+def write_estimate(path: Path, machine: str = "h100", **changes: Any) -> Path:
+    """Two stages, of which the second is the fuller one."""
+    small = {
+        "memory": {**STATE, "kept": 0, "transient": 0},
+        "operations": {"passes": 1, "recomputation": 0},
+        "flows": [],
+    }
+    flows = [flow("PP", "send", 3), flow("PP", "all_reduce", 1)]
+    large = {"memory": PASSES, "operations": {"passes": 4 * 10**9, "recomputation": 10**9}, "flows": flows}
+    record = {
+        "kind": "estimate",
+        "command": "python tools/estimate.py --x",
+        "step": STEP,
+        "world_size": 2,
+        "machine": {"name": machine, "peak_flops": 1e15},
+        "stages": [small, large],
+        "seconds": {"step": 0.25},
+        "tokens_per_second": 4000.0,
+    }
+    path.write_text(json.dumps({**record, **changes}))
+    return path
+
+
+def write_counted(path: Path, rank: int, kept: int) -> Path:
+    """A simulation of the fuller stage, and the estimate that it brings along."""
+    memory, flows = {**PASSES, "kept": kept << 20}, [flow("PP", "send", 4)]
+    stage = {"memory": PASSES, "operations": {"passes": 5 * 10**9, "recomputation": 0}, "flows": flows}
+    record = {
+        "kind": "simulation",
+        "command": "python tools/simulate.py --x",
+        "step": STEP,
+        "world_size": 2,
+        "rank": rank,
+    }
+    counted = {"memory": memory, "flows": flows, "flops": 5 * 10**9}
+    path.write_text(json.dumps({**record, "counted": counted, "estimated": stage}))
+    return path
+
+
+def measured_row(**changes: Any) -> dict[str, Any]:
+    memory = {"weights": 1 << 20, "optimizer": 2 << 20, "gradients": 1 << 20, "activations": 4 << 20}  # 8 MiB
+    first = {"memory": MEMORY, "operations": 1, "traffic": {"PP send": 1}}
+    second = {"memory": memory, "operations": 5 * 10**9, "traffic": {"PP send": 2 << 20, "PP all_reduce": 2 << 20}}
+    facts = {"step": STEP, "ranks": [first, second], "median_s": 0.5, "tokens_per_s": 2000.0}
+    return row("rows", "two", 2, **{**facts, **changes})
+
+
+def sides(tool: ModuleType, tmp_path: Path, *inputs: Path) -> list[str]:
+    """Lines of the section."""
+    status, page, markdown = report(tool, tmp_path, *inputs)
+    assert status == 0
+    checker = Checker()
+    checker.feed(page)
+    assert checker.open == []
+    return markdown.partition("## Estimated, simulated")[2].partition("\n## ")[0].splitlines()
+
+
+def test_figures_of_one_step_stand_beside_each_other(tool: ModuleType, tmp_path: Path) -> None:
+    lines = sides(
+        tool,
+        tmp_path,
+        write_estimate(tmp_path / "e.json"),
+        write_counted(tmp_path / "s.json", 1, 5),
+        write_benchmark(tmp_path / "b.json", measured_row()),
+    )
+    assert f"**{STEP['line']}; rank 1**" in lines
+    assert (
+        "| found out by | peak memory of the rank, MiB | operations, GFLOP | PP, MiB | ms a step | tokens/s |" in lines
+    )
+    # the rank that was simulated, of the stage that holds it; times of another machine stand alone
+    assert "| estimated: e, for h100 | 10.00 (+25.0%) | 5.00 (equal) | 4.00 (equal) | 250.00 | 4,000 |" in lines
+    assert "| simulated: s | 10.00 (+25.0%) | 5.00 (equal) | 4.00 (equal) | - | - |" in lines
+    assert "| measured: b, rows: two, 2 ranks | 8.00 | 5.00 | 4.00 | 500.00 | 2,000 |" in lines
+    assert "Absent or left out:" not in lines
+
+
+def test_a_time_is_compared_on_the_device_that_was_measured(tool: ModuleType, tmp_path: Path) -> None:
+    estimate = write_estimate(tmp_path / "e.json", "abacus")
+    lines = sides(tool, tmp_path, estimate, write_benchmark(tmp_path / "b.json", measured_row()))
+    found = next(line for line in lines if line.startswith("| estimated: e, for abacus"))
+    assert found.endswith("| 250.00 (-50.0%) | 4,000 (+100.0%) |")
+    assert any("; rank 1**" in line for line in lines)  # the fullest stage, without a simulation
+
+
+def test_without_a_measurement_the_simulation_is_compared_with(tool: ModuleType, tmp_path: Path) -> None:
+    lines = sides(tool, tmp_path, write_counted(tmp_path / "s.json", 1, 15))
+    assert "| estimated: s | 10.00 (-50.0%) | 5.00 (equal) | 4.00 (equal) | - | - |" in lines
+    assert "| simulated: s | 20.00 | 5.00 | 4.00 | - | - |" in lines
+
+
+def test_a_run_is_measured_as_well(tool: ModuleType, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    estimate = write_estimate(tmp_path / "e.json", step=identify_step(Config(), 2))
+    lines = sides(tool, tmp_path, run, estimate)
+    assert "| measured: run run | - | - | - | 500.00 | 200.00 |" in lines
+
+
+OTHER = {**STEP, "fingerprint": "another"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"step": OTHER}, "nothing to compare with e (estimated): crnet of 1M parameters, 2 ranks"),
+        ({"step": None}, "made before files named their step, so in no pair: e"),
+        ({"step": {"fingerprint": 7}}, "made before files named their step, so in no pair: e"),
+        ({"world_size": "2"}, "no step was found out in two ways"),
+        ({"world_size": 3}, "no step was found out in two ways"),
+        ({"world_size": 0}, "no step was found out in two ways"),
+    ],
+)
+def test_what_has_no_pair_is_named(tool: ModuleType, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    estimate = write_estimate(tmp_path / "e.json", **changes)
+    lines = sides(tool, tmp_path, estimate, write_benchmark(tmp_path / "b.json", measured_row()))
+    assert any(line.startswith("- ") and said in line for line in lines)
+    assert not any(line.startswith("**") for line in lines)
+
+
+@pytest.mark.parametrize("ranks", [None, [], [3], "text", [{"memory": MEMORY, "traffic": 7}]])
+def test_a_row_without_figures_of_the_rank_keeps_its_time(tool: ModuleType, tmp_path: Path, ranks: Any) -> None:
+    benchmark = write_benchmark(tmp_path / "b.json", measured_row(ranks=ranks))
+    lines = sides(tool, tmp_path, write_estimate(tmp_path / "e.json"), benchmark)
+    assert "| measured: b, rows: two, 2 ranks | - | - | - | 500.00 | 2,000 |" in lines
