@@ -83,7 +83,7 @@ def replace_text(path: Path, text: str) -> None:
     """Write a file whole: it holds the old text or the new one at any moment.
 
     Raises:
-        OSError: it cannot be written; the old text is there.
+        OSError: it cannot be written; the old text is there, as after any other exception.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -122,7 +122,7 @@ def _counted(
         optimizer=optimizer,
         buffers=buffers,
         kept=kept,
-        transient=max(peak - after - kept, 0),
+        transient=peak - after - kept,
         reduction=max(reduction - after, 0),
         update=max(update - after, 0),
     )

@@ -201,10 +201,18 @@ def zero_stage(config: Config) -> int:
 
 
 def zero_option(config: Config, key: str, default: int) -> int:
-    """A number of `zero_optimization`; DeepSpeed knows the keys of stage 3 with and without `stage3_`."""
+    """A number of `zero_optimization`; DeepSpeed knows the keys of stage 3 with and without `stage3_`.
+
+    Raises:
+        ConfigError: it is no number.
+    """
     section = config.deepspeed.get("zero_optimization", {})
     value = section.get(key, section.get(key.removeprefix("stage3_")))
-    return default if value is None else int(value)
+    if value is None:
+        return default
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    require(is_number, f"deepspeed.zero_optimization.{key} is {value}, but must be a number: give one, or leave it out")
+    return int(value)
 
 
 def offloads_optimizer(config: Config) -> bool:

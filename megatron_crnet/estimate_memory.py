@@ -212,8 +212,22 @@ def _transient(model: LocalModel, plan: BatchPlan) -> float:
     # the gradient of bf16 logits is made beside that of the fp32 ones, which takes the exponentials' place
     losses = [_head(model, plan) / 2 for chunk in model.chunks if chunk.predicts and _element(model) == 2]
     moments = [bucket + moment for chunk in model.chunks for moment in _moments(model, plan, chunk)]
-    received = _received(model, plan)
-    return max(0.0, *(loss + 2 * received for loss in losses), *(moment + received for moment in moments))
+    received, unmade = _received(model, plan), _unmade(model, plan)
+    return max(-unmade, *(loss + 2 * received - unmade for loss in losses), *(moment + received for moment in moments))
+
+
+def _unmade(model: LocalModel, plan: BatchPlan, layers: int | None = None) -> float:
+    """Bytes of gradients that the only micro-batch has yet to make when `layers` are left; all if not given."""
+    stage, bf16 = zero_stage(model.config), model.config.training.dtype == "bf16"
+    if plan.num_microbatches > 1 or stage == 3 or (stage == 1 and bf16) or offloads_optimizer(model.config):
+        return 0.0  # or there is a place for all of them from the start
+    owners = ((p.numel, p.owner.partition(".")[0]) for p in model.parameters)
+    numel = sum(
+        numel
+        for numel, owner in owners
+        if layers is None or owner == "embedding" or (owner.isdigit() and int(owner) < layers)
+    )
+    return numel * (4 / plan.dp_size if stage == 2 else _element(model))
 
 
 def _received(model: LocalModel, plan: BatchPlan) -> float:
@@ -235,16 +249,17 @@ def _moments(model: LocalModel, plan: BatchPlan, chunk: Chunk) -> Iterator[float
     vocabulary = model.config.model.vocab_size // model.tp
     if chunk.predicts:
         # the gradient of the output layer's weights, and its copy in the dtype in which gradients are summed
-        yield vocabulary * model.config.model.hidden_size * _copies(model) - head
+        yield vocabulary * model.config.model.hidden_size * _copies(model) - head - _unmade(model, plan)
     kept = kept_widths(transformer, chunk.layers, chunk.segments)
     for segment in chunk.segments or [range(layer, layer + 1) for layer in chunk.layers]:
         below = kept_widths(
             transformer, range(chunk.layers.start, segment.stop), [s for s in chunk.segments if s.start < segment.stop]
         )
         width = below - kept + _rebuilt(transformer, segment, bool(chunk.segments))
-        yield width * local * size - head
+        absent = head + _unmade(model, plan, segment.stop)
+        yield width * local * size - absent
         # a bucket is full when weights have their gradients, and what those took to compute is gone
-        yield (width - _intermediates(transformer)) * local * size - head + _cut_bucket(model, plan, segment)
+        yield (width - _intermediates(transformer)) * local * size - absent + _cut_bucket(model, plan, segment)
 
 
 def _cut_bucket(model: LocalModel, plan: BatchPlan, segment: range) -> float:
@@ -297,8 +312,8 @@ def _gradients(transformer: CRNetTransformerConfig, segment: range) -> float:
 
 
 def _intermediates(transformer: CRNetTransformerConfig) -> float:
-    """What computing the gradient of the widest output takes: for the residual in bf16, two copies in fp32."""
-    return _widest(transformer) * (4 if transformer.bf16 else 2)
+    """What computing the gradient of the widest output takes: in bf16 two fp32 tensors and the residual's result."""
+    return _widest(transformer) * (5 if transformer.bf16 else 2)
 
 
 def _widest(transformer: CRNetTransformerConfig) -> float:

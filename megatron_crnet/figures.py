@@ -23,6 +23,7 @@ class Memory:
         buffers: what Megatron-Core and DeepSpeed keep for communication.
         kept: activations that wait for backward, of all micro-batches in flight.
         transient: the most that comes on top of `kept`: a layer's inner tensors, logits, gradients of activations.
+            Below 0 with one micro-batch whose `gradients`, which count in full, come only as `kept` goes.
         reduction: flat copies while gradients are summed over ranks.
         update: temporary tensors of the optimizer.
         host: bytes in the host's memory instead, where something is offloaded; not part of the peak.

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import time
 
-from megatron_crnet.config import Config
+from megatron_crnet.config import Config, RecomputeConfig
 from megatron_crnet.engine import TrainEngine
 from megatron_crnet.gpt import build_model_chunks
 from megatron_crnet.live_memory import LiveMemory
 from megatron_crnet.parallel import initialize_parallel
 from tests.distributed.spawn import fresh_world
 from tests.helpers import micro_batches, random_tokens
+
+INVERSE = RecomputeConfig(strategy="inverse")
+INVERSE_TOLERANCE = {"fp32": 1e-4, "bf16": 1 / 16}
+"""Error of all gradients together under `inverse`, by dtype."""
 
 
 def build_engine(config: Config) -> TrainEngine:

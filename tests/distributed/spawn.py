@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import tempfile
 import time
 import traceback
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import numpy
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -22,6 +24,9 @@ from megatron.core import parallel_state
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300) -> list[Any]:
     """Call `function(*args)` on `world_size` ranks of one gloo group.
+
+    Ranks have this process's environment and folder, but all of them one seed of `hash`: what depends on the order of a
+    set differs between ranks in tests/integration alone.
 
     Returns:
         What it returned, by rank (picklable values).
@@ -32,7 +37,9 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
     with tempfile.TemporaryDirectory() as folder:
         context = _context()
         processes = [
-            context.Process(target=_rank_main, args=(function, rank, world_size, folder, args), daemon=True)
+            context.Process(
+                target=_rank_main, args=(function, rank, world_size, folder, args, dict(os.environ)), daemon=True
+            )
             for rank in range(world_size)
         ]
         for process in processes:
@@ -48,9 +55,14 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
 
 @cache
 def _context() -> Any:
-    """Ranks are forked from one process that has imported the libraries and done nothing else: five seconds once."""
+    """Ranks are forked from one process that has imported the libraries and done nothing else: seconds, but once.
+
+    Where there is CUDA, which does not survive a fork, each is a process of its own.
+    """
+    if torch.cuda.is_available():
+        return mp.get_context("spawn")
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "tests.helpers"])
+    context.set_forkserver_preload(["tests.distributed.preload"])
     return context
 
 
@@ -95,8 +107,19 @@ def _join_world(rank: int, world_size: int) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
 
 
-def _rank_main(function: Callable[..., Any], rank: int, world_size: int, folder: str, args: tuple[Any, ...]) -> None:
+def _rank_main(
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    folder: str,
+    args: tuple[Any, ...],
+    environment: dict[str, str],
+) -> None:
     try:
+        os.environ.clear()
+        os.environ.update(environment)
+        random.seed()
+        numpy.random.seed()
         gc.freeze()  # the imported libraries are no garbage: a collection would look at a million objects of theirs
         torch.set_num_threads(1)
         os.environ.update(

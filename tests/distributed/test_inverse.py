@@ -10,17 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_crnet.config import Config, RecomputeConfig
+from megatron_crnet.config import Config
 from megatron_crnet.engine import TrainEngine
 from megatron_crnet.gpt import build_model_chunks
 from megatron_crnet.parallel import initialize_parallel
-from tests.distributed.engines import build_engine, close_engine, run_step
+from tests.distributed.engines import INVERSE, INVERSE_TOLERANCE, build_engine, close_engine, run_step
 from tests.distributed.spawn import run_distributed
 from tests.helpers import gradient_of, local_weights, tiny_config
 
-INVERSE = RecomputeConfig(strategy="inverse")
-TOLERANCE = {"fp32": 1e-4, "bf16": 1 / 16}
-"""Error of all gradients together."""
 BETAS = (1.0, 0.3, 0.0)
 UNGUARDED = 1e30
 """A bound that never acts."""
@@ -70,7 +67,9 @@ class Found:
 
 
 def inverse_errors() -> dict[tuple[str, str], Found]:
-    return {(dtype, case.name): _inverse_error(case, case.config(dtype)) for dtype in TOLERANCE for case in CASES}
+    return {
+        (dtype, case.name): _inverse_error(case, case.config(dtype)) for dtype in INVERSE_TOLERANCE for case in CASES
+    }
 
 
 def _inverse_error(case: Case, config: Config) -> Found:
@@ -126,11 +125,11 @@ def inverse() -> dict[tuple[str, str], Found]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", INVERSE_TOLERANCE)
 def test_inverse_stays_within_its_tolerance(inverse: dict[Any, Found], dtype: str, case: Case) -> None:
     found = inverse[dtype, case.name]
     print(dtype, case.name, found)  # for docs/results.md
-    assert found.guarded < TOLERANCE[dtype]
+    assert found.guarded < INVERSE_TOLERANCE[dtype]
     assert (found.added > 0) == (dtype == "bf16" or case.name not in ("beta-1.0", "trained"))
 
 
@@ -138,9 +137,9 @@ def test_without_the_guard_small_betas_and_outputs_that_shrink_downward_would_ru
     inverse: dict[Any, Found],
 ) -> None:
     # at 0 the scale is the epsilon 1e-6, and seven divisions by it leave the range of fp32
-    assert all(not inverse[dtype, "beta-0.0"].unguarded < 1 for dtype in TOLERANCE)
+    assert all(not inverse[dtype, "beta-0.0"].unguarded < 1 for dtype in INVERSE_TOLERANCE)
     assert inverse["bf16", "beta-0.3"].unguarded > 1
-    assert all(inverse[dtype, "growing"].unguarded > TOLERANCE[dtype] for dtype in TOLERANCE)
+    assert all(inverse[dtype, "growing"].unguarded > INVERSE_TOLERANCE[dtype] for dtype in INVERSE_TOLERANCE)
 
 
 def stale_plan() -> tuple[bool, bool, int]:

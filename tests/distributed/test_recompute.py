@@ -18,9 +18,8 @@ from megatron_crnet.engine import TrainEngine
 from megatron_crnet.gpt import build_model_chunks
 from megatron_crnet.live_memory import LiveMemory
 from megatron_crnet.parallel import initialize_parallel
-from tests.distributed.engines import build_engine, close_engine, run_step, settled
+from tests.distributed.engines import INVERSE, INVERSE_TOLERANCE, build_engine, close_engine, run_step, settled
 from tests.distributed.spawn import fresh_world, run_distributed
-from tests.distributed.test_inverse import INVERSE, TOLERANCE
 from tests.helpers import gradient_of, local_weights, micro_batches, random_tokens, tiny_config
 
 REPLAY = RecomputeConfig(strategy="replay", segment_length=2)
@@ -151,7 +150,9 @@ def compare(rows: list[Row]) -> dict[tuple[str, str], bool]:
         for recompute in row.strategies:
             steps = train(row.config(recompute))
             inexact = recompute == INVERSE and row.model.get("variant", "crnet") == "crnet"
-            same = torch.tensor(close(steps, plain, TOLERANCE[row.dtype]) if inexact else same_bits(steps, plain))
+            same = torch.tensor(
+                close(steps, plain, INVERSE_TOLERANCE[row.dtype]) if inexact else same_bits(steps, plain)
+            )
             dist.all_reduce(same, op=dist.ReduceOp.MIN)
             found[row.name, str(recompute)] = bool(same)
     return found
