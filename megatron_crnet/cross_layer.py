@@ -61,13 +61,13 @@ class Residual:
 PLAIN = Residual(add_previous, gradients, remove_update)
 
 
-def runs_kernels(device: torch.device, dtype: torch.dtype, fusion: bool) -> bool:
-    """Whether the kernels compute the residual of parameters like that: they are wanted, and Triton is there.
+def runs_kernels(device: torch.device, fusion: bool) -> bool:
+    """Whether the kernels compute the residual on this device: they are wanted, and Triton is there.
 
     Args:
         fusion: `training.cross_layer_fusion`.
     """
-    return fusion and device.type == "cuda" and dtype in (float32, bfloat16) and find_spec("triton") is not None
+    return fusion and device.type == "cuda" and find_spec("triton") is not None
 
 
 def choose_residual(weight: Tensor, fusion: bool, widths: Iterable[int]) -> Residual:
@@ -84,7 +84,8 @@ def choose_residual(weight: Tensor, fusion: bool, widths: Iterable[int]) -> Resi
     Raises:
         ConfigError, CrnetError: Triton is there, but does not work (`working_kernels`).
     """
-    if isinstance(weight, FakeTensor) or not runs_kernels(weight.device, weight.dtype, fusion):
+    real = weight.dtype in (float32, bfloat16) and not isinstance(weight, FakeTensor)
+    if not real or not runs_kernels(weight.device, fusion):
         return PLAIN
     (kernels,) = {working_kernels(weight.device, weight.dtype, width) for width in widths}
     return kernels

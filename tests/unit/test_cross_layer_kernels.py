@@ -252,10 +252,8 @@ def test_a_missing_compiler_is_a_fault_of_the_configuration(monkeypatch: pytest.
 
 def test_kernels_run_only_where_they_are_wanted_and_triton_is(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, cpu = torch.device("cuda", 1), torch.device("cpu")
-    assert runs_kernels(cuda, torch.bfloat16, fusion=True)
-    assert runs_kernels(cuda, torch.float32, fusion=True)
-    assert not runs_kernels(cuda, torch.float64, fusion=True)
-    assert not runs_kernels(cuda, torch.bfloat16, fusion=False)
-    assert not runs_kernels(cpu, torch.bfloat16, fusion=True)
+    assert runs_kernels(cuda, fusion=True)
+    assert not runs_kernels(cuda, fusion=False)
+    assert not runs_kernels(cpu, fusion=True)
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert not runs_kernels(cuda, torch.bfloat16, fusion=True)
+    assert not runs_kernels(cuda, fusion=True)
