@@ -200,7 +200,7 @@ def test_the_outputs_below_come_back(dtype: torch.dtype) -> None:
         assert (x - y).norm() / y.norm() < 8 * stored(FUSED, dtype)
 
 
-@pytest.mark.parametrize("width", [3, 48, 181, 1040])
+@pytest.mark.parametrize("width", [3, 48, 1040, 5461])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_try_at_start_up_passes(dtype: torch.dtype, width: int) -> None:
     residual = working_kernels(DEVICE, dtype, width)

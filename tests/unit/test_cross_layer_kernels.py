@@ -220,11 +220,18 @@ def thrown(error: Exception) -> Callable[[], object]:
     return throw
 
 
-@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, torch.AcceleratorError])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        # Triton's own way to say so when it loads a kernel
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ],
+)
 def test_a_gpu_that_is_full_or_broken_is_no_fault_of_the_configuration(
-    monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+    monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    error = kind("CUDA error")
     assert failing(monkeypatch, thrown(error)) is error
 
 
@@ -257,3 +264,28 @@ def test_kernels_run_only_where_they_are_wanted_and_triton_is(monkeypatch: pytes
     assert not runs_kernels(cpu, fusion=True)
     monkeypatch.setitem(sys.modules, "triton", None)
     assert not runs_kernels(cuda, fusion=True)
+
+
+@pytest.mark.parametrize("wrong", [None, 0, 1, 2, 3])
+def test_wrong_numbers_are_refused(monkeypatch: pytest.MonkeyPatch, wrong: int | None) -> None:
+    from megatron_crnet import cross_layer_kernels
+
+    def off(index: int, x: torch.Tensor) -> torch.Tensor:
+        return x * 1.001 if index == wrong else x
+
+    def gradients(*args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        grad, grad_beta = PLAIN.gradients(*args)
+        return off(1, grad), off(2, grad_beta)
+
+    monkeypatch.setattr(cross_layer_kernels, "add_previous", lambda *args: off(0, PLAIN.add_previous(*args)))
+    monkeypatch.setattr(cross_layer_kernels, "gradients", gradients)
+    monkeypatch.setattr(cross_layer_kernels, "remove_update", lambda *args: off(3, PLAIN.remove_update(*args)))
+    working_kernels.cache_clear()
+    try:
+        if wrong is None:
+            working_kernels(torch.device("cpu"), torch.float32, 48)
+            return
+        with pytest.raises(ConfigError, match="computes wrong numbers on cpu: set training"):
+            working_kernels(torch.device("cpu"), torch.float32, 48)
+    finally:
+        working_kernels.cache_clear()
