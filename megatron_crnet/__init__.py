@@ -73,6 +73,7 @@ The modules in the order in which to read them; each uses only those above it.
     metrics, plot        what a run reports
     sampling             a look at what the model writes
     inputs               everything that a run reads, examined before it writes
+    residual_in_use      who computes the residual, and who did before the checkpoint
     trainer              the loop
 
     benchmark_rows       what is compared; benchmark_world: the processes of one row

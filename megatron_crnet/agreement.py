@@ -20,8 +20,8 @@ from megatron_crnet.config import Config
 from megatron_crnet.errors import ConfigError, CrnetError, DataError
 from megatron_crnet.settings import resolved
 
-# where Triton is absent or another one, the residual rounds differently
 LIBRARIES = ("torch", "triton", "megatron-core", "deepspeed", "megatron_crnet")
+NOT_INSTALLED = "not installed"
 CHECKPOINT = "the checkpoint"
 REMEDIES = {
     CHECKPOINT: "checkpoint.dir (logging.output_dir by default) must be a folder that all ranks share: put it on a "
@@ -32,24 +32,30 @@ Found = TypeVar("Found")
 
 
 def configuration_facts(config: Config) -> dict[str, str]:
-    """Every resolved field as `section.field`, and the versions of the libraries."""
+    """Every resolved field as `section.field`, and the versions of the libraries that decide how a run computes."""
     facts = {
         f"{section}.{name}": repr(value)
         for section, values in resolved(config).items()
         for name, value in values.items()
     }
-    return {**facts, **{f"version of {library}": version for library, version in library_versions().items()}}
+    # where Triton is absent or another one, its kernels round differently
+    matters = {library: library != "triton" or config.training.cross_layer_fusion for library in LIBRARIES}
+    versions = library_versions([library for library in LIBRARIES if matters[library]])
+    return {**facts, **{f"version of {library}": version for library, version in versions.items()}}
 
 
 def library_versions(libraries: Sequence[str] = LIBRARIES) -> dict[str, str]:
     """Installed versions of the libraries that a result depends on."""
-    versions = {}
-    for library in libraries:
-        try:
-            versions[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            versions[library] = "not installed"
-    return versions
+    return {library: _version(library) for library in libraries}
+
+
+def _version(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        # some builds of PyTorch bring Triton in a package of another name, such as pytorch-triton
+        packages = sorted(set(importlib.metadata.packages_distributions().get(library, ())))
+        return ", ".join(importlib.metadata.version(package) for package in packages) or NOT_INSTALLED
 
 
 def agree_on_configuration(config: Config) -> None:

@@ -209,6 +209,11 @@ def tidy(folder: Path) -> None:
     dist.barrier()
 
 
+def saved_versions(checkpoint: Path) -> dict[str, str]:
+    """Versions of the libraries of the run that wrote a whole checkpoint."""
+    return dict(json.loads((checkpoint / "state.json").read_text()).get("versions", {}))
+
+
 def check_resumable(config: Config, checkpoint: Path) -> dict[str, Any]:
     """Refuse to continue a checkpoint of another model. Returns its resolved configuration.
 

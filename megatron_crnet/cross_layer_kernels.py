@@ -8,12 +8,17 @@ Rules that keep a run repeatable bit for bit:
 - No atomics. Every program writes its part of beta's gradient to a place of its own; one sum adds them in fixed order.
 - What is compiled follows from shapes and dtypes alone. Left to itself Triton also looks at strides and addresses, and
   adds up in another order; but a recomputed tensor need not lie where the first one did. `_rows` sees to it.
-- Multiply-add is written out, so that no compiler chooses where it rounds.
+- Multiply-add is written out, and no compiler may make its own (`enable_fp_fusion`), so none chooses where to round.
+
+Rows are read 16 bytes at a time where 16 divides their width. Rows of another width, such as 5461, count as one long
+row, which is read so where 16 divides its length: for 16 tokens and any multiple of that.
 
 One launch handles one position. The seven differ in width and strides and lie in tensors of their own: one launch for a
 group would need a copy of the kernel's body for each. As it is, PyTorch's 28 operations of a bf16 layer become 7 in
 forward, and 35 become 14 in backward. At 7B with 4096 tokens a launch moves 100 to 270 MB, 30 to 80 microseconds at
 3.35 TB/s; only far shorter ones, as with tensor parallelism of 8, could gain from being joined.
+
+Triton launches on the current device, which every entry point sets to the rank's own: there is no guard for another.
 """
 
 from __future__ import annotations
@@ -36,7 +41,8 @@ def _tile(
     rows: tl.tensor, width: tl.tensor, tile_rows: tl.constexpr, tile_columns: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Rows [R, 1] in int64 (elements may be more than 2^31), columns [1, C] and mask [R, C] of this program."""
-    across = tl.cdiv(width, tile_columns)
+    # rounded up; `tl.cdiv` would add first and could pass 2^31
+    across = (width - 1) // tile_columns + 1
     program = tl.program_id(0)
     row = (program // across).to(tl.int64) * tile_rows + tl.arange(0, tile_rows)[:, None]
     column = (program % across) * tile_columns + tl.arange(0, tile_columns)[None, :]
@@ -130,25 +136,30 @@ def remove_update(output: Tensor, update: Tensor, scale: Tensor) -> Tensor:
 
 def _launch(kernel: Any, results: tuple[Tensor, ...], inputs: tuple[Tensor, Tensor], scale: Tensor) -> None:
     """Start a kernel on two inputs of one shape, [..., width]."""
-    programs, tile_rows, tile_columns = _tiles(inputs[0].shape)
+    programs, *tile = _tiles(inputs[0].shape)
     if programs > 0:
         one, other = (_rows(x) for x in inputs)
-        kernel[programs,](
-            *results, one, other, scale, one.stride(0), other.stride(0), *one.shape, tile_rows, tile_columns
-        )
+        strides = one.stride(0), other.stride(0)
+        kernel[programs,](*results, one, other, scale, *strides, *one.shape, *tile, enable_fp_fusion=False)
+
+
+def _matrix(shape: torch.Size) -> tuple[int, int]:
+    """Rows and their width as the kernels see them; rows that do not start at fast addresses are joined to one."""
+    rows, width = shape[:-1].numel(), shape[-1]
+    return (rows, width) if width % ALIGNMENT == 0 else (1, rows * width)
 
 
 def _tiles(shape: torch.Size) -> tuple[int, int, int]:
     """Number of programs, and the rows and columns of each; both are powers of two, as Triton wants them."""
-    rows, width = shape[:-1].numel(), shape[-1]
+    rows, width = _matrix(shape)
     tile_columns = min(TILE, triton.next_power_of_2(max(width, 1)))
     tile_rows = TILE // tile_columns
     return triton.cdiv(rows, tile_rows) * triton.cdiv(width, tile_columns), tile_rows, tile_columns
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[rows, width]: where it lies, if what is compiled for it is the same as for a fresh tensor, else a copy."""
-    rows = x.reshape(-1, x.shape[-1])
+    """`_matrix` of x: where it lies, if what is compiled for it is the same as for a fresh tensor, else a copy."""
+    rows = x.reshape(_matrix(x.shape))
     (stride, unit), width = rows.stride(), rows.shape[1]
     # shards and views of one wider tensor lie so
     spread = stride % ALIGNMENT == 0 and width % ALIGNMENT == 0

@@ -154,7 +154,8 @@ class LowRankGroup(LinearGroup):
             self.register_parameter(f"b{index}", self._parameter(count, *shape))
         beta = torch.full((len(self.positions),), config.beta_init, dtype=torch.float32, device=self.a.device)
         self.beta = nn.Parameter(beta) if config.has_previous(layer) else None
-        self.residual = choose_residual(self.a, config.cross_layer_fusion and self.beta is not None)
+        fusion = config.cross_layer_fusion and self.beta is not None
+        self.residual = choose_residual(self.a, fusion, self.local_out)
         self.beta_fp32: Tensor | None = None
         """Exact value of beta where the parameter itself had to be rounded to bf16 (ZeRO-3)."""
         self._mark_gradients()

@@ -17,7 +17,7 @@ from megatron_crnet.agreement import Vote, examine_together
 from megatron_crnet.arithmetic import flops_per_token
 from megatron_crnet.bad_steps import losses_to_remember, passed_limit, problem_of_loss
 from megatron_crnet.batch import BatchPlan, plan_batches
-from megatron_crnet.checkpoint import Checkpointer, checkpoint_dir
+from megatron_crnet.checkpoint import Checkpointer, checkpoint_dir, saved_versions
 from megatron_crnet.checkpoint_folder import DAMAGED, REJECTED, checkpoint_name
 from megatron_crnet.config import Config
 from megatron_crnet.data_loading import global_batches
@@ -32,6 +32,7 @@ from megatron_crnet.metrics import MetricsWriter, Progress, check_sinks, peak_me
 from megatron_crnet.parallel import ParallelContext, collective_limit, initialize_parallel, seed_random_states
 from megatron_crnet.plot import plot_loss
 from megatron_crnet.provenance import write_run_file
+from megatron_crnet.residual_in_use import changed_residual, residual_in_use
 from megatron_crnet.sampling import continue_text
 from megatron_crnet.schedule import Batch
 from megatron_crnet.settings import save_config
@@ -125,6 +126,9 @@ class Trainer:
             self.progress.line(f"continuing from {self.inputs.checkpoint}, step {self.state.step}")
             if self.state.samples:
                 self._warn_of_another_order()
+                self._warn_of_another_residual(self.inputs.checkpoint)
+        if self.config.model.variant == "crnet":
+            self.progress.line(f"the residual is computed by {residual_in_use(self.config, self.context.device)}")
         if self.inputs.entropy is not None:
             self.progress.line(
                 f"unigram entropy of the validation tokens: {self.inputs.entropy:.4f} nats "
@@ -141,6 +145,12 @@ class Trainer:
                 f"warning: training.{changed[0]} differs from the checkpoint's, so the training data may come in "
                 "another order from here: some samples may be seen again and some not"
             )
+
+    def _warn_of_another_residual(self, checkpoint: Path) -> None:
+        versions = saved_versions(checkpoint)
+        changed = changed_residual(self.config, self.context.device, self.inputs.saved, versions)
+        if changed is not None:
+            self.progress.line(f"warning: {changed}")
 
     def _train(self) -> bool:
         """Returns whether all steps are done; not so after a signal, whose state is saved."""

@@ -113,7 +113,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(6, 2, 48), (6, 2, 33), (2, 2, 1040)])
+@pytest.mark.parametrize("shape", [(6, 2, 48), (6, 1, 48), (6, 2, 33), (16, 1, 33), (2, 2, 1040)])
 def test_the_bits_do_not_depend_on_where_a_tensor_lies(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
     x, y, scale = random(shape, dtype, 0), random(shape, dtype, 1), scalar(0.9)
     elsewhere = LAYOUTS[layout](x), LAYOUTS[layout](y)
@@ -132,12 +132,20 @@ def test_rows_of_a_wider_tensor_are_read_where_they_lie() -> None:
     assert kernels._rows(expanded).data_ptr() == expanded.data_ptr()
 
 
+def test_rows_of_another_width_than_a_multiple_of_16_are_one_long_row() -> None:
+    odd = torch.zeros(16, 2, 33, device=DEVICE)
+    rows = kernels._rows(odd)
+    assert (rows.shape, rows.stride(), rows.data_ptr()) == ((1, 1056), (1056, 1), odd.data_ptr())
+    assert kernels._tiles(odd.shape) == (2, 1, 1024)
+
+
 def test_what_triton_would_compile_another_way_is_copied() -> None:
     even, odd = torch.zeros(4, 2, 3 * 64, device=DEVICE), torch.zeros(4, 2, 48 + 33, device=DEVICE)
     parts = [even[..., 1:65], even.flatten()[1:129].view(4, 32), *odd.split([48, 33], dim=-1), even.transpose(0, 2)]
     for part in parts:
         rows = kernels._rows(part)
         assert torch.equal(rows, part.reshape(rows.shape))
+        assert rows.shape == kernels._matrix(part.shape)
         assert rows.is_contiguous()
         assert (rows.data_ptr() % 16, rows.data_ptr() != part.data_ptr()) == (0, True)
 
@@ -192,9 +200,10 @@ def test_the_outputs_below_come_back(dtype: torch.dtype) -> None:
         assert (x - y).norm() / y.norm() < 8 * stored(FUSED, dtype)
 
 
+@pytest.mark.parametrize("width", [3, 48, 1040, 5461])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_try_at_start_up_passes(dtype: torch.dtype) -> None:
-    residual = working_kernels(DEVICE, dtype)
+def test_the_try_at_start_up_passes(dtype: torch.dtype, width: int) -> None:
+    residual = working_kernels(DEVICE, dtype, width)
     assert residual.add_previous is kernels.add_previous
 
 
