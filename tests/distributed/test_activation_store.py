@@ -11,12 +11,9 @@ import pytest
 from deepspeed.accelerator import get_accelerator
 
 from megatron_crnet.config import RecomputeConfig
-from megatron_crnet.engine import TrainEngine
-from megatron_crnet.gpt import build_model_chunks
 from megatron_crnet.live_memory import LiveMemory
-from megatron_crnet.parallel import initialize_parallel
-from tests.distributed.engines import settled
-from tests.distributed.spawn import fresh_world, run_distributed
+from tests.distributed.engines import build_engine, close_engine, settled
+from tests.distributed.spawn import run_distributed
 from tests.helpers import micro_batches, tiny_config
 
 PARTITION = {"partition_activations": True}
@@ -56,8 +53,7 @@ def _observe(section: dict[str, Any]) -> Seen:
     recompute = RecomputeConfig(strategy="replay", segment_length=2)
     deepspeed = {"activation_checkpointing": section} if section else {}
     config = dataclasses.replace(tiny_config({"num_layers": 6}, parallel), recompute=recompute, deepspeed=deepspeed)
-    context = initialize_parallel(config)
-    engine = TrainEngine(config, build_model_chunks(config), context)
+    engine = build_engine(config)
     batch, block = micro_batches(config, 0, 2)[0], engine.chunks[0].decoder
     engine.chunks[0].token_losses(batch).sum().backward()
     printed, count, original = io.StringIO(), [0], get_accelerator().synchronize
@@ -70,9 +66,7 @@ def _observe(section: dict[str, Any]) -> Seen:
     tokens, h = batch["tokens"].numel(), config.model.hidden_size
     ranks = sum(sum(row.values()) for row in block.config.ranks if 0 not in row.values())
     starts = sum(3 * h if block.config.has_previous(segment.start) else h for segment in block.segments)
-    context.heartbeat.close()
-    engine.deepspeed.destroy()
-    fresh_world()
+    close_engine(engine)
     return Seen(kept, 4 * tokens * (ranks + starts), len(block.segments), count[0], printed.getvalue().splitlines())
 
 

@@ -15,11 +15,9 @@ from torch import Tensor
 from megatron_crnet.communication import CommunicationCounter
 from megatron_crnet.config import Config, RecomputeConfig
 from megatron_crnet.engine import TrainEngine
-from megatron_crnet.gpt import build_model_chunks
 from megatron_crnet.live_memory import LiveMemory
-from megatron_crnet.parallel import initialize_parallel
 from tests.distributed.engines import INVERSE, INVERSE_TOLERANCE, build_engine, close_engine, run_step, settled
-from tests.distributed.spawn import fresh_world, run_distributed
+from tests.distributed.spawn import run_distributed
 from tests.helpers import gradient_of, local_weights, micro_batches, random_tokens, tiny_config
 
 REPLAY = RecomputeConfig(strategy="replay", segment_length=2)
@@ -115,17 +113,14 @@ LONG_ROWS = [
 
 def train(config: Config, steps: int = 2) -> list[tuple[float, float, list[Tensor]]]:
     """Loss, gradient norm and this rank's gradients of each step; a collective call."""
-    context = initialize_parallel(config)
-    engine = TrainEngine(config, build_model_chunks(config), context)
-    found = []
+    engine = build_engine(config)
+    context, found = engine.context, []
     for step in range(steps):
         tokens, _ = random_tokens(config, step)
         loss = engine.forward_backward(micro_batches(config, context.dp_rank, context.world_size, step), tokens.numel())
         gradients = [gradient_of(engine, weight).clone() for weight in local_weights(engine)]
         found.append((loss, engine.update()[0], gradients))
-    engine.deepspeed.destroy()
-    context.heartbeat.close()
-    fresh_world()
+    close_engine(engine)
     return found
 
 
