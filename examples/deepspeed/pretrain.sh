@@ -28,12 +28,14 @@ fail() { # WORDS...
 
 [[ -f pretrain_crnet.py ]] || fail "no pretrain_crnet.py here: run this from the repository's root"
 [[ -f $HOSTFILE ]] || fail "HOSTFILE $HOSTFILE is not there: write one, a line NAME slots=GPUS a node"
-mapfile -t hosts < <(sed -n 's/^[[:space:]]*\([^#[:space:]]\+\)[[:space:]]\+slots=.*/\1/p' "$HOSTFILE")
+# not mapfile < <(sed): nobody waits for that sed once exec has replaced this shell, and a zombie stays with the run
+names=$(sed -n 's/^[[:space:]]*\([^#[:space:]]\+\)[[:space:]]\+slots=.*/\1/p' "$HOSTFILE")
+[[ -n $names ]] || fail "HOSTFILE $HOSTFILE names no node: write a line NAME slots=GPUS for each"
+mapfile -t hosts <<<"$names"
 if [[ -z $DEEPSPEED ]]; then
     DEEPSPEED=deepspeed
     [[ -x .venv/bin/deepspeed ]] && DEEPSPEED=.venv/bin/deepspeed
 fi
-((${#hosts[@]})) || fail "HOSTFILE $HOSTFILE names no node: write a line NAME slots=GPUS for each"
 options=(--hostfile "$HOSTFILE" --master_addr "${MASTER_ADDR:-${hosts[0]}}" --master_port "$MASTER_PORT")
 options+=(--no_local_rank) # the trainer reads LOCAL_RANK
 

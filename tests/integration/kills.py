@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_crnet.checkpoint_folder import PARTIAL, checkpoints, saved_step
 from tests.integration.conftest import Corpus, lines_of
-from tests.integration.test_ranks import free_port, start_rank
+from tests.integration.processes import free_port, start_rank
 
 KEYS = ("loss", "grad_norm", "lr", "tokens", "validation_loss")
 LAYOUTS: tuple[dict[str, Any], ...] = (

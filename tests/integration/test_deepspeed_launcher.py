@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from tests.integration.conftest import ROOT, Corpus, lines_of
-from tests.integration.test_ranks import free_port, wait_for_step
+from tests.integration.processes import free_port, rank_below, wait_for_step
 
 
 def start_node(rank: int, hostfile: Path, port: int, options: list[str]) -> subprocess.Popen[str]:
@@ -49,12 +49,6 @@ def end(nodes: list[subprocess.Popen[str]]) -> list[str]:
     return printed
 
 
-def trainer_of(node: subprocess.Popen[str]) -> psutil.Process:
-    below = psutil.Process(node.pid).children(recursive=True)
-    # the launcher above it has none, even where it inherits LOCAL_RANK
-    return next(process for process in below if "RANK" in process.environ())
-
-
 def test_two_nodes_save_when_one_process_is_asked_and_continue(corpus: Corpus, tmp_path: Path) -> None:
     hostfile, output = tmp_path / "hostfile", tmp_path / "run"
     hostfile.write_text("# two nodes\nfirst slots=1\nsecond slots=1\n")
@@ -63,7 +57,7 @@ def test_two_nodes_save_when_one_process_is_asked_and_continue(corpus: Corpus, t
     nodes = [start_node(rank, hostfile, port, endless) for rank in range(2)]
     try:
         wait_for_step(output, 3, nodes)
-        trainer_of(nodes[1]).send_signal(signal.SIGUSR1)
+        rank_below(nodes[1], 1).send_signal(signal.SIGUSR1)
     finally:
         printed = end(nodes)
     assert [node.returncode for node in nodes] == [75, 75], printed

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.integration.conftest import ROOT, Corpus, lines_of, start
-from tests.integration.test_ranks import free_port, start_rank, wait_for_step
+from tests.integration.conftest import Corpus, lines_of, start
+from tests.integration.processes import free_port, rank_below, start_agent, start_rank, wait_for_step
 
 
 def long_options(corpus: Corpus, output: Path, **changes: object) -> list[str]:
@@ -42,19 +39,6 @@ def whole(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     result = start(long_options(corpus, output), ranks=2)
     assert result.returncode == 0, result.stderr
     return metrics(output)
-
-
-def start_agent(options: list[str]) -> subprocess.Popen[str]:
-    """Two ranks under the agent, whose output is that of all of them."""
-    command = [sys.executable, "tools/launch.py", "--standalone", "--nproc_per_node=2", "pretrain_crnet.py", *options]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 def test_a_signal_to_one_rank_saves_on_all_and_the_run_goes_on_as_if_nothing_had_happened(
@@ -125,8 +109,7 @@ def test_the_agent_lets_a_rank_that_is_left_alone_say_who_is_gone(corpus: Corpus
     output = tmp_path / "run"
     agent = start_agent(corpus.options(output, training__train_steps=100000, training__eval_steps=0))
     wait_for_step(output, 3, [agent])
-    (lost,) = [child for child in psutil.Process(agent.pid).children() if child.environ().get("RANK") == "1"]
-    lost.kill()
+    rank_below(agent, 1).kill()
     printed, _ = agent.communicate(timeout=60)
     assert agent.returncode == 128 + signal.SIGKILL, printed
     assert "gone: rank 1; this is rank 0 at step" in printed

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.conftest import ROOT
-from tests.integration.test_ranks import free_port
+from tests.integration.processes import free_port
 
 PROGRAM = """
 import os, signal, sys, time

@@ -2,42 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from megatron_crnet.settings import parse_arguments, save_config
-from tests.integration.conftest import ROOT, Corpus, lines_of
-
-
-def start_rank(
-    rank: int, port: int, options: list[str], folder: Path = ROOT, stdout: int = subprocess.DEVNULL
-) -> subprocess.Popen[str]:
-    """One of two ranks without a launcher that would end the others; relative paths are below `folder`."""
-    environment = {
-        **os.environ,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, str(ROOT / "pretrain_crnet.py"), *options]
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from tests.integration.conftest import ROOT, Corpus
+from tests.integration.processes import free_port, start_rank, wait_for_step
 
 
 def error_of(process: subprocess.Popen[str], timeout_s: float) -> str:
@@ -45,14 +20,6 @@ def error_of(process: subprocess.Popen[str], timeout_s: float) -> str:
     errors = [line for line in printed.splitlines() if line.startswith("error")]
     assert len(errors) == 1, printed
     return errors[0]
-
-
-def wait_for_step(output: Path, step: int, processes: list[subprocess.Popen[str]]) -> None:
-    deadline = time.monotonic() + 120
-    while not (output / "metrics.jsonl").exists() or step not in lines_of(output, "loss"):
-        assert time.monotonic() < deadline
-        assert all(process.poll() is None for process in processes)
-        time.sleep(0.05)
 
 
 def test_another_configuration_on_one_rank_stops_all_and_names_it(corpus: Corpus, tmp_path: Path) -> None:
