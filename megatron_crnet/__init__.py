@@ -68,7 +68,7 @@ The modules in the order in which to read them; each uses only those above it.
     counted_step         the same figures, counted in a real step
     simulation           that step as one rank of a large world, in one process
     plan_search          the fastest layout that fits, by the estimate
-    provenance           the command, machine and versions beside every figure
+    provenance           the command, machine and versions beside every figure; record_file: the JSON that holds them
     step_identity        which step figures are of, so that they can be set beside each other
     metrics, plot        what a run reports
     sampling             a look at what the model writes

@@ -47,19 +47,23 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **library_versions((*LIBRARIES, "numpy"))}
 
 
+def provenance(kind: str, argv: list[str]) -> dict[str, Any]:
+    """What stands at the head of figures that were measured or counted on this machine.
+
+    Args:
+        kind: of the figures, by which tools/scaling_report.py knows them.
+        argv: `sys.argv`.
+    """
+    return {"kind": kind, "command": command_line(argv), "machine": machine(), "versions": versions()}
+
+
 def write_run_file(folder: Path, argv: list[str], world_size: int) -> None:
     """Write what a report needs to know of a run beside its metrics; the newest start of a run counts.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    facts = {
-        "kind": "run",
-        "command": command_line(argv),
-        "world_size": world_size,
-        "machine": machine(),
-        "versions": versions(),
-    }
+    facts = {**provenance("run", argv), "world_size": world_size}
     replace_text(folder / RUN_FILE, json.dumps(facts, indent=1) + "\n")
 
 

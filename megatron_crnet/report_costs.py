@@ -99,7 +99,8 @@ def recompute_section(evidence: Evidence) -> Section:
             "CPU time",
         )
         section.tables.append(Table(header, table))
-    for name, found in evidence.recompute:
+    for name, record in evidence.recompute:
+        found = record["rows"]
         series = [Series(m["name"], [(m["peak"] / MIB, m["flops"] / 1e9)], line=False) for m in found]
         axes = Axis("kept and transient, MiB"), Axis("GFLOP, forward and backward")
         draw(section, f"Counted memory and operations, {name}", "Counted on the layers alone.", *axes, series)

@@ -92,7 +92,7 @@ class Evidence:
     figures: list[Figures] = field(default_factory=list)
     records: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     """The files that `figures` were found in, as they are; empty for one that is no mapping."""
-    recompute: list[tuple[str, list[dict[str, Any]]]] = field(default_factory=list)
+    recompute: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -195,8 +195,8 @@ def _read_json(path: Path, evidence: Evidence) -> None:
     name = _short(path.with_suffix(""))
     if isinstance(value, dict) and value.get("kind") == "benchmark":
         _read_benchmark(path, name, value, evidence)
-    elif isinstance(value, list) and value and all(_is_strategy(item) for item in value):
-        evidence.recompute.append((name, value))
+    elif isinstance(value, dict) and value.get("kind") == "recompute":
+        _read_strategies(path, name, value, evidence)
     elif found := list(_find_figures(name, value)):
         evidence.figures += found
         evidence.records.append((name, value if isinstance(value, dict) else {}))
@@ -242,8 +242,18 @@ def _is_measured(row: dict[str, Any]) -> bool:
     return are_numbers(memory, "weights", "optimizer", "gradients", "activations") and are_numbers(traffic, *traffic)
 
 
-def _is_strategy(item: Any) -> bool:
-    return isinstance(item, dict) and "name" in item and are_numbers(item, "peak", "kept", "flops")
+def _read_strategies(path: Path, name: str, record: dict[str, Any], evidence: Evidence) -> None:
+    rows = record.get("rows")
+    kept = [row for row in rows if _is_strategy(row)] if isinstance(rows, list) else []
+    if not kept or len(kept) < len(rows or []):
+        left = "it is left out" if not kept else f"{len(kept)} of its {len(rows or [])} rows are taken"
+        evidence.problems.append(f"{path} holds damaged strategies of recomputation: {left}")
+    if kept:
+        evidence.recompute.append((name, {**record, "rows": kept}))
+
+
+def _is_strategy(row: Any) -> bool:
+    return isinstance(row, dict) and isinstance(row.get("name"), str) and are_numbers(row, "peak", "kept", "flops")
 
 
 def _find_figures(name: str, value: Any, depth: int = 0) -> Iterator[Figures]:

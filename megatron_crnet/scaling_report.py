@@ -46,7 +46,7 @@ def _what_was_read(evidence: Evidence) -> Section:
     for name, record in evidence.records:
         line = _mapping(record, "step").get("line", "memory and traffic of a rank")
         rows.append((str(record.get("kind", "estimate or simulation")), name, str(line)))
-    rows += [("recomputation", name, f"{len(found)} strategies, counted") for name, found in evidence.recompute]
+    rows += [("recomputation", name, f"{len(found['rows'])} strategies, counted") for name, found in evidence.recompute]
     section.tables.append(Table(("kind", "name", "what"), rows))
     section.absent += evidence.problems
     return section
@@ -100,7 +100,7 @@ def _quality(run: Run) -> tuple[str, ...]:
 
 def _provenance(evidence: Evidence, command: str) -> Section:
     section = Section("Machine, versions and commands", "Where the figures come from, so that they can be made again.")
-    records = [(run.name, run.facts) for run in evidence.runs if run.facts] + evidence.benchmarks
+    records = [(run.name, run.facts) for run in evidence.runs if run.facts] + evidence.benchmarks + evidence.recompute
     records += [(name, record) for name, record in evidence.records if "command" in record]
     rows = [
         (name, _machine(record.get("machine")), ", ".join(f"{k} {v}" for k, v in _mapping(record, "versions").items()))

@@ -15,16 +15,15 @@ Ctrl-C ends the run with what was measured so far (status 75).
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_crnet.atomic import atomic_files
 from megatron_crnet.benchmark_rows import SWEEPS, Row, parse_row, sweep_rows
-from megatron_crnet.errors import DataError, reported, require, require_positive
+from megatron_crnet.errors import reported, require, require_positive
 from megatron_crnet.interruption import INTERRUPTED, Interruption
+from megatron_crnet.record_file import check_record_file, write_record
 from megatron_crnet.settings import parse_arguments
 
 COLUMNS = (
@@ -94,8 +93,7 @@ def run(argv: list[str]) -> int:
     require(
         "RANK" not in os.environ, "RANK is set, but this tool starts its own processes: start it without a launcher"
     )
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise DataError(f"--json {args.json} lies in a folder that does not exist: make it, or choose another")
+    check_record_file(args.json)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the processes, which are not there yet
     from megatron_crnet.benchmark import Plan, measure
     from megatron_crnet.provenance import command_line
@@ -112,8 +110,7 @@ def run(argv: list[str]) -> int:
     record = {"kind": record.pop("kind"), "command": command_line([__file__, *argv]), **record}
     print(table(record))
     if args.json is not None:
-        with atomic_files(args.json, overwrite=True) as (temporary,):
-            temporary.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(args.json, record)
     if interruption.received is not None:
         say(f"stopped by {interruption.received.name}: the table holds what was measured so far")
         return INTERRUPTED

@@ -10,7 +10,6 @@ busy the machine was. A row's time holds the pass over the prompt.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -18,7 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_crnet.errors import reported, require, require_positive
+from megatron_crnet.errors import reported, require_positive
+from megatron_crnet.record_file import check_record_file, write_record
 
 VARIANTS = ("crnet", "low_rank", "cola", "full_rank")
 
@@ -160,13 +160,15 @@ def parse_arguments() -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and write."""
-    if args.json:
-        require(args.json.parent.is_dir(), f"--json {args.json} lies in no folder: make {args.json.parent}")
+    check_record_file(args.json)
     rows = measure(args)
     print(table(rows))
-    if args.json:
+    if args.json is not None:
+        from megatron_crnet.provenance import provenance
+
         about = {name: str(value) for name, value in vars(args).items()}
-        args.json.write_text(json.dumps({"arguments": about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        measured = {"arguments": about, "rows": [asdict(row) for row in rows]}
+        write_record(args.json, {**provenance("decoding", sys.argv), **measured})
     return 0
 
 

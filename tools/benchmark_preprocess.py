@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from sentencepiece import SentencePieceProcessor
 
 from megatron_crnet.errors import DataError, reported
 from megatron_crnet.preprocess import available_cpus, preprocess
+from megatron_crnet.record_file import check_record_file, write_record
 from megatron_crnet.standard_library import write_corpus
 from megatron_crnet.tokenizer_training import train_sentencepiece
 
@@ -136,12 +136,15 @@ def run(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
 def show(args: argparse.Namespace) -> int:
     """Measure and write."""
+    check_record_file(args.json)
     with tempfile.TemporaryDirectory() as folder:
         results = run(args, Path(folder))
     print_table(results)
-    if args.json:
-        machine = {"python": platform.python_version(), "cpus": available_cpus(), "workers": args.workers}
-        args.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+    if args.json is not None:
+        from megatron_crnet.provenance import provenance
+
+        record = {**provenance("preprocessing", sys.argv), "workers": args.workers, "rows": results}
+        write_record(args.json, record)
     return 0
 
 

@@ -9,7 +9,6 @@ Any `--section.field value` of pretrain_crnet.py is taken. `--json FILE` writes 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from megatron_crnet import cpu_platform
 from megatron_crnet.config import Config
 from megatron_crnet.errors import reported
 from megatron_crnet.options import take_options
+from megatron_crnet.record_file import check_record_file, write_record
 from megatron_crnet.settings import parse_arguments
 
 VARIANTS = ("crnet", "low_rank", "cola", "full_rank")
@@ -66,12 +66,16 @@ def table(config: Config, found: dict[str, Any]) -> str:
 def run(argv: list[str]) -> int:
     """Count and write."""
     options, rest = take_options({"--json": None}, argv)
-    config = parse_arguments(rest).config
+    config, is_first = parse_arguments(rest).config, os.environ.get("RANK", "0") == "0"
+    target = Path(options["--json"]) if options["--json"] and is_first else None
+    check_record_file(target)
     found = measure(config)
-    if os.environ.get("RANK", "0") == "0":
+    if is_first:
         print(table(config, found))
-        if options["--json"]:
-            Path(options["--json"]).write_text(json.dumps(found, indent=1))
+    if target is not None:
+        from megatron_crnet.provenance import provenance
+
+        write_record(target, {**provenance("communication", [__file__, *argv]), **found})
     return 0
 
 

@@ -26,6 +26,7 @@ from megatron_crnet import cpu_platform
 from megatron_crnet.config import Config
 from megatron_crnet.errors import reported, require
 from megatron_crnet.options import positive_integer, take_options
+from megatron_crnet.record_file import check_record_file, write_record
 from megatron_crnet.settings import parse_arguments
 
 OPTIONS = {"--tensors": "fake", "--segments": None, "--json": None, "--resident-of": None}
@@ -135,17 +136,23 @@ def run(argv: list[str]) -> int:
         "the configuration asks for tensor or pipeline parallelism, but this tool counts one rank without: set "
         "both sizes to 1",
     )
+    target = Path(options["--json"]) if options["--json"] not in (None, "-") else None
+    check_record_file(target)
     cpu_platform.install()
     if options["--resident-of"]:
         print(json.dumps(resident_of(config)))
         return 0
-    found = resident(rest) if "--resident" in argv else measure(config, options)
+    from megatron_crnet.provenance import provenance
+
+    is_resident = "--resident" in argv
+    found = resident(rest) if is_resident else measure(config, options)
+    record = {**provenance("resident memory" if is_resident else "recompute", [__file__, *argv]), "rows": found}
     if options["--json"] == "-":
-        print(json.dumps(found, indent=1))
+        print(json.dumps(record, indent=1))
         return 0
-    print(resident_table(found) if "--resident" in argv else table(config, found))
-    if options["--json"]:
-        Path(options["--json"]).write_text(json.dumps(found, indent=1))
+    print(resident_table(found) if is_resident else table(config, found))
+    if target is not None:
+        write_record(target, record)
     return 0
 
 

@@ -74,14 +74,11 @@ def run(argv: list[str]) -> int:
     if "--json" not in argv:
         print("\n".join(tables(found)))
         return 0
-    from megatron_crnet.provenance import command_line, machine, versions
+    from megatron_crnet.provenance import provenance
     from megatron_crnet.step_identity import identify_step
 
     record = {
-        "kind": "simulation",
-        "command": command_line([__file__, *argv]),
-        "machine": machine(),
-        "versions": versions(),
+        **provenance("simulation", [__file__, *argv]),
         "step": identify_step(config, world_size),
         "world_size": world_size,
         "rank": int(rank),

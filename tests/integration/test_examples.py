@@ -156,7 +156,7 @@ def recompute_figures(tmp_path: Path, *options: str) -> dict[str, dict[str, floa
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert result.returncode == 0, result.stderr
     assert "| replay, attention kept |" in result.stdout
-    return {record["name"]: record for record in json.loads(target.read_text())}
+    return {record["name"]: record for record in json.loads(target.read_text())["rows"]}
 
 
 @pytest.mark.long

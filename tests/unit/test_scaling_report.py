@@ -142,7 +142,12 @@ def test_every_section_is_there_with_its_pictures(tool: ModuleType, tmp_path: Pa
     ]
     strategies = [{"name": name, "kept": 1 << 20, "peak": 2 << 20, "flops": 10**9} for name in ("none", "replay")]
     inputs.append(tmp_path / "recompute.json")
-    inputs[-1].write_text(json.dumps(strategies))
+    counted = {
+        "kind": "recompute",
+        "command": "python tools/measure_recompute.py --y",
+        "rows": [*strategies, {"name": 7}],
+    }
+    inputs[-1].write_text(json.dumps(counted))
     status, page, markdown = report(tool, tmp_path, *inputs)
     assert status == 0
     for title in SECTIONS:
@@ -153,8 +158,9 @@ def test_every_section_is_there_with_its_pictures(tool: ModuleType, tmp_path: Pa
     assert checker.open == []
     # loss twice, speed, MFU, strong, weak, memory twice, recomputation twice, traffic twice
     assert checker.pictures == 12
-    for figure in ("665.14", "abacus", "python pretrain_crnet.py --config my.yaml", "not measured on a GPU"):
-        assert figure in page or figure == "not measured on a GPU"
+    commands = ("python pretrain_crnet.py --config my.yaml", "python tools/measure_recompute.py --y")
+    for figure in ("665.14", "abacus", "2 of its 3 rows are taken", *commands):
+        assert figure in page
     assert "nothing here was measured on a GPU" in markdown
     assert "70.7%" not in markdown  # of two ranks at 1.41 times the speed, in whole percent:
     assert "| 1.41 | 71% |" in markdown
@@ -176,6 +182,7 @@ DAMAGED: dict[str, tuple[str | None, str]] = {
     "cut.json": ('{"kind": "benchmark", "rows": [{"na', "no whole JSON"),
     "other.json": ('{"a": [1, 2, {"b": "c"}]}', "holds no benchmark"),
     "nothing.json": ("[]", "holds no benchmark"),
+    "strategies.json": ('{"kind": "recompute", "rows": 3}', "damaged strategies of recomputation: it is left out"),
     "rows.json": ('{"kind": "benchmark", "rows": 3}', "without a measured row"),
     "metrics.jsonl": ('{"step": 1}\n{"st', "cannot be read: left out"),
 }

@@ -1,0 +1,38 @@
+"""The JSON file in which a tool records figures: refused before anything is measured, written whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_crnet.atomic import atomic_files
+from megatron_crnet.errors import require
+
+
+def check_record_file(path: Path | None) -> None:
+    """Refuse a file that could not be written, while nothing has been spent on what it is to hold.
+
+    Args:
+        path: None where no file was asked for.
+
+    Raises:
+        ConfigError: it is a folder, or lies in one that is not there or cannot be written.
+    """
+    if path is None:
+        return
+    folder = path.absolute().parent
+    require(folder.is_dir(), f"--json {path} lies in a folder that does not exist: make {folder}, or choose another")
+    require(not path.is_dir(), f"--json {path} is a folder: write a file's name")
+    require(os.access(folder, os.W_OK), f"--json {path} lies in a folder that cannot be written: choose another")
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write the figures; an older file is there until they are whole.
+
+    Raises:
+        DataError: the disk is full, or the folder can no longer be written.
+    """
+    with atomic_files(path, overwrite=True) as (temporary,):
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
