@@ -50,7 +50,7 @@ test: setup $(VENV)/.triton  ## the whole suite but the long matrices
 test-long: setup  ## the long matrices
 	$(RUN) -m pytest -m long
 
-test-faults: setup  ## kill runs a hundred times at random moments; half an hour (FAULTS_SEED=2)
+test-faults: setup  ## kill runs a hundred times at random moments; 20 to 40 minutes (FAULTS_SEED=2)
 	$(RUN) -m pytest -m faults -rP
 
 test-image: setup  ## build the container image and train in it (installs podman and debootstrap; root on Debian)
