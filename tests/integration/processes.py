@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from tests.integration.conftest import ROOT, lines_of
+from tests.ports import free_ports
 
 
 def start_rank(
@@ -46,9 +46,8 @@ def start_agent(options: list[str]) -> subprocess.Popen[str]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One of tests/ports.py."""
+    return free_ports(1)
 
 
 def wait_for_step(output: Path, step: int, processes: list[subprocess.Popen[str]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from tests.integration.conftest import ROOT
-from tests.integration.processes import free_port
 
 PROGRAM = """
 import os, signal, sys, time
@@ -62,12 +62,15 @@ def test_a_warning_reaches_the_ranks_and_their_answer_the_shell(tmp_path: Path, 
 
 def test_a_warning_while_the_agent_waits_for_another_node_ends_it(tmp_path: Path) -> None:
     """Its main thread is then in a call of C++, where Python runs no handler."""
-    port = str(free_port())
-    process = agent(tmp_path, "0", "--nnodes=2", "--node_rank=1", "--master_addr=127.0.0.1", f"--master_port={port}")
-    time.sleep(8)
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    _, printed = process.communicate(timeout=20)
+    with socket.create_server(("127.0.0.1", 0)) as other_node:  # which takes the call and never answers
+        port = other_node.getsockname()[1]
+        other_node.settimeout(60)
+        nodes = ("--nnodes=2", "--node_rank=1", "--master_addr=127.0.0.1", f"--master_port={port}")
+        process = agent(tmp_path, "0", *nodes)
+        call, _ = other_node.accept()
+        with call:
+            process.send_signal(signal.SIGTERM)
+            _, printed = process.communicate(timeout=60)
     assert process.returncode == 75, printed
     assert "SIGTERM before a rank was started: nothing to save" in printed
 

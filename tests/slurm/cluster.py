@@ -6,7 +6,6 @@ import os
 import pwd
 import secrets
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -16,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from tests.ports import free_ports
 
 CONFIGURATION = """\
 ClusterName=mini
@@ -208,16 +209,6 @@ def _kill(processes: list[psutil.Process]) -> None:
             process.kill()
     _, alive = psutil.wait_procs(processes, timeout=20)
     assert not alive, f"cannot end {alive}"
-
-
-def free_ports(count: int) -> int:
-    """The first of some consecutive free ports."""
-    for first in range(20000 + os.getpid() % 5000, 32000, count):
-        with ExitStack() as stack, suppress(OSError):
-            for port in range(first, first + count):
-                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
-            return first
-    raise AssertionError("no free ports")
 
 
 def wait_until(condition: Callable[[], object], seconds: float, what: str) -> None:

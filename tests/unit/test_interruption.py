@@ -20,11 +20,18 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 class Process:
-    """This process with a clock of its own; `left` are the statuses with which it would have ended."""
+    """This process with a clock of its own, which is looked at once a signal.
+
+    `left` are the statuses with which it would have ended.
+    """
 
     def __init__(self) -> None:
-        self.now, self.left = 100.0, list[int]()
-        self.interruption = Interruption(leave=self.left.append, clock=lambda: self.now)
+        self.now, self.left, self.looks = 100.0, list[int](), 0
+        self.interruption = Interruption(leave=self.left.append, clock=self.clock)
+
+    def clock(self) -> float:
+        self.looks += 1
+        return self.now
 
     def send(self, number: signal.Signals) -> None:
         os.kill(os.getpid(), number)
@@ -61,7 +68,7 @@ def test_the_same_warning_on_two_ways_counts_once(process: Process) -> None:
     process.now += REPEAT_SECONDS - 0.1
     process.send(signal.SIGTERM)
     process.send(signal.SIGUSR1)
-    time.sleep(0.1)
+    wait_until(lambda: process.looks == 3)  # else the time below would be that of these two
     assert not process.left
     process.now += 0.2
     process.send(signal.SIGTERM)

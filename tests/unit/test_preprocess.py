@@ -207,13 +207,13 @@ def test_workers_end_with_a_killed_parent() -> None:
     program = (
         "import time; from megatron_crnet.worker_pool import OrderedPool\n"
         "pool = OrderedPool(2, abs); print(*[w.process.pid for w in pool._workers], flush=True)\n"
-        "time.sleep(60)"
+        "time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         workers = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
         parent.kill()
-        assert psutil.wait_procs(workers, timeout=10)[1] == []
+        assert psutil.wait_procs(workers, timeout=60)[1] == []
 
 
 def test_progress_reaches_the_end(corpus: Path, model: str, tmp_path: Path) -> None:
@@ -240,10 +240,21 @@ def test_preprocess_works_outside_the_main_thread(model: str, tmp_path: Path) ->
 
 
 def test_tool_reports_errors_in_one_line_with_status_2(model: str, tmp_path: Path) -> None:
-    started = time.monotonic()
     command = [sys.executable, str(TOOL), "nowhere", "--output", str(tmp_path / "out"), "--tokenizer-model", model]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.startswith("error: nowhere is neither a file nor a folder")
     assert ended.stderr.count("\n") == 1
-    assert time.monotonic() - started < 10, "an error that costs no work must not wait for Megatron-Core's import"
+
+
+def test_an_error_that_costs_no_work_does_not_wait_for_the_libraries(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = (
+        "import runpy, sys\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end:\n    print(end.code, {'megatron', 'torch'} & set(sys.modules))"
+    )
+    options = [str(TOOL), "nowhere", "--output", str(tmp_path / "out"), "--tokenizer-model", model]
+    command = [sys.executable, "-c", f"import sys; sys.argv = {options}\n{program}"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "2 set()\n"
