@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -123,7 +124,7 @@ def test_errors_that_cost_no_work(model: str, tmp_path: Path) -> None:
 
 
 def children() -> set[psutil.Process]:
-    """Child processes; other tests in this process may have left a resource tracker."""
+    """Child processes; other tests in this process may have left some, which may end at any moment."""
     return set(psutil.Process().children())
 
 
@@ -138,7 +139,7 @@ def test_sigterm_leaves_nothing(corpus: Path, model: str, tmp_path: Path, worker
     assert caught.value.code == 143
     assert names(tmp_path) == []
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert children() == before
+    assert children() <= before
 
 
 def test_a_killed_run_leaves_no_output_and_does_not_disturb_the_next(corpus: Path, model: str, tmp_path: Path) -> None:
@@ -170,12 +171,13 @@ def test_a_worker_that_is_killed_is_an_error(corpus: Path, model: str, tmp_path:
 
     def kill_a_worker(_: Progress) -> None:
         for child in list(children() - before)[:1]:  # none is left when both have been killed
-            child.kill()
+            with suppress(psutil.NoSuchProcess):  # one that has been, and was waited for since it was listed
+                child.kill()
 
     with pytest.raises(CrnetError, match=r"worker process \d+ ended with exit code -9"):
         run(corpus, tmp_path / "out", model, workers=2, chunk_bytes=3_000, progress=kill_a_worker)
     assert names(tmp_path) == []
-    assert children() == before
+    assert children() <= before
 
 
 def worker_task(mode: str, job: int) -> tuple[int, int]:
@@ -240,21 +242,14 @@ def test_preprocess_works_outside_the_main_thread(model: str, tmp_path: Path) ->
 
 
 def test_tool_reports_errors_in_one_line_with_status_2(model: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(TOOL), "nowhere", "--output", str(tmp_path / "out"), "--tokenizer-model", model]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr.startswith("error: nowhere is neither a file nor a folder")
-    assert ended.stderr.count("\n") == 1
-
-
-def test_an_error_that_costs_no_work_does_not_wait_for_the_libraries(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    program = (
-        "import runpy, sys\n"
-        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "except SystemExit as end:\n    print(end.code, {'megatron', 'torch'} & set(sys.modules))"
+    command = [str(TOOL), "nowhere", "--output", str(tmp_path / "out"), "--tokenizer-model", model]
+    ended = subprocess.run(
+        [sys.executable, "-X", "importtime", *command], capture_output=True, text=True, check=False, timeout=300
     )
-    options = [str(TOOL), "nowhere", "--output", str(tmp_path / "out"), "--tokenizer-model", model]
-    command = [sys.executable, "-c", f"import sys; sys.argv = {options}\n{program}"]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "2 set()\n"
+    imports = [line for line in ended.stderr.splitlines() if line.startswith("import time:")]
+    (error,) = [line for line in ended.stderr.splitlines() if line not in imports]
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert error.startswith("error: nowhere is neither a file nor a folder")
+    assert any(line.endswith(" megatron_crnet.preprocess") for line in imports)
+    slow = [line for line in imports if line.split()[-1].partition(".")[0] in ("torch", "megatron")]
+    assert not slow, "an error that costs no work must not wait for Megatron-Core's import"
