@@ -200,6 +200,14 @@ def zero_stage(config: Config) -> int:
     return int(section.get("stage", 0)) if isinstance(section, dict) else 0
 
 
+def keys_for_stage(section: dict[str, Any], stage: int) -> dict[str, Any]:
+    """A `zero_optimization` mapping at another stage: without the keys that stage refuses whatever their value."""
+    unread = {rule.key for rule in RULES if rule.broken is _below_3} if stage < 3 else set()
+    unread |= {"offload_param"} if stage < 3 else set()
+    unread |= {"overlap_comm"} if stage < 2 else set()
+    return {key: value for key, value in section.items() if key not in unread} | {"stage": stage}
+
+
 def zero_option(config: Config, key: str, default: int) -> int:
     """A number of `zero_optimization`; DeepSpeed knows the keys of stage 3 with and without `stage3_`.
 

@@ -7,6 +7,9 @@ shows its traceback.
 
 from __future__ import annotations
 
+import os
+import select
+import signal
 import sys
 from collections.abc import Callable
 
@@ -49,12 +52,33 @@ class BadStepError(CrnetError):
 
 
 def reported(run: Callable[[], int]) -> int:
-    """The exit status of a tool; what a user has to know of an exception of this project goes to standard error."""
+    """The exit status of a tool; what a user has to know of an exception of this project goes to standard error.
+
+    Ctrl-C and a reader that has seen enough (`| head`) are no defects either: they end a tool as they end a program of
+    the shell, which counts 128 and the number of the signal.
+    """
     try:
-        return run()
+        status = run()
+        sys.stdout.flush()
     except CrnetError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        if not _nobody_reads(sys.stdout.fileno()):
+            raise  # of another pipe
+        # Python flushes once more when it ends, and would complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return status
+
+
+def _nobody_reads(pipe: int) -> bool:
+    poll = select.poll()
+    poll.register(pipe, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def require(condition: bool, message: str) -> None:

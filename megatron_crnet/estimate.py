@@ -41,6 +41,7 @@ class Estimate:
             half, no recomputation).
         crossings: of each kind of group, the share of its bytes that leaves a node (`figures.node_crossings`).
         time: on the machine, where one was named.
+        dtype: of the products, `training.dtype`.
     """
 
     plan: BatchPlan
@@ -49,6 +50,7 @@ class Estimate:
     model_flops: float
     crossings: dict[str, float]
     time: StepTime | None
+    dtype: str
 
     @property
     def fullest(self) -> int:
@@ -64,7 +66,7 @@ class Estimate:
     def utilization(self, machine: Machine) -> float:
         """Model FLOPs utilization: useful operations as a share of what the GPUs could do meanwhile."""
         assert self.time is not None
-        return self.model_flops / (self.time.total * self.world_size * machine.peak_flops)
+        return self.model_flops / (self.time.total * self.world_size * machine.peak(self.dtype))
 
 
 def estimate(
@@ -82,10 +84,10 @@ def estimate(
     crossings = node_crossings(tp, pp, plan.dp_size, gpus_per_node)
     time = None
     if machine is not None:
-        parts = [(model, stage.operations, stage.flows) for model, stage in zip(models, stages, strict=True)]
+        parts = [(m, stage.memory, stage.operations, stage.flows) for m, stage in zip(models, stages, strict=True)]
         time = estimate_time(parts, plan, machine, crossings)
     useful = flops_per_token(config.model, plan.seq_length) * plan.tokens_per_step
-    return Estimate(plan, world_size, stages, useful, crossings, time)
+    return Estimate(plan, world_size, stages, useful, crossings, time, config.training.dtype)
 
 
 def _stage(model: LocalModel, plan: BatchPlan) -> StageEstimate:

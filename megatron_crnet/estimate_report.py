@@ -59,10 +59,12 @@ def estimate_tables(found: Estimate, machine: Machine | None) -> list[str]:
 
 def _time_lines(found: Estimate, machine: Machine) -> list[str]:
     assert found.time is not None
+    peak = f"{machine.peak(found.dtype) / 1e12:.3g} TFLOP/s"
+    products = f"{found.dtype} products at {machine.product_efficiency:.0%} of {peak}"
     fits = found.stages[found.fullest].memory.total <= machine.memory_bytes
     return [
-        f"time of a step on {found.world_size} x {machine.name}, seconds (roofline: products at "
-        f"{machine.product_efficiency:.0%} of the peak, links at {machine.link_efficiency:.0%}, nothing overlaps)",
+        f"time of a step on {found.world_size} x {machine.name}, seconds (roofline: {products}, "
+        f"links at {machine.link_efficiency:.0%}, nothing overlaps)",
         *(f"  {name:<16}{value:>10.4f}" for name, value in dataclasses.asdict(found.time).items()),
         f"  {'step':<16}{found.time.total:>10.4f}",
         f"{found.tokens_per_second:,.0f} tokens/s, model FLOPs utilization {found.utilization(machine):.1%}; "

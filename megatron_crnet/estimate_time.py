@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from megatron_crnet.batch import BatchPlan
 from megatron_crnet.deepspeed_rules import zero_stage
-from megatron_crnet.estimate_memory import estimate_memory, grouped, padded
+from megatron_crnet.estimate_memory import grouped, padded
 from megatron_crnet.estimate_operations import Operations
-from megatron_crnet.figures import PIPELINE, TENSOR, Flow
-from megatron_crnet.local_model import LocalModel
+from megatron_crnet.figures import PIPELINE, TENSOR, Flow, Memory
+from megatron_crnet.local_model import Chunk, LocalModel
 from megatron_crnet.machines import Machine
 from megatron_crnet.recompute_plan import layer_widths
 
@@ -22,10 +22,12 @@ ACTIVATION_USES = 4
 """Each activation is written and read in forward, and so is its gradient in backward."""
 LAUNCHES, LAUNCH_SECONDS = 400, 5e-6
 """Kernels of a layer in one micro-batch's forward and backward pass, and the host's time for each: stated guesses."""
+REBUILT_USES, REBUILT_LAUNCHES = 2, LAUNCHES // 3
+"""What a layer adds that backward rebuilds: its activations written and read once more, a forward pass's kernels."""
 HOST_ADAM_BANDWIDTH = 20e9
 """Bytes a second of host memory for each GPU when the optimizer is offloaded: a stated guess."""
 
-Part = tuple[LocalModel, Operations, list[Flow]]
+Part = tuple[LocalModel, Memory, Operations, list[Flow]]
 
 
 @dataclass(frozen=True)
@@ -71,17 +73,17 @@ def estimate_time(parts: list[Part], plan: BatchPlan, machine: Machine, crossing
 
 
 def _stage_time(part: Part, plan: BatchPlan, machine: Machine, crossings: dict[str, float]) -> StepTime:
-    model, operations, flows = part
+    model, memory, operations, flows = part
+    peak = machine.peak(model.config.training.dtype)
     # kernels on GPUs skip the masked half of attention, which the counter counts
-    products = (operations.total - operations.attention / 2) / (machine.peak_flops * machine.product_efficiency)
-    element_wise = plan.num_microbatches * _activation_bytes(model, plan) * ACTIVATION_USES / machine.memory_bandwidth
+    products = (operations.total - operations.attention / 2) / (peak * machine.product_efficiency)
+    element_wise = plan.num_microbatches * _activation_bytes(model, plan) / machine.memory_bandwidth
     seconds = dict.fromkeys(("TP", "PP", "rest"), 0.0)
     for flow in flows:
         kind = flow.group if flow.group in (TENSOR, PIPELINE) else "rest"
         seconds[kind] += _flow_time(flow, machine, crossings[flow.group])
-    chunks, layers = len(model.chunks), sum(len(chunk.layers) for chunk in model.chunks)
-    launches = plan.num_microbatches * layers * LAUNCHES * LAUNCH_SECONDS
-    launches = max(0.0, launches - products - element_wise)
+    kernels = sum(len(chunk.layers) * LAUNCHES + len(_rebuilt(chunk)) * REBUILT_LAUNCHES for chunk in model.chunks)
+    launches = max(0.0, plan.num_microbatches * kernels * LAUNCH_SECONDS - products - element_wise)
     busy = products + element_wise + launches + seconds["TP"] + seconds["PP"]
     return StepTime(
         products=products,
@@ -89,9 +91,9 @@ def _stage_time(part: Part, plan: BatchPlan, machine: Machine, crossings: dict[s
         launches=launches,
         tensor_parallel=seconds["TP"],
         pipeline=seconds["PP"],
-        bubble=busy * (model.pp - 1) / (plan.num_microbatches * chunks),
+        bubble=busy * (model.pp - 1) / (plan.num_microbatches * len(model.chunks)),
         data_parallel=seconds["rest"],
-        update=_update_time(model, plan, machine),
+        update=_update_time(model, memory, plan, machine),
     )
 
 
@@ -102,19 +104,25 @@ def _flow_time(flow: Flow, machine: Machine, crossing: float) -> float:
     return flow.wire_bytes * slowest / machine.link_efficiency
 
 
+def _rebuilt(chunk: Chunk) -> list[int]:
+    """The layers that backward computes once more."""
+    return [layer for segment in chunk.segments for layer in segment]
+
+
 def _activation_bytes(model: LocalModel, plan: BatchPlan) -> float:
-    """What a micro-batch writes, whether or not it is kept."""
+    """What a micro-batch writes and reads, whether or not it is kept."""
     size = 2 if model.config.training.dtype == "bf16" else 4
     tokens = plan.micro_batch_size * plan.seq_length
     local = tokens // model.tp if model.transformer.sequence_parallel else tokens
-    layers = sum(layer_widths(model.transformer, layer).activations for chunk in model.chunks for layer in chunk.layers)
-    logits = tokens * model.config.model.vocab_size // model.tp * (size + 4)
+    uses = [(layer, ACTIVATION_USES) for chunk in model.chunks for layer in chunk.layers]
+    uses += [(layer, REBUILT_USES) for chunk in model.chunks for layer in _rebuilt(chunk)]
+    layers = sum(times * layer_widths(model.transformer, layer).activations for layer, times in uses)
+    logits = tokens * model.config.model.vocab_size // model.tp * (size + 4) * ACTIVATION_USES
     return layers * local * size + (logits if model.chunks[-1].predicts else 0)
 
 
-def _update_time(model: LocalModel, plan: BatchPlan, machine: Machine) -> float:
+def _update_time(model: LocalModel, memory: Memory, plan: BatchPlan, machine: Machine) -> float:
     """Moments, masters and gradients are read, and all but the gradients written."""
-    memory = estimate_memory(model, plan)
     if memory.host:
         # gradients down, weights up; masters, moments and gradients read in the host's memory, all but the last written
         share = sum(padded(group, plan.dp_size, zero_stage(model.config)) for group in grouped(model)) / plan.dp_size

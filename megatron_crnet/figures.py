@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 TENSOR, PIPELINE, DATA, MODEL, STAGE, WORLD = "TP", "PP", "DP", "TP x PP", "TP x DP", "world"
 """Groups of ranks by what they are for. The last three carry a few numbers a step: norm, sizes of outputs, loss."""
@@ -87,6 +88,7 @@ def merged(flows: Iterable[Flow]) -> list[Flow]:
     ]
 
 
+@cache  # a search asks for the same layout many times
 def node_crossings(tp: int, pp: int, dp: int, gpus_per_node: int) -> dict[str, float]:
     """For each kind of group, the share of its rings' edges that lead from one node to another.
 

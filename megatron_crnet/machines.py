@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from megatron_crnet.errors import ConfigError, require, require_positive
+from megatron_crnet.errors import ConfigError, require
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,13 @@ class Machine:
     Attributes:
         name: for reports.
         peak_flops: dense bf16 matrix products, floating-point operations a second.
+        peak_flops_fp32: the same in fp32, without TF32 as PyTorch computes them; None where it is `peak_flops`.
         memory_bytes: device memory that PyTorch can have.
         memory_bandwidth: of device memory, bytes a second.
         node_bandwidth: to the other GPUs of the node, bytes a second.
         network_bandwidth: of this GPU's share of the network, bytes a second.
         host_bandwidth: to the host's memory, bytes a second.
-        product_efficiency: share of `peak_flops` that matrix products reach. A stated guess, not a measurement.
+        product_efficiency: share of the peak that matrix products reach. A stated guess, not a measurement.
         link_efficiency: share of the three bandwidths between devices that large transfers reach. The same.
     """
 
@@ -37,16 +39,23 @@ class Machine:
     host_bandwidth: float
     product_efficiency: float = 0.6
     link_efficiency: float = 0.8
+    peak_flops_fp32: float | None = None
+
+    def peak(self, dtype: str) -> float:
+        """Operations a second of matrix products in `dtype`, bf16 or fp32."""
+        return self.peak_flops if dtype == "bf16" else self.peak_flops_fp32 or self.peak_flops
 
 
+SHARES = ("product_efficiency", "link_efficiency")
 GIB = 2**30
 MACHINES = {
     # NVIDIA A100 80GB SXM data sheet; DGX A100: one 200 Gb/s port a GPU, PCIe 4
-    "a100-80g": Machine("a100-80g", 312e12, 79 * GIB, 2.039e12, 300e9, 25e9, 32e9),
-    # NVIDIA H100 SXM5 data sheet (half of the figures with sparsity); DGX H100: one 400 Gb/s port a GPU, PCIe 5
-    "h100": Machine("h100", 989e12, 79 * GIB, 3.35e12, 450e9, 50e9, 64e9),
+    "a100-80g": Machine("a100-80g", 312e12, 79 * GIB, 2.039e12, 300e9, 25e9, 32e9, peak_flops_fp32=19.5e12),
+    # NVIDIA H100 SXM5 data sheet (bf16: half of the figure with sparsity; fp32: without tensor cores); DGX H100: one
+    # 400 Gb/s port a GPU, PCIe 5
+    "h100": Machine("h100", 989e12, 79 * GIB, 3.35e12, 450e9, 50e9, 64e9, peak_flops_fp32=67e12),
     # NVIDIA H200 SXM data sheet; links as H100
-    "h200": Machine("h200", 989e12, 139 * GIB, 4.8e12, 450e9, 50e9, 64e9),
+    "h200": Machine("h200", 989e12, 139 * GIB, 4.8e12, 450e9, 50e9, 64e9, peak_flops_fp32=67e12),
 }
 """By the names that tools take."""
 
@@ -81,9 +90,17 @@ def _machine(path: str, values: dict[str, object]) -> Machine:
             continue
         value = values.get(name, field.default)
         require(value is not dataclasses.MISSING, f"--gpu {path} gives no {name}: add it")
+        if value is None and field.default is None:
+            continue
         try:
-            numbers[name] = float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"--gpu {path}: {name} is {value!r}, but must be a number: correct it") from error
-    require_positive(f"--gpu {path}:", **numbers)
+            # YAML reads 64e9 as text
+            numbers[name] = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            numbers[name] = math.nan
+        most = 1 if name in SHARES else math.inf
+        require(
+            0 < numbers[name] <= most and numbers[name] < math.inf,
+            f"--gpu {path}: {name} is {value!r}, but must be a number above 0{' and at most 1' if most == 1 else ''}: "
+            "correct it",
+        )
     return Machine(str(values.get("name", Path(path).stem)), **numbers)

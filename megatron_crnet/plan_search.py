@@ -13,6 +13,7 @@ from itertools import product
 from typing import Any
 
 from megatron_crnet.config import Config
+from megatron_crnet.deepspeed_rules import keys_for_stage
 from megatron_crnet.errors import ConfigError
 from megatron_crnet.estimate import Estimate, estimate
 from megatron_crnet.machines import Machine
@@ -20,11 +21,14 @@ from megatron_crnet.machines import Machine
 RESERVE = 0.1
 """Share of device memory left for what the estimate does not see: the CUDA context, NCCL, fragmentation."""
 
+EQUAL, GIB = 0.9995, 2**30
+"""Share of the first plan's tokens/s above which another is as fast in words."""
+
 RECOMPUTATION: dict[str, dict[str, Any]] = {
-    "none": {"strategy": "none", "keep_attention_output": False},
-    "replay, attention kept": {"strategy": "replay", "keep_attention_output": True},
-    "replay": {"strategy": "replay", "keep_attention_output": False},
-    "full": {"strategy": "full", "keep_attention_output": False},
+    "none": {"strategy": "none", "keep_attention_output": False, "inverse_tolerance": None},
+    "replay, attention kept": {"strategy": "replay", "keep_attention_output": True, "inverse_tolerance": None},
+    "replay": {"strategy": "replay", "keep_attention_output": False, "inverse_tolerance": None},
+    "full": {"strategy": "full", "keep_attention_output": False, "inverse_tolerance": None},
 }
 
 
@@ -57,7 +61,7 @@ class Search:
     Attributes:
         fitting: plans that fit, in the order in which they were tried; `ranked` puts the fastest first.
         tried: candidates looked at; `total` of all.
-        refused: not allowed by the configuration's rules.
+        refused: not allowed by the configuration's rules; `refusal` is the first one's message, that of the simplest.
         too_large: allowed, but above the memory.
         least: the allowed one with the lowest peak.
     """
@@ -68,6 +72,7 @@ class Search:
     too_large: int = 0
     fitting: list[Plan] = field(default_factory=list)
     least: Plan | None = None
+    refusal: str = ""
     stopped: bool = False
 
     def ranked(self) -> list[Plan]:
@@ -88,7 +93,8 @@ def choices(config: Config, gpus: int, gpus_per_node: int) -> list[Choice]:
     for tp in tps:
         for pp in (pp for pp in range(1, min(layers, gpus // tp) + 1) if gpus // tp % pp == 0):
             dp = gpus // tp // pp
-            micro = [size for size in _powers(max(batch // dp, 1)) if batch % (size * dp) == 0]
+            # where no size divides the batch, a rule is to say so
+            micro = [size for size in _powers(max(batch // dp, 1)) if batch % (size * dp) == 0] or [1]
             vpps = [vpp for vpp in (1, 2, 4) if vpp == 1 or pp > 1]
             # stage 0 sums bf16 gradients in bf16: another run, not another layout (docs/parallelism.md)
             least = 1 if config.training.dtype == "bf16" else 0
@@ -106,20 +112,36 @@ def _powers(limit: int) -> Iterator[int]:
         value *= 2
 
 
+def uneven_stages(layers: int, pp: int, vpp: int) -> tuple[int | None, int | None]:
+    """Layers of the first and the last stage where `pp` does not divide `layers`; None where all have the same.
+
+    The ends have the embedding and the loss besides, so where they cannot have the same they have fewer.
+    """
+    if pp == 1 or vpp > 1 or layers % pp == 0 or layers < pp:
+        return None, None
+    if pp == 2:
+        return layers - layers // 2, layers // 2
+    inner = -(-layers // pp)
+    if layers - (pp - 2) * inner < 2:
+        inner -= 1
+    ends = layers - (pp - 2) * inner
+    return ends - ends // 2, ends // 2
+
+
 def configure(config: Config, choice: Choice) -> Config:
     """The configuration of a choice; everything it does not decide stays.
 
     Raises:
         ConfigError: the rules do not allow it.
     """
-    zero = {
-        k: v
-        for k, v in config.deepspeed.get("zero_optimization", {}).items()
-        if k not in ("stage", "offload_optimizer")
-    }
-    zero["stage"] = choice.zero
+    deepspeed = dict(config.deepspeed)
+    zero = keys_for_stage(deepspeed.get("zero_optimization", {}), choice.zero)
+    given = zero.pop("offload_optimizer", None)
     if choice.offload:
-        zero["offload_optimizer"] = {"device": "cpu"}
+        zero["offload_optimizer"] = given if given and given.get("device") == "cpu" else {"device": "cpu"}
+    if choice.recompute == "none":
+        deepspeed.pop("activation_checkpointing", None)  # of what is kept for recomputation
+    first, last = uneven_stages(config.model.num_layers, choice.pp, choice.vpp)
     return dataclasses.replace(
         config,
         parallel=dataclasses.replace(
@@ -127,13 +149,13 @@ def configure(config: Config, choice: Choice) -> Config:
             tensor_model_parallel_size=choice.tp,
             pipeline_model_parallel_size=choice.pp,
             virtual_pipeline_model_parallel_size=choice.vpp,
-            sequence_parallel=None,
-            num_layers_in_first_pipeline_stage=None,
-            num_layers_in_last_pipeline_stage=None,
+            sequence_parallel=False if config.parallel.sequence_parallel is False else None,
+            num_layers_in_first_pipeline_stage=first,
+            num_layers_in_last_pipeline_stage=last,
         ),
         training=dataclasses.replace(config.training, micro_batch_size=choice.micro_batch),
         recompute=dataclasses.replace(config.recompute, **RECOMPUTATION[choice.recompute]),
-        deepspeed={**config.deepspeed, "zero_optimization": zero},
+        deepspeed={**deepspeed, "zero_optimization": zero},
     )
 
 
@@ -167,8 +189,9 @@ def _try(
     try:
         candidate = configure(config, choice)
         plan = Plan(choice, candidate, estimate(candidate, gpus, machine, gpus_per_node))
-    except ConfigError:
+    except ConfigError as error:
         found.refused += 1
+        found.refusal = found.refusal or str(error)
         return
     if found.least is None or peak(plan) < peak(found.least):
         found.least = plan
@@ -190,16 +213,27 @@ def explain(found: Search) -> list[str]:
             continue
         rival = rivals[0]
         share = rival.estimate.tokens_per_second / speed
-        why = f"the best with another value ({getattr(rival.choice, name)}) reaches {share:.1%} of its tokens/s"
-        lines.append(f"{name} {value}: {why}{_slower_by(best, rival)}")
+        why = f"the best with another value ({getattr(rival.choice, name)}) "
+        if share > EQUAL:
+            more = (peak(rival) - peak(best)) / GIB
+            why += f"is as fast and needs {abs(more):.1f} GiB {'more' if more >= 0 else 'less'}"
+        else:
+            why += f"reaches {share:.1%} of its tokens/s{_slower_by(best, rival)}"
+        lines.append(f"{name} {value}: {why}")
     return lines
 
 
 def _slower_by(best: Plan, rival: Plan) -> str:
-    """The part of the step that costs the rival most."""
+    """The part of the step that costs the rival most, and the one that saves it most, if that counts."""
     assert best.estimate.time is not None
     assert rival.estimate.time is not None
     mine, theirs = dataclasses.asdict(best.estimate.time), dataclasses.asdict(rival.estimate.time)
-    part = max(mine, key=lambda name: theirs[name] - mine[name])
-    more = theirs[part] - mine[part]
-    return f", most of it by {part.replace('_', ' ')}: {more:.3f} s more a step" if more > 0.0005 else ""
+    more = {name.replace("_", " "): theirs[name] - mine[name] for name in mine}
+    cost, saving = max(more, key=lambda name: more[name]), min(more, key=lambda name: more[name])
+    if more[cost] <= 1.05 * sum(more.values()):
+        return f", most of it by {cost}: {_seconds(more[cost])} more a step"
+    return f": {_seconds(more[cost])} more a step by {cost}, {_seconds(-more[saving])} less by {saving}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3f} s" if value >= 0.1 else f"{value * 1e3:.2g} ms"

@@ -1,4 +1,4 @@
-"""The JSON file in which a tool records figures: refused before anything is measured, written whole."""
+"""The file in which a tool records what it found: refused before anything is measured, figures written whole."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from megatron_crnet.atomic import atomic_files
 from megatron_crnet.errors import require
 
 
-def check_record_file(path: Path | None) -> None:
+def check_record_file(path: Path | None, option: str = "--json") -> None:
     """Refuse a file that could not be written, while nothing has been spent on what it is to hold.
 
     Args:
         path: None where no file was asked for.
+        option: which names it.
 
     Raises:
         ConfigError: it is a folder, or lies in one that is not there or cannot be written.
@@ -23,9 +24,9 @@ def check_record_file(path: Path | None) -> None:
     if path is None:
         return
     folder = path.absolute().parent
-    require(folder.is_dir(), f"--json {path} lies in a folder that does not exist: make {folder}, or choose another")
-    require(not path.is_dir(), f"--json {path} is a folder: write a file's name")
-    require(os.access(folder, os.W_OK), f"--json {path} lies in a folder that cannot be written: choose another")
+    require(folder.is_dir(), f"{option} {path} lies in a folder that does not exist: make {folder}, or choose another")
+    require(not path.is_dir(), f"{option} {path} is a folder: write a file's name")
+    require(os.access(folder, os.W_OK), f"{option} {path} lies in a folder that cannot be written: choose another")
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from megatron_crnet import cpu_platform
 from megatron_crnet.errors import ConfigError, reported, require
 from megatron_crnet.interruption import INTERRUPTED
 from megatron_crnet.options import positive_integer, take_options
+from megatron_crnet.record_file import check_record_file
 from megatron_crnet.settings import parse_arguments, save_config
 
 OPTIONS = {"--gpus": None, "--gpu": "h100", "--gpus-per-node": "8", "--output": "plan.yaml", "--show": "10"}
@@ -46,6 +47,25 @@ def table(plans: list[Any]) -> list[str]:
     return lines
 
 
+def none_fits(found: Any, gpus: str) -> int:
+    """What to do when nothing was found; the exit status if the search was stopped.
+
+    Raises:
+        ConfigError: the search went to its end.
+    """
+    from megatron_crnet.plan_search import peak
+
+    if found.stopped:
+        print("stopped before a layout that fits was found: nothing written", file=sys.stderr)
+        return INTERRUPTED
+    if found.least is None:
+        raise ConfigError(f"no layout is allowed on {gpus}; of the simplest the rules say: {found.refusal}")
+    raise ConfigError(
+        f"no layout fits {gpus}, the smallest needs {peak(found.least) / GIB:.1f} GiB: use more GPUs, GPUs with more "
+        "memory, or shorter sequences"
+    )
+
+
 def run(argv: list[str]) -> int:
     """Search, print, write. Returns the exit status."""
     options, rest = take_options(OPTIONS, argv)
@@ -54,13 +74,13 @@ def run(argv: list[str]) -> int:
         positive_integer(name, str(options[name])) for name in ("--gpus", "--gpus-per-node", "--show")
     )
     output = Path(str(options["--output"]))
-    require(output.parent.is_dir(), f"--output {output} lies in no existing folder: create {output.parent}")
+    check_record_file(output, "--output")
     config = parse_arguments(rest).config
     cpu_platform.install()
     from tqdm import tqdm
 
     from megatron_crnet.machines import find_machine
-    from megatron_crnet.plan_search import RESERVE, explain, peak, search
+    from megatron_crnet.plan_search import RESERVE, explain, search
 
     machine = find_machine(str(options["--gpu"]))
     found = search(config, gpus, machine, per_node, lambda all_choices: tqdm(all_choices, unit="layouts"))
@@ -70,15 +90,14 @@ def run(argv: list[str]) -> int:
         f"{machine.memory_bytes / GIB:.0f} GiB, {len(found.fitting)} fit"
     )
     if not found.fitting:
-        least = f"the smallest needs {peak(found.least) / GIB:.1f} GiB" if found.least else "none is allowed"
-        raise ConfigError(f"no layout fits {gpus} x {machine.name}, {least}: use more GPUs or a smaller global batch")
+        return none_fits(found, f"{gpus} x {machine.name}")
     ranked = found.ranked()
+    save_config(ranked[0].config, output)  # before the tables, of which `| head` reads only the start
     print(
         "\n".join(
             [*table(ranked[:show]), "the first, because of the search's estimate:", *(f"  {x}" for x in explain(found))]
         )
     )
-    save_config(ranked[0].config, output)
     print(f"written to {output}: start {gpus} processes of pretrain_crnet.py --config {output}")
     return INTERRUPTED if found.stopped else 0
 

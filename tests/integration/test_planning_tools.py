@@ -46,6 +46,7 @@ def test_the_estimate_is_printed_as_json() -> None:
     ("command", "message"),
     [
         (["tools/plan.py", *CONFIG], "add --gpus N"),
+        (["tools/plan.py", *CONFIG, "--gpus", "1", "--output", "examples"], "--output examples is a folder"),
         (["tools/simulate.py", *CONFIG, "--world-size", "2", "--rank", "2"], "the ranks of a world of 2 are 0 to 1"),
     ],
 )

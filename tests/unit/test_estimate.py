@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from megatron_crnet.settings import load_config
 from tests.helpers import tiny_config
 
 H, F, V, R, LAYERS, TOKENS = 32, 48, 64, 8, 4, 2 * 16
+BANDWIDTHS = ("memory_bytes", "memory_bandwidth", "node_bandwidth", "network_bandwidth", "host_bandwidth")
 ZERO_1 = {"zero_optimization": {"stage": 1}}
 FULL_LAYER = 4 * H * H + 3 * H * F
 LOW_LAYER = R * (4 * 2 * H + 3 * (H + F))
@@ -163,13 +165,29 @@ def test_a_machine_comes_from_a_file_or_is_refused_in_one_line(tmp_path: Path) -
     for change, message in (
         ({"peak_flop": 1}, "did you mean peak_flops?"),
         ({"memory_bytes": None}, "memory_bytes is None, but must be a number"),
-        ({"link_efficiency": 0}, "above 0"),
+        ({"link_efficiency": 0}, "link_efficiency is 0, but must be a number above 0 and at most 1"),
+        ({"link_efficiency": 80}, "link_efficiency is 80, but must be a number above 0 and at most 1"),
+        ({"host_bandwidth": "inf"}, "host_bandwidth is 'inf', but must be a number above 0"),
+        ({"host_bandwidth": True}, "host_bandwidth is True, but must be a number above 0"),
+        ({"peak_flops": math.nan}, "peak_flops is nan, but must be a number above 0"),
     ):
         path.write_text(yaml.safe_dump({**values, **change}))
         with pytest.raises(ConfigError, match=message):
             find_machine(str(path))
+    path.write_text("peak_flops: 1e12\n" + yaml.safe_dump({k: v for k, v in values.items() if k in BANDWIDTHS}))
+    assert find_machine(str(path)).peak("fp32") == 1e12
     with pytest.raises(ConfigError, match=r"a100-80g, h100, h200 or a YAML file"):
         find_machine("tpu")
+
+
+def test_products_in_fp32_take_the_peak_of_fp32() -> None:
+    machine = MACHINES["h100"]
+    bf16, fp32 = (estimate(tiny_config(training={"dtype": dtype}), 1, machine) for dtype in ("bf16", "fp32"))
+    assert bf16.time is not None
+    assert fp32.time is not None
+    assert fp32.time.products == pytest.approx(bf16.time.products * 989 / 67)
+    assert fp32.utilization(machine) == pytest.approx(fp32.model_flops / fp32.time.total / 67e12)
+    assert "fp32 products at 60% of 67 TFLOP/s" in "\n".join(estimate_tables(fp32, machine))
 
 
 def test_the_report_names_every_part_and_json_holds_the_same_figures() -> None:

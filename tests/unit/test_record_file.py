@@ -45,6 +45,8 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
     check_record_file(tmp_path / "new.json")
     with pytest.raises(ConfigError, match="is a folder: write a file's name"):
         check_record_file(tmp_path)
+    with pytest.raises(ConfigError, match=f"^--output {tmp_path} is a folder"):
+        check_record_file(tmp_path, "--output")
 
 
 def test_figures_replace_older_ones_only_when_they_are_whole(tmp_path: Path) -> None:
