@@ -42,11 +42,12 @@ def plan_batches(config: Config, world_size: int) -> BatchPlan:
     training, dp = config.training, data_parallel_size(config, world_size)
     samples = training.micro_batch_size * dp
     count, rest = divmod(training.global_batch_size, samples)
+    near = f"{count * samples} or {(count + 1) * samples}" if count else f"{samples}"
     require(
         rest == 0 and count > 0,
         f"training.global_batch_size {training.global_batch_size} does not divide by micro_batch_size "
-        f"{training.micro_batch_size} x {dp} data-parallel ranks: use {max(count, 1) * samples} or "
-        f"{(count + 1) * samples}, or another micro_batch_size",
+        f"{training.micro_batch_size} x {dp} data-parallel ranks: use {near}, or another "
+        "micro_batch_size",
     )
     pp, vpp = config.parallel.pipeline_model_parallel_size, config.parallel.virtual_pipeline_model_parallel_size or 1
     require(

@@ -49,7 +49,7 @@ class Plan:
     def __post_init__(self) -> None:
         require_positive("benchmark", repeats=self.repeats, warm_up=self.warm_up, threads=self.threads)
         if self.peak_flops is not None:
-            require_positive("benchmark", peak_tflops=self.peak_flops)
+            require_positive("benchmark", peak_tflops=self.peak_flops / 1e12)
 
 
 @dataclass

@@ -55,6 +55,8 @@ def layer_widths(config: CRNetTransformerConfig, layer: int) -> LayerWidths:
     gathered = t * sum(config.ranks[layer][p] for p in ("q", "k", "v", "gate", "up")) if z and t > 1 else 0
     # two norms' inputs and outputs; q and k after RoPE; attention's output; silu(gate) and its product with up
     inner = 4 * h + width["q"] + width["k"] + h / split + 2 * width["up"]
+    if config.variant == "cola":
+        inner += z  # silu(z), beside the z that its gradient takes
     return LayerWidths(
         start=h + (all_outputs if config.has_previous(layer) else 0),
         z=z,

@@ -15,6 +15,8 @@ def test_the_global_batch_is_micro_batches_times_replicas() -> None:
 def test_a_batch_that_does_not_fit_names_one_that_does() -> None:
     with pytest.raises(ConfigError, match=r"global_batch_size 8 does not divide .* use 6 or 12"):
         plan_batches(tiny_config(), world_size=3)
+    with pytest.raises(ConfigError, match=r"x 5 data-parallel ranks: use 10, or another micro_batch_size"):
+        plan_batches(tiny_config(), world_size=5)
 
 
 def test_a_world_that_does_not_divide_is_refused() -> None:

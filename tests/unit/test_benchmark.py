@@ -101,6 +101,8 @@ def test_equal_rows_are_measured_once() -> None:
 def test_plans_that_measure_nothing_are_refused(change: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="must be above 0"):
         dataclasses.replace(Plan(), **change)
+    with pytest.raises(ConfigError, match=r"peak_tflops is -1\.0, but"):
+        Plan(peak_flops=-1e12)
 
 
 def test_the_command_names_no_folder_of_this_machine() -> None:

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from megatron_crnet.config import RecomputeConfig
-from megatron_crnet.recompute_plan import amplification_limit, cheapest_lengths, plan_inverse, plan_segments
+from megatron_crnet.recompute_plan import (
+    amplification_limit,
+    cheapest_lengths,
+    layer_widths,
+    plan_inverse,
+    plan_segments,
+)
 from megatron_crnet.transformer_config import CRNetTransformerConfig, build_transformer_config
 from tests.helpers import tiny_config
 
@@ -123,3 +129,9 @@ def test_without_a_chain_every_layer_stands_alone_under_inverse() -> None:
     segments, added = plan_inverse(config, range(4), {}, {})
     assert [len(segment) for segment in segments] == [1] * 4
     assert added == 0
+
+
+def test_cola_keeps_silu_of_z_beside_z() -> None:
+    cola, low_rank = (layer_widths(transformer("none", {"variant": name}), 1) for name in ("cola", "low_rank"))
+    assert cola.z == low_rank.z > 0
+    assert cola.activations == low_rank.activations + low_rank.z
