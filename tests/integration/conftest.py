@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+LIMIT_S = 300.0
+"""What takes seconds on an idle machine, and more on a busy one, has hung after this."""
 
 TINY = {
     "model.num_layers": 4,
@@ -60,7 +62,9 @@ def start(options: list[str], ranks: int = 1, program: str = "pretrain_crnet.py"
         launcher += ["tools/launch.py", "--standalone", f"--nproc_per_node={ranks}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [*launcher, program, *options]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
 
 
 def lines_of(output: Path, key: str) -> dict[int, float]:
@@ -90,5 +94,5 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
         ),
     ]
     for command in commands:
-        subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True, timeout=120)
+        subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True, timeout=LIMIT_S)
     return Corpus(folder / "train", folder / "valid", folder / "tokenizer.model")

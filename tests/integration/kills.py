@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_crnet.checkpoint_folder import PARTIAL, checkpoints, saved_step
-from tests.integration.conftest import Corpus, lines_of
-from tests.integration.processes import free_port, start_rank
+from tests.integration.conftest import LIMIT_S, Corpus, lines_of
+from tests.integration.processes import free_port, last_step, start_rank
 
 KEYS = ("loss", "grad_norm", "lr", "tokens", "validation_loss")
 LAYOUTS: tuple[dict[str, Any], ...] = (
@@ -132,7 +132,7 @@ class Kills:
 
     def _undisturbed(self, layout: dict[str, Any], output: Path) -> None:
         ranks = self._start(layout, output)
-        printed = [process.communicate(timeout=300)[1] for process in ranks]
+        printed = [process.communicate(timeout=LIMIT_S)[1] for process in ranks]
         assert [process.returncode for process in ranks] == [0, 0], printed
 
     def _life(self, layout: dict[str, Any], output: Path) -> Kill | None:
@@ -159,16 +159,13 @@ class Kills:
         moment = "start-up" if self._newest(output) == before and starting else "save" if saving else "step"
         if 0 in statuses:
             return None  # it was just done
-        return Kill(moment, victims, self._reached(output), self._newest(output), tuple(statuses))
+        return Kill(moment, victims, last_step(output), self._newest(output), tuple(statuses))
 
     def _wait_for_progress(self, output: Path, before: int, ranks: list[subprocess.Popen[str]]) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + LIMIT_S
         while self._newest(output) <= before and all(process.poll() is None for process in ranks):
             assert time.monotonic() < deadline
             time.sleep(0.01)
-
-    def _reached(self, output: Path) -> int:
-        return max(lines_of(output, "loss"), default=0) if (output / "metrics.jsonl").exists() else 0
 
     def _newest(self, output: Path) -> int:
         found = checkpoints(output / "checkpoints")

@@ -2,23 +2,52 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from random import SystemRandom
 
 import psutil
 
-from tests.integration.conftest import ROOT, lines_of
+from tests.integration.conftest import LIMIT_S, ROOT
+
+# a rank that has imported everything waits for its peers before it starts, so that a short time limit does not count
+# how long Python takes to start on a busy machine
+MEETING = """
+import os, runpy, sys, time
+from pathlib import Path
+from megatron_crnet import cpu_platform
+cpu_platform.install()
+import megatron_crnet.trainer, torch.utils.tensorboard
+del sys.argv[0]
+folder = Path(sys.argv.pop(0))
+(folder / f"rank{os.environ['RANK']}").touch()
+while len(list(folder.iterdir())) < int(os.environ["WORLD_SIZE"]):
+    time.sleep(0.01)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def start_rank(
-    rank: int, port: int, options: list[str], folder: Path = ROOT, stdout: int = subprocess.DEVNULL
+    rank: int,
+    port: int,
+    options: list[str],
+    folder: Path = ROOT,
+    stdout: int = subprocess.DEVNULL,
+    meeting: Path | None = None,
 ) -> subprocess.Popen[str]:
-    """One of two ranks without a launcher that would end the others; relative paths are below `folder`."""
+    """One of two ranks without a launcher that would end the others.
+
+    Args:
+        folder: relative paths are below it.
+        meeting: an empty folder where both ranks meet once they have imported everything.
+    """
     environment = {
         **os.environ,
         "RANK": str(rank),
@@ -28,7 +57,8 @@ def start_rank(
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, str(ROOT / "pretrain_crnet.py"), *options]
+    first = [] if meeting is None else ["-c", MEETING, str(meeting)]
+    command = [sys.executable, *first, str(ROOT / "pretrain_crnet.py"), *options]
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True)
 
 
@@ -46,17 +76,42 @@ def start_agent(options: list[str]) -> subprocess.Popen[str]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A free port below those of which the kernel gives one to every connection and listener that names none.
+
+    It is used seconds later, and tests beside this one have gloo open hundreds of these.
+    """
+    while True:
+        port = SystemRandom().randrange(12000, 20000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+
+
+def lines_so_far(output: Path, key: str) -> dict[int, float]:
+    """A metric by step of a run that is still writing, or was killed: its last line may be cut."""
+    path = output / "metrics.jsonl"
+    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
+    lines = [json.loads(line) for line in whole.splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+def last_step(output: Path) -> int:
+    """The newest step that such a run has reported, 0 before the first."""
+    return max(lines_so_far(output, "loss"), default=0)
+
+
+def wait_until(condition: Callable[[], object], processes: list[subprocess.Popen[str]]) -> None:
+    """Wait for a condition; fails when a process ends before."""
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        for process in processes:
+            assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
 
 
 def wait_for_step(output: Path, step: int, processes: list[subprocess.Popen[str]]) -> None:
-    deadline = time.monotonic() + 120
-    while not (output / "metrics.jsonl").exists() or step not in lines_of(output, "loss"):
-        assert time.monotonic() < deadline
-        assert all(process.poll() is None for process in processes)
-        time.sleep(0.05)
+    wait_until(lambda: last_step(output) >= step, processes)
 
 
 def rank_below(process: subprocess.Popen[str], rank: int) -> psutil.Process:

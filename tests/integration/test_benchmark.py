@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.integration.conftest import ROOT, TINY, start
+from tests.integration.conftest import LIMIT_S, ROOT, TINY, start
 
 
 def test_rows_of_every_kind_in_one_run(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_a_row_may_die_and_a_stop_keeps_what_was_measured(tmp_path: Path) -> Non
         wait_for(process, "cannot be measured")
         wait_for(process, "repeat")
         process.send_signal(signal.SIGINT)
-        printed, errors = process.communicate(timeout=60)
+        printed, errors = process.communicate(timeout=LIMIT_S)
     finally:
         process.kill()
     assert process.returncode == 75, errors

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.integration.conftest import ROOT, Corpus, lines_of
+from tests.integration.conftest import LIMIT_S, ROOT, Corpus, lines_of
 from tests.integration.processes import free_port, rank_below, wait_for_step
 
 
@@ -40,7 +40,7 @@ def end(nodes: list[subprocess.Popen[str]]) -> list[str]:
     printed = []
     for node in nodes:
         try:
-            text, _ = node.communicate(timeout=120)
+            text, _ = node.communicate(timeout=LIMIT_S)
         except subprocess.TimeoutExpired:
             for process in [*psutil.Process(node.pid).children(recursive=True), node]:
                 process.kill()

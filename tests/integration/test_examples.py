@@ -15,7 +15,7 @@ from megatron_crnet.config import Config
 from megatron_crnet.estimate import estimate
 from megatron_crnet.report import dry_run_report
 from megatron_crnet.settings import load_config, parse_arguments
-from tests.integration.conftest import ROOT, Corpus, lines_of, start
+from tests.integration.conftest import LIMIT_S, ROOT, Corpus, lines_of, start
 
 EXAMPLES = sorted((ROOT / "examples").glob("**/*.yaml"))
 LAYOUTS = [path for path in EXAMPLES if path.parent.name == "layouts"]
@@ -88,7 +88,7 @@ def test_every_example_trains_two_steps_at_a_small_size(corpus: Corpus, tmp_path
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LIMIT_S,
         check=False,
     )
     assert result.returncode == 0, result.stderr

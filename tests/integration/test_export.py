@@ -16,7 +16,7 @@ import yaml
 
 from megatron_crnet.evaluation import evaluate, padded_rows
 from megatron_crnet.inference import open_model
-from tests.integration.conftest import ROOT, Corpus, lines_of, start
+from tests.integration.conftest import LIMIT_S, ROOT, Corpus, lines_of, start
 
 # one process for all command lines, because importing the libraries takes longer than the work
 DRIVER = """
@@ -45,7 +45,7 @@ def run_tools(commands: list[list[str]]) -> list[tuple[int, str, str]]:
         env={**os.environ, **OFFLINE},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LIMIT_S,
         check=False,
     )
     assert result.returncode == 0, result.stderr
@@ -168,7 +168,7 @@ def outside(command: list[str], home: Path) -> str:
     environment = {name: value for name, value in os.environ.items() if name not in ours}
     environment |= {**OFFLINE, "HF_HOME": str(home)}
     result = subprocess.run(
-        command, cwd=home, env=environment, capture_output=True, text=True, timeout=300, check=False
+        command, cwd=home, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
     )
     assert result.returncode == 0, result.stderr
     return result.stdout

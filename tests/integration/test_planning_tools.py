@@ -11,12 +11,13 @@ import pytest
 
 from megatron_crnet.settings import load_config
 from megatron_crnet.step_identity import identify_step
+from tests.integration.conftest import LIMIT_S
 
 CONFIG = ["--config", "examples/quickstart.yaml", "--training.global_batch_size", "8"]
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, timeout=LIMIT_S)
 
 
 def test_the_file_of_a_plan_is_taken_by_a_dry_run(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from megatron_crnet.checkpoint_folder import MANIFEST, complete, file_entries
-from tests.integration.conftest import ROOT, Corpus, lines_of, start
+from tests.integration.conftest import LIMIT_S, ROOT, Corpus, lines_of, start
 
 LOGGED = {
     "step",
@@ -196,7 +196,7 @@ def run_in_one_process(commands: list[list[str]]) -> list[tuple[str, str]]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LIMIT_S,
         check=True,
     )
     shown = [line for line in result.stderr.splitlines() if line.startswith(("error", "status"))]
@@ -280,7 +280,7 @@ def test_a_terminal_gets_a_bar_and_a_file_plain_lines(corpus: Corpus, tmp_path: 
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=follower)
     os.close(follower)
     shown = "".join(_read_all(leader))
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=LIMIT_S) == 0
     assert "6/6" in shown
     assert "step/s" in shown or "s/step" in shown
     assert process.stdout is not None
