@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import ROOT
-from tests.integration.processes import free_port
+from tests.integration.conftest import LIMIT_S, ROOT
+from tests.integration.processes import wait_until
 
 PROGRAM = """
 import os, signal, sys, time
@@ -28,7 +28,7 @@ if what == "killed" and rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
 if what.isdigit():
     sys.exit(int(what) if rank == 1 else 0)
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -42,7 +42,7 @@ def agent(folder: Path, what: str, *nodes: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(("what", "status"), [("0", 0), ("3", 3), ("killed", 137)])
 def test_the_status_is_that_of_the_first_rank_that_failed(tmp_path: Path, what: str, status: int) -> None:
     process = agent(tmp_path, what)
-    _, printed = process.communicate(timeout=60)
+    _, printed = process.communicate(timeout=LIMIT_S)
     assert process.returncode == status, printed
     assert "Traceback" not in printed
     assert ("rank 1 was ended by SIGKILL" in printed) == (what == "killed")
@@ -51,29 +51,28 @@ def test_the_status_is_that_of_the_first_rank_that_failed(tmp_path: Path, what: 
 @pytest.mark.parametrize("what", ["saves", "deaf"], ids=["a rank that saves", "a rank that cannot take signals yet"])
 def test_a_warning_reaches_the_ranks_and_their_answer_the_shell(tmp_path: Path, what: str) -> None:
     process = agent(tmp_path, what)
-    deadline = time.monotonic() + 60
-    while not all((tmp_path / f"ready{rank}").exists() for rank in range(2)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: all((tmp_path / f"ready{rank}").exists() for rank in range(2)), [process])
     process.send_signal(signal.SIGUSR1)
-    _, printed = process.communicate(timeout=60)
+    _, printed = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 75, printed
 
 
 def test_a_warning_while_the_agent_waits_for_another_node_ends_it(tmp_path: Path) -> None:
-    """Its main thread is then in a call of C++, where Python runs no handler."""
-    port = str(free_port())
-    process = agent(tmp_path, "0", "--nnodes=2", "--node_rank=1", "--master_addr=127.0.0.1", f"--master_port={port}")
-    time.sleep(8)
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    _, printed = process.communicate(timeout=20)
+    """Its main thread is then in a call of C++, where Python runs no handler: nobody answers it here."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        other.settimeout(LIMIT_S)
+        master = ["--master_addr=127.0.0.1", f"--master_port={other.getsockname()[1]}"]
+        process = agent(tmp_path, "0", "--nnodes=2", "--node_rank=1", *master)
+        connection, _ = other.accept()
+        with connection:
+            process.send_signal(signal.SIGTERM)
+            _, printed = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 75, printed
     assert "SIGTERM before a rank was started: nothing to save" in printed
 
 
 def test_ranks_that_have_saved_are_not_started_again(tmp_path: Path) -> None:
     process = agent(tmp_path, "0", "--max_restarts=1")
-    _, printed = process.communicate(timeout=60)
+    _, printed = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 2
     assert printed.startswith("error: --max_restarts is 1, but ")
