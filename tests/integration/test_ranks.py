@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from megatron_crnet.settings import parse_arguments, save_config
-from tests.integration.conftest import ROOT, Corpus
+from tests.integration.conftest import LIMIT_S, ROOT, Corpus
 from tests.integration.processes import free_port, start_rank, wait_for_step
 
 
-def error_of(process: subprocess.Popen[str], timeout_s: float) -> str:
-    _, printed = process.communicate(timeout=timeout_s)
+def error_of(process: subprocess.Popen[str]) -> str:
+    _, printed = process.communicate(timeout=LIMIT_S)
     errors = [line for line in printed.splitlines() if line.startswith("error")]
     assert len(errors) == 1, printed
     return errors[0]
@@ -26,7 +26,7 @@ def test_another_configuration_on_one_rank_stops_all_and_names_it(corpus: Corpus
     port, output = free_port(), tmp_path / "run"
     changed = corpus.options(output, optimizer__lr=0.5)
     ranks = [start_rank(rank, port, options) for rank, options in enumerate([corpus.options(output), changed])]
-    errors = [error_of(process, 120) for process in ranks]
+    errors = [error_of(process) for process in ranks]
     assert [process.returncode for process in ranks] == [2, 2]
     assert all("has optimizer.lr" in error and "0.5" in error for error in errors)
     assert not output.exists()
@@ -46,7 +46,7 @@ def test_data_that_one_rank_does_not_see_stops_all_and_names_it(corpus: Corpus, 
     port, output = free_port(), tmp_path / "run"
     options = corpus.options(output, data__train_data_path="[text]")
     ranks = [start_rank(rank, port, options, tmp_path / str(rank)) for rank in range(2)]
-    errors = [error_of(process, 120) for process in ranks]
+    errors = [error_of(process) for process in ranks]
     assert [process.returncode for process in ranks] == [2, 2]
     assert "rank 1 stopped at start" in errors[0]
     assert all("text" in error for error in errors)
@@ -57,7 +57,7 @@ def test_another_layout_on_one_rank_stops_all_before_it_builds_groups(corpus: Co
     port, output = free_port(), tmp_path / "run"
     options = [corpus.options(output, parallel__tensor_model_parallel_size=size) for size in (1, 2)]
     ranks = [start_rank(rank, port, options[rank]) for rank in range(2)]
-    errors = [error_of(process, 120) for process in ranks]
+    errors = [error_of(process) for process in ranks]
     assert [process.returncode for process in ranks] == [2, 2]
     assert all("has parallel.tensor_model_parallel_size 2, but the others have 1" in error for error in errors)
 
@@ -67,7 +67,7 @@ def test_other_contents_under_the_same_path_stop_all(corpus: Corpus, tmp_path: P
         copy_of(prefix, tmp_path / str(rank))
     port, options = free_port(), corpus.options(tmp_path / "run", data__train_data_path="[text]")
     ranks = [start_rank(rank, port, options, tmp_path / str(rank)) for rank in range(2)]
-    errors = [error_of(process, 120) for process in ranks]
+    errors = [error_of(process) for process in ranks]
     assert [process.returncode for process in ranks] == [2, 2]
     assert all("rank 1 has contents of the data" in error for error in errors)
 
@@ -81,7 +81,7 @@ def test_a_checkpoint_that_one_rank_does_not_see_stops_all(corpus: Corpus, tmp_p
     (checkpoint.parent / "latest").write_text(checkpoint.name)
     save_config(parse_arguments(options).config, checkpoint / "config.yaml")
     ranks = [start_rank(rank, port, options, tmp_path / str(rank)) for rank in range(2)]
-    errors = [error_of(process, 120) for process in ranks]
+    errors = [error_of(process) for process in ranks]
     assert [process.returncode for process in ranks] == [2, 2]
     assert all("rank 1 has the checkpoint (none), but the others have step_00000003" in error for error in errors)
     assert all("a folder that all ranks share" in error for error in errors)
@@ -94,7 +94,7 @@ def test_a_checkpoint_that_one_rank_does_not_see_stops_all(corpus: Corpus, tmp_p
 def test_a_rank_that_never_starts_is_named(rank: int, message: str, corpus: Corpus, tmp_path: Path) -> None:
     options = corpus.options(tmp_path / "run", parallel__distributed_timeout_minutes=0.03)
     process = start_rank(rank, free_port(), options)
-    error = error_of(process, 120)
+    error = error_of(process)
     assert process.returncode == 4
     assert message in error
     assert "within parallel.distributed_timeout_minutes 0.03" in error
@@ -105,14 +105,14 @@ def test_an_error_that_nobody_foresaw_ends_the_rank_at_once() -> None:
     program = """
 import runpy, threading, time
 from megatron_crnet import settings
-threading.Thread(target=time.sleep, args=(60,)).start()
+threading.Thread(target=time.sleep, args=(3600,)).start()
 def fail(argv):
     raise ZeroDivisionError("nobody foresaw this")
 settings.parse_arguments = fail
 runpy.run_path("pretrain_crnet.py", run_name="__main__")
 """
     result = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=50, check=False
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False
     )
     assert result.returncode == 1
     assert result.stderr.startswith("Traceback")
@@ -125,13 +125,14 @@ runpy.run_path("pretrain_crnet.py", run_name="__main__")
 def test_a_rank_that_dies_or_stands_still_does_not_leave_the_other_hanging(
     number: signal.Signals, message: str, corpus: Corpus, tmp_path: Path
 ) -> None:
-    port, output = free_port(), tmp_path / "run"
+    port, output, meeting = free_port(), tmp_path / "run", tmp_path / "meeting"
+    meeting.mkdir()
     options = corpus.options(output, training__train_steps=100000, parallel__distributed_timeout_minutes=0.15)
-    ranks = [start_rank(rank, port, options) for rank in range(2)]
+    ranks = [start_rank(rank, port, options, meeting=meeting) for rank in range(2)]
     try:
         wait_for_step(output, 3, ranks)
         ranks[1].send_signal(number)
-        error = error_of(ranks[0], 60)
+        error = error_of(ranks[0])
     finally:
         for process in ranks:
             process.kill()
