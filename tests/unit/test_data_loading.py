@@ -88,7 +88,7 @@ def one_rank(dataset: Any, **options: Any) -> Iterator[list[dict[str, Tensor]]]:
 
 
 def wait_for_no_children() -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert multiprocessing.active_children() == []

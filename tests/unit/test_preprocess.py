@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -123,7 +124,7 @@ def test_errors_that_cost_no_work(model: str, tmp_path: Path) -> None:
 
 
 def children() -> set[psutil.Process]:
-    """Child processes; other tests in this process may have left a resource tracker."""
+    """Child processes; other tests in this process may have left some, which may end at any moment."""
     return set(psutil.Process().children())
 
 
@@ -138,7 +139,7 @@ def test_sigterm_leaves_nothing(corpus: Path, model: str, tmp_path: Path, worker
     assert caught.value.code == 143
     assert names(tmp_path) == []
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert children() == before
+    assert children() <= before
 
 
 def test_a_killed_run_leaves_no_output_and_does_not_disturb_the_next(corpus: Path, model: str, tmp_path: Path) -> None:
@@ -170,12 +171,13 @@ def test_a_worker_that_is_killed_is_an_error(corpus: Path, model: str, tmp_path:
 
     def kill_a_worker(_: Progress) -> None:
         for child in list(children() - before)[:1]:  # none is left when both have been killed
-            child.kill()
+            with suppress(psutil.NoSuchProcess):  # one that has been, and was waited for since it was listed
+                child.kill()
 
     with pytest.raises(CrnetError, match=r"worker process \d+ ended with exit code -9"):
         run(corpus, tmp_path / "out", model, workers=2, chunk_bytes=3_000, progress=kill_a_worker)
     assert names(tmp_path) == []
-    assert children() == before
+    assert children() <= before
 
 
 def worker_task(mode: str, job: int) -> tuple[int, int]:
@@ -213,7 +215,7 @@ def test_workers_end_with_a_killed_parent() -> None:
         assert parent.stdout is not None
         workers = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
         parent.kill()
-        assert psutil.wait_procs(workers, timeout=10)[1] == []
+        assert psutil.wait_procs(workers, timeout=60)[1] == []
 
 
 def test_progress_reaches_the_end(corpus: Path, model: str, tmp_path: Path) -> None:
@@ -240,10 +242,14 @@ def test_preprocess_works_outside_the_main_thread(model: str, tmp_path: Path) ->
 
 
 def test_tool_reports_errors_in_one_line_with_status_2(model: str, tmp_path: Path) -> None:
-    started = time.monotonic()
-    command = [sys.executable, str(TOOL), "nowhere", "--output", str(tmp_path / "out"), "--tokenizer-model", model]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    command = [str(TOOL), "nowhere", "--output", str(tmp_path / "out"), "--tokenizer-model", model]
+    ended = subprocess.run(
+        [sys.executable, "-X", "importtime", *command], capture_output=True, text=True, check=False, timeout=300
+    )
+    imports = [line for line in ended.stderr.splitlines() if line.startswith("import time:")]
+    (error,) = [line for line in ended.stderr.splitlines() if line not in imports]
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr.startswith("error: nowhere is neither a file nor a folder")
-    assert ended.stderr.count("\n") == 1
-    assert time.monotonic() - started < 10, "an error that costs no work must not wait for Megatron-Core's import"
+    assert error.startswith("error: nowhere is neither a file nor a folder")
+    assert any(line.endswith(" megatron_crnet.preprocess") for line in imports)
+    slow = [line for line in imports if line.split()[-1].partition(".")[0] in ("torch", "megatron")]
+    assert not slow, "an error that costs no work must not wait for Megatron-Core's import"
