@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from contextlib import suppress
+from pathlib import Path
 
 from megatron_crnet.config import Config, RecomputeConfig
 from megatron_crnet.engine import TrainEngine
@@ -41,9 +44,22 @@ def close_engine(engine: TrainEngine) -> None:
 
 
 def settled(memory: LiveMemory) -> int:
-    """Bytes alive once they no longer change: gloo's thread lets go of a reduced tensor a moment after the call."""
-    seen = [memory.current]
-    while len(seen) < 4 or len(set(seen[-4:])) > 1:
-        time.sleep(0.03)
-        seen.append(memory.current)
-    return seen[-1]
+    """Bytes alive once no other thread has work left: gloo's lets go of a reduced tensor a moment after the call."""
+    deadline, quiet = time.monotonic() + 60, 0
+    while quiet < 3:
+        assert time.monotonic() < deadline
+        before = memory.current
+        time.sleep(0.02)  # without Python's lock, for which a thread may wait to let go of a tensor
+        quiet = quiet + 1 if memory.current == before and not _others_run() else 0
+    return memory.current
+
+
+def _others_run() -> bool:
+    """Whether another thread of this process runs, or would on a machine that is not busy (Linux)."""
+    own = str(threading.get_native_id())
+    states = []
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # it has ended
+            if task.name != own:
+                states.append((task / "stat").read_text().rpartition(") ")[2][0])
+    return "R" in states

@@ -22,7 +22,7 @@ import torch.multiprocessing as mp
 from megatron.core import parallel_state
 
 
-def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300) -> list[Any]:
+def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 600) -> list[Any]:
     """Call `function(*args)` on `world_size` ranks of one gloo group.
 
     Ranks have this process's environment and folder, but all of them one seed of `hash`: what depends on the order of a
@@ -135,6 +135,8 @@ def _rank_main(
         dist.barrier()
         os._exit(0)  # the groups of many engines need not be taken down one by one
     except BaseException:
-        Path(folder, f"error_{rank}.tmp").write_text(f"rank {rank}:\n{traceback.format_exc()}")
-        os.replace(Path(folder, f"error_{rank}.tmp"), Path(folder, f"error_{rank}"))
+        # its name only when it is whole: somebody looks for it all the time
+        unnamed = Path(folder, f"half_an_error_{rank}")
+        unnamed.write_text(f"rank {rank}:\n{traceback.format_exc()}")
+        unnamed.replace(Path(folder, f"error_{rank}"))
         os._exit(1)
