@@ -97,7 +97,7 @@ def drop_steps(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, tuple[boo
 
 @pytest.fixture(scope="module")
 def dropped() -> list[dict[str, dict[str, tuple[bool, bool]]]]:
-    return run_distributed(drop_steps, 2, ROWS, timeout_s=400)
+    return run_distributed(drop_steps, 2, ROWS)
 
 
 @pytest.mark.parametrize("how", HOW[1:])

@@ -106,7 +106,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def rows(folder: str) -> dict[str, dict[str, Any]]:
-    return run_distributed(resume_rows, 2, folder, timeout_s=400)[0]
+    return run_distributed(resume_rows, 2, folder)[0]
 
 
 @pytest.mark.parametrize("name", ROWS)

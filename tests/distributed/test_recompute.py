@@ -155,7 +155,7 @@ def compare(rows: list[Row]) -> dict[tuple[str, str], bool]:
 
 @pytest.fixture(scope="module")
 def bits() -> dict[tuple[str, str], bool]:
-    return run_distributed(compare, 2, ROWS, timeout_s=500)[0]
+    return run_distributed(compare, 2, ROWS)[0]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.image.conftest import GPU, NVIDIA_STAND_IN, SOMEBODY, Runner, finish
 from tests.image.pip_settings import PipSettings
-from tests.image.podman import ROOT, Podman
+from tests.image.podman import ROOT, RUN_SECONDS, Podman
 from tests.integration.conftest import lines_of
+from tests.integration.processes import free_port, wait_for_step
 
 pytestmark = pytest.mark.image
 
@@ -113,7 +113,7 @@ def test_two_processes_follow_one(runner: Runner, alone: Path) -> None:
 
 def test_two_nodes_follow_one(runner: Runner, alone: Path) -> None:
     """Two containers on the host's network stand for two nodes."""
-    nodes = {"NODES": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29517, "PROCESSES": 1}
+    nodes = {"NODES": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "PROCESSES": 1}
     arguments = runner.train("nodes")
     started = [runner.start("run_multinode.sh", *arguments, **nodes, NODE_RANK=rank) for rank in (0, 1)]
     for process in started:
@@ -130,7 +130,7 @@ def test_the_same_command_continues_in_a_new_container(runner: Runner, alone: Pa
 
 def test_a_mistake_is_status_2_outside_the_container_as_well(runner: Runner) -> None:
     process = runner.start("run.sh", *runner.train("mistake", model__hidden_size=33))
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=RUN_SECONDS)
     assert process.returncode == 2, printed
     assert "error: model.hidden_size 33" in printed
     assert not (runner.folder / "runs" / "mistake").exists()
@@ -139,14 +139,9 @@ def test_a_mistake_is_status_2_outside_the_container_as_well(runner: Runner) -> 
 def test_a_signal_reaches_the_trainer(runner: Runner) -> None:
     """Else the engine would kill it after STOP_TIMEOUT, status 137."""
     process = runner.start("run.sh", *runner.train("stopped", training__train_steps=100000))
-    metrics = runner.folder / "runs" / "stopped" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.stat().st_size):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_for_step(runner.folder / "runs" / "stopped", 1, [process])
     process.send_signal(signal.SIGTERM)
-    printed, _ = process.communicate(timeout=120)
+    printed, _ = process.communicate(timeout=RUN_SECONDS)
     assert process.returncode == 75, printed
     assert "stopped by SIGTERM after step" in printed
     assert runner.podman("ps", "--all", "--quiet").stdout == ""

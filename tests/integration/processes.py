@@ -97,7 +97,8 @@ def wait_until(condition: Callable[[], object], processes: list[subprocess.Popen
     deadline = time.monotonic() + LIMIT_S
     while not condition():
         assert time.monotonic() < deadline
-        assert all(process.poll() is None for process in processes)
+        for process in processes:
+            assert process.poll() is None, process.communicate()
         time.sleep(0.05)
 
 

@@ -86,13 +86,15 @@ class Cluster:
 
     def job(self, job: str) -> dict[str, str]:
         """What `scontrol show job` says."""
-        command = ("scontrol", "show", "job", "--oneliner", job)
-        for _ in range(4):  # it has been seen to fail without a word where the host is busy
-            if (done := self.try_run(*command)).returncode == 0:
-                break
-            time.sleep(0.5)
-        words = (done.stdout if done.returncode == 0 else self.run(*command)).split()
+        words = self._ask("scontrol", "show", "job", "--oneliner", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def _ask(self, *command: str) -> str:
+        for _ in range(10):  # it has been seen to fail without a word where the host is busy
+            if (done := self.try_run(*command)).returncode == 0:
+                return done.stdout.strip()
+            time.sleep(0.5)
+        return self.run(*command)
 
     @property
     def names(self) -> list[str]:
@@ -105,14 +107,13 @@ class Cluster:
 
     def node_state(self, name: str) -> str:
         """As sinfo says it: idle, allocated, down* ..."""
-        return self.run("sinfo", "--noheader", "--partition=batch", f"--nodes={name}", "--format=%T")
+        return self._ask("sinfo", "--noheader", "--partition=batch", f"--nodes={name}", "--format=%T")
 
     def kill_node(self, name: str) -> None:
         """End a node as a power cut does: its daemon and everything that runs on it."""
         running = self.processes(SLURMD_NODENAME=name)
         # slurmstepd, above them, has no variable with the name
-        above = {process.parent() for process in running}
-        steps = [process for process in above if process and process.name().startswith("slurmstepd")]
+        steps = {step for process in running for step in _steps_above(process)}
         _kill([psutil.Process(int((self.folder / f"{name}.pid").read_text())), *steps, *running])
 
     def processes(self, **environment: str) -> list[psutil.Process]:
@@ -138,6 +139,14 @@ def _variables(pid: int) -> set[bytes]:
     with suppress(OSError):
         return set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
     return set()
+
+
+def _steps_above(process: psutil.Process) -> list[psutil.Process]:
+    """SLURM's process that has started it; none where one of both has ended since it was listed."""
+    with suppress(psutil.NoSuchProcess):
+        parent = process.parent()
+        return [parent] if parent and parent.name().startswith("slurmstepd") else []
+    return []
 
 
 @contextmanager
@@ -187,7 +196,7 @@ def _start(cluster: Cluster) -> None:
     cluster.run("slurmctld")
     for name in cluster.names:
         cluster.start_node(name)
-    wait_until(lambda: {cluster.node_state(name) for name in cluster.names} == {"idle"}, 30, "the nodes")
+    wait_until(lambda: {cluster.node_state(name) for name in cluster.names} == {"idle"}, 120, "the nodes")
 
 
 def _stop(cluster: Cluster) -> None:
@@ -198,7 +207,7 @@ def _stop(cluster: Cluster) -> None:
             daemons.append(psutil.Process(int(path.read_text())))
     for process in daemons:
         process.terminate()
-    psutil.wait_procs(daemons, timeout=20)
+    psutil.wait_procs(daemons, timeout=60)
     _kill(daemons)
     _kill(cluster.processes())
 
@@ -207,7 +216,7 @@ def _kill(processes: list[psutil.Process]) -> None:
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    _, alive = psutil.wait_procs(processes, timeout=20)
+    _, alive = psutil.wait_procs(processes, timeout=60)
     assert not alive, f"cannot end {alive}"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import ROOT, corpus
+from tests.integration.conftest import LIMIT_S, ROOT, corpus
 from tests.slurm.cluster import Cluster, running_cluster
 
 __all__ = ["corpus"]
@@ -46,14 +46,14 @@ class Job:
     def printed(self) -> str:
         return self.output.read_text() if self.output.exists() else ""
 
-    def wait(self, seconds: float = 180) -> Job:
+    def wait(self) -> Job:
         """Until it has ended for good."""
-        self.wait_for(lambda: self.state in ENDED, seconds, "its end")
+        self.wait_for(lambda: self.state in ENDED, "its end")
         return self
 
-    def wait_for(self, condition: Callable[[], object], seconds: float, what: str) -> None:
+    def wait_for(self, condition: Callable[[], object], what: str) -> None:
         """Until `condition` holds; fails with the job's output when it ends before or the time is over."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + LIMIT_S
         while not condition():
             ended = self.state in ENDED and not condition()
             if ended or time.monotonic() > deadline:
@@ -62,9 +62,9 @@ class Job:
                 )
             time.sleep(0.2)
 
-    def start_again(self, restarts: int, seconds: float = 120) -> None:
+    def start_again(self, restarts: int) -> None:
         """Wait until it is in the queue again, and do not wait the two minutes that SLURM then makes it wait."""
-        self.wait_for(lambda: self.state == "PENDING" and self.restarts == restarts, seconds, f"requeue {restarts}")
+        self.wait_for(lambda: self.state == "PENDING" and self.restarts == restarts, f"requeue {restarts}")
         # a node refuses a start of the second in which it was told to end the job
         time.sleep(2)
         self.cluster.run("scontrol", "update", f"JobId={self.id}", "StartTime=now")

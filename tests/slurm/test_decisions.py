@@ -23,10 +23,11 @@ starts=($ENDS)
 IFS=: read -ra ends <<<"${starts[${SLURM_RESTART_COUNT:-0}]}"
 end=${ends[SLURM_NODEID]:-${ends[0]}}
 save() { [[ -z $SAVES || $SLURM_NODEID != 0 ]] || date +step_%s%N >"$CHECKPOINT_DIR/latest"; }
+[[ $end != asked ]] || trap 'save; exit 75' TERM # before the line that a test waits for
 echo "agent $SLURM_NODEID ends with $end: $*"
 case $end in
-dies) exec sleep 60 ;;
-asked) trap 'save; exit 75' TERM; sleep 60 & wait ;;
+dies) exec sleep 600 ;;
+asked) sleep 600 & wait ;;
 *) save; exit "$end" ;;
 esac
 """
@@ -90,7 +91,7 @@ def test_a_start_that_slurm_repeats_without_progress_stops_at_once(cluster: Clus
     """As after a node that dies each time, where the script never comes to its end."""
     job = run(cluster, agent, "dies dies 0")
     for restart in (1, 2):
-        job.wait_for(lambda agents=2 * restart: job.printed.count("agent") == agents, 90, f"start {restart}")
+        job.wait_for(lambda agents=2 * restart: job.printed.count("agent") == agents, f"start {restart}")
         cluster.run("scontrol", "requeue", job.id)
         job.start_again(restart)
     job.wait()
@@ -105,7 +106,7 @@ def test_where_requeueing_is_not_wanted_the_status_says_so(cluster: Cluster, age
 
 def test_a_warning_that_comes_before_the_trainer_can_save_requeues(cluster: Cluster, agent: Path) -> None:
     job = run(cluster, agent, "dies 0")
-    job.wait_for(lambda: "ends with dies" in job.printed, 90, "start")
+    job.wait_for(lambda: job.printed.count("ends with dies") == 2, "start")
     cluster.run("scancel", "--batch", "--signal=USR1", job.id)
     job.start_again(1)
     assert job.wait().state == "COMPLETED", job.printed
@@ -113,7 +114,7 @@ def test_a_warning_that_comes_before_the_trainer_can_save_requeues(cluster: Clus
 
 def test_a_job_that_slurm_preempts_saves_and_comes_back(cluster: Cluster, agent: Path) -> None:
     job = run(cluster, agent, "asked 0", SAVES=1)
-    job.wait_for(lambda: job.printed.count("agent") == 2, 90, "start")
+    job.wait_for(lambda: job.printed.count("agent") == 2, "start")
     urgent = ["--parsable", "--partition=urgent", "--nodes=2", "--exclusive", f"--output={agent.parent / 'urgent.out'}"]
     other = Job(cluster, cluster.run("sbatch", *urgent, "--wrap=true"), agent.parent / "urgent.out")
     job.start_again(1)

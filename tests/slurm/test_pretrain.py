@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.conftest import Corpus, lines_of, start
+from tests.integration.processes import last_step
 from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.conftest import PRETRAIN, TWO_NODES, Job, submit
 
@@ -38,8 +39,10 @@ def pretrain(cluster: Cluster, corpus: Corpus, output: Path, *sbatch: str, steps
     )
 
 
-def reached(output: Path, step: int) -> bool:
-    return (output / "metrics.jsonl").exists() and max(lines_of(output, "loss"), default=0) >= step
+def latest(output: Path) -> int:
+    """The step of the newest checkpoint, 0 before the first."""
+    path = output / "checkpoints" / "latest"
+    return int(path.read_text().removeprefix("step_")) if path.exists() else 0
 
 
 @pytest.fixture(scope="module")
@@ -73,34 +76,39 @@ def test_a_warned_and_then_a_killed_job_continues_bit_for_bit(
 ) -> None:
     output = tmp_path / "run"
     job = pretrain(cluster, corpus, output)
-    job.wait_for(lambda: reached(output, 10), 180, "step 10")
+    job.wait_for(lambda: last_step(output) >= 10, "step 10")
     # what --signal=B:USR1@... does when time is nearly up
     cluster.run("scancel", "--batch", "--signal=USR1", job.id)
     job.start_again(1)
-    saved = (output / "checkpoints" / "latest").read_text()
-    assert 10 <= int(saved.removeprefix("step_")) < STEPS, job.printed
+    saved = latest(output)
+    assert 10 <= saved < STEPS, job.printed
     assert "saved and stopped as asked" in job.printed
 
-    job.wait_for(lambda: reached(output, 90), 180, "step 90")
+    job.wait_for(lambda: latest(output) > saved, "a checkpoint of the second start")
     cluster.kill_node("node1")
-    job.wait_for(lambda: job.state == "PENDING" and job.restarts == 2, 180, "requeue after the node's end")
+    job.wait_for(lambda: job.state == "PENDING" and job.restarts == 2, "requeue after the node's end")
     cluster.start_node("node1")
-    wait_until(lambda: cluster.node_state("node1") == "idle", 60, "node1")
+    wait_until(lambda: cluster.node_state("node1") == "idle", 120, "node1")
     job.start_again(2)
     assert job.wait().state == "COMPLETED", job.printed
-    assert int((output / "checkpoints" / "latest").read_text().removeprefix("step_")) == STEPS
+    assert latest(output) == STEPS
     for key in ("loss", "grad_norm"):
         assert lines_of(output, key) == lines_of(uninterrupted[1], key)
 
 
 def test_slurm_warns_by_itself_and_scancel_ends_the_job(cluster: Cluster, corpus: Corpus, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    # SLURM warns up to half a minute early, which still leaves the trainer as long to start
-    job = pretrain(cluster, corpus, output, "--time=3", "--signal=B:USR1@100", steps=ENDLESS)
-    job.start_again(1, seconds=180)
+    job = pretrain(cluster, corpus, output, "--time=60", "--signal=B:USR1@180", steps=ENDLESS)
+    job.wait_for(lambda: last_step(output) >= 10, "step 10")
+    # two to three minutes are left when it trains, however long it took to start: SLURM looks twice a minute
+    hours, minutes, _ = map(int, cluster.job(job.id)["RunTime"].split(":"))
+    cluster.run("scontrol", "update", f"JobId={job.id}", f"TimeLimit={60 * hours + minutes + 3}")
+    job.wait_for(lambda: job.state == "PENDING" and job.restarts == 1, "requeue")
+    cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
+    job.start_again(1)
     assert "warning signal" in job.printed
-    saved = int((output / "checkpoints" / "latest").read_text().removeprefix("step_"))
-    job.wait_for(lambda: reached(output, saved + 10), 180, "more steps")
+    saved = latest(output)
+    job.wait_for(lambda: last_step(output) >= saved + 10, "more steps")
     cluster.run("scancel", job.id)
     job.wait()
     assert (job.state, job.restarts) == ("CANCELLED", 1)
