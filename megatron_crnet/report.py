@@ -26,7 +26,7 @@ def dry_run_report(config: Config, world_size: int) -> str:
         yaml.safe_dump(resolved(config), sort_keys=False),
         f"parameters ({model.variant})",
         *(f"  {name:<16}{count:>16,}" for name, count in rows),
-        "batch",
+        f"batch on {world_size} process{'es' if world_size > 1 else ' (set WORLD_SIZE=N before this command for N)'}",
         f"  {plan.micro_batch_size} sequences x {plan.num_microbatches} micro-batches x {plan.dp_size} data-parallel "
         f"ranks = {plan.global_batch_size} sequences = {plan.tokens_per_step:,} tokens a step",
         f"  {training.train_steps:,} steps = {training.train_steps * plan.tokens_per_step:,} tokens",

@@ -98,7 +98,10 @@ def run(argv: list[str]) -> int:
             [*table(ranked[:show]), "the first, because of the search's estimate:", *(f"  {x}" for x in explain(found))]
         )
     )
-    print(f"written to {output}: start {gpus} processes of pretrain_crnet.py --config {output}")
+    print(
+        f"written to {output}: start {gpus} processes of pretrain_crnet.py --config {output}; what they would do: "
+        f"WORLD_SIZE={gpus} python pretrain_crnet.py --config {output} --dry-run"
+    )
     return INTERRUPTED if found.stopped else 0
 
 

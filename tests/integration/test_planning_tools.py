@@ -29,6 +29,7 @@ def test_the_file_of_a_plan_is_taken_by_a_dry_run(tmp_path: Path) -> None:
     dry = run("pretrain_crnet.py", "--config", str(plan), "--dry-run")
     assert dry.returncode == 0, dry.stderr
     assert "memory of a rank" in dry.stdout
+    assert "batch on 1 process (set WORLD_SIZE=N" in dry.stdout
 
 
 def test_the_estimate_is_printed_as_json() -> None:
