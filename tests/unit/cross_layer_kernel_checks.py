@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_crnet import cross_layer_kernels as kernels
+from megatron_crnet.anchors import place_anchors
 from megatron_crnet.config import Config, RecomputeConfig
 from megatron_crnet.cross_layer import PLAIN, Residual, working_kernels
 from megatron_crnet.gpt import CRNetModel, build_model_chunks
@@ -232,16 +233,32 @@ def groups() -> Iterator[None]:
 Found = tuple[Tensor, dict[str, Tensor]]
 
 
-def loss_and_gradients(config: Config, residual: Residual) -> Found:
+@torch.no_grad()
+def plan_for_sizes(model: CRNetModel, batch: dict[str, Tensor]) -> None:
+    """Place the anchors as the engine does before its first step: by the sizes of outputs that a pass has noted.
+
+    A plan for outputs of equal size lets the error of this model in bf16 pass twice the tolerance, by 1% where numbers
+    are rounded to nearest; then the guard gives NaN, as it must.
+    """
+    betas = {
+        group: group.beta for group in model.modules() if isinstance(group, LowRankGroup) and group.beta is not None
+    }
+    place_anchors([model.decoder], betas, DEVICE)
+    model.token_losses(batch)
+    place_anchors([model.decoder], betas, DEVICE)
+
+
+def loss_and_gradients(
+    config: Config, residual: Residual, plan: Callable[[CRNetModel, dict[str, Tensor]], None] = plan_for_sizes
+) -> Found:
     (model,) = build_model_chunks(config)
     assert isinstance(model, CRNetModel)
     for group in model.modules():
         if isinstance(group, LowRankGroup):
             group.residual = residual
-    if config.recompute.strategy == "inverse":
-        even = {layer: torch.ones(7) for layer in range(1, config.model.num_layers)}
-        model.decoder.place_anchors(even, even)
     batch = {name: x.to(DEVICE) for name, x in make_batch(*random_tokens(config)).items()}
+    if config.recompute.strategy == "inverse":
+        plan(model, batch)
     loss = model.token_losses(batch).mean()
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -258,6 +275,8 @@ def test_a_model_trains_on_them_and_recomputes_the_same_bits(dtype: str, bound: 
         training={"dtype": dtype, "global_batch_size": 2}, deepspeed_section={"zero_optimization": {"stage": 1}}
     )
     plain, found, calls = loss_and_gradients(config, PLAIN), {}, {}
+    inverted = dataclasses.replace(config, recompute=RecomputeConfig(strategy="inverse"))
+    assert difference(loss_and_gradients(inverted, PLAIN), plain) < bound
     for strategy in ("none", "replay", "full", "inverse"):
         counted = Counted()
         recomputed = dataclasses.replace(config, recompute=RecomputeConfig(strategy=strategy))
@@ -272,4 +291,28 @@ def test_a_model_trains_on_them_and_recomputes_the_same_bits(dtype: str, bound: 
     assert passes["none"] == [1, 1, 0]
     assert passes["full"] == [2, 1, 0]
     assert passes["replay"] == [pytest.approx(5 / 3), 1, 0]
-    assert passes["inverse"] == [1, 1, 1]
+    # the pass that notes sizes comes before; in bf16 they ask for an anchor, whose outputs are kept
+    assert passes["inverse"] == [2, 1, pytest.approx(1 if dtype == "fp32" else 2 / 3)]
+
+
+@pytest.mark.fault("GPU")
+@pytest.mark.usefixtures("groups")
+def test_a_plan_for_outputs_of_equal_size_is_caught_by_the_guard() -> None:
+    """With such a plan the gradients of this model in bf16 were not finite on CUDA, which rounds to nearest.
+
+    The interpreter cuts them off and stays just below the guard's bound, which is why it was met on a GPU alone; the
+    plain functions on a CPU round as a GPU does.
+    """
+    config = tiny_config(
+        training={"dtype": "bf16", "global_batch_size": 2}, deepspeed_section={"zero_optimization": {"stage": 1}}
+    )
+    inverted = dataclasses.replace(config, recompute=RecomputeConfig(strategy="inverse"))
+    even = {layer: torch.ones(7) for layer in range(1, config.model.num_layers)}
+
+    def equal_sizes(model: CRNetModel, batch: dict[str, Tensor]) -> None:
+        model.decoder.place_anchors(even, even)
+
+    _, unplanned = loss_and_gradients(inverted, PLAIN, equal_sizes)
+    assert not unplanned["embedding.word_embeddings.weight"].isfinite().all()
+    _, planned = loss_and_gradients(inverted, PLAIN)
+    assert all(gradient.isfinite().all() for gradient in planned.values())
