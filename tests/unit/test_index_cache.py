@@ -103,9 +103,7 @@ DAMAGE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("number", range(3))
-def test_arrays_that_cannot_belong_here_are_made_again(
-    prefix: str, tmp_path: Path, number: int, damage: str
-) -> None:
+def test_arrays_that_cannot_belong_here_are_made_again(prefix: str, tmp_path: Path, number: int, damage: str) -> None:
     expected = samples(one(prefix))
     path = caches(tmp_path)[number]
     np.save(path, DAMAGE[damage](np.load(path)))
