@@ -23,6 +23,7 @@ from megatron_crnet.data_checks import (
     Source,
     check_cache_folder,
     check_enough,
+    check_index,
     check_token_ids,
     read_index,
     sources_of,
@@ -95,6 +96,7 @@ def _checked_files(config: Config, tokenizer: Tokenizer, sources: dict[str, Sour
     prefixes = dict.fromkeys(prefix for source in sources.values() for prefix in source.blend.prefixes)
     files = {prefix: read_index(prefix) for prefix in prefixes}
     for pair in files.values():
+        check_index(pair)
         check_token_ids(pair, tokenizer)
     for split, source in sources.items():
         for prefix in source.blend.prefixes:

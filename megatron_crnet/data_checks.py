@@ -1,7 +1,8 @@
 """What the data section asks for, checked against the files before Megatron-Core opens them.
 
 Megatron-Core answers a bad file with an assertion, a number out of range, or an endless loop (a split
-without tokens). Every check here is O(1) in the size of the corpus, or bounded.
+without tokens). Every check here is O(1) in the size of the corpus, or bounded, but `check_index`: one pass over the
+.idx, 20 bytes per document.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ INDEX_HEADER = struct.Struct("<9sQBQQ")
 """Magic, version, code of the dtype, sequences, document boundaries (documents + 1)."""
 SCAN_BYTES = 1 << 26
 """A .bin up to this size is searched whole for ids beyond the vocabulary, a larger one in as much of it."""
+CHECKED_AT_ONCE = 1 << 20
+"""Entries of an index that are checked together, which bounds the memory that it takes."""
 
 Share = tuple[float, float]
 """Share of a prefix's documents, from and to."""
@@ -62,6 +65,10 @@ class IndexedFiles:
     pointers: npt.NDArray[np.int64]
     """Byte offset of each document in the .bin, [documents]; mapped, not read."""
     bin_bytes: int
+    lengths: npt.NDArray[np.int32]
+    """Tokens of each document, [documents]; mapped, not read."""
+    boundaries: npt.NDArray[np.int64]
+    """Megatron-Core's documents: the first sequence of each, and the number of sequences; mapped, not read."""
 
     @property
     def documents(self) -> int:
@@ -155,24 +162,46 @@ def read_index(prefix: str) -> IndexedFiles:
     if sequences == 0:
         raise DataError(f"{idx_path} holds no document: preprocess text that is not empty")
     lengths_end = INDEX_HEADER.size + 4 * sequences
-    needed, size = lengths_end + 8 * sequences + 8 * boundaries, os.path.getsize(idx_path)
-    if size != needed:
+    pointers_end = lengths_end + 8 * sequences
+    needed, size = pointers_end + 8 * boundaries, os.path.getsize(idx_path)
+    if size == needed + sequences:
+        raise DataError(f"{idx_path} holds modes, as multimodal data does, which is not text: give data without images")
+    if size != needed or not boundaries:
         raise DataError(
             f"{idx_path} has {size} bytes, but its {sequences} documents need {needed}: it is cut or damaged, "
             "preprocess again"
         )
-    pointers = np.memmap(idx_path, dtype=np.int64, mode="r", offset=lengths_end, shape=(sequences,))
-    last_length = int(np.memmap(idx_path, dtype=np.int32, mode="r", offset=lengths_end - 4, shape=(1,))[0])
-    last_boundary = int(np.memmap(idx_path, dtype=np.int64, mode="r", offset=needed - 8, shape=(1,))[0])
-    needed, size = int(pointers[-1]) + last_length * dtype.itemsize, os.path.getsize(bin_path)
-    if size != needed or last_length < 0 or pointers[0] != 0 or last_boundary != sequences:
+    lengths: npt.NDArray[np.int32] = np.memmap(idx_path, np.int32, "r", INDEX_HEADER.size, (sequences,))
+    pointers: npt.NDArray[np.int64] = np.memmap(idx_path, np.int64, "r", lengths_end, (sequences,))
+    ends: npt.NDArray[np.int64] = np.memmap(idx_path, np.int64, "r", pointers_end, (boundaries,))
+    needed, size = int(pointers[-1]) + int(lengths[-1]) * dtype.itemsize, os.path.getsize(bin_path)
+    if size != needed or lengths[-1] < 0 or pointers[0] != 0 or ends[0] != 0 or ends[-1] != sequences:
         raise DataError(
             f"{bin_path} has {size} bytes, but its index describes {needed}: one of the two is cut or of another run, "
             "preprocess again"
         )
     if size == 0:
         raise DataError(f"{bin_path} is empty: preprocess text that is not empty")
-    return IndexedFiles(prefix, dtype, pointers, size)
+    return IndexedFiles(prefix, dtype, pointers, size, lengths, ends)
+
+
+def check_index(files: IndexedFiles) -> None:
+    """Raise DataError unless every length, pointer and boundary of the .idx fits its neighbours."""
+    for start in range(0, files.documents, CHECKED_AT_ONCE):
+        lengths = files.lengths[start : start + CHECKED_AT_ONCE]
+        pointers = files.pointers[start : start + CHECKED_AT_ONCE + 1]
+        sizes = lengths[: len(pointers) - 1].astype(np.int64) * files.dtype.itemsize
+        wrong = lengths < 0
+        wrong[: len(sizes)] |= np.diff(pointers) != sizes
+        if wrong.any():
+            number = start + int(wrong.argmax())
+            raise DataError(
+                f"{files.prefix}.idx gives document {number} the length {files.lengths[number]} at byte "
+                f"{files.pointers[number]}, but the next one does not follow it: it is damaged, preprocess again"
+            )
+    for start in range(0, len(files.boundaries), CHECKED_AT_ONCE):
+        if (np.diff(files.boundaries[start : start + CHECKED_AT_ONCE + 1]) < 0).any():
+            raise DataError(f"{files.prefix}.idx counts its documents backwards: it is damaged, preprocess again")
 
 
 def check_token_ids(files: IndexedFiles, tokenizer: Tokenizer) -> None:
@@ -217,8 +246,11 @@ def check_cache_folder(folder: Path) -> None:
 
 
 def _read_header(idx_path: str) -> tuple[np.dtype[np.integer], int, int]:
-    with open(idx_path, "rb") as stream:
-        header = stream.read(INDEX_HEADER.size)
+    try:
+        with open(idx_path, "rb") as stream:
+            header = stream.read(INDEX_HEADER.size)
+    except OSError as error:
+        raise DataError(f"{idx_path} cannot be read ({error.strerror}): correct its permissions") from error
     damaged = DataError(f"{idx_path} is not a Megatron index, or is cut: preprocess again")
     if len(header) < INDEX_HEADER.size or not header.startswith(INDEX_MAGIC):
         raise damaged

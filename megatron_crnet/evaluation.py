@@ -125,9 +125,10 @@ def indexed_documents(prefix: str, tokenizer: Tokenizer) -> Iterator[Ids]:
     Raises:
         DataError: the files are missing, damaged or made with another tokenizer.
     """
-    from megatron_crnet.data_checks import check_token_ids, read_index  # brings Megatron-Core
+    from megatron_crnet.data_checks import check_index, check_token_ids, read_index  # brings Megatron-Core
 
     files = read_index(prefix)
+    check_index(files)
     check_token_ids(files, tokenizer)
     ids: Ids = np.memmap(f"{prefix}.bin", dtype=files.dtype, mode="r")
     bounds = [*(files.pointers // files.dtype.itemsize), len(ids)]

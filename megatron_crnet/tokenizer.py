@@ -29,7 +29,7 @@ class Tokenizer(ABC):
     """Text to token ids and back.
 
     Attributes:
-        vocab_size: token ids are 0 .. vocab_size - 1.
+        vocab_size: the largest token id plus one. Ids below it may be missing: then it is more than there are tokens.
         eod: id that ends a document, the model's end-of-sentence piece.
         pad: id of padding; `eod` when the model has none.
         unique_identifiers: goes into the names of Megatron-Core's index caches. It holds a digest of the
@@ -98,7 +98,7 @@ class HuggingFaceTokenizer(Tokenizer):
             raise DataError(
                 f"tokenizer {path} has no eos_token, which ends documents: name one in its tokenizer_config.json"
             )
-        self.vocab_size = len(self._tokenizer)
+        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
         self.eod = int(self._tokenizer.eos_token_id)
         pad = self._tokenizer.pad_token_id
         self.pad = self.eod if pad is None else int(pad)
@@ -145,7 +145,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     if tokenizer.vocab_size > vocab_size:
         enough = -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         raise ConfigError(
-            f"model.vocab_size is {vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens: "
+            f"model.vocab_size is {vocab_size}, but the tokenizer has ids up to {tokenizer.vocab_size - 1}: "
             f"set model.vocab_size to {enough}"
         )
 

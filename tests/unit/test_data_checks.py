@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_crnet.data_checks import SCAN_BYTES, parse_blend, parse_split, read_index
+from megatron_crnet.data_checks import INDEX_HEADER, SCAN_BYTES, parse_blend, parse_split, read_index
 from megatron_crnet.errors import ConfigError, DataError
+from megatron_crnet.evaluation import indexed_documents
 from tests.unit.data_helpers import (
     SEQ,
     VOCAB,
@@ -69,6 +71,65 @@ def test_index_whose_last_document_ends_elsewhere(prefix: str) -> None:
     Path(f"{prefix}.idx").write_bytes(content[:-8] + (199).to_bytes(8, "little"))
     with pytest.raises(DataError, match="cut or of another run"):
         read_index(prefix)
+
+
+def damaged_index(prefix: str, field: str, number: int, value: int) -> None:
+    """Writes one number into the .idx: a length, a pointer or a boundary."""
+    count = read_index(prefix).documents
+    start, dtype = {"length": (0, np.int32), "pointer": (4 * count, np.int64), "boundary": (12 * count, np.int64)}[
+        field
+    ]
+    width = np.dtype(dtype).itemsize
+    content = bytearray(Path(f"{prefix}.idx").read_bytes())
+    place = INDEX_HEADER.size + start + number * width
+    content[place : place + width] = np.array([value], dtype).tobytes()
+    Path(f"{prefix}.idx").write_bytes(content)
+
+
+@pytest.mark.fault("F8")
+@pytest.mark.parametrize("at_once", [7, 1 << 20])
+@pytest.mark.parametrize(
+    ("field", "number", "value"),
+    [
+        ("pointer", 5, 10**12),
+        ("pointer", 5, -2),
+        ("pointer", 7, 0),
+        ("length", 5, 2**31 - 1),
+        ("length", 6, -1),
+        ("length", 0, 0),
+        ("boundary", 5, 10**12),
+        ("boundary", 199, 0),
+    ],
+)
+def test_an_index_damaged_in_the_middle_is_refused(
+    prefix: str, monkeypatch: pytest.MonkeyPatch, field: str, number: int, value: int, at_once: int
+) -> None:
+    monkeypatch.setattr("megatron_crnet.data_checks.CHECKED_AT_ONCE", at_once)
+    damaged_index(prefix, field, number, value)
+    with pytest.raises(DataError, match=r"data\.idx .*damaged, preprocess again"):
+        build(10, data_path=[prefix])
+    with pytest.raises(DataError, match=r"data\.idx .*damaged, preprocess again"):
+        indexed_documents(prefix, PlainTokenizer(VOCAB))
+
+
+@pytest.mark.fault("F8")
+def test_any_changed_byte_of_an_index_is_refused_or_changes_nothing(prefix: str) -> None:
+    generator, whole = np.random.default_rng(8), Path(f"{prefix}.idx").read_bytes()
+    documents = [ids.tolist() for ids in indexed_documents(prefix, PlainTokenizer(VOCAB))]
+    for _ in range(150):
+        content = bytearray(whole)
+        content[generator.integers(len(whole))] ^= int(generator.integers(1, 256))
+        Path(f"{prefix}.idx").write_bytes(content)
+        with suppress(DataError):  # boundaries, which only other programs look at, may go up early
+            assert [ids.tolist() for ids in indexed_documents(prefix, PlainTokenizer(VOCAB))] == documents
+
+
+@pytest.mark.fault("F8")
+def test_an_index_of_multimodal_data_is_refused_by_name(prefix: str) -> None:
+    with open(f"{prefix}.idx", "ab") as stream:
+        stream.write(bytes(200))
+    with pytest.raises(DataError, match="holds modes, as multimodal data does"):
+        build(10, data_path=[prefix])
 
 
 def test_index_without_documents(tmp_path: Path) -> None:

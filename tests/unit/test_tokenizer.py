@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from megatron_crnet.data_checks import check_token_ids, read_index
 from megatron_crnet.errors import ConfigError, DataError
+from megatron_crnet.preprocess import preprocess
 from megatron_crnet.tokenizer import check_vocabulary, load_tokenizer
 from megatron_crnet.tokenizer_training import BLOCK_CHARACTERS, sample_blocks, split_blocks, train_sentencepiece
-from tests.unit.data_helpers import PlainTokenizer, library_texts, train_small_tokenizer
+from tests.unit.data_helpers import PlainTokenizer, library_texts, read_indexed, train_small_tokenizer, write_jsonl
 
 ODD_TEXTS = [
     "",
@@ -190,3 +194,46 @@ def test_hugging_face_special_tokens_and_digest(hugging_face_folder: Path) -> No
     (hugging_face_folder / "hf" / "pytorch_model.bin").write_text("weights")
     assert load_tokenizer("huggingface", str(hugging_face_folder / "hf")).unique_identifiers == before
     assert no_pad.unique_identifiers != before
+
+
+@pytest.fixture
+def tokenizer_with_gaps(hugging_face_folder: Path) -> str:
+    """501 tokens, the last of which has the id 599."""
+    path = hugging_face_folder / "hf" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": 599, "content": "<far>", "special": False})
+    content["model"]["vocab"]["<far>"] = 599
+    path.write_text(json.dumps(content))
+    return str(path.parent)
+
+
+@pytest.mark.fault("L8")
+def test_a_vocabulary_with_gaps_reaches_to_its_largest_id(tokenizer_with_gaps: str) -> None:
+    tokenizer = load_tokenizer("huggingface", tokenizer_with_gaps)
+    assert tokenizer.vocab_size == 600
+    assert tokenizer.tokenize("a<far>b")[1] == 599
+    assert tokenizer.detokenize([*tokenizer.tokenize("a<far>b"), 550, 1]) == "a<far>b"
+    check_vocabulary(tokenizer, 600)
+    with pytest.raises(ConfigError, match=r"ids up to 599: set model\.vocab_size to 640"):
+        check_vocabulary(tokenizer, 599)
+
+
+@pytest.mark.fault("L8")
+def test_text_of_a_vocabulary_with_gaps_is_preprocessed_and_read(tokenizer_with_gaps: str, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", ["a<far>b" * 20])
+    preprocess([tmp_path / "a.jsonl"], tmp_path / "out", "huggingface", tokenizer_with_gaps, workers=0)
+    files = read_index(str(tmp_path / "out"))
+    check_token_ids(files, load_tokenizer("huggingface", tokenizer_with_gaps))
+    assert files.dtype == np.uint16
+
+
+@pytest.mark.fault("L8")
+def test_the_type_of_the_ids_follows_the_largest_one(
+    hugging_face_folder: Path, tokenizer_with_gaps: str, tmp_path: Path
+) -> None:
+    path = Path(tokenizer_with_gaps) / "tokenizer.json"
+    path.write_text(path.read_text().replace("599", "70000"))
+    write_jsonl(tmp_path / "a.jsonl", ["a<far>b"])
+    preprocess([tmp_path / "a.jsonl"], tmp_path / "out", "huggingface", tokenizer_with_gaps, workers=0)
+    assert read_index(str(tmp_path / "out")).dtype == np.int32
+    assert 70000 in read_indexed(tmp_path / "out")[0]
