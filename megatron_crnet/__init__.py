@@ -37,6 +37,7 @@ The modules in the order in which to read them; each uses only those above it.
     weights              names, initial values and shards of the canonical weights
 
     tokenizer, tokenizer_training          SentencePiece and Hugging Face tokenizers
+    fingerprint          what a run was trained on: tokenizer and data, beside the data and in checkpoints
     corpus, standard_library               documents from files; the corpus that Python ships
     preprocess, worker_pool                documents -> .bin/.idx
     data, data_checks, padded_dataset      .bin/.idx -> samples; index_cache: their indices, stored without pickle

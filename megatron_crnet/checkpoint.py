@@ -37,6 +37,7 @@ from megatron_crnet.checkpoint_folder import (
 from megatron_crnet.config import Config
 from megatron_crnet.engine import TrainEngine
 from megatron_crnet.errors import CheckpointError, ConfigError
+from megatron_crnet.fingerprint import TrainedOn
 from megatron_crnet.masters import Masters
 from megatron_crnet.random_states import RandomStates
 from megatron_crnet.settings import resolved
@@ -56,10 +57,15 @@ def checkpoint_dir(config: Config) -> Path:
 
 
 class Checkpointer:
-    """Saves and loads the state of one engine; every public method is a collective call."""
+    """Saves and loads the state of one engine; every public method is a collective call.
 
-    def __init__(self, config: Config, engine: TrainEngine) -> None:
+    Args:
+        trained_on: tokenizer and data of the run.
+    """
+
+    def __init__(self, config: Config, engine: TrainEngine, trained_on: TrainedOn | None = None) -> None:
         self.config, self.folder = config, checkpoint_dir(config)
+        self.trained_on = trained_on or TrainedOn()
         self.masters = Masters(engine.deepspeed, engine.stage)
         self.weights = [weight for chunk in engine.chunks for weight in canonical_weights(chunk)]
         # of its own, because the thread's calls must not meet those of training
@@ -85,6 +91,7 @@ class Checkpointer:
             "adam_steps": self.masters.steps,
             "layout": self._layout(),
             "versions": library_versions(),
+            "trained_on": self.trained_on.values(),
         }
         target = self.folder / f"{REJECTED if aside else ''}{checkpoint_name(state.step)}"
         self._thread = threading.Thread(target=self._write, args=(target, state, boxes, about), name="checkpoint")
@@ -209,9 +216,9 @@ def tidy(folder: Path) -> None:
     dist.barrier()
 
 
-def saved_versions(checkpoint: Path) -> dict[str, str]:
-    """Versions of the libraries of the run that wrote a whole checkpoint."""
-    return dict(json.loads((checkpoint / "state.json").read_text()).get("versions", {}))
+def saved_state(checkpoint: Path) -> dict[str, Any]:
+    """What a whole checkpoint holds beside its tensors: counters, library versions, what it was trained on."""
+    return dict(json.loads((checkpoint / "state.json").read_text()))
 
 
 def check_resumable(config: Config, checkpoint: Path) -> dict[str, Any]:

@@ -5,10 +5,7 @@ Order of use: `build_datasets` once on every rank, then `global_batches` for eac
 
 from __future__ import annotations
 
-import hashlib
-import os
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +26,10 @@ from megatron_crnet.data_checks import (
     sources_of,
 )
 from megatron_crnet.errors import ConfigError
+from megatron_crnet.fingerprint import check_tokenizer_of_data, digest_of_blend
 from megatron_crnet.index_cache import DatasetBuilder, PackedDataset
 from megatron_crnet.padded_dataset import PaddedDocumentDataset
 from megatron_crnet.tokenizer import Tokenizer, check_vocabulary
-
-FINGERPRINT_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -98,6 +94,7 @@ def _checked_files(config: Config, tokenizer: Tokenizer, sources: dict[str, Sour
     for pair in files.values():
         check_index(pair)
         check_token_ids(pair, tokenizer)
+        check_tokenizer_of_data(pair.prefix, tokenizer)
     for split, source in sources.items():
         for prefix in source.blend.prefixes:
             check_enough(files[prefix], split, source.share, config)
@@ -154,36 +151,20 @@ def _cache_folder(config: Config, files: dict[str, IndexedFiles]) -> str:
     """
     first = next(iter(files))
     root = Path(config.data.cache_path) if config.data.cache_path else Path(first).parent / "cache"
-    folder = root / _digest(files)
+    folder = root / digest_of_blend(sorted(files), None)[:16]
     check_cache_folder(folder)
     return str(folder)
 
 
-def data_fingerprint(config: Config) -> str:
-    """A digest of all data files of a configuration, to compare what ranks see.
+def data_fingerprint(config: Config) -> dict[str, str]:
+    """A digest of the data of each split that `config` names, by its name; paths do not count, order and weights do.
 
     Raises:
         ConfigError, DataError: the data section contradicts itself; a file is missing or damaged.
     """
-    sources = sources_of(config.data)
-    prefixes = {prefix for source in sources.values() for prefix in source.blend.prefixes}
-    for prefix in sorted(prefixes):
-        read_index(prefix)
-    return _digest(prefixes)
-
-
-def _digest(prefixes: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for prefix in sorted(prefixes):
-        for path in (f"{prefix}.bin", f"{prefix}.idx"):
-            _update_fingerprint(digest, path)
-    return digest.hexdigest()[:16]
-
-
-def _update_fingerprint(digest: Any, path: str) -> None:
-    """Add size, beginning and end of a file; a whole corpus would take too long to read."""
-    with open(path, "rb") as stream:
-        size = os.path.getsize(path)
-        digest.update(size.to_bytes(8, "little") + stream.read(FINGERPRINT_BYTES))
-        stream.seek(max(size - FINGERPRINT_BYTES, 0))
-        digest.update(stream.read(FINGERPRINT_BYTES))
+    found = {}
+    for split, source in sources_of(config.data).items():
+        for prefix in source.blend.prefixes:
+            read_index(prefix)
+        found[split] = digest_of_blend(source.blend.prefixes, source.blend.weights)
+    return found

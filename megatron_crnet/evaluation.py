@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_crnet.config import Config
 from megatron_crnet.corpus import iter_documents
 from megatron_crnet.errors import DataError
+from megatron_crnet.fingerprint import check_tokenizer_of_data
 from megatron_crnet.tokenizer import Tokenizer
 
 Ids = npt.NDArray[np.integer[Any]]
@@ -130,6 +131,7 @@ def indexed_documents(prefix: str, tokenizer: Tokenizer) -> Iterator[Ids]:
     files = read_index(prefix)
     check_index(files)
     check_token_ids(files, tokenizer)
+    check_tokenizer_of_data(prefix, tokenizer)
     ids: Ids = np.memmap(f"{prefix}.bin", dtype=files.dtype, mode="r")
     bounds = [*(files.pointers // files.dtype.itemsize), len(ids)]
     return (ids[bounds[i] : bounds[i + 1]] for i in range(files.documents))

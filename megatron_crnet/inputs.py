@@ -9,11 +9,14 @@ from typing import Any
 
 from megatron_crnet.agreement import CHECKPOINT, examine_together
 from megatron_crnet.batch import BatchPlan
-from megatron_crnet.checkpoint import check_resumable, checkpoint_dir, newest_complete, tidy
+from megatron_crnet.checkpoint import check_resumable, checkpoint_dir, newest_complete, saved_state, tidy
 from megatron_crnet.checkpoint_folder import checkpoints, saved_step
 from megatron_crnet.config import Config
 from megatron_crnet.data import Datasets, build_datasets, data_fingerprint
+from megatron_crnet.data_checks import sources_of
 from megatron_crnet.errors import ConfigError
+from megatron_crnet.fingerprint import TrainedOn, digest_of_tokenizer, other_order, remark_on_unnamed
+from megatron_crnet.settings import resolved
 from megatron_crnet.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_crnet.unigram import unigram_entropy
 
@@ -23,15 +26,21 @@ class Inputs:
     """What was found, the same on every rank.
 
     Attributes:
+        trained_on: tokenizer and data of this run.
         checkpoint: the newest whole one; None for a new run.
         saved: its resolved configuration.
+        state: what else it holds beside its tensors.
+        remarks: a line on each thing that is not as it was (warning: ...), or cannot be known (note: ...).
         damaged: a line on each newer checkpoint that is damaged.
         entropy: unigram entropy in nats of the very tokens whose loss a validation reports; None without one.
     """
 
     tokenizer: Tokenizer
+    trained_on: TrainedOn
     checkpoint: Path | None
     saved: dict[str, Any]
+    state: dict[str, Any]
+    remarks: list[str]
     damaged: list[str]
     datasets: Datasets
     entropy: float | None
@@ -50,29 +59,63 @@ def examine_inputs(config: Config, plan: BatchPlan) -> Inputs:
         CheckpointError: the checkpoint's configuration cannot be read.
     """
     tidy(checkpoint_dir(config))
-    tokenizer = examine_together(partial(_examine, config))
+    tokenizer, trained_on = examine_together(partial(_examine, config))
     checkpoint, damaged = newest_complete(checkpoint_dir(config))
-    saved = examine_together(partial(_examine_checkpoint, config, checkpoint))
+    saved, state = examine_together(partial(_examine_checkpoint, config, checkpoint, trained_on))
     datasets = _datasets(config, tokenizer, plan)
-    return Inputs(tokenizer, checkpoint, saved, damaged, datasets, _entropy(config, datasets, plan))
+    remarks = [*_about_data(config), *_about_checkpoint(config, checkpoint, saved, state, trained_on)]
+    entropy = _entropy(config, datasets, plan)
+    return Inputs(tokenizer, trained_on, checkpoint, saved, state, remarks, damaged, datasets, entropy)
 
 
-def _examine(config: Config) -> tuple[Tokenizer, dict[str, str]]:
+def _examine(config: Config) -> tuple[tuple[Tokenizer, TrainedOn], dict[str, str]]:
     """Open what this rank can see of the input, and say what must be the same on all ranks."""
     tokenizer = _tokenizer(config)
     check_vocabulary(tokenizer, config.model.vocab_size)
     if not (config.data.data_path or config.data.train_data_path):
         raise ConfigError("data.data_path is empty, but names the .bin/.idx files to train on: give their prefix")
     names = [path.name for path in checkpoints(checkpoint_dir(config))]
-    return tokenizer, {
+    trained_on = TrainedOn(digest_of_tokenizer(tokenizer), data_fingerprint(config))
+    return (tokenizer, trained_on), {
         "tokenizer": repr(tokenizer.unique_identifiers),
-        "contents of the data": data_fingerprint(config),
+        "contents of the data": repr(trained_on.data),
         CHECKPOINT: ", ".join(names) or "(none)",
     }
 
 
-def _examine_checkpoint(config: Config, checkpoint: Path | None) -> tuple[dict[str, Any], dict[str, str]]:
-    return check_resumable(config, checkpoint) if checkpoint else {}, {}
+Saved = tuple[dict[str, Any], dict[str, Any]]
+"""Configuration and state.json of a checkpoint."""
+
+
+def _examine_checkpoint(config: Config, checkpoint: Path | None, trained_on: TrainedOn) -> tuple[Saved, dict[str, str]]:
+    if checkpoint is None:
+        return ({}, {}), {}
+    saved, state = check_resumable(config, checkpoint), saved_state(checkpoint)
+    if before := TrainedOn.from_state(state):
+        before.check_tokenizer(checkpoint, trained_on.tokenizer)
+    return (saved, state), {}
+
+
+def _about_data(config: Config) -> list[str]:
+    prefixes = [prefix for source in sources_of(config.data).values() for prefix in source.blend.prefixes]
+    remark = remark_on_unnamed(dict.fromkeys(prefixes))
+    return [f"note: {remark}"] if remark else []
+
+
+def _about_checkpoint(
+    config: Config, checkpoint: Path | None, saved: dict[str, Any], state: dict[str, Any], trained_on: TrainedOn
+) -> list[str]:
+    """What a resumed run does not share with the run that it continues; nothing for one that has seen no sample."""
+    if checkpoint is None or not state.get("samples"):
+        return []
+    before, changed = TrainedOn.from_state(state), other_order(saved, resolved(config))
+    if before is not None:
+        return [f"warning: {line}" for line in (*before.other_data(trained_on), *changed)]
+    unknown = (
+        f"note: checkpoint {checkpoint} does not say what it was trained on, as those of earlier versions do not: "
+        "tokenizer and data are taken for the same"
+    )
+    return [unknown, *(f"warning: {line}" for line in changed)]
 
 
 def _tokenizer(config: Config) -> Tokenizer:

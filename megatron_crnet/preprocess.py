@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_crnet.atomic import atomic_files, sigterm_unwinds
+from megatron_crnet.atomic import atomic_files, refuse_existing, sigterm_unwinds
 from megatron_crnet.corpus import CHUNK_BYTES, Chunk, CorpusStats, Rules, chunk_documents, list_files, read_chunks
 from megatron_crnet.errors import ConfigError, DataError
+from megatron_crnet.fingerprint import sidecar, write_sidecar
 from megatron_crnet.progress import Progress
 from megatron_crnet.tokenizer import Tokenizer, TokenizerKind, load_tokenizer
 from megatron_crnet.worker_pool import ordered_map
@@ -69,7 +70,7 @@ def preprocess(
     progress: Callable[[Progress], None] | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> PreprocessResult:
-    """Tokenise the documents of `paths` into OUT_PREFIX.bin and OUT_PREFIX.idx.
+    """Tokenise the documents of `paths` into OUT_PREFIX.bin and OUT_PREFIX.idx, and say beside them by which tokenizer.
 
     Nothing appears under these names unless all of it is there; temporary files are removed on an
     exception, SIGINT and SIGTERM.
@@ -95,7 +96,9 @@ def preprocess(
     total_bytes = sum(file.stat().st_size for file in files)
     tokenizer = load_tokenizer(tokenizer_type, tokenizer_model)
     tokenize_chunk = partial(_tokenize_chunk, tokenizer, append_eod, Rules(text_key, strict))
-    targets = (Path(f"{out_prefix}.bin"), Path(f"{out_prefix}.idx"))
+    pair = Path(f"{out_prefix}.bin"), Path(f"{out_prefix}.idx")
+    if not overwrite:
+        refuse_existing(*pair)  # what says by which tokenizer an older pair was made does not outlive it
 
     def report(stats: CorpusStats, input_bytes: int) -> None:
         if progress is not None:
@@ -104,10 +107,11 @@ def preprocess(
 
     with (
         sigterm_unwinds(),
-        atomic_files(*targets, overwrite=overwrite) as temporaries,
+        atomic_files(pair[0], sidecar(out_prefix), pair[1], overwrite=True) as (bin_path, about, idx_path),
         ordered_map(workers, read_chunks(files, chunk_bytes), tokenize_chunk) as chunks,
     ):
-        stats, tokens = _write(chunks, temporaries, tokenizer.vocab_size, report)
+        stats, tokens = _write(chunks, (bin_path, idx_path), tokenizer.vocab_size, report)
+        write_sidecar(about, bin_path, idx_path, tokenizer, append_eod)
     return PreprocessResult(tokens=tokens, seconds=time.monotonic() - started, **asdict(stats))
 
 

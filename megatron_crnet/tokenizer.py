@@ -7,6 +7,7 @@ fraction of a second, which the worker processes of `preprocess.py` need, and kn
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -32,8 +33,8 @@ class Tokenizer(ABC):
         vocab_size: the largest token id plus one. Ids below it may be missing: then it is more than there are tokens.
         eod: id that ends a document, the model's end-of-sentence piece.
         pad: id of padding; `eod` when the model has none.
-        unique_identifiers: goes into the names of Megatron-Core's index caches. It holds a digest of the
-            files, not their path: a moved tokenizer is the same, a changed one is not.
+        unique_identifiers: goes into the names of Megatron-Core's index caches, and beside the data. It holds a
+            digest of what decides the ids, not a path: a moved tokenizer is the same, a changed one is not.
     """
 
     vocab_size: int
@@ -102,7 +103,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eod = int(self._tokenizer.eos_token_id)
         pad = self._tokenizer.pad_token_id
         self.pad = self.eod if pad is None else int(pad)
-        self.unique_identifiers = _identifiers("huggingface", _digest_folder(Path(path)))
+        probe = [ids.tolist() for ids in self.tokenize_batch(PROBE)]
+        self.unique_identifiers = _identifiers("huggingface", _digest_folder(Path(path), self._tokenizer, probe))
 
     def tokenize_batch(self, texts: Sequence[str]) -> list[Ids]:
         """See Tokenizer. The spelling of a special token inside a text stays text."""
@@ -179,10 +181,26 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return [file for file in files if file.name.startswith(prefixes) or file.suffix == ".model"]
 
 
-def _digest_folder(folder: Path) -> str:
-    """SHA-256 over the names and contents of a folder's tokenizer files."""
-    digest = hashlib.sha256()
+def _digest_folder(folder: Path, tokenizer: Any, probe: list[list[int]]) -> str:
+    """SHA-256 over what decides the ids of a text: vocabulary, rules of tokenizer.json, end, and the ids of a probe.
+
+    Chat templates, padding and the like do not count. What tokenizer_config.json changes in the rules shows in the
+    probe.
+    """
+    rules: list[Any] = []
     for file in tokenizer_files(folder):
-        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+        if file.name == "tokenizer.json":
+            about = json.loads(file.read_text(encoding="utf-8"))
+            rules.append({key: value for key, value in about.items() if key not in NOT_RULES})
+        elif file.suffix != ".json":
+            rules.append(hashlib.sha256(file.read_bytes()).hexdigest())
+    facts = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id, rules, probe]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+NOT_RULES = ("version", "truncation", "padding", "post_processor")
+"""Parts of tokenizer.json that no document's ids depend on: special tokens are added by `preprocess`."""
+PROBE = (
+    "The quick brown fox, 1234567890 times:\n\n    def f(x): return x**2  # tab\there\r\n",
+    " Éa \u00a0 漢字 😀 \ufb01 e\u0301 <s></s> Straße İ ὈΔΥΣΣΕΎΣ don't I'LL 3.14e-10",
+)

@@ -17,7 +17,7 @@ from megatron_crnet.agreement import Vote, examine_together
 from megatron_crnet.arithmetic import flops_per_token
 from megatron_crnet.bad_steps import losses_to_remember, passed_limit, problem_of_loss
 from megatron_crnet.batch import BatchPlan, plan_batches
-from megatron_crnet.checkpoint import Checkpointer, checkpoint_dir, saved_versions
+from megatron_crnet.checkpoint import Checkpointer, checkpoint_dir
 from megatron_crnet.checkpoint_folder import DAMAGED, REJECTED, checkpoint_name
 from megatron_crnet.config import Config
 from megatron_crnet.data_loading import global_batches
@@ -79,7 +79,7 @@ class Trainer:
     def run(self) -> bool:
         """Train from the newest checkpoint, or from scratch. Returns whether all steps are done."""
         self.engine = TrainEngine(self.config, build_model_chunks(self.config), self.context)
-        self.checkpointer = Checkpointer(self.config, self.engine)
+        self.checkpointer = Checkpointer(self.config, self.engine, self.inputs.trained_on)
         self.vote = Vote(collective_limit(self.config))
         # another layout than the checkpoint's has no random states of its own to continue from
         seed_random_states(self.config.training.seed + self.inputs.step)
@@ -120,13 +120,12 @@ class Trainer:
             ) from error
 
     def _announce(self) -> None:
-        for line in self.inputs.damaged:
-            self.progress.line(f"warning: {line}")
+        for line in (*(f"warning: {line}" for line in self.inputs.damaged), *self.inputs.remarks):
+            self.progress.line(line)
         if self.inputs.checkpoint is not None:
             self.progress.line(f"continuing from {self.inputs.checkpoint}, step {self.state.step}")
             if self.state.samples:
-                self._warn_of_another_order()
-                self._warn_of_another_residual(self.inputs.checkpoint)
+                self._warn_of_another_residual()
         if self.config.model.variant == "crnet":
             self.progress.line(f"the residual is computed by {residual_in_use(self.config, self.context.device)}")
         if self.inputs.entropy is not None:
@@ -135,19 +134,8 @@ class Trainer:
                 f"(perplexity {math.exp(self.inputs.entropy):.1f}): a loss below it shows that context is used"
             )
 
-    def _warn_of_another_order(self) -> None:
-        """Megatron-Core shuffles the epochs of a run together, so their number decides the order of all samples."""
-        saved, training = self.inputs.saved.get("training", {}), self.config.training
-        wanted = {name: getattr(training, name) for name in ("train_steps", "global_batch_size", "seed", "seq_length")}
-        changed = [name for name, value in wanted.items() if saved.get(name) != value]
-        if changed:
-            self.progress.line(
-                f"warning: training.{changed[0]} differs from the checkpoint's, so the training data may come in "
-                "another order from here: some samples may be seen again and some not"
-            )
-
-    def _warn_of_another_residual(self, checkpoint: Path) -> None:
-        versions = saved_versions(checkpoint)
+    def _warn_of_another_residual(self) -> None:
+        versions = self.inputs.state.get("versions", {})
         changed = changed_residual(self.config, self.context.device, self.inputs.saved, versions)
         if changed is not None:
             self.progress.line(f"warning: {changed}")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+import pretrain_crnet
+from megatron_crnet.parallel import shutdown_parallel
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 300.0
@@ -65,6 +70,26 @@ def start(options: list[str], ranks: int = 1, program: str = "pretrain_crnet.py"
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
     )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command line gave in this process."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+def start_here(options: list[str]) -> Outcome:
+    """The entry point on one rank, in this process: half a second instead of the imports' five."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    try:
+        with redirect_stdout(stdout), redirect_stderr(stderr):
+            status = pretrain_crnet.main(options)
+    finally:
+        shutdown_parallel()
+    return Outcome(status, stdout.getvalue(), stderr.getvalue())
 
 
 def lines_of(output: Path, key: str) -> dict[int, float]:

@@ -78,7 +78,7 @@ def test_the_number_of_workers_and_the_chunks_do_not_change_the_bytes(corpus: Pa
     for suffix in ("bin", "idx"):
         contents = {(tmp_path / f"out{workers}.{suffix}").read_bytes() for workers in range(3)}
         assert len(contents) == 1
-    assert names(tmp_path) == [f"out{i}.{suffix}" for i in range(3) for suffix in ("bin", "idx")]
+    assert names(tmp_path) == [f"out{i}.{suffix}" for i in range(3) for suffix in ("bin", "fingerprint.json", "idx")]
 
 
 def test_documents_can_go_without_their_end(model: str, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_killed_run_leaves_no_output_and_does_not_disturb_the_next(corpus: Pat
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert names(tmp_path) == [f"out.bin.tmp-{child}"]
     run(corpus, tmp_path / "out", model, workers=0)
-    assert names(tmp_path) == ["out.bin", f"out.bin.tmp-{child}", "out.idx"]
+    assert names(tmp_path) == ["out.bin", f"out.bin.tmp-{child}", "out.fingerprint.json", "out.idx"]
 
 
 def test_a_stop_between_the_two_renames_never_pairs_old_and_new(tmp_path: Path) -> None:

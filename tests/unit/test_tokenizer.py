@@ -190,10 +190,6 @@ def test_hugging_face_special_tokens_and_digest(hugging_face_folder: Path) -> No
         load_tokenizer("huggingface", str(hugging_face_folder))
     with pytest.raises(DataError, match="not a folder"):
         load_tokenizer("huggingface", str(hugging_face_folder / "nowhere"))
-    before = load_tokenizer("huggingface", str(hugging_face_folder / "hf")).unique_identifiers
-    (hugging_face_folder / "hf" / "pytorch_model.bin").write_text("weights")
-    assert load_tokenizer("huggingface", str(hugging_face_folder / "hf")).unique_identifiers == before
-    assert no_pad.unique_identifiers != before
 
 
 @pytest.fixture
@@ -237,3 +233,32 @@ def test_the_type_of_the_ids_follows_the_largest_one(
     preprocess([tmp_path / "a.jsonl"], tmp_path / "out", "huggingface", tokenizer_with_gaps, workers=0)
     assert read_index(str(tmp_path / "out")).dtype == np.int32
     assert 70000 in read_indexed(tmp_path / "out")[0]
+
+
+@pytest.mark.fault("L6")
+def test_the_digest_of_a_hugging_face_folder_follows_what_decides_ids(hugging_face_folder: Path) -> None:
+    folder = hugging_face_folder / "hf"
+
+    def digest() -> str:
+        return load_tokenizer("huggingface", str(folder)).unique_identifiers["sha256"]
+
+    def change(name: str, **values: Any) -> None:
+        about = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**about, **values}))
+
+    before = digest()
+    (folder / "pytorch_model.bin").write_text("weights")
+    change("tokenizer_config.json", chat_template="{{ messages }}", model_max_length=77, pad_token=None)
+    change("tokenizer.json", padding=None, truncation=None)
+    assert digest() == before
+    rules = json.loads((folder / "tokenizer.json").read_text())
+    for part, other in (
+        ("normalizer", {"type": "Lowercase"}),
+        ("model", {**rules["model"], "merges": [*rules["model"]["merges"][:-2], *rules["model"]["merges"][:-3:-1]]}),
+    ):
+        change("tokenizer.json", **{part: other})
+        assert digest() != before, part
+        change("tokenizer.json", **{part: rules[part]})
+    assert digest() == before
+    change("tokenizer_config.json", eos_token="<pad>")
+    assert digest() != before
