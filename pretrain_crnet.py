@@ -16,14 +16,11 @@ import traceback
 
 from megatron_crnet.errors import CrnetError
 from megatron_crnet.interruption import INTERRUPTED, Interruption
-from megatron_crnet.settings import is_help, parse_arguments, print_help
+from megatron_crnet.settings import parse_arguments
 
 
 def main(argv: list[str]) -> int:
     """Run the command line; returns the exit status."""
-    if is_help(argv):
-        print_help()
-        return 0
     with Interruption() as interruption:
         return _run(argv, interruption)
 
@@ -59,7 +56,7 @@ def run(argv: list[str]) -> None:
     """Run the command line and end this rank's process at once, whatever threads and helpers it still has."""
     try:
         status = main(argv)
-    except SystemExit:  # --print_config and the like
+    except SystemExit:  # --help, --version
         raise
     except BaseException:
         traceback.print_exc()

@@ -4,10 +4,12 @@ The modules in the order in which to read them; each uses only those above it.
 
     errors               the exceptions a user can meet
     atomic               files whole or not at all
-    ranks, rules         which map has which rank; what must hold
+    field_types          types of configuration fields, each with its range
+    ranks, rules         which map has which rank; what must hold between fields
     deepspeed_rules      what of DeepSpeed is refused, and why; recompute_rules: the same for recomputation
     config               every field of a run
-    settings             YAML and command line -> Config, and back
+    yaml_files           YAML and JSON, read strictly
+    settings             YAML and command line -> Config, and back; versions: what --version prints
     reference            CR-Net in plain PyTorch: the mathematics, alone
 
     interruption         signals that ask to stop

@@ -7,7 +7,6 @@ without tokens). Every check here is O(1) in the size of the corpus, or bounded,
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import struct
@@ -109,26 +108,28 @@ def sources_of(data: DataConfig) -> dict[str, Source]:
     return {name: Source(blend, share) for name, share in zip(SPLITS, parse_split(data.split), strict=True) if share}
 
 
-def parse_blend(entries: Sequence[str], key: str) -> Blend:
-    """Read `prefix prefix ...` or `weight prefix weight prefix ...`.
+def parse_blend(entries: Sequence[str | float], key: str) -> Blend:
+    """Read `prefix prefix ...` or `weight prefix weight prefix ...`: a number is a weight, text a prefix.
 
     Raises:
-        ConfigError: weights for some prefixes only, or a weight that is not a positive number.
+        ConfigError: weights for some prefixes only, or text that looks like a number, which could be meant as either.
     """
-    firsts, seconds = list(entries[::2]), list(entries[1::2])
-    numbers = [_number(entry) for entry in firsts]
-    if all(number is None for number in numbers):
-        return Blend(list(entries), None)
-    if len(firsts) != len(seconds) or None in numbers:
+    unclear = [entry for entry in entries if isinstance(entry, str) and _looks_like_number(entry)]
+    if unclear:
+        raise ConfigError(
+            f"{key} has {unclear[0]!r} in quotes, which may be a weight or a prefix: write {unclear[0]} without quotes "
+            f"for a weight, ./{unclear[0]} for a prefix"
+        )
+    prefixes = [entry for entry in entries if isinstance(entry, str)]
+    if len(prefixes) == len(entries):
+        return Blend(prefixes, None)
+    weights = [entry for entry in entries if not isinstance(entry, str)]
+    if [*entries[::2]] != weights or [*entries[1::2]] != prefixes or len(weights) != len(prefixes):
         raise ConfigError(
             f"{key} {list(entries)} mixes weights and prefixes unevenly: write prefix prefix ..., or weight prefix "
-            "weight prefix ..."
+            "weight prefix ... (a prefix that is a number as ./2024)"
         )
-    weights = [number for number in numbers if number is not None]
-    for entry, weight in zip(firsts, weights, strict=True):
-        if not (weight > 0 and math.isfinite(weight)):
-            raise ConfigError(f"{key} has the weight {entry}, but weights are positive numbers: correct it")
-    return Blend(seconds, weights if len(seconds) > 1 else None)
+    return Blend(prefixes, [float(weight) for weight in weights] if len(prefixes) > 1 else None)
 
 
 def parse_split(split: str) -> list[Share | None]:
@@ -264,8 +265,9 @@ def _read_header(idx_path: str) -> tuple[np.dtype[np.integer], int, int]:
     return dtype, sequences, boundaries
 
 
-def _number(entry: str) -> float | None:
+def _looks_like_number(text: str) -> bool:
     try:
-        return float(entry)
+        float(text)
     except ValueError:
-        return None
+        return False
+    return True

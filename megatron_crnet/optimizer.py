@@ -10,6 +10,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
 
 from megatron_crnet.config import Config, OptimizerConfig
+from megatron_crnet.rules import wsd_decay_steps
 
 ParamGroup = dict[str, Any]
 
@@ -88,7 +89,7 @@ def build_scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
         end_wd=section.weight_decay,
         wd_incr_steps=steps,
         wd_incr_style="constant",
-        wsd_decay_steps=section.lr_wsd_decay_steps or max(1, steps // 10),
+        wsd_decay_steps=wsd_decay_steps(section, steps),
         lr_wsd_decay_style=section.lr_wsd_decay_style,
     )
     scheduler.step(1)

@@ -7,9 +7,12 @@ list over layers of mappings from position to rank; rank FULL_RANK marks a full-
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from annotated_types import Ge, Le
 
 from megatron_crnet.errors import ConfigError
+from megatron_crnet.field_types import Rule
 
 if TYPE_CHECKING:
     from megatron_crnet.config import ModelConfig
@@ -17,7 +20,14 @@ if TYPE_CHECKING:
 POSITIONS = ("q", "k", "v", "o", "gate", "up", "down")
 FULL_RANK = 0
 
-Rank = int | list[int] | dict[str, int | list[int]]
+RankSize = Annotated[int, Ge(1), Le(2**20)]
+Rank = Annotated[
+    RankSize | list[RankSize] | dict[str, RankSize | list[RankSize]],
+    Rule(
+        f"a rank from 1 to {2**20}, a list with one per layer, or a mapping of the positions {', '.join(POSITIONS)} to "
+        "either"
+    ),
+]
 RankTable = list[dict[str, int]]
 
 
@@ -75,9 +85,6 @@ def _per_layer(rank: int | Sequence[int], num_layers: int, name: str) -> list[in
         raise ConfigError(
             f"{name} lists {len(values)} ranks, but model.num_layers is {num_layers}: give one for each layer"
         )
-    for value in values:
-        if value < 1:
-            raise ConfigError(f"{name} holds the rank {value}, but a rank is at least 1: raise it")
     return values
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING, Any
 
-from megatron_crnet.errors import require, require_positive
+from megatron_crnet.errors import require
 
 if TYPE_CHECKING:
     from megatron_crnet.config import Config, RecomputeConfig
@@ -35,15 +35,11 @@ def check_recompute(config: Config) -> None:
 
 def _check_strategy(recompute: RecomputeConfig) -> None:
     strategy = recompute.strategy
-    if recompute.segment_length != "auto":
-        require_positive("recompute", segment_length=recompute.segment_length)
-    if recompute.inverse_tolerance is not None:
-        require_positive("recompute", inverse_tolerance=recompute.inverse_tolerance)
-        require(
-            strategy == "inverse",
-            f"recompute.inverse_tolerance {recompute.inverse_tolerance} is for strategy inverse, not {strategy}: "
-            "leave it out",
-        )
+    require(
+        recompute.inverse_tolerance is None or strategy == "inverse",
+        f"recompute.inverse_tolerance {recompute.inverse_tolerance} is for strategy inverse, not {strategy}: "
+        "leave it out",
+    )
     require(
         not recompute.keep_attention_output or strategy in ("replay", "inverse"),
         f"recompute.keep_attention_output is for the strategies replay and inverse, not {strategy}: leave it out or "

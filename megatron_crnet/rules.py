@@ -1,4 +1,4 @@
-"""What must hold in a configuration before anything else is looked at; messages name value, rule and remedy.
+"""What must hold between the fields of a configuration; messages name value, rule and remedy.
 
 The `deepspeed` section is in `deepspeed_rules.py`, `recompute` in `recompute_rules.py`; checks that need the number of
 ranks are in `batch.py`, those of files and tokenizer in `data_checks.py`.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_crnet.errors import require, require_positive
+from megatron_crnet.errors import require
+from megatron_crnet.field_types import MOST
 from megatron_crnet.ranks import resolve_full_rank_layers, resolve_ranks
 from megatron_crnet.recompute_rules import check_recompute
 
@@ -32,18 +33,6 @@ def check_config(config: Config) -> None:
 
 def check_model(model: ModelConfig) -> None:
     """The model's sizes agree with each other, and rank resolves to a table."""
-    require_positive(
-        "model",
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        vocab_size=model.vocab_size,
-        cross_layer_epsilon=model.cross_layer_epsilon,
-        layernorm_epsilon=model.layernorm_epsilon,
-        rotary_base=model.rotary_base,
-        init_method_std=model.init_method_std,
-    )
     h, heads = model.hidden_size, model.num_attention_heads
     require(
         h % heads == 0,
@@ -55,51 +44,26 @@ def check_model(model: ModelConfig) -> None:
         f"model.hidden_size {h} / num_attention_heads {heads} gives heads of width {h // heads}, but "
         "rotary embeddings need an even width: change one of the two",
     )
-    if model.num_query_groups is not None:
-        require_positive("model", num_query_groups=model.num_query_groups)
-        require(
-            heads % model.num_query_groups == 0,
-            f"model.num_attention_heads {heads} does not divide by model.num_query_groups "
-            f"{model.num_query_groups}: use a divisor of {heads}",
-        )
-    for name in ("hidden_dropout", "attention_dropout"):
-        value = getattr(model, name)
-        require(0 <= value < 1, f"model.{name} is {value}, but must lie in [0, 1): lower it")
+    groups = model.num_query_groups or heads
+    require(
+        heads % groups == 0,
+        f"model.num_attention_heads {heads} does not divide by model.num_query_groups {groups}: use a divisor of "
+        f"{heads}",
+    )
     full = resolve_full_rank_layers(model.variant, model.full_rank_layers, model.num_layers)
     resolve_ranks(model.rank, model.num_layers, full)
 
 
 def check_training(config: Config) -> None:
-    """Step counts, batch sizes, intervals and limits."""
+    """Lengths and the number of samples that indices can count."""
     training = config.training
-    require_positive(
-        "training",
-        train_steps=training.train_steps,
-        micro_batch_size=training.micro_batch_size,
-        global_batch_size=training.global_batch_size,
-        seq_length=training.seq_length,
-    )
-    require_positive("logging", log_interval=config.logging.log_interval)
-    for section, name in (
-        ("training", "eval_interval"),
-        ("training", "eval_steps"),
-        ("checkpoint", "save_interval"),
-        ("checkpoint", "save_interval_minutes"),
-        ("faults", "max_skips_in_a_row"),
-        ("faults", "max_skips"),
-        ("data", "num_workers"),
-        ("logging", "sample_tokens"),
-    ):
-        value = getattr(getattr(config, section), name)
-        require(value >= 0, f"{section}.{name} is {value}, but must not be negative: use 0 or more")
-    kept = {"keep_last": config.checkpoint.keep_last, "keep_every": config.checkpoint.keep_every}
-    require_positive("checkpoint", **{name: value for name, value in kept.items() if value is not None})
-    require(
-        config.faults.spike_window > 1,
-        f"faults.spike_window is {config.faults.spike_window}, but a deviation needs at least 2 losses: raise it",
-    )
-    if config.faults.spike_deviations is not None:
-        require_positive("faults", spike_deviations=config.faults.spike_deviations)
+    for name, steps in (("train_steps", training.train_steps), ("eval_steps", training.eval_steps)):
+        samples = steps * training.global_batch_size
+        require(
+            samples <= MOST,
+            f"training.{name} {steps} x global_batch_size {training.global_batch_size} is {samples} samples, but the "
+            f"index of a data set holds at most {MOST}: lower one of the two",
+        )
     limit = config.model.max_position_embeddings
     require(
         limit is None or limit >= training.seq_length,
@@ -109,30 +73,23 @@ def check_training(config: Config) -> None:
 
 
 def check_optimizer(optimizer: OptimizerConfig, train_steps: int) -> None:
-    """Ranges of AdamW's and the schedule's numbers."""
-    require_positive("optimizer", lr=optimizer.lr, adam_eps=optimizer.adam_eps)
-    for name in ("adam_beta1", "adam_beta2"):
-        value = getattr(optimizer, name)
-        require(0 <= value < 1, f"optimizer.{name} is {value}, but must lie in [0, 1): lower it")
+    """The schedule's parts fit the run."""
+    warmup = optimizer.lr_warmup_steps
     require(
-        0 <= optimizer.min_lr_ratio <= 1,
-        f"optimizer.min_lr_ratio is {optimizer.min_lr_ratio}, but must lie in [0, 1]: give a share of lr",
-    )
-    for name in ("lr_warmup_steps", "weight_decay", "clip_grad"):
-        value = getattr(optimizer, name)
-        require(value >= 0, f"optimizer.{name} is {value}, but must not be negative: use 0 or more")
-    warmup, decay = optimizer.lr_warmup_steps, optimizer.lr_wsd_decay_steps
-    require(
-        warmup < max(train_steps, 1),
+        warmup < train_steps,
         f"optimizer.lr_warmup_steps {warmup} is not below training.train_steps {train_steps}: lower it or train more",
     )
-    if optimizer.lr_decay_style == "wsd" and decay is not None:
-        require_positive("optimizer", lr_wsd_decay_steps=decay)
-        require(
-            warmup + decay <= train_steps,
-            f"optimizer.lr_warmup_steps {warmup} and lr_wsd_decay_steps {decay} are more than training.train_steps "
-            f"{train_steps} together: lower one or train longer",
-        )
+    decay = wsd_decay_steps(optimizer, train_steps)
+    require(
+        optimizer.lr_decay_style != "wsd" or warmup + decay <= train_steps,
+        f"optimizer.lr_warmup_steps {warmup} and lr_wsd_decay_steps {decay} are more than training.train_steps "
+        f"{train_steps} together: lower one or train longer",
+    )
+
+
+def wsd_decay_steps(optimizer: OptimizerConfig, train_steps: int) -> int:
+    """Steps of wsd's final decay, the default filled in."""
+    return optimizer.lr_wsd_decay_steps or max(1, train_steps // 10)
 
 
 def check_parallel(config: Config) -> None:
@@ -140,13 +97,6 @@ def check_parallel(config: Config) -> None:
     parallel, model = config.parallel, config.model
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     vpp = parallel.virtual_pipeline_model_parallel_size or 1
-    require_positive(
-        "parallel",
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        virtual_pipeline_model_parallel_size=vpp,
-        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
-    )
     groups = model.num_query_groups or model.num_attention_heads
     for section, name, value in (
         ("model", "num_attention_heads", model.num_attention_heads),
@@ -184,7 +134,6 @@ def check_pipeline(config: Config) -> None:
         if (value := getattr(parallel, name)) is not None
     }
     for name, value in uneven.items():
-        require_positive("parallel", **{name: value})
         require(pp > 1, f"parallel.{name} {value} needs pipeline_model_parallel_size above 1, not {pp}: leave it out")
         require(
             value % vpp == 0,

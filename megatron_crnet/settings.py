@@ -1,31 +1,34 @@
-"""Reads a configuration: YAML files, then `--section.field value` on the command line; writes it back resolved."""
+"""Reads a configuration: YAML files, then `--section.field value` on the command line; writes it back resolved.
+
+Files and command line become one nested mapping, from which `Config` is made: its types and rules say what is wrong, in
+the same words wherever a value stands. Every tool that takes configuration options goes this way (`ConfigParser`).
+"""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
-import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import docstring_parser
 import yaml
-from jsonargparse import ArgumentParser, Namespace
-from jsonargparse import set_parsing_settings as jsonargparse_settings
 
 from megatron_crnet.atomic import replace_text
 from megatron_crnet.config import Config
-from megatron_crnet.errors import ConfigError
+from megatron_crnet.errors import ConfigError, require
+from megatron_crnet.field_types import describe, is_text, shown, types_of
 from megatron_crnet.ranks import resolve_full_rank_layers
 from megatron_crnet.rules import sequence_parallel
+from megatron_crnet.yaml_files import read_file, read_text
 
-jsonargparse_settings(docstring_parse_attribute_docstrings=True)
+SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+DEEPSPEED = "deepspeed"
 
-SECTIONS = {f.name: f for f in dataclasses.fields(Config)}
-DEEPSPEED = "--deepspeed."
+Values = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -36,44 +39,72 @@ class Arguments:
     dry_run: bool
 
 
-def build_parser() -> ArgumentParser:
-    """Every field of every section as an option, with its documentation as help."""
-    parser = ArgumentParser(
-        prog="pretrain_crnet.py",
-        description="Pre-train CR-Net. Give a YAML file and override any field as --section.field value; "
-        "DeepSpeed's keys as --deepspeed.zero_optimization.stage 2.",
-        exit_on_error=False,
-    )
-    parser.add_argument("--config", action="config", help="YAML file; later files override earlier ones")
-    parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
-    for name, section in SECTIONS.items():
-        if name == "deepspeed":
-            parser.add_argument("--deepspeed", type=dict[str, Any], default={}, help="DeepSpeed's own JSON")
-        else:
-            factory: Any = section.default_factory
-            parser.add_argument(f"--{name}", type=factory, default=factory())
-    return parser
+class ConfigParser(argparse.ArgumentParser):
+    """A command line with options of its own, and `--config FILE` and `--section.field value` of the configuration."""
+
+    def __init__(self, **arguments: Any) -> None:
+        arguments.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **arguments)
+        self.add_argument("--version", action=Version, help="print the versions of this project and its libraries")
+        self.add_argument(
+            "--config",
+            action="append",
+            default=[],
+            metavar="FILE",
+            help="YAML file; later ones override field by field",
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print and exit with."""
+        raise ConfigError(f"{message}: correct the command line, or see --help")
+
+    def read(self, argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
+        """This parser's own options, and the configuration.
+
+        Raises:
+            ConfigError: an unknown option or key, a value outside its type, or sizes that do not fit.
+        """
+        rest, given = _split(argv)
+        options = self.parse_args(rest)
+        values: Values = {}
+        for path in options.config:
+            _merge_file(values, path)
+        for option, value in given:
+            _merge_option(values, option, value)
+        return options, build(values)
+
+    def format_help(self) -> str:
+        """With every field of the configuration; argparse itself reads none of them."""
+        return "\n".join([super().format_help(), *_help_of_fields()])
+
+
+class Version(argparse.Action):
+    """Prints the versions and ends, as `--version` does everywhere."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(nargs=0, **arguments)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        """Print; the libraries are asked for their versions, not imported."""
+        from megatron_crnet.versions import version_line
+
+        print(version_line())
+        parser.exit()
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """The configuration that files and command line define together.
+    """The command line of `pretrain_crnet.py`.
 
     Raises:
-        ConfigError: an unknown key, a value of the wrong type, or sizes that do not fit.
+        ConfigError: an unknown key, a value outside its type, or sizes that do not fit.
     """
-    options, deepspeed = _split_deepspeed(argv)
-    _check_options(options)
-    for path in _config_files(options):
-        check_keys(_read_yaml(path), path)
-    parser = build_parser()
-    try:
-        namespace = parser.parse_args(options)
-        sections = parser.instantiate_classes(namespace)
-    except ConfigError:
-        raise
-    except Exception as error:  # jsonargparse raises its own, argparse's and yaml's errors here
-        raise ConfigError(f"{_first_lines(error)}: correct the value, or see --help") from error
-    return Arguments(_build(sections, deepspeed), bool(namespace.dry_run))
+    parser = ConfigParser(
+        prog="pretrain_crnet.py",
+        description="Pre-train CR-Net. Give a YAML file and override any field as --section.field value.",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
+    options, config = parser.read(argv)
+    return Arguments(config, options.dry_run)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -101,23 +132,87 @@ def save_config(config: Config, path: Path) -> None:
     replace_text(path, yaml.safe_dump(resolved(config), sort_keys=False))
 
 
-def check_keys(values: Any, source: str) -> None:
-    """Refuse sections and fields that do not exist, naming the nearest that does."""
-    if values is None:
+def build(values: Values) -> Config:
+    """The configuration of nested values whose keys exist; a section that says nothing has its defaults."""
+    sections = {name: make(**values.get(name, {})) for name, make in SECTIONS.items() if name != DEEPSPEED}
+    return Config(**sections, deepspeed=values.get(DEEPSPEED, {}))
+
+
+def _fields(section: str) -> dict[str, Any]:
+    return {} if section == DEEPSPEED else types_of(SECTIONS[section])
+
+
+def _wants_text(keys: tuple[str, ...]) -> bool:
+    kinds = _fields(keys[0]) if len(keys) == 2 and keys[0] in SECTIONS else {}
+    return keys[-1] in kinds and is_text(kinds[keys[-1]])
+
+
+def _merge_file(values: Values, path: str) -> None:
+    found = read_file(path, _wants_text)
+    require(
+        found is None or isinstance(found, dict),
+        f"{path} holds no mapping of sections: write sections such as model: and data: in it",
+    )
+    for section, fields in (found or {}).items():
+        _merge_section(values, section, fields, path)
+
+
+def _merge_section(values: Values, section: Any, fields: Any, source: str) -> None:
+    """Lay the fields of a section over what is there; an empty section changes nothing."""
+    require(section in SECTIONS, f"{source}: unknown section {_named(section)}: {_nearest(section, SECTIONS)}")
+    require(
+        fields is None or isinstance(fields, dict),
+        f"{source}: section {section} is {shown(fields)}, but must be a mapping: write its fields",
+    )
+    if section == DEEPSPEED:
+        values[DEEPSPEED] = merged(values.get(DEEPSPEED, {}), fields or {})
         return
-    if not isinstance(values, dict):
-        raise ConfigError(f"{source} holds no mapping of sections: write sections such as model: and data: in it")
-    for section, fields in values.items():
-        if section not in SECTIONS:
-            raise ConfigError(f"{source}: unknown section {section!r}: {_nearest(section, SECTIONS)}")
-        if section == "deepspeed" or fields is None:
-            continue
-        known = [f.name for f in dataclasses.fields(SECTIONS[section].default_factory)]  # type: ignore[arg-type]
-        if not isinstance(fields, dict):
-            raise ConfigError(f"{source}: section {section} is {fields!r}, but must be a mapping: write its fields")
-        for key in fields:
-            if key not in known:
-                raise ConfigError(f"{source}: unknown key {section}.{key}: {_nearest(key, known)}")
+    known = _fields(section)
+    for key, value in (fields or {}).items():
+        require(key in known, f"{source}: unknown key {section}.{key}: {_nearest(key, known)}")
+        values.setdefault(section, {})[key] = value
+
+
+def _merge_option(values: Values, option: str, text: str) -> None:
+    section, *keys = option[2:].split(".")
+    source = "command line"
+    if section in (DEEPSPEED, "deepspeed_config") and not keys:
+        is_mapping = text.lstrip().startswith("{")
+        found = read_text(text, option) if is_mapping else read_file(text, _wants_text)
+        require(isinstance(found, dict), f"{option} {text} holds no mapping: give a file with DeepSpeed's settings")
+        _merge_section(values, DEEPSPEED, found, source)
+        return
+    as_written = _wants_text((section, *keys)) and text != "null"
+    value = text if as_written else read_text(text, f"the value of {option}")
+    if len(keys) > 1 and section != DEEPSPEED and keys[0] in _fields(section):
+        base = values.get(section, {}).get(keys[0])
+        value = merged(base if isinstance(base, dict) else {}, _nested(keys[1:], value))
+        keys = keys[:1]
+    _merge_section(values, section, _nested(keys, value), source)
+
+
+def _nested(keys: Sequence[str], value: Any) -> Any:
+    for key in reversed(keys):
+        value = {key: value}
+    return value
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, mapping by mapping; null in `over` takes a key out of `base`."""
+    found = dict(base)
+    for key, value in over.items():
+        if value is None:
+            found.pop(key, None)
+        elif isinstance(value, dict):
+            below = found.get(key)
+            found[key] = merged(below if isinstance(below, dict) else {}, value)
+        else:
+            found[key] = value
+    return found
+
+
+def _named(key: object) -> str:
+    return repr(key) if isinstance(key, str) else shown(key)
 
 
 def _nearest(name: object, known: Any) -> str:
@@ -125,85 +220,51 @@ def _nearest(name: object, known: Any) -> str:
     return f"did you mean {close[0]}?" if close else f"choose one of {', '.join(known)}"
 
 
-def _check_options(options: Sequence[str]) -> None:
-    for option in options:
-        name = option.partition("=")[0]
-        if name.startswith("--") and "." in name:
-            section, _, key = name[2:].partition(".")
-            check_keys({section: {key.partition(".")[0]: None}}, "command line")
-
-
-def _config_files(options: Sequence[str]) -> list[str]:
-    files = [value for option, value in pairwise(options) if option == "--config"]
-    return files + [option.partition("=")[2] for option in options if option.startswith("--config=")]
-
-
-def _read_yaml(path: str) -> Any:
-    try:
-        return yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read ({error.strerror}): give an existing file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is no valid YAML ({_first_lines(error)}): correct it") from error
-
-
-def _split_deepspeed(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Take `--deepspeed.a.b value` out of the options: DeepSpeed's keys nest deeper than a typed field."""
+def _split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """The command line without the configuration's fields, and these with their values in their order."""
     rest: list[str] = []
-    nested: dict[str, Any] = {}
-    waiting = iter(argv)
-    for option in waiting:
-        if not option.startswith(DEEPSPEED):
-            rest.append(option)
+    given: list[tuple[str, str]] = []
+    words = list(argv)
+    names = [word.partition("=")[0] for word in words]
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        section = name[2:].partition(".")[0]
+        if not name.startswith("--") or not ("." in name or section in SECTIONS or section == "deepspeed_config"):
+            rest.append(word)
             continue
-        name, equals, value = option.partition("=")
-        if not equals:
-            value = next(waiting, None)  # type: ignore[assignment]
-        if value is None or not name[len(DEEPSPEED) :]:
-            raise ConfigError(f"{option} has no value: write {option} VALUE")
-        _set_nested(nested, name[len(DEEPSPEED) :].split("."), _scalar(name, value))
-    return rest, nested
+        if not equals and words and not words[0].startswith("--"):
+            value = words.pop(0)
+        elif not equals and name == "--deepspeed":
+            _require_deepspeed_file(names)
+            continue
+        elif not equals:
+            raise ConfigError(f"{name} has no value: write {name} VALUE")
+        given.append((name, value))
+    return rest, given
 
 
-def _scalar(name: str, text: str) -> Any:
-    """A YAML value; 5e8, DeepSpeed's own spelling, is a number, which YAML 1.1 takes for text."""
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name} {text} is no valid YAML: correct the value") from error
-    return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value) else value
+def _require_deepspeed_file(names: Sequence[str]) -> None:
+    require(
+        "--deepspeed_config" in names,
+        "--deepspeed has no value, but DeepSpeed is always on here: leave it out, or give its settings as --deepspeed "
+        "FILE, --deepspeed_config FILE or --deepspeed.zero_optimization.stage 1",
+    )
 
 
-def _set_nested(target: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        target = target.setdefault(key, {})
-        if not isinstance(target, dict):
-            raise ConfigError(f"--deepspeed key {'.'.join(keys)} goes below {key}, which has a value: give one of them")
-    target[keys[-1]] = value
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _build(sections: Namespace, deepspeed: dict[str, Any]) -> Config:
-    values = {name: sections[name] for name in SECTIONS if name != "deepspeed"}
-    return Config(**values, deepspeed=_merge(dict(sections["deepspeed"] or {}), deepspeed))
-
-
-def _first_lines(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-def is_help(argv: Sequence[str]) -> bool:
-    """Whether the command line only asks for help."""
-    return any(option in ("-h", "--help") for option in argv)
-
-
-def print_help() -> None:
-    """Print every option with its documentation."""
-    build_parser().print_help(sys.stdout)
+def _help_of_fields() -> list[str]:
+    lines = []
+    for name, make in SECTIONS.items():
+        documented = docstring_parser.parse_from_object(make if name != DEEPSPEED else Config)
+        texts = {entry.arg_name: " ".join((entry.description or "").split()) for entry in documented.params}
+        if name == DEEPSPEED:
+            lines += ["deepspeed:", "  --deepspeed FILE, --deepspeed_config FILE, --deepspeed.KEY.KEY VALUE"]
+            lines += [f"      {texts[DEEPSPEED]}", ""]
+            continue
+        lines += [f"{name}: {documented.short_description}"]
+        defaults = make()
+        for key, kind in types_of(make).items():
+            lines += [f"  --{name}.{key} VALUE", f"      {texts.get(key, '')}"]
+            lines += [f"      {describe(kind)}; default {shown(getattr(defaults, key))}"]
+        lines += [""]
+    return lines

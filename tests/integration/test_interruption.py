@@ -27,7 +27,7 @@ from tests.integration.processes import (
 def long_options(corpus: Corpus, output: Path, **changes: object) -> list[str]:
     """Sixty steps into the second epoch of a blend; validation takes most of the time, so that signals come in it."""
     options = {
-        "data__train_data_path": f"['0.9',{corpus.train},'0.1',{corpus.valid}]",
+        "data__train_data_path": f"[0.9,{corpus.train},0.1,{corpus.valid}]",
         "training__train_steps": 60,
         "training__global_batch_size": 16,
         "training__micro_batch_size": 4,

@@ -82,7 +82,7 @@ def test_rows_that_failed_or_never_had_their_turn_stay_without_figures() -> None
     refused, twin = benchmark._candidates([Row("rows", "bad", 1, ("--model.rank", "0"))], OPTIONS)[0], Row("rows", "x")
     later, ok = Candidate(twin, twin.config(OPTIONS)), measured(Row("rows", "ok"), [1.0])
     records = benchmark._records([refused, later, ok], peak=1e12)
-    assert "rank 0" in records[0]["error"]
+    assert "model.rank is 0" in records[0]["error"]
     assert ["median_s" in record for record in records] == [False, False, True]
     assert records[2]["speed_of_first"] == 1.0
 

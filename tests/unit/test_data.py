@@ -81,7 +81,7 @@ def share_of_odd(dataset: Any, count: int) -> float:
 
 @pytest.mark.parametrize("sample_format", ["packed", "padded"])
 def test_weighted_blend(two_prefixes: list[str], sample_format: str) -> None:
-    blend = ["0.75", two_prefixes[0], "0.25", two_prefixes[1]]
+    blend = [0.75, two_prefixes[0], 0.25, two_prefixes[1]]
     built = build(1000, 100, data_path=blend, split="80,20,0", sample_format=sample_format)
     assert len(built.train) >= 1000
     assert share_of_odd(built.train, 1000) == pytest.approx(0.25, abs=0.01)

@@ -187,11 +187,10 @@ def test_split_too_small_for_a_sample(tmp_path: Path) -> None:
         ({"data_path": ["a"], "valid_data_path": ["b"]}, r"data\.data_path and data\.valid_data_path are both set"),
         ({"train_data_path": ["a"]}, r"10 valid samples are wanted, .* set data\.valid_data_path"),
         ({"data_path": ["a"], "split": "1,0,0"}, r"10 valid samples are wanted"),
-        ({"data_path": ["0.5", "a", "b"]}, "mixes weights and prefixes"),
-        ({"data_path": ["0.5", "a", "b", "c"]}, "mixes weights and prefixes"),
-        ({"data_path": ["0", "a", "1", "b"]}, "weight 0, but weights are positive"),
-        ({"data_path": ["nan", "a", "1", "b"]}, "weight nan, but weights are positive"),
-        ({"data_path": ["-1", "a", "1", "b"]}, "weight -1, but weights are positive"),
+        ({"data_path": [0.5, "a", "b"]}, "mixes weights and prefixes"),
+        ({"data_path": [0.5, "a", "b", "c"]}, "mixes weights and prefixes"),
+        ({"data_path": [0.5, "a", 0.5]}, "mixes weights and prefixes"),
+        ({"data_path": [2023, 2024]}, r"mixes weights and prefixes .*a prefix that is a number as \./2024"),
         ({"data_path": ["a"], "split": "0,0,0"}, r"data\.split is '0,0,0'"),
         ({"data_path": ["a"], "split": "90,10,1,1"}, r"data\.split"),
         ({"data_path": ["a"], "split": "90,-1,1"}, r"data\.split"),
@@ -205,11 +204,19 @@ def test_contradictory_data_sections(data: dict[str, Any], message: str) -> None
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.fault("B17")
+@pytest.mark.parametrize("entries", [["2023", "2024"], ["0.5", "a", "0.5", "b"], ["nan", "a"], ["2024"]])
+def test_a_quoted_number_is_neither_weight_nor_prefix_until_it_says_which(entries: list[str]) -> None:
+    with pytest.raises(ConfigError, match=rf"write {entries[0]} without quotes for a weight, \./{entries[0]} for a"):
+        parse_blend(entries, "data.data_path")
+
+
 def test_blend_and_split_are_read_as_written() -> None:
     assert parse_blend(["a", "b", "c"], "k").prefixes == ["a", "b", "c"]
     assert parse_blend(["a", "b"], "k").weights is None
-    assert parse_blend(["30", "a", "70", "b"], "k").weights == [30.0, 70.0]
-    assert parse_blend(["1.0", "a"], "k").prefixes == ["a"]
+    assert parse_blend(["./2023", "./2024"], "k").prefixes == ["./2023", "./2024"]
+    assert parse_blend([30.0, "a", 70.0, "b"], "k").weights == [30.0, 70.0]
+    assert parse_blend([1.0, "a"], "k").prefixes == ["a"]
     assert parse_split("3, 1") == [(0, 0.75), (0.75, 1.0), None]
 
 

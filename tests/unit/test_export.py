@@ -259,7 +259,7 @@ def test_the_newest_whole_checkpoint_is_found(checkpoint: Path, tmp_path: Path) 
     ("changes", "message"),
     [
         ({"model_type": "llama"}, "of type 'llama'"),
-        ({"rank": None}, "wrong type"),
+        ({"rank": None}, "model.rank is null, but must be a rank"),
         ({"tie_word_embeddings": True}, "ties the output layer"),
         ({"hidden_size": 33}, "model.hidden_size 33"),
         ({"variant": "full_rank", "full_rank_layers": [0, 1, 2, 3]}, "lacks the weight"),

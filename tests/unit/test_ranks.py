@@ -31,7 +31,6 @@ def test_a_list_gives_one_rank_a_layer_and_a_mapping_one_a_position() -> None:
     ("rank", "message"),
     [
         ([1, 2], "lists 2 ranks, but model.num_layers is 3"),
-        (0, "a rank is at least 1"),
         ({"q": 1}, "gives no rank for the position 'k'"),
         ({**dict.fromkeys(POSITIONS, 1), "qk": 1}, "names the position 'qk'"),
     ],

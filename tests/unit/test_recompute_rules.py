@@ -17,9 +17,7 @@ def build(recompute: RecomputeConfig, section: Any = None) -> Config:
 
 REPLAY = RecomputeConfig(strategy="replay")
 REFUSED: list[tuple[RecomputeConfig, Any, str]] = [
-    (RecomputeConfig("replay", segment_length=0), None, "segment_length is 0"),
     (RecomputeConfig("replay", inverse_tolerance=0.1), None, "is for strategy inverse, not replay"),
-    (RecomputeConfig("inverse", inverse_tolerance=-1.0), None, "inverse_tolerance is -1.0"),
     (RecomputeConfig("full", keep_attention_output=True), None, "keep_attention_output is for the strategies"),
     (REPLAY, True, "must be a mapping"),
     (REPLAY, {"partitioned_activations": True}, "did you mean partition_activations"),
