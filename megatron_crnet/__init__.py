@@ -56,7 +56,7 @@ The modules in the order in which to read them; each uses only those above it.
     checkpoint_folder    which checkpoints exist, are whole, and stay
     checkpoint           a run's whole state, saved in the background
     weight_files         canonical weights in a checkpoint or an export, checked, without process groups
-    modeling_crnet, tokenization_crnet     the two files that travel with an export: transformers alone
+    configuration_crnet, modeling_crnet, tokenization_crnet    travel with an export: transformers alone
     export_config, export_tokenizer        config.json; tokenizer files
     export               checkpoint -> Hugging Face, and back
     inference            opens either in one process, continues prompts; evaluation: loss over text

@@ -35,7 +35,13 @@ from megatron_crnet.tokenizer import Tokenizer, TokenizerKind, check_vocabulary
 from megatron_crnet.training_state import TrainingState
 from megatron_crnet.weight_files import INDEX, CheckpointWeights, ExportWeights, WeightSource, canonical_shapes
 
-CODE = "modeling_crnet.py"
+CODE = ("configuration_crnet.py", "modeling_crnet.py")
+AUTO_MAP = {
+    "AutoConfig": "configuration_crnet.CRNetConfig",
+    "AutoModel": "modeling_crnet.CRNetModel",
+    "AutoModelForCausalLM": "modeling_crnet.CRNetForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_crnet.CRNetForSequenceClassification",
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Dtype = Literal["fp32", "bf16"]
 PATTERN = "model{suffix}.safetensors"
@@ -95,7 +101,8 @@ def to_hf(
     if out.exists() and overwrite and not _is_export(out):
         raise DataError(f"{out} is no export, so --overwrite does not replace it: choose another folder")
     with atomic_folder(out, overwrite) as folder:
-        shutil.copyfile(Path(__file__).with_name(CODE), folder / CODE)
+        for name in CODE:
+            shutil.copyfile(Path(__file__).with_name(name), folder / name)
         _write_descriptions(config, folder, dtype)
         _write_weights(source, folder, dtype, shard_size)
     return sum(torch.Size(shape).numel() for shape in source.shapes.values())
@@ -113,7 +120,7 @@ def _write_weights(source: WeightSource, folder: Path, dtype: Dtype, shard_size:
     for file, names in plan.filename_to_tensors.items():
         tensors = {name: cast(name, tensor, dtype) for name, tensor in source.checked(names).items()}
         save_file(tensors, folder / file, metadata={"format": "pt"})
-        shutil.copymode(folder / CODE, folder / file)  # safetensors lets only the owner read
+        shutil.copymode(folder / CODE[0], folder / file)  # safetensors lets only the owner read
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
@@ -132,14 +139,9 @@ def _write_descriptions(config: Config, folder: Path, dtype: Dtype) -> None:
     fields = hugging_face_fields(config)
     tokenizer = _export_tokenizer(config, folder, fields["max_position_embeddings"])
     ends = {"eos_token_id": tokenizer.eod, "pad_token_id": tokenizer.pad}
-    module = Path(CODE).stem
     about = {
         "architectures": ["CRNetForCausalLM"],
-        "auto_map": {
-            "AutoConfig": f"{module}.CRNetConfig",
-            "AutoModel": f"{module}.CRNetModel",
-            "AutoModelForCausalLM": f"{module}.CRNetForCausalLM",
-        },
+        "auto_map": AUTO_MAP,
         "model_type": "crnet",
         **fields,
         "tie_word_embeddings": False,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_crnet.checkpoint import check_resumable
-from megatron_crnet.checkpoint_folder import MANIFEST, complete, damage, file_entries
+from megatron_crnet.checkpoint_folder import MANIFEST, damage
 from megatron_crnet.config import Config, DataConfig
 from megatron_crnet.errors import ConfigError, CrnetError, DataError
 from megatron_crnet.export import from_hf, saved_config, to_hf
@@ -23,12 +23,10 @@ from megatron_crnet.inference import open_model
 from megatron_crnet.modeling_crnet import CRNetForCausalLM
 from megatron_crnet.ranks import POSITIONS
 from megatron_crnet.reference import ReferenceCRNet
-from megatron_crnet.settings import save_config
 from megatron_crnet.weight_files import CheckpointWeights, ExportWeights, find_checkpoint
 from tests.helpers import tiny_config
 from tests.unit.data_helpers import train_small_tokenizer
-
-Weights = dict[str, Tensor]
+from tests.unit.export_helpers import Weights, random_weights, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -44,34 +42,9 @@ def config(tokenizer: str) -> Config:
 
 @pytest.fixture(scope="module")
 def weights(config: Config) -> Weights:
-    torch.manual_seed(3)
-    found = {name: torch.randn(value.shape) * 0.2 for name, value in ReferenceCRNet(config.model).state_dict().items()}
+    found = random_weights(config)
     found["model.layers.1.mlp.up_proj.beta"].zero_()  # which is no mistake
     return found
-
-
-def write_checkpoint(folder: Path, weights: Weights, config: Config) -> Path:
-    """A checkpoint as two tensor-parallel ranks would write it: rows of each matrix in two files."""
-    partial = folder.with_name(f".{folder.name}")
-    partial.mkdir(parents=True)
-    names = [f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors" for rank in range(2)]
-    for rank, file in enumerate(names):
-        parts: Weights = {"random.00000.cpu": torch.zeros(3, dtype=torch.uint8)} if rank == 0 else {}
-        offsets: dict[str, Any] = {name: {"saved_offsets": [0]} for name in parts}
-        for name, tensor in weights.items():
-            if tensor.dim() < 2 and rank:
-                continue
-            half = len(tensor) // 2 if tensor.dim() == 2 else 0
-            part = tensor if tensor.dim() < 2 else (tensor[half:] if rank else tensor[:half])
-            for kind in ("master", "exp_avg"):
-                parts[f"{kind}.{name}"] = part.clone()
-                start = [half * rank, 0] if tensor.dim() == 2 else [0] * tensor.dim()
-                offsets[f"{kind}.{name}"] = {"saved_offsets": start}
-        save_file(parts, partial / file, metadata={"format": "pt", "DCP_SHARDING_INFO": json.dumps(offsets)})
-    (partial / "state.json").write_text("{}")
-    save_config(config, partial / "config.yaml")
-    complete(partial, folder, file_entries(partial, [*names, "state.json", "config.yaml"]))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +65,7 @@ def test_the_export_holds_every_weight_bit_for_bit(export: Path, weights: Weight
     assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in weights.items())
     assert {path.name for path in export.iterdir()} == {
         "config.json",
+        "configuration_crnet.py",
         "generation_config.json",
         "model.safetensors",
         "modeling_crnet.py",

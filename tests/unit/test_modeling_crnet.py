@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_crnet import modeling_crnet, tokenization_crnet
+from megatron_crnet import configuration_crnet, modeling_crnet, tokenization_crnet
 from megatron_crnet.export_config import hugging_face_fields
 from megatron_crnet.modeling_crnet import CRNetConfig, CRNetForCausalLM
 from megatron_crnet.reference import ReferenceCRNet
@@ -172,10 +172,14 @@ def test_hidden_states_and_kept_logits() -> None:
 
 def test_the_files_that_travel_import_nothing_of_this_package() -> None:
     for module, allowed in (
+        (configuration_crnet, {"__future__", "typing", "transformers"}),
         (modeling_crnet, {"__future__", "collections", "typing", "torch", "transformers"}),
         (tokenization_crnet, {"__future__", "itertools", "transformers"}),
     ):
         tree = ast.parse(Path(str(module.__file__)).read_text())
         names = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
-        names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        parts = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        names |= {str(node.module) for node in parts if not node.level}
         assert {name.partition(".")[0] for name in names} <= allowed
+        # beside it in every export
+        assert {str(node.module) for node in parts if node.level} <= {"configuration_crnet"}

@@ -1,0 +1,59 @@
+"""A checkpoint written by hand, and an export of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_crnet.checkpoint_folder import complete, file_entries
+from megatron_crnet.config import Config, DataConfig
+from megatron_crnet.export import to_hf
+from megatron_crnet.reference import ReferenceCRNet
+from megatron_crnet.settings import save_config
+from tests.helpers import tiny_config
+from tests.unit.data_helpers import train_small_tokenizer
+
+Weights = dict[str, Tensor]
+
+
+def random_weights(config: Config) -> Weights:
+    torch.manual_seed(3)
+    return {name: torch.randn(value.shape) * 0.2 for name, value in ReferenceCRNet(config.model).state_dict().items()}
+
+
+def write_checkpoint(folder: Path, weights: Weights, config: Config) -> Path:
+    """A checkpoint as two tensor-parallel ranks would write it: rows of each matrix in two files."""
+    partial = folder.with_name(f".{folder.name}")
+    partial.mkdir(parents=True)
+    names = [f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors" for rank in range(2)]
+    for rank, file in enumerate(names):
+        parts: Weights = {"random.00000.cpu": torch.zeros(3, dtype=torch.uint8)} if rank == 0 else {}
+        offsets: dict[str, Any] = {name: {"saved_offsets": [0]} for name in parts}
+        for name, tensor in weights.items():
+            if tensor.dim() < 2 and rank:
+                continue
+            half = len(tensor) // 2 if tensor.dim() == 2 else 0
+            part = tensor if tensor.dim() < 2 else (tensor[half:] if rank else tensor[:half])
+            for kind in ("master", "exp_avg"):
+                parts[f"{kind}.{name}"] = part.clone()
+                start = [half * rank, 0] if tensor.dim() == 2 else [0] * tensor.dim()
+                offsets[f"{kind}.{name}"] = {"saved_offsets": start}
+        save_file(parts, partial / file, metadata={"format": "pt", "DCP_SHARDING_INFO": json.dumps(offsets)})
+    (partial / "state.json").write_text("{}")
+    save_config(config, partial / "config.yaml")
+    complete(partial, folder, file_entries(partial, [*names, "state.json", "config.yaml"]))
+    return folder
+
+
+def write_export(folder: Path) -> Path:
+    """An export of random weights in FOLDER/export."""
+    tokenizer = train_small_tokenizer(folder, 400)
+    config = dataclasses.replace(tiny_config(model={"vocab_size": 416}), data=DataConfig(tokenizer_model=tokenizer))
+    to_hf(write_checkpoint(folder / "step_00000001", random_weights(config), config), folder / "export")
+    return folder / "export"
