@@ -16,16 +16,17 @@ import traceback
 
 from megatron_crnet.errors import CrnetError
 from megatron_crnet.interruption import INTERRUPTED, Interruption
-from megatron_crnet.settings import parse_arguments
 
 
 def main(argv: list[str]) -> int:
     """Run the command line; returns the exit status."""
-    with Interruption() as interruption:
+    with Interruption() as interruption:  # before anything that takes time, so that Ctrl-C is always one line
         return _run(argv, interruption)
 
 
 def _run(argv: list[str], interruption: Interruption) -> int:
+    from megatron_crnet.settings import parse_arguments
+
     try:
         arguments = parse_arguments(argv)
         # libraries that take seconds to import come after everything that can be refused at once

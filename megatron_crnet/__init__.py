@@ -13,6 +13,8 @@ The modules in the order in which to read them; each uses only those above it.
     reference            CR-Net in plain PyTorch: the mathematics, alone
 
     interruption         signals that ask to stop
+    noise                messages of libraries that are kept from the terminal
+    duration             how long something takes, for people; tables: aligned, and Markdown as well
     cpu_platform         Megatron-Core and DeepSpeed without CUDA: the only patches
     liveness, agreement  who is missing; all ranks mean the same run
     parallel, batch      process groups; how a global batch is cut
@@ -88,4 +90,8 @@ The modules in the order in which to read them; each uses only those above it.
     scaling_report       what a report says; report_page: as HTML and Markdown
 """
 
+from megatron_crnet.noise import silence_libraries
+
 __version__ = "0.1.0"
+
+silence_libraries()

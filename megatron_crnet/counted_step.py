@@ -7,7 +7,8 @@ The same code counts real ranks and simulated ones (`simulation.py`); what it co
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -65,8 +66,16 @@ class _Observers(TorchDispatchMode):
         return out
 
 
-def count_step(config: Config, context: ParallelContext) -> StepFigures:
-    """Build this rank's model, count its second step, which finds everything allocated; a collective call."""
+def ignore(_done: int, _total: int) -> None:
+    """What is told of passes where nobody waits."""
+
+
+def count_step(config: Config, context: ParallelContext, passed: Callable[[int, int], object] = ignore) -> StepFigures:
+    """Build this rank's model, count its second step, which finds everything allocated; a collective call.
+
+    Args:
+        passed: told after each forward pass of a micro-batch how many there have been and how many there will be.
+    """
     plan = plan_batches(config, context.world_size)
     memory = LiveMemory()
     with _Observers(memory) as observers:
@@ -76,12 +85,19 @@ def count_step(config: Config, context: ParallelContext) -> StepFigures:
         # first and decides in the second what it will keep between their uses
         needed = max(config.parallel.pipeline_model_parallel_size, 2 if zero_stage(config) == 3 else 1)
         few = min(plan.num_microbatches, needed)
+        _tell(engine, (few + plan.num_microbatches) * len(engine.scheduled), passed)
         engine.forward_backward([batch] * few, plan.tokens_per_step)
         engine.update()
         gc.collect()
         figures = _counted(engine, [batch] * plan.num_microbatches, plan.tokens_per_step, memory, observers)
         engine.deepspeed.destroy()
     return figures
+
+
+def _tell(engine: TrainEngine, total: int, passed: Callable[[int, int], object]) -> None:
+    done = itertools.count(1)
+    for chunk in engine.scheduled:
+        chunk.register_forward_hook(lambda *_: passed(next(done), total) and None)
 
 
 def _batch(plan: BatchPlan, vocab_size: int, device: torch.device) -> Batch:

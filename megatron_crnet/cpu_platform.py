@@ -7,9 +7,7 @@ With a CUDA device this module does nothing at all.
 
 from __future__ import annotations
 
-import logging
 import os
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +15,8 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from megatron_crnet.noise import silence_libraries
 
 
 class _CudaMeansCpu(TorchFunctionMode):
@@ -34,17 +34,10 @@ _mode: _CudaMeansCpu | None = None
 
 
 def quiet_libraries() -> None:
-    """Keep warnings about optional packages and DeepSpeed's start-up chatter out of the log."""
+    """Tell DeepSpeed where it is before it looks, and keep the messages of `noise.py` out of the log."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
-    # optional packages that are absent, and Megatron-Core's and PyTorch's notes to their own developers
-    for message in (
-        ".*(Transformer Engine|Apex).*not installed.*",
-        "full scope is deprecated",
-        ".*is deprecated. Please use",
-    ):
-        warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    silence_libraries()
 
 
 def install() -> None:

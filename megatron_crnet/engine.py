@@ -33,6 +33,7 @@ from megatron_crnet.deepspeed_settings import deepspeed_config, is_plain
 from megatron_crnet.gpt import CRNetModel
 from megatron_crnet.linear import LowRankGroup
 from megatron_crnet.masters import local_shape
+from megatron_crnet.noise import without_memory_lines
 from megatron_crnet.optimizer import ParamGroup, build_adamw, build_scheduler, is_partial, parameter_groups
 from megatron_crnet.parallel import MegatronMpu, NormMpu, ParallelContext
 from megatron_crnet.random_states import RandomStates
@@ -56,14 +57,15 @@ class TrainEngine:
         if config.training.dtype == "bf16" and self.stage < 3:
             in_fp32 = {p: p.detach().clone() for p in module.parameters() if p.dtype == torch.float32}
         settings = deepspeed_config(config, context.dp_size)
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=self._optimizer_factory(in_fp32),
-            model_parameters=parameter_groups(chunks, config.optimizer.weight_decay, partial_apart=self.stage >= 2),
-            config=settings,
-            mpu=MegatronMpu(),
-            dist_init_required=False,
-        )
+        with without_memory_lines():
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=self._optimizer_factory(in_fp32),
+                model_parameters=parameter_groups(chunks, config.optimizer.weight_decay, partial_apart=self.stage >= 2),
+                config=settings,
+                mpu=MegatronMpu(),
+                dist_init_required=False,
+            )
         checkpointing.configure(MegatronMpu(), deepspeed_config=settings)
         self.optimizer = self.deepspeed.optimizer
         self.added_anchors = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from megatron_crnet.duration import spell
 from megatron_crnet.estimate import Estimate
 from megatron_crnet.figures import Flow, Memory
 from megatron_crnet.machines import Machine
@@ -41,6 +42,17 @@ def _links(flow: Flow, crossings: dict[str, float] | None) -> str:
     return "  inside a node" if share == 0 else f"  {100 * share:.3g}% between nodes"
 
 
+def verdict(found: Estimate, machine: Machine, train_steps: int) -> str:
+    """What most people ask for, in one line: whether it fits, how fast it is, and how long the whole run takes."""
+    assert found.time is not None
+    peak, there = found.stages[found.fullest].memory.total, machine.memory_bytes
+    room = f"{'fits' if peak <= there else 'DOES NOT FIT'}: {peak / GIB:,.1f} of {there / GIB:,.1f} GiB"
+    return (
+        f"{room} per {machine.name}; {found.tokens_per_second:,.0f} tokens/s on {found.world_size} "
+        f"(MFU {found.utilization(machine):.1%}); {train_steps:,} steps in {spell(train_steps * found.time.total)}"
+    )
+
+
 def estimate_tables(found: Estimate, machine: Machine | None) -> list[str]:
     """What `tools/estimate.py` and `--dry-run` print."""
     stage = found.stages[found.fullest]
@@ -61,14 +73,11 @@ def _time_lines(found: Estimate, machine: Machine) -> list[str]:
     assert found.time is not None
     peak = f"{machine.peak(found.dtype) / 1e12:.3g} TFLOP/s"
     products = f"{found.dtype} products at {machine.product_efficiency:.0%} of {peak}"
-    fits = found.stages[found.fullest].memory.total <= machine.memory_bytes
     return [
         f"time of a step on {found.world_size} x {machine.name}, seconds (roofline: {products}, "
         f"links at {machine.link_efficiency:.0%}, nothing overlaps)",
         *(f"  {name:<16}{value:>10.4f}" for name, value in dataclasses.asdict(found.time).items()),
         f"  {'step':<16}{found.time.total:>10.4f}",
-        f"{found.tokens_per_second:,.0f} tokens/s, model FLOPs utilization {found.utilization(machine):.1%}; "
-        f"{'fits' if fits else 'DOES NOT FIT'} in {machine.memory_bytes / GIB:.0f} GiB",
     ]
 
 

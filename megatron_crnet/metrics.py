@@ -6,6 +6,8 @@ import importlib.util
 import json
 import resource
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,10 +17,16 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
+from megatron_crnet.arithmetic import flops_per_token, total_parameters
 from megatron_crnet.atomic import replace_text
+from megatron_crnet.batch import BatchPlan
 from megatron_crnet.config import Config
+from megatron_crnet.duration import spell
 from megatron_crnet.errors import ConfigError
 from megatron_crnet.settings import resolved
+
+PATIENCE, LOOK = 5.0, 1.0
+"""Seconds without a line after which there is a sign of life, the first time; and between two looks at the clock."""
 
 
 def peak_memory_bytes() -> int:
@@ -120,38 +128,107 @@ def _drop_lines_after(path: Path, step: int) -> None:
     replace_text(path, "".join(kept))
 
 
+def cost_of_run(config: Config, plan: BatchPlan, world_size: int) -> str:
+    """What all steps take, in a line to be read before they start."""
+    steps, per_step = config.training.train_steps, plan.tokens_per_step
+    flops = flops_per_token(config.model, plan.seq_length) * steps * per_step
+    return (
+        f"{config.model.variant} of {total_parameters(config.model):,} parameters on {world_size} "
+        f"{'process' if world_size == 1 else 'processes'}: {steps:,} steps x {per_step:,} tokens = "
+        f"{steps * per_step:,} tokens, {flops:.2e} FLOP"
+    )
+
+
 class Progress:
-    """A bar on a terminal, plain lines where the output goes to a file; silent on ranks other than the main one."""
+    """A bar on a terminal, plain lines where the output goes to a file; silent on ranks other than the main one.
+
+    As a context manager it also gives a sign of life while a step takes long, first after 5 seconds without a line.
+
+    Args:
+        total: steps of the run.
+        start: steps that are done.
+    """
 
     def __init__(self, total: int, start: int, is_main: bool) -> None:
         self.total, self.is_main = total, is_main
         self._lines = is_main and not (sys.stdout.isatty() and sys.stderr.isatty())
         bar = is_main and sys.stderr.isatty()
         self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True) if bar else None
+        self._step, self._first = start, start
+        self._started = self._after_first = time.monotonic()
+        self._said, self._patience = self._started, PATIENCE
+        self._ended = threading.Event()
 
     def advance(self, step: int, values: dict[str, Any] | None) -> None:
         """One step done; `values` are given on logged steps."""
+        self._step = step
+        if step == self._first + 1:  # what starts up is in the first step
+            self._after_first = time.monotonic()
         if self._bar is not None:
             self._bar.update(1)
             if values:
-                self._bar.set_postfix_str(f"loss {values['loss']:.4f} lr {values['lr']:.2e}")
+                speed = f"{values['tokens_per_s']:,.0f} tokens/s"
+                self._bar.set_postfix_str(f"loss {values['loss']:.4f} lr {values['lr']:.2e} {speed}")
         if values and self._lines:
             self.line(
                 f"step {step}/{self.total} | loss {values['loss']:.4f} | grad norm {values['grad_norm']:.3f} | "
-                f"lr {values['lr']:.3e} | {values['tokens_per_s']:.0f} tokens/s | {values['step_time_s'] * 1000:.0f} ms"
+                f"lr {values['lr']:.3e} | {values['tokens_per_s']:.0f} tokens/s | "
+                f"{values['step_time_s'] * 1000:.0f} ms | ETA {self.time_left()}"
             )
+        elif self._lines and time.monotonic() - self._said >= self._patience:
+            self._sign_of_life(f"step {step}/{self.total} | ETA {self.time_left()}")
+
+    def time_left(self) -> str:
+        """By the mean time of all steps but the first, validation and saving included."""
+        done, left = self._step - self._first, self.total - self._step
+        if left <= 0:
+            return spell(0.0)
+        if done < 1:
+            return "?"
+        now = time.monotonic()
+        if done == 1:  # which holds what starts up
+            return f"under {spell(left * (now - self._started))}"
+        return spell(left * (now - self._after_first) / (done - 1))
 
     def line(self, text: str) -> None:
         """One line of text that does not break the bar."""
         if not self.is_main:
             return
+        self._said = time.monotonic()
         if self._bar is not None and not self._lines:
             self._bar.write(text)
         else:
             with suppress(OSError):  # a log file on a full disk
                 print(text, flush=True)
 
+    def _sign_of_life(self, text: str) -> None:
+        """A line between two logged steps; the more there have been, the rarer they come."""
+        self.line(text)
+        self._patience = min(2 * self._patience, 60.0)
+
+    def _watch(self) -> None:
+        while not self._ended.wait(LOOK):
+            waited = time.monotonic() - self._said
+            if self._bar is not None:
+                self._bar.refresh()
+            elif waited >= self._patience:
+                self._sign_of_life(
+                    f"running for {spell(waited)} since step {self._step}/{self.total} | ETA {self.time_left()}"
+                )
+
+    def __enter__(self) -> Progress:
+        if self.is_main:
+            self._started = self._said = time.monotonic()
+            threading.Thread(target=self._watch, daemon=True, name="progress").start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+
     def close(self) -> None:
         """Leave the bar as it stands."""
+        self._ended.set()
         if self._bar is not None:
             self._bar.close()

@@ -11,21 +11,26 @@ from megatron_crnet.atomic import atomic_files
 from megatron_crnet.errors import require
 
 
-def check_record_file(path: Path | None, option: str = "--json") -> None:
+def check_record_file(path: Path | None, option: str = "--json", overwrite: bool = False) -> None:
     """Refuse a file that could not be written, while nothing has been spent on what it is to hold.
 
     Args:
         path: None where no file was asked for.
         option: which names it.
+        overwrite: an older file may be replaced.
 
     Raises:
-        ConfigError: it is a folder, or lies in one that is not there or cannot be written.
+        ConfigError: it is there already, is a folder, or lies in one that is not there or cannot be written.
     """
     if path is None:
         return
     folder = path.absolute().parent
     require(folder.is_dir(), f"{option} {path} lies in a folder that does not exist: make {folder}, or choose another")
     require(not path.is_dir(), f"{option} {path} is a folder: write a file's name")
+    require(
+        overwrite or not path.exists(),
+        f"{option} {path} exists already: remove it, choose another name, or add --overwrite",
+    )
     require(os.access(folder, os.W_OK), f"{option} {path} lies in a folder that cannot be written: choose another")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_crnet.batch import plan_batches
 from megatron_crnet.config import Config
-from megatron_crnet.counted_step import count_step
+from megatron_crnet.counted_step import count_step, ignore
 from megatron_crnet.deepspeed_rules import offloads_optimizer, offloads_parameters
 from megatron_crnet.errors import require
 from megatron_crnet.figures import StepFigures
@@ -33,8 +33,11 @@ from megatron_crnet.parallel import initialize_parallel, shutdown_parallel
 LARGEST_WORLD = 4096
 
 
-def simulate(config: Config, world_size: int, rank: int) -> StepFigures:
+def simulate(config: Config, world_size: int, rank: int, passed: Callable[[int, int], object] = ignore) -> StepFigures:
     """Count a step of rank `rank` of `world_size`. The process must not be part of a world already.
+
+    Args:
+        passed: told after each forward pass how many there have been and how many there will be.
 
     Raises:
         ConfigError: the world does not fit the configuration, or values that do not exist would decide something.
@@ -45,7 +48,7 @@ def simulate(config: Config, world_size: int, rank: int) -> StepFigures:
     try:
         context = initialize_parallel(config)
         with context.heartbeat, _without_memory():
-            return count_step(config, context)
+            return count_step(config, context, passed)
     finally:
         shutdown_parallel()
 

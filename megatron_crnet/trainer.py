@@ -28,7 +28,7 @@ from megatron_crnet.gpt import build_model_chunks
 from megatron_crnet.inputs import examine_inputs
 from megatron_crnet.interruption import Interruption
 from megatron_crnet.liveness import naming_lost_peers
-from megatron_crnet.metrics import MetricsWriter, Progress, check_sinks, peak_memory_bytes
+from megatron_crnet.metrics import MetricsWriter, Progress, check_sinks, cost_of_run, peak_memory_bytes
 from megatron_crnet.parallel import ParallelContext, collective_limit, initialize_parallel, seed_random_states
 from megatron_crnet.plot import plot_loss
 from megatron_crnet.provenance import write_run_file
@@ -96,7 +96,7 @@ class Trainer:
             self.interruption.note_from_now_on()
             if self.inputs.damaged:
                 self.checkpointer.set_aside(self.inputs.step + (checkpoint is not None), DAMAGED)
-            with self.context.heartbeat.watching(limit_s):
+            with self.context.heartbeat.watching(limit_s), self.progress:
                 complete = self._train()
         self.progress.close()
         self._finish() if complete else self._take_leave()
@@ -122,6 +122,7 @@ class Trainer:
     def _announce(self) -> None:
         for line in (*(f"warning: {line}" for line in self.inputs.damaged), *self.inputs.remarks):
             self.progress.line(line)
+        self.progress.line(cost_of_run(self.config, self.plan, self.context.world_size))
         if self.inputs.checkpoint is not None:
             self.progress.line(f"continuing from {self.inputs.checkpoint}, step {self.state.step}")
             if self.state.samples:

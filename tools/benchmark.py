@@ -15,6 +15,7 @@ Ctrl-C ends the run with what was measured so far (status 75).
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -23,13 +24,12 @@ from typing import Any
 from megatron_crnet.benchmark_rows import SWEEPS, Row, parse_row, sweep_rows
 from megatron_crnet.errors import reported, require, require_positive
 from megatron_crnet.interruption import INTERRUPTED, Interruption
+from megatron_crnet.options import only_usage
 from megatron_crnet.record_file import check_record_file, write_record
 from megatron_crnet.settings import parse_arguments
+from megatron_crnet.tables import table
 
-COLUMNS = (
-    *("sweep", "row", "processes", "parameters", "ms a step", "spread", "tokens/s", "of first", "by CPU time"),
-    *("TFLOP/s", "MFU", "peak memory, MiB"),
-)
+COLUMNS = ("row", "ranks", "weights", "ms/step", "spread", "tokens/s", "of first", "by CPU", "MFU", "peak, MiB")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the order of rows")
     parser.add_argument("--peak-tflops", type=float, help="of one device; without it matrix products measure it")
     parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--overwrite", action="store_true", help="replace an older file")
     return parser
 
 
@@ -58,32 +59,40 @@ def rows_of(args: argparse.Namespace, options: list[str]) -> list[Row]:
     return rows or [Row("rows", config.model.variant, args.processes)]
 
 
-def table(record: dict[str, Any]) -> str:
-    """The figures as Markdown."""
-    peak = f"{record['peak_flops'] / 1e12:.3g} TFLOP/s a device ({record['peak_source']})"
+def tables(record: dict[str, Any]) -> str:
+    """The figures, a table for each sweep, and below what is missing in them."""
+    peak = f"{record['peak_flops'] / 1e12:.3g} TFLOP/s per device ({record['peak_source']})"
     machine = record["machine"]
     load = f"load {machine['load_average']} to {machine['load_average_at_end']} on {machine['cores']} cores"
-    lines = [
-        f"{record['device']}; peak {peak}; {record['plan']['repeats']} repeats; {load}",
-        "",
-        f"| {' | '.join(COLUMNS)} |",
-        "| --- " * len(COLUMNS) + "|",
-    ]
-    lines += [_line(row) for row in record["rows"]]
-    ended = [row for row in record["rows"] if row["error"] and "median_s" in row]
-    lines += [f"\n{row['name']} has only {len(row['seconds'])} repeats: {row['error']}" for row in ended]
+    lines = [f"{record['device']}, {record['plan']['repeats']} repeats, {load}", f"peak {peak}"]
+    for sweep, found in itertools.groupby(record["rows"], lambda row: row["sweep"]):
+        rows = list(found)
+        lines += ["", sweep, table(COLUMNS, [_cells(row) for row in rows])]
+        lines += [f"{row['name']}: {_missing(row)}" for row in rows if row["error"] or "median_s" not in row]
     return "\n".join(lines)
 
 
-def _line(row: dict[str, Any]) -> str:
-    start = f"| {row['sweep']} | {row['name']} | {row['processes']} |"
+def _missing(row: dict[str, Any]) -> str:
+    if "median_s" in row:
+        return f"only {len(row['seconds'])} repeats: {row['error']}"
+    return f"not measured: {row['error'] or 'the run was stopped before'}"
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
     if "median_s" not in row:
-        return f"{start} not measured: {row['error'] or 'the run was stopped before'} |" + " |" * 8
-    return (
-        f"{start} {row['parameters'] / 1e6:.2f}M | {row['median_s'] * 1e3:.0f} | {row['spread']:.0%} "
-        f"| {row['tokens_per_s']:.0f} | {row['speed_of_first']:.2f} | {row['cpu_speed_of_first']:.2f} "
-        f"| {row['tflops_per_device']:.3g} | {row['mfu']:.1%} | {row['peak_bytes'] / 2**20:.1f} |"
-    )
+        return [row["name"], str(row["processes"]), *["-"] * (len(COLUMNS) - 2)]
+    return [
+        row["name"],
+        str(row["processes"]),
+        f"{row['parameters'] / 1e6:.2f}M",
+        f"{row['median_s'] * 1e3:,.0f}",
+        f"{row['spread']:.0%}",
+        f"{row['tokens_per_s']:,.0f}",
+        f"{row['speed_of_first']:.2f}",
+        f"{row['cpu_speed_of_first']:.2f}",
+        f"{row['mfu']:.1%}",
+        f"{row['peak_bytes'] / 2**20:,.1f}",
+    ]
 
 
 def run(argv: list[str]) -> int:
@@ -93,7 +102,7 @@ def run(argv: list[str]) -> int:
     require(
         "RANK" not in os.environ, "RANK is set, but this tool starts its own processes: start it without a launcher"
     )
-    check_record_file(args.json)
+    check_record_file(args.json, overwrite=args.overwrite)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the processes, which are not there yet
     from megatron_crnet.benchmark import Plan, measure
     from megatron_crnet.provenance import command_line
@@ -108,7 +117,7 @@ def run(argv: list[str]) -> int:
         interruption.note_from_now_on()
         record = measure(rows, options, plan, say, lambda: interruption.received is not None)
     record = {"kind": record.pop("kind"), "command": command_line([__file__, *argv]), **record}
-    print(table(record))
+    print(tables(record))
     if args.json is not None:
         write_record(args.json, record)
     if interruption.received is not None:
@@ -119,7 +128,8 @@ def run(argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """Run; returns the exit status."""
-    return reported(lambda: run(argv))
+    status = only_usage(build_parser().format_help(), argv)
+    return reported(lambda: run(argv)) if status is None else status
 
 
 if __name__ == "__main__":

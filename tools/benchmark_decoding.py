@@ -19,6 +19,7 @@ from typing import Any
 
 from megatron_crnet.errors import reported, require_positive
 from megatron_crnet.record_file import check_record_file, write_record
+from megatron_crnet.tables import table
 
 VARIANTS = ("crnet", "low_rank", "cola", "full_rank")
 
@@ -129,18 +130,26 @@ def of_full_rank(row: Row, rows: list[Row]) -> str:
     return "-"
 
 
-def table(rows: list[Row]) -> str:
-    """The figures as Markdown."""
-    lines = [
-        "| variant | parameters | cache | tokens/s | spread | tokens/s of CPU time | spread | of full rank |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    lines += [
-        f"| {row.variant} | {row.parameters / 1e6:.1f}M | {'yes' if row.cache else 'no'} | {row.tokens_per_s:.1f} "
-        f"| {row.spread:.0%} | {row.tokens_per_cpu_s:.1f} | {row.cpu_spread:.0%} | {of_full_rank(row, rows)} |"
-        for row in rows
-    ]
-    return "\n".join(lines)
+def figures(rows: list[Row]) -> str:
+    """The figures as a table."""
+    header = ("variant", "cache", "parameters", "tokens/s", "spread", "tokens/s of CPU", "spread", "of full rank")
+    return table(
+        header,
+        [
+            (
+                row.variant,
+                "yes" if row.cache else "no",
+                f"{row.parameters / 1e6:.1f}M",
+                f"{row.tokens_per_s:.1f}",
+                f"{row.spread:.0%}",
+                f"{row.tokens_per_cpu_s:.1f}",
+                f"{row.cpu_spread:.0%}",
+                of_full_rank(row, rows),
+            )
+            for row in rows
+        ],
+        text_columns=2,
+    )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -155,14 +164,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of PyTorch (default: its own choice)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument("--overwrite", action="store_true", help="replace an older file")
     return parser.parse_args()
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and write."""
-    check_record_file(args.json)
+    check_record_file(args.json, overwrite=args.overwrite)
     rows = measure(args)
-    print(table(rows))
+    print(figures(rows))
     if args.json is not None:
         from megatron_crnet.provenance import provenance
 

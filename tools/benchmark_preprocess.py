@@ -114,6 +114,7 @@ def parse_arguments() -> argparse.Namespace:
         help="how often the corpus is repeated; more copies make the workers' start weigh less (default: 1 8)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument("--overwrite", action="store_true", help="replace an older file")
     return parser.parse_args()
 
 
@@ -136,7 +137,7 @@ def run(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
 def show(args: argparse.Namespace) -> int:
     """Measure and write."""
-    check_record_file(args.json)
+    check_record_file(args.json, overwrite=args.overwrite)
     with tempfile.TemporaryDirectory() as folder:
         results = run(args, Path(folder))
     print_table(results)

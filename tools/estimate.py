@@ -18,9 +18,8 @@ from __future__ import annotations
 import json
 import sys
 
-from megatron_crnet import cpu_platform
 from megatron_crnet.errors import reported
-from megatron_crnet.options import positive_integer, take_options
+from megatron_crnet.options import only_usage, positive_integer, take_options
 from megatron_crnet.settings import parse_arguments
 
 OPTIONS = {"--world-size": None, "--gpu": "h100", "--gpus-per-node": "8"}
@@ -30,9 +29,11 @@ def run(argv: list[str]) -> int:
     """Estimate and print; returns the exit status."""
     options, rest = take_options(OPTIONS, [argument for argument in argv if argument != "--json"])
     config = parse_arguments(rest).config
+    from megatron_crnet import cpu_platform
+
     cpu_platform.install()
     from megatron_crnet.estimate import estimate
-    from megatron_crnet.estimate_report import as_values, estimate_tables
+    from megatron_crnet.estimate_report import as_values, estimate_tables, verdict
     from megatron_crnet.machines import find_machine
     from megatron_crnet.provenance import command_line, versions
     from megatron_crnet.step_identity import identify_step
@@ -43,7 +44,7 @@ def run(argv: list[str]) -> int:
     machine = find_machine(str(options["--gpu"]))
     found = estimate(config, world_size, machine, positive_integer("--gpus-per-node", str(options["--gpus-per-node"])))
     if "--json" not in argv:
-        print("\n".join(estimate_tables(found, machine)))
+        print("\n".join([verdict(found, machine, config.training.train_steps), "", *estimate_tables(found, machine)]))
         return 0
     record = {
         "kind": "estimate",
@@ -58,10 +59,8 @@ def run(argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """Run; returns the exit status."""
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    return reported(lambda: run(argv))
+    status = only_usage(str(__doc__), argv)
+    return reported(lambda: run(argv)) if status is None else status
 
 
 if __name__ == "__main__":

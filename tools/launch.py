@@ -10,6 +10,7 @@ them after 30 seconds.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -57,6 +58,7 @@ def status_of(error: ChildFailedError, passed: set[int]) -> int:
     if code < 0:
         print(f"rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
         return INTERRUPTED if -code in passed else 128 - code
+    print(f"rank {rank} ended with status {code}", file=sys.stderr, flush=True)
     return code
 
 
@@ -71,6 +73,8 @@ def main(argv: list[str]) -> int:
         )
         return 2
     arguments.signals_to_handle = OWN_SIGNALS
+    # which process failed and who was ended because of it: the ranks say so themselves, and `status_of`
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     warnings = Warnings()
     try:
         run(arguments)

@@ -3,7 +3,8 @@
     torchrun --nproc_per_node=4 tools/measure_communication.py --config examples/quickstart.yaml \\
         --parallel.tensor_model_parallel_size 2 --parallel.pipeline_model_parallel_size 2
 
-Any `--section.field value` of pretrain_crnet.py is taken. `--json FILE` writes the figures as well.
+Any `--section.field value` of pretrain_crnet.py is taken. `--json FILE` writes the figures as well,
+`--overwrite` in place of an older file.
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_crnet import cpu_platform
 from megatron_crnet.config import Config
 from megatron_crnet.errors import reported
-from megatron_crnet.options import take_options
+from megatron_crnet.options import only_usage, take_options
 from megatron_crnet.record_file import check_record_file, write_record
 from megatron_crnet.settings import parse_arguments
+from megatron_crnet.tables import table
 
 VARIANTS = ("crnet", "low_rank", "cola", "full_rank")
 
 
 def measure(config: Config) -> dict[str, Any]:
     """Traffic of a layer of each variant, and of the pipeline's boundaries; a collective call."""
+    from megatron_crnet import cpu_platform
+
     cpu_platform.install()
     from megatron_crnet.communication_report import boundary_traffic, layer_traffic
     from megatron_crnet.liveness import naming_lost_peers
@@ -43,35 +46,44 @@ def measure(config: Config) -> dict[str, Any]:
     }
 
 
-def table(config: Config, found: dict[str, Any]) -> str:
-    """The figures as Markdown: elements for one token, also in units of h, and the bytes that were sent."""
+def figures(config: Config, found: dict[str, Any]) -> str:
+    """The figures as tables: elements for one token, also in units of h, and the bytes that were sent."""
     h = config.model.hidden_size
-    lines = [
-        f"tensor-parallel traffic of one layer, for one token (h = {h}, {config.training.dtype})",
-        "",
-        "| variant | forward | in h | step | in h | bytes a step | gradients, elements a step |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+    header = ("variant", "forward", "in h", "step", "in h", "bytes/step", "gradients, elements/step")
+    rows = [
+        (
+            variant,
+            f"{t['forward']:,.0f}",
+            f"{t['forward'] / h:.3f}",
+            f"{t['step']:,.0f}",
+            f"{t['step'] / h:.3f}",
+            f"{t['step_bytes']:,.0f}",
+            f"{t['gradients']:,.0f}",
+        )
+        for variant, t in found["layers"].items()
     ]
-    for variant, t in found["layers"].items():
-        row = (t["forward"], t["forward"] / h, t["step"], t["step"] / h, t["step_bytes"], t["gradients"])
-        lines.append("| {} | {:.0f} | {:.3f} | {:.0f} | {:.3f} | {:.0f} | {:.0f} |".format(variant, *row))
+    lines = [
+        f"tensor-parallel traffic of one layer per token (h = {h}, {config.training.dtype})",
+        "",
+        table(header, rows),
+    ]
     if found["boundaries"]:
-        lines += ["", "pipeline: what a rank sends forward for one token", "", "| pipeline rank | elements | bytes |"]
-        lines += ["| --- | --- | --- |"]
-        boundaries = sorted(found["boundaries"].items())
-        lines += [f"| {rank} | {t['elements']:.0f} | {t['bytes']:.0f} |" for rank, t in boundaries]
+        sent = sorted(found["boundaries"].items())
+        rows = [(str(rank), f"{t['elements']:,.0f}", f"{t['bytes']:,.0f}") for rank, t in sent]
+        title = "pipeline: what a rank sends forward per token"
+        lines += ["", title, "", table(("pipeline rank", "elements", "bytes"), rows)]
     return "\n".join(lines)
 
 
 def run(argv: list[str]) -> int:
     """Count and write."""
-    options, rest = take_options({"--json": None}, argv)
+    options, rest = take_options({"--json": None}, [argument for argument in argv if argument != "--overwrite"])
     config, is_first = parse_arguments(rest).config, os.environ.get("RANK", "0") == "0"
     target = Path(options["--json"]) if options["--json"] and is_first else None
-    check_record_file(target)
+    check_record_file(target, overwrite="--overwrite" in argv)
     found = measure(config)
     if is_first:
-        print(table(config, found))
+        print(figures(config, found))
     if target is not None:
         from megatron_crnet.provenance import provenance
 
@@ -81,10 +93,8 @@ def run(argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """Run; returns the exit status."""
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    return reported(lambda: run(argv))
+    status = only_usage(str(__doc__), argv)
+    return reported(lambda: run(argv)) if status is None else status
 
 
 if __name__ == "__main__":

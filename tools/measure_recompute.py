@@ -9,6 +9,7 @@ Any `--section.field value` of pretrain_crnet.py is taken, and:
     --resident        run real training steps, one process for each strategy, and report peak resident memory (of the
                       host; on CPUs that is where activations are)
     --json [FILE]     write the figures to the file as well; without a file, print them instead of the table
+    --overwrite       replace an older file
 
 One micro-batch, one rank without parallelism, the decoder's layers alone.
 """
@@ -16,18 +17,19 @@ One micro-batch, one rank without parallelism, the decoder's layers alone.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_crnet import cpu_platform
 from megatron_crnet.config import Config
 from megatron_crnet.errors import reported, require
-from megatron_crnet.options import positive_integer, take_options
+from megatron_crnet.options import only_usage, positive_integer, take_options
 from megatron_crnet.record_file import check_record_file, write_record
 from megatron_crnet.settings import parse_arguments
+from megatron_crnet.tables import table
 
 OPTIONS = {"--tensors": "fake", "--segments": None, "--json": None, "--resident-of": None}
 
@@ -54,23 +56,33 @@ def measure(config: Config, options: dict[str, str | None]) -> list[dict[str, An
     return [{**dataclasses.asdict(m), "transient": m.transient} for m in found]
 
 
-def table(config: Config, found: list[dict[str, Any]]) -> str:
-    """The figures as Markdown, in MiB and as shares of no recomputation."""
+def figures(config: Config, found: list[dict[str, Any]]) -> str:
+    """The figures as a table, in MiB and as shares of no recomputation."""
     none, size = found[0], 2**20
-    lines = [
+    title = (
         f"{config.model.num_layers} layers, h = {config.model.hidden_size}, {config.training.micro_batch_size} x "
-        f"{config.training.seq_length} tokens, {config.training.dtype}; MiB and GFLOP",
-        "",
-        "| strategy | kept | by formula | transient | kept + transient | of none | GFLOP | extra | segments |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    lines += [
-        f"| {m['name']} | {m['kept'] / size:.1f} | {m['formula'] / size:.1f} | {m['transient'] / size:.1f} "
-        f"| {m['peak'] / size:.1f} | {m['peak'] / none['peak']:.3f} | {m['flops'] / 1e9:.1f} "
-        f"| {m['flops'] / none['flops'] - 1:.1%} | {' '.join(map(str, m['segments'])) or '-'} |"
-        for m in found
-    ]
-    return "\n".join(lines)
+        f"{config.training.seq_length} tokens, {config.training.dtype}; MiB and GFLOP\n\n"
+    )
+    header = ("strategy", "kept", "formula", "transient", "peak", "of none", "GFLOP", "extra", "segments")
+    return title + table(
+        header,
+        [
+            (
+                m["name"],
+                *(f"{m[key] / size:,.1f}" for key in ("kept", "formula", "transient", "peak")),
+                f"{m['peak'] / none['peak']:.3f}",
+                f"{m['flops'] / 1e9:,.1f}",
+                f"{m['flops'] / none['flops'] - 1:.1%}",
+                _segments(m["segments"]),
+            )
+            for m in found
+        ],
+    )
+
+
+def _segments(lengths: list[int]) -> str:
+    """Layers of each segment, equal ones together: 8 x 4, 2."""
+    return ", ".join(f"{len(list(same))} x {n}" for n, same in itertools.groupby(lengths)).replace("1 x ", "") or "-"
 
 
 def resident(argv: list[str]) -> list[dict[str, Any]]:
@@ -116,20 +128,24 @@ def resident_of(config: Config) -> dict[str, Any]:
     return {"name": name, "before_kib": before, "peak_kib": peak, "seconds": seconds}
 
 
-def resident_table(found: list[dict[str, Any]]) -> str:
-    """Peak resident memory as Markdown."""
-    lines = ["| strategy | before training, MiB | peak, MiB | peak - before, of none |", "| --- | --- | --- | --- |"]
-    none = found[0]["peak_kib"] - found[0]["before_kib"]
-    for m in found:
-        before, peak = m["before_kib"], m["peak_kib"]
-        share = (peak - before) / none
-        lines.append(f"| {m['name']} | {before / 1024:.0f} | {peak / 1024:.0f} | {share:.3f} |")
-    return "\n".join(lines)
+def resident_figures(found: list[dict[str, Any]]) -> str:
+    """Peak resident memory as a table."""
+    none, kib = found[0]["peak_kib"] - found[0]["before_kib"], 1024
+    rows = [
+        (
+            m["name"],
+            f"{m['before_kib'] / kib:,.0f}",
+            f"{m['peak_kib'] / kib:,.0f}",
+            f"{(m['peak_kib'] - m['before_kib']) / none:.3f}",
+        )
+        for m in found
+    ]
+    return table(("strategy", "before training, MiB", "peak, MiB", "peak - before, of none"), rows)
 
 
 def run(argv: list[str]) -> int:
     """Count, print and write."""
-    options, rest = own_options([argument for argument in argv if argument != "--resident"])
+    options, rest = own_options([argument for argument in argv if argument not in ("--resident", "--overwrite")])
     config = parse_arguments(rest).config
     require(
         config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size == 1,
@@ -137,7 +153,9 @@ def run(argv: list[str]) -> int:
         "both sizes to 1",
     )
     target = Path(options["--json"]) if options["--json"] not in (None, "-") else None
-    check_record_file(target)
+    check_record_file(target, overwrite="--overwrite" in argv)
+    from megatron_crnet import cpu_platform
+
     cpu_platform.install()
     if options["--resident-of"]:
         print(json.dumps(resident_of(config)))
@@ -150,7 +168,7 @@ def run(argv: list[str]) -> int:
     if options["--json"] == "-":
         print(json.dumps(record, indent=1))
         return 0
-    print(resident_table(found) if is_resident else table(config, found))
+    print(resident_figures(found) if is_resident else figures(config, found))
     if target is not None:
         write_record(target, record)
     return 0
@@ -158,10 +176,8 @@ def run(argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """Run; returns the exit status."""
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    return reported(lambda: run(argv))
+    status = only_usage(str(__doc__), argv)
+    return reported(lambda: run(argv)) if status is None else status
 
 
 if __name__ == "__main__":

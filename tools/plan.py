@@ -9,6 +9,7 @@ the model stay. Ctrl-C ends the search with what was found so far. Any `--sectio
     --gpu NAME           a100-80g, h100, h200, or a YAML file (default h100)
     --gpus-per-node N    GPUs that share a node (default 8)
     --output FILE        where the first choice is written (default plan.yaml)
+    --overwrite          replace an older file
     --show N             how many plans are listed (default 10)
 """
 
@@ -18,10 +19,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_crnet import cpu_platform
 from megatron_crnet.errors import ConfigError, reported, require
 from megatron_crnet.interruption import INTERRUPTED
-from megatron_crnet.options import positive_integer, take_options
+from megatron_crnet.options import only_usage, positive_integer, take_options
 from megatron_crnet.record_file import check_record_file
 from megatron_crnet.settings import parse_arguments, save_config
 
@@ -68,30 +68,35 @@ def none_fits(found: Any, gpus: str) -> int:
 
 def run(argv: list[str]) -> int:
     """Search, print, write. Returns the exit status."""
-    options, rest = take_options(OPTIONS, argv)
+    options, rest = take_options(OPTIONS, [argument for argument in argv if argument != "--overwrite"])
     require(options["--gpus"] is not None, "--gpus is missing, but says how many GPUs the run has: add --gpus N")
     gpus, per_node, show = (
         positive_integer(name, str(options[name])) for name in ("--gpus", "--gpus-per-node", "--show")
     )
     output = Path(str(options["--output"]))
-    check_record_file(output, "--output")
+    check_record_file(output, "--output", overwrite="--overwrite" in argv)
     config = parse_arguments(rest).config
+    from megatron_crnet import cpu_platform
+
     cpu_platform.install()
     from tqdm import tqdm
 
+    from megatron_crnet.estimate_report import verdict
     from megatron_crnet.machines import find_machine
     from megatron_crnet.plan_search import RESERVE, explain, search
 
     machine = find_machine(str(options["--gpu"]))
     found = search(config, gpus, machine, per_node, lambda all_choices: tqdm(all_choices, unit="layouts"))
     done = f"stopped after {found.tried} of {found.total}" if found.stopped else f"{found.total}"
+    ranked = found.ranked()
+    if ranked:
+        print(verdict(ranked[0].estimate, machine, config.training.train_steps))
     print(
         f"{done} layouts tried: {found.refused} not allowed, {found.too_large} above {1 - RESERVE:.0%} of "
         f"{machine.memory_bytes / GIB:.0f} GiB, {len(found.fitting)} fit"
     )
     if not found.fitting:
         return none_fits(found, f"{gpus} x {machine.name}")
-    ranked = found.ranked()
     save_config(ranked[0].config, output)  # before the tables, of which `| head` reads only the start
     print(
         "\n".join(
@@ -107,10 +112,8 @@ def run(argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """Run; returns the exit status."""
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    return reported(lambda: run(argv))
+    status = only_usage(str(__doc__), argv)
+    return reported(lambda: run(argv)) if status is None else status
 
 
 if __name__ == "__main__":

@@ -18,19 +18,42 @@ import contextlib
 import dataclasses
 import json
 import sys
+import time
 from typing import Any
 
-from megatron_crnet import cpu_platform
 from megatron_crnet.config import Config
+from megatron_crnet.duration import signs_of_life, spell
 from megatron_crnet.errors import reported, require
-from megatron_crnet.options import positive_integer, take_options
+from megatron_crnet.options import only_usage, positive_integer, take_options
 from megatron_crnet.settings import parse_arguments
 
 OPTIONS = {"--world-size": "1", "--rank": "0"}
 
 
+class Progress:
+    """How many forward passes of micro-batches the simulation has made; each has a backward pass to go with it."""
+
+    def __init__(self) -> None:
+        self.done, self.total, self._started = 0, 0, 0.0
+
+    def count(self, done: int, total: int) -> None:
+        """One more."""
+        self._started = self._started or time.monotonic()
+        self.done, self.total = done, total
+
+    def line(self, seconds: float) -> str:
+        """For a person who waits, `seconds` after the start."""
+        if not self.total:
+            return f"building the model: {spell(seconds)}"
+        left = (time.monotonic() - self._started) * (self.total - self.done) / max(self.done - 1, 1)
+        ends = f"about {spell(left)} left" if self.done > 1 else "time left not known yet"
+        return f"pass {self.done} of {self.total} of two steps, {spell(seconds)}; {ends}"
+
+
 def compare(config: Config, world_size: int, rank: int) -> dict[str, Any]:
     """Counted and estimated figures of the rank."""
+    from megatron_crnet import cpu_platform
+
     cpu_platform.install()
     from megatron_crnet.estimate import estimate
     from megatron_crnet.simulation import check_simulation, simulate
@@ -39,8 +62,9 @@ def compare(config: Config, world_size: int, rank: int) -> dict[str, Any]:
     expected = estimate(config, world_size)
     # ranks count through tensor and data parallelism before they reach the next stage
     stage = expected.stages[rank // (world_size // len(expected.stages))]
-    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints the memory of this process
-        return {"counted": simulate(config, world_size, rank), "estimated": stage}
+    progress = Progress()
+    with contextlib.redirect_stdout(sys.stderr), signs_of_life(progress.line):  # DeepSpeed may print
+        return {"counted": simulate(config, world_size, rank, progress.count), "estimated": stage}
 
 
 def tables(found: dict[str, Any]) -> list[str]:
@@ -90,10 +114,8 @@ def run(argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """Run; returns the exit status."""
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    return reported(lambda: run(argv))
+    status = only_usage(str(__doc__), argv)
+    return reported(lambda: run(argv)) if status is None else status
 
 
 if __name__ == "__main__":

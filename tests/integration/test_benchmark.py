@@ -54,7 +54,7 @@ def test_rows_of_every_kind_in_one_run(tmp_path: Path) -> None:
 
 
 def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
-    done = start(["--row=nonsense"], program="tools/benchmark.py")
+    done = start(["--config=examples/quickstart.yaml", "--row=nonsense"], program="tools/benchmark.py")
     assert done.returncode == 2
     assert done.stderr.startswith("error: --row is 'nonsense'")
 
