@@ -77,6 +77,7 @@ The modules in the order in which to read them; each uses only those above it.
     step_identity        which step figures are of, so that they can be set beside each other
     metrics, plot        what a run reports
     sampling             a look at what the model writes
+    resumption           what a resumed run does not share with the run that it continues
     inputs               everything that a run reads, examined before it writes
     residual_in_use      who computes the residual, and who did before the checkpoint
     trainer              the loop

@@ -41,7 +41,7 @@ from megatron_crnet.fingerprint import TrainedOn
 from megatron_crnet.masters import Masters
 from megatron_crnet.random_states import RandomStates
 from megatron_crnet.settings import resolved
-from megatron_crnet.state_files import Box, collect, fill, read, whole, write
+from megatron_crnet.state_files import Box, collect, fill, read, shapes_of, whole, write
 from megatron_crnet.training_state import TrainingState
 from megatron_crnet.weights import canonical_weights
 
@@ -72,6 +72,9 @@ class Checkpointer:
         self._group = dist.new_group(backend="gloo", timeout=WRITING_LIMIT)
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self.other_place: str | None = None
+        """What of devices and layout differs from those of the checkpoint that was loaded, whose random states are
+        of no use then; None if nothing does."""
 
     def save(self, state: TrainingState, aside: bool = False) -> None:
         """Copy the state and write it in the background.
@@ -90,6 +93,7 @@ class Checkpointer:
             **asdict(state),
             "adam_steps": self.masters.steps,
             "layout": self._layout(),
+            "device": self.masters.device.type,
             "versions": library_versions(),
             "trained_on": self.trained_on.values(),
         }
@@ -166,20 +170,38 @@ class Checkpointer:
             raise CheckpointError(outcome[0])
 
     def load(self, checkpoint: Path) -> TrainingState:
-        """Fill engine and optimizer; under the layout that wrote it, put the random generators where they were.
+        """Fill engine and optimizer, and in the same layout on the same kind of device the random generators.
 
         The engine's schedule is the caller's (`TrainEngine.restore_schedule`).
 
         Raises:
             CheckpointError: the checkpoint does not fit the model.
         """
-        about = json.loads((checkpoint / "state.json").read_text())
+        about = saved_state(checkpoint)
         fill(checkpoint, self.masters, self.weights, about["adam_steps"])
-        if about["layout"] == self._layout():
-            states = {name: torch.empty_like(state) for name, state in RandomStates.capture().tensors().items()}
-            read(checkpoint, {_random_name(name): whole(state) for name, state in states.items()})
-            RandomStates.from_tensors(states).restore()
+        self.other_place = self._restore_random_states(checkpoint, about)
         return TrainingState.from_values(about)
+
+    def _restore_random_states(self, checkpoint: Path, about: dict[str, Any]) -> str | None:
+        """Put the random generators where they were; else return why that is not possible.
+
+        Generators of another kind of device have states of another size, which mean nothing here.
+        """
+        layout = self._layout()
+        if about["layout"] != layout:
+            names = [name for name, value in layout.items() if about["layout"].get(name) != value]
+            return ", ".join(f"{name} {layout[name]} instead of {about['layout'].get(name)}" for name in names)
+        device = about.get("device", self.masters.device.type)  # earlier versions did not say
+        if device != self.masters.device.type:
+            return f"device {self.masters.device.type} instead of {device}"
+        states = {name: torch.empty_like(state) for name, state in RandomStates.capture().tensors().items()}
+        saved = shapes_of(checkpoint)
+        for name, state in states.items():
+            if saved.get(_random_name(name)) != state.shape:
+                return f"the random generator {name} has a state of another size"
+        read(checkpoint, {_random_name(name): whole(state) for name, state in states.items()})
+        RandomStates.from_tensors(states).restore()
+        return None
 
     def set_aside(self, step: int, prefix: str = REJECTED) -> Path | None:
         """Take checkpoints of `step` and later out of the next start's way. Returns the newest that is left."""

@@ -26,13 +26,6 @@ BLOCKS, BLOCK_BYTES = 64, 4096
 SHOWN = 12
 """Hexadecimal digits of a digest that a message shows."""
 
-ORDER = {
-    "data": ("sample_format", "split"),
-    "training": ("seq_length", "seed", "train_steps", "global_batch_size", "rampup_batch_size"),
-}
-"""Fields beside the data that decide which samples a run sees in which order: Megatron-Core shuffles the epochs of a
-run together, so that the number of samples of the whole run counts."""
-
 
 def sidecar(prefix: str | Path) -> Path:
     """The file that says what PREFIX.bin was made with."""
@@ -187,24 +180,3 @@ class TrainedOn:
             for split, digest in now.data.items()
             if self.data.get(split, digest) != digest
         ]
-
-
-def other_order(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A line on each field that changes which samples come in which order.
-
-    Args:
-        saved, now: the resolved configurations of the checkpoint and of this run.
-    """
-    lines = []
-    for section, names in ORDER.items():
-        before, after = saved.get(section, {}), now.get(section, {})
-        for name in names:
-            if name == "split" and not after.get("data_path"):
-                continue
-            if before.get(name) != after.get(name):
-                lines.append(
-                    f"{section}.{name} differs from the checkpoint's ({after.get(name)} instead of "
-                    f"{before.get(name)}), so the training data may come in another order from here: some samples may "
-                    "be seen again and some not"
-                )
-    return lines

@@ -15,9 +15,10 @@ from megatron_crnet.config import Config
 from megatron_crnet.data import Datasets, build_datasets, data_fingerprint
 from megatron_crnet.data_checks import sources_of
 from megatron_crnet.errors import ConfigError
-from megatron_crnet.fingerprint import TrainedOn, digest_of_tokenizer, other_order, remark_on_unnamed
-from megatron_crnet.settings import resolved
+from megatron_crnet.fingerprint import TrainedOn, digest_of_tokenizer, remark_on_unnamed
+from megatron_crnet.resumption import remarks
 from megatron_crnet.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from megatron_crnet.training_state import TrainingState
 from megatron_crnet.unigram import unigram_entropy
 
 
@@ -62,10 +63,10 @@ def examine_inputs(config: Config, plan: BatchPlan) -> Inputs:
     tokenizer, trained_on = examine_together(partial(_examine, config))
     checkpoint, damaged = newest_complete(checkpoint_dir(config))
     saved, state = examine_together(partial(_examine_checkpoint, config, checkpoint, trained_on))
-    datasets = _datasets(config, tokenizer, plan)
-    remarks = [*_about_data(config), *_about_checkpoint(config, checkpoint, saved, state, trained_on)]
+    datasets = _datasets(config, tokenizer, plan, TrainingState.from_values(state))
+    about = [*_about_data(config), *(remarks(config, checkpoint, saved, state, trained_on) if checkpoint else [])]
     entropy = _entropy(config, datasets, plan)
-    return Inputs(tokenizer, trained_on, checkpoint, saved, state, remarks, damaged, datasets, entropy)
+    return Inputs(tokenizer, trained_on, checkpoint, saved, state, about, damaged, datasets, entropy)
 
 
 def _examine(config: Config) -> tuple[tuple[Tokenizer, TrainedOn], dict[str, str]]:
@@ -102,34 +103,20 @@ def _about_data(config: Config) -> list[str]:
     return [f"note: {remark}"] if remark else []
 
 
-def _about_checkpoint(
-    config: Config, checkpoint: Path | None, saved: dict[str, Any], state: dict[str, Any], trained_on: TrainedOn
-) -> list[str]:
-    """What a resumed run does not share with the run that it continues; nothing for one that has seen no sample."""
-    if checkpoint is None or not state.get("samples"):
-        return []
-    before, changed = TrainedOn.from_state(state), other_order(saved, resolved(config))
-    if before is not None:
-        return [f"warning: {line}" for line in (*before.other_data(trained_on), *changed)]
-    unknown = (
-        f"note: checkpoint {checkpoint} does not say what it was trained on, as those of earlier versions do not: "
-        "tokenizer and data are taken for the same"
-    )
-    return [unknown, *(f"warning: {line}" for line in changed)]
-
-
 def _tokenizer(config: Config) -> Tokenizer:
     if config.data.tokenizer_model is None:
         raise ConfigError("data.tokenizer_model is not set, but names the tokenizer of the data: give its path")
     return load_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
 
 
-def _datasets(config: Config, tokenizer: Tokenizer, plan: BatchPlan) -> Datasets:
+def _datasets(config: Config, tokenizer: Tokenizer, plan: BatchPlan, done: TrainingState) -> Datasets:
     training = config.training
+    remaining = max(training.train_steps - done.step, 1)  # for a run that is complete, too, which is to be said later
     return build_datasets(
         config,
         tokenizer,
-        num_train_samples=training.train_steps * plan.global_batch_size,
+        # what is done may have been in steps of another size
+        num_train_samples=done.samples + remaining * plan.global_batch_size,
         num_valid_samples=training.eval_steps * plan.global_batch_size,
     )
 

@@ -182,6 +182,12 @@ def read(folder: Path, boxes: Mapping[str, Box]) -> None:
         ) from error
 
 
+def shapes_of(folder: Path) -> dict[str, torch.Size]:
+    """Shapes of the whole tensors that a checkpoint holds, by name."""
+    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: saved.size for name, saved in found.items() if isinstance(saved, TensorStorageMetadata)}
+
+
 def fill(folder: Path, masters: Masters, weights: list[Weight], steps: int) -> None:
     """Put masters, moments and weights of this rank where DeepSpeed keeps them; a collective call.
 

@@ -33,6 +33,7 @@ from megatron_crnet.parallel import ParallelContext, collective_limit, initializ
 from megatron_crnet.plot import plot_loss
 from megatron_crnet.provenance import write_run_file
 from megatron_crnet.residual_in_use import changed_residual, residual_in_use
+from megatron_crnet.resumption import other_place
 from megatron_crnet.sampling import continue_text
 from megatron_crnet.schedule import Batch
 from megatron_crnet.settings import save_config
@@ -126,6 +127,8 @@ class Trainer:
         if self.inputs.checkpoint is not None:
             self.progress.line(f"continuing from {self.inputs.checkpoint}, step {self.state.step}")
             if self.state.samples:
+                if self.checkpointer.other_place is not None:
+                    self.progress.line(other_place(self.config, self.checkpointer.other_place))
                 self._warn_of_another_residual()
         if self.config.model.variant == "crnet":
             self.progress.line(f"the residual is computed by {residual_in_use(self.config, self.context.device)}")

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_crnet.checkpoint_folder import MANIFEST, complete, file_entries
 from megatron_crnet.fingerprint import sidecar
@@ -146,3 +148,87 @@ def test_state_and_data_name_the_same_tokenizer(whole: Path, corpus: Corpus) -> 
     state = json.loads((whole / "checkpoints" / "step_00000006" / "state.json").read_text())
     assert state["trained_on"]["tokenizer"] == json.loads(sidecar(corpus.train).read_text())["tokenizer"]["sha256"]
     assert set(state["trained_on"]["data"]) == {"train", "valid"}
+
+
+def random_states(output: Path) -> Path:
+    """The file of step 3 that holds the random states of rank 0."""
+    (found,) = (output / "checkpoints" / "step_00000003").glob("*.safetensors")
+    return found
+
+
+@pytest.mark.fault("B2")
+@pytest.mark.parametrize("says_device", [True, False])
+def test_a_checkpoint_of_gpus_goes_on_on_cpus_and_says_so(
+    cut: Path, whole: Path, corpus: Corpus, says_device: bool
+) -> None:
+    """CUDA's generator has a state of 16 bytes; earlier versions wrote no device, which its size then tells."""
+    tensors = load_file(random_states(cut))
+    save_file({**tensors, "random.00000.device": torch.zeros(16, dtype=torch.uint8)}, random_states(cut))
+
+    def as_on_gpus(state: dict[str, Any]) -> None:
+        state["device"] = "cuda"
+        if not says_device:
+            del state["device"]
+
+    rewrite_state(cut, as_on_gpus)
+    outcome = start_here(corpus.options(cut, **QUIET))
+    assert outcome.status == 0, outcome.stderr
+    (remark,) = remarks(outcome.stdout)
+    why = "device cpu instead of cuda" if says_device else "the random generator device has a state of another size"
+    assert remark.startswith(f"warning: resumed on other devices or in another layout than the checkpoint's ({why})")
+    assert lines_of(cut, "loss") == {step: loss for step, loss in lines_of(whole, "loss").items() if step > 3}
+
+
+@pytest.mark.fault("B2")
+def test_states_of_another_kind_of_device_are_not_taken_over_whatever_their_size(cut: Path, corpus: Corpus) -> None:
+    rewrite_state(cut, lambda state: state.update(device="xpu"))
+    outcome = start_here(corpus.options(cut, **QUIET))
+    assert outcome.status == 0, outcome.stderr
+    assert "(device cpu instead of xpu)" in outcome.stdout
+
+
+@pytest.fixture(scope="module")
+def blended(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run of 6 steps stopped after 3, on a blend, whose dataset holds as many samples as were asked for."""
+    output = tmp_path_factory.mktemp("blended") / "run"
+    options = {**QUIET, "data__train_data_path": f"[{corpus.train}, {corpus.valid}]"}
+    outcome = start_here(corpus.options(output, **options))
+    assert outcome.status == 0, outcome.stderr
+    shutil.rmtree(output / "checkpoints" / "step_00000006")
+    return output, options
+
+
+ALLOWED: dict[str, dict[str, Any]] = {
+    "smaller batches": {"training__global_batch_size": 2},
+    "larger batches": {"training__global_batch_size": 10},
+    "fewer steps": {"training__train_steps": 4},
+    "more steps": {"training__train_steps": 9},
+    "both": {"training__train_steps": 5, "training__global_batch_size": 2},
+    "micro-batches": {"training__micro_batch_size": 1},
+    "shorter sequences": {"training__seq_length": 16},
+    "longer sequences": {"training__seq_length": 64},
+    "padded": {"data__sample_format": "padded"},
+    "one source": {"data__train_data_path": "[{train}]"},
+    "other weights": {"data__train_data_path": "[0.9, {train}, 0.1, {valid}]"},
+    "split": {"data__train_data_path": "[]", "data__valid_data_path": "[]", "data__data_path": "[{valid}]"}
+    | {"data__split": "1,1"},
+    "ZeRO and dtype": {"deepspeed__zero_optimization__stage": 1, "training__dtype": "bf16"},
+}
+
+
+@pytest.mark.fault("B3")
+@pytest.mark.parametrize("name", ALLOWED)
+def test_every_change_that_the_documentation_allows_goes_on(
+    blended: tuple[Path, dict[str, Any]], corpus: Corpus, tmp_path: Path, name: str
+) -> None:
+    options, output = blended[1], tmp_path / "run"
+    shutil.copytree(blended[0], output)
+    paths = {"train": corpus.train, "valid": corpus.valid}
+    changes = {k: v.format(**paths) if isinstance(v, str) else v for k, v in ALLOWED[name].items()}
+    outcome = start_here(corpus.options(output, **{**options, **changes}))
+    assert outcome.status == 0, outcome.stderr
+    steps = changes.get("training__train_steps", 6)
+    assert set(lines_of(output, "loss")) == set(range(1, steps + 1))
+    done = 3 * 4 + (steps - 3) * changes.get("training__global_batch_size", 4)
+    state = json.loads((output / "checkpoints" / f"step_{steps:08d}" / "state.json").read_text())
+    assert state["samples"] == done
