@@ -227,12 +227,24 @@ def check_enough(files: IndexedFiles, split: str, share: Share, config: Config) 
     first, end = files.documents_in(share)
     tokens, needed = files.tokens_in(share), config.training.seq_length + 1
     if config.data.sample_format == "padded":
+        if end > first and not has_label(files, share):
+            raise DataError(
+                f"no document in the {split} split of {files.prefix} has two tokens, so that nothing can be trained or "
+                "measured on it: preprocess longer documents, or use data.sample_format packed"
+            )
         needed = 2
     if end <= first or tokens < needed:
         raise DataError(
             f"the {split} split of {files.prefix} has {tokens} tokens in {end - first} documents, but one sample needs "
             f"{needed}: give more text, raise its share in data.split, or lower training.seq_length"
         )
+
+
+def has_label(files: IndexedFiles, share: Share) -> bool:
+    """Whether some document of the share has two tokens, the second of which is a label."""
+    first, end = files.documents_in(share)
+    starts = range(first, end, CHECKED_AT_ONCE)
+    return any((files.lengths[start : min(start + CHECKED_AT_ONCE, end)] > 1).any() for start in starts)
 
 
 def check_cache_folder(folder: Path) -> None:

@@ -151,7 +151,7 @@ class TrainEngine:
         results = self.accumulate(batches, tokens)
         self.reduce_gradients()
         loss_sum, count = loss_totals(results, self.context.device)
-        return loss_sum / count
+        return loss_sum / count if count else math.nan  # a batch without labels is a bad step, not a crash
 
     def accumulate(self, batches: list[Batch], tokens: int) -> list[dict[str, Tensor]]:
         """The passes of one step alone; see `forward_backward` and `run_schedule`."""

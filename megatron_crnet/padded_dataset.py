@@ -27,7 +27,7 @@ class PaddedDocumentDataset(MegatronDataset):
     Args:
         dataset: the token ids of all documents.
         dataset_path: their prefix.
-        indices: documents of the split, [n].
+        indices: documents of the split, [n]; those of less than two tokens are passed over.
         num_samples: rows wanted; None means one epoch. The length is rounded up to whole epochs.
         index_split: which split; its order is independent of the others'.
         config: sequence_length s, random_seed and the tokenizer, whose `pad` fills the rows.
@@ -42,10 +42,12 @@ class PaddedDocumentDataset(MegatronDataset):
         index_split: Split,
         config: GPTDatasetConfig,
     ) -> None:
-        super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
+        # a document of one token has no label, and a batch of such rows no loss
+        labelled = indices[np.asarray(dataset.sequence_lengths)[indices] > 1]
+        super().__init__(dataset, dataset_path, labelled, num_samples, index_split, config)
         self._pad: int = config.tokenizer.pad
         self._epoch = -1
-        self._order: npt.NDArray[np.int32] = indices
+        self._order: npt.NDArray[np.int32] = labelled
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset: IndexedDataset) -> int:

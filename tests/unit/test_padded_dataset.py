@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_crnet.errors import DataError
 from tests.unit.data_helpers import (
     SEQ,
     VOCAB,
     PlainTokenizer,
     build,
     whole,
+    write_indexed,
 )
 
 
@@ -47,3 +50,24 @@ def test_padded_epochs_are_shuffled_anew_and_reproducibly(prefix: str) -> None:
     assert [tuple(whole(other[i])) for i in range(200)] != epochs[0]
     with pytest.raises(IndexError):
         train[600]
+
+
+@pytest.mark.fault("L4")
+def test_documents_without_a_label_are_passed_over(tmp_path: Path) -> None:
+    """Megatron's own tool writes no end of document, so that a text of one token is one token."""
+    documents = [[5], [6, 7], [], [8], [9, 10, 11]]
+    prefix = write_indexed(tmp_path / "short", documents)
+    train = build(5, train_data_path=[prefix], sample_format="padded").train
+    assert len(train) == 6, "three epochs of two documents"
+    assert all(train[i]["loss_mask"].sum() > 0 for i in range(6))
+    assert sorted(whole(train[i])[:2] for i in range(2)) == [[6, 7], [9, 10]]
+
+
+@pytest.mark.fault("L4")
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_a_split_without_a_label_is_refused_before_training(tmp_path: Path, split: str) -> None:
+    empty = write_indexed(tmp_path / "empty", [[5], [6], [7]])
+    good = write_indexed(tmp_path / "good", [[5, 6, 7]])
+    paths = {f"{name}_data_path": [empty if name == split else good] for name in ("train", "valid", "test")}
+    with pytest.raises(DataError, match=f"no document in the {split} split of {empty} has two tokens"):
+        build(1, 1, 1, sample_format="padded", **paths)
