@@ -42,6 +42,8 @@ The modules in the order in which to read them; each uses only those above it.
 
     tokenizer, tokenizer_training          SentencePiece and Hugging Face tokenizers
     fingerprint          what a run was trained on: tokenizer and data, beside the data and in checkpoints
+    decompression, parquet                 gzip, zstd, bzip2, xz; text columns of Parquet
+    corpus_files, corpus_stats             which files are read, and how; what was left out, file by file
     corpus, standard_library               documents from files; the corpus that Python ships
     preprocess, worker_pool                documents -> .bin/.idx
     data, data_checks, padded_dataset      .bin/.idx -> samples; index_cache: their indices, stored without pickle

@@ -2,53 +2,26 @@
 
 `read_chunks` opens and decompresses files in a fixed order and hands out chunks of raw bytes;
 `chunk_documents` decodes one chunk. A `.json`, `.jsonl` or `.ndjson` file holds one JSON object a line
-(C4's layout); any other file is one document. Both may end in `.gz` or `.zst`.
+(C4's layout), a `.parquet` file one document in each row; any other file is one document. What is left out is
+counted by file and reason.
 """
 
 from __future__ import annotations
 
-import gzip
 import itertools
 import json
-import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
+from megatron_crnet.corpus_files import BOM, Format, InputFile, Listing, list_files
+from megatron_crnet.corpus_stats import CorpusStats, Kind
+from megatron_crnet.decompression import DamagedError, decompressed
 from megatron_crnet.errors import DataError
+from megatron_crnet.parquet import parquet_texts
 
 CHUNK_BYTES = 1 << 18
-LINE_SUFFIXES = {".json", ".jsonl", ".ndjson"}
-COMPRESSED_SUFFIXES = {".gz", ".zst"}
-
-
-@dataclass
-class CorpusStats:
-    """What was read and what was skipped."""
-
-    documents: int = 0
-    """Documents handed out."""
-    text_bytes: int = 0
-    """Their UTF-8 size."""
-    empty: int = 0
-    """Documents without anything but white space."""
-    invalid_utf8: int = 0
-    """Lines or files that are not UTF-8, or whose JSON spells half a surrogate pair."""
-    invalid_json: int = 0
-    """Lines that are not a JSON object."""
-    missing_text: int = 0
-    """Objects without the key, or whose value is not a string."""
-
-    @property
-    def skipped(self) -> int:
-        """All that was left out."""
-        return self.empty + self.invalid_utf8 + self.invalid_json + self.missing_text
-
-    def add(self, other: CorpusStats) -> None:
-        """Add the counts of another part of the corpus."""
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
 
 @dataclass(frozen=True)
@@ -71,17 +44,43 @@ class FileChunk:
     input_bytes: int
 
 
-Chunk = LineChunk | FileChunk
+@dataclass(frozen=True)
+class RowChunk:
+    """Rows of one Parquet file."""
+
+    source: str
+    first_row: int
+    texts: tuple[bytes | None, ...]
+    input_bytes: int
+
+
+Chunk = LineChunk | FileChunk | RowChunk
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How chunks become documents."""
+    """How files become documents."""
 
     text_key: str = "text"
-    """Key of the text in a JSON object."""
+    """Key of the text in a JSON object, or the column in a Parquet file; `data.text` is the key text in the object
+    data, unless there is a key that holds the dot."""
     strict: bool = False
-    """Refuse the first unreadable line or file instead of counting it."""
+    """Refuse the first unreadable line or file, and broken links, instead of counting them."""
+    format: Format | None = None
+    """How every file is read; None goes by the suffix."""
+
+
+class Document(NamedTuple):
+    """A text and where it comes from."""
+
+    text: str
+    source: str
+    place: int
+    """Its line or row, from 1 on; 0 for a whole file."""
+
+
+_Decoded = Iterator[tuple[str, int, str, int]]
+"""Text, its UTF-8 size, source and place."""
 
 
 def iter_documents(
@@ -89,6 +88,7 @@ def iter_documents(
     text_key: str = "text",
     strict: bool = False,
     stats: CorpusStats | None = None,
+    file_format: Format | None = None,
 ) -> Iterator[str]:
     """Yield the text of every document of `paths` in a fixed order, counting into `stats`.
 
@@ -96,118 +96,162 @@ def iter_documents(
         DataError: a path is missing or damaged; with `strict`, a line or file that cannot be decoded.
     """
     stats = CorpusStats() if stats is None else stats
-    for chunk in read_chunks(list_files(paths)):
-        yield from chunk_documents(chunk, Rules(text_key, strict), stats)
+    rules = Rules(text_key, strict, file_format)
+    listing = open_corpus(paths, rules, stats)
+    for chunk in read_chunks(listing.files, text_key=text_key):
+        yield from (document.text for document in chunk_documents(chunk, rules, stats))
 
 
-def list_files(paths: Iterable[str | Path]) -> list[Path]:
-    """The files of `paths` in order; a folder stands for its files, sorted by their path within it.
-
-    Hidden files and folders inside a folder are passed over.
+def open_corpus(paths: Iterable[str | Path], rules: Rules, stats: CorpusStats) -> Listing:
+    """The files of `paths`; what of folders is none of them is noted in `stats`.
 
     Raises:
-        DataError: a path is neither a file nor a folder.
+        DataError: a path is missing, or a file cannot be read.
     """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = {file.relative_to(path): file for file in path.rglob("*") if file.is_file()}
-            visible = [name for name in inside if not any(part.startswith(".") for part in name.parts)]
-            files += [inside[name] for name in sorted(visible, key=lambda name: name.as_posix())]
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise DataError(f"{path} is neither a file nor a folder: correct the path")
-    return files
+    listing = list_files(paths, rules.text_key, rules.format, rules.strict)
+    stats.passed_over += listing.passed_over
+    stats.remarks += listing.remarks
+    return listing
 
 
-def read_chunks(files: Iterable[Path], chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
+def read_chunks(files: Iterable[InputFile], chunk_bytes: int = CHUNK_BYTES, text_key: str = "text") -> Iterator[Chunk]:
     """Read and decompress `files` into chunks of about `chunk_bytes`, in order.
 
     Raises:
         DataError: a file cannot be read, or its compression is damaged.
     """
-    for lines, group in itertools.groupby(files, key=_is_lines):
-        if lines:
-            for file in group:
-                yield from _line_chunks(file, chunk_bytes)
-        else:
+    for kind, group in itertools.groupby(files, key=lambda file: file.format):
+        if kind == "text":
             yield from _file_chunks(group, chunk_bytes)
+            continue
+        for file in group:
+            yield from _line_chunks(file, chunk_bytes) if kind == "jsonl" else _row_chunks(file, chunk_bytes, text_key)
 
 
-def chunk_documents(chunk: Chunk, rules: Rules, stats: CorpusStats) -> list[str]:
+def chunk_documents(chunk: Chunk, rules: Rules, stats: CorpusStats) -> list[Document]:
     """Decode the documents of one chunk, counting into `stats`.
 
     Raises:
         DataError: with `rules.strict`, naming file and line of what cannot be decoded.
     """
-    decoded = _decode_lines(chunk, rules, stats) if isinstance(chunk, LineChunk) else _decode_files(chunk, rules, stats)
+    if isinstance(chunk, LineChunk):
+        decoded = _decode_lines(chunk, rules, stats)
+    elif isinstance(chunk, RowChunk):
+        decoded = _decode_rows(chunk, rules, stats)
+    else:
+        decoded = _decode_files(chunk, rules, stats)
     documents = []
-    for text, size in decoded:
+    for text, size, source, place in decoded:
         if text and not text.isspace():
-            documents.append(text)
+            documents.append(Document(text, source, place))
             stats.text_bytes += size
         else:
-            stats.empty += 1
+            stats.skip(source, "empty", place)
     stats.documents += len(documents)
     return documents
 
 
-def _decode_lines(chunk: LineChunk, rules: Rules, stats: CorpusStats) -> Iterator[tuple[str, int]]:
+def _decode_lines(chunk: LineChunk, rules: Rules, stats: CorpusStats) -> _Decoded:
+    source = chunk.source
+    if not chunk.data:
+        stats.skip(source, "empty", 0)
+        return
+    marked = BOM in chunk.data
     for number, line in enumerate(chunk.data.split(b"\n"), start=chunk.first_line):
+        if marked:
+            line = line.removeprefix(BOM)  # files that were joined may have one anywhere
         if not line or line.isspace():
             continue
         try:
-            text = _text_of(json.loads(line.decode()), rules.text_key)
-            yield text, len(text.encode())
+            text = text_at(json.loads(line.decode()), rules.text_key)
+            yield text, len(text.encode()), source, number
         except UnicodeError as error:
-            stats.invalid_utf8 += 1
-            _refuse_if(rules.strict, f"{chunk.source}:{number}", "is not valid UTF-8", error)
+            _skip(stats, rules, "invalid_utf8", source, number, "is not valid UTF-8", error)
         except KeyError as error:
-            stats.missing_text += 1
-            _refuse_if(rules.strict, f"{chunk.source}:{number}", f"has no text under the key {rules.text_key!r}", error)
+            _skip(stats, rules, "missing_text", source, number, f"has no key {rules.text_key!r}", error)
+        except TypeError as error:
+            what = f"has no string under the key {rules.text_key!r}"
+            _skip(stats, rules, "not_text", source, number, what, error)
         except (ValueError, RecursionError) as error:
-            stats.invalid_json += 1
-            _refuse_if(rules.strict, f"{chunk.source}:{number}", "is not a JSON object", error)
+            _skip(stats, rules, "invalid_json", source, number, "is not a JSON object", error)
 
 
-def _decode_files(chunk: FileChunk, rules: Rules, stats: CorpusStats) -> Iterator[tuple[str, int]]:
+def _decode_files(chunk: FileChunk, rules: Rules, stats: CorpusStats) -> _Decoded:
     for source, content in zip(chunk.sources, chunk.contents, strict=True):
+        content = content.removeprefix(BOM)
         try:
-            yield content.decode(), len(content)
+            text = content.decode()
         except UnicodeDecodeError as error:
-            stats.invalid_utf8 += 1
             line = content.count(b"\n", 0, error.start) + 1
-            _refuse_if(rules.strict, f"{source}:{line}", "is not valid UTF-8", error)
+            _skip(stats, rules, "invalid_utf8", source, 0, "is not valid UTF-8", error, line)
+        else:
+            yield text, len(content), source, 0
 
 
-def _text_of(value: Any, key: str) -> str:
+def _decode_rows(chunk: RowChunk, rules: Rules, stats: CorpusStats) -> _Decoded:
+    if not chunk.texts:
+        stats.skip(chunk.source, "empty", 0)
+    for row, value in enumerate(chunk.texts, start=chunk.first_row):
+        if value is None:
+            what = f"has no text under the key {rules.text_key!r}"
+            _skip(stats, rules, "missing_text", chunk.source, row, what, KeyError(rules.text_key))
+            continue
+        try:
+            text = value.decode()
+        except UnicodeDecodeError as error:
+            _skip(stats, rules, "invalid_utf8", chunk.source, row, "is not valid UTF-8", error)
+        else:
+            yield text, len(value), chunk.source, row
+
+
+def text_at(value: Any, key: str) -> str:
+    """The string under `key`; `a.b` is the key b in the object under a, unless there is a key "a.b".
+
+    Raises:
+        ValueError: `value` is not an object.
+        KeyError: it has no such key.
+        TypeError: what is there is not a string.
+    """
     if not isinstance(value, dict):
         raise ValueError("not an object")
-    text = value[key]
-    if not isinstance(text, str):
-        raise KeyError(key)
-    return text
+    for part in [key] if key in value else key.split("."):
+        if not isinstance(value, dict):
+            raise KeyError(key)
+        value = value[part]
+    if not isinstance(value, str):
+        raise TypeError(key)
+    return value
 
 
-def _refuse_if(strict: bool, where: str, what: str, error: Exception) -> None:
-    if strict:
+def _skip(
+    stats: CorpusStats,
+    rules: Rules,
+    kind: Kind,
+    source: str,
+    place: int,
+    what: str,
+    error: Exception,
+    line: int | None = None,
+) -> None:
+    """Count a document that cannot be decoded, or refuse it.
+
+    Args:
+        line: where in a file that is one document.
+    """
+    if rules.strict:
+        where = f"{source}:{line or place}"
         raise DataError(f"{where} {what}: repair it, or leave out --strict to skip it") from error
+    stats.skip(source, kind, place)
 
 
-def _is_lines(file: Path) -> bool:
-    suffixes = file.suffixes[:-1] if file.suffix in COMPRESSED_SUFFIXES else file.suffixes
-    return bool(suffixes) and suffixes[-1] in LINE_SUFFIXES
-
-
-def _file_chunks(files: Iterable[Path], chunk_bytes: int) -> Iterator[FileChunk]:
+def _file_chunks(files: Iterable[InputFile], chunk_bytes: int) -> Iterator[FileChunk]:
     """Gather small files until they are worth a chunk."""
     sources: list[str] = []
     contents: list[bytes] = []
     consumed = size = 0
     for file in files:
         blocks = list(_read_blocks(file, 1 << 20))
-        sources.append(str(file))
+        sources.append(file.name)
         contents.append(b"".join(block for block, _ in blocks))
         consumed += sum(block_consumed for _, block_consumed in blocks)
         size += len(contents[-1])
@@ -218,9 +262,9 @@ def _file_chunks(files: Iterable[Path], chunk_bytes: int) -> Iterator[FileChunk]
         yield FileChunk(tuple(sources), tuple(contents), consumed)
 
 
-def _line_chunks(file: Path, chunk_bytes: int) -> Iterator[LineChunk]:
-    """Cut a file at the last line end of each block."""
-    line, consumed = 1, 0
+def _line_chunks(file: InputFile, chunk_bytes: int) -> Iterator[LineChunk]:
+    """Cut a file at the last line end of each block; a file without any gives an empty chunk."""
+    line, consumed, empty = 1, 0, True
     parts: list[bytes] = []
     for block, block_consumed in _read_blocks(file, chunk_bytes):
         consumed += block_consumed
@@ -229,50 +273,47 @@ def _line_chunks(file: Path, chunk_bytes: int) -> Iterator[LineChunk]:
             parts.append(block)
             continue
         data = b"".join([*parts, block[:cut]])
-        yield LineChunk(str(file), line, data, consumed)
-        line, consumed, parts = line + data.count(b"\n"), 0, [block[cut:]]
-    if data := b"".join(parts):
-        yield LineChunk(str(file), line, data, consumed)
+        yield LineChunk(file.name, line, data, consumed)
+        line, consumed, parts, empty = line + data.count(b"\n"), 0, [block[cut:]], False
+    if (data := b"".join(parts)) or empty:
+        yield LineChunk(file.name, line, data, consumed)
 
 
-def _read_blocks(file: Path, size: int) -> Iterator[tuple[bytes, int]]:
+def _row_chunks(file: InputFile, chunk_bytes: int, text_key: str) -> Iterator[RowChunk]:
+    """Gather rows until they are worth a chunk; a file without any gives an empty chunk."""
+    texts: list[bytes | None] = []
+    first, size = 0, 0
+    rows, batches = parquet_texts(file.path, text_key)
+
+    def chunk() -> RowChunk:
+        start, end = ((file.size or 0) * row // max(rows, 1) for row in (first, first + len(texts)))
+        return RowChunk(file.name, first + 1, tuple(texts), end - start)
+
+    for text in itertools.chain.from_iterable(batches):
+        texts.append(text)
+        size += len(text or b"")
+        if size >= chunk_bytes:
+            yield chunk()
+            first, size, texts = first + len(texts), 0, []
+    if texts or not first:
+        yield chunk()
+
+
+def _read_blocks(file: InputFile, size: int) -> Iterator[tuple[bytes, int]]:
     """Decompressed blocks of a file, each with the number of bytes read from disk for it."""
+    read = 0
     try:
-        with file.open("rb") as raw:
-            before = 0
-            for block in _decompressed(file, raw, size):
-                yield block, raw.tell() - before
-                before = raw.tell()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{file} is truncated or damaged ({error}): fetch it again") from error
+        with file.open() as raw:
+            for block, consumed in decompressed(raw, file.compression, size):
+                read += consumed
+                yield block, consumed
+    except DamagedError as error:
+        raise DataError(f"{file.name} is truncated or damaged ({error}): fetch it again") from error
     except OSError as error:
-        raise DataError(f"{file} cannot be read ({error.strerror or error}): correct path or permissions") from error
-
-
-def _decompressed(file: Path, raw: BinaryIO, size: int) -> Iterator[bytes]:
-    if file.suffix == ".zst":
-        yield from _unzstd(raw, size)
-        return
-    stream: Any = gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw
-    while block := stream.read(size):
-        yield block
-
-
-def _unzstd(raw: BinaryIO, size: int) -> Iterator[bytes]:
-    """Frames one after the other. The library's own stream reader takes a truncated frame for a whole one."""
-    import zstandard
-
-    decompressor, finished = zstandard.ZstdDecompressor(), True
-    while data := raw.read(size):
-        while data:
-            if finished:
-                frame = decompressor.decompressobj()
-            try:
-                block = frame.decompress(data)
-            except zstandard.ZstdError as error:
-                raise EOFError(str(error)) from error
-            finished, data = frame.eof, frame.unused_data if frame.eof else b""
-            if block:
-                yield block
-    if not finished:
-        raise EOFError("the last frame is cut")
+        raise DataError(
+            f"{file.name} cannot be read ({error.strerror or error}): correct path or permissions"
+        ) from error
+    if file.size is not None and read != file.size:
+        raise DataError(
+            f"{file.name} had {file.size} bytes and {read} when it was read: wait until nobody writes to it"
+        )

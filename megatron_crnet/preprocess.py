@@ -11,39 +11,49 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from megatron_crnet.atomic import atomic_files, refuse_existing, sigterm_unwinds
-from megatron_crnet.corpus import CHUNK_BYTES, Chunk, CorpusStats, Rules, chunk_documents, list_files, read_chunks
+from megatron_crnet.corpus import CHUNK_BYTES, Chunk, Rules, chunk_documents, open_corpus, read_chunks
+from megatron_crnet.corpus_files import Format
+from megatron_crnet.corpus_stats import CorpusStats
 from megatron_crnet.errors import ConfigError, DataError
 from megatron_crnet.fingerprint import sidecar, write_sidecar
 from megatron_crnet.progress import Progress
 from megatron_crnet.tokenizer import Tokenizer, TokenizerKind, load_tokenizer
 from megatron_crnet.worker_pool import ordered_map
 
+MOST_WORKERS = 64
+"""Processes that may be asked for on any machine; on larger ones, four for each CPU."""
+
 
 @dataclass(frozen=True)
 class PreprocessResult:
-    """What was written and what was skipped; the counts are those of CorpusStats."""
+    """What was written and what was skipped."""
 
-    documents: int
+    stats: CorpusStats
     tokens: int
     """Token ids in the .bin, the ends of documents included."""
-    text_bytes: int
-    empty: int
-    invalid_utf8: int
-    invalid_json: int
-    missing_text: int
     seconds: float
+
+    @property
+    def documents(self) -> int:
+        """Documents in the .bin."""
+        return self.stats.documents
+
+    @property
+    def text_bytes(self) -> int:
+        """Their UTF-8 size."""
+        return self.stats.text_bytes
 
     @property
     def skipped(self) -> int:
         """Documents that were left out."""
-        return self.empty + self.invalid_utf8 + self.invalid_json + self.missing_text
+        return self.stats.skipped
 
 
 @dataclass(frozen=True)
@@ -66,53 +76,106 @@ def preprocess(
     append_eod: bool = True,
     text_key: str = "text",
     strict: bool = False,
+    file_format: Format | None = None,
     overwrite: bool = False,
     progress: Callable[[Progress], None] | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> PreprocessResult:
-    """Tokenise the documents of `paths` into OUT_PREFIX.bin and OUT_PREFIX.idx, and say beside them by which tokenizer.
+    """Tokenize the documents of `paths` into OUT_PREFIX.bin and OUT_PREFIX.idx, and say beside them by which tokenizer.
 
     Nothing appears under these names unless all of it is there; temporary files are removed on an
     exception, SIGINT and SIGTERM.
 
     Args:
-        paths: files and folders, see `corpus.py`.
-        workers: processes that tokenise; 0 does it in this process, None means one for each CPU.
+        paths: files and folders, see `corpus.py`; "-" is standard input.
+        workers: processes that tokenize; 0 does it in this process, None means one for each CPU.
         append_eod: end every document with the tokenizer's `eod`.
+        text_key: see `corpus.Rules`.
         strict: refuse the first line or file that cannot be decoded, instead of counting it.
-        progress: called after every chunk.
+        file_format: how every file is read; None goes by the suffix.
+        progress: called before the first chunk and after every one.
         chunk_bytes: size of a unit of work; it does not change the output.
 
     Raises:
-        ConfigError: `workers` is negative, or no such `tokenizer_type`.
-        DataError: input missing, damaged or without a single document; output exists or cannot be written.
+        ConfigError: `workers` is negative or beyond sense, or no such `tokenizer_type`.
+        DataError: input missing, damaged or without a single document; output exists, lies inside the input or cannot
+            be written.
         CrnetError: a worker process died.
     """
     started = time.monotonic()
     workers = available_cpus() if workers is None else workers
-    if workers < 0:
-        raise ConfigError(f"workers is {workers}, but must not be negative: use 0 to stay in one process")
-    files = list_files(paths)
-    total_bytes = sum(file.stat().st_size for file in files)
-    tokenizer = load_tokenizer(tokenizer_type, tokenizer_model)
-    tokenize_chunk = partial(_tokenize_chunk, tokenizer, append_eod, Rules(text_key, strict))
-    pair = Path(f"{out_prefix}.bin"), Path(f"{out_prefix}.idx")
+    check_workers(workers)
+    targets = output_files(out_prefix, ".bin", ".idx")
+    stats, rules = CorpusStats(), Rules(text_key, strict, file_format)
+    listing = open_corpus(paths, rules, stats)
+    check_outside(targets, paths)
     if not overwrite:
-        refuse_existing(*pair)  # what says by which tokenizer an older pair was made does not outlive it
+        refuse_existing(*targets)  # what says by which tokenizer an older pair was made does not outlive it
+    tokenizer = load_tokenizer(tokenizer_type, tokenizer_model)
+    tokenize_chunk = partial(_tokenize_chunk, tokenizer, append_eod, rules)
 
-    def report(stats: CorpusStats, input_bytes: int) -> None:
+    def report(input_bytes: int, tokens: int) -> None:
         if progress is not None:
             seconds = time.monotonic() - started
-            progress(Progress(stats.documents, stats.text_bytes, input_bytes, total_bytes, seconds))
+            total = listing.total_bytes
+            progress(
+                Progress(stats.documents, stats.text_bytes, tokens, input_bytes, total, len(listing.files), seconds)
+            )
 
     with (
         sigterm_unwinds(),
-        atomic_files(pair[0], sidecar(out_prefix), pair[1], overwrite=True) as (bin_path, about, idx_path),
-        ordered_map(workers, read_chunks(files, chunk_bytes), tokenize_chunk) as chunks,
+        atomic_files(targets[0], sidecar(out_prefix), targets[1], overwrite=True) as (bin_path, about, idx_path),
+        ordered_map(workers, read_chunks(listing.files, chunk_bytes, text_key), tokenize_chunk) as chunks,
     ):
-        stats, tokens = _write(chunks, (bin_path, idx_path), tokenizer.vocab_size, report)
+        report(0, 0)
+        tokens = _write(chunks, (bin_path, idx_path), tokenizer.vocab_size, stats, report)
         write_sidecar(about, bin_path, idx_path, tokenizer, append_eod)
-    return PreprocessResult(tokens=tokens, seconds=time.monotonic() - started, **asdict(stats))
+    return PreprocessResult(stats, tokens, time.monotonic() - started)
+
+
+def check_workers(workers: int) -> None:
+    """Raise ConfigError for a number of processes that makes no sense here."""
+    most = max(MOST_WORKERS, 4 * available_cpus())
+    if not 0 <= workers <= most:
+        raise ConfigError(
+            f"workers is {workers}, but must be 0 to {most} on {available_cpus()} CPUs: leave it out for one per CPU, "
+            "or use 0 to stay in one process"
+        )
+
+
+def output_files(prefix: str | Path, *suffixes: str) -> tuple[Path, ...]:
+    """The files that a prefix stands for.
+
+    Raises:
+        DataError: it is empty, ends in a folder's "/", holds a NUL or is too long.
+    """
+    text = os.fspath(prefix)
+    if os.path.basename(text) in ("", ".", "..") or "\0" in text:
+        raise DataError(
+            f"the output prefix is {text!r}, but must end in the name of the files: give data/train, say, for "
+            f"data/train{suffixes[0]}"
+        )
+    targets = tuple(Path(text + suffix) for suffix in suffixes)
+    try:
+        for target in targets:
+            target.exists()
+    except OSError as error:
+        raise DataError(f"the output prefix {text} cannot be used ({error.strerror}): choose another") from error
+    return targets
+
+
+def check_outside(targets: Iterable[Path], inputs: Iterable[str | Path]) -> None:
+    """Raise DataError if a file that is written is input, or would be the next time."""
+    for path in map(Path, inputs):
+        for target in targets:
+            resolved = target.resolve()
+            if os.path.isdir(path) and resolved.is_relative_to(path.resolve()):
+                raise DataError(
+                    f"the output {target} lies inside the input folder {path}, where it would be input the next time: "
+                    "choose another folder for it"
+                )
+            if resolved == path.resolve():
+                raise DataError(f"the output {target} is also the input: choose another name")
 
 
 def available_cpus() -> int:
@@ -123,14 +186,17 @@ def available_cpus() -> int:
 def _tokenize_chunk(tokenizer: Tokenizer, append_eod: bool, rules: Rules, chunk: Chunk) -> TokenizedChunk:
     """The work of a worker process: from a raw chunk to token ids."""
     stats = CorpusStats()
-    tokenized = tokenizer.tokenize_batch(chunk_documents(chunk, rules, stats))
-    documents = [ids for ids in tokenized if len(ids)]
-    stats.documents -= len(tokenized) - len(documents)
-    stats.empty += len(tokenized) - len(documents)
+    documents = chunk_documents(chunk, rules, stats)
+    tokenized = tokenizer.tokenize_batch([document.text for document in documents])
+    for document, ids in zip(documents, tokenized, strict=True):
+        if not len(ids):
+            stats.documents -= 1
+            stats.skip(document.source, "empty", document.place)
+    kept = [ids for ids in tokenized if len(ids)]
     end = np.array([tokenizer.eod] if append_eod else [], dtype=np.int32)
-    parts = [part for ids in documents for part in (ids, end)]
+    parts = [part for ids in kept for part in (ids, end)]
     tokens = np.concatenate(parts, dtype=np.int32) if parts else end[:0]
-    lengths = np.array([len(ids) + len(end) for ids in documents], dtype=np.int32)
+    lengths = np.array([len(ids) + len(end) for ids in kept], dtype=np.int32)
     return TokenizedChunk(tokens.tobytes(), lengths.tobytes(), stats, chunk.input_bytes)
 
 
@@ -138,14 +204,15 @@ def _write(
     chunks: Iterable[TokenizedChunk],
     outputs: Sequence[Path],
     vocab_size: int,
-    report: Callable[[CorpusStats, int], None],
-) -> tuple[CorpusStats, int]:
-    """Write all chunks as .bin and .idx; returns the counts and the number of tokens."""
+    stats: CorpusStats,
+    report: Callable[[int, int], None],
+) -> int:
+    """Write all chunks as .bin and .idx, counting into `stats`; returns the number of tokens."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # at import it mentions every optional accelerator that is not installed
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    stats, tokens, input_bytes = CorpusStats(), 0, 0
+    tokens, input_bytes = 0, 0
     bin_path, idx_path = outputs
     builder = IndexedDatasetBuilder(str(bin_path), dtype=DType.optimal_dtype(vocab_size))
     with builder.data_file:
@@ -157,15 +224,10 @@ def _write(
             tokens += int(lengths.sum())
             stats.add(chunk.stats)
             input_bytes += chunk.input_bytes
-            report(stats, input_bytes)
+            report(input_bytes, tokens)
         if not stats.documents:
-            raise DataError(_nothing_left(stats))
+            raise DataError(
+                f"the corpus holds no document ({stats.totals()}): give files with text, or correct --text-key"
+            )
         builder.finalize(str(idx_path))
-    return stats, tokens
-
-
-def _nothing_left(stats: CorpusStats) -> str:
-    return (
-        f"the corpus holds no document ({stats.empty} empty, {stats.invalid_utf8} not UTF-8, {stats.invalid_json} not "
-        f"a JSON object, {stats.missing_text} without the text key): give files with text, or correct --text-key"
-    )
+    return tokens

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TextIO
 
+FIRST_LINE_SECONDS = 3.0
+"""When the first line with an estimate of the rest appears."""
+MEANINGFUL_SHARE = 0.002
+"""Of all bytes; what is estimated from less is not shown."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -16,16 +21,40 @@ class Progress:
     documents: int
     text_bytes: int
     """UTF-8 bytes of the documents."""
+    tokens: int
     input_bytes: int
     """Bytes of the files read so far, as they lie on disk."""
-    total_input_bytes: int
-    """Bytes of all files."""
+    total_input_bytes: int | None
+    """Bytes of all files; None when standard input is one of them."""
+    files: int
     seconds: float
 
     def rates(self) -> str:
-        """Documents and megabytes of text a second."""
+        """Documents and megabytes of text per second."""
         seconds = max(self.seconds, 1e-9)
         return f"{self.documents / seconds:,.0f} documents/s, {self.text_bytes / seconds / 1e6:.2f} MB/s"
+
+    def share(self) -> float | None:
+        """Share of all bytes that were read."""
+        return self.input_bytes / max(self.total_input_bytes, 1) if self.total_input_bytes is not None else None
+
+    def line(self) -> str:
+        """All of it, and what is left."""
+        share = self.share()
+        read = f"{self.input_bytes / 1e6:,.0f} MB read" if share is None else f"{share:.1%} read"
+        line = f"{read}, {self.documents:,} documents, {self.tokens:,} tokens, {self.rates()}"
+        if share is None or share < MEANINGFUL_SHARE or share >= 1:
+            return line
+        left = self.seconds * (1 - share) / share
+        return f"{line}, about {duration(left)} and {self.tokens * (1 - share) / share:,.0f} tokens to go"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 class ProgressPrinter:
@@ -39,7 +68,8 @@ class ProgressPrinter:
     def __init__(self, interval: float = 10.0, stream: TextIO | None = None) -> None:
         self._stream = sys.stderr if stream is None else stream
         self._interval = interval
-        self._next_line = time.monotonic() + interval
+        self._next_line = time.monotonic() + min(interval, FIRST_LINE_SECONDS)
+        self._begun = False
         self._bar: Any = None
 
     def __enter__(self) -> ProgressPrinter:
@@ -53,14 +83,16 @@ class ProgressPrinter:
 
     def __call__(self, progress: Progress) -> None:
         """Show `progress`."""
+        if not self._begun:
+            self._begun = True
+            total = progress.total_input_bytes
+            size = "of unknown size" if total is None else f"{total / 1e6:,.1f} MB"
+            print(f"tokenizing {progress.files:,} files, {size}", file=self._stream, flush=True)
         if self._stream.isatty():
             self._update_bar(progress)
         elif time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + self._interval
-            share = progress.input_bytes / max(progress.total_input_bytes, 1)
-            print(
-                f"{share:.1%} read, {progress.documents:,} documents, {progress.rates()}", file=self._stream, flush=True
-            )
+            print(progress.line(), file=self._stream, flush=True)
 
     def _update_bar(self, progress: Progress) -> None:
         if self._bar is None:

@@ -19,21 +19,35 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "input",
         nargs="+",
-        help="files or folders; .json, .jsonl and .ndjson hold one JSON object a line, any other file is one "
-        "document; .gz and .zst are decompressed",
+        help="files or folders; .json, .jsonl and .ndjson hold one JSON object per line, .parquet one document per "
+        "row, any other file is one document; gzip, zstd, bzip2 and xz are decompressed; - is standard "
+        "input, with --format",
     )
     parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
     parser.add_argument("--tokenizer-model", required=True, help="SentencePiece .model file or Hugging Face folder")
     parser.add_argument("--tokenizer-type", choices=("sentencepiece", "huggingface"), default="sentencepiece")
-    parser.add_argument("--text-key", default="text", help="key of the text in a JSON object (default: text)")
+    parser.add_argument(
+        "--text-key",
+        default="text",
+        help="key of the text in a JSON object, or column of a Parquet file; data.text is text in the object data, "
+        "unless there is a key with the dot in it (default: text)",
+    )
+    parser.add_argument(
+        "--format", choices=("jsonl", "text", "parquet"), help="read every file so, whatever its suffix"
+    )
     parser.add_argument(
         "--workers",
         type=int,
         default=available_cpus(),
-        help="processes that tokenise; 0 uses none (default: one for each CPU, here %(default)s)",
+        help="processes that tokenize; 0 uses none (default: one for each CPU, here %(default)s)",
     )
     parser.add_argument("--no-append-eod", action="store_true", help="do not end documents with the end token")
-    parser.add_argument("--strict", action="store_true", help="stop at the first line that cannot be decoded")
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="stop at the first line, file or link that cannot be read, with status 2; otherwise what was left "
+        "out is named, file by file, and the status is 0",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     return parser.parse_args()
 
@@ -50,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
             append_eod=not args.no_append_eod,
             text_key=args.text_key,
             strict=args.strict,
+            file_format=args.format,
             overwrite=args.overwrite,
             progress=progress,
         )
@@ -57,11 +72,8 @@ def run(args: argparse.Namespace) -> int:
         f"{args.output}: {result.documents:,} documents, {result.tokens:,} tokens, {result.text_bytes:,} bytes of text "
         f"in {result.seconds:.1f} s"
     )
-    if result.skipped:
-        print(
-            f"skipped {result.skipped:,}: {result.empty:,} empty, {result.invalid_utf8:,} not UTF-8, "
-            f"{result.invalid_json:,} not a JSON object, {result.missing_text:,} without the key {args.text_key!r}"
-        )
+    for line in result.stats.summary():
+        print(line)
     return 0
 
 

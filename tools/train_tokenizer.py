@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_crnet.corpus import CorpusStats, iter_documents
+from megatron_crnet.corpus import iter_documents
+from megatron_crnet.corpus_stats import CorpusStats
 from megatron_crnet.errors import reported
 from megatron_crnet.preprocess import available_cpus
 from megatron_crnet.tokenizer import load_tokenizer
@@ -25,7 +26,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.model")
     parser.add_argument("--vocab-size", type=int, default=32000, help="pieces (default: %(default)s)")
-    parser.add_argument("--text-key", default="text", help="key of the text in a JSON object (default: text)")
+    parser.add_argument("--text-key", default="text", help="as for preprocess_data.py (default: text)")
+    parser.add_argument("--format", choices=("jsonl", "text", "parquet"), help="as for preprocess_data.py")
     parser.add_argument(
         "--sample-bytes", type=int, help="how much text to train on, drawn from all (default: 512 for each piece)"
     )
@@ -44,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     """Train and say what was left out."""
     stats = CorpusStats()
     model = train_sentencepiece(
-        iter_documents(args.input, args.text_key, args.strict, stats),
+        iter_documents(args.input, args.text_key, args.strict, stats, args.format),
         args.output,
         args.vocab_size,
         num_threads=args.threads,
@@ -53,11 +55,8 @@ def run(args: argparse.Namespace) -> int:
     )
     size = load_tokenizer("sentencepiece", str(model)).vocab_size
     print(f"{model}: {size} pieces")
-    if stats.skipped:
-        print(
-            f"skipped {stats.skipped}: {stats.empty} empty, {stats.invalid_utf8} not UTF-8, "
-            f"{stats.invalid_json} not a JSON object, {stats.missing_text} without the key {args.text_key!r}"
-        )
+    for line in stats.summary():
+        print(line)
     return 0
 
 

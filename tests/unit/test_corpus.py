@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megatron_crnet.corpus import CorpusStats, FileChunk, LineChunk, iter_documents, list_files, read_chunks
+from megatron_crnet.corpus import FileChunk, LineChunk, iter_documents, read_chunks
+from megatron_crnet.corpus_files import list_files
+from megatron_crnet.corpus_stats import CorpusStats, Skipped
 from megatron_crnet.errors import ConfigError, DataError
 from megatron_crnet.standard_library import SourceFile, split_files, standard_library_files, write_corpus
 from tests.unit.data_helpers import write_jsonl
@@ -39,8 +41,8 @@ def test_other_files_are_one_document_each(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     (tmp_path / "b.py").write_text("import this\n")
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"three"))
-    (tmp_path / "d").write_text('{"text": "not JSON lines"}')
-    assert list(iter_documents([tmp_path])) == ["one\ntwo\n", "import this\n", "three", '{"text": "not JSON lines"}']
+    (tmp_path / "d").write_text('{"other": "not JSON lines"}')
+    assert list(iter_documents([tmp_path])) == ["one\ntwo\n", "import this\n", "three", '{"other": "not JSON lines"}']
 
 
 def test_order_is_that_of_the_arguments_and_of_sorted_names_within_a_folder(tmp_path: Path) -> None:
@@ -74,7 +76,15 @@ def bad_lines(path: Path) -> Path:
 def test_what_cannot_be_read_is_counted(tmp_path: Path) -> None:
     stats = CorpusStats()
     assert list(iter_documents([bad_lines(tmp_path / "bad.jsonl")], stats=stats)) == ["good", "goo\u0308d"]
-    assert stats == CorpusStats(documents=2, text_bytes=4 + 6, empty=2, invalid_utf8=2, invalid_json=3, missing_text=2)
+    source = str(tmp_path / "bad.jsonl")
+    skipped = {
+        (source, "invalid_utf8"): Skipped(2, 2),
+        (source, "invalid_json"): Skipped(3, 5),
+        (source, "missing_text"): Skipped(1, 7),
+        (source, "not_text"): Skipped(1, 8),
+        (source, "empty"): Skipped(2, 9),
+    }
+    assert stats == CorpusStats(documents=2, text_bytes=4 + 6, by_file=skipped)  # type: ignore[arg-type]
     assert stats.skipped == 9
 
 
@@ -84,7 +94,8 @@ def test_what_cannot_be_read_is_counted(tmp_path: Path) -> None:
         (b'{"text": "\xff"}', "not valid UTF-8"),
         (b'{"text": "\\ud800"}', "not valid UTF-8"),
         (b'{"text": ', "not a JSON object"),
-        (b'{"body": 1}', "no text under the key 'text'"),
+        (b'{"body": 1}', "has no key 'text'"),
+        (b'{"text": 1}', "no string under the key 'text'"),
     ],
 )
 def test_strict_names_file_and_line(tmp_path: Path, line: bytes, what: str) -> None:
@@ -99,7 +110,7 @@ def test_text_file_that_is_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_bytes(b"good")
     stats = CorpusStats()
     assert list(iter_documents([tmp_path], stats=stats)) == ["good"]
-    assert stats.invalid_utf8 == 1
+    assert stats.count("invalid_utf8") == 1
     with pytest.raises(DataError, match=r"a\.txt:2 is not valid UTF-8"):
         list(iter_documents([tmp_path], strict=True))
 
@@ -113,7 +124,7 @@ def test_another_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [1, 7, 64, 1 << 20])
 def test_chunks_hold_whole_lines_and_know_their_number(tmp_path: Path, size: int) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    chunks = [chunk for chunk in read_chunks([path], size) if isinstance(chunk, LineChunk)]
+    chunks = [chunk for chunk in read_chunks(list_files([path]).files, size) if isinstance(chunk, LineChunk)]
     assert b"".join(chunk.data for chunk in chunks) == path.read_bytes()
     assert sum(chunk.input_bytes for chunk in chunks) == path.stat().st_size
     line = 1
@@ -126,14 +137,15 @@ def test_chunks_hold_whole_lines_and_know_their_number(tmp_path: Path, size: int
 def test_small_files_travel_together(tmp_path: Path) -> None:
     for i in range(100):
         (tmp_path / f"{i:02}.txt").write_text("x" * 100)
-    chunks = [chunk for chunk in read_chunks(list_files([tmp_path]), 1000) if isinstance(chunk, FileChunk)]
+    chunks = [chunk for chunk in read_chunks(list_files([tmp_path]).files, 1000) if isinstance(chunk, FileChunk)]
     assert [len(chunk.contents) for chunk in chunks] == [10] * 10
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.txt.gz", "a.txt.zst"])
 @pytest.mark.parametrize("damage", ["cut", "garbage"])
 def test_damaged_compression_is_an_error(tmp_path: Path, name: str, damage: str) -> None:
-    data = b"".join(json.dumps({"text": os.urandom(50).hex()}).encode() + b"\n" for _ in range(1000))
+    data = b"".join(json.dumps({"text": os.urandom(50).hex()}).encode() + b"\n" for _ in range(3000))
+    data = data if "jsonl" in name else data.replace(b"{", b"(")
     packed = gzip.compress(data) if name.endswith("gz") else zstandard.ZstdCompressor().compress(data)
     (tmp_path / name).write_bytes(packed[:-1000] if damage == "cut" else b"garbage" + packed)
     with pytest.raises(DataError, match=f"{name} is truncated or damaged"):
@@ -234,7 +246,7 @@ def test_corpus_is_written_again_when_it_is_not_the_same(tmp_path: Path) -> None
     assert (folder / "train.jsonl").read_bytes() == whole
     (tmp_path / "library" / "1.py").write_text("# other\n")
     assert "already there" not in write_corpus(folder, 0.3, files)
-    assert "# other\n" in iter_documents([folder])
+    assert "# other\n" in iter_documents([folder / "train.jsonl", folder / "valid.jsonl"])
 
 
 def test_corpus_leaves_foreign_files_alone(tmp_path: Path) -> None:

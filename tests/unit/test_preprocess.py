@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def test_the_files_hold_every_document_and_its_end(corpus: Path, model: str, tmp
     assert data.document_indices.tolist() == list(range(len(texts) + 1))
     assert (result.documents, result.tokens) == (len(texts), int(data.sequence_lengths.sum()))
     assert result.text_bytes == sum(len(text.encode()) for text in texts)
-    assert (result.empty, result.invalid_utf8, result.invalid_json, result.missing_text) == (29, 29, 29, 29)
+    assert [result.stats.count(kind) for kind in ("empty", "invalid_utf8", "invalid_json", "missing_text")] == [29] * 4
     assert result.skipped == 4 * 29
 
 
@@ -130,8 +131,9 @@ def children() -> set[psutil.Process]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_sigterm_leaves_nothing(corpus: Path, model: str, tmp_path: Path, workers: int) -> None:
-    def terminate(_: Progress) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+    def terminate(progress: Progress) -> None:
+        if progress.documents:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     before = children()
     with pytest.raises(SystemExit) as caught:
@@ -143,8 +145,9 @@ def test_sigterm_leaves_nothing(corpus: Path, model: str, tmp_path: Path, worker
 
 
 def test_a_killed_run_leaves_no_output_and_does_not_disturb_the_next(corpus: Path, model: str, tmp_path: Path) -> None:
-    def die(_: Progress) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+    def die(progress: Progress) -> None:
+        if progress.documents:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     child = os.fork()
     if child == 0:
@@ -227,10 +230,27 @@ def test_progress_reaches_the_end(corpus: Path, model: str, tmp_path: Path) -> N
     assert seen[-1].input_bytes == seen[-1].total_input_bytes == sum(p.stat().st_size for p in corpus.iterdir())
 
 
+PART = Progress(
+    documents=50, text_bytes=2_000_000, tokens=9000, input_bytes=1, total_input_bytes=4, files=3, seconds=100.0
+)
+
+
+@pytest.mark.fault("M11")
 def test_progress_prints_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressPrinter(interval=0.0) as show:
-        show(Progress(documents=50, text_bytes=2_000_000, input_bytes=1, total_input_bytes=4, seconds=0.5))
-    assert capsys.readouterr().err == "25.0% read, 50 documents, 100 documents/s, 4.00 MB/s\n"
+        show(PART)
+    assert capsys.readouterr().err.splitlines() == [
+        "tokenizing 3 files, 0.0 MB",
+        "25.0% read, 50 documents, 9,000 tokens, 0 documents/s, 0.02 MB/s, about 5.0 min and 27,000 tokens to go",
+    ]
+
+
+@pytest.mark.fault("M11")
+def test_progress_estimates_the_rest_where_the_size_is_known() -> None:
+    assert replace(PART, input_bytes=4).line() == "100.0% read, 50 documents, 9,000 tokens, 0 documents/s, 0.02 MB/s"
+    unknown = replace(PART, total_input_bytes=None, input_bytes=3_000_000).line()
+    assert unknown == "3 MB read, 50 documents, 9,000 tokens, 0 documents/s, 0.02 MB/s"
+    assert replace(PART, total_input_bytes=10**9).line().endswith("MB/s"), "too little for an estimate"
 
 
 def test_preprocess_works_outside_the_main_thread(model: str, tmp_path: Path) -> None:
