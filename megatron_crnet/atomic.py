@@ -101,6 +101,27 @@ def _unwritable(target: Path, error: OSError) -> DataError:
     )
 
 
+def output_files(prefix: str | Path, *suffixes: str) -> tuple[Path, ...]:
+    """The files that a prefix stands for.
+
+    Raises:
+        DataError: it is empty, ends in a folder's "/", holds a NUL or is too long.
+    """
+    text = os.fspath(prefix)
+    if os.path.basename(text) in ("", ".", "..") or "\0" in text:
+        raise DataError(
+            f"the output prefix is {text!r}, but must end in the name of the files: give data/train, say, for "
+            f"data/train{suffixes[0]}"
+        )
+    targets = tuple(Path(text + suffix) for suffix in suffixes)
+    try:
+        for target in targets:
+            target.exists()
+    except OSError as error:
+        raise DataError(f"the output prefix {text} cannot be used ({error.strerror}): choose another") from error
+    return targets
+
+
 def refuse_existing(*targets: Path) -> None:
     """Raise DataError if one of `targets` exists."""
     for target in targets:

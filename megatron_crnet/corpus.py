@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from megatron_crnet.corpus_stats import CorpusStats, Kind
 from megatron_crnet.decompression import DamagedError, decompressed
 from megatron_crnet.errors import DataError
 from megatron_crnet.parquet import parquet_texts
+from megatron_crnet.progress import Progress
 
 CHUNK_BYTES = 1 << 18
 
@@ -89,8 +91,13 @@ def iter_documents(
     strict: bool = False,
     stats: CorpusStats | None = None,
     file_format: Format | None = None,
+    progress: Callable[[Progress], None] | None = None,
 ) -> Iterator[str]:
     """Yield the text of every document of `paths` in a fixed order, counting into `stats`.
+
+    Args:
+        text_key, strict, file_format: see Rules.
+        progress: called before the first chunk and after every one.
 
     Raises:
         DataError: a path is missing or damaged; with `strict`, a line or file that cannot be decoded.
@@ -98,8 +105,18 @@ def iter_documents(
     stats = CorpusStats() if stats is None else stats
     rules = Rules(text_key, strict, file_format)
     listing = open_corpus(paths, rules, stats)
+    started, input_bytes = time.monotonic(), 0
+
+    def report() -> None:
+        if progress is not None:
+            files, total, seconds = len(listing.files), listing.total_bytes, time.monotonic() - started
+            progress(Progress(stats.documents, stats.text_bytes, 0, input_bytes, total, files, seconds))
+
+    report()
     for chunk in read_chunks(listing.files, text_key=text_key):
         yield from (document.text for document in chunk_documents(chunk, rules, stats))
+        input_bytes += chunk.input_bytes
+        report()
 
 
 def open_corpus(paths: Iterable[str | Path], rules: Rules, stats: CorpusStats) -> Listing:

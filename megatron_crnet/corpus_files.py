@@ -107,6 +107,20 @@ def list_files(
     return listing
 
 
+def check_outside(targets: Iterable[Path], inputs: Iterable[str | Path]) -> None:
+    """Raise DataError if a file that is written is input, or would be the next time."""
+    for path in map(Path, inputs):
+        for target in targets:
+            resolved = target.resolve()
+            if os.path.isdir(path) and resolved.is_relative_to(path.resolve()):
+                raise DataError(
+                    f"the output {target} lies inside the input folder {path}, where it would be input the next time: "
+                    "choose another folder for it"
+                )
+            if resolved == path.resolve():
+                raise DataError(f"the output {target} is also the input: choose another name")
+
+
 class _Folder:
     """A walk through a folder, real folders before linked ones."""
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_crnet.atomic import atomic_files, refuse_existing, sigterm_unwinds
+from megatron_crnet.atomic import atomic_files, output_files, refuse_existing, sigterm_unwinds
 from megatron_crnet.corpus import CHUNK_BYTES, Chunk, Rules, chunk_documents, open_corpus, read_chunks
-from megatron_crnet.corpus_files import Format
+from megatron_crnet.corpus_files import Format, check_outside
 from megatron_crnet.corpus_stats import CorpusStats
 from megatron_crnet.errors import ConfigError, DataError
 from megatron_crnet.fingerprint import sidecar, write_sidecar
@@ -141,41 +141,6 @@ def check_workers(workers: int) -> None:
             f"workers is {workers}, but must be 0 to {most} on {available_cpus()} CPUs: leave it out for one per CPU, "
             "or use 0 to stay in one process"
         )
-
-
-def output_files(prefix: str | Path, *suffixes: str) -> tuple[Path, ...]:
-    """The files that a prefix stands for.
-
-    Raises:
-        DataError: it is empty, ends in a folder's "/", holds a NUL or is too long.
-    """
-    text = os.fspath(prefix)
-    if os.path.basename(text) in ("", ".", "..") or "\0" in text:
-        raise DataError(
-            f"the output prefix is {text!r}, but must end in the name of the files: give data/train, say, for "
-            f"data/train{suffixes[0]}"
-        )
-    targets = tuple(Path(text + suffix) for suffix in suffixes)
-    try:
-        for target in targets:
-            target.exists()
-    except OSError as error:
-        raise DataError(f"the output prefix {text} cannot be used ({error.strerror}): choose another") from error
-    return targets
-
-
-def check_outside(targets: Iterable[Path], inputs: Iterable[str | Path]) -> None:
-    """Raise DataError if a file that is written is input, or would be the next time."""
-    for path in map(Path, inputs):
-        for target in targets:
-            resolved = target.resolve()
-            if os.path.isdir(path) and resolved.is_relative_to(path.resolve()):
-                raise DataError(
-                    f"the output {target} lies inside the input folder {path}, where it would be input the next time: "
-                    "choose another folder for it"
-                )
-            if resolved == path.resolve():
-                raise DataError(f"the output {target} is also the input: choose another name")
 
 
 def available_cpus() -> int:

@@ -16,12 +16,13 @@ MEANINGFUL_SHARE = 0.002
 
 @dataclass(frozen=True)
 class Progress:
-    """The state of a run of `preprocess`."""
+    """How far a corpus was read."""
 
     documents: int
     text_bytes: int
     """UTF-8 bytes of the documents."""
     tokens: int
+    """Token ids of the documents; 0 where nothing is tokenized."""
     input_bytes: int
     """Bytes of the files read so far, as they lie on disk."""
     total_input_bytes: int | None
@@ -42,11 +43,13 @@ class Progress:
         """All of it, and what is left."""
         share = self.share()
         read = f"{self.input_bytes / 1e6:,.0f} MB read" if share is None else f"{share:.1%} read"
-        line = f"{read}, {self.documents:,} documents, {self.tokens:,} tokens, {self.rates()}"
+        tokens = f"{self.tokens:,} tokens, " if self.tokens else ""
+        line = f"{read}, {self.documents:,} documents, {tokens}{self.rates()}"
         if share is None or share < MEANINGFUL_SHARE or share >= 1:
             return line
-        left = self.seconds * (1 - share) / share
-        return f"{line}, about {duration(left)} and {self.tokens * (1 - share) / share:,.0f} tokens to go"
+        rest = (1 - share) / share
+        tokens = f" and {self.tokens * rest:,.0f} tokens" if self.tokens else ""
+        return f"{line}, about {duration(self.seconds * rest)}{tokens} to go"
 
 
 def duration(seconds: float) -> str:
@@ -58,7 +61,7 @@ def duration(seconds: float) -> str:
 
 
 class ProgressPrinter:
-    """A callback for `preprocess`, and a context manager that closes the bar.
+    """A callback for `preprocess` and `iter_documents`, and a context manager that closes the bar.
 
     Args:
         interval: seconds between lines where there is no terminal.
@@ -87,7 +90,7 @@ class ProgressPrinter:
             self._begun = True
             total = progress.total_input_bytes
             size = "of unknown size" if total is None else f"{total / 1e6:,.1f} MB"
-            print(f"tokenizing {progress.files:,} files, {size}", file=self._stream, flush=True)
+            print(f"reading {progress.files:,} files, {size}", file=self._stream, flush=True)
         if self._stream.isatty():
             self._update_bar(progress)
         elif time.monotonic() >= self._next_line:

@@ -67,11 +67,14 @@ class SentencePieceTokenizer(Tokenizer):
 
         try:
             model = Path(path).read_bytes()
+            if not model:
+                raise DataError(f"tokenizer {path} is empty: give a .model file")
             self._processor = SentencePieceProcessor(model_proto=model, num_threads=1)
+            self._processor.id_to_piece(list(range(self._processor.vocab_size())))
         except OSError as error:
             raise DataError(f"tokenizer {path} cannot be read ({error.strerror}): correct the path") from error
-        except RuntimeError as error:
-            raise DataError(f"tokenizer {path} is not a SentencePiece model: give a .model file") from error
+        except (RuntimeError, UnicodeError) as error:  # UnicodeError: a piece, or a message that shows one
+            raise DataError(f"tokenizer {path} is not a SentencePiece model, or damaged: give a .model file") from error
         self.vocab_size = self._processor.vocab_size()
         if self.vocab_size == 0 or self._processor.eos_id() < 0:
             raise DataError(

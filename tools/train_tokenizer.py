@@ -8,10 +8,13 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megatron_crnet.atomic import output_files
 from megatron_crnet.corpus import iter_documents
+from megatron_crnet.corpus_files import check_outside
 from megatron_crnet.corpus_stats import CorpusStats
 from megatron_crnet.errors import reported
 from megatron_crnet.preprocess import available_cpus
+from megatron_crnet.progress import ProgressPrinter
 from megatron_crnet.tokenizer import load_tokenizer
 from megatron_crnet.tokenizer_training import train_sentencepiece
 
@@ -25,7 +28,12 @@ def parse_arguments() -> argparse.Namespace:
         help="files or folders, as for preprocess_data.py; all are read once, so a part of a large corpus is enough",
     )
     parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.model")
-    parser.add_argument("--vocab-size", type=int, default=32000, help="pieces (default: %(default)s)")
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        default=32000,
+        help="pieces, or as many as the text supports (default: %(default)s)",
+    )
     parser.add_argument("--text-key", default="text", help="as for preprocess_data.py (default: text)")
     parser.add_argument("--format", choices=("jsonl", "text", "parquet"), help="as for preprocess_data.py")
     parser.add_argument(
@@ -45,16 +53,24 @@ def parse_arguments() -> argparse.Namespace:
 def run(args: argparse.Namespace) -> int:
     """Train and say what was left out."""
     stats = CorpusStats()
-    model = train_sentencepiece(
-        iter_documents(args.input, args.text_key, args.strict, stats, args.format),
-        args.output,
-        args.vocab_size,
-        num_threads=args.threads,
-        sample_bytes=args.sample_bytes,
-        overwrite=args.overwrite,
-    )
+    check_outside(output_files(args.output, ".model"), args.input)
+    with ProgressPrinter() as progress:
+        model = train_sentencepiece(
+            iter_documents(args.input, args.text_key, args.strict, stats, args.format, progress),
+            args.output,
+            args.vocab_size,
+            num_threads=args.threads,
+            sample_bytes=args.sample_bytes,
+            overwrite=args.overwrite,
+            say=lambda line: print(line, file=sys.stderr, flush=True),
+        )
     size = load_tokenizer("sentencepiece", str(model)).vocab_size
-    print(f"{model}: {size} pieces")
+    if size < args.vocab_size:
+        print(
+            f"{model}: {size} pieces, the most that the text supports, not {args.vocab_size}: give more text for more"
+        )
+    else:
+        print(f"{model}: {size} pieces")
     for line in stats.summary():
         print(line)
     return 0

@@ -470,7 +470,7 @@ def test_the_tool_reads_standard_input_and_names_what_it_left_out(
     printed = capsys.readouterr()
     assert "out: 3 documents" in printed.out
     assert "\n  standard input: 1 not a JSON object (first at 4)\n" in printed.out
-    assert printed.err == "tokenizing 1 files, of unknown size\n"
+    assert printed.err == "reading 1 files, of unknown size\n"
     give_standard_input(monkeypatch, lines() + b"no JSON\n")
     assert run_tool(monkeypatch, *command, "--format=jsonl", "--strict", "--overwrite") == 2
     assert "standard input:4 is not a JSON object" in capsys.readouterr().err

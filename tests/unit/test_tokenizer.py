@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
+import runpy
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,8 @@ ODD_TEXTS = [
     "<s> </s> <unk> <pad> <0x0A>",
     "\ufb01 \uff41\uff22 \u212b e\u0301",
     "trailing   ",
+    "a\u2581b \u2581 \u2581\u2582\u2583",
+    "\x10 \x10_ \x10\x10 \u2581\x10\u2581_",
 ]
 
 
@@ -46,6 +51,22 @@ def test_odd_text_round_trips(model: str, text: str) -> None:
     ids = tokenizer.tokenize(text)
     assert all(type(i) is int and 2 < i < 600 for i in ids), "text must give no special token"
     assert tokenizer.detokenize(ids) == text
+
+
+@pytest.mark.fault("D6")
+def test_every_character_round_trips(model: str) -> None:
+    tokenizer = load_tokenizer("sentencepiece", model)
+    planes = [*range(0xD800), *range(0xE000, 0x10000), *range(0x1F000, 0x20000), 0x10FFFF]
+    texts = [f"a{chr(point)}{chr(point)} b" for point in planes]
+    assert [tokenizer.detokenize(ids) for ids in tokenizer.tokenize_batch(texts)] == texts
+
+
+@pytest.mark.fault("D6")
+def test_texts_of_the_characters_that_tokens_are_made_of_round_trip(model: str) -> None:
+    tokenizer, generator = load_tokenizer("sentencepiece", model), random.Random(6)
+    parts = [" ", "\u2581", "\x10", "_", "a", "\n", "\t", "</s>", "<0xE2>", "\u2047", "\ufeff", "\u0301", "漢"]
+    texts = ["".join(generator.choices(parts, k=generator.randrange(9))) for _ in range(20_000)]
+    assert [tokenizer.detokenize(ids) for ids in tokenizer.tokenize_batch(texts)] == texts
 
 
 def test_source_code_round_trips_and_compresses(model: str) -> None:
@@ -84,17 +105,48 @@ def test_training_is_deterministic(model: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["small.model"], "no temporary file may stay"
 
 
+@pytest.mark.fault("F11")
 def test_training_refuses_sizes_that_cannot_be(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="at least 300"):
-        train_sentencepiece(["text"], tmp_path / "small", 299)
-    with pytest.raises(ConfigError, match=r"support at most \d+ pieces"):
-        train_sentencepiece(["text"], tmp_path / "small", 4000)
+    for size in (-1, 299, 10**9):
+        with pytest.raises(ConfigError, match=rf"vocab_size is {size}, .*: use 300 to 1048576"):
+            train_sentencepiece(["text"], tmp_path / "small", size)
+    for threads in (0, 5000):
+        with pytest.raises(ConfigError, match=f"num_threads is {threads}, but must be 1 to 1024"):
+            train_sentencepiece(["text"], tmp_path / "small", 400, num_threads=threads)
+    with pytest.raises(ConfigError, match="sample_bytes is 0"):
+        train_sentencepiece(["text"], tmp_path / "small", 400, sample_bytes=0)
+    for prefix in ("", "d/"):
+        with pytest.raises(DataError, match="must end in the name of the files"):
+            train_sentencepiece(["text"], prefix, 400)
     alphabet = "".join(map(chr, range(0x4E00, 0x5200)))
     with pytest.raises(ConfigError, match="alphabet of the texts alone needs"):
         train_sentencepiece([alphabet] * 3, tmp_path / "small", 400)
     with pytest.raises(DataError, match="no text"):
         train_sentencepiece([], tmp_path / "small", 400)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.fault("M12")
+def test_texts_that_support_fewer_pieces_give_as_many_as_they_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [*library_texts(2), ""])
+    tool = Path(__file__).parents[2] / "tools" / "train_tokenizer.py"
+    command = [str(tool), str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "out"), "--vocab-size"]
+    monkeypatch.setattr(sys, "argv", [*command, "32000"])
+    assert runpy.run_path(str(tool))["main"]() == 0
+    printed = capsys.readouterr()
+    size = load_tokenizer("sentencepiece", str(tmp_path / "out.model")).vocab_size
+    assert 300 < size < 32000
+    assert f"out.model: {size} pieces, the most that the text supports, not 32000: give more text" in printed.out
+    assert f"{tmp_path}/a.jsonl: 1 empty (first at 3)" in printed.out
+    assert "training up to 32,000 pieces on " in printed.err
+    monkeypatch.setattr(sys, "argv", [*command, "400", "--overwrite"])
+    assert runpy.run_path(str(tool))["main"]() == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path}/out.model: 400 pieces\n")
+    monkeypatch.setattr(sys, "argv", [str(tool), str(tmp_path), "--output", str(tmp_path / "out")])
+    assert runpy.run_path(str(tool))["main"]() == 2
+    assert "lies inside the input folder" in capsys.readouterr().err
 
 
 def test_training_does_not_overwrite_unasked(tmp_path: Path) -> None:
@@ -119,7 +171,7 @@ def test_sample_is_spread_over_all_texts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "cannot be read"), (b"garbage", "not a SentencePiece model"), (b"", "no end-of")]
+    ("content", "message"), [(None, "cannot be read"), (b"garbage", "not a SentencePiece model"), (b"", "is empty")]
 )
 def test_bad_sentencepiece_files(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "bad.model"
@@ -129,6 +181,27 @@ def test_bad_sentencepiece_files(tmp_path: Path, content: bytes | None, message:
         load_tokenizer("sentencepiece", str(path))
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.fault("F13")
+def test_a_model_with_a_flipped_bit_is_refused_in_one_line_or_works(model: str, tmp_path: Path) -> None:
+    generator, whole, text = random.Random(13), Path(model).read_bytes(), "def f(a):\n    return é漢"
+    for _ in range(300):
+        content = bytearray(whole)
+        content[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
+        (tmp_path / "flipped.model").write_bytes(content)
+        with suppress(DataError):
+            tokenizer = load_tokenizer("sentencepiece", str(tmp_path / "flipped.model"))
+            tokenizer.detokenize([*tokenizer.tokenize(text), *range(600)])
+
+
+@pytest.mark.fault("F13")
+def test_a_piece_that_is_not_text_is_refused_in_one_line(model: str, tmp_path: Path) -> None:
+    content = Path(model).read_bytes()
+    for spelling in (b"<pad>", b"</s>", b"<0x41>"):
+        (tmp_path / "bad.model").write_bytes(content.replace(spelling, b"\xff" * len(spelling), 1))
+        with pytest.raises(DataError, match="is not a SentencePiece model, or damaged"):
+            load_tokenizer("sentencepiece", str(tmp_path / "bad.model"))
 
 
 def test_vocabulary_check_names_a_size_that_works() -> None:
