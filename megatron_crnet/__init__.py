@@ -17,7 +17,7 @@ The modules in the order in which to read them; each uses only those above it.
     duration             how long something takes, for people; tables: aligned, and Markdown as well
     cpu_platform         Megatron-Core and DeepSpeed without CUDA: the only patches
     liveness, agreement  who is missing; all ranks mean the same run
-    parallel, batch      process groups; how a global batch is cut
+    parallel, batch      process groups; how a global batch is cut; batch_sizes: and how it grows
     deepspeed_settings   DeepSpeed's JSON, checked
     arithmetic           parameters and useful operations of a model
     options              what the tools take beside the configuration

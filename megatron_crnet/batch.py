@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_crnet.batch_sizes import BatchSizes
 from megatron_crnet.config import Config
 from megatron_crnet.errors import require
 from megatron_crnet.parallel import data_parallel_size
@@ -17,8 +18,9 @@ class BatchPlan:
         micro_batch_size: sequences of one forward pass.
         num_microbatches: forward passes of one rank in one step.
         dp_size: data-parallel ranks.
-        global_batch_size: sequences of one step over all ranks.
+        global_batch_size: sequences of one step over all ranks, after a ramp of the batch size.
         seq_length: tokens of a sequence.
+        sizes: sequences of each step of the run.
     """
 
     micro_batch_size: int
@@ -26,11 +28,27 @@ class BatchPlan:
     dp_size: int
     global_batch_size: int
     seq_length: int
+    sizes: BatchSizes
 
     @property
     def tokens_per_step(self) -> int:
         """Positions of one step, padding included."""
         return self.global_batch_size * self.seq_length
+
+    def tokens_of_run(self, steps: int) -> int:
+        """Positions of the first `steps` steps, padding included."""
+        return self.sizes.after(steps) * self.seq_length
+
+    def ramp_line(self) -> str | None:
+        """How the batch size grows, in words; None where it does not."""
+        sizes = self.sizes
+        if not sizes.has_ramp:
+            return None
+        steps = sizes.ramp_steps
+        return (
+            f"batch size from {sizes.start} to {sizes.full} sequences in steps of {sizes.increment}, over "
+            f"{sizes.after(steps):,} sequences in {steps:,} steps"
+        )
 
 
 def plan_batches(config: Config, world_size: int) -> BatchPlan:
@@ -55,4 +73,23 @@ def plan_batches(config: Config, world_size: int) -> BatchPlan:
         f"{count} micro-batches a step do not divide by pipeline_model_parallel_size {pp}, which virtual pipeline "
         f"stages need: use global_batch_size {(count // pp + 1) * pp * samples} or fewer virtual stages",
     )
-    return BatchPlan(training.micro_batch_size, count, dp, training.global_batch_size, training.seq_length)
+    sizes = BatchSizes.of(training)
+    _check_ramp(sizes, samples * (pp if vpp > 1 else 1))
+    return BatchPlan(training.micro_batch_size, count, dp, training.global_batch_size, training.seq_length, sizes)
+
+
+def _check_ramp(sizes: BatchSizes, unit: int) -> None:
+    """Every size of the ramp can be cut into micro-batches.
+
+    Args:
+        unit: what each size has to be a multiple of.
+    """
+    if not sizes.has_ramp:
+        return
+    for name, value in (("start", sizes.start), ("increment", sizes.increment)):
+        require(
+            value % unit == 0,
+            f"training.rampup_batch_size has the {name} {value}, which does not divide by {unit}, the sequences of a "
+            f"micro-batch on all data-parallel ranks (times pipeline stages, where they are virtual): use "
+            f"{-(-value // unit) * unit}",
+        )

@@ -42,6 +42,8 @@ Width = Annotated[int, Ge(1), Le(2**20)]
 LearningRate = Annotated[float, Ge(SMALLEST), Le(1000)]
 DataPaths = Annotated[list[Positive | FilePath], Rule("a list of prefixes, or of a weight above 0 before each prefix")]
 
+Ramp = Annotated[list[PositiveCount], Rule("[start, increment, samples], integers from 1")]
+
 
 @dataclass(frozen=True)
 class ModelConfig(Section, name="model"):
@@ -124,6 +126,10 @@ class TrainingConfig(Section, name="training"):
     """Sequences in one forward pass of one rank."""
     global_batch_size: PositiveCount = 8
     """Sequences in one optimizer step over all ranks."""
+    rampup_batch_size: Ramp | None = None
+    """[start, increment, samples], as Megatron's: steps begin with `start` sequences and grow by `increment` in equal
+    parts of the first `samples` sequences, until global_batch_size. train_steps counts steps of any size; the learning
+    rate goes by sequences then. null: all steps have global_batch_size."""
     seq_length: Annotated[int, Ge(1), Le(2**24)] = 256
     """Tokens in a sequence."""
     dtype: Literal["bf16", "fp32"] = "fp32"

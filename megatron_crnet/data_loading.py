@@ -1,7 +1,8 @@
 """From a dataset to the micro-batches of one data-parallel rank.
 
-Step k of a run uses the samples [k G, (k+1) G) of the dataset, whatever the layout: micro-batch m of rank d
-holds k G + (m D + d) b + [0, b), with G the global batch, D the data-parallel ranks, b the micro-batch.
+Step k of a run uses the samples [S, S + G) of the dataset, whatever the layout: micro-batch m of rank d holds
+S + (m D + d) b + [0, b), with S the samples of the steps before, G the step's batch, D the data-parallel ranks, b the
+micro-batch. G is the same for all steps, or grows on a ramp.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from megatron_crnet.batch_sizes import BatchSizes
 from megatron_crnet.errors import ConfigError, DataError
 from megatron_crnet.interruption import leave_signals_to_parent
 
@@ -29,7 +31,7 @@ class MicroBatchIndices:
 
     first_sample: int
     num_steps: int
-    global_batch_size: int
+    sizes: BatchSizes
     micro_batch_size: int
     dp_rank: int
     dp_size: int
@@ -37,11 +39,21 @@ class MicroBatchIndices:
     def __iter__(self) -> Iterator[list[int]]:
         stride = self.micro_batch_size * self.dp_size
         offset = self.first_sample + self.dp_rank * self.micro_batch_size
-        for start in range(offset, offset + self.num_steps * self.global_batch_size, stride):
+        # every size is a multiple of the stride, so the steps follow each other without a gap
+        for start in range(offset, offset + self._samples, stride):
             yield list(range(start, start + self.micro_batch_size))
 
     def __len__(self) -> int:
-        return self.num_steps * self.global_batch_size // (self.micro_batch_size * self.dp_size)
+        return self._samples // (self.micro_batch_size * self.dp_size)
+
+    @property
+    def _samples(self) -> int:
+        return self.sizes.after(self.num_steps, self.first_sample) - self.first_sample
+
+    def per_step(self) -> Iterator[int]:
+        """Micro-batches of this rank in each step."""
+        for size in self.sizes.steps(self.first_sample, self.num_steps):
+            yield size // (self.micro_batch_size * self.dp_size)
 
 
 def global_batches(
@@ -54,14 +66,16 @@ def global_batches(
     dp_size: int,
     num_workers: int,
     num_steps: int | None = None,
+    sizes: BatchSizes | None = None,
 ) -> Iterator[list[Batch]]:
     """Iterate over optimizer steps: for each, this rank's micro-batches.
 
     Args:
         dataset: map-style; a sample is a dict with SAMPLE_KEYS, other keys are dropped.
-        first_sample: samples that earlier steps used; step k of the run starts at k * global_batch_size.
+        first_sample: samples that earlier steps used.
         num_workers: processes that read ahead; they end with the iterator.
         num_steps: steps to yield; None means as many as the dataset holds.
+        sizes: of the steps, where they are not all of `global_batch_size`; then `num_steps` must be given.
 
     Returns:
         An iterator over lists of dicts of tensors [micro_batch_size, s]. torch's random state is not touched.
@@ -75,15 +89,15 @@ def global_batches(
             f"training.global_batch_size {global_batch_size} does not divide by micro_batch_size {micro_batch_size} x "
             f"{dp_size} data-parallel ranks: use a multiple of {micro_batch_size * dp_size}"
         )
-    available = max(len(dataset) - first_sample, 0) // global_batch_size
-    steps = available if num_steps is None else num_steps
-    if steps > available:
+    sizes = sizes or BatchSizes(global_batch_size, global_batch_size)
+    steps = max(len(dataset) - first_sample, 0) // global_batch_size if num_steps is None else num_steps
+    needed = sizes.after(steps, first_sample)
+    if steps and needed > len(dataset):
         raise DataError(
-            f"{steps} steps of {global_batch_size} samples from sample {first_sample} on need "
-            f"{first_sample + steps * global_batch_size} samples, but the dataset holds {len(dataset)}: "
-            "build it for more samples"
+            f"{steps} steps of {global_batch_size} samples from sample {first_sample} on need {needed} samples, but "
+            f"the dataset holds {len(dataset)}: build it for more samples"
         )
-    indices = MicroBatchIndices(first_sample, steps, global_batch_size, micro_batch_size, dp_rank, dp_size)
+    indices = MicroBatchIndices(first_sample, steps, sizes, micro_batch_size, dp_rank, dp_size)
     return _grouped(dataset, indices, num_workers)
 
 
@@ -96,10 +110,9 @@ def _grouped(dataset: Any, indices: MicroBatchIndices, num_workers: int) -> Iter
         worker_init_fn=leave_signals_to_parent,
         generator=torch.Generator(),  # else the loader draws a seed from the global state, which dropout shares
     )
-    micro_batches = indices.global_batch_size // (indices.micro_batch_size * indices.dp_size)
     batches = iter(loader)
-    while group := list(islice(batches, micro_batches)):
-        yield group
+    for count in indices.per_step():
+        yield list(islice(batches, count))
 
 
 def _collate(samples: Sequence[Mapping[str, Tensor]]) -> Batch:

@@ -34,7 +34,7 @@ from megatron_crnet.gpt import CRNetModel
 from megatron_crnet.linear import LowRankGroup
 from megatron_crnet.masters import local_shape
 from megatron_crnet.noise import without_memory_lines
-from megatron_crnet.optimizer import ParamGroup, build_adamw, build_scheduler, is_partial, parameter_groups
+from megatron_crnet.optimizer import ParamGroup, build_adamw, build_scheduler, is_partial, parameter_groups, position
 from megatron_crnet.parallel import MegatronMpu, NormMpu, ParallelContext
 from megatron_crnet.random_states import RandomStates
 from megatron_crnet.schedule import Batch, ScheduledChunk, loss_totals, run_logits, run_schedule
@@ -77,7 +77,7 @@ class TrainEngine:
             for group in self.deepspeed.basic_optimizer.param_groups:
                 group.pop("step", None)  # where Apex's FusedAdam counts
         self._new_weights()
-        self.scheduler = build_scheduler(config, self.optimizer)
+        self.scheduler, self._steps = build_scheduler(config, self.optimizer), 0
         self.last_grad_norm: float | None = None
         hooked = self.stage >= 2
         self.scheduled = [
@@ -173,7 +173,7 @@ class TrainEngine:
         else:
             self.deepspeed.zero_grad()
         self._weights_changed()
-        self.scheduler.step(1)
+        self._advance_schedule()
         self.last_grad_norm = norm if plain else float(self.deepspeed.get_global_grad_norm())
         return self.last_grad_norm, lr
 
@@ -189,7 +189,7 @@ class TrainEngine:
         else:
             self._spoil_gradients()
             self.deepspeed.step()
-        self.scheduler.step(1)
+        self._advance_schedule()
 
     def _spoil_gradients(self) -> None:
         if self.stage == 1 and self.config.training.dtype == "bf16":
@@ -204,6 +204,11 @@ class TrainEngine:
                 # ZeRO-3 cuts equal parts for all ranks; what the last one has beyond the parameter must stay 0
                 value = torch.full((local_shape(parameter).numel(),), math.nan, device=self.context.device)
                 safe_set_full_grad(parameter, F.pad(value, (0, self.context.dp_size)))
+
+    def _advance_schedule(self, steps: int = 1) -> None:
+        before, self._steps = self._steps, self._steps + steps
+        # the scheduler stands at the step to come
+        self.scheduler.step(position(self.config, self._steps + 1) - position(self.config, before + 1))
 
     @property
     def current_lr(self) -> float:
@@ -221,8 +226,8 @@ class TrainEngine:
             group.update(betas=(section.adam_beta1, section.adam_beta2), eps=section.adam_eps)
         if not is_plain(self.config):
             self.optimizer.clip_grad = section.clip_grad
-        self.scheduler = build_scheduler(self.config, self.optimizer)
-        self.scheduler.step(steps)
+        self.scheduler, self._steps = build_scheduler(self.config, self.optimizer), 0
+        self._advance_schedule(steps)
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> tuple[float, float]:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_crnet.batch_sizes import BatchSizes
 from megatron_crnet.config import Config
 from megatron_crnet.corpus import iter_documents
 from megatron_crnet.errors import DataError
@@ -157,7 +158,7 @@ def validation_rows(config: Config, tokenizer: Tokenizer) -> Iterator[Row]:
 
     training = config.training
     samples = training.eval_steps * training.global_batch_size
-    train_samples = training.train_steps * training.global_batch_size
+    train_samples = BatchSizes.of(training).after(training.train_steps)
     valid = build_datasets(config, tokenizer, train_samples, samples).valid
     if valid is None:
         raise DataError("the configuration validates nothing: give one with training.eval_steps above 0")

@@ -116,7 +116,7 @@ def _datasets(config: Config, tokenizer: Tokenizer, plan: BatchPlan, done: Train
         config,
         tokenizer,
         # what is done may have been in steps of another size
-        num_train_samples=done.samples + remaining * plan.global_batch_size,
+        num_train_samples=plan.sizes.after(remaining, done.samples),
         num_valid_samples=training.eval_steps * plan.global_batch_size,
     )
 

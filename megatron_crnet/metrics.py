@@ -131,11 +131,12 @@ def _drop_lines_after(path: Path, step: int) -> None:
 def cost_of_run(config: Config, plan: BatchPlan, world_size: int) -> str:
     """What all steps take, in a line to be read before they start."""
     steps, per_step = config.training.train_steps, plan.tokens_per_step
-    flops = flops_per_token(config.model, plan.seq_length) * steps * per_step
+    tokens, ramp = plan.tokens_of_run(steps), plan.ramp_line()
+    flops = flops_per_token(config.model, plan.seq_length) * tokens
     return (
         f"{config.model.variant} of {total_parameters(config.model):,} parameters on {world_size} "
-        f"{'process' if world_size == 1 else 'processes'}: {steps:,} steps x {per_step:,} tokens = "
-        f"{steps * per_step:,} tokens, {flops:.2e} FLOP"
+        f"{'process' if world_size == 1 else 'processes'}: {steps:,} steps x {per_step:,} tokens"
+        f"{f' ({ramp})' if ramp else ''} = {tokens:,} tokens, {flops:.2e} FLOP"
     )
 
 

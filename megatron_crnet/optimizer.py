@@ -9,6 +9,7 @@ import torch
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
 
+from megatron_crnet.batch_sizes import BatchSizes
 from megatron_crnet.config import Config, OptimizerConfig
 from megatron_crnet.rules import wsd_decay_steps
 
@@ -70,27 +71,36 @@ def build_adamw(groups: list[ParamGroup], config: OptimizerConfig, *, on_host: b
     return FusedAdam(groups, adam_w_mode=True, **arguments)
 
 
+def position(config: Config, steps: int) -> int:
+    """Where `steps` steps lead on the learning rate's axis: steps, or sequences where the batch size has a ramp."""
+    sizes = BatchSizes.of(config.training)
+    return sizes.after(steps) if sizes.has_ramp else steps
+
+
 def build_scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
     """Megatron-Core's scheduler, already at step 1, so that the first update uses a rate above 0.
+
+    It goes on by differences of `position`.
 
     Args:
         optimizer: anything with `param_groups`.
     """
     section, steps = config.optimizer, config.training.train_steps
+    end = position(config, steps)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=section.lr,
         min_lr=section.lr * section.min_lr_ratio,
-        lr_warmup_steps=section.lr_warmup_steps,
-        lr_decay_steps=steps,
+        lr_warmup_steps=position(config, section.lr_warmup_steps),
+        lr_decay_steps=end,
         lr_decay_style="WSD" if section.lr_decay_style == "wsd" else section.lr_decay_style,
         start_wd=section.weight_decay,
         end_wd=section.weight_decay,
-        wd_incr_steps=steps,
+        wd_incr_steps=end,
         wd_incr_style="constant",
-        wsd_decay_steps=wsd_decay_steps(section, steps),
+        wsd_decay_steps=end - position(config, max(steps - wsd_decay_steps(section, steps), 0)),
         lr_wsd_decay_style=section.lr_wsd_decay_style,
     )
-    scheduler.step(1)
+    scheduler.step(position(config, 1))
     return scheduler

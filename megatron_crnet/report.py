@@ -29,7 +29,8 @@ def dry_run_report(config: Config, world_size: int) -> str:
         f"batch on {world_size} process{'es' if world_size > 1 else ' (set WORLD_SIZE=N before this command for N)'}",
         f"  {plan.micro_batch_size} sequences x {plan.num_microbatches} micro-batches x {plan.dp_size} data-parallel "
         f"ranks = {plan.global_batch_size} sequences = {plan.tokens_per_step:,} tokens a step",
-        f"  {training.train_steps:,} steps = {training.train_steps * plan.tokens_per_step:,} tokens",
+        *([f"  {ramp}"] if (ramp := plan.ramp_line()) else []),
+        f"  {training.train_steps:,} steps = {plan.tokens_of_run(training.train_steps):,} tokens",
         *estimate_tables(found, None),
     ]
     return "\n".join(lines)

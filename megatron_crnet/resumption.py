@@ -23,6 +23,7 @@ ORDER = (
     "training.seed",
     "training.train_steps",
     "training.global_batch_size",
+    "training.rampup_batch_size",
 )
 """Fields beside the data that decide which samples a run sees in which order: Megatron-Core shuffles the epochs of a
 run together, so that the number of samples of the whole run counts."""

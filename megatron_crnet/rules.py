@@ -14,7 +14,7 @@ from megatron_crnet.ranks import resolve_full_rank_layers, resolve_ranks
 from megatron_crnet.recompute_rules import check_recompute
 
 if TYPE_CHECKING:
-    from megatron_crnet.config import Config, ModelConfig, OptimizerConfig, ParallelConfig
+    from megatron_crnet.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 
 
 def check_config(config: Config) -> None:
@@ -64,11 +64,28 @@ def check_training(config: Config) -> None:
             f"training.{name} {steps} x global_batch_size {training.global_batch_size} is {samples} samples, but the "
             f"index of a data set holds at most {MOST}: lower one of the two",
         )
+    check_ramp(training)
     limit = config.model.max_position_embeddings
     require(
         limit is None or limit >= training.seq_length,
         f"model.max_position_embeddings {limit} is below training.seq_length {training.seq_length}: "
         "raise the first or lower the second",
+    )
+
+
+def check_ramp(training: TrainingConfig) -> None:
+    """A ramp of the batch size ends at the global batch size."""
+    ramp, full = training.rampup_batch_size, training.global_batch_size
+    if ramp is None:
+        return
+    shown = f"training.rampup_batch_size {ramp}"
+    require(len(ramp) == 3, f"{shown} has {len(ramp)} numbers: give [start, increment, samples]")
+    start, increment, _ = ramp
+    require(start <= full, f"{shown} starts above training.global_batch_size {full}: lower the first number")
+    require(
+        (full - start) % increment == 0,
+        f"{shown} does not reach training.global_batch_size {full} from {start} in steps of {increment}: use an "
+        f"increment that divides {full - start}",
     )
 
 

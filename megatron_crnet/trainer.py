@@ -17,6 +17,7 @@ from megatron_crnet.agreement import Vote, examine_together
 from megatron_crnet.arithmetic import flops_per_token
 from megatron_crnet.bad_steps import losses_to_remember, passed_limit, problem_of_loss
 from megatron_crnet.batch import BatchPlan, plan_batches
+from megatron_crnet.batch_sizes import BatchSizes
 from megatron_crnet.checkpoint import Checkpointer, checkpoint_dir
 from megatron_crnet.checkpoint_folder import DAMAGED, REJECTED, checkpoint_name
 from megatron_crnet.config import Config
@@ -46,16 +47,22 @@ class LoggingWindow:
 
     Attributes:
         steps: all of them, also the skipped ones.
+        samples: sequences of these steps.
+        step_size: sequences of the last one.
         tokens: trained ones.
     """
 
     started: float
     steps: int = 0
+    samples: int = 0
+    step_size: int = 0
     tokens: int = 0
 
-    def add(self, tokens: int) -> None:
+    def add(self, samples: int, tokens: int) -> None:
         """Count one step."""
         self.steps += 1
+        self.samples += samples
+        self.step_size = samples
         self.tokens += tokens
 
 
@@ -151,9 +158,11 @@ class Trainer:
         if self.state.validation_due and self._validates(self.state.step) and not self._validate():
             return False
         remaining = training.train_steps - self.state.step
-        for batches in self._batches(self.inputs.datasets.train, self.state.samples, remaining):
+        for batches in self._batches(self.inputs.datasets.train, self.state.samples, remaining, self.plan.sizes):
             self.context.heartbeat.report(f"step {self.state.step + 1}")
-            window.add(self._step(batches))
+            seen = self.state.samples
+            tokens = self._step(batches)
+            window.add(self.state.samples - seen, tokens)
             step, last = self.state.step, self.state.step == training.train_steps
             if self.state.unlogged_steps and (step % self.config.logging.log_interval == 0 or step == 1 or last):
                 self.progress.advance(step, self._log(window))
@@ -208,7 +217,7 @@ class Trainer:
             grad_norm, _ = self.engine.update()
             if math.isfinite(grad_norm):
                 result, window = StepResult(loss, grad_norm, lr, tokens), losses_to_remember(faults)
-                self.state = self.state.trained(self.plan.global_batch_size, result, window)
+                self.state = self.state.trained(self._step_size, result, window)
                 return tokens
             problem = f"the loss is {loss:.4f} and the gradient norm {grad_norm}, but must be finite"
         elif faults.on_bad_step == "skip":
@@ -219,7 +228,7 @@ class Trainer:
     def _pass_over(self, problem: str, lr: float) -> None:
         """Count a bad step, or stop on every rank alike. It has changed no weight; what led to it may have."""
         faults = self.config.faults
-        skipped = self.state.passed_over(self.plan.global_batch_size)
+        skipped = self.state.passed_over(self._step_size)
         limit = passed_limit(skipped, faults)
         if faults.on_bad_step == "skip" and limit is None:
             self.state = skipped
@@ -257,10 +266,15 @@ class Trainer:
         inverse = self.config.recompute.strategy == "inverse"
         return ", or take recompute.strategy replay, which divides by no beta" if inverse else ""
 
+    @property
+    def _step_size(self) -> int:
+        """Sequences of the step to come, or that is under way."""
+        return self.plan.sizes.at(self.state.samples)
+
     def _trained_tokens(self, batches: list[Batch]) -> int:
         """Positions of the global batch whose loss counts; the padding of padded rows differs by rank."""
         if self.config.data.sample_format == "packed":
-            return self.plan.tokens_per_step
+            return self._step_size * self.plan.seq_length
         count = torch.stack([batch["loss_mask"].sum() for batch in batches]).sum().double()
         dist.all_reduce(count)
         replicas = self.context.world_size // self.context.dp_size
@@ -268,7 +282,7 @@ class Trainer:
 
     def _log(self, window: LoggingWindow) -> dict[str, Any]:
         seconds = time.perf_counter() - window.started
-        flops = flops_per_token(self.config.model, self.plan.seq_length) * self.plan.tokens_per_step * window.steps
+        flops = flops_per_token(self.config.model, self.plan.seq_length) * self.plan.seq_length * window.samples
         values = {
             "tokens": self.state.tokens,
             "loss": self.state.unlogged_loss / self.state.unlogged_steps,
@@ -279,6 +293,8 @@ class Trainer:
             "tflops_per_device": flops / seconds / self.context.world_size / 1e12,
             "peak_memory_bytes": peak_memory_bytes(),
         }
+        if self.plan.sizes.has_ramp:
+            values["samples"], values["global_batch_size"] = self.state.samples, window.step_size
         if self.config.recompute.strategy == "inverse":
             values["added_anchors"] = self.engine.added_anchors
         if self.config.faults.on_bad_step == "skip":
@@ -319,7 +335,9 @@ class Trainer:
         interval = self.config.checkpoint.save_interval
         return bool(interval and step % interval == 0)
 
-    def _batches(self, dataset: Any, first_sample: int, steps: int) -> Iterator[list[Batch]]:
+    def _batches(
+        self, dataset: Any, first_sample: int, steps: int, sizes: BatchSizes | None = None
+    ) -> Iterator[list[Batch]]:
         plan = self.plan
         for batches in global_batches(
             dataset,
@@ -330,6 +348,7 @@ class Trainer:
             dp_size=plan.dp_size,
             num_workers=self.config.data.num_workers,
             num_steps=steps,
+            sizes=sizes,
         ):
             yield [{k: v.to(self.context.device, non_blocking=True) for k, v in batch.items()} for batch in batches]
 

@@ -232,3 +232,28 @@ def test_every_change_that_the_documentation_allows_goes_on(
     done = 3 * 4 + (steps - 3) * changes.get("training__global_batch_size", 4)
     state = json.loads((output / "checkpoints" / f"step_{steps:08d}" / "state.json").read_text())
     assert state["samples"] == done
+
+
+RAMP = {**QUIET, "training__rampup_batch_size": "[2, 2, 10]", "training__global_batch_size": 8}
+
+
+def test_a_run_on_a_ramp_of_the_batch_size_resumes_to_the_bit(corpus: Corpus, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert start_here(corpus.options(whole, **RAMP)).status == 0
+    sizes = [2, 2, 4, 6, 8, 8]
+    assert list(lines_of(whole, "global_batch_size").values()) == sizes
+    assert lines_of(whole, "tokens")[6] == sum(sizes) * 32
+    shutil.copytree(whole / "checkpoints" / "step_00000003", cut / "checkpoints" / "step_00000003")
+    outcome = start_here(corpus.options(cut, **RAMP))
+    assert remarks(outcome.stdout) == []
+    for key in ("loss", "grad_norm", "lr", "tokens", "samples"):
+        assert lines_of(cut, key) == {step: value for step, value in lines_of(whole, key).items() if step > 3}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_ramp_of_the_batch_size_under_zero(corpus: Corpus, tmp_path: Path, stage: int) -> None:
+    options = {**RAMP, "training__micro_batch_size": 1, "training__train_steps": 4}
+    assert start_here(corpus.options(tmp_path / "plain", **options)).status == 0
+    zero = corpus.options(tmp_path / "zero", deepspeed__zero_optimization__stage=stage, **options)
+    assert start_here(zero).status == 0
+    assert lines_of(tmp_path / "zero", "loss") == pytest.approx(lines_of(tmp_path / "plain", "loss"), rel=1e-5)
