@@ -6,7 +6,7 @@ The modules in the order in which to read them; each uses only those above it.
     atomic               files whole or not at all
     field_types          types of configuration fields, each with its range
     ranks, rules         which map has which rank; what must hold between fields
-    deepspeed_rules      what of DeepSpeed is refused, and why; recompute_rules: the same for recomputation
+    deepspeed_rules      which keys of DeepSpeed are allowed, and when; recompute_rules: the same for recomputation
     config               every field of a run
     yaml_files           YAML and JSON, read strictly
     settings             YAML and command line -> Config, and back; versions: what --version prints
@@ -18,7 +18,7 @@ The modules in the order in which to read them; each uses only those above it.
     cpu_platform         Megatron-Core and DeepSpeed without CUDA: the only patches
     liveness, agreement  who is missing; all ranks mean the same run
     parallel, batch      process groups; how a global batch is cut; batch_sizes: and how it grows
-    deepspeed_settings   DeepSpeed's JSON, checked
+    deepspeed_settings   DeepSpeed's JSON of a run
     arithmetic           parameters and useful operations of a model
     options              what the tools take beside the configuration
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 
-from megatron_crnet.deepspeed_rules import check_deepspeed
+from megatron_crnet.deepspeed_rules import check_deepspeed, checked_deepspeed
 from megatron_crnet.errors import require
 from megatron_crnet.field_types import (
     SMALLEST,
@@ -285,5 +285,6 @@ class Config:
                 not isinstance(kind, type) or isinstance(section, kind),
                 f"{entry.name} is {shown(section)}, but must be a mapping of its fields: correct it, or leave it out",
             )
+        object.__setattr__(self, "deepspeed", checked_deepspeed(self.deepspeed))
         check_config(self)
         check_deepspeed(self)

@@ -1,31 +1,11 @@
-"""DeepSpeed's JSON: what the other sections decide, then the `deepspeed` section as it stands, checked.
-
-DeepSpeed itself ignores keys that it does not know, so a misspelt one would change nothing and say nothing.
-"""
+"""DeepSpeed's JSON: what the other sections decide and what the model asks for, then the `deepspeed` section."""
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from megatron_crnet.config import Config
-from megatron_crnet.deepspeed_rules import zero_stage
-from megatron_crnet.errors import ConfigError
-
-KNOWN_KEYS = (
-    "activation_checkpointing",
-    "aio",
-    "checkpoint",
-    "comms_logger",
-    "dump_state",
-    "flops_profiler",
-    "memory_breakdown",
-    "timers",
-    "wall_clock_breakdown",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "zero_optimization",
-)
+from megatron_crnet.deepspeed_rules import reduce_bucket_size, zero_stage
 
 
 def is_plain(config: Config) -> bool:
@@ -36,8 +16,12 @@ def is_plain(config: Config) -> bool:
     return zero_stage(config) == 0 and config.training.dtype == "fp32"
 
 
-def deepspeed_config(config: Config, dp_size: int) -> dict[str, Any]:
-    """The JSON of a run on `dp_size` data-parallel ranks."""
+def deepspeed_config(config: Config, dp_size: int, elements: int) -> dict[str, Any]:
+    """The JSON of a run on `dp_size` data-parallel ranks.
+
+    Args:
+        elements: parameters of this rank's part of the model, before ZeRO partitions it.
+    """
     bf16, stage = config.training.dtype == "bf16", zero_stage(config)
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
@@ -56,30 +40,7 @@ def deepspeed_config(config: Config, dp_size: int) -> dict[str, Any]:
     if bf16 and stage == 1:
         # every backward pass adds to the fp32 gradients at once, whoever started it
         settings["bf16"]["immediate_grad_update"] = True
-    return {**settings, **config.deepspeed}
-
-
-def check_deepspeed_keys(config: Config) -> None:
-    """Refuse keys that DeepSpeed would ignore, and values of zero_optimization that it would stumble over.
-
-    Raises:
-        ConfigError: names the key and the nearest one that exists.
-    """
-    for key in config.deepspeed:
-        if key not in KNOWN_KEYS:
-            close = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
-            remedy = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(KNOWN_KEYS)}"
-            raise ConfigError(f"unknown key deepspeed.{key}: {remedy}")
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from pydantic import ValidationError
-
-    section = config.deepspeed.get("zero_optimization", {})
-    try:
-        DeepSpeedZeroConfig(**section)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        close = difflib.get_close_matches(key, DeepSpeedZeroConfig.model_fields, n=1)
-        remedy = f"did you mean {close[0]}?" if close and close[0] != key else "correct it"
-        value = first.get("input")
-        raise ConfigError(f"deepspeed.zero_optimization.{key} is {value!r}: {first['msg']}: {remedy}") from error
+    if stage > 0:
+        zero = config.deepspeed["zero_optimization"]
+        settings["zero_optimization"] = {**zero, "reduce_bucket_size": reduce_bucket_size(config, elements)}
+    return {**config.deepspeed, **settings}

@@ -56,7 +56,8 @@ class TrainEngine:
         # parameters into one buffer of one dtype: see _weights_changed
         if config.training.dtype == "bf16" and self.stage < 3:
             in_fp32 = {p: p.detach().clone() for p in module.parameters() if p.dtype == torch.float32}
-        settings = deepspeed_config(config, context.dp_size)
+        elements = sum(parameter.numel() for parameter in module.parameters())
+        settings = deepspeed_config(config, context.dp_size, elements)
         with without_memory_lines():
             self.deepspeed, *_ = deepspeed.initialize(
                 model=module,

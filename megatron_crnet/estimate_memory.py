@@ -12,15 +12,19 @@ from dataclasses import dataclass
 
 from megatron_crnet.batch import BatchPlan
 from megatron_crnet.block import boundary_widths
-from megatron_crnet.deepspeed_rules import offloads_optimizer, zero_option, zero_stage
+from megatron_crnet.deepspeed_rules import (
+    DEFAULT_BUCKET,
+    offloads_optimizer,
+    reduce_bucket_size,
+    zero_option,
+    zero_stage,
+)
 from megatron_crnet.estimate_zero3 import estimate_gathers
 from megatron_crnet.figures import Memory
 from megatron_crnet.local_model import Chunk, LocalModel
 from megatron_crnet.recompute_plan import kept_widths, layer_widths, micro_batches_in_flight
 from megatron_crnet.transformer_config import CRNetTransformerConfig
 
-DEFAULT_BUCKET = 500_000_000
-"""DeepSpeed's reduce_bucket_size, in elements."""
 DEFAULT_SUB_GROUP = 1_000_000_000
 """DeepSpeed's sub_group_size: elements of a rank's share that stage 3 updates at once."""
 
@@ -62,6 +66,11 @@ def padded(group: Group, dp_size: int, stage: int) -> int:
     return _up(sum(group.numels), 2 * dp_size)
 
 
+def _bucket(model: LocalModel) -> int:
+    """Elements of the buffer in which gradients are summed."""
+    return reduce_bucket_size(model.config, sum(parameter.numel for parameter in model.parameters))
+
+
 def _up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
@@ -92,7 +101,7 @@ def _state(model: LocalModel, plan: BatchPlan) -> dict[str, int]:
     whole, largest = sum(sizes), max(sizes)
     weights = sum(size * group.size for size, group in zip(sizes, groups, strict=True))
     numel, tensor = sum(sum(g.numels) for g in groups), max(max(g.numels) for g in groups)
-    bucket = zero_option(model.config, "reduce_bucket_size", DEFAULT_BUCKET)
+    bucket = _bucket(model)
     offloaded = offloads_optimizer(model.config)
     if stage == 0:
         size = 2 if bf16 else 4
@@ -143,7 +152,7 @@ def _offloaded(model: LocalModel, plan: BatchPlan) -> dict[str, int]:
     groups = grouped(model)
     numel, tensor = sum(sum(g.numels) for g in groups), max(max(g.numels) for g in groups)
     share = sum(padded(group, plan.dp_size, stage) for group in groups) // plan.dp_size
-    bucket = 4 * zero_option(model.config, "reduce_bucket_size", DEFAULT_BUCKET)
+    bucket = 4 * _bucket(model)
     if stage == 3:
         # gradients of all micro-batches are summed on the host
         return {"gradients": 0, "host": 20 * share}
@@ -208,7 +217,7 @@ def _transient(model: LocalModel, plan: BatchPlan) -> float:
     # ZeRO 2 makes its bucket at the first gradient, when the loss has been differentiated
     bucket = 0
     if zero_stage(model.config) == 2:
-        bucket = zero_option(model.config, "reduce_bucket_size", DEFAULT_BUCKET) * _element(model)
+        bucket = _bucket(model) * _element(model)
     # the gradient of bf16 logits is made beside that of the fp32 ones, which takes the exponentials' place
     losses = [_head(model, plan) / 2 for chunk in model.chunks if chunk.predicts and _element(model) == 2]
     moments = [bucket + moment for chunk in model.chunks for moment in _moments(model, plan, chunk)]
@@ -270,7 +279,7 @@ def _cut_bucket(model: LocalModel, plan: BatchPlan, segment: range) -> float:
     stage = zero_stage(model.config)
     if stage < 2:
         return 0.0
-    bucket = zero_option(model.config, "reduce_bucket_size", DEFAULT_BUCKET)
+    bucket = _bucket(model)
     part = 4 / plan.dp_size if stage == 2 and plan.num_microbatches > 1 else 0.0
     filled = cut = 0
     largest = 0.0

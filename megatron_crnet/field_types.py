@@ -35,6 +35,10 @@ class Rule(str):
     """Metadata of a type: the words for it in a message, where its structure does not give them."""
 
 
+class Reason(str):
+    """Metadata of a type: why it has no other value and what to do, in place of the rule and the remedy."""
+
+
 def _expanded(path: str) -> str:
     """`~`, `~user`, `$NAME` and `${NAME}` replaced; ValueError says what cannot be."""
     found = os.path.expandvars(os.path.expanduser(path))
@@ -130,7 +134,8 @@ def checked(name: str, kind: Any, value: Any, remedy: str = "correct it") -> Any
         return _adapter(kind).validate_python(value)
     except ValidationError as error:
         own = [found["ctx"]["error"] for found in error.errors() if found["type"] == "value_error"]
-        rule = f"{own[0]}" if own else f"must be {describe(kind)}: {_near(kind, value) or remedy}"
+        reasons = [note for note in get_args(kind)[1:] if isinstance(note, Reason)]
+        rule = f"{[*reasons, *own, ''][0]}" or f"must be {describe(kind)}: {_near(kind, value) or remedy}"
         raise ConfigError(f"{name} is {shown(value)}, but {rule}") from error
 
 

@@ -6,7 +6,6 @@ import yaml
 
 from megatron_crnet.arithmetic import parameters_by_part, total_parameters
 from megatron_crnet.config import Config
-from megatron_crnet.deepspeed_settings import check_deepspeed_keys
 from megatron_crnet.estimate import estimate
 from megatron_crnet.estimate_report import estimate_tables
 from megatron_crnet.settings import resolved
@@ -18,7 +17,6 @@ def dry_run_report(config: Config, world_size: int) -> str:
     Raises:
         ConfigError: the batch or the layout does not fit `world_size` ranks.
     """
-    check_deepspeed_keys(config)
     found = estimate(config, world_size)
     plan, model, training = found.plan, config.model, config.training
     rows = [*parameters_by_part(model).items(), ("total", total_parameters(model))]

@@ -201,13 +201,14 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """`over` laid over `base`, mapping by mapping; null in `over` takes a key out of `base`."""
     found = dict(base)
     for key, value in over.items():
-        if value is None:
-            found.pop(key, None)
-        elif isinstance(value, dict):
+        laid = value
+        if isinstance(value, dict):
             below = found.get(key)
-            found[key] = merged(below if isinstance(below, dict) else {}, value)
+            laid = merged(below if isinstance(below, dict) else {}, value)
+        if laid is None or (laid == {} and value):
+            found.pop(key, None)
         else:
-            found[key] = value
+            found[key] = laid
     return found
 
 

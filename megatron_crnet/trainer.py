@@ -22,7 +22,6 @@ from megatron_crnet.checkpoint import Checkpointer, checkpoint_dir
 from megatron_crnet.checkpoint_folder import DAMAGED, REJECTED, checkpoint_name
 from megatron_crnet.config import Config
 from megatron_crnet.data_loading import global_batches
-from megatron_crnet.deepspeed_settings import check_deepspeed_keys
 from megatron_crnet.engine import TrainEngine
 from megatron_crnet.errors import BadStepError, CheckpointError, ConfigError
 from megatron_crnet.gpt import build_model_chunks
@@ -75,7 +74,6 @@ class Trainer:
     def __init__(self, config: Config, context: ParallelContext, interruption: Interruption) -> None:
         self.config, self.context, self.interruption = config, context, interruption
         self.plan: BatchPlan = plan_batches(config, context.world_size)
-        check_deepspeed_keys(config)
         check_sinks(config)
         self.inputs = examine_inputs(config, self.plan)
 

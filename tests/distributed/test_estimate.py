@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -45,6 +46,7 @@ NOTHING_STAYS = {
     "stage3_max_reuse_distance": 0,
     "stage3_param_persistence_threshold": 0,
 }
+BY_MODEL = {"reduce_bucket_size": None}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
 
@@ -53,7 +55,7 @@ def row(
     stage: int,
     parallel: dict[str, Any] | None = None,
     recompute: Any = None,
-    options: dict[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
     **model: Any,
 ) -> Config:
     zero = {"stage": stage, "reduce_bucket_size": 50_000, **(options or {})}
@@ -73,6 +75,10 @@ def rows() -> dict[str, Config]:
         "zero 1, fp32": row("fp32", 1),
         "zero 1, bf16": row("bf16", 1),
         "zero 2, bf16": row("bf16", 2),
+        "zero 2, bf16, bucket of the model": row("bf16", 2, None, None, BY_MODEL),
+        "zero 1, fp32, bucket of the model": row("fp32", 1, PP, None, BY_MODEL),
+        "zero 3, bf16, bucket of the model": row("bf16", 3, None, None, BY_MODEL),
+        "zero 1, bf16, offload, bucket of the model": row("bf16", 1, None, None, {**OFFLOAD, **BY_MODEL}),
         "tp": row("bf16", 1, TP),
         "tp without sp": row("bf16", 1, {**TP, "sequence_parallel": False}),
         "tp, full rank": row("bf16", 1, TP, variant="full_rank"),
@@ -106,6 +112,7 @@ SOON = (
     "zero 0, fp32",
     "zero 1, bf16",
     "zero 2, bf16",
+    "zero 2, bf16, bucket of the model",
     "tp",
     "tp, replay",
     "pp",

@@ -171,8 +171,11 @@ MISTAKES = {
     "batch": ({"training__global_batch_size": 5}, "training.global_batch_size 5"),
     "tokenizer": ({"data__tokenizer_model": "absent.model"}, "absent.model"),
     "deepspeed section": ({"deepspeed__zero_optimisation__stage": 2}, "did you mean zero_optimization?"),
-    "deepspeed key": ({"deepspeed__zero_optimization__stag": 2}, "zero_optimization.stag is 2"),
-    "deepspeed yaml": ({"deepspeed__aio__x": "[1"}, "is no valid YAML"),
+    "deepspeed key": (
+        {"deepspeed__zero_optimization__stag": 2},
+        "unknown key deepspeed.zero_optimization.stag: did you mean stage?",
+    ),
+    "deepspeed yaml": ({"deepspeed__aio__x": "[1"}, "is not valid YAML"),
     "wandb": ({"logging__wandb_project": "mine"}, "pip install wandb"),
 }
 
@@ -239,11 +242,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_next_start_is_from_a_go
     """Two good steps; then a rate whose first update ruins the weights, which the step after that one finds."""
     output, saving = tmp_path / "run", {"checkpoint__save_interval": 1}
     assert start(corpus.options(output, training__train_steps=2, **saving)).returncode == 0
-    ruin = {"optimizer__lr": 1e25, "optimizer__clip_grad": 0, "optimizer__lr_decay_style": "constant"}
+    ruin = {"optimizer__lr": 1000, "optimizer__clip_grad": 0, "optimizer__lr_decay_style": "constant"}
     result = start(corpus.options(output, training__train_steps=8, **ruin, **saving))
     assert result.returncode == 3, result.stderr
     (error,) = [line for line in result.stderr.splitlines() if line.startswith("error")]
-    assert "at step 4 (learning rate 1.000e+25, last gradient norm " in error
+    assert "at step 4 (learning rate 1.000e+03, last gradient norm " in error
     assert error.endswith(
         "checkpoints/step_00000002; the state just before this step is kept beside it as rejected_step_00000003"
     )

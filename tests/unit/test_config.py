@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from pathlib import Path
+from typing import Any, get_type_hints, is_typeddict
 
 import pytest
+import yaml
 
 from megatron_crnet.config import Config, FaultsConfig
-from megatron_crnet.deepspeed_rules import OWNED_BY_OTHER_SECTIONS
-from megatron_crnet.deepspeed_settings import check_deepspeed_keys, deepspeed_config
+from megatron_crnet.deepspeed_rules import OWNED_BY_OTHER_SECTIONS, DeepSpeedSection
+from megatron_crnet.deepspeed_settings import deepspeed_config
 from megatron_crnet.errors import ConfigError
+from megatron_crnet.field_types import is_text, shown
+from megatron_crnet.settings import parse_arguments
 from tests.helpers import tiny_config
 
 TP2 = {"tensor_model_parallel_size": 2}
@@ -63,15 +67,15 @@ REFUSED_BY_ZERO: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"stage": 2, "offload_optimizer": OFFLOAD}, TP2, "use tensor_model_parallel_size 1"),
     ({"stage": 1, "offload_optimizer": OFFLOAD}, PP2, "use pipeline_model_parallel_size 1"),
     ({"stage": 2, "offload_param": OFFLOAD}, {}, "use stage 3"),
-    ({"stage": 1, "offload_optimizer": {"device": "nvme"}}, {}, "offload_optimizer.device is 'nvme', .* use stage 3"),
+    ({"stage": 1, "offload_optimizer": {"device": "nvme"}}, {}, "offload_optimizer is .*nvme.* use stage 3"),
     ({"stage": 3, "offload_optimizer": {**OFFLOAD, "super_offload": True}}, {}, "optimizer of its own"),
     ({"stage": 2, "zenflow": {"topk_ratio": 0.1}}, {}, "optimizer of its own"),
-    ({"stage": 1, "compute_grad_norm": False}, {}, "compute_grad_norm is False, but the engine clips"),
-    ({"stage": 1, "legacy_stage1": True}, {}, "legacy_stage1 is True"),
-    ({"stage": 1, "round_robin_gradients": True}, {}, "round_robin_gradients is True"),
+    ({"stage": 1, "compute_grad_norm": False}, {}, "compute_grad_norm is false, but the engine clips"),
+    ({"stage": 1, "legacy_stage1": True}, {}, "legacy_stage1 is true"),
+    ({"stage": 1, "round_robin_gradients": True}, {}, "round_robin_gradients is true"),
     ({"stage": 1, "overlap_comm": True}, {}, "leave it out, or use stage 2 or 3"),
     ({"overlap_comm": True}, {}, "gradients of stage 0"),
-    ({"stage": 1, "allgather_bucket_size": 5}, {}, "use an even number"),
+    ({"stage": 1, "allgather_bucket_size": 5}, {}, "must be an even number"),
     ({"stage": 3, "zero_quantized_gradients": True}, {}, "rounds"),
     ({"stage": 3, "zero_quantized_weights": True}, {}, "rounds"),
     ({"stage": 3, "zero_quantized_nontrainable_weights": True}, {}, "rounds"),
@@ -106,19 +110,108 @@ def test_what_deepspeed_would_get_wrong_is_refused(
 )
 def test_what_works_is_not_refused(section: dict[str, Any], parallel: dict[str, Any]) -> None:
     config = tiny_config(parallel=parallel, deepspeed_section={"zero_optimization": section})
-    check_deepspeed_keys(config)
+    assert config.deepspeed["zero_optimization"] == {key: value for key, value in section.items() if value is not None}
 
 
 @pytest.mark.parametrize("key", ["elasticity", "sparse_gradients", "disable_allgather", "compile", "autotuning"])
 def test_keys_without_an_effect_here_are_unknown(key: str) -> None:
     with pytest.raises(ConfigError, match=f"unknown key deepspeed.{key}"):
-        check_deepspeed_keys(tiny_config(deepspeed_section={key: {}}))
+        tiny_config(deepspeed_section={key: {}})
+
+
+def mappings(kind: Any, below: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    """Every key of the section that has a type of its own, with the keys above it."""
+    found = []
+    for key, inner in get_type_hints(kind, include_extras=True).items():
+        found += mappings(inner, (*below, key)) if is_typeddict(inner) else [((*below, key), inner)]
+    return found
+
+
+DEEPSPEED_KEYS = mappings(DeepSpeedSection)
+
+
+@pytest.mark.fault("F4")
+@pytest.mark.parametrize(("keys", "kind"), DEEPSPEED_KEYS, ids=[".".join(keys) for keys, _ in DEEPSPEED_KEYS])
+def test_every_key_of_deepspeed_has_a_type_and_says_so_in_the_same_words_from_everywhere(
+    keys: tuple[str, ...], kind: Any, tmp_path: Path
+) -> None:
+    name, file = ".".join(("deepspeed", *keys)), tmp_path / "config.yaml"
+    for value in (5.5, -1, 2**70, float("inf"), float("nan"), "x\0y" if is_text(kind) else "many", [[1]], {"zz": 1}):
+        section: Any = value
+        for key in reversed(keys):
+            section = {key: section}
+        with pytest.raises(ConfigError) as caught:
+            tiny_config(deepspeed_section=section)
+        said = str(caught.value)
+        assert said.startswith(f"{name} is {shown(value)}, but "), said
+        assert "\n" not in said
+        file.write_text(yaml.safe_dump({"deepspeed": section}))
+        for options in (["--config", str(file)], [f"--{name}={yaml.safe_dump(value, default_flow_style=True)}"]):
+            with pytest.raises(ConfigError) as again:
+                parse_arguments(options)
+            assert str(again.value) == said
+    assert parse_arguments([f"--{name}=null"]).config == Config()
+
+
+@pytest.mark.fault("F4")
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (5, "deepspeed is 5, but must be a mapping"),
+        ({1: 2}, "unknown key deepspeed.1"),
+        ({"aio": 5}, "deepspeed.aio is 5, but must be a mapping"),
+        ({"aio": {"zz": 1}}, "unknown key deepspeed.aio.zz"),
+        ({"comms_logger": 5}, "deepspeed.comms_logger is 5, but must be a mapping"),
+        ({"timers": 5}, "deepspeed.timers is 5, but must be a mapping"),
+        ({"wall_clock_breakdown": "x"}, 'deepspeed.wall_clock_breakdown is "x", but must be true or false'),
+        ({"dump_state": "x"}, 'deepspeed.dump_state is "x", but must be true or false'),
+        ({"flops_profiler": {"enabled": True}}, "which the schedule here does instead: leave it out"),
+        ({"zero_optimization": {"stage": True}}, "stage is true, but must be one of ZeRO's stages"),
+        (
+            {"zero_optimization": {"stage": 3, "prefetch_bucket_size": 1, "stage3_prefetch_bucket_size": 2}},
+            "are both set, but mean the same",
+        ),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "add nvme_path"),
+        (
+            {"train_batch_size": 8, "gradient_clipping": 1.0},
+            "deepspeed.train_batch_size, deepspeed.gradient_clipping are set, but training.global_batch_size and "
+            "optimizer.clip_grad decide this: remove them",
+        ),
+    ],
+)
+def test_a_deepspeed_section_that_cannot_be_honoured_is_refused(section: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        dataclasses.replace(tiny_config(), deepspeed=section)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.fault("M5")
+def test_what_is_auto_or_null_in_deepspeeds_file_is_left_to_the_other_sections() -> None:
+    section = {
+        "bf16": {"enabled": "auto"},
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+        "wall_clock_breakdown": False,
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto", "sub_group_size": None, "overlap_comm": True},
+    }
+    assert tiny_config(deepspeed_section=section).deepspeed == {
+        "wall_clock_breakdown": False,
+        "zero_optimization": {"stage": 2, "overlap_comm": True},
+    }
+
+
+@pytest.mark.parametrize(("elements", "given", "chosen"), [(9, None, 9), (10**10, None, 500_000_000), (9, 20, 20)])
+def test_the_bucket_is_as_large_as_the_model_unless_it_is_given(elements: int, given: int | None, chosen: int) -> None:
+    config = tiny_config(deepspeed_section={"zero_optimization": {"stage": 2, "reduce_bucket_size": given}})
+    assert deepspeed_config(config, dp_size=2, elements=elements)["zero_optimization"]["reduce_bucket_size"] == chosen
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_gradients_are_added_up_in_fp32(stage: int) -> None:
     section = {"zero_optimization": {"stage": stage}}
-    settings = deepspeed_config(tiny_config(training={"dtype": "bf16"}, deepspeed_section=section), dp_size=2)
+    settings = deepspeed_config(
+        tiny_config(training={"dtype": "bf16"}, deepspeed_section=section), dp_size=2, elements=9
+    )
     assert (settings["data_types"]["grad_accum_dtype"], settings["communication_data_type"]) == ("fp32", "fp32")
 
 
