@@ -100,7 +100,7 @@ class DataConfig(Section, name="data"):
     valid_data_path: DataPaths = field(default_factory=list)
     """As data_path, for validation alone."""
     test_data_path: DataPaths = field(default_factory=list)
-    """As data_path, for the final test alone."""
+    """As data_path, for the test after the last step alone (training.test_steps)."""
     split: Name = "969,30,1"
     """Relative sizes of train, validation and test when they come from the same data_path."""
     sample_format: Literal["packed", "padded"] = "packed"
@@ -143,6 +143,9 @@ class TrainingConfig(Section, name="training"):
     """Steps between validations; 0 validates only at the end."""
     eval_steps: Count = 10
     """Global batches in one validation; 0 switches validation off."""
+    test_steps: Count | None = None
+    """Global batches of the test after the last step, of data.test_data_path or of the test share of data.split; null
+    means eval_steps where there is enough such data, 0 tests nothing."""
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from megatron_crnet.checkpoint import check_resumable, checkpoint_dir, newest_co
 from megatron_crnet.checkpoint_folder import checkpoints, saved_step
 from megatron_crnet.config import Config
 from megatron_crnet.data import Datasets, build_datasets, data_fingerprint
-from megatron_crnet.data_checks import sources_of
-from megatron_crnet.errors import ConfigError
+from megatron_crnet.data_checks import check_enough, read_index, sources_of
+from megatron_crnet.errors import ConfigError, DataError
 from megatron_crnet.fingerprint import TrainedOn, digest_of_tokenizer, remark_on_unnamed
 from megatron_crnet.resumption import remarks
 from megatron_crnet.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -33,6 +33,7 @@ class Inputs:
         state: what else it holds beside its tensors.
         remarks: a line on each thing that is not as it was (warning: ...), or cannot be known (note: ...).
         damaged: a line on each newer checkpoint that is damaged.
+        test_steps: global batches of the test after the last step; 0 for none.
         entropy: unigram entropy in nats of the very tokens whose loss a validation reports; None without one.
     """
 
@@ -44,6 +45,7 @@ class Inputs:
     remarks: list[str]
     damaged: list[str]
     datasets: Datasets
+    test_steps: int
     entropy: float | None
 
     @property
@@ -63,10 +65,15 @@ def examine_inputs(config: Config, plan: BatchPlan) -> Inputs:
     tokenizer, trained_on = examine_together(partial(_examine, config))
     checkpoint, damaged = newest_complete(checkpoint_dir(config))
     saved, state = examine_together(partial(_examine_checkpoint, config, checkpoint, trained_on))
-    datasets = _datasets(config, tokenizer, plan, TrainingState.from_values(state))
-    about = [*_about_data(config), *(remarks(config, checkpoint, saved, state, trained_on) if checkpoint else [])]
+    test_steps, untested = examine_together(partial(_planned_test, config))
+    datasets = _datasets(config, tokenizer, plan, TrainingState.from_values(state), test_steps)
+    about = [
+        *_about_data(config),
+        *untested,
+        *(remarks(config, checkpoint, saved, state, trained_on) if checkpoint else []),
+    ]
     entropy = _entropy(config, datasets, plan)
-    return Inputs(tokenizer, trained_on, checkpoint, saved, state, about, damaged, datasets, entropy)
+    return Inputs(tokenizer, trained_on, checkpoint, saved, state, about, damaged, datasets, test_steps, entropy)
 
 
 def _examine(config: Config) -> tuple[tuple[Tokenizer, TrainedOn], dict[str, str]]:
@@ -109,7 +116,21 @@ def _tokenizer(config: Config) -> Tokenizer:
     return load_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
 
 
-def _datasets(config: Config, tokenizer: Tokenizer, plan: BatchPlan, done: TrainingState) -> Datasets:
+def _planned_test(config: Config) -> tuple[tuple[int, list[str]], dict[str, str]]:
+    """Global batches of the test, and a note where the test share of data.split is too small for one."""
+    wanted, source = config.training.test_steps, sources_of(config.data).get("test")
+    if wanted is not None or source is None:  # what is asked for and not there is refused with the datasets
+        return (wanted or 0, []), {}
+    if config.data.data_path and config.training.eval_steps:
+        try:
+            for prefix in source.blend.prefixes:
+                check_enough(read_index(prefix), "test", source.share, config)
+        except DataError as error:
+            return (0, [f"note: nothing is tested after the last step: {error}"]), {}
+    return (config.training.eval_steps, []), {}
+
+
+def _datasets(config: Config, tokenizer: Tokenizer, plan: BatchPlan, done: TrainingState, test_steps: int) -> Datasets:
     training = config.training
     remaining = max(training.train_steps - done.step, 1)  # for a run that is complete, too, which is to be said later
     return build_datasets(
@@ -118,6 +139,7 @@ def _datasets(config: Config, tokenizer: Tokenizer, plan: BatchPlan, done: Train
         # what is done may have been in steps of another size
         num_train_samples=plan.sizes.after(remaining, done.samples),
         num_valid_samples=training.eval_steps * plan.global_batch_size,
+        num_test_samples=test_steps * plan.global_batch_size,
     )
 
 

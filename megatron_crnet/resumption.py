@@ -34,6 +34,7 @@ OF_NO_RESULT = (
     "model.max_position_embeddings",
     "training.eval_interval",
     "training.eval_steps",
+    "training.test_steps",
     "parallel.distributed_timeout_minutes",
 )
 """Fields, by how they begin, that no weight depends on."""

@@ -57,7 +57,8 @@ def check_model(model: ModelConfig) -> None:
 def check_training(config: Config) -> None:
     """Lengths and the number of samples that indices can count."""
     training = config.training
-    for name, steps in (("train_steps", training.train_steps), ("eval_steps", training.eval_steps)):
+    for name in ("train_steps", "eval_steps", "test_steps"):
+        steps = getattr(training, name) or 0
         samples = steps * training.global_batch_size
         require(
             samples <= MOST,

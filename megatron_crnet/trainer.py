@@ -104,6 +104,8 @@ class Trainer:
                 self.checkpointer.set_aside(self.inputs.step + (checkpoint is not None), DAMAGED)
             with self.context.heartbeat.watching(limit_s), self.progress:
                 complete = self._train()
+                if complete and self.inputs.datasets.test is not None:
+                    self._test()  # when all is saved
         self.progress.close()
         self._finish() if complete else self._take_leave()
         # a launcher ends all ranks when the first has ended: none goes before rank 0 has closed its files
@@ -311,23 +313,42 @@ class Trainer:
         Args:
             to_the_end: take no notice of signals.
         """
+        dataset, steps = self.inputs.datasets.valid, self.config.training.eval_steps
+        if self._evaluate("validation", dataset, steps, to_the_end, f" | unigram entropy {self.inputs.entropy:.4f}"):
+            return False
+        self.state = replace(self.state, validation_due=False)
+        return True
+
+    def _test(self) -> None:
+        """The loss of the final weights on the test data, to the end whatever signals come."""
+        self._evaluate("test", self.inputs.datasets.test, self.inputs.test_steps, to_the_end=True)
+
+    def _evaluate(self, what: str, dataset: Any, steps: int, to_the_end: bool, more: str = "") -> bool:
+        """Mean loss over all tokens of the first `steps` global batches of `dataset`, into the metrics and the log.
+
+        Args:
+            what: name of the metric.
+            to_the_end: take no notice of signals.
+            more: end of the line in the log.
+
+        Returns:
+            Whether a signal cut it short; then nothing is written.
+        """
         totals: list[tuple[float, float]] = []
-        for batches in self._batches(self.inputs.datasets.valid, 0, self.config.training.eval_steps):
-            self.context.heartbeat.report(f"step {self.state.step}, batch {len(totals) + 1} of its validation")
+        for batches in self._batches(dataset, 0, steps):
+            self.context.heartbeat.report(f"step {self.state.step}, batch {len(totals) + 1} of its {what}")
             totals.append(self.engine.evaluate(batches))
             if any(self.vote.any(self._is_warned(to_the_end))):
-                return False
+                return True
         loss = sum(total for total, _ in totals) / sum(count for _, count in totals)
         # e^700 is the largest power a float holds
         perplexity = math.exp(min(loss, 700.0))
-        values = {"tokens": self.state.tokens, "validation_loss": loss, "validation_perplexity": perplexity}
+        values = {"tokens": self.state.tokens, f"{what}_loss": loss, f"{what}_perplexity": perplexity}
         self.metrics.write(self.state.step, values)
         self.progress.line(
-            f"step {self.state.step} | validation loss {loss:.4f} | validation perplexity {perplexity:.2f} | "
-            f"unigram entropy {self.inputs.entropy:.4f}"
+            f"step {self.state.step} | {what} loss {loss:.4f} | {what} perplexity {perplexity:.2f}{more}"
         )
-        self.state = replace(self.state, validation_due=False)
-        return True
+        return False
 
     def _saves(self, step: int) -> bool:
         interval = self.config.checkpoint.save_interval
