@@ -102,11 +102,15 @@ class HuggingFaceTokenizer(Tokenizer):
             raise DataError(
                 f"tokenizer {path} has no eos_token, which ends documents: name one in its tokenizer_config.json"
             )
-        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
-        self.eod = int(self._tokenizer.eos_token_id)
-        pad = self._tokenizer.pad_token_id
-        self.pad = self.eod if pad is None else int(pad)
-        probe = [ids.tolist() for ids in self.tokenize_batch(PROBE)]
+        try:
+            self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+            self.eod = int(self._tokenizer.eos_token_id)
+            pad = self._tokenizer.pad_token_id
+            self.pad = self.eod if pad is None else int(pad)
+            probe = [ids.tolist() for ids in self.tokenize_batch(PROBE)]
+            self.detokenize(ids for row in probe for ids in row)
+        except Exception as error:  # a damaged file may show only when it is used
+            raise _unloadable(path, error) from error
         self.unique_identifiers = _identifiers("huggingface", _digest_folder(Path(path), self._tokenizer, probe))
 
     def tokenize_batch(self, texts: Sequence[str]) -> list[Ids]:
@@ -173,8 +177,12 @@ def _load_auto_tokenizer(path: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library raises OSError, ValueError, KeyError, JSONDecodeError and bare Exceptions
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"tokenizer {path} cannot be loaded ({reason}): give a folder with tokenizer.json") from error
+        raise _unloadable(path, error) from error
+
+
+def _unloadable(path: str, error: Exception) -> DataError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return DataError(f"tokenizer {path} cannot be loaded ({reason}): give a folder with tokenizer.json")
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

@@ -265,6 +265,28 @@ def test_hugging_face_special_tokens_and_digest(hugging_face_folder: Path) -> No
         load_tokenizer("huggingface", str(hugging_face_folder / "nowhere"))
 
 
+@pytest.mark.fault("F13")
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("tokenizer_config.json", "model_max_length", []),
+        ("tokenizer_config.json", "eos_token", {"a": 1}),
+        ("tokenizer_config.json", "tokenizer_class", 5),
+        ("tokenizer.json", "model", None),
+        ("tokenizer.json", "decoder", "x"),
+        ("tokenizer.json", "added_tokens", {}),
+    ],
+)
+def test_damaged_hugging_face_files_are_refused_in_one_line(
+    hugging_face_folder: Path, name: str, key: str, value: object
+) -> None:
+    path = hugging_face_folder / "hf" / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(DataError, match="cannot be loaded") as caught:
+        load_tokenizer("huggingface", str(path.parent))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.fixture
 def tokenizer_with_gaps(hugging_face_folder: Path) -> str:
     """501 tokens, the last of which has the id 599."""
