@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_crnet.config import Config
-from megatron_crnet.errors import ConfigError, CrnetError, DataError
+from megatron_crnet.errors import ConfigError, DataError, describe
 from megatron_crnet.settings import resolved
 
 LIBRARIES = ("torch", "triton", "megatron-core", "deepspeed", "megatron_crnet")
@@ -76,17 +76,19 @@ def examine_together(examine: Callable[[], tuple[Found, dict[str, str]]]) -> Fou
         examine: opens this rank's input; gives what it opened and facts that must be equal everywhere.
 
     Raises:
-        CrnetError: `examine` raised on some rank; every rank raises, naming it.
+        CrnetError: `examine` raised on some rank; every rank raises, naming it. A defect, which is any other
+            exception, is raised as it is where it happened.
         ConfigError: ranks differ; names a rank, the fact and both values.
     """
-    found, problem = None, None
+    found: Any = None
+    problem: Exception | None = None
     facts: dict[str, str] = {}
     try:
         found, facts = examine()
-    except CrnetError as error:
+    except Exception as error:  # also a defect must reach the ranks that wait below
         problem = error
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (facts, str(problem) if problem else None))
+    dist.all_gather_object(everyone, (facts, describe(problem) if problem else None))
     if problem is not None:
         raise problem
     failed = [(rank, message) for rank, (_, message) in enumerate(everyone) if message]
@@ -94,7 +96,7 @@ def examine_together(examine: Callable[[], tuple[Found, dict[str, str]]]) -> Fou
         rank, message = failed[0]
         raise DataError(f"rank {rank} stopped at start: {message}")
     compare_facts([facts for facts, _ in everyone])
-    return found  # type: ignore[return-value]
+    return found
 
 
 def compare_facts(facts: list[dict[str, str]]) -> None:

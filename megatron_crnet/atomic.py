@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
 import signal
@@ -92,6 +93,12 @@ def replace_text(path: Path, text: str) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def unused_name(path: Path) -> Path:
+    """`path`, or with a number behind it where something of that name exists."""
+    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
+    return path if not path.exists() else next(name for name in names if not name.exists())
 
 
 def _unwritable(target: Path, error: OSError) -> DataError:

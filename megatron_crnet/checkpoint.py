@@ -7,38 +7,44 @@ training goes on. The folder gets its final name when every rank's files are on 
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import yaml
 
-from megatron_crnet.agreement import library_versions
+from megatron_crnet.agreement import examine_together, library_versions
+from megatron_crnet.atomic import unused_name
 from megatron_crnet.checkpoint_folder import (
     PARTIAL,
     REJECTED,
+    checkpoint_dir,
     checkpoint_name,
     checkpoints,
     damage,
     file_entries,
     point_latest_at,
     prune,
+    remove_partial,
     restore_replaced,
+    saved_step,
     seal,
     set_aside,
     unwritable,
 )
 from megatron_crnet.config import Config
 from megatron_crnet.engine import TrainEngine
-from megatron_crnet.errors import CheckpointError, ConfigError
+from megatron_crnet.errors import CheckpointError, ConfigError, FolderTakenError
 from megatron_crnet.fingerprint import TrainedOn
 from megatron_crnet.masters import Masters
+from megatron_crnet.provenance import note_in_run_file
 from megatron_crnet.random_states import RandomStates
 from megatron_crnet.settings import resolved
 from megatron_crnet.state_files import Box, collect, fill, read, shapes_of, whole, write
@@ -48,12 +54,8 @@ from megatron_crnet.weights import canonical_weights
 NOT_OF_THE_MODEL = {"beta_init", "init_method_std", "hidden_dropout", "attention_dropout", "max_position_embeddings"}
 WRITING_LIMIT = timedelta(minutes=30)
 """How long ranks wait for each other's files: a slow file system is no lost peer, so it is not training's limit."""
+Result = TypeVar("Result")
 LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
-
-
-def checkpoint_dir(config: Config) -> Path:
-    """Folder of a run's checkpoints."""
-    return Path(config.checkpoint.dir or Path(config.logging.output_dir) / "checkpoints")
 
 
 class Checkpointer:
@@ -61,10 +63,17 @@ class Checkpointer:
 
     Args:
         trained_on: tokenizer and data of the run.
+        may_write: called on rank 0 before anything is written; raises FolderTakenError where the folder is another's.
     """
 
-    def __init__(self, config: Config, engine: TrainEngine, trained_on: TrainedOn | None = None) -> None:
-        self.config, self.folder = config, checkpoint_dir(config)
+    def __init__(
+        self,
+        config: Config,
+        engine: TrainEngine,
+        trained_on: TrainedOn | None = None,
+        may_write: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.config, self.folder, self._may_write = config, checkpoint_dir(config), may_write
         self.trained_on = trained_on or TrainedOn()
         self.masters = Masters(engine.deepspeed, engine.stage)
         self.weights = [weight for chunk in engine.chunks for weight in canonical_weights(chunk)]
@@ -75,6 +84,7 @@ class Checkpointer:
         self.other_place: str | None = None
         """What of devices and layout differs from those of the checkpoint that was loaded, whose random states are
         of no use then; None if nothing does."""
+        self._written: Path | None = None
 
     def save(self, state: TrainingState, aside: bool = False) -> None:
         """Copy the state and write it in the background.
@@ -97,37 +107,43 @@ class Checkpointer:
             "versions": library_versions(),
             "trained_on": self.trained_on.values(),
         }
-        target = self.folder / f"{REJECTED if aside else ''}{checkpoint_name(state.step)}"
-        self._thread = threading.Thread(target=self._write, args=(target, state, boxes, about), name="checkpoint")
+        name = checkpoint_name(state.step)
+        if aside:
+            name = f"{REJECTED}{name}.from_{checkpoint_name(state.step + 1)}"
+        self._thread = threading.Thread(target=self._write, args=(name, state, boxes, about), name="checkpoint")
         self._thread.start()
 
-    def wait(self) -> None:
-        """Return when the last checkpoint is on disk.
+    def wait(self) -> Path | None:
+        """Return when the last checkpoint is on disk: its folder, or None if there was nothing to wait for.
 
         Raises:
             CheckpointError: it could not be written; earlier ones are untouched.
+            FolderTakenError: another process writes this folder now.
         """
+        written = None
         if self._thread is not None:
             self._thread.join()
-            self._thread = None
+            self._thread, written = None, self._written
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
+        return written
 
     def _layout(self) -> dict[str, Any]:
         values = resolved(self.config)["parallel"]
         return {"world_size": dist.get_world_size(), **{name: values[name] for name in LAYOUT}}
 
-    def _write(self, target: Path, state: TrainingState, boxes: dict[str, Box], about: dict[str, Any]) -> None:
-        partial = self.folder / f"{PARTIAL}{target.name}"
+    def _write(self, name: str, state: TrainingState, boxes: dict[str, Box], about: dict[str, Any]) -> None:
+        partial: Path | None = None
         try:
-            self._on_main(lambda: self._prepare(partial))
+            partial, target = self._on_main(lambda: self._prepare(name))
             own = write(partial, boxes, self._group)
             boxes.clear()
             entries = self._entries_of_all(partial, own)
             self._on_main(lambda: self._finish(partial, target, state, entries, about))
+            self._written = target
         except BaseException as error:  # for the training thread to raise
-            if dist.get_rank() == 0:
+            if dist.get_rank() == 0 and partial is not None:
                 shutil.rmtree(partial, ignore_errors=True)
             self._failure = error
 
@@ -135,7 +151,7 @@ class Checkpointer:
         mine, problem = {}, None
         try:
             mine = file_entries(partial, own)
-        except OSError as error:
+        except Exception as error:
             problem = str(unwritable(self.folder, error))
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, (mine, problem), group=self._group)
@@ -144,30 +160,46 @@ class Checkpointer:
             raise CheckpointError(problems[0])
         return {name: entry for files, _ in everyone for name, entry in files.items()}
 
-    def _prepare(self, partial: Path) -> None:
+    def _prepare(self, name: str) -> tuple[Path, Path]:
+        """An empty folder to write into, of a name that no rank of an earlier start still writes to, and the final."""
+        self._may_write()
         self.folder.mkdir(parents=True, exist_ok=True)
         restore_replaced(self.folder)
+        remove_partial(self.folder)
+        target = self.folder / name
+        partial = self.folder / f"{PARTIAL}{name}.{secrets.token_hex(4)}"
         partial.mkdir()
+        return partial, unused_name(target) if name.startswith(REJECTED) else target
 
     def _finish(
         self, partial: Path, target: Path, state: TrainingState, entries: dict[str, Any], about: dict[str, Any]
     ) -> None:
+        self._may_write()
         seal(partial, target, self.config, about, entries)
+        note_in_run_file(Path(self.config.logging.output_dir), checkpoints=saved_facts(self.config, state.step))
         if not target.name.startswith(REJECTED):
             point_latest_at(target)
             prune(self.folder, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every, state.good_step)
 
-    def _on_main(self, action: Callable[[], object]) -> None:
-        """Do something on rank 0; every rank learns how it went."""
-        outcome: list[Any] = [None]
+    def _on_main(self, action: Callable[[], Result]) -> Result:
+        """Do something on rank 0; every rank learns how it went, whatever went wrong, and gets the result.
+
+        Raises:
+            CheckpointError, FolderTakenError: it failed there.
+        """
+        outcome: list[Any] = [None, None]
+        cause: Exception | None = None
         if dist.get_rank() == 0:
             try:
-                action()
-            except OSError as error:
-                outcome = [str(unwritable(self.folder, error))]
+                outcome[0] = action()
+            except FolderTakenError as error:
+                outcome[1], cause = error, error
+            except Exception as error:
+                outcome[1], cause = unwritable(self.folder, error), error
         dist.broadcast_object_list(outcome, src=0, group=self._group)
-        if outcome[0] is not None:
-            raise CheckpointError(outcome[0])
+        if outcome[1] is not None:
+            raise outcome[1] from cause
+        return outcome[0]
 
     def load(self, checkpoint: Path) -> TrainingState:
         """Fill engine and optimizer, and in the same layout on the same kind of device the random generators.
@@ -205,23 +237,43 @@ class Checkpointer:
 
     def set_aside(self, step: int, prefix: str = REJECTED) -> Path | None:
         """Take checkpoints of `step` and later out of the next start's way. Returns the newest that is left."""
-        self._on_main(lambda: set_aside(self.folder, step, prefix))
-        left = checkpoints(self.folder)
-        return left[-1] if left else None
+        return self._on_main(lambda: self._set_aside(step, prefix))
+
+    def _set_aside(self, step: int, prefix: str) -> Path | None:
+        self._may_write()
+        return set_aside(self.folder, step, prefix)
+
+    def step_back(self, step: int) -> Path | None:
+        """Let the next start continue from a whole checkpoint before `step`, where there is one.
+
+        Else nothing is set aside: what is whole may be the only good state.
+
+        Returns:
+            The whole checkpoint from which the next start will continue; None if there is none.
+        """
+        older, _ = newest_complete(self.folder, before=step)
+        if older is None:
+            return newest_complete(self.folder)[0]
+        self.set_aside(step)
+        return older
 
 
 def _random_name(name: str) -> str:
     return f"random.{dist.get_rank():05d}.{name}"
 
 
-def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
+def newest_complete(folder: Path, before: int | None = None) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, and a line on each newer one that is damaged; a collective call.
 
     Ranks share the work of comparing checksums.
+
+    Args:
+        before: look only at checkpoints of earlier steps than this.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     damaged: list[str] = []
-    for checkpoint in reversed(checkpoints(folder)):
+    looked_at = [path for path in checkpoints(folder) if before is None or saved_step(path) < before]
+    for checkpoint in reversed(looked_at):
         everyone: list[Any] = [None] * size
         dist.all_gather_object(everyone, damage(checkpoint, rank, size))
         problems = [problem for problem in everyone if problem]
@@ -231,11 +283,31 @@ def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
+def saved_facts(config: Config, newest: int | None) -> dict[str, Any]:
+    """What run.json says of the checkpoints of a run.
+
+    Args:
+        newest: step of the newest that was written or continued; None of a run that has none yet.
+    """
+    return {"dir": str(checkpoint_dir(config).resolve()), "newest_step": newest}
+
+
 def tidy(folder: Path) -> None:
-    """Finish what a killed run has left in its folder; a collective call, before any rank looks into it."""
+    """Finish what a killed run has left in its folder; a collective call, before any rank looks into it.
+
+    Raises:
+        CrnetError: rank 0 cannot write the folder; raised on every rank.
+    """
+    examine_together(lambda: _tidy(folder))
+
+
+def _tidy(folder: Path) -> tuple[None, dict[str, str]]:
     if dist.get_rank() == 0 and folder.is_dir():
-        restore_replaced(folder)
-    dist.barrier()
+        try:
+            restore_replaced(folder)
+        except OSError as error:
+            raise unwritable(folder, error) from error
+    return None, {}
 
 
 def saved_state(checkpoint: Path) -> dict[str, Any]:

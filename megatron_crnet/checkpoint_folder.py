@@ -5,31 +5,41 @@ DIR/latest           name of the newest one, for people and scripts
 DIR/.partial_*       one that is being written
 DIR/rejected_*       state before a bad step: kept to look at, never continued from
 DIR/damaged_*        one that a start has found damaged
+
+Nothing here removes or replaces a state that is set aside, and none is set aside that is the only one.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_crnet.atomic import replace_text
+from megatron_crnet.atomic import replace_text, unused_name
 from megatron_crnet.config import Config
-from megatron_crnet.errors import CheckpointError
+from megatron_crnet.errors import CheckpointError, describe
 from megatron_crnet.settings import save_config
 
 PREFIX = "step_"
+FINAL = re.compile(rf"{PREFIX}[0-9]{{1,18}}")
 PARTIAL = ".partial_"
 REPLACED = ".replaced_"
 REJECTED = "rejected_"
 DAMAGED = "damaged_"
 MANIFEST = "manifest.json"
 FORMAT = 1
+
+
+def checkpoint_dir(config: Config) -> Path:
+    """Folder of a run's checkpoints."""
+    return Path(config.checkpoint.dir or Path(config.logging.output_dir) / "checkpoints")
 
 
 def checkpoint_name(step: int) -> str:
@@ -44,7 +54,7 @@ def saved_step(checkpoint: Path) -> int:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoints that carry a final name, the oldest first."""
-    found = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    found = [path for path in folder.glob(f"{PREFIX}*") if FINAL.fullmatch(path.name)]
     return sorted((path for path in found if path.is_dir()), key=saved_step)
 
 
@@ -56,9 +66,12 @@ def damage(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
     """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
-        files: dict[str, Any] = manifest["files"]
         if manifest["format"] != FORMAT:
             return f"has format {manifest['format']}, this version reads {FORMAT}"
+        files = _listed(manifest)
+        unlisted = sorted({path.name for path in checkpoint.glob("*.safetensors")} - files.keys())
+        if unlisted:
+            return f"holds {unlisted[0]}, of which {MANIFEST} knows nothing"
         for name, entry in sorted(files.items()):
             path = checkpoint / name
             if not path.is_file():
@@ -70,9 +83,26 @@ def damage(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
                 return f"has another checksum in {name} than in {MANIFEST}"
     except FileNotFoundError:
         return f"has no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"cannot be read ({error})"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return f"cannot be read ({describe(error)})"
     return None
+
+
+def _listed(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a manifest says about files, by name.
+
+    Raises:
+        ValueError: it is not what `complete` writes.
+    """
+    files = manifest["files"]
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{MANIFEST} lists no files")
+    for name, entry in files.items():
+        if name != Path(name).name:
+            raise ValueError(f"{MANIFEST} lists {name!r}, which leads out of the checkpoint")
+        if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
+            raise ValueError(f"{MANIFEST} lists {name} without its size and checksum")
+    return files
 
 
 def checksum(path: Path) -> str:
@@ -103,7 +133,13 @@ def seal(partial: Path, target: Path, config: Config, about: Mapping[str, Any], 
 
 
 def complete(partial: Path, target: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Write the manifest and give a partial checkpoint its final name; one of the same name is replaced."""
+    """Write the manifest and give a partial checkpoint its final name; a `step_` folder of that name is replaced.
+
+    Raises:
+        FileExistsError: `target` exists and was set aside, which is never replaced.
+    """
+    if target.exists() and not FINAL.fullmatch(target.name):
+        raise FileExistsError(errno.EEXIST, "exists already", str(target))
     manifest = partial / MANIFEST
     manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1, sort_keys=True))
     for name in files:
@@ -119,15 +155,28 @@ def complete(partial: Path, target: Path, files: dict[str, dict[str, Any]]) -> N
 
 
 def restore_replaced(folder: Path) -> None:
-    """Finish what a process that was killed inside `complete` has left, and remove partial checkpoints."""
+    """Finish what a process that was killed inside `complete` has left."""
     for replaced in folder.glob(f"{REPLACED}*"):
         target = folder / replaced.name.removeprefix(REPLACED)
         if target.exists():
-            shutil.rmtree(replaced)
+            _remove(replaced)
         else:
             replaced.rename(target)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what processes that were killed while saving have left; what cannot be removed stays."""
     for partial in folder.glob(f"{PARTIAL}*"):
-        shutil.rmtree(partial)
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or what else carries its name."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def point_latest_at(checkpoint: Path) -> None:
@@ -138,11 +187,11 @@ def point_latest_at(checkpoint: Path) -> None:
 def set_aside(folder: Path, step: int, prefix: str = REJECTED) -> Path | None:
     """Take checkpoints of `step` and later out of the way of the next start. Returns the newest that is left."""
     # gone first: on a full disk it may not come back, and must not name a folder that has gone
-    (folder / "latest").unlink(missing_ok=True)
+    with suppress(OSError):
+        (folder / "latest").unlink(missing_ok=True)
     for path in checkpoints(folder):
         if saved_step(path) >= step:
-            shutil.rmtree(folder / f"{prefix}{path.name}", ignore_errors=True)
-            path.rename(folder / f"{prefix}{path.name}")
+            path.rename(unused_name(folder / f"{prefix}{path.name}"))
     left = checkpoints(folder)
     if left:
         with suppress(OSError):
@@ -168,11 +217,12 @@ def prune(folder: Path, keep_last: int | None, keep_every: int | None, good: int
         shutil.rmtree(folder / checkpoint_name(step), ignore_errors=True)
 
 
-def unwritable(folder: Path, error: OSError) -> CheckpointError:
+def unwritable(folder: Path, error: Exception) -> CheckpointError:
     """The error of a folder that takes no checkpoint."""
+    reason = (error.strerror if isinstance(error, OSError) else None) or describe(error)
     return CheckpointError(
-        f"cannot write a checkpoint into {folder}: {error.strerror or error}: free some space, correct the permissions "
-        "or set checkpoint.dir; earlier checkpoints are untouched"
+        f"cannot write a checkpoint into {folder}: {reason}: free some space, correct the permissions or set "
+        "checkpoint.dir; earlier checkpoints are untouched"
     )
 
 

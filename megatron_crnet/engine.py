@@ -139,8 +139,10 @@ class TrainEngine:
     @contextmanager
     def _accumulating(self) -> Iterator[None]:
         self.deepspeed.set_gradient_accumulation_boundary(False)
-        yield
-        self.deepspeed.set_gradient_accumulation_boundary(True)
+        try:
+            yield
+        finally:
+            self.deepspeed.set_gradient_accumulation_boundary(True)
 
     def forward_backward(self, batches: list[Batch], tokens: int) -> float:
         """All micro-batches of one step; gradients are left reduced over every group. Returns the mean loss.
@@ -238,7 +240,9 @@ class TrainEngine:
 
     @torch.no_grad()
     def next_token_logits(self, tokens: list[int]) -> Tensor | None:
-        """Logits [vocabulary] after `tokens` (at most seq_length); None before the last pipeline stage."""
+        """Logits [vocabulary] after `tokens` (1 to seq_length); None before the last pipeline stage."""
+        if not tokens:
+            raise ValueError("tokens is empty, but logits follow a token: begin a document with the tokenizer's eod")
         self.deepspeed.eval()
         length, device = self.config.training.seq_length, self.context.device
         # right padding changes nothing under causal attention and keeps the pipeline's shapes fixed

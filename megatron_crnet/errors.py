@@ -39,6 +39,10 @@ class CheckpointError(CrnetError):
     """A checkpoint that cannot be written, or that does not fit the model."""
 
 
+class FolderTakenError(CheckpointError):
+    """Another process writes into the folder of this run."""
+
+
 class PeerLostError(CrnetError):
     """Another rank died, or did not come to a collective call within the time limit."""
 
@@ -49,6 +53,13 @@ class BadStepError(CrnetError):
     """Training met a step that would do harm: loss or gradient norm not finite, a loss spike, or too many of them."""
 
     exit_status = 3
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line: a message of this project as it is, any other with its type."""
+    if isinstance(error, CrnetError):
+        return str(error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def reported(run: Callable[[], int]) -> int:

@@ -9,14 +9,15 @@ from typing import Any
 
 from megatron_crnet.agreement import CHECKPOINT, examine_together
 from megatron_crnet.batch import BatchPlan
-from megatron_crnet.checkpoint import check_resumable, checkpoint_dir, newest_complete, saved_state, tidy
-from megatron_crnet.checkpoint_folder import checkpoints, saved_step
+from megatron_crnet.checkpoint import check_resumable, newest_complete, saved_state, tidy
+from megatron_crnet.checkpoint_folder import checkpoint_dir, checkpoints, saved_step
 from megatron_crnet.config import Config
 from megatron_crnet.data import Datasets, build_datasets, data_fingerprint
 from megatron_crnet.data_checks import check_enough, read_index, sources_of
 from megatron_crnet.errors import ConfigError, DataError
 from megatron_crnet.fingerprint import TrainedOn, digest_of_tokenizer, remark_on_unnamed
 from megatron_crnet.resumption import remarks
+from megatron_crnet.run_folder import check_remains
 from megatron_crnet.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_crnet.training_state import TrainingState
 from megatron_crnet.unigram import unigram_entropy
@@ -64,7 +65,7 @@ def examine_inputs(config: Config, plan: BatchPlan) -> Inputs:
     tidy(checkpoint_dir(config))
     tokenizer, trained_on = examine_together(partial(_examine, config))
     checkpoint, damaged = newest_complete(checkpoint_dir(config))
-    saved, state = examine_together(partial(_examine_checkpoint, config, checkpoint, trained_on))
+    saved, state = examine_together(partial(_examine_checkpoint, config, checkpoint, damaged, trained_on))
     test_steps, untested = examine_together(partial(_planned_test, config))
     datasets = _datasets(config, tokenizer, plan, TrainingState.from_values(state), test_steps)
     about = [
@@ -95,8 +96,11 @@ Saved = tuple[dict[str, Any], dict[str, Any]]
 """Configuration and state.json of a checkpoint."""
 
 
-def _examine_checkpoint(config: Config, checkpoint: Path | None, trained_on: TrainedOn) -> tuple[Saved, dict[str, str]]:
+def _examine_checkpoint(
+    config: Config, checkpoint: Path | None, damaged: list[str], trained_on: TrainedOn
+) -> tuple[Saved, dict[str, str]]:
     if checkpoint is None:
+        check_remains(config, damaged)
         return ({}, {}), {}
     saved, state = check_resumable(config, checkpoint), saved_state(checkpoint)
     if before := TrainedOn.from_state(state):

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_crnet.arithmetic import flops_per_token, total_parameters
-from megatron_crnet.atomic import replace_text
+from megatron_crnet.atomic import replace_text, unused_name
 from megatron_crnet.batch import BatchPlan
 from megatron_crnet.config import Config
 from megatron_crnet.duration import spell
@@ -49,7 +49,8 @@ class MetricsWriter:
     """Writes every metric to every sink; on ranks other than the main one it writes nothing.
 
     Args:
-        start_step: step that the run continues from; later lines of an earlier run are dropped.
+        start_step: step that the run continues from; later lines of an earlier run are dropped. A file none of whose
+            steps would stay is kept under another name.
     """
 
     def __init__(self, config: Config, is_main: bool, start_step: int = 0) -> None:
@@ -61,7 +62,7 @@ class MetricsWriter:
             return
         folder = Path(config.logging.output_dir)
         path = folder / "metrics.jsonl"
-        _drop_lines_after(path, start_step)
+        _keep_earlier(path) if start_step == 0 else _drop_lines_after(path, start_step)
         self._file = path.open("a")
         from torch.utils.tensorboard import SummaryWriter
 
@@ -114,16 +115,22 @@ class MetricsWriter:
         self.close()
 
 
+def _keep_earlier(path: Path) -> None:
+    """Give the metrics of a run that is not continued another name."""
+    if path.exists() and path.stat().st_size:
+        path.rename(unused_name(path.with_name("metrics.earlier.jsonl")))
+
+
 def _drop_lines_after(path: Path, step: int) -> None:
     """Remove lines of steps that the resumed run does again, and a line that was cut short."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     replace_text(path, "".join(kept))
 

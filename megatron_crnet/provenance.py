@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +58,34 @@ def provenance(kind: str, argv: list[str]) -> dict[str, Any]:
     return {"kind": kind, "command": command_line(argv), "machine": machine(), "versions": versions()}
 
 
-def write_run_file(folder: Path, argv: list[str], world_size: int) -> None:
+def write_run_file(folder: Path, argv: list[str], world_size: int, **more: Any) -> None:
     """Write what a report needs to know of a run beside its metrics; the newest start of a run counts.
+
+    Args:
+        more: what the next start needs to know, see `trainer.py`.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    facts = {**provenance("run", argv), "world_size": world_size}
+    facts = {**provenance("run", argv), "world_size": world_size, **more}
     replace_text(folder / RUN_FILE, json.dumps(facts, indent=1) + "\n")
+
+
+def read_run_file(folder: Path) -> dict[str, Any]:
+    """What `write_run_file` wrote, as far as it can be read."""
+    try:
+        facts = json.loads((folder / RUN_FILE).read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def note_in_run_file(folder: Path, **facts: Any) -> None:
+    """Change facts of a run's file, where there is one; no error of the disk is one of the run."""
+    with suppress(OSError):
+        known = read_run_file(folder)
+        if known:
+            replace_text(folder / RUN_FILE, json.dumps({**known, **facts}, indent=1) + "\n")
 
 
 def _processor() -> str:

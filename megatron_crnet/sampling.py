@@ -48,6 +48,6 @@ def _choose(logits: Tensor | None, temperature: float, generator: torch.Generato
 
 
 def continue_text(engine: TrainEngine, tokenizer: Any, prompt: str, count: int, *, seed: int) -> str:
-    """`continue_tokens` for text, at temperature 0.7."""
-    tokens = tokenizer.tokenize(prompt)
+    """`continue_tokens` for text, at temperature 0.7. An empty prompt begins a document."""
+    tokens = [int(token) for token in tokenizer.tokenize(prompt)] or [tokenizer.eod]
     return tokenizer.detokenize(continue_tokens(engine, tokens, count, temperature=0.7, seed=seed, stop=tokenizer.eod))

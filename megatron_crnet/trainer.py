@@ -18,12 +18,12 @@ from megatron_crnet.arithmetic import flops_per_token
 from megatron_crnet.bad_steps import losses_to_remember, passed_limit, problem_of_loss
 from megatron_crnet.batch import BatchPlan, plan_batches
 from megatron_crnet.batch_sizes import BatchSizes
-from megatron_crnet.checkpoint import Checkpointer, checkpoint_dir
-from megatron_crnet.checkpoint_folder import DAMAGED, REJECTED, checkpoint_name
+from megatron_crnet.checkpoint import Checkpointer, saved_facts
+from megatron_crnet.checkpoint_folder import DAMAGED, checkpoint_dir, checkpoint_name, saved_step
 from megatron_crnet.config import Config
 from megatron_crnet.data_loading import global_batches
 from megatron_crnet.engine import TrainEngine
-from megatron_crnet.errors import BadStepError, CheckpointError, ConfigError
+from megatron_crnet.errors import BadStepError, CheckpointError, ConfigError, FolderTakenError
 from megatron_crnet.gpt import build_model_chunks
 from megatron_crnet.inputs import examine_inputs
 from megatron_crnet.interruption import Interruption
@@ -34,6 +34,7 @@ from megatron_crnet.plot import plot_loss
 from megatron_crnet.provenance import write_run_file
 from megatron_crnet.residual_in_use import changed_residual, residual_in_use
 from megatron_crnet.resumption import other_place
+from megatron_crnet.run_folder import RunFolders, check_space, hold_run_folders
 from megatron_crnet.sampling import continue_text
 from megatron_crnet.schedule import Batch
 from megatron_crnet.settings import save_config
@@ -68,14 +69,20 @@ class LoggingWindow:
 class Trainer:
     """One run of one configuration on this rank.
 
-    Everything that can be wrong with the input is found in here, before the run's folder is touched.
+    Everything that can be wrong with the input is found in here, before anything is written into the run's folder.
+
+    Args:
+        folders: those of the run, held against other writers.
     """
 
-    def __init__(self, config: Config, context: ParallelContext, interruption: Interruption) -> None:
-        self.config, self.context, self.interruption = config, context, interruption
+    def __init__(
+        self, config: Config, context: ParallelContext, interruption: Interruption, folders: RunFolders
+    ) -> None:
+        self.config, self.context, self.interruption, self.folders = config, context, interruption, folders
         self.plan: BatchPlan = plan_batches(config, context.world_size)
         check_sinks(config)
         self.inputs = examine_inputs(config, self.plan)
+        self.space = None if self.is_complete else examine_together(self._check_space)
 
     @property
     def is_complete(self) -> bool:
@@ -85,7 +92,7 @@ class Trainer:
     def run(self) -> bool:
         """Train from the newest checkpoint, or from scratch. Returns whether all steps are done."""
         self.engine = TrainEngine(self.config, build_model_chunks(self.config), self.context)
-        self.checkpointer = Checkpointer(self.config, self.engine, self.inputs.trained_on)
+        self.checkpointer = Checkpointer(self.config, self.engine, self.inputs.trained_on, self.folders.check)
         self.vote = Vote(collective_limit(self.config))
         # another layout than the checkpoint's has no random states of its own to continue from
         seed_random_states(self.config.training.seed + self.inputs.step)
@@ -112,6 +119,9 @@ class Trainer:
         self.vote.any(False)
         return complete
 
+    def _check_space(self) -> tuple[str | None, dict[str, str]]:
+        return check_space(self.config, self.inputs.step) if self.context.is_main else None, {}
+
     def _open_folder(self) -> tuple[MetricsWriter, dict[str, str]]:
         """The first thing that is written; an error reaches every rank."""
         folder = Path(self.config.logging.output_dir)
@@ -119,7 +129,9 @@ class Trainer:
             if self.context.is_main:
                 folder.mkdir(parents=True, exist_ok=True)
                 save_config(self.config, folder / "config.yaml")
-                write_run_file(folder, sys.argv, self.context.world_size)
+                newest = self.inputs.step if self.inputs.checkpoint else None
+                facts = saved_facts(self.config, newest)
+                write_run_file(folder, sys.argv, self.context.world_size, checkpoints=facts)
             return MetricsWriter(self.config, self.context.is_main, self.state.step), {}
         except OSError as error:
             raise ConfigError(
@@ -128,7 +140,8 @@ class Trainer:
             ) from error
 
     def _announce(self) -> None:
-        for line in (*(f"warning: {line}" for line in self.inputs.damaged), *self.inputs.remarks):
+        warnings = (*self.inputs.damaged, *([self.space] if self.space else []))
+        for line in (*(f"warning: {line}" for line in warnings), *self.inputs.remarks):
             self.progress.line(line)
         self.progress.line(cost_of_run(self.config, self.plan, self.context.world_size))
         if self.inputs.checkpoint is not None:
@@ -183,8 +196,8 @@ class Trainer:
         return True
 
     def _is_warned(self, last: bool) -> bool:
-        """Whether a signal asks this rank to stop; after the last step the run ends anyway."""
-        return self.interruption.received is not None and not last
+        """Whether this rank is to stop, by a signal or another writer; after the last step the run ends anyway."""
+        return (self.interruption.received is not None or self.folders.taken) and not last
 
     def _is_time_to_save(self) -> bool:
         """By the clock of rank 0, which decides for all."""
@@ -205,6 +218,8 @@ class Trainer:
         """Wait for the checkpoint that is being written; say so if it could not be."""
         try:
             self.checkpointer.wait()
+        except FolderTakenError:
+            raise
         except CheckpointError as error:
             self.progress.line(f"warning: {error}; training goes on")
 
@@ -246,19 +261,31 @@ class Trainer:
         The next start goes back to a checkpoint whose next step was good.
         """
         self._settle()
-        good = self.checkpointer.set_aside(self.state.good_step)
-        kept = f"is kept beside it as {REJECTED}{checkpoint_name(self.state.step)}"
+        back = self.checkpointer.step_back(self.state.good_step)
         try:
             self.checkpointer.save(self.state, aside=True)
-            self.checkpointer.wait()
+            aside = self.checkpointer.wait()
+            kept = f"is kept beside it as {aside.name}" if aside else "is not kept"
         except CheckpointError as error:
-            kept = f"is lost ({error})"
+            aside, kept = None, f"is lost ({error})"
         norm = "none yet" if self.engine.last_grad_norm is None else f"{self.engine.last_grad_norm:.4g}"
         skipping = "" if self.config.faults.on_bad_step == "skip" else ", or skip such steps (faults.on_bad_step skip)"
         raise BadStepError(
             f"{problem} at step {self.state.step + 1} (learning rate {lr:.3e}, last gradient norm {norm}): lower "
-            f"optimizer.lr or look at the data of this step{skipping}{self._remedy()}; a new start continues from "
-            f"{good or 'the beginning, as there is no earlier checkpoint'}; the state just before this step {kept}"
+            f"optimizer.lr or look at the data of this step{skipping}{self._remedy()}; "
+            f"{self._next_start(back, aside)}; the state just before this step {kept}"
+        )
+
+    def _next_start(self, back: Path | None, aside: Path | None) -> str:
+        """What a new start does after a bad step."""
+        if back is not None:
+            no_older = ", as there is none before it" if saved_step(back) >= self.state.good_step else ""
+            return f"a new start continues from {back}{no_older}"
+        if aside is None:
+            return "there is no checkpoint to continue from"
+        name = checkpoint_name(self.state.step)
+        return (
+            f"there is no checkpoint: rename {aside.name} to {name} to continue from it, or move it away to start anew"
         )
 
     def _remedy(self) -> str:
@@ -418,7 +445,12 @@ def train(config: Config, interruption: Interruption) -> bool:
 
 
 def _train_on_this_rank(config: Config, context: ParallelContext, interruption: Interruption) -> bool:
-    trainer = Trainer(config, context, interruption)
+    with hold_run_folders(config, context.is_main) as folders:
+        return _train_in(folders, config, context, interruption)
+
+
+def _train_in(folders: RunFolders, config: Config, context: ParallelContext, interruption: Interruption) -> bool:
+    trainer = Trainer(config, context, interruption, folders)
     if not trainer.is_complete:
         return trainer.run()
     trainer.draw()

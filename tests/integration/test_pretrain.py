@@ -248,7 +248,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_next_start_is_from_a_go
     (error,) = [line for line in result.stderr.splitlines() if line.startswith("error")]
     assert "at step 4 (learning rate 1.000e+03, last gradient norm " in error
     assert error.endswith(
-        "checkpoints/step_00000002; the state just before this step is kept beside it as rejected_step_00000003"
+        "checkpoints/step_00000002; the state just before this step is kept beside it as "
+        "rejected_step_00000003.from_step_00000004"
     )
     assert (output / "checkpoints" / "latest").read_text() == "step_00000002\n"
     result = start(corpus.options(output, training__train_steps=5, **saving))

@@ -1,0 +1,172 @@
+"""What the folder of a run survives: bad steps, other writers, starts without a checkpoint, damage beside the state."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from megatron_crnet.checkpoint_folder import damage
+from megatron_crnet.folder_lock import this_process
+from tests.integration.conftest import Corpus, lines_of
+from tests.integration.one_process import Command, run_commands
+
+FAULTY_DEVICE = """
+from megatron_crnet.engine import TrainEngine
+patch.setattr(TrainEngine, "forward_backward", lambda *_: float("nan"))
+"""
+QUIET = {"training__eval_steps": 0, "checkpoint__save_interval": 0}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.fault("B1")
+def test_a_bad_first_step_leaves_the_only_checkpoint_as_it_is_and_the_next_start_continues_it(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    output, checkpoint = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step_00000002"
+    copy = tmp_path / "copy"
+    going_on = corpus.options(output, training__train_steps=4, **QUIET)
+    before = f"import shutil; shutil.copytree({str(checkpoint)!r}, {str(copy)!r})\n{FAULTY_DEVICE}"
+    first, bad, again, last = run_commands(
+        tmp_path / "results",
+        [
+            Command(corpus.options(output, training__train_steps=2, **QUIET)),
+            Command(going_on, before),
+            Command(going_on, FAULTY_DEVICE),
+            Command(going_on),
+        ],
+    )
+    assert first.status == 0, first.text
+    assert (bad.status, again.status) == (3, 3), bad.text
+    assert f"a new start continues from {checkpoint}, as there is none before it" in bad.error
+    assert contents(checkpoint) == contents(copy)
+    aside = [checkpoint.with_name(f"rejected_step_00000002.from_step_00000003{n}") for n in ("", ".2")]
+    assert all(damage(path) is None for path in aside)
+    assert aside[1].name in again.error
+    assert last.status == 0, last.text
+    assert f"continuing from {checkpoint}, step 2" in last.text
+    assert set(lines_of(output, "loss")) == {1, 2, 3, 4}
+
+
+@pytest.mark.fault("B1", "L1")
+def test_no_start_begins_from_random_weights_where_an_earlier_run_has_left_anything(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    options = corpus.options(output, training__train_steps=2, **QUIET)
+    bad, refused, renamed = run_commands(
+        tmp_path / "results",
+        [
+            Command(options, FAULTY_DEVICE),
+            Command(options),
+            Command(
+                options,
+                f"import os; os.chdir({str(output / 'checkpoints')!r})\n"
+                "os.rename('rejected_step_00000000.from_step_00000001', 'step_00000000')\n"
+                f"os.chdir({os.getcwd()!r})",
+            ),
+        ],
+    )
+    assert bad.status == 3, bad.text
+    assert "there is no checkpoint: rename rejected_step_00000000.from_step_00000001 to step_00000000" in bad.error
+    assert refused.status == 2, refused.text
+    assert "holds rejected_step_00000000.from_step_00000001, but no whole step_ folder" in refused.error
+    assert renamed.status == 0, renamed.text
+    assert set(lines_of(output, "loss")) == {1, 2}
+
+    cases = {
+        "rejected": ("rejected_step_00000002", "holds rejected_step_00000002, but no whole step_ folder"),
+        "damaged": ("damaged_step_00000002", "holds damaged_step_00000002"),
+        "unfinished": (".partial_step_00000002.0", "holds .partial_step_00000002.0"),
+        "another name": ("my backup", "holds my backup"),
+        "superscript": ("step_²", "holds step_²"),
+        "away": (None, "holds the metrics of 2 steps, but checkpoint.dir"),
+    }
+    commands = []
+    for name, (new_name, _) in cases.items():
+        shutil.copytree(output, tmp_path / name)
+        state = tmp_path / name / "checkpoints" / "step_00000002"
+        shutil.rmtree(state.with_name("step_00000000"), ignore_errors=True)
+        for path in state.parent.glob("rejected_*"):
+            shutil.rmtree(path)
+        state.rename(state.with_name(new_name)) if new_name else state.rename(tmp_path / "away" / "elsewhere")
+        commands.append(Command(corpus.options(tmp_path / name, training__train_steps=2, **QUIET)))
+    shutil.copytree(output, tmp_path / "moved")
+    commands.append(
+        Command(corpus.options(tmp_path / "moved", training__train_steps=2, checkpoint__dir=tmp_path / "new", **QUIET))
+    )
+    kept = {name: contents(tmp_path / name) for name in (*cases, "moved")}
+    found = run_commands(tmp_path / "more", commands)
+    for printed, (_, message) in zip(found, cases.values(), strict=False):
+        assert printed.status == 2, printed.text
+        assert message in printed.error
+    assert f"(those of that run are in {output / 'checkpoints'})" in found[-1].error
+    assert {name: contents(tmp_path / name) for name in kept} == kept
+
+
+@pytest.mark.fault("B1")
+def test_a_run_that_has_saved_nothing_yet_starts_again_and_its_metrics_are_kept(corpus: Corpus, tmp_path: Path) -> None:
+    """What a node failure before the first checkpoint leaves, in the middle of its save."""
+    output = tmp_path / "run"
+    killed = """
+from megatron_crnet import checkpoint
+from megatron_crnet.trainer import Trainer
+def leave(*_):
+    raise RuntimeError("as if killed here")
+patch.setattr(checkpoint, "seal", leave)
+patch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)
+"""
+    options = corpus.options(output, training__train_steps=2, **QUIET)
+    first, second = run_commands(tmp_path / "results", [Command(options, killed), Command(options)])
+    assert first.status == 1, first.text
+    assert "cannot write a checkpoint into" in first.error
+    assert second.status == 0, second.text
+    assert set(lines_of(output, "loss")) == {1, 2}
+    earlier = [json.loads(line) for line in (output / "metrics.earlier.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in earlier if "loss" in line] == [1, 2]
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["latest", "step_00000002"]
+
+
+@pytest.mark.fault("B5", "L1", "L3")
+def test_what_could_not_be_written_at_the_end_is_refused_at_the_start(corpus: Corpus, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for name in ("picture/loss.png", "latest/checkpoints/latest"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("stacks/stacks", "board/tensorboard", "used/in_use.lock"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("")
+    owner = this_process()
+    (tmp_path / "used" / "in_use.lock").write_text(json.dumps(owner.__dict__))
+    (tmp_path / "link").symlink_to(tmp_path / "used")
+    rows = {
+        "L3": ({"checkpoint__dir": tmp_path / "file"}, f"checkpoint.dir {tmp_path / 'file'} cannot be written"),
+        "under it": ({"checkpoint__dir": tmp_path / "file" / "x"}, "checkpoint.dir"),
+        "picture": ({}, "holds a folder loss.png"),
+        "latest": ({}, "holds a folder latest"),
+        "stacks": ({}, "holds a file stacks"),
+        "board": ({}, "holds a file tensorboard"),
+        "used": ({}, f"is in use by process {os.getpid()} on host {socket.gethostname()}"),
+        "other": ({"checkpoint__dir": tmp_path / "link"}, f"checkpoint.dir {tmp_path / 'link'} is in use by process"),
+        "large": (
+            {"model__hidden_size": 2**20, "model__ffn_hidden_size": 2**22, "model__num_layers": 400},
+            "one checkpoint of this model takes",
+        ),
+    }
+    there = {name for name in rows if (tmp_path / name).exists()}
+    before = contents(tmp_path)
+    commands = [Command(corpus.options(tmp_path / name, **{**QUIET, **changes})) for name, (changes, _) in rows.items()]
+    found = run_commands(tmp_path / "results", commands)
+    (tmp_path / "results").unlink()
+    for printed, (name, (_, message)) in zip(found, rows.items(), strict=True):
+        assert printed.status == 2, (name, printed.text)
+        assert message in printed.error, name
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    assert contents(tmp_path) == before
+    assert {name for name in rows if (tmp_path / name).exists()} == there
