@@ -3,6 +3,7 @@
 The modules in the order in which to read them; each uses only those above it.
 
     errors               the exceptions a user can meet
+    folder_lock          one writer for each folder
     atomic               files whole or not at all
     field_types          types of configuration fields, each with its range
     ranks, rules         which map has which rank; what must hold between fields
@@ -80,6 +81,7 @@ The modules in the order in which to read them; each uses only those above it.
     metrics, plot        what a run reports
     sampling             a look at what the model writes
     resumption           what a resumed run does not share with the run that it continues
+    run_folder           what a run may write, and what it must not start over
     inputs               everything that a run reads, examined before it writes
     residual_in_use      who computes the residual, and who did before the checkpoint
     trainer              the loop

@@ -9,11 +9,12 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 
 from megatron_crnet.errors import DataError
+from megatron_crnet.folder_lock import holding
 
 UNWRITABLE = {
     getattr(errno, name)
@@ -27,9 +28,11 @@ def atomic_files(*targets: Path, overwrite: bool) -> Iterator[tuple[Path, ...]]:
     """Give temporary names beside `targets`; rename them in order if the block succeeds, else remove them.
 
     The last target marks the set as complete: an old one goes before any other file is replaced, so a
-    stop between two renames never leaves it beside files that it does not belong to.
+    stop between two renames never leaves it beside files that it does not belong to. Two processes that write the same
+    set would mix it, so the second is refused.
 
     Raises:
+        ConfigError: another process writes them.
         DataError: a target exists and `overwrite` is false, or its folder cannot be written.
     """
     if not overwrite:
@@ -38,15 +41,26 @@ def atomic_files(*targets: Path, overwrite: bool) -> Iterator[tuple[Path, ...]]:
     try:
         for target in targets:
             target.parent.mkdir(parents=True, exist_ok=True)
-        yield temporaries
-        if len(targets) > 1:
-            targets[-1].unlink(missing_ok=True)
-        for temporary, target in zip(temporaries, targets, strict=True):
-            os.replace(temporary, target)
+        with _alone(targets[-1]) if len(targets) > 1 else nullcontext(), _removed(temporaries):
+            yield temporaries
+            if len(targets) > 1:
+                targets[-1].unlink(missing_ok=True)
+            for temporary, target in zip(temporaries, targets, strict=True):
+                os.replace(temporary, target)
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
         raise _unwritable(targets[0], error) from error
+
+
+def _alone(target: Path) -> AbstractContextManager[None]:
+    return holding(target.with_name(f"{target.name}.lock"), str(target))
+
+
+@contextmanager
+def _removed(temporaries: tuple[Path, ...]) -> Iterator[None]:
+    try:
+        yield
     finally:
         for temporary in temporaries:
             with suppress(OSError):
@@ -58,22 +72,31 @@ def atomic_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     """Give a new folder beside `target`; rename it if the block succeeds, else remove it.
 
     Raises:
+        ConfigError: another process writes it.
         DataError: `target` exists and `overwrite` is false, or it cannot be written.
     """
     if not overwrite:
         refuse_existing(target)
     temporary, old = (target.with_name(f".{target.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if target.exists():
-            target.rename(old)
-        temporary.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(target), _put_back(target, old, temporary):
+            temporary.mkdir()
+            yield temporary
+            if target.exists():
+                target.rename(old)
+            temporary.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
         raise _unwritable(target, error) from error
+
+
+@contextmanager
+def _put_back(target: Path, old: Path, temporary: Path) -> Iterator[None]:
+    try:
+        yield
     finally:
         if old.exists() and not target.exists():
             old.rename(target)

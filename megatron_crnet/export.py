@@ -20,7 +20,6 @@ from megatron_crnet.atomic import atomic_folder
 from megatron_crnet.checkpoint_folder import (
     PARTIAL,
     checkpoint_name,
-    checkpoints,
     file_entries,
     point_latest_at,
     seal,
@@ -30,6 +29,7 @@ from megatron_crnet.config import Config
 from megatron_crnet.errors import DataError
 from megatron_crnet.export_config import hugging_face_fields, read_export_config
 from megatron_crnet.export_tokenizer import tokenizer_of, write_tokenizer
+from megatron_crnet.run_folder import RunFolders, states_in
 from megatron_crnet.settings import load_config
 from megatron_crnet.tokenizer import Tokenizer, TokenizerKind, check_vocabulary
 from megatron_crnet.training_state import TrainingState
@@ -170,17 +170,22 @@ def from_hf(export: Path, folder: Path) -> Path:
     A run with the same model section and `checkpoint.dir FOLDER` continues from it under any layout.
 
     Raises:
-        DataError: FOLDER holds checkpoints or cannot be written, or the export's weights are not whole (`to_hf`).
-        ConfigError: the export's sizes contradict each other.
+        DataError: FOLDER holds states of a run or cannot be written, or the export's weights are not whole (`to_hf`).
+        ConfigError: the export's sizes contradict each other, or another process writes FOLDER.
     """
     config = read_export_config(export)
     source = ExportWeights(export)
     source.check(canonical_shapes(config.model))
-    if checkpoints(folder):
-        raise DataError(f"{folder} holds checkpoints, and a run continues from the newest: choose another folder")
     config = with_tokenizer(config, tokenizer_of(export.resolve())[1])
     target = folder / checkpoint_name(0)
-    with _partial_checkpoint(target) as partial:
+    with RunFolders() as folders, _partial_checkpoint(target) as partial:
+        folders.hold("the folder", folder)
+        if left := [name for name in states_in(folder) if name != partial.name]:
+            raise DataError(
+                f"{folder} holds {left[0]}, and a run continues from the newest checkpoint: choose another folder"
+            )
+        shutil.rmtree(partial, ignore_errors=True)  # of an import that was killed
+        partial.mkdir()
         names = [_write_masters(partial, i, weights) for i, weights in enumerate(source.portions(), start=1)]
         seal(partial, target, config, _fresh_state(), file_entries(partial, names))
         point_latest_at(target)
@@ -191,8 +196,6 @@ def from_hf(export: Path, folder: Path) -> Path:
 def _partial_checkpoint(target: Path) -> Iterator[Path]:
     partial = target.with_name(f"{PARTIAL}{target.name}")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
         yield partial
     except OSError as error:
         raise DataError(str(unwritable(target.parent, error))) from error

@@ -52,7 +52,7 @@ class Owner:
 
 def this_process() -> Owner:
     """A new owner."""
-    return Owner(socket.gethostname(), os.getpid(), _kernel(), _start_ticks(os.getpid()) or 0)
+    return Owner(socket.gethostname(), os.getpid(), _kernel(), start_ticks(os.getpid()) or 0)
 
 
 def _kernel() -> str:
@@ -63,7 +63,7 @@ def _kernel() -> str:
         return secrets.token_hex(8)
 
 
-def _start_ticks(pid: int) -> int | None:
+def start_ticks(pid: int) -> int | None:
     """Start time of a process that runs; None of one that does not."""
     try:
         # the name in parentheses may hold anything
@@ -210,7 +210,7 @@ def _stale(file: Path, found: _Found, what: str, stale_s: float) -> _Found | Non
     started = time.monotonic()
     while True:
         if found.owner is not None and found.owner.kernel == kernel:
-            if _start_ticks(found.owner.pid) == found.owner.started:
+            if start_ticks(found.owner.pid) == found.owner.started:
                 raise _in_use(file, found.owner, what)
             return found
         if (found.content, found.touched) != (first.content, first.touched):

@@ -30,10 +30,11 @@ from megatron_crnet.checkpoint_folder import (
 from megatron_crnet.config import Config
 from megatron_crnet.errors import ConfigError
 from megatron_crnet.folder_lock import LOCK, FolderLock, take
-from megatron_crnet.masters import KINDS
 from megatron_crnet.provenance import RUN_FILE, read_run_file
 
 GIB = 2**30
+BYTES_PER_PARAMETER = 12
+"""Of a checkpoint: the fp32 master and two moments."""
 FILES = ("metrics.jsonl", "config.yaml", RUN_FILE, "loss.png")
 FOLDERS = ("tensorboard", "stacks")
 STATE = ("*.safetensors", "state.json", MANIFEST, "*.pt", "step_*/manifest.json")
@@ -201,7 +202,7 @@ def check_space(config: Config, step: int) -> str | None:
         ConfigError: there is no room for one.
     """
     folder = checkpoint_dir(config)
-    free, size = shutil.disk_usage(folder).free, 4 * len(KINDS) * total_parameters(config.model)
+    free, size = shutil.disk_usage(folder).free, BYTES_PER_PARAMETER * total_parameters(config.model)
     one = f"one checkpoint of this model takes {size / GIB:,.2f} GiB"
     if free < size:
         raise ConfigError(

@@ -225,7 +225,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "tokenizer": (["convert_checkpoint", "to-hf", "{run}", "{new}", "--tokenizer", "absent"], "absent cannot be read"),
     "shard size": (["convert_checkpoint", "to-hf", "{run}", "{new}", "--shard-size", "big"], "--shard-size"),
     "import": (["convert_checkpoint", "from-hf", "{run}", "{new}"], "config.json is not readable"),
-    "import twice": (["convert_checkpoint", "from-hf", "{export}", "{run}/checkpoints"], "holds checkpoints"),
+    "import twice": (["convert_checkpoint", "from-hf", "{export}", "{run}/checkpoints"], "holds step_00000000"),
     "no model": (["generate", "--model", "absent", "--prompt", "x"], "absent holds no checkpoint"),
     "no prompt": (["generate", "--model", "{export}", "--prompt-file", "absent"], "--prompt-file absent"),
     "too long": (["generate", "--model", "{export}", "--prompt", "x", "--max-new-tokens", "64"], "max_position_emb"),

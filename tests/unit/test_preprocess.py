@@ -154,7 +154,7 @@ def test_a_killed_run_leaves_no_output_and_does_not_disturb_the_next(corpus: Pat
         run(corpus, tmp_path / "out", model, workers=0, chunk_bytes=3_000, progress=die)
         os._exit(1)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    assert names(tmp_path) == [f"out.bin.tmp-{child}"]
+    assert names(tmp_path) == [f"out.bin.tmp-{child}", "out.idx.lock"]
     run(corpus, tmp_path / "out", model, workers=0)
     assert names(tmp_path) == ["out.bin", f"out.bin.tmp-{child}", "out.fingerprint.json", "out.idx"]
 
