@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sentencepiece import SentencePieceTrainer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_crnet.errors import DataError
 from megatron_crnet.export_tokenizer import tokenizer_of, write_tokenizer
@@ -93,6 +95,102 @@ def test_special_tokens_are_spelled_or_skipped_and_ids_without_a_piece_are_nothi
     assert batch["attention_mask"][1] == [1] * len(batch["input_ids"][1])
     exact.save_pretrained(tmp_path / "again")
     assert CRNetTokenizer.from_pretrained(tmp_path / "again")("  text ")["input_ids"] == ids
+
+
+@pytest.fixture
+def exact(tmp_path: Path) -> CRNetTokenizer:
+    write_tokenizer("sentencepiece", train_small_tokenizer(tmp_path), tmp_path, 256)
+    return CRNetTokenizer.from_pretrained(tmp_path)
+
+
+ROUND = "  a<call>  b </s>\n<call><call>é 漢\n"
+
+
+@pytest.mark.fault("D11")
+def test_added_tokens_are_cut_out_and_everything_else_stays_as_it_was(exact: CRNetTokenizer, tmp_path: Path) -> None:
+    before, size = exact(ROUND)["input_ids"], len(exact)
+    assert exact.add_tokens(["<call>", "called"]) == 2
+    assert exact.add_special_tokens({"additional_special_tokens": ["<turn>"]}) == 1
+    assert len(exact) == size + 3
+    call, called, turn = exact.convert_tokens_to_ids(["<call>", "called", "<turn>"])
+    assert [call, called, turn] == [size, size + 1, size + 2]
+    text = f"{ROUND}<turn>recalled"
+    ids = exact(text)["input_ids"]
+    assert ids == exact.encode(text) == exact([text, "x"])["input_ids"][0]
+    assert [i for i in ids if i >= size] == [call, call, call, turn, called]
+    assert exact.decode(ids) == text
+    assert exact.decode(ids, skip_special_tokens=True) == text.replace("<turn>", "")
+    assert (
+        exact("no new token </s>")["input_ids"]
+        == CRNetTokenizer.from_pretrained(tmp_path)("no new token </s>")["input_ids"]
+    )
+    assert exact(ROUND, split_special_tokens=True)["input_ids"] == before
+    exact.save_pretrained(tmp_path / "again")
+    for other in (
+        CRNetTokenizer.from_pretrained(tmp_path / "again"),
+        pickle.loads(pickle.dumps(exact)),
+        copy.deepcopy(exact),
+    ):
+        assert other(text)["input_ids"] == ids
+        assert other.decode(ids) == text
+
+
+@pytest.mark.fault("D11")
+def test_an_added_token_takes_the_white_space_and_the_words_that_it_asks_for(exact: CRNetTokenizer) -> None:
+    exact.add_tokens([AddedToken("<a>", lstrip=True, rstrip=True), AddedToken("cat", single_word=True)])
+    a, cat = exact.convert_tokens_to_ids(["<a>", "cat"])
+    alone = [*exact("x")["input_ids"], a, *exact("y")["input_ids"]]
+    assert exact("x  <a> \n y")["input_ids"] == alone
+    assert cat in exact("a cat.")["input_ids"]
+    assert cat not in exact("concatenate")["input_ids"]
+
+
+@pytest.mark.fault("D11")
+def test_a_piece_of_the_model_that_is_added_is_that_piece(exact: CRNetTokenizer) -> None:
+    piece = next(p for p in exact.get_vocab() if p.isalpha() and len(p) == 3)
+    assert exact.add_tokens([piece]) == 0
+    index = exact.convert_tokens_to_ids(piece)
+    assert exact(f"{piece}{piece}")["input_ids"] == [index, index]
+
+
+@pytest.mark.fault("D11")
+def test_special_tokens_are_text_until_one_asks_for_them(exact: CRNetTokenizer, tmp_path: Path) -> None:
+    eos = exact.eos_token_id
+    assert eos not in exact("a</s>")["input_ids"]
+    assert exact("a</s>", split_special_tokens=False)["input_ids"] == [*exact("a")["input_ids"], eos]
+    exact.add_eos_token = True
+    assert exact("a")["input_ids"][-1] == eos
+    assert exact("a", add_special_tokens=False)["input_ids"][-1] != eos
+    exact.save_pretrained(tmp_path / "again")
+    again = CRNetTokenizer.from_pretrained(tmp_path / "again")
+    assert again.add_eos_token
+    assert again("a")["input_ids"][-1] == eos
+    assert CRNetTokenizer.from_pretrained(tmp_path, add_eos_token=True)("a")["input_ids"][-1] == eos
+    with pytest.raises(ValueError, match="no bos_token"):
+        CRNetTokenizer.from_pretrained(tmp_path, add_bos_token=True)
+
+
+@pytest.mark.fault("D11")
+def test_a_chat_template_means_the_tokens_that_it_spells(exact: CRNetTokenizer, tmp_path: Path) -> None:
+    exact.add_special_tokens({"additional_special_tokens": ["<user>"]})
+    exact.chat_template = "{% for m in messages %}<user>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    wanted = [exact.convert_tokens_to_ids("<user>"), *exact("hi")["input_ids"], exact.eos_token_id]
+    exact.save_pretrained(tmp_path / "again")
+    for one in (exact, CRNetTokenizer.from_pretrained(tmp_path / "again")):
+        assert one.apply_chat_template([{"role": "user", "content": "hi"}])["input_ids"] == wanted
+    with pytest.raises(ValueError, match="sanitize_control_tokens"):
+        exact.apply_chat_template([{"role": "user", "content": "hi"}], sanitize_control_tokens=True)
+
+
+@pytest.mark.fault("D11")
+def test_lengths_pairs_and_offsets(exact: CRNetTokenizer) -> None:
+    assert exact.model_max_length == 256
+    assert len(exact("word " * 500, truncation=True)["input_ids"]) == 256
+    one, two = exact("one")["input_ids"], exact("two")["input_ids"]
+    assert exact("one", "two")["input_ids"] == one + two
+    assert exact(["a", "b"], is_split_into_words=True)["input_ids"] == exact("a")["input_ids"] + exact("b")["input_ids"]
+    with pytest.raises(NotImplementedError):
+        exact("one", return_offsets_mapping=True)
 
 
 @pytest.fixture
