@@ -9,6 +9,9 @@ from __future__ import annotations
 from megatron_crnet.config import ModelConfig
 from megatron_crnet.ranks import FULL_RANK, POSITIONS, chain_starts, model_ranks
 
+UNUSED_SHARE = 0.05
+"""Share of the parameters from which rows that no token uses are worth a remark; padding to a round number is below."""
+
 
 def position_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
     """(h_in, h_out) of each position."""
@@ -42,6 +45,22 @@ def parameters_by_part(model: ModelConfig) -> dict[str, int]:
 def total_parameters(model: ModelConfig) -> int:
     """All parameters, embeddings included."""
     return sum(parameters_by_part(model).values())
+
+
+def remark_on_unused_rows(model: ModelConfig, tokens: int) -> str:
+    """What rows of embedding and output layer beyond the tokenizer's ids cost; empty where they are few.
+
+    Args:
+        tokens: the tokenizer's largest id plus one. Rows beyond it are never trained on a token.
+    """
+    unused, total = 2 * (model.vocab_size - tokens) * model.hidden_size, total_parameters(model)
+    if unused < UNUSED_SHARE * total:
+        return ""
+    return (
+        f"{unused / 1e6:.1f}M of {total / 1e6:.1f}M parameters ({unused / total:.0%}) are rows of the embedding and "
+        f"the output layer that are never used: model.vocab_size is {model.vocab_size}, the tokenizer's largest id "
+        f"{tokens - 1}"
+    )
 
 
 def flops_per_token(model: ModelConfig, seq_length: int) -> float:

@@ -4,10 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from psutil import virtual_memory
+
+from megatron_crnet.arithmetic import total_parameters
 from megatron_crnet.batch_sizes import BatchSizes
 from megatron_crnet.config import Config
 from megatron_crnet.errors import require
 from megatron_crnet.parallel import data_parallel_size
+
+
+def check_memory(config: Config, device: torch.device) -> None:
+    """Raise ConfigError where what a rank cannot do without is more than all memory, before any of it is asked for."""
+    model, training = config.model, config.training
+    tp = config.parallel.tensor_model_parallel_size
+    weights = total_parameters(model) // (tp * config.parallel.pipeline_model_parallel_size)
+    tokens = training.micro_batch_size * training.seq_length
+    activations = tokens * max(model.hidden_size, model.vocab_size) // tp
+    needed = (2 if training.dtype == "bf16" else 4) * (weights + activations)
+    there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else virtual_memory().total
+    require(
+        needed <= there,
+        f"{weights} weights of a rank and the activations of training.micro_batch_size {training.micro_batch_size} x "
+        f"seq_length {training.seq_length} tokens need more than {needed / 2**30:,.0f} GiB, but {device} has "
+        f"{there / 2**30:,.0f} GiB: make the model or the micro-batch smaller, or use more tensor- or "
+        "pipeline-parallel ranks",
+    )
 
 
 @dataclass(frozen=True)

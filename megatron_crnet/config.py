@@ -37,7 +37,7 @@ from megatron_crnet.ranks import Rank
 from megatron_crnet.rules import check_config
 
 Variant = Literal["crnet", "full_rank", "low_rank", "cola"]
-Layers = Annotated[int, Ge(1), Le(10_000)]
+Layers = Annotated[int, Ge(1), Le(1000)]
 Width = Annotated[int, Ge(1), Le(2**20)]
 LearningRate = Annotated[float, Ge(SMALLEST), Le(1000)]
 DataPaths = Annotated[list[Positive | FilePath], Rule("a list of prefixes, or of a weight above 0 before each prefix")]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_crnet.agreement import CHECKPOINT, examine_together
+from megatron_crnet.arithmetic import remark_on_unused_rows
 from megatron_crnet.batch import BatchPlan
 from megatron_crnet.checkpoint import check_resumable, newest_complete, saved_state, tidy
 from megatron_crnet.checkpoint_folder import checkpoint_dir, checkpoints, saved_step
@@ -69,6 +70,7 @@ def examine_inputs(config: Config, plan: BatchPlan) -> Inputs:
     test_steps, untested = examine_together(partial(_planned_test, config))
     datasets = _datasets(config, tokenizer, plan, TrainingState.from_values(state), test_steps)
     about = [
+        *_about_rows(config, tokenizer),
         *_about_data(config),
         *untested,
         *(remarks(config, checkpoint, saved, state, trained_on) if checkpoint else []),
@@ -106,6 +108,11 @@ def _examine_checkpoint(
     if before := TrainedOn.from_state(state):
         before.check_tokenizer(checkpoint, trained_on.tokenizer)
     return (saved, state), {}
+
+
+def _about_rows(config: Config, tokenizer: Tokenizer) -> list[str]:
+    remark = remark_on_unused_rows(config.model, tokenizer.vocab_size)
+    return [f"note: {remark}"] if remark else []
 
 
 def _about_data(config: Config) -> list[str]:

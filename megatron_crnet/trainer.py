@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron_crnet.agreement import Vote, examine_together
 from megatron_crnet.arithmetic import flops_per_token
 from megatron_crnet.bad_steps import losses_to_remember, passed_limit, problem_of_loss
-from megatron_crnet.batch import BatchPlan, plan_batches
+from megatron_crnet.batch import BatchPlan, check_memory, plan_batches
 from megatron_crnet.batch_sizes import BatchSizes
 from megatron_crnet.checkpoint import Checkpointer, saved_facts
 from megatron_crnet.checkpoint_folder import DAMAGED, checkpoint_dir, checkpoint_name, saved_step
@@ -80,6 +80,7 @@ class Trainer:
     ) -> None:
         self.config, self.context, self.interruption, self.folders = config, context, interruption, folders
         self.plan: BatchPlan = plan_batches(config, context.world_size)
+        check_memory(config, context.device)
         check_sinks(config)
         self.inputs = examine_inputs(config, self.plan)
         self.space = None if self.is_complete else examine_together(self._check_space)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_crnet.arithmetic import flops_per_token, parameters_by_part, total_parameters
+from megatron_crnet.arithmetic import flops_per_token, parameters_by_part, remark_on_unused_rows, total_parameters
 from megatron_crnet.config import ModelConfig
 from megatron_crnet.reference import ReferenceCRNet
 from tests.helpers import TINY_MODEL
@@ -63,3 +63,12 @@ def test_operations_are_those_that_torch_counts(variant: str) -> None:
     # the embedding's gradient is no product, and the first layer's inputs need one all the same
     assert products == pytest.approx(linear, rel=1e-9)
     assert counted >= products
+
+
+@pytest.mark.fault("M9")
+def test_rows_that_no_token_uses_are_remarked_on_with_their_share() -> None:
+    model = ModelConfig(vocab_size=32000)
+    remark = remark_on_unused_rows(model, 4096)
+    assert remark.startswith("14.3M of ")
+    assert remark.endswith("never used: model.vocab_size is 32000, the tokenizer's largest id 4095")
+    assert remark_on_unused_rows(model, 31900) == ""

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
-from megatron_crnet.batch import plan_batches
+import pytest
+import torch
+
+from megatron_crnet.batch import check_memory, plan_batches
 from megatron_crnet.errors import ConfigError
 from tests.helpers import tiny_config
 
@@ -29,3 +32,17 @@ def test_virtual_stages_need_micro_batches_in_multiples_of_the_stages() -> None:
     config = tiny_config(parallel=parallel, training={"global_batch_size": 6})
     with pytest.raises(ConfigError, match="3 micro-batches a step do not divide"):
         plan_batches(config, world_size=2)
+
+
+@pytest.mark.fault("F12")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"hidden_size": 2**20, "num_layers": 1000}},
+        {"training": {"seq_length": 2**24, "micro_batch_size": 64}},
+    ],
+)
+def test_what_exceeds_all_memory_is_refused_before_it_is_asked_for(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"need more than [\d,]+ GiB, but cpu has [\d,]+ GiB: make the model or the"):
+        check_memory(tiny_config(**changes), torch.device("cpu"))
+    check_memory(tiny_config(), torch.device("cpu"))

@@ -143,7 +143,7 @@ def test_help_shows_every_field_and_nothing_that_is_refused(capsys: pytest.Captu
         parse_arguments(["--help"])
     shown = capsys.readouterr().out
     assert ended.value.code == 0
-    assert "--model.num_layers VALUE\n      Transformer layers.\n      an integer from 1 to 10000; default 8" in shown
+    assert "--model.num_layers VALUE\n      Transformer layers.\n      an integer from 1 to 1000; default 8" in shown
     assert "--training.seed VALUE" in shown
     assert "+ " not in shown.replace(" + ", "")
     with pytest.raises(ConfigError, match=r"unknown key data.train_data_path\+: did you mean train_data_path"):
