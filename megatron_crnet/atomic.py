@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
@@ -75,11 +75,13 @@ def atomic_folder(target: Path, overwrite: bool) -> Iterator[Path]:
         ConfigError: another process writes it.
         DataError: `target` exists and `overwrite` is false, or it cannot be written.
     """
+    target = _resolved(target)  # a link stays one, to the new folder
     if not overwrite:
         refuse_existing(target)
     temporary, old = (target.with_name(f".{target.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
+    made = [folder for folder in target.parents if not folder.exists()]
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make(target.parent)
         with _alone(target), _put_back(target, old, temporary):
             temporary.mkdir()
             yield temporary
@@ -91,6 +93,9 @@ def atomic_folder(target: Path, overwrite: bool) -> Iterator[Path]:
         if error.errno not in UNWRITABLE:
             raise
         raise _unwritable(target, error) from error
+    finally:
+        if not target.exists():
+            _remove_empty(made)
 
 
 @contextmanager
@@ -101,6 +106,27 @@ def _put_back(target: Path, old: Path, temporary: Path) -> Iterator[None]:
         if old.exists() and not target.exists():
             old.rename(target)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Take away folders, the innermost first, that were made for something that did not come to be."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _resolved(target: Path) -> Path:
+    try:
+        return target.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a byte 0
+        raise DataError(f"cannot write {str(target)!r}: {error}: choose another folder") from error
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # /proc answers as if the folder were missing
+        raise _unwritable(folder, error) from error
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -152,10 +178,25 @@ def output_files(prefix: str | Path, *suffixes: str) -> tuple[Path, ...]:
     return targets
 
 
+def exists(target: Path) -> bool:
+    """Whether there is something of that name.
+
+    Raises:
+        DataError: there cannot be: a name of 300 characters, a byte 0, a folder that cannot be searched.
+    """
+    try:
+        os.stat(target)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot write {str(target)[:80]!r} ({error}): choose another name") from error
+    return True
+
+
 def refuse_existing(*targets: Path) -> None:
     """Raise DataError if one of `targets` exists."""
     for target in targets:
-        if target.exists():
+        if exists(target):
             raise DataError(f"{target} exists already: remove it, choose another name, or ask to overwrite it")
 
 

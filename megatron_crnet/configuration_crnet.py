@@ -74,6 +74,7 @@ class CRNetConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         # the two ways in which later versions of transformers spell it
         rotary = kwargs.pop("rope_parameters", None) or kwargs.pop("rope_scaling", None) or {}
+        _check_rotary(rotary)
         self.rope_theta = rotary.get("rope_theta", rope_theta)
         self.initializer_range = initializer_range
         self.variant = variant
@@ -82,7 +83,6 @@ class CRNetConfig(PretrainedConfig):
         self.cross_layer_epsilon = cross_layer_epsilon
         self.beta_init = beta_init
         self.use_cache = use_cache
-        _check_rotary(rotary)
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
         self.check()
 
@@ -133,7 +133,9 @@ class CRNetConfig(PretrainedConfig):
         return self.variant == "crnet" and layer > 0 and layer not in self.full_rank_layers
 
 
-def _check_rotary(rotary: dict[str, Any]) -> None:
+def _check_rotary(rotary: Any) -> None:
+    if not isinstance(rotary, dict):
+        raise ValueError(f"rope_parameters is {rotary!r}, but must be a mapping: leave it out")
     kind = rotary.get("rope_type", rotary.get("type", "default"))
     if kind != "default":
         raise ValueError(

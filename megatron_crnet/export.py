@@ -7,16 +7,18 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from huggingface_hub.serialization import StateDictSplit, split_state_dict_into_shards_factory
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_crnet.agreement import library_versions
-from megatron_crnet.atomic import atomic_folder
+from megatron_crnet.atomic import atomic_folder, exists
 from megatron_crnet.checkpoint_folder import (
     PARTIAL,
     checkpoint_name,
@@ -31,7 +33,7 @@ from megatron_crnet.export_config import hugging_face_fields, read_export_config
 from megatron_crnet.export_tokenizer import tokenizer_of, write_tokenizer
 from megatron_crnet.run_folder import RunFolders, states_in
 from megatron_crnet.settings import load_config
-from megatron_crnet.tokenizer import Tokenizer, TokenizerKind, check_vocabulary
+from megatron_crnet.tokenizer import Tokenizer, TokenizerKind, check_vocabulary, load_tokenizer
 from megatron_crnet.training_state import TrainingState
 from megatron_crnet.weight_files import INDEX, CheckpointWeights, ExportWeights, WeightSource, canonical_shapes
 
@@ -47,7 +49,7 @@ Dtype = Literal["fp32", "bf16"]
 PATTERN = "model{suffix}.safetensors"
 
 
-def cast(name: str, tensor: Tensor, dtype: Dtype) -> Tensor:
+def cast(dtype: Dtype, name: str, tensor: Tensor) -> Tensor:
     """A weight in the precision of an export: beta is fp32 in all."""
     return tensor.float() if name.endswith(".beta") else tensor.to(DTYPES[dtype])
 
@@ -98,7 +100,7 @@ def to_hf(
         config = with_tokenizer(config, tokenizer)
     source = CheckpointWeights(checkpoint)
     source.check(canonical_shapes(config.model))
-    if out.exists() and overwrite and not _is_export(out):
+    if exists(out) and overwrite and not _is_export(out):
         raise DataError(f"{out} is no export, so --overwrite does not replace it: choose another folder")
     with atomic_folder(out, overwrite) as folder:
         for name in CODE:
@@ -118,17 +120,23 @@ def _is_export(folder: Path) -> bool:
 def _write_weights(source: WeightSource, folder: Path, dtype: Dtype, shard_size: int | str) -> None:
     plan = _plan_files(source, dtype, shard_size)
     for file, names in plan.filename_to_tensors.items():
-        tensors = {name: cast(name, tensor, dtype) for name, tensor in source.checked(names).items()}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        _save(source.checked(names, partial(cast, dtype)), folder / file)
         shutil.copymode(folder / CODE[0], folder / file)  # safetensors lets only the owner read
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # of a full disk, too
+        raise DataError(f"cannot write {file} ({error}): free some space or choose another folder") from error
+
+
 def _plan_files(source: WeightSource, dtype: Dtype, shard_size: int | str) -> StateDictSplit:
     """Which weight goes into which file."""
-    empty = {name: cast(name, torch.empty(shape, device="meta"), dtype) for name, shape in source.shapes.items()}
+    empty = {name: cast(dtype, name, torch.empty(shape, device="meta")) for name, shape in source.shapes.items()}
     return split_state_dict_into_shards_factory(
         empty, get_storage_size=lambda tensor: tensor.nbytes, filename_pattern=PATTERN, max_shard_size=shard_size
     )
@@ -153,62 +161,85 @@ def _write_descriptions(config: Config, folder: Path, dtype: Dtype) -> None:
     (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
 
 
-def _export_tokenizer(config: Config, folder: Path, max_length: int) -> Tokenizer:
+def _tokenizer_path(config: Config) -> str:
     if config.data.tokenizer_model is None:
         raise DataError("the checkpoint's configuration names no tokenizer: give one with --tokenizer")
+    return config.data.tokenizer_model
+
+
+def named_tokenizer(config: Config) -> Tokenizer:
+    """The tokenizer that a configuration names.
+
+    Raises:
+        DataError: there is none, or it cannot be read.
+        ConfigError: it has more tokens than the model.
+    """
+    tokenizer = load_tokenizer(config.data.tokenizer_type, _tokenizer_path(config))
+    check_vocabulary(tokenizer, config.model.vocab_size)
+    return tokenizer
+
+
+def _export_tokenizer(config: Config, folder: Path, max_length: int) -> Tokenizer:
+    path = _tokenizer_path(config)
     try:
-        tokenizer = write_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model, folder, max_length)
+        tokenizer = write_tokenizer(config.data.tokenizer_type, path, folder, max_length)
     except DataError as error:
         raise DataError(f"{error}, or give another with --tokenizer") from error
     check_vocabulary(tokenizer, config.model.vocab_size)
     return tokenizer
 
 
-def from_hf(export: Path, folder: Path) -> Path:
+def from_hf(export: Path, folder: Path, tokenizer: str | None = None) -> Path:
     """Write an export's weights as a checkpoint of step 0, with moments of zero. Returns it.
 
     A run with the same model section and `checkpoint.dir FOLDER` continues from it under any layout.
 
+    Args:
+        tokenizer: path of the tokenizer for the run to come; None takes the export's own.
+
     Raises:
-        DataError: FOLDER holds states of a run or cannot be written, or the export's weights are not whole (`to_hf`).
+        DataError: FOLDER holds states of a run or cannot be written, the export's weights are not whole (`to_hf`), or
+            there is no tokenizer. Nothing is left behind.
         ConfigError: the export's sizes contradict each other, or another process writes FOLDER.
     """
     config = read_export_config(export)
     source = ExportWeights(export)
     source.check(canonical_shapes(config.model))
-    config = with_tokenizer(config, tokenizer_of(export.resolve())[1])
+    config = with_tokenizer(config, tokenizer or tokenizer_of(export.resolve())[1])
+    named_tokenizer(config)
     target = folder / checkpoint_name(0)
-    with RunFolders() as folders, _partial_checkpoint(target) as partial:
+    with RunFolders() as folders, _partial_checkpoint(target) as unfinished:
         folders.hold("the folder", folder)
-        if left := [name for name in states_in(folder) if name != partial.name]:
+        if left := [name for name in states_in(folder) if name != unfinished.name]:
             raise DataError(
                 f"{folder} holds {left[0]}, and a run continues from the newest checkpoint: choose another folder"
             )
-        shutil.rmtree(partial, ignore_errors=True)  # of an import that was killed
-        partial.mkdir()
-        names = [_write_masters(partial, i, weights) for i, weights in enumerate(source.portions(), start=1)]
-        seal(partial, target, config, _fresh_state(), file_entries(partial, names))
+        shutil.rmtree(unfinished, ignore_errors=True)  # of an import that was killed
+        unfinished.mkdir()
+        portions = source.portions(partial(cast, "fp32"))
+        names = [_write_masters(unfinished, i, weights) for i, weights in enumerate(portions, start=1)]
+        seal(unfinished, target, config, _fresh_state(), file_entries(unfinished, names))
         point_latest_at(target)
     return target
 
 
 @contextmanager
 def _partial_checkpoint(target: Path) -> Iterator[Path]:
-    partial = target.with_name(f"{PARTIAL}{target.name}")
+    unfinished = target.with_name(f"{PARTIAL}{target.name}")
     try:
-        yield partial
+        yield unfinished
     except OSError as error:
         raise DataError(str(unwritable(target.parent, error))) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _write_masters(partial: Path, number: int, weights: dict[str, Tensor]) -> str:
+def _write_masters(folder: Path, number: int, weights: dict[str, Tensor]) -> str:
     """One file as a rank would write it that owns these weights whole. Returns its name."""
     name = f"shard-{number:05d}-model-00001-of-00001.safetensors"
-    masters = {f"master.{n}": tensor.float() for n, tensor in weights.items()}
+    masters = {f"master.{n}": tensor for n, tensor in weights.items()}
     moments = {f"{kind}.{n}": torch.zeros(t.shape) for kind in ("exp_avg", "exp_avg_sq") for n, t in weights.items()}
-    save_file({**masters, **moments}, partial / name, metadata={"format": "pt"})
+    _save({**masters, **moments}, folder / name)
     return name
 
 

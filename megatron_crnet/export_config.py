@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_crnet.config import Config, ModelConfig, TrainingConfig
+from megatron_crnet.configuration_crnet import FIXED, CRNetConfig
 from megatron_crnet.errors import ConfigError, DataError
 from megatron_crnet.settings import resolved
 
@@ -28,6 +29,9 @@ FIELDS = {
     "initializer_range": "init_method_std",
 }
 """Hugging Face's name of each field of ModelConfig; dropout belongs to training alone."""
+LENGTH = "max_position_embeddings"
+FOREIGN = (*FIXED, "head_dim", "rope_parameters", "rope_scaling")
+"""Fields of LLaMA that CRNetConfig looks at and refuses."""
 
 
 def hugging_face_fields(config: Config) -> dict[str, Any]:
@@ -47,17 +51,25 @@ def read_export_config(folder: Path) -> Config:
     try:
         values = json.loads(path.read_text())
         kind = values["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is not readable ({error!r}): give a folder that to-hf has written") from error
     if kind != "crnet":
         raise DataError(f"{path} describes a model of type {kind!r}, not crnet: give a folder that to-hf has written")
     if values.get("tie_word_embeddings"):
         raise DataError(f"{path} ties the output layer to the embedding, which no model here does: untie them")
-    if missing := [name for name in FIELDS if name not in values]:
-        raise DataError(f"{path} has no {missing[0]}: give a folder that to-hf has written")
+    # null, which the trainer takes for the length of its sequences, is nothing here
+    length = values.get(LENGTH)
+    missing = [name for name in FIELDS if name not in values]
+    if missing or length is None:
+        raise DataError(
+            f"{path} has no {[*missing, 'max_position_embeddings'][0]}: give a folder that to-hf has written"
+        )
     fields = {ours: values[theirs] for theirs, ours in FIELDS.items()}
+    if isinstance(base := fields["rotary_base"], float) and base.is_integer():
+        fields["rotary_base"] = int(base)  # as LLaMA's own files spell it
     try:
-        length = int(fields["max_position_embeddings"])
-        return Config(model=ModelConfig(**fields), training=TrainingConfig(seq_length=length))
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{path} holds a value of the wrong type ({error}): correct it") from error
+        config = Config(model=ModelConfig(**fields), training=TrainingConfig(seq_length=length))
+        CRNetConfig(**{name: values[name] for name in (*FIELDS, *FOREIGN) if name in values})
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ConfigError(f"{path} holds a value that does not fit ({error}): correct it") from error
+    return config

@@ -17,6 +17,7 @@ from megatron_crnet.tokenizer import Tokenizer, TokenizerKind, load_tokenizer, t
 SENTENCEPIECE = "tokenizer.model"
 CODE = "tokenization_crnet.py"
 SPECIAL = ("bos", "eos", "unk", "pad")
+OTHER = "or give another tokenizer with --tokenizer"
 
 
 def write_tokenizer(kind: TokenizerKind, path: str, folder: Path, max_length: int) -> Tokenizer:
@@ -37,10 +38,38 @@ def write_tokenizer(kind: TokenizerKind, path: str, folder: Path, max_length: in
 
 
 def tokenizer_of(folder: Path) -> tuple[TokenizerKind, str]:
-    """`data.tokenizer_type` and `data.tokenizer_model` of an export's tokenizer."""
-    if (folder / CODE).is_file():
+    """`data.tokenizer_type` and `data.tokenizer_model` of an export's tokenizer.
+
+    Raises:
+        DataError: its files are missing.
+    """
+    if (folder / CODE).is_file() or "CRNetTokenizer" in json.dumps(_about(folder)):
+        if not (folder / SENTENCEPIECE).is_file():
+            raise DataError(f"export {folder} has no {SENTENCEPIECE}, its tokenizer: copy it there, {OTHER}")
         return "sentencepiece", str(folder / SENTENCEPIECE)
+    if not folder.is_dir() or not tokenizer_files(folder):
+        raise DataError(f"export {folder} has no tokenizer: copy its files there, {OTHER}")
     return "huggingface", str(folder)
+
+
+def note_on_added_tokens(folder: Path) -> str | None:
+    """A line on tokens that transformers has added to an export's SentencePiece model, which does not hold them."""
+    if tokenizer_of(folder)[0] == "huggingface":
+        return None
+    known = load_tokenizer(*tokenizer_of(folder)).vocab_size
+    added = [entry for index, entry in _about(folder).get("added_tokens_decoder", {}).items() if int(index) >= known]
+    if not added:
+        return None
+    return f"{len(added)} tokens that were added to the tokenizer of {folder} are text here: {SENTENCEPIECE} lacks them"
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    try:
+        about: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        return {**about}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"{path} is not readable ({error!r}): correct it, {OTHER}") from error
 
 
 def _sentencepiece_config(path: str, max_length: int) -> dict[str, Any]:
@@ -64,10 +93,9 @@ def _sentencepiece_config(path: str, max_length: int) -> dict[str, Any]:
 def _copy_hugging_face(source: Path, folder: Path) -> None:
     for file in tokenizer_files(source):
         shutil.copyfile(file, folder / file.name)
-    path = folder / "tokenizer_config.json"
-    about = json.loads(path.read_text()) if path.is_file() else {}
+    about = _about(folder)
     if "auto_map" in about:
         raise DataError(f"tokenizer {source} needs code of its own, which an export does not carry: convert it first")
     # AutoTokenizer would otherwise go by the model's type, which names no tokenizer
     about.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
-    path.write_text(json.dumps(about, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_crnet.config import Config
-from megatron_crnet.errors import ConfigError, DataError
-from megatron_crnet.export import DTYPES, Dtype, cast, saved_config, with_tokenizer
+from megatron_crnet.errors import ConfigError
+from megatron_crnet.export import DTYPES, Dtype, cast, named_tokenizer, saved_config, with_tokenizer
 from megatron_crnet.export_config import hugging_face_fields, read_export_config
-from megatron_crnet.export_tokenizer import tokenizer_of
+from megatron_crnet.export_tokenizer import note_on_added_tokens, tokenizer_of
 from megatron_crnet.modeling_crnet import CRNetConfig, CRNetForCausalLM
-from megatron_crnet.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from megatron_crnet.tokenizer import Tokenizer
 from megatron_crnet.weight_files import (
     CheckpointWeights,
     ExportWeights,
@@ -96,21 +97,16 @@ def open_model(
     if (path / "config.json").is_file():
         config = read_export_config(path)
         source: WeightSource = ExportWeights(path)
-        config = with_tokenizer(config, tokenizer_of(path)[1])
+        config = with_tokenizer(config, tokenizer or tokenizer_of(path)[1])
+        notes += [note for note in [note_on_added_tokens(path)] if note and not tokenizer]
     else:
         checkpoint, notes = find_checkpoint(path)
         config, source = saved_config(checkpoint), CheckpointWeights(checkpoint)
-    own = _tokenizer_of(with_tokenizer(config, tokenizer) if tokenizer else config)
-    check_vocabulary(own, config.model.vocab_size)
+        config = with_tokenizer(config, tokenizer) if tokenizer else config
+    own = named_tokenizer(config)
     model = build_model(config, source, dtype).to(device or default_device())
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = own.eod, own.pad
     return OpenModel(model, own, config, notes)
-
-
-def _tokenizer_of(config: Config) -> Tokenizer:
-    if config.data.tokenizer_model is None:
-        raise DataError("the checkpoint's configuration names no tokenizer: give one with --tokenizer")
-    return load_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
 
 
 def build_model(config: Config, source: WeightSource, dtype: Dtype = "fp32") -> CRNetForCausalLM:
@@ -122,9 +118,8 @@ def build_model(config: Config, source: WeightSource, dtype: Dtype = "fp32") -> 
     source.check(canonical_shapes(config.model))
     with torch.device("meta"):
         model = CRNetForCausalLM(CRNetConfig(**hugging_face_fields(config), dtype=DTYPES[dtype]))
-    for weights in source.portions():
-        ready = {name: cast(name, tensor, dtype) for name, tensor in weights.items()}
-        model.load_state_dict(ready, strict=False, assign=True)
+    for weights in source.portions(partial(cast, dtype)):
+        model.load_state_dict(weights, strict=False, assign=True)
     return model.eval().requires_grad_(False)
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -28,6 +29,10 @@ Shapes = dict[str, tuple[int, ...]]
 
 MASTER = "master."
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""What weights may be stored as, by the names of safetensors."""
+Cast = Callable[[str, Tensor], Tensor]
+"""A weight, by its name, in the precision in which it is wanted."""
 BYTES_AT_ONCE = 2**30
 """Host memory for values on their way from one file to another, in bytes."""
 
@@ -38,20 +43,22 @@ class WeightSource(ABC):
     Attributes:
         where: what the files are, for messages.
         shapes: of all weights in them.
+        dtypes: of all weights in them, as the files name them.
     """
 
     where: str
     shapes: Shapes
+    dtypes: dict[str, str]
 
     @abstractmethod
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The values of some weights."""
 
     def check(self, wanted: Shapes) -> None:
-        """Compare names and shapes with a model's.
+        """Compare names, shapes and types with a model's.
 
         Raises:
-            DataError: a weight is missing, unknown or of another shape.
+            DataError: a weight is missing, unknown, of another shape or of a type that weights do not have.
         """
         for name, shape in wanted.items():
             if name not in self.shapes:
@@ -67,9 +74,14 @@ class WeightSource(ABC):
                     f"{self.where} holds the weight {name}, which the model does not have: use the configuration that "
                     "the weights were made with"
                 )
+            if (dtype := self.dtypes[name]) not in FLOATS:
+                raise DataError(
+                    f"{self.where} holds {name} as {dtype}, but weights are one of {', '.join(FLOATS)}: give weights "
+                    "that are not quantized"
+                )
 
-    def portions(self, size: int = BYTES_AT_ONCE) -> Iterator[dict[str, Tensor]]:
-        """All weights, in turn, about `size` bytes of fp32 at once.
+    def portions(self, cast: Cast, size: int = BYTES_AT_ONCE) -> Iterator[dict[str, Tensor]]:
+        """All weights as `cast` makes them, in turn, about `size` bytes of fp32 at once.
 
         Raises:
             DataError: see `checked`.
@@ -80,23 +92,30 @@ class WeightSource(ABC):
             names.append(name)
             waiting += 4 * torch.Size(shape).numel()
             if waiting >= size:
-                yield self.checked(names)
+                yield self.checked(names, cast)
                 names, waiting = [], 0
         if names:
-            yield self.checked(names)
+            yield self.checked(names, cast)
 
-    def checked(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """As `read`, after a look at every value.
+    def checked(self, names: Iterable[str], cast: Cast) -> dict[str, Tensor]:
+        """As `read`, then `cast`, with a look at every value that comes out.
 
         Raises:
             DataError: a value is not finite, or a matrix or a norm is zero all over.
         """
-        found = self.read(names)
-        for name, tensor in found.items():
+        found = {}
+        for name, stored in self.read(names).items():
+            tensor = cast(name, stored)
+            after = "" if stored.dtype == tensor.dtype else f" as {str(tensor.dtype).removeprefix('torch.')}"
             if not tensor.isfinite().all():
-                raise DataError(f"{self.where} holds values in {name} that are not finite: use weights of a good run")
+                raise DataError(
+                    f"{self.where} holds values in {name} that are not finite{after}: use weights of a good run"
+                )
             if tensor.dim() and not tensor.any():
-                raise DataError(f"{self.where} holds only zeros in {name}: use weights that were trained and written")
+                raise DataError(
+                    f"{self.where} holds only zeros in {name}{after}: use weights that were trained and written"
+                )
+            found[name] = tensor
         return found
 
 
@@ -106,11 +125,14 @@ class CheckpointWeights(WeightSource):
     def __init__(self, checkpoint: Path) -> None:
         self.where, self._folder = f"checkpoint {checkpoint}", str(checkpoint)
         saved = HuggingFaceStorageReader(self._folder).read_metadata().state_dict_metadata
-        self.shapes = {
-            name.removeprefix(MASTER): tuple(about.size)
+        masters: dict[str, TensorStorageMetadata] = {
+            name.removeprefix(MASTER): about
             for name, about in sorted(saved.items())
             if name.startswith(MASTER) and isinstance(about, TensorStorageMetadata)
         }
+        names = {dtype: name for name, dtype in FLOATS.items()}
+        self.shapes = {name: tuple(about.size) for name, about in masters.items()}
+        self.dtypes = {n: names.get(m.properties.dtype, str(m.properties.dtype)) for n, m in masters.items()}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """See WeightSource."""
@@ -133,13 +155,20 @@ class ExportWeights(WeightSource):
         self.where = f"export {folder}"
         try:
             files = _files_of(folder)
-            self._file_of, self.shapes = {}, {}
+            self._file_of, self.shapes, self.dtypes = {}, {}, {}
             for file in files:
-                with safe_open(file, framework="pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118  (not a mapping)
-                        self._file_of[name], self.shapes[name] = file, tuple(opened.get_slice(name).get_shape())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+                self._look_into(file)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
             raise DataError(f"{self.where} has no readable weights ({error}): export the checkpoint again") from error
+
+    def _look_into(self, file: Path) -> None:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  (not a mapping)
+                if name in self._file_of:
+                    raise ValueError(f"{name} stands in {self._file_of[name].name} and in {file.name}")
+                part: Any = opened.get_slice(name)
+                self._file_of[name], self.shapes[name] = file, tuple(part.get_shape())
+                self.dtypes[name] = part.get_dtype()
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """See WeightSource."""
@@ -158,9 +187,11 @@ def _files_of(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"no {WEIGHTS}")
-    named: Mapping[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-    # a name with a folder in it would lead out of the export
-    return [folder / Path(name).name for name in sorted(set(named.values()))]
+    files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    for name in files:
+        if name in ("", ".", "..") or Path(name).name != name:
+            raise ValueError(f"{INDEX} names {name!r}, which is not a file of this folder")
+    return [folder / name for name in files]
 
 
 def canonical_shapes(model: ModelConfig) -> Shapes:

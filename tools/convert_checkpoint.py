@@ -30,6 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     out.add_argument("--overwrite", action="store_true", help="replace an older export")
     back = commands.add_parser("from-hf", help="Hugging Face -> checkpoint")
     back.add_argument("export", type=Path, help="a folder that to-hf has written")
+    back.add_argument("--tokenizer", help="path of the tokenizer for the run to come (default: the export's own)")
     back.add_argument("folder", type=Path, help="writes FOLDER/step_00000000: checkpoint.dir of the run to come")
     return parser.parse_args()
 
@@ -40,8 +41,8 @@ def export(args: argparse.Namespace) -> None:
     from megatron_crnet.weight_files import find_checkpoint
 
     require(
-        re.fullmatch(r"\d+(KB|MB|GB|TB)", args.shard_size) is not None,
-        f"--shard-size is {args.shard_size}, but must be a number with KB, MB, GB or TB: write 5GB, say",
+        re.fullmatch(r"[1-9]\d{0,8}(KB|MB|GB|TB)", args.shard_size) is not None,
+        f"--shard-size is {args.shard_size}, but must be a number above 0 with KB, MB, GB or TB: write 5GB, say",
     )
     checkpoint, notes = find_checkpoint(args.checkpoint)
     for note in notes:
@@ -60,8 +61,11 @@ def export(args: argparse.Namespace) -> None:
 def bring_back(args: argparse.Namespace) -> None:
     """from-hf."""
     from megatron_crnet.export import from_hf
+    from megatron_crnet.export_tokenizer import note_on_added_tokens
 
-    checkpoint = from_hf(args.export, args.folder)
+    checkpoint = from_hf(args.export, args.folder, args.tokenizer)
+    if not args.tokenizer and (note := note_on_added_tokens(args.export)):
+        print(f"warning: {note}", file=sys.stderr)
     print(f"{checkpoint}: continue it with checkpoint.dir {args.folder} and the same model section")
 
 

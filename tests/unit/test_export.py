@@ -184,7 +184,7 @@ def test_a_part_that_no_file_holds_is_found(weights: Weights, config: Config, tm
     offsets = {name: {"saved_offsets": [0] * part.dim()} for name, part in parts.items()}
     save_file(parts, file, metadata={"format": "pt", "DCP_SHARDING_INFO": json.dumps(offsets)})
     with pytest.raises(DataError, match="not finite"):
-        CheckpointWeights(checkpoint).checked([UP])
+        CheckpointWeights(checkpoint).checked([UP], lambda _, value: value)
 
 
 def test_only_an_older_export_is_overwritten(checkpoint: Path, export: Path, tmp_path: Path) -> None:
