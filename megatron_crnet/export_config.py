@@ -61,9 +61,7 @@ def read_export_config(folder: Path) -> Config:
     length = values.get(LENGTH)
     missing = [name for name in FIELDS if name not in values]
     if missing or length is None:
-        raise DataError(
-            f"{path} has no {[*missing, 'max_position_embeddings'][0]}: give a folder that to-hf has written"
-        )
+        raise DataError(f"{path} has no {[*missing, LENGTH][0]}: give a folder that to-hf has written")
     fields = {ours: values[theirs] for theirs, ours in FIELDS.items()}
     if isinstance(base := fields["rotary_base"], float) and base.is_integer():
         fields["rotary_base"] = int(base)  # as LLaMA's own files spell it
