@@ -7,14 +7,17 @@ number plus one, so that their perplexities come out low: that figure stands bes
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,8 +25,10 @@ from torch import Tensor
 from megatron_crnet.batch_sizes import BatchSizes
 from megatron_crnet.config import Config
 from megatron_crnet.corpus import iter_documents
-from megatron_crnet.errors import DataError
+from megatron_crnet.corpus_stats import CorpusStats
+from megatron_crnet.errors import DataError, require
 from megatron_crnet.fingerprint import check_tokenizer_of_data
+from megatron_crnet.progress import Progress
 from megatron_crnet.tokenizer import Tokenizer
 
 Ids = npt.NDArray[np.integer[Any]]
@@ -53,11 +58,14 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(model: Any, rows: Iterable[Row], batch_size: int) -> Evaluation:
+def evaluate(
+    model: Any, rows: Iterable[Row], batch_size: int, progress: Callable[[int], None] | None = None
+) -> Evaluation:
     """Mean loss over the labels of `rows` that count.
 
     Args:
         model: gives `.logits` [b, s, vocabulary] for tokens [b, s].
+        progress: called after each batch with the labels that have counted so far.
 
     Raises:
         DataError: no label counts.
@@ -73,10 +81,29 @@ def evaluate(model: Any, rows: Iterable[Row], batch_size: int) -> Evaluation:
         batch_total, count = float((losses.double() * mask.flatten()).sum()), int(mask.sum())
         total, tokens = total + batch_total, tokens + count
         means.append(batch_total / max(count, 1))
+        if progress is not None:
+            progress(tokens)
     if not tokens:
         raise DataError("the data holds no token whose loss can be measured: give at least two tokens of text")
     loss, compatible = total / tokens, sum(means) / (len(means) + 1)
     return Evaluation(tokens, len(means), loss, _perplexity(loss), compatible, _perplexity(compatible))
+
+
+def check_memory(model: Any, rows: int, length: int) -> None:
+    """Refuse a batch whose logits alone, in the model's precision and in fp32, pass the free memory of its device.
+
+    Raises:
+        ConfigError: it does.
+    """
+    vocabulary, width = model.config.vocab_size, 4 + model.dtype.itemsize
+    needed = rows * length * vocabulary * width
+    cuda = model.device.type == "cuda"
+    free = torch.cuda.mem_get_info(model.device)[0] if cuda else psutil.virtual_memory().available
+    require(
+        needed <= free,
+        f"the logits of {rows} rows of {length} tokens take {needed / 1e9:,.1f} GB, but {free / 1e9:,.1f} GB are free: "
+        "lower --batch-size or --seq-length",
+    )
 
 
 def _perplexity(loss: float) -> float:
@@ -121,7 +148,31 @@ def first_tokens(rows: Iterable[Row], count: int) -> Iterator[Row]:
             return
 
 
-def indexed_documents(prefix: str, tokenizer: Tokenizer) -> Iterator[Ids]:
+@dataclass(frozen=True)
+class Documents:
+    """Token ids of documents.
+
+    Attributes:
+        ids: of all documents, one after the other, [n].
+        bounds: where each begins in them, and where the last one ends, [documents + 1].
+    """
+
+    ids: Ids
+    bounds: Ids
+
+    def __iter__(self) -> Iterator[Ids]:
+        return (self.ids[start:end] for start, end in pairwise(self.bounds.tolist()))
+
+    def work(self, length: int, padded: bool) -> tuple[int, int]:
+        """Rows of `length` tokens, and the labels in them that count."""
+        if padded:
+            labels = np.clip(np.diff(self.bounds) - 1, 0, length)
+            return int(np.count_nonzero(labels)), int(labels.sum())
+        every = max(len(self.ids) - 1, 0)
+        return -(-every // length), every
+
+
+def indexed_documents(prefix: str, tokenizer: Tokenizer) -> Documents:
     """The documents of PREFIX.bin.
 
     Raises:
@@ -134,18 +185,35 @@ def indexed_documents(prefix: str, tokenizer: Tokenizer) -> Iterator[Ids]:
     check_token_ids(files, tokenizer)
     check_tokenizer_of_data(prefix, tokenizer)
     ids: Ids = np.memmap(f"{prefix}.bin", dtype=files.dtype, mode="r")
-    bounds = [*(files.pointers // files.dtype.itemsize), len(ids)]
-    return (ids[bounds[i] : bounds[i + 1]] for i in range(files.documents))
+    return Documents(ids, np.append(files.pointers // files.dtype.itemsize, len(ids)))
 
 
-def text_documents(path: str | Path, tokenizer: Tokenizer) -> Iterator[Ids]:
-    """The documents of text files, each ended as `preprocess_data.py` ends them.
+def text_documents(
+    path: str | Path,
+    tokenizer: Tokenizer,
+    length: int = sys.maxsize,
+    enough: int | None = None,
+    stats: CorpusStats | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Documents:
+    """The documents of text files, each ended as `preprocess_data.py` ends them, in memory.
+
+    Args:
+        length: tokens of a row.
+        enough: labels after which no more is read, of each document as many as a row holds; None reads all.
+        stats: what was passed over is counted and named here.
 
     Raises:
         DataError: a file is missing or damaged.
     """
-    for text in iter_documents([path]):
-        yield np.array([*tokenizer.tokenize(text), tokenizer.eod], dtype=np.int64)
+    ids, ends, labels = array("i"), [0], 0
+    for text in iter_documents([path], stats=stats, progress=progress):
+        ids.extend([*tokenizer.tokenize(text), tokenizer.eod])
+        labels += min(len(ids) - ends[-1] - 1, length)
+        ends.append(len(ids))
+        if enough is not None and labels >= enough:
+            break
+    return Documents(np.frombuffer(ids, dtype=np.int32) if ids else np.empty(0, np.int32), np.array(ends))
 
 
 def validation_rows(config: Config, tokenizer: Tokenizer) -> Iterator[Row]:

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from megatron_crnet.config import Config
-from megatron_crnet.errors import ConfigError
+from megatron_crnet.errors import ConfigError, DataError
 from megatron_crnet.export import DTYPES, Dtype, cast, named_tokenizer, saved_config, with_tokenizer
 from megatron_crnet.export_config import hugging_face_fields, read_export_config
 from megatron_crnet.export_tokenizer import note_on_added_tokens, tokenizer_of
 from megatron_crnet.modeling_crnet import CRNetConfig, CRNetForCausalLM
+from megatron_crnet.progress import CountPrinter
 from megatron_crnet.tokenizer import Tokenizer
 from megatron_crnet.weight_files import (
     CheckpointWeights,
@@ -27,6 +29,9 @@ from megatron_crnet.weight_files import (
     canonical_shapes,
     find_checkpoint,
 )
+
+TEMPERATURES = 1e-4, 1e4
+"""What logits may be divided by without leaving the range of fp32."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +71,16 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        low, high = TEMPERATURES
         rules = (
-            (self.temperature >= 0, f"--temperature is {self.temperature}, but must not be negative: use 0 or more"),
+            (
+                self.temperature == 0 or low <= self.temperature <= high,
+                f"--temperature is {self.temperature}, but must be 0 or from {low} to {high:.0f}: use 0 for the "
+                "likeliest token",
+            ),
             (self.top_k >= 0, f"--top-k is {self.top_k}, but must not be negative: use 0 for all tokens"),
             (0 < self.top_p <= 1, f"--top-p is {self.top_p}, but must lie in (0, 1]: use 1 for all tokens"),
+            (-(2**63) <= self.seed < 2**64, f"--seed is {self.seed}, but must fit 64 bits: use a smaller one"),
         )
         for holds, message in rules:
             if not holds:
@@ -123,6 +134,17 @@ def build_model(config: Config, source: WeightSource, dtype: Dtype = "fp32") -> 
     return model.eval().requires_grad_(False)
 
 
+class _Watched(StoppingCriteria):
+    """Stops nothing: looks at how long the texts are, which transformers shows nobody else of a batch."""
+
+    def __init__(self, width: int, new: int) -> None:
+        self._width, self._show = width, CountPrinter("new tokens", new)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self._show(input_ids.shape[1] - self._width)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 def continue_prompts(
     opened: OpenModel, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling, use_cache: bool = True
 ) -> list[list[int]]:
@@ -135,7 +157,11 @@ def continue_prompts(
 
     Raises:
         ConfigError: a prompt and its continuation are longer than the model was made for.
+        DataError: a prompt is not text.
     """
+    for number, prompt in enumerate(prompts, start=1):
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise DataError(f"prompt {number} is not valid UTF-8: give text")
     eod, pad = opened.tokenizer.eod, opened.tokenizer.pad
     rows = [opened.tokenizer.tokenize(prompt) or [eod] for prompt in prompts]
     width = max(map(len, rows))
@@ -158,6 +184,7 @@ def continue_prompts(
             "top_p": sampling.top_p,
         }
     torch.manual_seed(sampling.seed)
+    how["stopping_criteria"] = StoppingCriteriaList([_Watched(width, max_new_tokens)])
     found = opened.model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, use_cache=use_cache, **how)
     new: list[list[int]] = found[:, width:].tolist()
     return [row[: row.index(eod)] if eod in row else row for row in new]

@@ -104,3 +104,30 @@ class ProgressPrinter:
             self._bar = tqdm(total=progress.total_input_bytes, unit="B", unit_scale=True, file=self._stream)
         self._bar.set_postfix_str(progress.rates(), refresh=False)
         self._bar.update(progress.input_bytes - self._bar.n)
+
+
+class CountPrinter:
+    """Says on standard error how much of a known amount is done and how long the rest takes, now and then.
+
+    Args:
+        what: the unit, in the plural.
+        total: how many there are.
+        interval: seconds between lines; the first comes after FIRST_LINE_SECONDS.
+        stream: where to write; None means standard error.
+    """
+
+    def __init__(self, what: str, total: int, interval: float = 10.0, stream: TextIO | None = None) -> None:
+        self._what, self._total, self._interval = what, total, interval
+        self._stream = sys.stderr if stream is None else stream
+        self._started = time.monotonic()
+        self._next_line = self._started + min(interval, FIRST_LINE_SECONDS)
+
+    def __call__(self, done: int) -> None:
+        """Note that `done` of them are done by now."""
+        now = time.monotonic()
+        if now < self._next_line or not 0 < done < self._total:
+            return
+        self._next_line = now + self._interval
+        rest = (now - self._started) * (self._total - done) / done
+        line = f"{done:,} of {self._total:,} {self._what}, about {duration(rest)} to go"
+        print(line, file=self._stream, flush=True)

@@ -15,30 +15,35 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_crnet.errors import reported, require_positive
+from megatron_crnet.errors import reported, require, require_positive
+from megatron_crnet.progress import CountPrinter, ProgressPrinter
 
 if TYPE_CHECKING:
-    from megatron_crnet.evaluation import Row
+    from megatron_crnet.evaluation import Documents, Row
     from megatron_crnet.inference import OpenModel
+
+LONGEST = 2**20
+"""Tokens in a row that --allow-longer allows."""
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="an export, a checkpoint, or the folder of a run")
+    parser.add_argument("--model", required=True, help="an export, a checkpoint, or the folder of a run")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", metavar="PREFIX", help="PREFIX.bin and PREFIX.idx")
     source.add_argument("--text", help="a file or folder, as for preprocess_data.py")
     source.add_argument("--validation-of", metavar="CONFIG", help="the samples that a run with this YAML validates on")
     parser.add_argument("--seq-length", type=int, help="tokens in a row (default: max_position_embeddings)")
+    parser.add_argument("--allow-longer", action="store_true", help="rows longer than the model was trained for")
     parser.add_argument("--batch-size", type=int, default=8, help="rows in a forward pass (default: %(default)s)")
     parser.add_argument(
         "--sample-format",
         choices=("packed", "padded"),
-        default="packed",
         help="packed: documents joined and cut, every token once; padded: one document a row, cut (default: packed)",
     )
     parser.add_argument("--max-tokens", type=int, help="stop after that many (default: all)")
@@ -48,39 +53,90 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def rows_of(args: argparse.Namespace, opened: OpenModel) -> Iterator[Row]:
+def check(args: argparse.Namespace) -> None:
+    """Refuse what cannot be meant, before anything is loaded."""
+    for name in ("model", "data", "text", "validation_of", "tokenizer"):
+        require(getattr(args, name) != "", f"--{name.replace('_', '-')} is empty: give a path")
+    numbers = {"seq_length": args.seq_length, "batch_size": args.batch_size, "max_tokens": args.max_tokens}
+    require_positive("evaluation", **{name: value for name, value in numbers.items() if value is not None})
+    if args.validation_of is not None:
+        for name in ("seq_length", "sample_format"):
+            option = f"--{name.replace('_', '-')}"
+            require(getattr(args, name) is None, f"{option} is the run's own with --validation-of: leave it out")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be measured: `count` rows of `length` tokens, with `labels` that count."""
+
+    rows: Iterator[Row]
+    length: int
+    count: int
+    labels: int
+
+
+def read_documents(args: argparse.Namespace, opened: OpenModel, length: int) -> Documents:
+    """The token or text files; what was passed over in the latter is named on standard error."""
+    from megatron_crnet import evaluation
+    from megatron_crnet.corpus_stats import CorpusStats
+
+    if args.data is not None:
+        return evaluation.indexed_documents(args.data, opened.tokenizer)
+    stats = CorpusStats()
+    with ProgressPrinter() as progress:
+        documents = evaluation.text_documents(args.text, opened.tokenizer, length, args.max_tokens, stats, progress)
+    for line in stats.summary():
+        print(line, file=sys.stderr)
+    return documents
+
+
+def work_of(args: argparse.Namespace, opened: OpenModel) -> Work:
     """What the command line asks to be measured."""
     from megatron_crnet import evaluation
     from megatron_crnet.settings import load_config
 
-    if args.validation_of:
-        return evaluation.validation_rows(load_config(args.validation_of), opened.tokenizer)
-    if args.data:
-        documents = evaluation.indexed_documents(args.data, opened.tokenizer)
+    if args.validation_of is not None:
+        training = (config := load_config(args.validation_of)).training
+        length, count = training.seq_length, training.eval_steps * training.global_batch_size
+        check_length(length, opened, args.allow_longer)
+        return Work(evaluation.validation_rows(config, opened.tokenizer), length, count, count * length)
+    length, padded = args.seq_length or opened.longest, args.sample_format == "padded"
+    check_length(length, opened, args.allow_longer)
+    documents = read_documents(args, opened, length)
+    if padded:
+        rows = evaluation.padded_rows(documents, length, opened.tokenizer.pad)
     else:
-        documents = evaluation.text_documents(args.text, opened.tokenizer)
-    length = args.seq_length or opened.longest
-    if args.sample_format == "padded":
-        return evaluation.padded_rows(documents, length, opened.tokenizer.pad)
-    return evaluation.packed_rows(documents, length)
+        rows = evaluation.packed_rows(documents, length)
+    return Work(rows, length, *documents.work(length, padded))
+
+
+def check_length(length: int, opened: OpenModel, allow_longer: bool) -> None:
+    """Refuse rows that the model was not made for, unless they are asked for."""
+    require(
+        length <= opened.longest or allow_longer,
+        f"a row of {length} tokens is longer than the model's max_position_embeddings {opened.longest}: lower "
+        "--seq-length, or give --allow-longer to measure positions that it was not trained for",
+    )
+    require(length <= LONGEST, f"a row of {length} tokens is longer than {LONGEST}: lower --seq-length")
 
 
 def run(args: argparse.Namespace) -> dict[str, float]:
     """The figures by name."""
-    numbers = {"seq_length": args.seq_length, "batch_size": args.batch_size, "max_tokens": args.max_tokens}
-    require_positive("evaluation", **{name: value for name, value in numbers.items() if value is not None})
+    check(args)
     from megatron_crnet.cpu_platform import quiet_libraries
-    from megatron_crnet.evaluation import evaluate, first_tokens
+    from megatron_crnet.evaluation import check_memory, evaluate, first_tokens
     from megatron_crnet.inference import open_model
 
     quiet_libraries()
-    opened = open_model(args.model, dtype=args.dtype, tokenizer=args.tokenizer)
+    opened = open_model(Path(args.model), dtype=args.dtype, tokenizer=args.tokenizer)
     for note in opened.notes:
         print(f"warning: {note}", file=sys.stderr)
-    rows = rows_of(args, opened)
+    work = work_of(args, opened)
+    check_memory(opened.model, min(args.batch_size, work.count), work.length)
+    rows, labels = work.rows, work.labels
     if args.max_tokens is not None:
-        rows = first_tokens(rows, args.max_tokens)
-    return dataclasses.asdict(evaluate(opened.model, rows, args.batch_size))
+        rows, labels = first_tokens(rows, args.max_tokens), min(args.max_tokens, labels)
+    return dataclasses.asdict(evaluate(opened.model, rows, args.batch_size, CountPrinter("tokens", labels)))
 
 
 def show(args: argparse.Namespace) -> int:

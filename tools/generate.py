@@ -14,13 +14,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_crnet.errors import DataError, reported
+from megatron_crnet.errors import DataError, reported, require
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="an export, a checkpoint, or the folder of a run")
+    parser.add_argument("--model", required=True, help="an export, a checkpoint, or the folder of a run")
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", nargs="+", help="texts to continue")
     prompts.add_argument("--prompt-file", type=Path, help="a file with one prompt a line")
@@ -45,7 +45,8 @@ def read_prompts(path: Path) -> list[str]:
         DataError: the file cannot be read or holds none.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # of the line ends that Python knows, U+2028 and others stand inside of prompts
+        lines = [line.removesuffix("\r") for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--prompt-file {path} cannot be read ({error}): give a UTF-8 text file") from error
     prompts = [line for line in lines if line]
@@ -58,9 +59,11 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One record for each prompt."""
     from megatron_crnet.inference import Sampling, continue_prompts, open_model
 
+    for name in ("model", "tokenizer"):
+        require(getattr(args, name) != "", f"--{name} is empty: give a path")
     prompts = args.prompt or read_prompts(args.prompt_file)
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p, args.seed)
-    opened = open_model(args.model, dtype=args.dtype, tokenizer=args.tokenizer)
+    opened = open_model(Path(args.model), dtype=args.dtype, tokenizer=args.tokenizer)
     for note in opened.notes:
         print(f"warning: {note}", file=sys.stderr)
     found = continue_prompts(opened, prompts, args.max_new_tokens, sampling, use_cache=not args.no_cache)
