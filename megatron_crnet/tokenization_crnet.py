@@ -26,6 +26,9 @@ class CRNetTokenizer(SentencePieceBackend):
     vocab_files_names = {"vocab_file": "tokenizer.model"}
     model_input_names = ["input_ids", "attention_mask"]
 
+    split_special_tokens: bool | str
+    special_tokens_pattern: str
+
     def __init__(self, vocab_file: str, **kwargs: Any) -> None:
         self._added: re.Pattern[str] | None = None
         ends = {name: kwargs.pop(f"add_{name}_token", None) for name in ("bos", "eos")}
@@ -40,7 +43,7 @@ class CRNetTokenizer(SentencePieceBackend):
     def _add_end(self, name: str, value: bool) -> None:
         if value and getattr(self, f"{name}_token_id") is None:
             raise ValueError(f"add_{name}_token is set, but this tokenizer has no {name}_token: name one first")
-        ends = (self.special_tokens_pattern or "none").split("_")
+        ends = self.special_tokens_pattern.split("_")
         wanted = [one for one in ("bos", "eos") if (value if one == name else one in ends)]
         self.special_tokens_pattern = "_".join(wanted) or "none"
         self.init_kwargs["special_tokens_pattern"] = self.special_tokens_pattern  # which is what is saved

@@ -153,9 +153,10 @@ class ExportWeights(WeightSource):
 
     def __init__(self, folder: Path) -> None:
         self.where = f"export {folder}"
+        self._file_of: dict[str, Path] = {}
+        self.shapes, self.dtypes = {}, {}
         try:
             files = _files_of(folder)
-            self._file_of, self.shapes, self.dtypes = {}, {}, {}
             for file in files:
                 self._look_into(file)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:

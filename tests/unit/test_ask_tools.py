@@ -1,4 +1,4 @@
-"""`evaluate` and `generate` as a user types them: what is passed over is named, what cannot be meant is one line."""
+"""`evaluate`, `generate` and `convert_checkpoint` as a user types them: what is passed over is named, what cannot be meant is one line."""
 
 from __future__ import annotations
 
@@ -129,6 +129,26 @@ def test_what_cannot_be_meant_is_one_line_and_status_2(
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
     assert (status, out, len(lines)) == (2, "", 1), error
     assert message in lines[0]
+
+
+@pytest.mark.fault("F9")
+@pytest.mark.parametrize("size", ["0KB", "000GB", "-1GB", "1.5GB", "5", "", "9" * 30 + "TB"])
+def test_a_file_of_no_size_is_refused(size: str, export: Path, run: Tool, tmp_path: Path) -> None:
+    asked = ["to-hf", export.parent / "step_00000001", tmp_path / "out", f"--shard-size={size}"]
+    status, _, error = run("convert_checkpoint", *asked)
+    assert (status, len(error.splitlines())) == (2, 1)
+    assert f"--shard-size is {size}, but must be a number above 0" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.fault("F9")
+def test_from_hf_takes_a_tokenizer(export: Path, run: Tool, tmp_path: Path) -> None:
+    shutil.copytree(export, tmp_path / "export")
+    (tmp_path / "export" / "tokenizer.model").unlink()
+    asked = ["convert_checkpoint", "from-hf", tmp_path / "export", tmp_path / "back"]
+    assert run(*asked)[0] == 2
+    assert not (tmp_path / "back").exists()
+    assert run(*asked, "--tokenizer", export / "tokenizer.model")[0] == 0
 
 
 @pytest.mark.fault("F11")
