@@ -1,4 +1,4 @@
-"""`evaluate`, `generate` and `convert_checkpoint` as a user types them: what is passed over is named, what cannot be meant is one line."""
+"""`evaluate`, `generate` and `convert_checkpoint` as typed: what is passed over is named, a mistake is one line."""
 
 from __future__ import annotations
 
