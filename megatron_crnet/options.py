@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 from megatron_crnet.errors import require
+from megatron_crnet.versions import version_line
+
+MOST = 2**20
+"""Largest number of ranks, rows or layers that a tool takes."""
+
+
+class Version(argparse.Action):
+    """Prints the versions and ends, as `--version` does everywhere."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(nargs=0, **arguments)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        """Print; the libraries are asked for their versions, not imported."""
+        print(version_line())
+        parser.exit()
+
+
+class ToolParser(argparse.ArgumentParser):
+    """The command line of a tool: its documentation as it stands, `--version`, and one line for a mistake."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **arguments)
+        self.add_argument("--version", action=Version, help="print the versions of this project and its libraries")
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2 and one line, without argparse's usage."""
+        self.exit(2, f"error: {' '.join(message.split())}: correct the command line, or see --help\n")
 
 
 def take_options(defaults: Mapping[str, str | None], argv: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:
@@ -34,6 +64,9 @@ def only_usage(usage: str, argv: Sequence[str]) -> int | None:
     if {"-h", "--help"} & set(argv):
         print(usage.strip())
         return 0
+    if "--version" in argv:
+        print(version_line())
+        return 0
     if any(name.partition("=")[0] == "--config" or name.startswith("--model.") for name in argv):
         return None
     print(
@@ -49,5 +82,6 @@ def positive_integer(name: str, text: str) -> int:
     Raises:
         ConfigError: it is no integer above 0.
     """
-    require(text.isdecimal() and int(text) > 0, f"{name} is {text}, but must be an integer above 0: correct it")
-    return int(text)
+    value = int(text) if text.isdecimal() and len(text) <= len(str(MOST)) else 0
+    require(0 < value <= MOST, f"{name} is {text[:80]}, but must be an integer above 0, at most {MOST}: correct it")
+    return value

@@ -21,6 +21,7 @@ from megatron_crnet.atomic import replace_text
 from megatron_crnet.config import Config
 from megatron_crnet.errors import ConfigError, require
 from megatron_crnet.field_types import describe, is_text, shown, types_of
+from megatron_crnet.options import ToolParser
 from megatron_crnet.ranks import resolve_full_rank_layers
 from megatron_crnet.rules import sequence_parallel
 from megatron_crnet.yaml_files import read_file, read_text
@@ -39,19 +40,17 @@ class Arguments:
     dry_run: bool
 
 
-class ConfigParser(argparse.ArgumentParser):
+class ConfigParser(ToolParser):
     """A command line with options of its own, and `--config FILE` and `--section.field value` of the configuration."""
 
     def __init__(self, **arguments: Any) -> None:
-        arguments.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(allow_abbrev=False, **arguments)
-        self.add_argument("--version", action=Version, help="print the versions of this project and its libraries")
+        super().__init__(**arguments)
         self.add_argument(
             "--config",
             action="append",
             default=[],
             metavar="FILE",
-            help="YAML file; later ones override field by field",
+            help="YAML file; later ones go field by field",
         )
 
     def error(self, message: str) -> NoReturn:
@@ -78,20 +77,6 @@ class ConfigParser(argparse.ArgumentParser):
         return "\n".join([super().format_help(), *_help_of_fields()])
 
 
-class Version(argparse.Action):
-    """Prints the versions and ends, as `--version` does everywhere."""
-
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(nargs=0, **arguments)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        """Print; the libraries are asked for their versions, not imported."""
-        from megatron_crnet.versions import version_line
-
-        print(version_line())
-        parser.exit()
-
-
 def parse_arguments(argv: Sequence[str]) -> Arguments:
     """The command line of `pretrain_crnet.py`.
 
@@ -107,9 +92,18 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     return Arguments(config, options.dry_run)
 
 
+def read_config(argv: Sequence[str]) -> Config:
+    """The configuration that a tool's command line defines, without the tool's own options.
+
+    Raises:
+        ConfigError: as `parse_arguments`; `--dry-run` and the like are unknown options here.
+    """
+    return ConfigParser().read(argv)[1]
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a YAML file with overrides in command-line form."""
-    return parse_arguments(["--config", str(path), *overrides]).config
+    return read_config([f"--config={path}", *overrides])
 
 
 def resolved(config: Config) -> dict[str, Any]:

@@ -24,9 +24,9 @@ from typing import Any
 from megatron_crnet.benchmark_rows import SWEEPS, Row, parse_row, sweep_rows
 from megatron_crnet.errors import reported, require, require_positive
 from megatron_crnet.interruption import INTERRUPTED, Interruption
-from megatron_crnet.options import only_usage
+from megatron_crnet.options import ToolParser, only_usage
 from megatron_crnet.record_file import check_record_file, write_record
-from megatron_crnet.settings import parse_arguments
+from megatron_crnet.settings import read_config
 from megatron_crnet.tables import table
 
 COLUMNS = ("row", "ranks", "weights", "ms/step", "spread", "tokens/s", "of first", "by CPU", "MFU", "peak, MiB")
@@ -34,9 +34,7 @@ COLUMNS = ("row", "ranks", "weights", "ms/step", "spread", "tokens/s", "of first
 
 def build_parser() -> argparse.ArgumentParser:
     """This tool's own options; what it leaves is the configuration's."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ToolParser(description=__doc__)
     parser.add_argument("--sweep", action="append", choices=[*SWEEPS], default=[], help="rows ready made; may repeat")
     parser.add_argument("--row", action="append", default=[], help="'NAME: OPTIONS' or 'NAME xPROCESSES: OPTIONS'")
     parser.add_argument("--processes", type=int, default=1, help="ranks of a row, and the most of strong and weak")
@@ -53,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
 def rows_of(args: argparse.Namespace, options: list[str]) -> list[Row]:
     """All rows that the command line asks for."""
     require_positive("benchmark", processes=args.processes)
-    config = parse_arguments(options).config
+    config = read_config(options)
     rows = [row for sweep in dict.fromkeys(args.sweep) for row in sweep_rows(sweep, config, args.processes)]
     rows += [parse_row(text) for text in args.row]
     return rows or [Row("rows", config.model.variant, args.processes)]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_crnet.errors import reported, require_positive
+from megatron_crnet.options import ToolParser
 from megatron_crnet.record_file import check_record_file, write_record
 from megatron_crnet.tables import table
 
@@ -154,7 +155,7 @@ def figures(rows: list[Row]) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("--config", required=True, help="YAML whose model section gives the shape")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["crnet", "full_rank"])
     parser.add_argument("--batch-size", type=int, default=1, help="default: %(default)s")

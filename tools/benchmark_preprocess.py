@@ -22,6 +22,7 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 
 from megatron_crnet.errors import DataError, reported
+from megatron_crnet.options import ToolParser
 from megatron_crnet.preprocess import available_cpus, preprocess
 from megatron_crnet.record_file import check_record_file, write_record
 from megatron_crnet.standard_library import write_corpus
@@ -100,7 +101,7 @@ def print_table(results: list[dict[str, Any]]) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("--corpus", type=Path, help="a .jsonl file (default: the standard library's training part)")
     parser.add_argument("--tokenizer-model", help="a SentencePiece .model (default: one trained on the corpus)")
     parser.add_argument("--vocab-size", type=int, default=4096, help="of the trained tokenizer (default: %(default)s)")

@@ -5,12 +5,12 @@ python tools/compare_runs.py runs/compare/*
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from megatron_crnet.arithmetic import total_parameters
 from megatron_crnet.errors import DataError, reported
+from megatron_crnet.options import ToolParser
 from megatron_crnet.plot import read_metrics
 from megatron_crnet.settings import load_config
 
@@ -46,7 +46,7 @@ def show(folders: list[Path]) -> int:
 
 def main() -> int:
     """Run; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs")
     args = parser.parse_args()
     return reported(lambda: show(args.runs))

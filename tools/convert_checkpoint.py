@@ -15,11 +15,12 @@ from pathlib import Path
 
 from megatron_crnet.atomic import sigterm_unwinds
 from megatron_crnet.errors import reported, require
+from megatron_crnet.options import ToolParser
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     out = commands.add_parser("to-hf", help="checkpoint -> Hugging Face")
     out.add_argument("checkpoint", type=Path, help="a step_ folder, a folder of them (the newest whole one), or a run")

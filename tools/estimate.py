@@ -20,7 +20,7 @@ import sys
 
 from megatron_crnet.errors import reported
 from megatron_crnet.options import only_usage, positive_integer, take_options
-from megatron_crnet.settings import parse_arguments
+from megatron_crnet.settings import read_config
 
 OPTIONS = {"--world-size": None, "--gpu": "h100", "--gpus-per-node": "8"}
 
@@ -28,7 +28,7 @@ OPTIONS = {"--world-size": None, "--gpu": "h100", "--gpus-per-node": "8"}
 def run(argv: list[str]) -> int:
     """Estimate and print; returns the exit status."""
     options, rest = take_options(OPTIONS, [argument for argument in argv if argument != "--json"])
-    config = parse_arguments(rest).config
+    config = read_config(rest)
     from megatron_crnet import cpu_platform
 
     cpu_platform.install()

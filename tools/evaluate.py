@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_crnet.errors import reported, require, require_positive
+from megatron_crnet.options import ToolParser
 from megatron_crnet.progress import CountPrinter, ProgressPrinter
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ LONGEST = 2**20
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("--model", required=True, help="an export, a checkpoint, or the folder of a run")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", metavar="PREFIX", help="PREFIX.bin and PREFIX.idx")

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_crnet.errors import DataError, reported, require
+from megatron_crnet.options import ToolParser
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("--model", required=True, help="an export, a checkpoint, or the folder of a run")
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", nargs="+", help="texts to continue")

@@ -21,6 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 from megatron_crnet.interruption import INTERRUPTED, SignalListener
+from megatron_crnet.versions import version_line
 
 OWN_SIGNALS = "SIGHUP,SIGQUIT"
 """At these the agent itself ends its ranks."""
@@ -64,6 +65,9 @@ def status_of(error: ChildFailedError, passed: set[int]) -> int:
 
 def main(argv: list[str]) -> int:
     """Run torchrun's agent on this node; returns the exit status."""
+    if argv == ["--version"]:
+        print(version_line())
+        return 0
     arguments = parse_args(argv)
     if arguments.max_restarts:
         print(

@@ -13,12 +13,13 @@ import sys
 from pathlib import Path
 
 from megatron_crnet.errors import reported
+from megatron_crnet.options import ToolParser
 from megatron_crnet.standard_library import write_corpus
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where to write")
     parser.add_argument(
         "--valid-fraction", type=float, default=0.05, help="share of the files for validation (default: %(default)s)"

@@ -19,7 +19,7 @@ from megatron_crnet.config import Config
 from megatron_crnet.errors import reported
 from megatron_crnet.options import only_usage, take_options
 from megatron_crnet.record_file import check_record_file, write_record
-from megatron_crnet.settings import parse_arguments
+from megatron_crnet.settings import read_config
 from megatron_crnet.tables import table
 
 VARIANTS = ("crnet", "low_rank", "cola", "full_rank")
@@ -78,7 +78,7 @@ def figures(config: Config, found: dict[str, Any]) -> str:
 def run(argv: list[str]) -> int:
     """Count and write."""
     options, rest = take_options({"--json": None}, [argument for argument in argv if argument != "--overwrite"])
-    config, is_first = parse_arguments(rest).config, os.environ.get("RANK", "0") == "0"
+    config, is_first = read_config(rest), os.environ.get("RANK", "0") == "0"
     target = Path(options["--json"]) if options["--json"] and is_first else None
     check_record_file(target, overwrite="--overwrite" in argv)
     found = measure(config)

@@ -28,7 +28,7 @@ from megatron_crnet.config import Config
 from megatron_crnet.errors import reported, require
 from megatron_crnet.options import only_usage, positive_integer, take_options
 from megatron_crnet.record_file import check_record_file, write_record
-from megatron_crnet.settings import parse_arguments
+from megatron_crnet.settings import read_config
 from megatron_crnet.tables import table
 
 OPTIONS = {"--tensors": "fake", "--segments": None, "--json": None, "--resident-of": None}
@@ -146,7 +146,7 @@ def resident_figures(found: list[dict[str, Any]]) -> str:
 def run(argv: list[str]) -> int:
     """Count, print and write."""
     options, rest = own_options([argument for argument in argv if argument not in ("--resident", "--overwrite")])
-    config = parse_arguments(rest).config
+    config = read_config(rest)
     require(
         config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size == 1,
         "the configuration asks for tensor or pipeline parallelism, but this tool counts one rank without: set "

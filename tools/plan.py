@@ -23,7 +23,7 @@ from megatron_crnet.errors import ConfigError, reported, require
 from megatron_crnet.interruption import INTERRUPTED
 from megatron_crnet.options import only_usage, positive_integer, take_options
 from megatron_crnet.record_file import check_record_file
-from megatron_crnet.settings import parse_arguments, save_config
+from megatron_crnet.settings import read_config, save_config
 
 OPTIONS = {"--gpus": None, "--gpu": "h100", "--gpus-per-node": "8", "--output": "plan.yaml", "--show": "10"}
 GIB = 2**30
@@ -75,7 +75,7 @@ def run(argv: list[str]) -> int:
     )
     output = Path(str(options["--output"]))
     check_record_file(output, "--output", overwrite="--overwrite" in argv)
-    config = parse_arguments(rest).config
+    config = read_config(rest)
     from megatron_crnet import cpu_platform
 
     cpu_platform.install()

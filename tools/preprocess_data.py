@@ -9,13 +9,14 @@ import argparse
 import sys
 
 from megatron_crnet.errors import reported
+from megatron_crnet.options import ToolParser
 from megatron_crnet.preprocess import available_cpus, preprocess
 from megatron_crnet.progress import ProgressPrinter
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument(
         "input",
         nargs="+",

@@ -11,17 +11,17 @@ Exit status: 0 a report was made, 2 nothing at all could be read, or the report 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from megatron_crnet.atomic import atomic_files
 from megatron_crnet.errors import DataError, reported, require, require_positive
+from megatron_crnet.options import ToolParser
 
 
 def run(argv: list[str]) -> int:
     """Read, say what is absent, write; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument("inputs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or a JSON file")
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="page; .md lies beside it")
     parser.add_argument("--title", default="CR-Net: scaling report")

@@ -25,7 +25,7 @@ from megatron_crnet.config import Config
 from megatron_crnet.duration import signs_of_life, spell
 from megatron_crnet.errors import reported, require
 from megatron_crnet.options import only_usage, positive_integer, take_options
-from megatron_crnet.settings import parse_arguments
+from megatron_crnet.settings import read_config
 
 OPTIONS = {"--world-size": "1", "--rank": "0"}
 
@@ -93,7 +93,7 @@ def run(argv: list[str]) -> int:
     rank = str(options["--rank"])
     require(rank.isdecimal(), f"--rank is {rank}, but must be an integer from 0: correct it")
     world_size = positive_integer("--world-size", str(options["--world-size"]))
-    config = parse_arguments(rest).config
+    config = read_config(rest)
     found = compare(config, world_size, int(rank))
     if "--json" not in argv:
         print("\n".join(tables(found)))

@@ -13,6 +13,7 @@ from megatron_crnet.corpus import iter_documents
 from megatron_crnet.corpus_files import check_outside
 from megatron_crnet.corpus_stats import CorpusStats
 from megatron_crnet.errors import reported
+from megatron_crnet.options import ToolParser
 from megatron_crnet.preprocess import available_cpus
 from megatron_crnet.progress import ProgressPrinter
 from megatron_crnet.tokenizer import load_tokenizer
@@ -21,7 +22,7 @@ from megatron_crnet.tokenizer_training import train_sentencepiece
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__)
     parser.add_argument(
         "input",
         nargs="+",

@@ -40,3 +40,61 @@ def test_bf16_stays_within_what_bf16_gives(errors: dict[tuple[int, str], Errors]
     found = errors[stage, "bf16"]
     for name in ("loss", "grad_norm", "gradients", "parameters"):
         assert getattr(found, name) < getattr(BF16_BOUNDS, name), found
+
+
+TOP = {
+    "comms_logger": {"enabled": True, "verbose": True, "debug": True, "prof_all": False, "prof_ops": ["all_reduce"]},
+    "dump_state": True,
+    "memory_breakdown": True,
+    "wall_clock_breakdown": True,
+    "timers": {"throughput": {"enabled": True, "synchronized": False}},
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+    "flops_profiler": {"enabled": False},
+    "aio": {"block_size": 1048576, "queue_depth": 8},
+}
+SHARDED = {
+    "contiguous_gradients": False,
+    "reduce_scatter": False,
+    "use_multi_rank_bucket_allreduce": False,
+    "allgather_partitions": False,
+    "allgather_bucket_size": 100,
+    "reduce_bucket_size": 600,
+    "ignore_unused_parameters": False,
+    "enable_sanity_checks": True,
+}
+GATHERED = {
+    "memory_efficient_linear": False,
+    "override_module_apply": False,
+    "log_trace_cache_warnings": True,
+    "sub_group_size": 1000,
+    "zero_hpz_partition_size": 2,
+    "stage3_prefetch_bucket_size": 0,
+    "stage3_param_persistence_threshold": 0,
+    "stage3_model_persistence_threshold": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_use_all_reduce_for_fetch_params": True,
+    "stage3_allgather_sequential": True,
+    "stage3_gather_16bit_weights_on_model_save": True,
+}
+UNUSUAL = [
+    {"stage": 1, **SHARDED},
+    {"stage": 2, **SHARDED},
+    {"stage": 2, "overlap_comm": True, "reduce_scatter": True},
+    {"stage": 3, **SHARDED, **GATHERED},
+    {"stage": 3, "overlap_comm": True},
+]
+
+
+def _unusual() -> list[float]:
+    found = []
+    for zero in UNUSUAL:
+        found.append(compare_with_reference(tiny_config(deepspeed_section={**TOP, "zero_optimization": zero})).worst())
+        fresh_world()
+    return found
+
+
+@pytest.mark.fault("F4")
+def test_every_allowed_key_of_deepspeed_trains_exactly_at_another_value_than_its_default() -> None:
+    assert max(run_distributed(_unusual, 2)[0]) < 1e-5

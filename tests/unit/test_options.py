@@ -1,58 +1,57 @@
-"""A tool that is called without a model says how it is used, and does not work on one that nobody named."""
-
 from __future__ import annotations
 
 import runpy
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_crnet.errors import ConfigError
+from megatron_crnet.options import positive_integer
+from megatron_crnet.settings import read_config
+
 ROOT = Path(__file__).parents[2]
-TOOLS = ("benchmark", "estimate", "measure_communication", "measure_recompute", "plan", "simulate")
+TOOLS = [ROOT / "pretrain_crnet.py", *sorted((ROOT / "tools").glob("*.py"))]
+WITHOUT_OPTIONS = ("check_imports",)
+ON_CONFIGURATIONS = ("estimate", "simulate", "plan", "measure_recompute", "measure_communication", "benchmark")
 
 
-def ended(tool: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", [f"tools/{tool}.py", *arguments])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(f"tools/{tool}.py", run_name="__main__")
-    return int(end.value.code or 0)
+def start(tool: Path, *argv: str, monkeypatch: Any) -> int:
+    """The exit status of a tool that is started as a program, in this process."""
+    monkeypatch.setattr(sys, "argv", [str(tool), *argv])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(tool), run_name="__main__")
+    return int(ended.value.code or 0)
 
 
-@pytest.mark.fault("M10")
-@pytest.mark.parametrize("arguments", [[], ["--training.seq_length", "64"]])
-@pytest.mark.parametrize("tool", TOOLS)
-def test_without_a_model_a_tool_prints_its_usage(
-    tool: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("tool", [t for t in TOOLS if t.stem not in WITHOUT_OPTIONS], ids=lambda tool: tool.stem)
+def test_every_tool_names_its_versions(tool: Path, monkeypatch: Any, capsys: Any) -> None:
+    assert start(tool, "--version", monkeypatch=monkeypatch) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("megatron_crnet ")
+    assert printed.out.count("\n") == 1
+
+
+@pytest.mark.fault("M1", "L9")
+@pytest.mark.parametrize("name", ON_CONFIGURATIONS)
+def test_every_tool_that_takes_a_configuration_refuses_as_training_does(
+    name: str, monkeypatch: Any, capsys: Any
 ) -> None:
-    assert ended(tool, arguments, monkeypatch) == 2
-    printed, errors = capsys.readouterr()
-    assert printed == ""
-    assert f"tools/{tool}.py --config" in errors
-    assert errors.endswith("error: no model is named: add --config FILE, such as examples/quickstart.yaml\n")
+    wrong = ["--config", str(ROOT / "examples/quickstart.yaml"), "--optimizer.lr", ".inf"]
+    own = ["--gpus", "8"] if name == "plan" else []
+    assert start(ROOT / "tools" / f"{name}.py", *wrong, *own, monkeypatch=monkeypatch) == 2
+    with pytest.raises(ConfigError) as refused:
+        read_config(wrong)
+    assert capsys.readouterr().err == f"error: {refused.value}\n"
 
 
-@pytest.mark.parametrize("tool", TOOLS)
-def test_help_is_no_mistake(tool: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert ended(tool, ["--help"], monkeypatch) == 0
-    assert f"tools/{tool}.py" in capsys.readouterr().out
+def test_options_of_training_alone_are_unknown_to_tools() -> None:
+    with pytest.raises(ConfigError, match="unrecognized arguments: --dry-run"):
+        read_config(["--dry-run"])
 
 
-@pytest.mark.fault("M11")
-@pytest.mark.parametrize(
-    "tool", [*TOOLS, "generate", "evaluate", "convert_checkpoint", "scaling_report", "compare_runs"]
-)
-def test_what_takes_seconds_to_import_comes_after_ctrl_c_is_one_line(
-    tool: str,
-) -> None:
-    """`reported` turns Ctrl-C into a line; what a tool imports before it, it cannot."""
-    code = (
-        "import runpy, sys; runpy.run_path(sys.argv[1], run_name='imported');"
-        "print(*({'torch', 'deepspeed', 'megatron', 'transformers', 'pandas', 'matplotlib'} & set(sys.modules)))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, f"tools/{tool}.py"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == ""
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "x", "", "1048577", "9" * 5000, "\u00b2"])
+def test_a_count_of_a_tool_has_a_range(text: str) -> None:
+    with pytest.raises(ConfigError, match="must be an integer above 0, at most 1048576: correct it"):
+        positive_integer("--gpus", text)
