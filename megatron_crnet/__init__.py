@@ -82,6 +82,7 @@ The modules in the order in which to read them; each uses only those above it.
     sampling             a look at what the model writes
     resumption           what a resumed run does not share with the run that it continues
     run_folder           what a run may write, and what it must not start over
+    starting_point       another run's weights to start from: checkpoint.load
     inputs               everything that a run reads, examined before it writes
     residual_in_use      who computes the residual, and who did before the checkpoint
     trainer              the loop

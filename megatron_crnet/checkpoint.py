@@ -43,7 +43,7 @@ from megatron_crnet.config import Config
 from megatron_crnet.engine import TrainEngine
 from megatron_crnet.errors import CheckpointError, ConfigError, FolderTakenError
 from megatron_crnet.fingerprint import TrainedOn
-from megatron_crnet.masters import Masters
+from megatron_crnet.masters import KINDS, MASTER, Masters
 from megatron_crnet.provenance import note_in_run_file
 from megatron_crnet.random_states import RandomStates
 from megatron_crnet.settings import resolved
@@ -81,6 +81,8 @@ class Checkpointer:
         self._group = dist.new_group(backend="gloo", timeout=WRITING_LIMIT)
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self.loaded_from: dict[str, Any] | None = None
+        """What checkpoint.load gave the run at its step 0, for state.json."""
         self.other_place: str | None = None
         """What of devices and layout differs from those of the checkpoint that was loaded, whose random states are
         of no use then; None if nothing does."""
@@ -106,6 +108,7 @@ class Checkpointer:
             "device": self.masters.device.type,
             "versions": library_versions(),
             "trained_on": self.trained_on.values(),
+            "loaded_from": self.loaded_from,
         }
         name = checkpoint_name(state.step)
         if aside:
@@ -212,7 +215,17 @@ class Checkpointer:
         about = saved_state(checkpoint)
         fill(checkpoint, self.masters, self.weights, about["adam_steps"])
         self.other_place = self._restore_random_states(checkpoint, about)
+        self.loaded_from = about.get("loaded_from")
         return TrainingState.from_values(about)
+
+    def load_initial(self, checkpoint: Path, optimizer: bool) -> None:
+        """Fill the weights of a new run from another's checkpoint, and with `optimizer` its moments.
+
+        Raises:
+            CheckpointError: the checkpoint does not fit the model.
+        """
+        steps = saved_state(checkpoint)["adam_steps"] if optimizer else 0
+        fill(checkpoint, self.masters, self.weights, steps, KINDS if optimizer else (MASTER,))
 
     def _restore_random_states(self, checkpoint: Path, about: dict[str, Any]) -> str | None:
         """Put the random generators where they were; else return why that is not possible.
@@ -315,7 +328,9 @@ def saved_state(checkpoint: Path) -> dict[str, Any]:
     return dict(json.loads((checkpoint / "state.json").read_text()))
 
 
-def check_resumable(config: Config, checkpoint: Path) -> dict[str, Any]:
+def check_resumable(
+    config: Config, checkpoint: Path, remedy: str = "use the saved values or another logging.output_dir"
+) -> dict[str, Any]:
     """Refuse to continue a checkpoint of another model. Returns its resolved configuration.
 
     Raises:
@@ -330,7 +345,5 @@ def check_resumable(config: Config, checkpoint: Path) -> dict[str, Any]:
     names = [name for name in wanted if name not in NOT_OF_THE_MODEL and found.get(name) != wanted[name]]
     if names:
         difference = ", ".join(f"model.{name} {found.get(name)} instead of {wanted[name]}" for name in names)
-        raise ConfigError(
-            f"checkpoint {checkpoint} was written with {difference}: use the saved values or another logging.output_dir"
-        )
+        raise ConfigError(f"checkpoint {checkpoint} was written with {difference}: {remedy}")
     return dict(saved)

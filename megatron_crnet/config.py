@@ -143,6 +143,10 @@ class TrainingConfig(Section, name="training"):
     """Steps between validations; 0 validates only at the end."""
     eval_steps: Count = 10
     """Global batches in one validation; 0 switches validation off."""
+    eval_only: bool = False
+    """Only measure the validation loss, and the test loss if there are such data, of checkpoint.load or else of the
+    run's newest checkpoint: no step, no training state. Printed, and a line of evaluations.jsonl in
+    logging.output_dir."""
     test_steps: Count | None = None
     """Global batches of the test after the last step, of data.test_data_path or of the test share of data.split; null
     means eval_steps where there is enough such data, 0 tests nothing."""
@@ -220,6 +224,12 @@ class CheckpointConfig(Section, name="checkpoint"):
 
     dir: FilePath | None = None
     """Folder of the checkpoints; null means `checkpoints` inside logging.output_dir."""
+    load: FilePath | None = None
+    """Start a new run, at step 0, from the weights of another run or of an import: a step_ folder, a folder of them
+    (its newest whole one) or a run's folder, written under any layout. A run that has a checkpoint of its own goes on
+    from that."""
+    load_optimizer: bool = False
+    """With `load`: take over the moments and Adam's count of updates as well; false starts with moments of zero."""
     save_interval: Count = 0
     """Steps between checkpoints; 0 saves only at the end (and on a signal)."""
     save_interval_minutes: Annotated[float, Ge(0), Le(525600)] = 0.0

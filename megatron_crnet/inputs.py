@@ -19,6 +19,7 @@ from megatron_crnet.errors import ConfigError, DataError
 from megatron_crnet.fingerprint import TrainedOn, digest_of_tokenizer, remark_on_unnamed
 from megatron_crnet.resumption import remarks
 from megatron_crnet.run_folder import check_remains
+from megatron_crnet.starting_point import StartingPoint, find_starting_point
 from megatron_crnet.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_crnet.training_state import TrainingState
 from megatron_crnet.unigram import unigram_entropy
@@ -30,7 +31,8 @@ class Inputs:
 
     Attributes:
         trained_on: tokenizer and data of this run.
-        checkpoint: the newest whole one; None for a new run.
+        checkpoint: the newest whole one of this run; None for a new run.
+        start: what a new run takes its weights from; None for its seed.
         saved: its resolved configuration.
         state: what else it holds beside its tensors.
         remarks: a line on each thing that is not as it was (warning: ...), or cannot be known (note: ...).
@@ -42,6 +44,7 @@ class Inputs:
     tokenizer: Tokenizer
     trained_on: TrainedOn
     checkpoint: Path | None
+    start: StartingPoint | None
     saved: dict[str, Any]
     state: dict[str, Any]
     remarks: list[str]
@@ -63,27 +66,32 @@ def examine_inputs(config: Config, plan: BatchPlan) -> Inputs:
         ConfigError, DataError: something is missing, damaged, or differs between ranks.
         CheckpointError: the checkpoint's configuration cannot be read.
     """
-    tidy(checkpoint_dir(config))
+    if not config.training.eval_only:
+        tidy(checkpoint_dir(config))
     tokenizer, trained_on = examine_together(partial(_examine, config))
     checkpoint, damaged = newest_complete(checkpoint_dir(config))
     saved, state = examine_together(partial(_examine_checkpoint, config, checkpoint, damaged, trained_on))
+    examine_together(partial(_examine_evaluation, config, checkpoint))
+    loads = config.checkpoint.load is not None and (checkpoint is None or config.training.eval_only)
+    start = find_starting_point(config, trained_on) if loads else None
     test_steps, untested = examine_together(partial(_planned_test, config))
     datasets = _datasets(config, tokenizer, plan, TrainingState.from_values(state), test_steps)
     about = [
         *_about_rows(config, tokenizer),
         *_about_data(config),
         *untested,
-        *(remarks(config, checkpoint, saved, state, trained_on) if checkpoint else []),
+        *(start.remarks if start else _about_unread(config)),
+        *(remarks(config, checkpoint, saved, state, trained_on) if checkpoint and not start else []),
     ]
     entropy = _entropy(config, datasets, plan)
-    return Inputs(tokenizer, trained_on, checkpoint, saved, state, about, damaged, datasets, test_steps, entropy)
+    return Inputs(tokenizer, trained_on, checkpoint, start, saved, state, about, damaged, datasets, test_steps, entropy)
 
 
 def _examine(config: Config) -> tuple[tuple[Tokenizer, TrainedOn], dict[str, str]]:
     """Open what this rank can see of the input, and say what must be the same on all ranks."""
     tokenizer = _tokenizer(config)
     check_vocabulary(tokenizer, config.model.vocab_size)
-    if not (config.data.data_path or config.data.train_data_path):
+    if not (config.data.data_path or config.data.train_data_path or config.training.eval_only):
         raise ConfigError("data.data_path is empty, but names the .bin/.idx files to train on: give their prefix")
     names = [path.name for path in checkpoints(checkpoint_dir(config))]
     trained_on = TrainedOn(digest_of_tokenizer(tokenizer), data_fingerprint(config))
@@ -102,7 +110,8 @@ def _examine_checkpoint(
     config: Config, checkpoint: Path | None, damaged: list[str], trained_on: TrainedOn
 ) -> tuple[Saved, dict[str, str]]:
     if checkpoint is None:
-        check_remains(config, damaged)
+        if not config.training.eval_only:
+            check_remains(config, damaged)
         return ({}, {}), {}
     saved, state = check_resumable(config, checkpoint), saved_state(checkpoint)
     if before := TrainedOn.from_state(state):
@@ -127,6 +136,29 @@ def _tokenizer(config: Config) -> Tokenizer:
     return load_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
 
 
+def _examine_evaluation(config: Config, checkpoint: Path | None) -> tuple[None, dict[str, str]]:
+    """What training.eval_only needs."""
+    training, found = config.training, sources_of(config.data)
+    if not training.eval_only:
+        return None, {}
+    if checkpoint is None and config.checkpoint.load is None:
+        raise ConfigError(
+            f"training.eval_only needs a checkpoint, but {checkpoint_dir(config)} holds none: set checkpoint.load"
+        )
+    tested = training.eval_steps if training.test_steps is None else training.test_steps
+    if not (("valid" in found and training.eval_steps) or ("test" in found and tested)):
+        raise ConfigError(
+            "training.eval_only has nothing to measure: set data.valid_data_path or data.test_data_path, and "
+            "training.eval_steps above 0"
+        )
+    return None, {}
+
+
+def _about_unread(config: Config) -> list[str]:
+    path = config.checkpoint.load
+    return [f"note: checkpoint.load {path} is not read: the run goes on from its own checkpoint"] if path else []
+
+
 def _planned_test(config: Config) -> tuple[tuple[int, list[str]], dict[str, str]]:
     """Global batches of the test, and a note where the test share of data.split is too small for one."""
     wanted, source = config.training.test_steps, sources_of(config.data).get("test")
@@ -148,7 +180,7 @@ def _datasets(config: Config, tokenizer: Tokenizer, plan: BatchPlan, done: Train
         config,
         tokenizer,
         # what is done may have been in steps of another size
-        num_train_samples=plan.sizes.after(remaining, done.samples),
+        num_train_samples=0 if training.eval_only else plan.sizes.after(remaining, done.samples),
         num_valid_samples=training.eval_steps * plan.global_batch_size,
         num_test_samples=test_steps * plan.global_batch_size,
     )

@@ -33,6 +33,7 @@ OF_NO_RESULT = (
     "logging.",
     "model.max_position_embeddings",
     "training.eval_interval",
+    "training.eval_only",
     "training.eval_steps",
     "training.test_steps",
     "parallel.distributed_timeout_minutes",

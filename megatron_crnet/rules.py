@@ -66,6 +66,10 @@ def check_training(config: Config) -> None:
             f"index of a data set holds at most {MOST}: lower one of the two",
         )
     check_ramp(training)
+    require(
+        config.checkpoint.load is not None or not config.checkpoint.load_optimizer,
+        "checkpoint.load_optimizer is true, but checkpoint.load names no checkpoint: set it, or leave the first out",
+    )
     limit = config.model.max_position_embeddings
     require(
         limit is None or limit >= training.seq_length,

@@ -6,7 +6,7 @@ Nothing is unpickled (docs/decisions/checkpoint-format.md).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,22 +188,23 @@ def shapes_of(folder: Path) -> dict[str, torch.Size]:
     return {name: saved.size for name, saved in found.items() if isinstance(saved, TensorStorageMetadata)}
 
 
-def fill(folder: Path, masters: Masters, weights: list[Weight], steps: int) -> None:
+def fill(folder: Path, masters: Masters, weights: list[Weight], steps: int, kinds: Sequence[str] = KINDS) -> None:
     """Put masters, moments and weights of this rank where DeepSpeed keeps them; a collective call.
 
     Args:
         steps: Adam's count of updates.
+        kinds: what is read; the rest is zero.
     """
     masters.begin()
     for parameters in _portions(by_parameter(weights)):
-        values = {p: {kind: torch.empty(local_shape(p)) for kind in KINDS} for p in parameters}
+        values = {p: {kind: torch.zeros(local_shape(p)) for kind in KINDS} for p in parameters}
         read(
             folder,
             {
                 f"{kind}.{weight.name}": _box(weight, weight.local(values[parameter][kind]))
                 for parameter, parts in parameters.items()
                 for weight in parts
-                for kind in KINDS
+                for kind in kinds
             },
         )
         for parameter, found in values.items():

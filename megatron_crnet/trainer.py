@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
@@ -83,7 +84,7 @@ class Trainer:
         check_memory(config, context.device)
         check_sinks(config)
         self.inputs = examine_inputs(config, self.plan)
-        self.space = None if self.is_complete else examine_together(self._check_space)
+        self.space = None if self.is_complete or config.training.eval_only else examine_together(self._check_space)
 
     @property
     def is_complete(self) -> bool:
@@ -98,7 +99,7 @@ class Trainer:
         # another layout than the checkpoint's has no random states of its own to continue from
         seed_random_states(self.config.training.seed + self.inputs.step)
         checkpoint = self.inputs.checkpoint
-        self.state = self.checkpointer.load(checkpoint) if checkpoint else TrainingState()
+        self.state = self._load()
         self.engine.restore_schedule(self.state.step)
         self.progress = Progress(self.config.training.train_steps, self.state.step, self.context.is_main)
         with examine_together(self._open_folder) as self.metrics:
@@ -123,6 +124,53 @@ class Trainer:
     def _check_space(self) -> tuple[str | None, dict[str, str]]:
         return check_space(self.config, self.inputs.step) if self.context.is_main else None, {}
 
+    def _load(self) -> TrainingState:
+        """Fill weights and optimizer from what the inputs found. Returns the counters."""
+        start = self.inputs.start
+        if start is not None:
+            self.checkpointer.load_initial(start.checkpoint, start.optimizer)
+            self.checkpointer.loaded_from = start.facts
+            return TrainingState()
+        return self.checkpointer.load(self.inputs.checkpoint) if self.inputs.checkpoint else TrainingState()
+
+    def evaluate_only(self) -> None:
+        """Measure the losses of what the inputs found, print them and add them to evaluations.jsonl."""
+        self.engine = TrainEngine(self.config, build_model_chunks(self.config), self.context)
+        self.checkpointer = Checkpointer(self.config, self.engine, self.inputs.trained_on)
+        self.vote = Vote(collective_limit(self.config))
+        start = self.inputs.start
+        checkpoint = start.checkpoint if start else self.inputs.checkpoint
+        self._load()
+        # where the weights stand, whatever a run would make of them
+        self.state = TrainingState.from_values(start.state if start else self.inputs.state)
+        self.engine.restore_schedule(self.state.step)
+        self.progress, self.metrics = Progress(0, 0, self.context.is_main), MetricsWriter(self.config, is_main=False)
+        self._announce_remarks()
+        self.progress.line(f"evaluating {checkpoint}, step {self.state.step}")
+        values: dict[str, Any] = {"step": self.state.step, "checkpoint": str(checkpoint)}
+        limit_s = 60 * self.config.parallel.distributed_timeout_minutes
+        valid, test = self.inputs.datasets.valid, self.inputs.datasets.test
+        with self.context.heartbeat.watching(limit_s):
+            if valid is not None:
+                values |= self._evaluate("validation", valid, self.config.training.eval_steps) or {}
+            if test is not None:
+                values |= self._evaluate("test", test, self.inputs.test_steps) or {}
+        examine_together(lambda: self._add_evaluation(values))
+
+    def _add_evaluation(self, values: dict[str, Any]) -> tuple[None, dict[str, str]]:
+        if not self.context.is_main:
+            return None, {}
+        path = Path(self.config.logging.output_dir) / "evaluations.jsonl"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be written ({error.strerror or error}): choose another logging.output_dir"
+            ) from error
+        return None, {}
+
     def _open_folder(self) -> tuple[MetricsWriter, dict[str, str]]:
         """The first thing that is written; an error reaches every rank."""
         folder = Path(self.config.logging.output_dir)
@@ -131,8 +179,10 @@ class Trainer:
                 folder.mkdir(parents=True, exist_ok=True)
                 save_config(self.config, folder / "config.yaml")
                 newest = self.inputs.step if self.inputs.checkpoint else None
-                facts = saved_facts(self.config, newest)
-                write_run_file(folder, sys.argv, self.context.world_size, checkpoints=facts)
+                facts: dict[str, Any] = {"checkpoints": saved_facts(self.config, newest)}
+                if self.checkpointer.loaded_from:
+                    facts["loaded_from"] = self.checkpointer.loaded_from
+                write_run_file(folder, sys.argv, self.context.world_size, **facts)
             return MetricsWriter(self.config, self.context.is_main, self.state.step), {}
         except OSError as error:
             raise ConfigError(
@@ -140,11 +190,16 @@ class Trainer:
                 "the permissions or choose another folder"
             ) from error
 
-    def _announce(self) -> None:
+    def _announce_remarks(self) -> None:
         warnings = (*self.inputs.damaged, *([self.space] if self.space else []))
         for line in (*(f"warning: {line}" for line in warnings), *self.inputs.remarks):
             self.progress.line(line)
+
+    def _announce(self) -> None:
+        self._announce_remarks()
         self.progress.line(cost_of_run(self.config, self.plan, self.context.world_size))
+        if self.inputs.start is not None:
+            self.progress.line(self.inputs.start.line)
         if self.inputs.checkpoint is not None:
             self.progress.line(f"continuing from {self.inputs.checkpoint}, step {self.state.step}")
             if self.state.samples:
@@ -342,41 +397,41 @@ class Trainer:
             to_the_end: take no notice of signals.
         """
         dataset, steps = self.inputs.datasets.valid, self.config.training.eval_steps
-        if self._evaluate("validation", dataset, steps, to_the_end, f" | unigram entropy {self.inputs.entropy:.4f}"):
+        if self._evaluate("validation", dataset, steps, to_the_end) is None:
             return False
         self.state = replace(self.state, validation_due=False)
         return True
 
     def _test(self) -> None:
         """The loss of the final weights on the test data, to the end whatever signals come."""
-        self._evaluate("test", self.inputs.datasets.test, self.inputs.test_steps, to_the_end=True)
+        self._evaluate("test", self.inputs.datasets.test, self.inputs.test_steps)
 
-    def _evaluate(self, what: str, dataset: Any, steps: int, to_the_end: bool, more: str = "") -> bool:
+    def _evaluate(self, what: str, dataset: Any, steps: int, to_the_end: bool = True) -> dict[str, Any] | None:
         """Mean loss over all tokens of the first `steps` global batches of `dataset`, into the metrics and the log.
 
         Args:
             what: name of the metric.
             to_the_end: take no notice of signals.
-            more: end of the line in the log.
 
         Returns:
-            Whether a signal cut it short; then nothing is written.
+            The metrics; None if a signal cut it short.
         """
         totals: list[tuple[float, float]] = []
         for batches in self._batches(dataset, 0, steps):
             self.context.heartbeat.report(f"step {self.state.step}, batch {len(totals) + 1} of its {what}")
             totals.append(self.engine.evaluate(batches))
             if any(self.vote.any(self._is_warned(to_the_end))):
-                return True
+                return None
         loss = sum(total for total, _ in totals) / sum(count for _, count in totals)
         # e^700 is the largest power a float holds
         perplexity = math.exp(min(loss, 700.0))
         values = {"tokens": self.state.tokens, f"{what}_loss": loss, f"{what}_perplexity": perplexity}
         self.metrics.write(self.state.step, values)
+        entropy = f" | unigram entropy {self.inputs.entropy:.4f}" if what == "validation" else ""
         self.progress.line(
-            f"step {self.state.step} | {what} loss {loss:.4f} | {what} perplexity {perplexity:.2f}{more}"
+            f"step {self.state.step} | {what} loss {loss:.4f} | {what} perplexity {perplexity:.2f}{entropy}"
         )
-        return False
+        return values
 
     def _saves(self, step: int) -> bool:
         interval = self.config.checkpoint.save_interval
@@ -446,6 +501,9 @@ def train(config: Config, interruption: Interruption) -> bool:
 
 
 def _train_on_this_rank(config: Config, context: ParallelContext, interruption: Interruption) -> bool:
+    if config.training.eval_only:
+        Trainer(config, context, interruption, RunFolders()).evaluate_only()
+        return True
     with hold_run_folders(config, context.is_main) as folders:
         return _train_in(folders, config, context, interruption)
 
