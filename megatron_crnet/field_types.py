@@ -142,6 +142,8 @@ def checked(name: str, kind: Any, value: Any, remedy: str = "correct it") -> Any
 def remedy_of(field: dataclasses.Field[Any]) -> str:
     """What to do about a value that is wrong: the default is never wrong."""
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if default is dataclasses.MISSING:
+        return "correct it"
     return f"correct it, or leave it out for {shown(default)}"
 
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-import yaml
+from annotated_types import Ge, Le
 
-from megatron_crnet.errors import ConfigError, require
+from megatron_crnet.errors import require
+from megatron_crnet.field_types import SMALLEST, Name, Section
+from megatron_crnet.yaml_files import read_file
+
+Rate = Annotated[float, Ge(SMALLEST), Le(1e24)]
+Reached = Annotated[float, Ge(SMALLEST), Le(1)]
 
 
 @dataclass(frozen=True)
-class Machine:
+class Machine(Section, name="machine"):
     """One GPU in its node. Bandwidths are for one direction.
 
     Attributes:
@@ -30,23 +35,22 @@ class Machine:
         link_efficiency: share of the three bandwidths between devices that large transfers reach. The same.
     """
 
-    name: str
-    peak_flops: float
-    memory_bytes: float
-    memory_bandwidth: float
-    node_bandwidth: float
-    network_bandwidth: float
-    host_bandwidth: float
-    product_efficiency: float = 0.6
-    link_efficiency: float = 0.8
-    peak_flops_fp32: float | None = None
+    name: Name
+    peak_flops: Rate
+    memory_bytes: Rate
+    memory_bandwidth: Rate
+    node_bandwidth: Rate
+    network_bandwidth: Rate
+    host_bandwidth: Rate
+    product_efficiency: Reached = 0.6
+    link_efficiency: Reached = 0.8
+    peak_flops_fp32: Rate | None = None
 
     def peak(self, dtype: str) -> float:
         """Operations a second of matrix products in `dtype`, bf16 or fp32."""
         return self.peak_flops if dtype == "bf16" else self.peak_flops_fp32 or self.peak_flops
 
 
-SHARES = ("product_efficiency", "link_efficiency")
 GIB = 2**30
 MACHINES = {
     # NVIDIA A100 80GB SXM data sheet; DGX A100: one 200 Gb/s port a GPU, PCIe 4
@@ -70,37 +74,14 @@ def find_machine(name: str) -> Machine:
         return MACHINES[name]
     path = Path(name)
     require(path.is_file(), f"--gpu is {name}, but must be {', '.join(MACHINES)} or a YAML file: give one of them")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--gpu {name} cannot be read ({' '.join(str(error).split())}): correct it") from error
+    values = read_file(name, lambda keys: keys == ("name",))
     require(isinstance(values, dict), f"--gpu {name} holds no mapping: write the fields of a machine in it")
-    return _machine(name, values)
-
-
-def _machine(path: str, values: dict[str, object]) -> Machine:
-    fields = {f.name: f for f in dataclasses.fields(Machine)}
+    fields = {field.name: field for field in dataclasses.fields(Machine)}
     for key in values:
         close = difflib.get_close_matches(str(key), list(fields), n=1)
         remedy = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(fields)}"
-        require(key in fields, f"--gpu {path}: unknown field {key!r}: {remedy}")
-    numbers: dict[str, float] = {}
-    for name, field in fields.items():
-        if name == "name":
-            continue
-        value = values.get(name, field.default)
-        require(value is not dataclasses.MISSING, f"--gpu {path} gives no {name}: add it")
-        if value is None and field.default is None:
-            continue
-        try:
-            # YAML reads 64e9 as text
-            numbers[name] = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            numbers[name] = math.nan
-        most = 1 if name in SHARES else math.inf
-        require(
-            0 < numbers[name] <= most and numbers[name] < math.inf,
-            f"--gpu {path}: {name} is {value!r}, but must be a number above 0{' and at most 1' if most == 1 else ''}: "
-            "correct it",
-        )
-    return Machine(str(values.get("name", Path(path).stem)), **numbers)
+        require(key in fields, f"--gpu {name}: unknown field {key!r}: {remedy}")
+    given = {"name": path.stem, **values}
+    missing = [key for key, field in fields.items() if field.default is dataclasses.MISSING and key not in given]
+    require(not missing, f"--gpu {name} gives no {', '.join(missing)}: add it")
+    return Machine(**given)

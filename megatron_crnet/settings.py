@@ -20,7 +20,7 @@ import yaml
 from megatron_crnet.atomic import replace_text
 from megatron_crnet.config import Config
 from megatron_crnet.errors import ConfigError, require
-from megatron_crnet.field_types import describe, is_text, shown, types_of
+from megatron_crnet.field_types import FilePath, checked, describe, is_text, shown, types_of
 from megatron_crnet.options import ToolParser
 from megatron_crnet.ranks import resolve_full_rank_layers
 from megatron_crnet.rules import sequence_parallel
@@ -67,7 +67,7 @@ class ConfigParser(ToolParser):
         options = self.parse_args(rest)
         values: Values = {}
         for path in options.config:
-            _merge_file(values, path)
+            _merge_file(values, checked("--config", FilePath, path))
         for option, value in given:
             _merge_option(values, option, value)
         return options, build(values)
@@ -172,7 +172,7 @@ def _merge_option(values: Values, option: str, text: str) -> None:
     source = "command line"
     if section in (DEEPSPEED, "deepspeed_config") and not keys:
         is_mapping = text.lstrip().startswith("{")
-        found = read_text(text, option) if is_mapping else read_file(text, _wants_text)
+        found = read_text(text, option) if is_mapping else read_file(checked(option, FilePath, text), _wants_text)
         require(isinstance(found, dict), f"{option} {text} holds no mapping: give a file with DeepSpeed's settings")
         _merge_section(values, DEEPSPEED, found, source)
         return

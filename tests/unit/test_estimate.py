@@ -164,16 +164,20 @@ def test_a_machine_comes_from_a_file_or_is_refused_in_one_line(tmp_path: Path) -
     assert find_machine(str(path)) == dataclasses.replace(MACHINES["h100"], name="mine", peak_flops=1e15)
     for change, message in (
         ({"peak_flop": 1}, "did you mean peak_flops?"),
-        ({"memory_bytes": None}, "memory_bytes is None, but must be a number"),
-        ({"link_efficiency": 0}, "link_efficiency is 0, but must be a number above 0 and at most 1"),
-        ({"link_efficiency": 80}, "link_efficiency is 80, but must be a number above 0 and at most 1"),
-        ({"host_bandwidth": "inf"}, "host_bandwidth is 'inf', but must be a number above 0"),
-        ({"host_bandwidth": True}, "host_bandwidth is True, but must be a number above 0"),
-        ({"peak_flops": math.nan}, "peak_flops is nan, but must be a number above 0"),
+        ({"memory_bytes": None}, "machine.memory_bytes is null, but must be a finite number above 0"),
+        ({"link_efficiency": 0}, "link_efficiency is 0, but must be a finite number above 0 and up to 1"),
+        ({"link_efficiency": 80}, "link_efficiency is 80, but must be a finite number above 0 and up to 1"),
+        ({"host_bandwidth": "inf"}, 'host_bandwidth is "inf", but must be a finite number above 0'),
+        ({"host_bandwidth": True}, "host_bandwidth is true, but must be a finite number above 0"),
+        ({"host_bandwidth": math.inf}, r"host_bandwidth is \.inf, but must be a finite number above 0"),
+        ({"peak_flops": math.nan}, r"peak_flops is \.nan, but must be a finite number above 0"),
     ):
         path.write_text(yaml.safe_dump({**values, **change}))
         with pytest.raises(ConfigError, match=message):
             find_machine(str(path))
+    path.write_text("name: mine\npeak_flops: 1e12\npeak_flops: 2e12\n")
+    with pytest.raises(ConfigError, match="has the key peak_flops twice, in lines 2 and 3"):
+        find_machine(str(path))
     path.write_text("peak_flops: 1e12\n" + yaml.safe_dump({k: v for k, v in values.items() if k in BANDWIDTHS}))
     assert find_machine(str(path)).peak("fp32") == 1e12
     with pytest.raises(ConfigError, match=r"a100-80g, h100, h200 or a YAML file"):

@@ -153,6 +153,8 @@ def test_home_and_environment_stand_for_themselves_in_every_path(tmp_path: Path,
     assert (config.data.tokenizer_model, config.data.cache_path) == ("/scratch/me/t", "/home/me/c")
     assert (config.checkpoint.dir, config.logging.output_dir) == ("/scratch/me/k", "/home/me/runs")
     assert load_config(file, ["--logging.output_dir", "$SCRATCH/r"]).logging.output_dir == "/scratch/me/r"
+    monkeypatch.setenv("FOLDER", str(tmp_path))
+    assert load_config("$FOLDER/config.yaml") == config
     with pytest.raises(ConfigError, match=r"logging.output_dir is .*, but the environment variable \$UNSET_X is not"):
         load_config(file, ["--logging.output_dir", "$UNSET_X/r"])
     with pytest.raises(ConfigError, match="there is no user nobody-of-that-name"):
