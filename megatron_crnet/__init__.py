@@ -89,11 +89,10 @@ The modules in the order in which to read them; each uses only those above it.
 
     benchmark_rows       what is compared; benchmark_world: the processes of one row
     benchmark            rows in turn, medians and ratios
-    report_inputs        reads runs and figures, whole or damaged; charts: SVG for paper, phones and the dark
-    report_parts         sections, tables and what they share
-    report_speed, report_costs             how fast; memory, recomputation, traffic
-    report_side_by_side  one step, estimated, simulated and measured
-    scaling_report       what a report says; report_page: as HTML and Markdown
+    report_inputs        reads runs and figures, whole or damaged
+    report_pictures      matplotlib's SVG for paper, phones and the dark; report_page: sections as HTML and Markdown
+    report_steps         one step, estimated, simulated and measured
+    scaling_report       what a report says
 """
 
 from megatron_crnet.noise import silence_libraries

@@ -31,9 +31,9 @@ class Held:
 
     Attributes:
         weights: parameters.
-        optimizer: what else lives from step to step: fp32 weights, moments, DeepSpeed's flat buffers.
-        gradients: what is left of the passes when the optimizer starts.
-        activations: the rest of the peak: activations, logits, temporary tensors.
+        optimizer: fp32 weights and moments.
+        gradients: what else is there after the passes, before they are reduced, but for buffers of communication.
+        activations: the rest of the peak: activations, logits, those buffers, temporary tensors.
     """
 
     weights: int
@@ -208,21 +208,23 @@ class _Site:
     def counted(self) -> Ready:
         """Two steps, of which the second is watched: the first one allocates what stays."""
         from megatron_crnet.communication import CommunicationCounter
-        from megatron_crnet.counted_step import OperationCounter, flows
+        from megatron_crnet.counted_step import OperationCounter, flows, state_bytes
+        from megatron_crnet.schedule import loss_totals
 
         counter, operations, memory = CommunicationCounter(), OperationCounter(), self.memory
         with memory:
             self._passes()
             self.engine.update()
-            state = memory.current
             memory.reset_peak()
             with counter, operations:
-                self._passes()
+                results = self.engine.accumulate(self.batches, self.plan.tokens_per_step)
                 after_passes = memory.current
+                weights, optimizer, buffers = state_bytes(self.engine)
+                self.engine.reduce_gradients()
+                loss_totals(results, self.context.device)
                 self.engine.update()
-        weights = sum(_bytes_of(p) for chunk in self.engine.chunks for p in chunk.parameters())
-        gradients = max(after_passes - state, 0)
-        held = Held(weights, max(state - weights, 0), gradients, max(memory.peak - state - gradients, 0))
+        gradients = max(after_passes - weights - optimizer - buffers, 0)
+        held = Held(weights, optimizer, gradients, max(memory.peak - weights - optimizer - gradients, 0))
         traffic: Counter[str] = Counter()
         for flow in flows(counter):
             traffic[f"{flow.group} {flow.kind}"] += flow.bytes
@@ -263,9 +265,3 @@ def _memory() -> Any:
     from megatron_crnet.live_memory import LiveMemory
 
     return _CudaMemory() if torch.cuda.is_available() else LiveMemory()
-
-
-def _bytes_of(parameter: Any) -> int:
-    """Of this rank's part; ZeRO-3 leaves an empty parameter and puts its part beside it."""
-    kept = getattr(parameter, "ds_tensor", parameter)
-    return int(kept.numel() * kept.element_size())

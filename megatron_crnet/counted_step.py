@@ -121,7 +121,7 @@ def _counted(
     memory.reset_peak()
     results = engine.accumulate(batches, tokens)
     peak, after = memory.peak, memory.current
-    weights, optimizer, buffers = _state(engine)
+    weights, optimizer, buffers = state_bytes(engine)
     memory.reset_peak()
     engine.reduce_gradients()
     reduction = memory.peak
@@ -168,7 +168,7 @@ class _Passes:
             hook.remove()
 
 
-def _state(engine: TrainEngine) -> tuple[int, int, int]:
+def state_bytes(engine: TrainEngine) -> tuple[int, int, int]:
     """Bytes of weights, of the optimizer's state and of DeepSpeed's communication buffers."""
     parameters = list(engine.deepspeed.module.parameters())
     weights = [x for p in parameters for x in (p.data, getattr(p, "ds_tensor", None)) if x is not None]

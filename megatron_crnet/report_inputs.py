@@ -1,14 +1,21 @@
-"""Reads what a scaling report is made from; what is missing or damaged becomes a line, and the rest is read."""
+"""Reads what a report is made of. What is missing or damaged becomes a line in `problems`, and the rest is read.
+
+Every value has a type that knows its range, so that nothing behind this module meets an infinity, a lone surrogate or
+a number where a mapping belongs. A damaged field that a row can do without is left out of it; a row that lacks what
+every row needs is left out whole.
+"""
 
 from __future__ import annotations
 
 import json
-import math
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+import pandas as pd
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, WrapValidator
 
 from megatron_crnet.arithmetic import flops_per_token
 from megatron_crnet.config import Config
@@ -17,6 +24,253 @@ from megatron_crnet.provenance import RUN_FILE
 from megatron_crnet.settings import load_config
 
 METRICS = "metrics.jsonl"
+LARGEST = 1e30
+"""Beyond every count of bytes, tokens and operations, and small enough that products and sums stay finite."""
+
+
+def _or_nothing(value: Any, check: Any, info: ValidationInfo) -> Any:
+    if value is None:
+        return None
+    try:
+        return check(value)
+    except ValidationError:
+        if isinstance(info.context, list):
+            info.context.append(str(info.field_name))
+        return None
+
+
+T = TypeVar("T")
+
+
+def printable(text: str) -> str:
+    """On one line; what no terminal and no page can show is written as its number."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(text.split()))
+
+
+Text = Annotated[str, Field(strict=True), AfterValidator(lambda text: printable(text)[:1000])]
+Name = Annotated[Text, AfterValidator(lambda text: text[:100])]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-LARGEST, le=LARGEST)]
+Amount = Annotated[Number, Field(ge=0)]
+Positive = Annotated[Number, Field(ge=1 / LARGEST)]
+Ratio = Annotated[Number, Field(ge=1e-9, le=1e9)]
+Count = Annotated[int, Field(strict=True, ge=1, le=10**7)]
+Perhaps = Annotated[T | None, WrapValidator(_or_nothing)]
+"""None where it is damaged, which the validation's context, a list, is told."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Memory(_Part):
+    """Bytes of a rank by part, of a benchmark's row; they add up to the peak."""
+
+    weights: Amount
+    optimizer: Amount
+    gradients: Amount
+    activations: Amount
+
+    @property
+    def total(self) -> float:
+        """The peak."""
+        return self.weights + self.optimizer + self.gradients + self.activations
+
+
+class FineMemory(_Part):
+    """The finer parts of an estimate or a simulation (`figures.Memory`)."""
+
+    weights: Amount
+    gradients: Amount
+    optimizer: Amount
+    kept: Amount
+    transient: Number
+    buffers: Amount = 0
+    reduction: Amount = 0
+    update: Amount = 0
+
+    @property
+    def parts(self) -> Memory:
+        """As a benchmark splits them: what comes and goes with a step is `activations`, buffers included."""
+        most = max(self.kept + self.transient, self.reduction, self.update)
+        return Memory(
+            weights=self.weights,
+            optimizer=self.optimizer,
+            gradients=self.gradients,
+            activations=self.buffers + most,
+        )
+
+
+class Flow(_Part):
+    """Bytes of one kind of call in one group of ranks."""
+
+    group: Name
+    kind: Name
+    bytes: Amount
+
+
+class Operations(_Part):
+    """Of a rank's step, by formula."""
+
+    passes: Amount
+    recomputation: Amount
+
+
+class Figures(_Part):
+    """One rank, estimated or counted in a simulation."""
+
+    memory: FineMemory
+    operations: Perhaps[Operations] = None
+    flops: Perhaps[Amount] = None
+    flows: Perhaps[list[Flow]] = None
+
+    def traffic(self) -> dict[str, float]:
+        """Bytes by group and kind."""
+        found: dict[str, float] = {}
+        for flow in self.flows or []:
+            found[f"{flow.group} {flow.kind}"] = found.get(f"{flow.group} {flow.kind}", 0) + flow.bytes
+        return found
+
+
+class Step(_Part):
+    """Which step figures are of (`step_identity.py`)."""
+
+    fingerprint: Name
+    line: Text
+
+
+class Machine(_Part):
+    """That figures were measured on, or are an estimate for."""
+
+    name: Perhaps[Name] = None
+    processor: Perhaps[Name] = None
+    cores: Perhaps[Count] = None
+    gpus: Perhaps[list[Name]] = None
+    load_average: Perhaps[Amount] = None
+    load_average_at_end: Perhaps[Amount] = None
+    peak_flops: Perhaps[Positive] = None
+
+    @property
+    def device(self) -> str:
+        """What computes."""
+        return (self.gpus or [self.processor or ""])[0]
+
+
+class Record(_Part):
+    """What stands at the head of every file of figures."""
+
+    kind: Perhaps[Name] = None
+    command: Perhaps[Text] = None
+    machine: Perhaps[Machine] = None
+    versions: Perhaps[dict[Name, Name]] = None
+    step: Perhaps[Step] = None
+    world_size: Perhaps[Count] = None
+
+
+class Seconds(_Part):
+    """Of an estimate's step."""
+
+    step: Positive
+
+
+class Estimate(Record):
+    """A file of tools/estimate.py."""
+
+    stages: Annotated[list[Figures], Field(min_length=1)]
+    seconds: Perhaps[Seconds] = None
+    tokens_per_second: Perhaps[Positive] = None
+
+
+class Simulation(Record):
+    """A file of tools/simulate.py."""
+
+    rank: Perhaps[Annotated[int, Field(strict=True, ge=0, le=10**7)]] = None
+    counted: Figures
+    estimated: Perhaps[Figures] = None
+
+
+class Rank(_Part):
+    """One rank of a benchmark's row."""
+
+    memory: Memory
+    traffic: dict[Name, Amount]
+    operations: Perhaps[Amount] = None
+
+
+class Row(_Part):
+    """A row of a benchmark that was measured."""
+
+    sweep: Name
+    name: Name
+    processes: Count
+    parameters: Amount
+    flops_per_token: Amount
+    tokens_per_step: Amount
+    median_s: Positive
+    spread: Amount
+    tokens_per_s: Positive
+    peak_bytes: Amount
+    memory: Memory
+    traffic: dict[Name, Amount]
+    speed_of_first: Ratio
+    cpu_speed_of_first: Ratio
+    mfu: Perhaps[Amount] = None
+    step: Perhaps[Step] = None
+    ranks: Perhaps[list[Rank]] = None
+
+    @property
+    def label(self) -> str:
+        """Its name among rows of other sweeps."""
+        ranks = f", {self.processes} ranks" if self.processes > 1 and "process" not in self.name else ""
+        return f"{self.name}{ranks}" if self.sweep == "variants" else f"{self.sweep}: {self.name}{ranks}"
+
+
+class Benchmark(Record):
+    """A file of tools/benchmark.py, with the rows that were measured and are whole."""
+
+    device: Perhaps[Name] = None
+    complete: Perhaps[Annotated[bool, Field(strict=True)]] = None
+    peak_flops: Perhaps[Positive] = None
+    peak_source: Perhaps[Text] = None
+    rows: list[Row]
+
+    def distinct(self) -> list[Row]:
+        """Without rows that another sweep has measured already, which have the same times to the last digit."""
+        found: dict[tuple[float, float], Row] = {}
+        for row in self.rows:
+            found.setdefault((row.median_s, row.spread), row)
+        return list(found.values())
+
+    def of(self, *sweeps: str) -> list[Row]:
+        """Rows of these sweeps."""
+        return [row for row in self.rows if row.sweep in sweeps]
+
+
+class Strategy(_Part):
+    """A strategy of recomputation, counted."""
+
+    name: Name
+    kept: Amount
+    peak: Amount
+    flops: Amount
+
+
+class Recompute(Record):
+    """A file of tools/measure_recompute.py, with the rows that are whole."""
+
+    rows: list[Strategy]
+
+
+class Line(_Part):
+    """A line of metrics.jsonl."""
+
+    step: Annotated[Amount, Field(le=1e15)]
+    tokens: Perhaps[Amount] = None
+    loss: Perhaps[Number] = None
+    step_time_s: Perhaps[Amount] = None
+    tokens_per_s: Perhaps[Amount] = None
+    tflops_per_device: Perhaps[Amount] = None
+    validation_loss: Perhaps[Number] = None
+    validation_perplexity: Perhaps[Number] = None
 
 
 @dataclass(frozen=True)
@@ -24,42 +278,35 @@ class Run:
     """A training run.
 
     Attributes:
-        lines: of metrics.jsonl, those that are whole.
+        lines: a row for each line of metrics.jsonl, and `seconds` of training so far, validation and saving left out.
         config: None where config.yaml cannot be read.
-        facts: run.json; empty where it cannot be read.
+        facts: of run.json.
     """
 
     name: str
-    lines: list[dict[str, Any]]
+    lines: pd.DataFrame
     config: Config | None
-    facts: dict[str, Any]
+    facts: Record
 
-    def points(self, key: str) -> list[tuple[float, float]]:
-        """(tokens, value) of every line that has both."""
-        return [(line["tokens"], line[key]) for line in self.lines if are_numbers(line, "tokens", key)]
+    def points(self, key: str, over: str = "tokens") -> list[tuple[float, float]]:
+        """(tokens or seconds, value) of every line that has both."""
+        return list(self.lines[[over, key]].dropna().itertuples(index=False, name=None))
 
-    def points_over_time(self, key: str) -> list[tuple[float, float]]:
-        """(seconds of training, value), validation and saving left out of the time."""
-        found, seconds, last = [], 0.0, 0
-        for line in self.lines:
-            if are_numbers(line, "step", "step_time_s"):
-                seconds += line["step_time_s"] * (line["step"] - last)
-                last = line["step"]
-            if are_numbers(line, key):
-                found.append((seconds, float(line[key])))
-        return found
+    def last(self, key: str) -> float | None:
+        """The value of the last line that has one."""
+        found = self.lines[key].dropna()
+        return None if found.empty else float(found.iloc[-1])
 
     def median(self, key: str) -> float | None:
         """Over the lines but the first, which holds what starts up."""
-        values = [line[key] for line in self.lines if are_numbers(line, key)]
-        return statistics.median(values[1:] or values) if values else None
+        found = self.lines[key].dropna()
+        return None if found.empty else float((found.iloc[1:] if len(found) > 1 else found).median())
 
-    @property
+    @cached_property
     def processes(self) -> int | None:
         """As run.json says, else what follows from the two rates of a metrics line."""
-        known = self.facts.get("world_size")
-        if isinstance(known, int) and known > 0:
-            return known
+        if self.facts.world_size:
+            return self.facts.world_size
         tokens, tflops = self.median("tokens_per_s"), self.median("tflops_per_device")
         if self.config is None or not tokens or not tflops:
             return None
@@ -69,240 +316,198 @@ class Run:
         return near if near > 0 and abs(found / near - 1) < 0.02 else None
 
 
-@dataclass(frozen=True)
-class Figures:
-    """One rank of an estimate or a simulation.
-
-    Attributes:
-        parts: bytes of memory by part; they add up to the peak.
-        traffic: bytes of a step by group and kind.
-    """
-
-    name: str
-    parts: dict[str, float]
-    traffic: dict[str, float]
-
-
 @dataclass
-class Evidence:
-    """All that could be read, and a line for each thing that could not."""
+class ReportInputs:
+    """All that could be read, by name, and a line for each thing that could not."""
 
     runs: list[Run] = field(default_factory=list)
-    benchmarks: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    figures: list[Figures] = field(default_factory=list)
-    records: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    """The files that `figures` were found in, as they are; empty for one that is no mapping."""
-    recompute: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    benchmarks: dict[str, Benchmark] = field(default_factory=dict)
+    estimates: dict[str, Estimate] = field(default_factory=dict)
+    simulations: dict[str, Simulation] = field(default_factory=dict)
+    recompute: dict[str, Recompute] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+
+    def records(self) -> Iterator[tuple[str, Record]]:
+        """Everything with a command and a machine."""
+        yield from ((run.name, run.facts) for run in self.runs)
+        for kind in (self.benchmarks, self.estimates, self.simulations, self.recompute):
+            yield from kind.items()
+
+    def say(self) -> list[str]:
+        """The problems, for a page or a terminal."""
+        return [printable(problem) for problem in self.problems]
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing at all was read."""
-        return not (self.runs or self.benchmarks or self.figures or self.recompute)
-
-    def measured(self, *sweeps: str) -> list[tuple[str, list[dict[str, Any]]]]:
-        """Benchmarks that have rows of these sweeps (of any, without sweeps), with those rows.
-
-        Each stays for itself: what one file's first row is to another's nobody has measured.
-        """
-        found = [
-            (name, [row for row in record["rows"] if not sweeps or row["sweep"] in sweeps])
-            for name, record in self.benchmarks
-        ]
-        return [(name, rows) for name, rows in found if rows]
+        return not any(True for _ in self.records())
 
 
-def read_evidence(paths: list[Path]) -> Evidence:
+def read_inputs(paths: list[Path]) -> ReportInputs:
     """Folders of runs, and files of benchmarks, estimates, simulations and recomputation."""
-    evidence = Evidence()
+    found = ReportInputs()
     for path in paths:
         if path.is_dir():
-            _read_folder(path, evidence)
+            _read_folder(path, found)
         elif path.suffix == ".jsonl":
-            _read_run(path, evidence)
+            read_run(path, found)
         else:
-            _read_json(path, evidence)
-    return evidence
-
-
-def _read_folder(folder: Path, evidence: Evidence) -> None:
-    files = sorted(file for file in folder.glob("*.json") if file.name != RUN_FILE)
-    if not files and not (folder / METRICS).exists():
-        evidence.problems.append(f"{folder} holds no {METRICS} and no JSON file: give the folder of a run")
-    if (folder / METRICS).exists():
-        _read_run(folder / METRICS, evidence)
-    for file in files:
-        _read_json(file, evidence)
-
-
-def _read_run(path: Path, evidence: Evidence) -> None:
-    text, folder = _text(path, evidence), path.parent
-    if text is None:
-        return
-    lines, damaged = [], []
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError:
-            value = None
-        if isinstance(value, dict) and are_numbers(value, "step"):
-            lines.append(value)
-        else:
-            damaged.append(number)
-    if damaged:
-        which = f"line {damaged[0]}" if len(damaged) == 1 else f"{len(damaged)} lines, the first of them {damaged[0]},"
-        evidence.problems.append(f"{path}: {which} cannot be read: left out")
-    if not any(are_numbers(line, "tokens", "loss") for line in lines):
-        evidence.problems.append(f"{path} has no line with tokens and loss: the run is left out")
-        return
-    evidence.runs.append(Run(_short(folder), lines, _config(folder, evidence), _facts(folder, evidence)))
-
-
-def _config(folder: Path, evidence: Evidence) -> Config | None:
-    try:
-        return load_config(folder / "config.yaml")
-    except CrnetError as error:
-        evidence.problems.append(f"{folder}: no parameters, operations and layout, because {error}")
-        return None
-
-
-def _facts(folder: Path, evidence: Evidence) -> dict[str, Any]:
-    found = _parsed(folder / RUN_FILE, evidence)
-    return found if isinstance(found, dict) else {}
-
-
-def _text(path: Path, evidence: Evidence) -> str | None:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or "it is no text"
-        evidence.problems.append(f"{path} cannot be read ({reason}): left out")
-        return None
-
-
-def _parsed(path: Path, evidence: Evidence) -> Any:
-    text = _text(path, evidence)
-    try:
-        return None if text is None else json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        place = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        evidence.problems.append(f"{path} is no whole JSON{place}: left out")
-        return None
-
-
-def _read_json(path: Path, evidence: Evidence) -> None:
-    known, value = len(evidence.problems), _parsed(path, evidence)
-    name = _short(path.with_suffix(""))
-    if isinstance(value, dict) and value.get("kind") == "benchmark":
-        _read_benchmark(path, name, value, evidence)
-    elif isinstance(value, dict) and value.get("kind") == "recompute":
-        _read_strategies(path, name, value, evidence)
-    elif found := list(_find_figures(name, value)):
-        evidence.figures += found
-        evidence.records.append((name, value if isinstance(value, dict) else {}))
-    elif len(evidence.problems) == known:
-        evidence.problems.append(
-            f"{path} holds no benchmark, estimate, simulation or strategies of recomputation: left out"
-        )
-
-
-MEASURED = (
-    *("median_s", "spread", "tokens_per_s", "tflops_per_device", "peak_bytes", "parameters", "flops_per_token"),
-    *("tokens_per_step", "speed_of_first", "cpu_speed_of_first"),
-)
-"""Numbers that a row which was measured must have."""
-
-
-def _read_benchmark(path: Path, name: str, record: dict[str, Any], evidence: Evidence) -> None:
-    rows, kept = record.get("rows"), []
-    for number, row in enumerate(rows if isinstance(rows, list) else [], 1):
-        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("sweep", "name")):
-            evidence.problems.append(f"{path}: row {number} is damaged: left out")
-        elif "median_s" not in row:
-            reason = row.get("error") or "the run was stopped before its turn"
-            evidence.problems.append(f"{path}: row {row['name']} was not measured: {reason}")
-        elif not _is_measured(row):
-            evidence.problems.append(f"{path}: row {row['name']} is damaged: left out")
-        else:
-            kept.append(row)
-            if row.get("error"):
-                evidence.problems.append(f"{path}: row {row['name']} was measured in part: {row['error']}")
-    if not kept:
-        evidence.problems.append(f"{path} is a benchmark without a measured row: left out")
-        return
-    evidence.benchmarks.append((name, {**record, "rows": kept}))
-
-
-def _is_measured(row: dict[str, Any]) -> bool:
-    if not are_numbers(row, "processes", *MEASURED) or min(row["processes"], row["speed_of_first"]) <= 0:
-        return False
-    memory, traffic = row.get("memory"), row.get("traffic")
-    if not isinstance(memory, dict) or not isinstance(traffic, dict):
-        return False
-    return are_numbers(memory, "weights", "optimizer", "gradients", "activations") and are_numbers(traffic, *traffic)
-
-
-def _read_strategies(path: Path, name: str, record: dict[str, Any], evidence: Evidence) -> None:
-    rows = record.get("rows")
-    kept = [row for row in rows if _is_strategy(row)] if isinstance(rows, list) else []
-    if not kept or len(kept) < len(rows or []):
-        left = "it is left out" if not kept else f"{len(kept)} of its {len(rows or [])} rows are taken"
-        evidence.problems.append(f"{path} holds damaged strategies of recomputation: {left}")
-    if kept:
-        evidence.recompute.append((name, {**record, "rows": kept}))
-
-
-def _is_strategy(row: Any) -> bool:
-    return isinstance(row, dict) and isinstance(row.get("name"), str) and are_numbers(row, "peak", "kept", "flops")
-
-
-def _find_figures(name: str, value: Any, depth: int = 0) -> Iterator[Figures]:
-    """Wherever in the first levels a mapping has `memory`: an estimate's stages, a simulation's two sides."""
-    if isinstance(value, list):
-        value = {f"stage {i}": item for i, item in enumerate(value)}
-    if not isinstance(value, dict) or depth > 3:
-        return
-    if parts := memory_parts(value.get("memory")):
-        yield Figures(name, parts, bytes_by_kind(value.get("flows")))
-        return
-    for key, item in value.items():
-        if isinstance(item, dict | list):
-            yield from _find_figures(name if key == "stages" else f"{name}, {key}", item, depth + 1)
-
-
-def memory_parts(memory: Any) -> dict[str, float]:
-    """The parts of a benchmark's row, from the finer ones of an estimate (`figures.Memory`); empty if damaged."""
-    if not isinstance(memory, dict):
-        return {}
-    if not are_numbers(memory, "weights", "gradients", "optimizer", "kept", "transient"):
-        return {}
-    others = {name: memory.get(name, 0) for name in ("buffers", "reduction", "update")}
-    if not are_numbers(others, *others):
-        return {}
-    return {
-        "weights": memory["weights"],
-        "optimizer": memory["optimizer"] + others["buffers"],
-        "gradients": memory["gradients"],
-        "activations": max(memory["kept"] + memory["transient"], others["reduction"], others["update"]),
-    }
-
-
-def bytes_by_kind(flows: Any) -> dict[str, float]:
-    """Of an estimate's or a simulation's flows, by `GROUP kind`."""
-    found: dict[str, float] = {}
-    for flow in flows if isinstance(flows, list) else []:
-        if isinstance(flow, dict) and are_numbers(flow, "bytes"):
-            kind = f"{flow.get('group')} {flow.get('kind')}"
-            found[kind] = found.get(kind, 0) + flow["bytes"]
+            _read_file(path, found)
     return found
 
 
-def are_numbers(values: dict[str, Any], *keys: str) -> bool:
-    """Whether all of these are there, are numbers and are finite."""
-    found = [values.get(key) for key in keys]
-    return all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in found)
+def _read_folder(folder: Path, found: ReportInputs) -> None:
+    files = sorted(file for file in folder.glob("*.json") if file.name != RUN_FILE)
+    if (folder / METRICS).exists():
+        read_run(folder / METRICS, found)
+    elif not files:
+        found.problems.append(f"{folder} holds no {METRICS} and no JSON file: give the folder of a run")
+    for file in files:
+        _read_file(file, found)
+
+
+def read_run(path: Path, found: ReportInputs) -> None:
+    """Add the run whose metrics.jsonl this is."""
+    text, lines = _text(path, found), []
+    damaged: list[int] = []
+    for number, line in enumerate((text or "").splitlines(), 1):
+        notes: list[str] = []
+        try:
+            lines.append(Line.model_validate(_parse(line), context=notes))
+        except (ValueError, RecursionError):  # pydantic's and JSON's errors are ValueErrors
+            notes.append("")
+        damaged += [number] * bool(notes)
+    if damaged:
+        which = f"line {damaged[0]}" if len(damaged) == 1 else f"{len(damaged)} lines, the first of them {damaged[0]},"
+        found.problems.append(f"{path}: {which} cannot be read, or not as a whole: left out")
+    if text is not None and not any(line.tokens is not None and line.loss is not None for line in lines):
+        found.problems.append(f"{path} has no line with tokens and loss: the run is left out")
+    elif text is not None:
+        folder = path.parent
+        frame = _with_seconds(pd.DataFrame([line.model_dump() for line in lines], columns=[*Line.model_fields]))
+        found.runs.append(Run(_short(folder), frame, _config(folder, found), _facts(folder / RUN_FILE, found)))
+
+
+def _with_seconds(lines: pd.DataFrame) -> pd.DataFrame:
+    lines = lines.astype(float)
+    timed = lines.dropna(subset="step_time_s")
+    seconds = (timed["step_time_s"] * timed["step"].diff().fillna(timed["step"]).clip(lower=0)).cumsum()
+    return lines.assign(seconds=seconds.reindex(lines.index).ffill().fillna(0.0))
+
+
+def _config(folder: Path, found: ReportInputs) -> Config | None:
+    try:
+        return load_config(folder / "config.yaml")
+    except (CrnetError, RecursionError) as error:
+        reason = error if isinstance(error, CrnetError) else "config.yaml nests too deeply"
+        found.problems.append(f"{folder}: no parameters, operations and layout, because {reason}")
+        return None
+
+
+def _facts(path: Path, found: ReportInputs) -> Record:
+    value, notes = _json(path, found), list[str]()
+    try:
+        facts = Record.model_validate({} if value is None else value, context=notes)
+    except ValidationError as error:
+        found.problems.append(f"{path} is damaged ({_reason(error)}): left out")
+        return Record()
+    _name_damage(path, notes, found)
+    return facts
+
+
+def _text(path: Path, found: ReportInputs) -> str | None:
+    try:
+        return path.read_text()
+    except (OSError, ValueError) as error:  # also a name with a NUL
+        reason = (error.strerror if isinstance(error, OSError) else None) or "it is no text"
+        found.problems.append(f"{path} cannot be read ({reason}): left out")
+        return None
+
+
+def _parse(text: str) -> Any:
+    """A JSON value; a number that no range holds is infinite, whatever its number of digits."""
+    return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 25 else float(digits))
+
+
+def _json(path: Path, found: ReportInputs) -> Any:
+    text = _text(path, found)
+    try:
+        return None if text is None else _parse(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        place = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ": it nests too deeply"
+        found.problems.append(f"{path} is not valid JSON{place}: left out")
+        return None
+
+
+def _read_file(path: Path, found: ReportInputs) -> None:
+    known, value = len(found.problems), _json(path, found)
+    if len(found.problems) > known:
+        return
+    kinds: tuple[tuple[str, Any, Any], ...] = (
+        ("benchmark", Benchmark, found.benchmarks),
+        ("recompute", Recompute, found.recompute),
+        ("simulation", Simulation, found.simulations),
+        ("estimate", Estimate, found.estimates),
+    )
+    kind = value.get("kind") if isinstance(value, dict) else None
+    if kind is None and isinstance(value, dict):  # as these tools wrote before they named themselves
+        kind = "simulation" if "counted" in value else "estimate" if "stages" in value else None
+    for name, model, target in kinds:
+        if kind == name:
+            _read_record(path, value, model, target, found)
+            return
+    found.problems.append(f"{path} holds no benchmark, estimate, simulation or strategies of recomputation: left out")
+
+
+def _read_record(path: Path, value: dict[str, Any], model: Any, target: dict[str, Any], found: ReportInputs) -> None:
+    notes, wanted = list[str](), value
+    if "rows" in model.model_fields:
+        row = {Benchmark: Row, Recompute: Strategy}[model]
+        wanted = {**value, "rows": list(_rows(path, value.get("rows"), row, found))}
+        if not wanted["rows"]:
+            found.problems.append(f"{path} has no row that was measured and is whole: left out")
+            return
+    try:
+        record = model.model_validate(wanted, context=notes)
+    except ValidationError as error:
+        found.problems.append(f"{path} is damaged ({_reason(error)}): left out")
+        return
+    _name_damage(path, notes, found)
+    name, again = _short(path.with_suffix("")), 2
+    while name in target:
+        name, again = f"{_short(path.with_suffix(''))} ({again})", again + 1
+    target[name] = record
+
+
+def _rows(path: Path, rows: Any, model: Any, found: ReportInputs) -> Iterator[Any]:
+    for number, row in enumerate(rows if isinstance(rows, list) else [], 1):
+        named = isinstance(row, dict) and isinstance(row.get("name"), str)
+        name, notes = f"row {number}" + (f", {row['name'][:100]}," if named else ""), list[str]()
+        if named and model is Row and "median_s" not in row:
+            reason = row.get("error") or "the run was stopped before its turn"
+            found.problems.append(f"{path}: {name} was not measured: {str(reason)[:300]}")
+            continue
+        try:
+            yield model.model_validate(row, context=notes)
+        except ValidationError as error:
+            found.problems.append(f"{path}: {name} is damaged ({_reason(error)}): left out")
+            continue
+        _name_damage(f"{path}: {name}", notes, found)
+        if row.get("error"):
+            found.problems.append(f"{path}: {name} was measured in part: {str(row['error'])[:300]}")
+
+
+def _reason(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(str(part) for part in first["loc"])[:100]
+    return f"{place}: {first['msg']}" if place else first["msg"]
+
+
+def _name_damage(where: object, fields: list[str], found: ReportInputs) -> None:
+    if fields:
+        found.problems.append(f"{where}: damaged and left out: {', '.join(dict.fromkeys(fields))}")
 
 
 def _short(path: Path) -> str:
     """The last part of a path's name, which says enough and gives no folder of a machine away."""
-    return path.resolve().name
+    return printable(path.resolve().name)

@@ -1,150 +1,156 @@
-"""Writes a report's sections as one self-contained HTML page, and as Markdown with the same tables."""
+"""A report's sections as one page of HTML, and as Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 
-from megatron_crnet.charts import DASHES, HATCHES, SERIES, Chart, marker
-from megatron_crnet.report_parts import Section, Table
+import pandas as pd
 
-LIGHT = ("#0b62b4", "#b8480e", "#0a7a4b", "#8a3a9e", "#8a6d00", "#c2185b", "#00778a", "#555f6b")
-DARK = ("#6cb6ff", "#ff9d57", "#5fd39a", "#d699ff", "#e8c547", "#ff7eb0", "#4fd3e6", "#b4bec9")
-"""Okabe and Ito's order of hues, each at least 4.5:1 against its background."""
+from megatron_crnet.report_pictures import DARK, LIGHT, Picture, colours, svg
+from megatron_crnet.tables import table
 
-STYLE = """
+CSS = """
 :root { color-scheme: light dark; --text: #1b1f24; --back: #ffffff; --soft: #59636e; --line: #d5dae0; --box: #f4f6f8;
-  --warn: #8a4b00; LIGHT }
-@media (prefers-color-scheme: dark) { :root { --text: #e6e9ed; --back: #14181d; --soft: #a3adb8; --line: #3a424c;
-  --box: #1d232a; --warn: #ffb86b; DARK } }
-@media print { :root { --text: #000; --back: #fff; --soft: #333; --line: #bbb; --box: #fff; --warn: #5a3000; LIGHT }
-  figure, tr, h2, p { break-inside: avoid; } h2, section > p { break-after: avoid; } nav { display: none; }
-  .scroll { overflow: visible !important; } table { font-size: 10px !important; }
-  td { min-width: 0 !important; white-space: normal !important; }
-  body { font-size: 12px; } .charts { grid-template-columns: 1fr 1fr !important; }
+  LIGHT }
+@media screen and (prefers-color-scheme: dark) { :root { --text: #e6e9ed; --back: #14181d; --soft: #a3adb8;
+  --line: #3a424c; --box: #1d232a; DARK } }
+@media print { :root { color-scheme: light; } body { font-size: 11px; max-width: none; padding: 0; }
+  figure, tr { break-inside: avoid; } h2, .title, section > p { break-after: avoid; } nav { display: none; }
+  .charts { grid-template-columns: 1fr 1fr; } .scroll { overflow: visible; } table { font-size: 9px; }
   * { print-color-adjust: exact; } }
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back); margin: 0 auto;
-  padding: 1rem; max-width: 62rem; }
+  padding: 1rem; max-width: 66rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; margin: 0.5rem 0; } h2 { font-size: 1.25rem; margin: 2.2rem 0 0.4rem; }
 nav ul { display: flex; flex-wrap: wrap; gap: 0.2rem 1rem; padding: 0; list-style: none; }
-a { color: var(--c0); }
+a { color: var(--c0); } section > p { max-width: 48rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
-figure { margin: 0; padding: 0.8rem; border: 1px solid var(--line); border-radius: 6px; max-width: 36rem; }
+figure { margin: 0; padding: 0.6rem; border: 1px solid var(--line); border-radius: 6px; max-width: 36rem; }
 figcaption { font-size: 0.9rem; } figcaption b { display: block; }
-figure svg { display: block; width: 100%; height: auto; color: var(--text); }
-.legend { display: flex; flex-wrap: wrap; gap: 0 1rem; padding: 0; margin: 0.3rem 0 0; list-style: none;
-  font-size: 0.85rem; }
-.legend svg { display: inline-block; width: 34px; height: 14px; vertical-align: -2px; margin-right: 0.3rem; }
-.scroll { overflow-x: auto; margin: 0.8rem 0; }
-table { border-collapse: collapse; font-size: 0.88rem; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid var(--line); padding: 0.25rem 0.7rem 0.25rem 0; text-align: left;
-  vertical-align: top; }
-.title { font-weight: 600; font-size: 0.95rem; margin: 1.4rem 0 0; break-after: avoid; }
-td { min-width: 11rem; } td.short { min-width: 0; white-space: nowrap; }
-th { color: var(--soft); font-weight: 600; }
-.absent { border-left: 4px solid var(--warn); background: var(--box); padding: 0.4rem 0.8rem; margin: 0.8rem 0; }
-.absent p { margin: 0.2rem 0; overflow-wrap: anywhere; }
-pre { background: var(--box); padding: 0.6rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 0.85rem; }
-svg text { fill: currentColor; font: 12px system-ui, sans-serif; } svg text.tick { font-size: 11px; }
-svg polyline { fill: none; stroke-width: 2; } svg .grid { stroke: var(--line); fill: none; }
-svg .faint { stroke: var(--soft); stroke-width: 1.5; }
-svg .hatch { stroke: var(--back); stroke-width: 1.6; fill: none; }
-svg path.hollow { fill: var(--back); stroke-width: 1.8; } .hidden { position: absolute; }
-@media (max-width: 30rem) { figure { padding: 0.4rem; }
-  svg text { font-size: 14px; } svg text.tick { font-size: 13px; } }
+figure svg { display: block; width: 100%; height: auto; }
+.scroll { overflow-x: auto; margin: 0.6rem 0; }
+table { border-collapse: collapse; font-size: 0.88rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+th, td { border-bottom: 1px solid var(--line); padding: 0.25rem 0 0.25rem 1rem; text-align: right;
+  vertical-align: top; white-space: nowrap; }
+th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal; }
+:is(th, td):first-child { padding-left: 0; }
+table:not(.text0) :is(th, td):first-child { min-width: 9rem; white-space: normal; }
+table.words :is(th, td) { text-align: left; white-space: normal; min-width: 6rem; }
+@media (max-width: 30rem) { table:not(.text0) :is(th, td):first-child { min-width: 5.5rem; } }
+TEXT
+.title { font-weight: 600; font-size: 0.95rem; margin: 1.2rem 0 0; }
+pre { background: var(--box); padding: 0.6rem; white-space: pre-wrap; font-size: 0.8rem; }
 """
+TEXT_COLUMNS = 4
+"""Of a table, the most columns of words before the numbers begin."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text by column, and above them what they are of.
+
+    Attributes:
+        text: how many of the first columns are words; the others are numbers.
+    """
+
+    rows: Sequence[Mapping[str, str]]
+    text: int = 1
+    title: str = ""
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """The table; - where a row lacks a column."""
+        return pd.DataFrame([*self.rows]).fillna("-")
+
+    def html(self) -> str:
+        """With its title, in a box that can be moved sideways."""
+        words = "words" if self.text >= len(self.frame.columns) else f"text{self.text}"
+        with pd.option_context("display.max_colwidth", None):
+            content = self.frame.to_html(index=False, border=0, escape=True, classes=words, justify="unset")
+        title = f'<p class="title">{escape(self.title)}</p>' if self.title else ""
+        return f'{title}<div class="scroll" tabindex="0">{content}</div>'
+
+    def markdown(self) -> str:
+        """The same."""
+        frame = self.frame
+        rows = [[_plain(cell) for cell in row] for row in frame.itertuples(index=False)]
+        title = f"**{_plain(self.title)}**\n\n" if self.title else ""
+        return title + table([_plain(name) for name in frame.columns], rows, self.text)
+
+
+@dataclass
+class Section:
+    """One question of a report; left out of it where nothing answers it.
+
+    Attributes:
+        text: how to read it.
+        notes: lines below its tables.
+        code: commands.
+    """
+
+    title: str
+    text: str
+    pictures: list[Picture] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    code: list[str] = field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing below its text."""
+        return not (self.pictures or self.tables or self.notes or self.code)
+
+    def html(self, number: int) -> str:
+        """The section."""
+        figures = "".join(_figure(picture) for picture in self.pictures)
+        parts = [f'<section id="s{number}"><h2>{escape(self.title)}</h2><p>{escape(self.text)}</p>']
+        # figures in a headline table come before pictures, which take room
+        parts += [f'<div class="charts">{figures}</div>'] if figures else []
+        parts += [table.html() for table in self.tables]
+        parts += ["<ul>" + "".join(f"<li>{escape(note)}</li>" for note in self.notes) + "</ul>"] if self.notes else []
+        parts += [f"<pre>{escape(chr(10).join(self.code))}</pre>"] if self.code else []
+        return "".join(parts) + "</section>\n"
+
+    def markdown(self) -> str:
+        """The same without pictures, whose figures are in the tables."""
+        parts = [f"## {self.title}", self.text, *(table.markdown() for table in self.tables)]
+        parts += ["\n".join(f"- {_plain(note)}" for note in self.notes)] if self.notes else []
+        parts += ["\n".join("    " + line for text in self.code for line in text.splitlines())] if self.code else []
+        return "\n\n".join(part for part in parts if part)
 
 
 def html_page(title: str, introduction: str, sections: Sequence[Section]) -> str:
     """The whole page; it loads nothing and runs no script."""
     links = "".join(f'<li><a href="#s{i}">{escape(section.title)}</a></li>' for i, section in enumerate(sections))
-    body = "".join(_section(i, section) for i, section in enumerate(sections))
+    text = "\n".join(
+        f"table.text{n} :is(th, td):nth-child(-n + {n}) {{ text-align: left; }}" for n in range(1, TEXT_COLUMNS + 1)
+    )
+    css = CSS.replace("LIGHT", colours(LIGHT)).replace("DARK", colours(DARK)).replace("TEXT", text)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_style()}</style></head>\n<body>{HATCHES}"
+        f"<title>{escape(title)}</title><style>{css}</style></head>\n<body>"
         f"<header><h1>{escape(title)}</h1><p>{escape(introduction)}</p>"
-        f'<nav aria-label="sections"><ul>{links}</ul></nav></header>\n<main>{body}</main></body></html>\n'
+        f'<nav aria-label="sections"><ul>{links}</ul></nav></header>\n'
+        f"<main>{''.join(section.html(i) for i, section in enumerate(sections))}</main></body></html>\n"
     )
-
-
-def _style() -> str:
-    def colours(found: Sequence[str]) -> str:
-        return " ".join(f"--c{i}: {colour};" for i, colour in enumerate(found))
-
-    rules = "".join(
-        f"svg .s{i} {{ stroke: var(--c{i}); }} svg .f{i} {{ fill: var(--c{i}); }} "
-        f"svg .m{i} {{ fill: var(--c{i}); stroke: var(--c{i}); }}\n"
-        for i in range(SERIES)
-    )
-    hollow = "svg path.hollow { fill: var(--back); }\n"  # after the colours, which would fill it
-    return STYLE.replace("LIGHT", colours(LIGHT)).replace("DARK", colours(DARK)) + rules + hollow
-
-
-def _section(number: int, section: Section) -> str:
-    parts = [f'<section id="s{number}"><h2>{escape(section.title)}</h2><p>{escape(section.text)}</p>']
-    if section.charts:
-        parts.append('<div class="charts">' + "".join(map(_figure, section.charts)) + "</div>")
-    parts += [_table(table) for table in section.tables]
-    if section.absent:
-        lines = "".join(f"<p>{escape(line)}</p>" for line in section.absent)
-        parts.append(f'<div class="absent" role="note"><p><b>Absent or left out</b></p>{lines}</div>')
-    if section.code:
-        parts.append(f"<pre>{escape(chr(10).join(section.code))}</pre>")
-    return "".join(parts) + "</section>\n"
-
-
-def _figure(chart: Chart) -> str:
-    keys = "".join(f"<li>{_swatch(index, kind)}{escape(name)}</li>" for index, name, kind in chart.legend)
-    caption = f"<figcaption><b>{escape(chart.title)}</b>{escape(chart.caption)}</figcaption>"
-    return f'<figure>{caption}{chart.svg}<ul class="legend">{keys}</ul></figure>'
-
-
-def _swatch(index: int, kind: str) -> str:
-    if kind == "fill":
-        shape = 'x="1" y="1" width="32" height="12"'
-        hatch = f'<rect fill="url(#hatch{index % 4})" {shape}/>' if index % 4 else ""
-        content = f'<rect class="f{index}" {shape}/>{hatch}'
-    else:
-        style = "faint" if kind == "faint" else f"s{index}"
-        way = f'<polyline class="{style}" stroke-dasharray="{DASHES[index]}" points="0,7 34,7"/>'
-        content = ("" if kind == "mark" else way) + ("" if kind == "faint" else marker(index, 17, 7))
-    return f'<svg viewBox="0 0 34 14" aria-hidden="true">{content}</svg>'
-
-
-def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.header)
-    rows = "".join("<tr>" + "".join(map(_table_cell, row)) + "</tr>" for row in table.rows)
-    # above what is moved sideways, not in it
-    title = f'<p class="title">{escape(table.title)}</p>' if table.title else ""
-    content = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-    return f'{title}<div class="scroll" tabindex="0">{content}</div>'
-
-
-def _table_cell(text: str) -> str:
-    # what is short stays on one line, and a table that is too wide for a phone is moved sideways
-    return f"<td{' class=short' if len(text) <= 32 else ''}>{escape(text)}</td>"
 
 
 def markdown_page(title: str, introduction: str, sections: Sequence[Section]) -> str:
-    """The same without pictures, whose figures are in the tables."""
-    parts = [f"# {title}", introduction]
-    for section in sections:
-        parts += [f"## {section.title}", section.text]
-        parts += [_markdown_table(table) for table in section.tables]
-        if section.absent:
-            parts.append("Absent or left out:\n\n" + "\n".join(f"- {_cell(line)}" for line in section.absent))
-        if section.code:
-            parts.append("\n".join("    " + line for text in section.code for line in text.splitlines()))
-    return "\n\n".join(parts) + "\n"
+    """The same in Markdown."""
+    return "\n\n".join([f"# {title}", introduction, *(section.markdown() for section in sections)]) + "\n"
 
 
-def _markdown_table(table: Table) -> str:
-    lines = [table.header, ["---"] * len(table.header), *table.rows]
-    title = f"**{_cell(table.title)}**\n\n" if table.title else ""
-    return title + "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+def _figure(picture: Picture) -> str:
+    try:
+        drawn = svg(picture)
+    except ValueError:  # no point of it is a number
+        return ""
+    caption = f"<figcaption><b>{escape(picture.title)}</b>{escape(picture.caption)}</figcaption>"
+    return f"<figure>{caption}{drawn}</figure>"
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+def _plain(text: str) -> str:
+    return " ".join(str(text).split()).replace("<", "&lt;")

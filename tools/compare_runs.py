@@ -1,6 +1,8 @@
 """Print the final losses of runs side by side, from their metrics.jsonl and config.yaml.
 
-python tools/compare_runs.py runs/compare/*
+    python tools/compare_runs.py runs/compare/*
+
+What is damaged is named, and the rest is shown. Exit status: 0 a run was shown, 2 none could be read.
 """
 
 from __future__ import annotations
@@ -8,39 +10,31 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from megatron_crnet.arithmetic import total_parameters
 from megatron_crnet.errors import DataError, reported
 from megatron_crnet.options import ToolParser
-from megatron_crnet.plot import read_metrics
-from megatron_crnet.settings import load_config
 
-
-def row(folder: Path) -> tuple[str, ...]:
-    """Variant, learning rate, parameters, steps, tokens, validation loss and perplexity of a run."""
-    if not (folder / "metrics.jsonl").exists():
-        raise DataError(f"{folder} holds no metrics.jsonl: give the folder of a run")
-    config = load_config(folder / "config.yaml")
-    validations = [line for line in read_metrics(folder / "metrics.jsonl") if "validation_loss" in line]
-    if not validations:
-        raise DataError(f"{folder}/metrics.jsonl has no validation line: run with training.eval_steps above 0")
-    last = validations[-1]
-    return (
-        config.model.variant,
-        f"{config.optimizer.lr:g}",
-        f"{total_parameters(config.model) / 1e6:.2f}M",
-        str(last["step"]),
-        f"{last['tokens']:,}",
-        f"{last['validation_loss']:.4f}",
-        f"{last['validation_perplexity']:.2f}",
-    )
+SHORT = {"parameters": "weights", "training loss": "training", "validation loss": "valid.", "perplexity": "ppl"}
+"""Columns of losses in a terminal."""
 
 
 def show(folders: list[Path]) -> int:
-    """Print the table."""
-    rows = [row(folder) for folder in folders]
-    header = ("variant", "lr", "parameters", "steps", "tokens", "validation loss", "perplexity")
-    for line in (header, tuple("---" for _ in header), *rows):
-        print("| " + " | ".join(line) + " |")
+    """Print the table; the best validation loss comes first."""
+    from megatron_crnet.report_inputs import METRICS, ReportInputs, read_run
+    from megatron_crnet.scaling_report import run_row
+    from megatron_crnet.tables import table
+
+    inputs = ReportInputs()
+    for folder in folders:
+        read_run(folder / METRICS, inputs)
+    for problem in inputs.say():
+        print(f"warning: {problem}", file=sys.stderr)
+    if not inputs.runs:
+        raise DataError(f"none of the {len(folders)} runs could be read: give folders that hold a {METRICS}")
+    rows = [
+        {SHORT.get(k, k): v for k, v in run_row(run).items() if k != "ranks"}
+        for run in sorted(inputs.runs, key=lambda run: run.last("validation_loss") or float("inf"))
+    ]
+    print(table([*rows[0]], [[*row.values()] for row in rows], text_columns=2))
     return 0
 
 

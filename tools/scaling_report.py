@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from megatron_crnet.atomic import atomic_files
+from megatron_crnet.atomic import atomic_files, refuse_existing
 from megatron_crnet.errors import DataError, reported, require, require_positive
 from megatron_crnet.options import ToolParser
 
@@ -24,6 +24,7 @@ def run(argv: list[str]) -> int:
     parser = ToolParser(description=__doc__)
     parser.add_argument("inputs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or a JSON file")
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="page; .md lies beside it")
+    parser.add_argument("--overwrite", action="store_true", help="replace an older page")
     parser.add_argument("--title", default="CR-Net: scaling report")
     parser.add_argument("--peak-tflops", type=float, help="of one device, for the MFU of runs")
     args = parser.parse_args(argv)
@@ -31,31 +32,38 @@ def run(argv: list[str]) -> int:
         args.output.suffix in (".html", ".htm"),
         f"--output is {args.output}, but must end in .html, because Markdown lies beside it: correct it",
     )
+    markdown = args.output.with_suffix(".md")
+    if not args.overwrite:
+        refuse_existing(markdown, args.output)
     if args.peak_tflops is not None:
         require_positive("report", peak_tflops=args.peak_tflops)
     from megatron_crnet.provenance import command_line
-    from megatron_crnet.report_inputs import read_evidence
+    from megatron_crnet.report_inputs import read_inputs
     from megatron_crnet.report_page import html_page, markdown_page
     from megatron_crnet.scaling_report import build_sections
 
-    evidence = read_evidence(args.inputs)
-    for problem in evidence.problems:
+    inputs = read_inputs(args.inputs)
+    for problem in inputs.say():
         print(f"warning: {problem}", file=sys.stderr)
-    if evidence.is_empty:
+    if inputs.is_empty:
         raise DataError(
             f"none of the {len(args.inputs)} inputs could be read, so there is nothing to report: give the folder of a "
             "run or a file of tools/benchmark.py"
         )
     peak = None if args.peak_tflops is None else args.peak_tflops * 1e12
-    sections = build_sections(evidence, peak, command_line([__file__, *argv]))
+    sections = build_sections(inputs, peak, command_line([__file__, *argv]))
     introduction = (
-        f"Made from runs: {len(evidence.runs)}, benchmarks: {len(evidence.benchmarks)}, estimates and simulations: "
-        f"{len(evidence.records)}, counts of recomputation: {len(evidence.recompute)}."
+        f"Made from runs: {len(inputs.runs)}, benchmarks: {len(inputs.benchmarks)}, estimates and simulations: "
+        f"{len(inputs.estimates) + len(inputs.simulations)}, counts of recomputation: {len(inputs.recompute)}."
     )
-    with atomic_files(args.output.with_suffix(".md"), args.output, overwrite=True) as (markdown, page):
-        markdown.write_text(markdown_page(args.title, introduction, sections))
-        page.write_text(html_page(args.title, introduction, sections))
-    print(f"{args.output} and {args.output.with_suffix('.md')}: {introduction}")
+    if inputs.problems:
+        introduction += f" Left out, named at the end: {len(inputs.problems)}."
+    pages = {markdown: markdown_page, args.output: html_page}
+    with atomic_files(*pages, overwrite=args.overwrite) as temporaries:
+        for path, write in zip(temporaries, pages.values(), strict=True):
+            # names of files may hold bytes that are no text
+            path.write_bytes(write(args.title, introduction, sections).encode("utf-8", "replace"))
+    print(f"{args.output} and {markdown}: {introduction}")
     return 0
 
 

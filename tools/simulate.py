@@ -46,7 +46,8 @@ class Progress:
         if not self.total:
             return f"building the model: {spell(seconds)}"
         left = (time.monotonic() - self._started) * (self.total - self.done) / max(self.done - 1, 1)
-        ends = f"about {spell(left)} left" if self.done > 1 else "time left not known yet"
+        ends = "time left not known yet" if self.done < 2 else f"about {spell(left)} left"
+        ends = "the update follows" if self.done == self.total else ends
         return f"pass {self.done} of {self.total} of two steps, {spell(seconds)}; {ends}"
 
 
