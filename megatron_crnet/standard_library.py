@@ -76,7 +76,7 @@ def write_corpus(folder: Path, valid_fraction: float = 0.05, files: Sequence[Sou
     """Write FOLDER/train.jsonl and FOLDER/valid.jsonl, one document a file, and corpus.json, which describes them.
 
     Does nothing when corpus.json says that the folder holds this already; a corpus that it describes is
-    replaced when the files have changed. Files that are not UTF-8 are left out.
+    replaced when the files have changed. Files that are not UTF-8 are left out, which the line says.
 
     Args:
         folder: made if need be.
@@ -90,13 +90,17 @@ def write_corpus(folder: Path, valid_fraction: float = 0.05, files: Sequence[Sou
         DataError: the folder holds such files of another origin, or cannot be written; see also `split_files`.
     """
     parts = split_files(standard_library_files() if files is None else files, valid_fraction)
-    outputs = {name: _json_lines(part) for name, part in zip(("train.jsonl", "valid.jsonl"), parts, strict=True)}
+    left_out: list[str] = []
+    names = ("train.jsonl", "valid.jsonl")
+    outputs = {name: _json_lines(part, left_out) for name, part in zip(names, parts, strict=True)}
     description = {
         name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "documents": data.count(b"\n")}
         for name, data in outputs.items()
     }
     marker = folder / "corpus.json"
     summary = ", ".join(f"{folder / name}: {d['documents']} documents" for name, d in description.items())
+    if left_out:
+        summary += f"; left out {len(left_out)} that are not UTF-8: {', '.join(left_out)}"
     if _holds(folder, marker, description):
         return f"{summary} (already there)"
     targets = (*(folder / name for name in outputs), marker)
@@ -107,12 +111,13 @@ def write_corpus(folder: Path, valid_fraction: float = 0.05, files: Sequence[Sou
     return summary
 
 
-def _json_lines(files: Sequence[SourceFile]) -> bytes:
+def _json_lines(files: Sequence[SourceFile], left_out: list[str]) -> bytes:
     lines = []
     for file in files:
         try:
             text = file.path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
+            left_out.append(file.name)
             continue
         lines.append(json.dumps({"name": file.name, "text": text}, ensure_ascii=False) + "\n")
     return "".join(lines).encode()

@@ -228,7 +228,7 @@ def corpus_files(root: Path, count: int = 20) -> list[SourceFile]:
 def test_corpus_is_written_once(tmp_path: Path) -> None:
     files, folder = corpus_files(tmp_path / "library"), tmp_path / "corpus"
     (tmp_path / "library" / "0.py").write_bytes(b"\xff")
-    write_corpus(folder, 0.3, files)
+    assert write_corpus(folder, 0.3, files).endswith("; left out 1 that are not UTF-8: 0.py")
     train, valid = (list(iter_documents([folder / name])) for name in ("train.jsonl", "valid.jsonl"))
     assert sorted(train + valid) == sorted(f"# {file.name}\n" for file in files[1:])
     written = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
