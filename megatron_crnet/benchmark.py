@@ -20,6 +20,7 @@ from megatron_crnet.benchmark_rows import Row
 from megatron_crnet.benchmark_world import Ready, RowFailed, Timed, World
 from megatron_crnet.config import Config
 from megatron_crnet.deepspeed_rules import zero_stage
+from megatron_crnet.duration import spell
 from megatron_crnet.errors import CrnetError, require_positive
 from megatron_crnet.provenance import machine, versions
 from megatron_crnet.step_identity import identify_step
@@ -95,6 +96,7 @@ def measure(
     before, candidates = machine(), _candidates(rows, options)
     measured = [c for c in candidates if c.error is None and c.twin is None]
     try:
+        say(f"starting the processes of {len(measured)} rows")
         for candidate in measured:
             _start(candidate, plan)
         for number, candidate in enumerate(measured, 1):
@@ -154,7 +156,7 @@ def _reason(candidate: Candidate) -> str:
 
 def _repeat(measured: list[Candidate], plan: Plan, say: Callable[[str], None], stopped: Callable[[], bool]) -> float:
     """Step all rows in turn. Returns the best rate of matrix products seen, operations a second."""
-    order, peak = random.Random(plan.seed), 0.0
+    order, peak, started = random.Random(plan.seed), 0.0, time.monotonic()
     for repeat in range(-plan.warm_up, plan.repeats):
         if plan.peak_flops is None:
             peak = max(peak, _product_rate(measured, plan.threads))
@@ -171,7 +173,10 @@ def _repeat(measured: list[Candidate], plan: Plan, say: Callable[[str], None], s
                 continue
             if repeat >= 0:
                 candidate.steps.append(times)
-        say(f"repeat {repeat + 1} of {plan.repeats}" if repeat >= 0 else "warm-up")
+        done, left = repeat + plan.warm_up + 1, plan.repeats - repeat - 1
+        time_left = spell((time.monotonic() - started) * left / done)
+        name = f"repeat {repeat + 1} of {plan.repeats}" if repeat >= 0 else "warm-up"
+        say(f"{name}, about {time_left} left")
     return peak
 
 
