@@ -283,7 +283,7 @@ def _deltas(name: str, module: Any, adapter_names: list[str] | None) -> Iterator
     for adapter in adapter_names or module.active_adapters:
         if module.base_layer.nonlinear:
             why = "cola has a nonlinearity between A and B"
-        elif not hasattr(module, "lora_A"):
+        elif not isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
             why = f"{type(module).__name__} is not LoRA, and the map has no dense weight"
         elif adapter not in module.lora_A:
             continue
@@ -316,6 +316,18 @@ class CRNetPreTrainedModel(PreTrainedModel):
     def __init__(self, config: CRNetConfig, *args: Any, **kwargs: Any) -> None:
         config.check()  # from_pretrained may have changed it since it was made
         super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'.
+
+        Raises:
+            ValueError: the weights are to be quantized, or sharded over processes.
+        """
+        for name in ("quantization_config", "load_in_8bit", "load_in_4bit", "tp_plan", "tp_size", "distributed_config"):
+            if kwargs.get(name):
+                raise ValueError(f"{name} is given, but CR-Net is loaded neither quantized nor sharded: leave it out")
+        return super().from_pretrained(*args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initial values as the trainer draws them, from torch's random state."""

@@ -7,10 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from torch import Tensor
 
-from megatron_crnet.modeling_crnet import CRNetConfig, CRNetForCausalLM, CrossLayerLinear
+from megatron_crnet.modeling_crnet import (
+    CRNetConfig,
+    CRNetForCausalLM,
+    CRNetForSequenceClassification,
+    CrossLayerLinear,
+)
 
 pytestmark = pytest.mark.fault("4: LoRA")
 
@@ -122,6 +135,38 @@ def test_the_gradient_of_an_adapter_is_that_of_a_wider_map() -> None:
     torch.testing.assert_close(2 * factors.b.weight.grad[:, 8:], up)  # lora_alpha / r
 
 
+@pytest.mark.fault("4 gradient checkpointing")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_gradients_of_an_adapter_are_exact(reentrant: bool) -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        adapted = get_peft_model(make(), lora()).train()
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(3))
+        if checkpointed:
+            adapted.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            adapted.enable_input_require_grads()
+        adapted(input_ids=tokens(), labels=tokens()).loss.backward()
+        gradients.append([p.grad for name, p in adapted.named_parameters() if "lora_" in name])
+    assert len(gradients[0]) == 56
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+@pytest.mark.fault("4 sequence classification")
+def test_an_adapted_classifier_merges() -> None:
+    torch.manual_seed(1)
+    model = CRNetForSequenceClassification(CRNetConfig(**SHAPE, rank=8, pad_token_id=0, num_labels=3)).eval()
+    adapted = get_peft_model(model, lora(task_type="SEQ_CLS", target_modules="all-linear"))
+    assert not any("score.lora" in name for name, _ in adapted.named_parameters())
+    adapted(input_ids=tokens(), labels=torch.tensor([0, 1, 2])).loss.backward()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    wanted = adapted.double()(tokens()).logits
+    torch.testing.assert_close(adapted.merge_and_unload()(tokens()).logits, wanted, rtol=1e-11, atol=1e-11)
+
+
 def test_several_adapters_merge_by_name() -> None:
     adapted = get_peft_model(make(), lora())
     train(adapted)
@@ -137,6 +182,11 @@ def test_several_adapters_merge_by_name() -> None:
 REFUSED: dict[str, tuple[str, Any]] = {
     "cola": ("cola", lora()),
     "bias": ("low_rank", lora(lora_bias=True)),
+    "adalora": (
+        "crnet",
+        AdaLoraConfig(target_modules=["q_proj"], total_step=9, init_r=4, target_r=2, task_type="CAUSAL_LM"),
+    ),
+    "loha": ("crnet", LoHaConfig(target_modules=["q_proj"], r=2)),
     "ia3": ("crnet", IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")),
 }
 

@@ -229,10 +229,15 @@ def test_fields_that_say_what_the_model_does_are_taken() -> None:
 
 
 @pytest.mark.fault("D12")
-def test_quantized_loading_is_refused(tmp_path: Path) -> None:
+def test_quantized_and_sharded_loading_is_refused(tmp_path: Path) -> None:
     make().save_pretrained(tmp_path)
-    with pytest.raises((ValueError, ImportError)):
-        CRNetForCausalLM.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    for how in (
+        {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
+        {"load_in_8bit": True},
+        {"tp_plan": "auto"},
+    ):
+        with pytest.raises(ValueError, match=f"{next(iter(how))} is given, but CR-Net is loaded neither"):
+            CRNetForCausalLM.from_pretrained(tmp_path, **how)
     with pytest.raises(ValueError, match=r"quantization_config is .*, which CR-Net does not have"):
         make(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
 
