@@ -15,7 +15,7 @@ from megatron_crnet.checkpoint_folder import checkpoint_dir, checkpoints, saved_
 from megatron_crnet.config import Config
 from megatron_crnet.data import Datasets, build_datasets, data_fingerprint
 from megatron_crnet.data_checks import check_enough, read_index, sources_of
-from megatron_crnet.errors import ConfigError, DataError
+from megatron_crnet.errors import ConfigError, DataError, describe
 from megatron_crnet.fingerprint import TrainedOn, digest_of_tokenizer, remark_on_unnamed
 from megatron_crnet.resumption import remarks
 from megatron_crnet.run_folder import check_remains
@@ -91,6 +91,7 @@ def _examine(config: Config) -> tuple[tuple[Tokenizer, TrainedOn], dict[str, str
     """Open what this rank can see of the input, and say what must be the same on all ranks."""
     tokenizer = _tokenizer(config)
     check_vocabulary(tokenizer, config.model.vocab_size)
+    _check_prompt(config.logging.sample_prompt, tokenizer)
     if not (config.data.data_path or config.data.train_data_path or config.training.eval_only):
         raise ConfigError("data.data_path is empty, but names the .bin/.idx files to train on: give their prefix")
     names = [path.name for path in checkpoints(checkpoint_dir(config))]
@@ -128,6 +129,17 @@ def _about_data(config: Config) -> list[str]:
     prefixes = [prefix for source in sources_of(config.data).values() for prefix in source.blend.prefixes]
     remark = remark_on_unnamed(dict.fromkeys(prefixes))
     return [f"note: {remark}"] if remark else []
+
+
+def _check_prompt(prompt: str | None, tokenizer: Tokenizer) -> None:
+    """Encode at the start what is continued at the end."""
+    try:
+        tokenizer.tokenize(prompt or "")
+    except Exception as error:  # each library has its own
+        raise ConfigError(
+            f"logging.sample_prompt is {prompt!r}, which the tokenizer cannot encode ({describe(error)}): give other "
+            "text"
+        ) from error
 
 
 def _tokenizer(config: Config) -> Tokenizer:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import resource
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from netrc import NetrcParseError, netrc
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
+from urllib.parse import urlsplit
 
 import torch
 from tqdm import tqdm
@@ -22,7 +25,7 @@ from megatron_crnet.atomic import replace_text, unused_name
 from megatron_crnet.batch import BatchPlan
 from megatron_crnet.config import Config
 from megatron_crnet.duration import spell
-from megatron_crnet.errors import ConfigError
+from megatron_crnet.errors import ConfigError, describe
 from megatron_crnet.settings import resolved
 
 PATIENCE, LOOK = 5.0, 1.0
@@ -37,12 +40,33 @@ def peak_memory_bytes() -> int:
 
 
 def check_sinks(config: Config) -> None:
-    """Raise ConfigError for a sink whose package is missing."""
-    if config.logging.wandb_project and importlib.util.find_spec("wandb") is None:
+    """Raise ConfigError for a sink whose package or key is missing."""
+    project = config.logging.wandb_project
+    if project and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
-            f"logging.wandb_project is {config.logging.wandb_project}, but the package wandb is not installed: "
-            "pip install wandb, or leave the project out"
+            f"logging.wandb_project is {project}, but the package wandb is not installed: pip install wandb, or leave "
+            "the project out"
         )
+    if project and not _has_wandb_key():
+        raise ConfigError(
+            f"logging.wandb_project is {project}, but there is no key to log in with: run wandb login, set "
+            "WANDB_API_KEY, or set WANDB_MODE=offline"
+        )
+
+
+def _has_wandb_key() -> bool:
+    """Whether W&B needs no key, or finds one where its documentation says that it looks."""
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return True
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    named = os.environ.get("NETRC")
+    for path in [Path(named)] if named else [Path("~/.netrc").expanduser(), Path("~/_netrc").expanduser()]:
+        with suppress(OSError, NetrcParseError, UnicodeDecodeError):
+            if netrc(path).authenticators(host):
+                return True
+    return False
 
 
 class MetricsWriter:
@@ -51,9 +75,10 @@ class MetricsWriter:
     Args:
         start_step: step that the run continues from; later lines of an earlier run are dropped. A file none of whose
             steps would stay is kept under another name.
+        wandb_id: by which Weights & Biases knows the run; None for a new one.
     """
 
-    def __init__(self, config: Config, is_main: bool, start_step: int = 0) -> None:
+    def __init__(self, config: Config, is_main: bool, start_step: int = 0, wandb_id: str | None = None) -> None:
         self._file: TextIO | None = None
         self._tensorboard: Any = None
         self._wandb: Any = None
@@ -64,15 +89,17 @@ class MetricsWriter:
         path = folder / "metrics.jsonl"
         _keep_earlier(path) if start_step == 0 else _drop_lines_after(path, start_step)
         self._file = path.open("a")
-        from torch.utils.tensorboard import SummaryWriter
+        with self._keeping_on("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
 
-        self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=start_step + 1)
-        if config.logging.wandb_project:
-            import wandb
+            self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=start_step + 1)
+        if project := config.logging.wandb_project:
+            with self._keeping_on("wandb"):
+                import wandb
 
-            self._wandb = wandb.init(
-                project=config.logging.wandb_project, dir=str(folder), config=resolved(config), resume="allow"
-            )
+                self._wandb = wandb.init(
+                    project=project, dir=str(folder), config=resolved(config), id=wandb_id, resume="allow"
+                )
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl and one point of every curve."""
@@ -81,21 +108,25 @@ class MetricsWriter:
         with self._keeping_on("metrics.jsonl"):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()  # what a full disk does not take now stays in the buffer for the next line
-        with self._keeping_on("tensorboard"):
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
+        if self._tensorboard is not None:
+            with self._keeping_on("tensorboard"):
+                for name, value in values.items():
+                    self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
-            self._wandb.log(values, step=step)
+            with self._keeping_on("wandb"):
+                self._wandb.log(values, step=step)
 
     @contextmanager
     def _keeping_on(self, sink: str) -> Iterator[None]:
-        """A disk that is full must not end the training whose state is in memory: warn, once for each sink."""
+        """Whatever goes wrong, it must not end the training whose state is in memory: warn, once for each sink."""
         try:
             yield
-        except OSError as error:
+        except Exception as error:
             if sink not in self._failed:
                 self._failed.add(sink)
-                print(f"warning: cannot write {sink}: {error.strerror or error}; training goes on", file=sys.stderr)
+                reason = (error.strerror if isinstance(error, OSError) else None) or describe(error)
+                with suppress(OSError):
+                    print(f"warning: cannot write {sink}: {reason}; training goes on", file=sys.stderr)
 
     def close(self) -> None:
         """Flush and close every sink."""
@@ -104,7 +135,8 @@ class MetricsWriter:
                 with self._keeping_on(name):
                     sink.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            with self._keeping_on("wandb"):
+                self._wandb.finish()
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -133,6 +165,12 @@ def _drop_lines_after(path: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
     replace_text(path, "".join(kept))
+
+
+def printable(text: str, stream: TextIO) -> str:
+    """Text with what the stream's encoding does not know written as escapes."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def cost_of_run(config: Config, plan: BatchPlan, world_size: int) -> str:
@@ -173,10 +211,11 @@ class Progress:
         if step == self._first + 1:  # what starts up is in the first step
             self._after_first = time.monotonic()
         if self._bar is not None:
-            self._bar.update(1)
-            if values:
-                speed = f"{values['tokens_per_s']:,.0f} tokens/s"
-                self._bar.set_postfix_str(f"loss {values['loss']:.4f} lr {values['lr']:.2e} {speed}")
+            with suppress(OSError):  # a terminal that has gone
+                self._bar.update(1)
+                if values:
+                    speed = f"{values['tokens_per_s']:,.0f} tokens/s"
+                    self._bar.set_postfix_str(f"loss {values['loss']:.4f} lr {values['lr']:.2e} {speed}")
         if values and self._lines:
             self.line(
                 f"step {step}/{self.total} | loss {values['loss']:.4f} | grad norm {values['grad_norm']:.3f} | "
@@ -203,11 +242,11 @@ class Progress:
         if not self.is_main:
             return
         self._said = time.monotonic()
-        if self._bar is not None and not self._lines:
-            self._bar.write(text)
-        else:
-            with suppress(OSError):  # a log file on a full disk
-                print(text, flush=True)
+        with suppress(OSError):  # a log file on a full disk, a terminal that has gone
+            if self._bar is not None and not self._lines:
+                self._bar.write(printable(text, sys.stderr))
+            else:
+                print(printable(text, sys.stdout), flush=True)
 
     def _sign_of_life(self, text: str) -> None:
         """A line between two logged steps; the more there have been, the rarer they come."""

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every whole line of a metrics.jsonl; a line that a crash cut short is left out."""
+    """Every whole line of a metrics.jsonl; a line that a crash cut short, or that is none of ours, is left out."""
     lines = []
-    for line in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+    for line in path.read_text(errors="replace").splitlines():
+        with suppress(ValueError, RecursionError):
+            found = json.loads(line)
+            if isinstance(found, dict):
+                lines.append(found)
     return lines
+
+
+def validated_steps(path: Path) -> set[int]:
+    """Steps whose validation loss stands in a metrics.jsonl."""
+    if not path.is_file():
+        return set()
+    steps = (line.get("step") for line in read_metrics(path) if "validation_loss" in line)
+    return {step for step in steps if isinstance(step, int)}
 
 
 def plot_loss(metrics: Path, picture: Path, *, title: str, unigram_entropy: float | None = None) -> None:

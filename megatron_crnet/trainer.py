@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,15 +26,15 @@ from megatron_crnet.checkpoint_folder import DAMAGED, checkpoint_dir, checkpoint
 from megatron_crnet.config import Config
 from megatron_crnet.data_loading import global_batches
 from megatron_crnet.engine import TrainEngine
-from megatron_crnet.errors import BadStepError, CheckpointError, ConfigError, FolderTakenError
+from megatron_crnet.errors import BadStepError, CheckpointError, ConfigError, FolderTakenError, describe
 from megatron_crnet.gpt import build_model_chunks
 from megatron_crnet.inputs import examine_inputs
 from megatron_crnet.interruption import Interruption
-from megatron_crnet.liveness import naming_lost_peers
+from megatron_crnet.liveness import is_communication, naming_lost_peers
 from megatron_crnet.metrics import MetricsWriter, Progress, check_sinks, cost_of_run, peak_memory_bytes
 from megatron_crnet.parallel import ParallelContext, collective_limit, initialize_parallel, seed_random_states
-from megatron_crnet.plot import plot_loss
-from megatron_crnet.provenance import write_run_file
+from megatron_crnet.plot import plot_loss, validated_steps
+from megatron_crnet.provenance import read_run_file, write_run_file
 from megatron_crnet.residual_in_use import changed_residual, residual_in_use
 from megatron_crnet.resumption import other_place
 from megatron_crnet.run_folder import RunFolders, check_space, hold_run_folders
@@ -82,14 +84,24 @@ class Trainer:
         self.config, self.context, self.interruption, self.folders = config, context, interruption, folders
         self.plan: BatchPlan = plan_batches(config, context.world_size)
         check_memory(config, context.device)
-        check_sinks(config)
+        examine_together(self._check_sinks)
         self.inputs = examine_inputs(config, self.plan)
+        self.validation_due = self._is_validation_due()
         self.space = None if self.is_complete or config.training.eval_only else examine_together(self._check_space)
 
     @property
     def is_complete(self) -> bool:
-        """Whether an earlier run has done all steps already."""
-        return self.inputs.step >= self.config.training.train_steps
+        """Whether an earlier run has done all steps already, and their last validation."""
+        return self.inputs.step >= self.config.training.train_steps and not self.validation_due
+
+    def _is_validation_due(self) -> bool:
+        """Whether the checkpoint's step is still to be validated, as rank 0's metrics say; a collective call."""
+        due = [False]
+        if self.context.is_main and self.inputs.state.get("validation_due"):
+            done = validated_steps(Path(self.config.logging.output_dir) / "metrics.jsonl")
+            due = [self.inputs.step not in done]
+        dist.broadcast_object_list(due, src=0)
+        return due[0] and self._validates(self.inputs.step)
 
     def run(self) -> bool:
         """Train from the newest checkpoint, or from scratch. Returns whether all steps are done."""
@@ -120,6 +132,11 @@ class Trainer:
         # a launcher ends all ranks when the first has ended: none goes before rank 0 has closed its files
         self.vote.any(False)
         return complete
+
+    def _check_sinks(self) -> tuple[None, dict[str, str]]:
+        if self.context.is_main:
+            check_sinks(self.config)
+        return None, {}
 
     def _check_space(self) -> tuple[str | None, dict[str, str]]:
         return check_space(self.config, self.inputs.step) if self.context.is_main else None, {}
@@ -173,7 +190,7 @@ class Trainer:
 
     def _open_folder(self) -> tuple[MetricsWriter, dict[str, str]]:
         """The first thing that is written; an error reaches every rank."""
-        folder = Path(self.config.logging.output_dir)
+        folder, wandb_id = Path(self.config.logging.output_dir), None
         try:
             if self.context.is_main:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -182,8 +199,12 @@ class Trainer:
                 facts: dict[str, Any] = {"checkpoints": saved_facts(self.config, newest)}
                 if self.checkpointer.loaded_from:
                     facts["loaded_from"] = self.checkpointer.loaded_from
+                if self.config.logging.wandb_project:
+                    # a run that goes on is one run there, too
+                    before = read_run_file(folder).get("wandb_id") if self.inputs.checkpoint else None
+                    facts["wandb_id"] = wandb_id = before if isinstance(before, str) else secrets.token_hex(8)
                 write_run_file(folder, sys.argv, self.context.world_size, **facts)
-            return MetricsWriter(self.config, self.context.is_main, self.state.step), {}
+            return MetricsWriter(self.config, self.context.is_main, self.state.step, wandb_id), {}
         except OSError as error:
             raise ConfigError(
                 f"logging.output_dir {folder} cannot be written ({error.strerror or error}): free some space, correct "
@@ -224,7 +245,7 @@ class Trainer:
         """Returns whether all steps are done; not so after a signal, whose state is saved."""
         training, window = self.config.training, LoggingWindow(time.perf_counter())
         self._saved_at = time.monotonic()
-        if self.state.validation_due and self._validates(self.state.step) and not self._validate():
+        if self.validation_due and not self._validate():
             return False
         remaining = training.train_steps - self.state.step
         for batches in self._batches(self.inputs.datasets.train, self.state.samples, remaining, self.plan.sizes):
@@ -240,13 +261,15 @@ class Trainer:
                 self.progress.advance(step, None)
             paused = time.perf_counter()
             warned, due = self.vote.any(self._is_warned(last), self._is_time_to_save())
-            if self._validates(step):
-                warned = warned or not self._validate(to_the_end=last)
-                if warned:
-                    self.state = replace(self.state, validation_due=True)
-            if warned or due or last or self._saves(step):
+            # saved first: nothing that goes wrong in a validation costs the state
+            saves, validates = warned or due or last or self._saves(step), self._validates(step)
+            self.state = replace(self.state, validation_due=validates)
+            if saves:
                 self._save(at_once=warned or last)
             if warned:
+                return False
+            if validates and not self._validate(to_the_end=last):
+                self.checkpointer.wait() if saves else self._save(at_once=True)
                 return False
             window.started += time.perf_counter() - paused
         return True
@@ -403,7 +426,7 @@ class Trainer:
         return True
 
     def _test(self) -> None:
-        """The loss of the final weights on the test data, to the end whatever signals come."""
+        """The loss of the final weights on the test data, to the end whatever signals come. All is saved by then."""
         self._evaluate("test", self.inputs.datasets.test, self.inputs.test_steps)
 
     def _evaluate(self, what: str, dataset: Any, steps: int, to_the_end: bool = True) -> dict[str, Any] | None:
@@ -413,16 +436,25 @@ class Trainer:
             what: name of the metric.
             to_the_end: take no notice of signals.
 
+        An error, other than that of a lost rank, is a warning: it must not end the training.
+
         Returns:
-            The metrics; None if a signal cut it short.
+            The metrics, empty after an error; None if a signal cut it short.
         """
         totals: list[tuple[float, float]] = []
-        for batches in self._batches(dataset, 0, steps):
-            self.context.heartbeat.report(f"step {self.state.step}, batch {len(totals) + 1} of its {what}")
-            totals.append(self.engine.evaluate(batches))
-            if any(self.vote.any(self._is_warned(to_the_end))):
-                return None
-        loss = sum(total for total, _ in totals) / sum(count for _, count in totals)
+        waiting = self._batches(dataset, 0, steps)
+        for number in range(1, steps + 1):
+            self.context.heartbeat.report(f"step {self.state.step}, batch {number} of its {what}")
+            with self._beside(f"the {what} of step {self.state.step}"):
+                totals.append(self.engine.evaluate(next(waiting)))
+            cut, failed = self.vote.any(self._is_warned(to_the_end), len(totals) < number)
+            if cut or failed:
+                return None if cut else {}
+        count = sum(count for _, count in totals)
+        if not count:
+            self.progress.line(f"warning: the {what} of step {self.state.step} has no token whose loss counts")
+            return {}
+        loss = sum(total for total, _ in totals) / count
         # e^700 is the largest power a float holds
         perplexity = math.exp(min(loss, 700.0))
         values = {"tokens": self.state.tokens, f"{what}_loss": loss, f"{what}_perplexity": perplexity}
@@ -432,6 +464,17 @@ class Trainer:
             f"step {self.state.step} | {what} loss {loss:.4f} | {what} perplexity {perplexity:.2f}{entropy}"
         )
         return values
+
+    @contextmanager
+    def _beside(self, what: str) -> Iterator[None]:
+        """For work beside the training: an error becomes a warning, unless it is that of a lost rank."""
+        try:
+            yield
+        except Exception as error:
+            if is_communication(error) or self.config.training.eval_only:
+                raise
+            at = "" if self.context.is_main else f" (rank {self.context.rank})"
+            print(f"warning{at}: {what} failed and is left out: {describe(error)}", file=sys.stderr, flush=True)
 
     def _saves(self, step: int) -> bool:
         interval = self.config.checkpoint.save_interval
@@ -458,19 +501,19 @@ class Trainer:
         """loss.png, from what metrics.jsonl holds."""
         folder = Path(self.config.logging.output_dir)
         if self.context.is_main and (folder / "metrics.jsonl").exists():
-            title = f"{self.config.model.variant}, {folder.name}"
-            plot_loss(folder / "metrics.jsonl", folder / "loss.png", title=title, unigram_entropy=self.inputs.entropy)
+            title, entropy = f"{self.config.model.variant}, {folder.name}", self.inputs.entropy
+            with self._beside("loss.png"):
+                plot_loss(folder / "metrics.jsonl", folder / "loss.png", title=title, unigram_entropy=entropy)
 
     def _finish(self) -> None:
         """The picture, and a look at what the model writes."""
         section = self.config.logging
         self.draw()
         if section.sample_prompt is not None and section.sample_tokens:
-            seed = self.config.training.seed
-            text = continue_text(
-                self.engine, self.inputs.tokenizer, section.sample_prompt, section.sample_tokens, seed=seed
-            )
-            self.progress.line(f"--- a sampled continuation ---\n{section.sample_prompt}{text}\n---")
+            prompt, seed = section.sample_prompt, self.config.training.seed
+            with self._beside("the sampled continuation"):
+                text = continue_text(self.engine, self.inputs.tokenizer, prompt, section.sample_tokens, seed=seed)
+                self.progress.line(f"--- a sampled continuation ---\n{prompt}{text}\n---")
         self.progress.line(f"done: {section.output_dir} holds metrics.jsonl, config.yaml, loss.png and tensorboard/")
         self.progress.line(f"checkpoint: {checkpoint_dir(self.config) / checkpoint_name(self.state.step)}")
 

@@ -170,3 +170,81 @@ def test_what_could_not_be_written_at_the_end_is_refused_at_the_start(corpus: Co
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
     assert contents(tmp_path) == before
     assert {name for name in rows if (tmp_path / name).exists()} == there
+
+
+BROKEN = """
+import torch.utils.tensorboard as board
+from megatron_crnet import trainer
+def fail(*_, **__):
+    raise ZeroDivisionError("as if something was wrong")
+patch.setattr(trainer.TrainEngine, "evaluate", fail)
+patch.setattr(trainer, "plot_loss", fail)
+patch.setattr(trainer, "continue_text", fail)
+patch.setattr(board.SummaryWriter, "add_scalar", fail)
+"""
+LOST = """
+from megatron_crnet import trainer
+evaluate = trainer.Trainer._evaluate
+def die(self, *arguments, **more):
+    if self.state.step == 6:
+        raise RuntimeError("as if killed here")
+    return evaluate(self, *arguments, **more)
+patch.setattr(trainer.Trainer, "_evaluate", die)
+"""
+WANDB = """
+import json, pathlib
+class Run:
+    def log(self, values, step): raise RuntimeError("no answer")
+    def finish(self): pass
+def init(**options):
+    with open(pathlib.Path(__file__).with_name("started.jsonl"), "a") as file:
+        print(json.dumps([options["id"], options["resume"], options["project"]]), file=file)
+    return Run()
+"""
+
+
+@pytest.mark.fault("B15", "B14", "L12", "F6", "B18", "B1")
+def test_nothing_beside_the_state_ends_a_run_or_costs_its_state(corpus: Corpus, tmp_path: Path) -> None:
+    output, sinks = tmp_path / "run", tmp_path / "sinks"
+    sinks.mkdir()
+    (sinks / "wandb.py").write_text(WANDB)
+    find = f"patch.syspath_prepend({str(sinks)!r})\nimport sys; sys.modules.pop('wandb', None)\n"
+    find += f"patch.setenv('NETRC', {str(sinks / 'netrc')!r})\npatch.delenv('WANDB_API_KEY', raising=False)\n"
+    project = {"logging__wandb_project": "mine"}
+    asks = {"logging__sample_prompt": "", "logging__sample_tokens": 3}
+    login = "open(os.environ['NETRC'], 'w').write('machine api.wandb.ai login user password x\\n')\n"
+
+    damaged = f"open({str(output / 'metrics.jsonl')!r}, 'ab').write(b'\\xff\\n5\\n{{')\n"
+
+    def command(before: str, steps: int, **changes: object) -> Command:
+        return Command(corpus.options(output, training__train_steps=steps, **changes), f"import os\n{before}")
+
+    no_key, broken, lost, due, prompt = run_commands(
+        tmp_path / "results",
+        [
+            command(find, 3, **project),
+            command(find + login + BROKEN, 3, **project, **asks),
+            command(find + LOST, 6, **project),
+            command(find + damaged, 6, **project, **asks),
+            Command(corpus.options(tmp_path / "odd", logging__sample_prompt="\ud800")),
+        ],
+    )
+    assert no_key.status == 2, no_key.text
+    assert no_key.error.endswith("run wandb login, set WANDB_API_KEY, or set WANDB_MODE=offline")
+    assert broken.status == 0, broken.text
+    for what in ("the validation of step 3", "loss.png", "the sampled continuation", "tensorboard", "wandb"):
+        (_,) = [line for line in broken.text.splitlines() if what in line and line.startswith("warning")]
+    assert damage(output / "checkpoints" / "step_00000003") is None
+    # ended inside the last validation: all is saved, and the same command does what is left
+    assert lost.status == "traceback", lost.text
+    assert damage(output / "checkpoints" / "step_00000006") is None
+    assert due.status == 0, due.text
+    assert "--- a sampled continuation ---" in due.text
+    assert "step 6/6 | loss" not in due.text
+    assert set(lines_of(output, "validation_loss")) == {3, 6}
+    started = [json.loads(line) for line in (sinks / "started.jsonl").read_text().splitlines()]
+    assert len({tuple(line) for line in started}) == 1
+    assert len(started) == 3
+    assert started[0][1:] == ["allow", "mine"]
+    assert prompt.status == 2, prompt.text
+    assert "logging.sample_prompt is " in prompt.error
