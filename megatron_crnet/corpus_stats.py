@@ -64,8 +64,9 @@ class CorpusStats:
         self.remarks += other.remarks
 
     def totals(self) -> str:
-        """How many were left out, for every reason."""
-        return ", ".join(f"{self.count(kind):,} {words}" for kind, words in WORDS.items())
+        """How many were left out, for every reason that there was."""
+        counts = ((self.count(kind), words) for kind, words in WORDS.items())
+        return ", ".join(f"{count:,} {words}" for count, words in counts if count) or "nothing was left out"
 
     def summary(self) -> list[str]:
         """A line for every file of which something was left out, and for every entry that was not opened."""

@@ -158,7 +158,9 @@ def read_index(prefix: str) -> IndexedFiles:
     bin_path, idx_path = f"{prefix}.bin", f"{prefix}.idx"
     for path in (bin_path, idx_path):
         if not os.path.isfile(path):
-            raise DataError(f"{path} does not exist: make it with preprocess_data.py, or correct the prefix {prefix}")
+            stem, suffix = os.path.splitext(prefix)
+            remedy = f"give the prefix {stem}, without {suffix}" if suffix in (".bin", ".idx") else f"correct {prefix}"
+            raise DataError(f"{path} does not exist: make it with preprocess_data.py, or {remedy}")
     dtype, sequences, boundaries = _read_header(idx_path)
     if sequences == 0:
         raise DataError(f"{idx_path} holds no document: preprocess text that is not empty")

@@ -53,6 +53,12 @@ def test_broken_files(prefix: str, suffix: str, how: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_a_file_for_a_prefix_is_answered_with_the_prefix(prefix: str, suffix: str) -> None:
+    with pytest.raises(DataError, match=f"does not exist: .* or give the prefix {prefix}, without {suffix}"):
+        build(10, data_path=[prefix + suffix])
+
+
 def test_index_of_another_run_or_another_kind(prefix: str, tmp_path: Path) -> None:
     other = write_indexed(tmp_path / "other", random_documents(200, VOCAB, seed=9))
     shutil.copy(f"{other}.idx", f"{prefix}.idx")

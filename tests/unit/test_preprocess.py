@@ -98,7 +98,7 @@ def test_strict_names_the_line_and_writes_nothing(corpus: Path, model: str, tmp_
 
 def test_a_corpus_without_a_document_is_refused(model: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"body": "x"}\n')
-    with pytest.raises(DataError, match=r"no document \(1 empty, .* 1 without the text key"):
+    with pytest.raises(DataError, match=r"no document \(1 empty, 1 without the text key\)"):
         run(tmp_path / "a.jsonl", tmp_path / "out", model, workers=0)
     assert names(tmp_path) == ["a.jsonl"]
 
