@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 import stat
@@ -27,6 +28,8 @@ REFUSED = {
         *(".csv", ".tsv", ".arrow", ".feather", ".orc", ".avro", ".xls", ".xlsx"),
     ),
 }
+WITHOUT_ROWS = ("_SUCCESS", "_metadata", "_common_metadata")
+"""What Spark and others write beside Parquet files."""
 PEEK_BYTES = 1 << 16
 BOM = b"\xef\xbb\xbf"
 OTHER_BOMS = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
@@ -161,6 +164,9 @@ class _Folder:
             if entry.name.startswith("."):
                 self.passed_over.append(f"{path} (hidden)")
                 continue
+            if entry.name in WITHOUT_ROWS:
+                self.passed_over.append(f"{path} (holds no rows)")
+                continue
             try:
                 mode = path.stat().st_mode
             except OSError as error:
@@ -259,9 +265,20 @@ def _refuse_other_text(file: InputFile, text: bytes, text_key: str, by_suffix: b
         raise DataError(f"{file.name} holds a JSON array, not one object per line: convert it with jq -c '.[]'")
     if file.format == "jsonl" and line == b"{":
         raise DataError(f"{file.name} holds an object over several lines, not one per line: convert it with jq -c .")
+    if by_suffix and file.format == "text" and FORMATS.keys() & _suffixes(file.path) and not _is_text(text):
+        raise DataError(f"{file.name} is not text, and its last suffix says nothing: decompress or rename it")
     key = re.escape(text_key.rpartition(".")[2].encode())
     if by_suffix and file.format == "text" and re.match(rb'\{.*"' + key + rb'"\s*:', line):
         raise DataError(
             f"{file.name} seems to hold JSON lines, but its name does not end in .jsonl: say --format jsonl, or "
             "--format text if it is one document"
         )
+
+
+def _is_text(text: bytes) -> bool:
+    """Whether the beginning of a file can be UTF-8."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(text)
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -181,6 +181,24 @@ def test_what_is_not_text_is_refused_by_name_before_any_work(tmp_path: Path, nam
 
 
 @pytest.mark.fault("D3")
+@pytest.mark.parametrize("name", ["a.jsonl.snappy", "a.parquet.part", "a.json.enc"])
+def test_a_shard_under_a_suffix_that_nobody_knows_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\xff\x06\x00\x00sNaPpY" + bytes(range(256)))
+    with pytest.raises(DataError, match=f"{name} is not text, and its last suffix says nothing"):
+        list_files([tmp_path])
+
+
+def test_what_spark_writes_beside_parquet_is_passed_over_and_named(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "part-0.parquet", [{"text": "a"}])
+    pq.write_metadata(pa.schema({"text": pa.string()}), tmp_path / "_common_metadata")
+    (tmp_path / "_SUCCESS").write_bytes(b"")
+    documents, summary = read(tmp_path)
+    assert documents == ["a"]
+    names = ("_SUCCESS", "_common_metadata")
+    assert summary == [f"passed over: {tmp_path}/{name} (holds no rows)" for name in names]
+
+
+@pytest.mark.fault("D3")
 def test_all_refused_files_are_named_or_counted(tmp_path: Path) -> None:
     for i in range(8):
         (tmp_path / f"{i}.zip").write_bytes(b"PK")
