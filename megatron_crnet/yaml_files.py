@@ -16,7 +16,7 @@ import yaml
 
 from megatron_crnet.errors import ConfigError
 
-MOST_BYTES = 2**24
+MOST_BYTES = 2**20
 MOST_VALUES, DEEPEST = 100_000, 50
 TEXT = "tag:yaml.org,2002:str"
 SPELT = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")

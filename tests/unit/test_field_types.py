@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import yaml
 
@@ -14,7 +15,9 @@ from megatron_crnet.config import Config
 from megatron_crnet.errors import ConfigError
 from megatron_crnet.field_types import describe, is_text, takes_null, types_of
 from megatron_crnet.settings import SECTIONS, load_config, parse_arguments
+from megatron_crnet.weights import initial_value
 from pretrain_crnet import main
+from tests.helpers import tiny_config
 
 FIELDS = [
     (section, field.name, types_of(make)[field.name])
@@ -159,3 +162,11 @@ def test_home_and_environment_stand_for_themselves_in_every_path(tmp_path: Path,
         load_config(file, ["--logging.output_dir", "$UNSET_X/r"])
     with pytest.raises(ConfigError, match="there is no user nobody-of-that-name"):
         load_config(file, ["--logging.output_dir", "~nobody-of-that-name/r"])
+
+
+@pytest.mark.fault("M2", "B16")
+@pytest.mark.parametrize("seed", [0, 2**32 - 1])
+def test_every_seed_that_is_accepted_draws_weights_and_the_order_of_the_data(seed: int) -> None:
+    config = tiny_config(training={"seed": seed})
+    assert initial_value("a.weight", (2, 3), config.model, seed).isfinite().all()
+    numpy.random.RandomState(config.training.seed)

@@ -230,7 +230,7 @@ def test_files_that_are_no_configuration_end_in_one_line(tmp_path: Path, text: s
 
 def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b"logging: {wandb_project: caf\xe9}")
-    (tmp_path / "large").write_bytes(b"#" * (2**24 + 1))
+    (tmp_path / "large").write_bytes(b"#" * (2**20 + 1))
     for path, message in (
         (tmp_path, "cannot be read"),
         (tmp_path / "latin", "utf-8"),
