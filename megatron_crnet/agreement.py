@@ -20,7 +20,7 @@ from megatron_crnet.config import Config
 from megatron_crnet.errors import ConfigError, DataError, describe
 from megatron_crnet.settings import resolved
 
-LIBRARIES = ("torch", "triton", "megatron-core", "deepspeed", "megatron_crnet")
+LIBRARIES = ("torch", "triton", "megatron-core", "deepspeed", "apex", "transformer-engine", "megatron_crnet")
 NOT_INSTALLED = "not installed"
 CHECKPOINT = "the checkpoint"
 REMEDIES = {

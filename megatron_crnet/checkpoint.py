@@ -46,6 +46,7 @@ from megatron_crnet.fingerprint import TrainedOn
 from megatron_crnet.masters import KINDS, MASTER, Masters
 from megatron_crnet.provenance import note_in_run_file
 from megatron_crnet.random_states import RandomStates
+from megatron_crnet.replicas import Checksums, checksums, copies_differ, describe_drift
 from megatron_crnet.settings import resolved
 from megatron_crnet.state_files import Box, collect, fill, read, shapes_of, whole, write
 from megatron_crnet.training_state import TrainingState
@@ -81,6 +82,7 @@ class Checkpointer:
         self._group = dist.new_group(backend="gloo", timeout=WRITING_LIMIT)
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._remarks: list[str] = []
         self.loaded_from: dict[str, Any] | None = None
         """What checkpoint.load gave the run at its step 0, for state.json."""
         self.other_place: str | None = None
@@ -98,6 +100,7 @@ class Checkpointer:
             CheckpointError: the checkpoint before this one could not be written.
         """
         self.wait()
+        copies = checksums(self.weights, self.masters.stage)
         boxes = collect(self.masters, self.weights)
         random = RandomStates.capture().tensors()
         boxes.update({_random_name(name): whole(tensor.clone()) for name, tensor in random.items()})
@@ -113,7 +116,7 @@ class Checkpointer:
         name = checkpoint_name(state.step)
         if aside:
             name = f"{REJECTED}{name}.from_{checkpoint_name(state.step + 1)}"
-        self._thread = threading.Thread(target=self._write, args=(name, state, boxes, about), name="checkpoint")
+        self._thread = threading.Thread(target=self._write, args=(name, state, boxes, about, copies), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> Path | None:
@@ -136,9 +139,25 @@ class Checkpointer:
         values = resolved(self.config)["parallel"]
         return {"world_size": dist.get_world_size(), **{name: values[name] for name in LAYOUT}}
 
-    def _write(self, name: str, state: TrainingState, boxes: dict[str, Box], about: dict[str, Any]) -> None:
+    def take_remarks(self) -> list[str]:
+        """What was found while writing and has not been asked for yet."""
+        found, self._remarks = self._remarks, []
+        return found
+
+    def _compare_copies(self, copies: Checksums) -> None:
+        digests: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(digests, copies.digest, group=self._group)
+        if copies_differ(digests):  # known to all ranks alike
+            everyone: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, copies, group=self._group)
+            self._remarks.append(describe_drift(everyone))
+
+    def _write(
+        self, name: str, state: TrainingState, boxes: dict[str, Box], about: dict[str, Any], copies: Checksums
+    ) -> None:
         partial: Path | None = None
         try:
+            self._compare_copies(copies)
             partial, target = self._on_main(lambda: self._prepare(name))
             own = write(partial, boxes, self._group)
             boxes.clear()

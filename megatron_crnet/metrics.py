@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_crnet.arithmetic import flops_per_token, total_parameters
@@ -37,6 +38,17 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def largest_peak_memory_bytes(device: torch.device) -> int:
+    """`peak_memory_bytes` of the fullest rank; a collective call.
+
+    Args:
+        device: of this rank.
+    """
+    peak = torch.tensor(peak_memory_bytes(), dtype=torch.int64, device=device)
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    return int(peak)
 
 
 def check_sinks(config: Config) -> None:

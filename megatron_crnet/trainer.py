@@ -31,7 +31,7 @@ from megatron_crnet.gpt import build_model_chunks
 from megatron_crnet.inputs import examine_inputs
 from megatron_crnet.interruption import Interruption
 from megatron_crnet.liveness import is_communication, naming_lost_peers
-from megatron_crnet.metrics import MetricsWriter, Progress, check_sinks, cost_of_run, peak_memory_bytes
+from megatron_crnet.metrics import MetricsWriter, Progress, check_sinks, cost_of_run, largest_peak_memory_bytes
 from megatron_crnet.parallel import ParallelContext, collective_limit, initialize_parallel, seed_random_states
 from megatron_crnet.plot import plot_loss, validated_steps
 from megatron_crnet.provenance import read_run_file, write_run_file
@@ -291,6 +291,7 @@ class Trainer:
         self.checkpointer.save(self.state)
         if at_once:
             self.checkpointer.wait()
+            self._say_what_was_found()
         self.metrics.write(self.state.step, {"checkpoint_wait_s": time.monotonic() - started})
 
     def _settle(self) -> None:
@@ -301,6 +302,11 @@ class Trainer:
             raise
         except CheckpointError as error:
             self.progress.line(f"warning: {error}; training goes on")
+        self._say_what_was_found()
+
+    def _say_what_was_found(self) -> None:
+        for remark in self.checkpointer.take_remarks():
+            self.progress.line(f"warning: {remark}")
 
     def _step(self, batches: list[Batch]) -> int:
         """One step, after which `state` counts it. Returns its trained tokens, 0 for a bad one that was skipped."""
@@ -397,7 +403,7 @@ class Trainer:
             "step_time_s": seconds / window.steps,
             "tokens_per_s": window.tokens / seconds,
             "tflops_per_device": flops / seconds / self.context.world_size / 1e12,
-            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_bytes": largest_peak_memory_bytes(self.context.device),
         }
         if self.plan.sizes.has_ramp:
             values["samples"], values["global_batch_size"] = self.state.samples, window.step_size

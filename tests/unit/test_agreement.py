@@ -49,3 +49,12 @@ def test_a_checkpoint_that_only_some_ranks_see_asks_for_a_shared_folder() -> Non
     facts = [{CHECKPOINT: name} for name in ("step_00000003", "(none)", "step_00000003")]
     with pytest.raises(ConfigError, match=r"rank 1 has the checkpoint \(none\).*must be a folder that all ranks share"):
         compare_facts(facts)
+
+
+@pytest.mark.fault("B9")
+def test_optional_accelerators_are_among_the_facts_that_ranks_share() -> None:
+    """A node without apex would update its copies of weights by other kernels."""
+    facts = configuration_facts(tiny_config())
+    assert facts["version of apex"] == facts["version of transformer-engine"] == "not installed"
+    with pytest.raises(ConfigError, match=r"rank 1 has version of apex 0\.1, but the others have not installed"):
+        compare_facts([facts, {**facts, "version of apex": "0.1"}, facts])
