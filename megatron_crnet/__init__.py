@@ -7,7 +7,8 @@ The modules in the order in which to read them; each uses only those above it.
     atomic               files whole or not at all
     field_types          types of configuration fields, each with its range
     ranks, rules         which map has which rank; what must hold between fields
-    deepspeed_rules      which keys of DeepSpeed are allowed, and when; recompute_rules: the same for recomputation
+    deepspeed_keys       which keys of DeepSpeed are allowed, with their types; deepspeed_rules: in which layout
+    recompute_rules      the same for recomputation
     config               every field of a run
     yaml_files           YAML and JSON, read strictly
     settings             YAML and command line -> Config, and back; versions: what --version prints

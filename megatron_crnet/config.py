@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 
-from megatron_crnet.deepspeed_rules import check_deepspeed, checked_deepspeed
+from megatron_crnet.deepspeed_keys import checked_deepspeed
+from megatron_crnet.deepspeed_rules import check_deepspeed
 from megatron_crnet.errors import require
 from megatron_crnet.field_types import (
     SMALLEST,

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from megatron_crnet.config import Config, FaultsConfig
-from megatron_crnet.deepspeed_rules import OWNED_BY_OTHER_SECTIONS, DeepSpeedSection
+from megatron_crnet.deepspeed_keys import OWNED_BY_OTHER_SECTIONS, DeepSpeedSection
 from megatron_crnet.deepspeed_settings import deepspeed_config
 from megatron_crnet.errors import ConfigError
 from megatron_crnet.field_types import is_text, shown
