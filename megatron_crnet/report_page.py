@@ -16,10 +16,6 @@ CSS = """
   LIGHT }
 @media screen and (prefers-color-scheme: dark) { :root { --text: #e6e9ed; --back: #14181d; --soft: #a3adb8;
   --line: #3a424c; --box: #1d232a; DARK } }
-@media print { :root { color-scheme: light; } body { font-size: 11px; max-width: none; padding: 0; }
-  figure, tr { break-inside: avoid; } h2, .title, section > p { break-after: avoid; } nav { display: none; }
-  .charts { grid-template-columns: 1fr 1fr; } .scroll { overflow: visible; } table { font-size: 9px; }
-  * { print-color-adjust: exact; } }
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back); margin: 0 auto;
   padding: 1rem; max-width: 66rem; overflow-wrap: anywhere; }
@@ -42,6 +38,12 @@ table.words :is(th, td) { text-align: left; white-space: normal; min-width: 6rem
 TEXT
 .title { font-weight: 600; font-size: 0.95rem; margin: 1.2rem 0 0; }
 pre { background: var(--box); padding: 0.6rem; white-space: pre-wrap; font-size: 0.8rem; }
+@media print { :root { color-scheme: light; font-size: 11px; } nav { display: none; }
+  body { font-size: 11px; max-width: none; padding: 0; }
+  figure, tr { break-inside: avoid; } h2, .title, section > p { break-after: avoid; } section > p { max-width: none; }
+  .charts { grid-template-columns: 1fr 1fr; } .scroll { overflow: visible; } pre { font-size: 8px; }
+  table { font-size: 8.5px; } table:not(.words) :is(th, td) { padding-left: 0.5rem; white-space: normal; }
+  table :is(th, td):first-child { padding-left: 0; min-width: 6rem; } * { print-color-adjust: exact; } }
 """
 TEXT_COLUMNS = 4
 """Of a table, the most columns of words before the numbers begin."""

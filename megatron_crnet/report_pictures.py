@@ -29,6 +29,7 @@ DASHES = ("-", (0, (6, 2)), (0, (1.5, 1.5)), "-.")
 MARKERS = "os^Dv*XP"
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "+++", "---")
 STEPS = (1, 2, 2.5, 5, 10)
+FINE = tuple(k / 20 for k in range(20, 200))
 WIDTH = 4.6
 """Inches, at 10 points per letter: readable where the picture has 340 pixels."""
 STYLE = {
@@ -212,13 +213,13 @@ def _span(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _log_ticks(values: Sequence[float]) -> list[float]:
-    """Four to eight round numbers around the values, if there are as many."""
+    """Three to eight round numbers around the values, if there are as many."""
     low, high = min(values) / 1.1, max(values) * 1.1
     powers = [10.0**k for k in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
     found = []
-    for steps in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 4, 6, 8), [k / 4 for k in range(4, 40)]):
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 4, 6, 8), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), FINE):
         found = [power * step for power in powers for step in steps if low <= power * step <= high]
-        if len(found) >= 4:
+        if len(found) >= 3:
             break
     return found[:: math.ceil(len(found) / 8)]
 
