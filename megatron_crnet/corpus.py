@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,16 +175,22 @@ def _decode_lines(chunk: LineChunk, rules: Rules, stats: CorpusStats) -> _Decode
         stats.skip(source, "empty", 0)
         return
     marked = BOM in chunk.data
+    names = {rules.text_key, rules.text_key.rpartition(".")[2]}
+    spelled = [json.dumps(name, ensure_ascii=False).encode() for name in names]
     for number, line in enumerate(chunk.data.split(b"\n"), start=chunk.first_line):
         if marked:
             line = line.removeprefix(BOM)  # files that were joined may have one anywhere
         if not line or line.isspace():
             continue
         try:
+            if any(line.count(name) > 1 for name in spelled):
+                json.loads(line, object_pairs_hook=partial(_refuse_two, names))
             text = text_at(json.loads(line.decode()), rules.text_key)
             yield text, len(text.encode()), source, number
         except UnicodeError as error:
             _skip(stats, rules, "invalid_utf8", source, number, "is not valid UTF-8", error)
+        except _TwoTextsError as error:
+            _skip(stats, rules, "two_texts", source, number, f"has the key {rules.text_key!r} twice", error)
         except KeyError as error:
             _skip(stats, rules, "missing_text", source, number, f"has no key {rules.text_key!r}", error)
         except TypeError as error:
@@ -219,6 +226,17 @@ def _decode_rows(chunk: RowChunk, rules: Rules, stats: CorpusStats) -> _Decoded:
             _skip(stats, rules, "invalid_utf8", chunk.source, row, "is not valid UTF-8", error)
         else:
             yield text, len(value), chunk.source, row
+
+
+class _TwoTextsError(Exception):
+    """An object with the text key twice, of which JSON readers take the last without a word."""
+
+
+def _refuse_two(names: set[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if any(keys.count(name) > 1 for name in names):
+        raise _TwoTextsError
+    return dict(pairs)
 
 
 def text_at(value: Any, key: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-Kind = Literal["empty", "invalid_utf8", "invalid_json", "missing_text", "not_text"]
+Kind = Literal["empty", "invalid_utf8", "invalid_json", "missing_text", "not_text", "two_texts"]
 
 WORDS: dict[Kind, str] = {
     "empty": "empty",
@@ -14,6 +14,7 @@ WORDS: dict[Kind, str] = {
     "invalid_json": "not a JSON object",
     "missing_text": "without the text key",
     "not_text": "whose text is not a string",
+    "two_texts": "with the text key twice",
 }
 
 

@@ -329,6 +329,19 @@ def test_nested_text_keys(tmp_path: Path, value: dict[str, object], key: str, ex
     assert bool(summary) == (expected is None)
 
 
+@pytest.mark.fault("L10")
+@pytest.mark.parametrize("key", ["text", "data.text"])
+def test_an_object_with_the_text_twice_is_named(tmp_path: Path, key: str) -> None:
+    wrap = "%s" if key == "text" else '{"data": %s}'
+    twice, once = '{"text": "a", "id": 1, "text": "b"}', '{"text": "c", "more": {"x": "text", "y": "\\"text\\""}}'
+    (tmp_path / "a.jsonl").write_text(f"{wrap % twice}\n{wrap % once}\n")
+    documents, summary = read(tmp_path / "a.jsonl", text_key=key)
+    assert documents == ["c"]
+    assert summary[1:] == [f"  {tmp_path}/a.jsonl: 1 with the text key twice (first at 1)"]
+    with pytest.raises(DataError, match=rf"a\.jsonl:1 has the key '{key}' twice"):
+        read(tmp_path / "a.jsonl", text_key=key, strict=True)
+
+
 def write_parquet(path: Path, rows: list[dict[str, object]], **options: object) -> Path:
     pq.write_table(pa.Table.from_pylist(rows), path, **options)
     return path
