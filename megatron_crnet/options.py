@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 from megatron_crnet.errors import require
 from megatron_crnet.versions import version_line
 
+LONGEST = 300
+"""Characters of a message that are printed."""
 MOST = 2**20
 """Largest number of ranks, rows or layers that a tool takes."""
 
@@ -35,7 +37,13 @@ class ToolParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End with status 2 and one line, without argparse's usage."""
-        self.exit(2, f"error: {' '.join(message.split())}: correct the command line, or see --help\n")
+        self.exit(2, f"error: {self.refusal(message)}\n")
+
+    @staticmethod
+    def refusal(message: str) -> str:
+        """argparse's message in one line of a length that can be read, with a remedy."""
+        words = " ".join(message.split()).encode("utf-8", "backslashreplace").decode()
+        return f"{words if len(words) <= LONGEST else words[:LONGEST] + '...'}: correct the command line, or see --help"
 
 
 def take_options(defaults: Mapping[str, str | None], argv: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:

@@ -55,7 +55,7 @@ class ConfigParser(ToolParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print and exit with."""
-        raise ConfigError(f"{message}: correct the command line, or see --help")
+        raise ConfigError(self.refusal(message))
 
     def read(self, argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
         """This parser's own options, and the configuration.
