@@ -86,6 +86,7 @@ The modules in the order in which to read them; each uses only those above it.
     run_folder           what a run may write, and what it must not start over
     starting_point       another run's weights to start from: checkpoint.load
     inputs               everything that a run reads, examined before it writes
+    determinism          the same bits in each run on CUDA
     residual_in_use      who computes the residual, and who did before the checkpoint
     trainer              the loop
 

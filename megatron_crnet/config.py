@@ -138,6 +138,9 @@ class TrainingConfig(Section, name="training"):
     cross_layer_fusion: bool = True
     """On CUDA, compute the cross-layer residual and its gradients by Triton's kernels, one pass over memory each. false
     (or no Triton): by PyTorch's operations, which round differently."""
+    deterministic: bool = False
+    """On CUDA, take only operations that give the same bits in each run on the same devices and libraries; slower. On
+    CPUs they do in any case."""
     seed: Seed = 1234
     """Seed of the initial weights, of the order of the data and of dropout."""
     eval_interval: Count = 100

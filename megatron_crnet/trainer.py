@@ -25,6 +25,7 @@ from megatron_crnet.checkpoint import Checkpointer, saved_facts
 from megatron_crnet.checkpoint_folder import DAMAGED, checkpoint_dir, checkpoint_name, saved_step
 from megatron_crnet.config import Config
 from megatron_crnet.data_loading import global_batches
+from megatron_crnet.determinism import deterministic_algorithms
 from megatron_crnet.engine import TrainEngine
 from megatron_crnet.errors import BadStepError, CheckpointError, ConfigError, FolderTakenError, describe
 from megatron_crnet.gpt import build_model_chunks
@@ -543,10 +544,11 @@ def train(config: Config, interruption: Interruption) -> bool:
         PeerLostError: another rank died or stands still.
         BadStepError: a loss is not finite or a spike; the state before it is saved.
     """
-    context = initialize_parallel(config)
-    limit = config.parallel.distributed_timeout_minutes
-    with context.heartbeat, naming_lost_peers(context.heartbeat, limit):
-        return _train_on_this_rank(config, context, interruption)
+    with deterministic_algorithms(config.training.deterministic):
+        context = initialize_parallel(config)
+        limit = config.parallel.distributed_timeout_minutes
+        with context.heartbeat, naming_lost_peers(context.heartbeat, limit):
+            return _train_on_this_rank(config, context, interruption)
 
 
 def _train_on_this_rank(config: Config, context: ParallelContext, interruption: Interruption) -> bool:

@@ -111,6 +111,7 @@ def build_transformer_config(config: Config) -> CRNetTransformerConfig:
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         deallocate_pipeline_outputs=True,
+        deterministic_mode=config.training.deterministic,
         batch_p2p_comm=torch.cuda.is_available(),
     )
 

@@ -257,3 +257,14 @@ def test_a_ramp_of_the_batch_size_under_zero(corpus: Corpus, tmp_path: Path, sta
     zero = corpus.options(tmp_path / "zero", deepspeed__zero_optimization__stage=stage, **options)
     assert start_here(zero).status == 0
     assert lines_of(tmp_path / "zero", "loss") == pytest.approx(lines_of(tmp_path / "plain", "loss"), rel=1e-5)
+
+
+@pytest.mark.fault("B8")
+def test_a_deterministic_run_has_an_operation_for_everything(corpus: Corpus, tmp_path: Path) -> None:
+    """On CPUs, whose operations are deterministic anyway: the same losses as without."""
+    options = {**QUIET, "model__hidden_dropout": 0.1, "training__train_steps": 2}
+    for name in ("true", "false"):
+        outcome = start_here(corpus.options(tmp_path / name, **options, training__deterministic=name))
+        assert outcome.status == 0, outcome.stderr
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert lines_of(tmp_path / "true", "loss") == lines_of(tmp_path / "false", "loss")
