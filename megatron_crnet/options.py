@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_crnet.errors import require
+from megatron_crnet.errors import ConfigError, require
+from megatron_crnet.field_types import FilePath, checked
 from megatron_crnet.versions import version_line
 
 LONGEST = 300
@@ -33,6 +35,7 @@ class ToolParser(argparse.ArgumentParser):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **arguments)
+        self.register("type", Path, _path_argument)
         self.add_argument("--version", action=Version, help="print the versions of this project and its libraries")
 
     def error(self, message: str) -> NoReturn:
@@ -44,6 +47,22 @@ class ToolParser(argparse.ArgumentParser):
         """argparse's message in one line of a length that can be read, with a remedy."""
         words = " ".join(message.split()).encode("utf-8", "backslashreplace").decode()
         return f"{words if len(words) <= LONGEST else words[:LONGEST] + '...'}: correct the command line, or see --help"
+
+
+def _path_argument(text: str) -> Path:
+    try:
+        return file_path("it", text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def file_path(name: str, text: str) -> Path:
+    """The path that an option names, `~` and environment variables replaced as in the configuration.
+
+    Raises:
+        ConfigError: it cannot be a path.
+    """
+    return Path(checked(name, FilePath, text))
 
 
 def take_options(defaults: Mapping[str, str | None], argv: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:

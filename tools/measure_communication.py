@@ -12,12 +12,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from megatron_crnet.config import Config
 from megatron_crnet.errors import reported
-from megatron_crnet.options import only_usage, take_options
+from megatron_crnet.options import file_path, only_usage, take_options
 from megatron_crnet.record_file import check_record_file, write_record
 from megatron_crnet.settings import read_config
 from megatron_crnet.tables import table
@@ -79,7 +78,7 @@ def run(argv: list[str]) -> int:
     """Count and write."""
     options, rest = take_options({"--json": None}, [argument for argument in argv if argument != "--overwrite"])
     config, is_first = read_config(rest), os.environ.get("RANK", "0") == "0"
-    target = Path(options["--json"]) if options["--json"] and is_first else None
+    target = file_path("--json", options["--json"]) if options["--json"] and is_first else None
     check_record_file(target, overwrite="--overwrite" in argv)
     found = measure(config)
     if is_first:

@@ -21,12 +21,11 @@ import itertools
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 from megatron_crnet.config import Config
 from megatron_crnet.errors import reported, require
-from megatron_crnet.options import only_usage, positive_integer, take_options
+from megatron_crnet.options import file_path, only_usage, positive_integer, take_options
 from megatron_crnet.record_file import check_record_file, write_record
 from megatron_crnet.settings import read_config
 from megatron_crnet.tables import table
@@ -152,7 +151,7 @@ def run(argv: list[str]) -> int:
         "the configuration asks for tensor or pipeline parallelism, but this tool counts one rank without: set "
         "both sizes to 1",
     )
-    target = Path(options["--json"]) if options["--json"] not in (None, "-") else None
+    target = file_path("--json", options["--json"]) if options["--json"] not in (None, "-") else None
     check_record_file(target, overwrite="--overwrite" in argv)
     from megatron_crnet import cpu_platform
 

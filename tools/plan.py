@@ -16,12 +16,11 @@ the model stay. Ctrl-C ends the search with what was found so far. Any `--sectio
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from megatron_crnet.errors import ConfigError, reported, require
 from megatron_crnet.interruption import INTERRUPTED
-from megatron_crnet.options import only_usage, positive_integer, take_options
+from megatron_crnet.options import file_path, only_usage, positive_integer, take_options
 from megatron_crnet.record_file import check_record_file
 from megatron_crnet.settings import read_config, save_config
 
@@ -73,7 +72,7 @@ def run(argv: list[str]) -> int:
     gpus, per_node, show = (
         positive_integer(name, str(options[name])) for name in ("--gpus", "--gpus-per-node", "--show")
     )
-    output = Path(str(options["--output"]))
+    output = file_path("--output", str(options["--output"]))
     check_record_file(output, "--output", overwrite="--overwrite" in argv)
     config = read_config(rest)
     from megatron_crnet import cpu_platform

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_crnet.errors import ConfigError
-from megatron_crnet.options import positive_integer
+from megatron_crnet.options import ToolParser, file_path, positive_integer
 from megatron_crnet.settings import read_config
 
 ROOT = Path(__file__).parents[2]
@@ -55,3 +55,19 @@ def test_options_of_training_alone_are_unknown_to_tools() -> None:
 def test_a_count_of_a_tool_has_a_range(text: str) -> None:
     with pytest.raises(ConfigError, match="must be an integer above 0, at most 1048576: correct it"):
         positive_integer("--gpus", text)
+
+
+@pytest.mark.fault("L11")
+def test_paths_of_tools_stand_for_what_they_do_in_the_configuration(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = ToolParser(description="a tool")
+    parser.add_argument("--json", type=Path)
+    assert parser.parse_args(["--json=~/x.json"]).json == Path("/home/me/x.json")
+    assert file_path("--output", "$SCRATCH/plan.yaml") == Path("/scratch/me/plan.yaml")
+    for wrong in ("$UNSET_X/a", "x" * 300, "a\0b", ""):
+        with pytest.raises(SystemExit):
+            parser.parse_args([f"--json={wrong}"])
+        assert capsys.readouterr().err.count("\n") == 1
+        with pytest.raises(ConfigError, match="--output is "):
+            file_path("--output", wrong)
