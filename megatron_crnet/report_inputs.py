@@ -368,7 +368,7 @@ def _read_folder(folder: Path, found: ReportInputs) -> None:
 
 def read_run(path: Path, found: ReportInputs) -> None:
     """Add the run whose metrics.jsonl this is."""
-    text, lines = _text(path, found), []
+    text, lines = _text(path, found, errors="replace"), []  # a damaged byte costs its line, not the run
     damaged: list[int] = []
     for number, line in enumerate((text or "").splitlines(), 1):
         notes: list[str] = []
@@ -415,9 +415,9 @@ def _facts(path: Path, found: ReportInputs) -> Record:
     return facts
 
 
-def _text(path: Path, found: ReportInputs) -> str | None:
+def _text(path: Path, found: ReportInputs, errors: str = "strict") -> str | None:
     try:
-        return path.read_text()
+        return path.read_text("utf-8", errors)
     except (OSError, ValueError) as error:  # also a name with a NUL
         reason = (error.strerror if isinstance(error, OSError) else None) or "it is no text"
         found.problems.append(f"{path} cannot be read ({reason}): left out")

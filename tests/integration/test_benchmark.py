@@ -38,8 +38,9 @@ def test_rows_of_every_kind_in_one_run(tmp_path: Path) -> None:
         assert math.isfinite(row["loss"])
     # ZeRO-0 in fp32: moments are twice the weights, gradients once
     assert one["memory"]["weights"] == 4 * one["parameters"]
-    assert one["memory"]["optimizer"] >= 8 * one["parameters"]
-    assert one["memory"]["gradients"] == 4 * one["parameters"]
+    # and a few tensors of single values; the split is the simulation's
+    assert 0 <= one["memory"]["optimizer"] - 8 * one["parameters"] < 4096
+    assert 0 <= one["memory"]["gradients"] - 4 * one["parameters"] < 4096
     assert two["memory"]["weights"] < one["memory"]["weights"]
     assert one["traffic"] == {}
     assert sum(size for kind, size in two["traffic"].items() if kind.startswith("TP")) > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import os
 import random
 import re
 from collections.abc import Iterator
@@ -522,3 +523,24 @@ def test_files_of_odd_json_are_named(tool: ModuleType, tmp_path: Path, text: str
     lines = [line for line in markdown.splitlines() if line.startswith("- left out")]
     assert len(lines) == (2 if text.startswith('{"kind"') else 3)  # which is a mapping, and facts need nothing else
     assert "7.0000" in markdown
+
+
+@pytest.mark.fault("F10")
+def test_a_damaged_byte_costs_its_line_and_a_name_of_odd_bytes_is_shown(tool: ModuleType, tmp_path: Path) -> None:
+    run = write_run(Path(os.fsdecode(os.fsencode(tmp_path) + b"/run\xff\n<b>")))
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 11, "tokens\xff": 1, \xff}\n')
+    status, page, markdown = report(tool, tmp_path, run)
+    assert status == 0
+    assert "line 5 cannot be read" in markdown
+    assert "run\\xdcff &lt;b>" in markdown
+    assert "<b>" not in page.partition("<main>")[2].partition("figcaption")[0]
+
+
+def test_a_long_run_is_drawn_in_few_points(tool: ModuleType, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    lines = ({"step": n, "tokens": n, "loss": 8 - n / 4000, "step_time_s": 0.1} for n in range(1, 20_001))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    status, page, _ = report(tool, tmp_path, run)
+    assert status == 0
+    assert len(page) < 200_000
