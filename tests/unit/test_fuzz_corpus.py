@@ -34,7 +34,7 @@ def parquet() -> bytes:
 LINES = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in TEXTS)
 FILES: dict[str, Callable[[], bytes]] = {
     "a.jsonl": lambda: LINES,
-    "a.json.gz": lambda: gzip.compress(LINES[:900]) + gzip.compress(LINES[900:]),
+    "a.json.gz": lambda: gzip.compress(LINES[:900], mtime=0) + gzip.compress(LINES[900:], mtime=0),
     "a.jsonl.zst": lambda: zstandard.ZstdCompressor().compress(LINES),
     "a.jsonl.bz2": lambda: bz2.compress(LINES),
     "a.jsonl.xz": lambda: lzma.compress(LINES),
