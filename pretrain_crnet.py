@@ -10,12 +10,18 @@ configuration or data, 3 a loss that is not finite or a spike, 4 another rank th
 
 from __future__ import annotations
 
+from megatron_crnet.errors import ctrl_c_is_one_line
+
+if __name__ == "__main__":
+    ctrl_c_is_one_line()  # during the imports below as well
+
 import os
 import sys
 import traceback
 
 from megatron_crnet.errors import CrnetError
 from megatron_crnet.interruption import INTERRUPTED, Interruption
+from megatron_crnet.launcher import read_launch, take_local_rank
 
 
 def main(argv: list[str]) -> int:
@@ -28,17 +34,20 @@ def _run(argv: list[str], interruption: Interruption) -> int:
     from megatron_crnet.settings import parse_arguments
 
     try:
-        arguments = parse_arguments(argv)
+        arguments = parse_arguments(take_local_rank(argv))
+        launch = read_launch(dry_run=arguments.dry_run)
+        if launch.remark:
+            print(launch.remark, file=sys.stderr)
         # libraries that take seconds to import come after everything that can be refused at once
         from megatron_crnet import cpu_platform
 
         cpu_platform.install()
-        from megatron_crnet.parallel import launched_world_size, shutdown_parallel
+        from megatron_crnet.parallel import shutdown_parallel
         from megatron_crnet.report import dry_run_report
 
         if arguments.dry_run:
-            report = dry_run_report(arguments.config, launched_world_size())
-            if os.environ.get("RANK", "0") == "0":
+            report = dry_run_report(arguments.config, launch.world_size)
+            if launch.rank == 0:
                 print(report)
             return 0
         from megatron_crnet.trainer import train

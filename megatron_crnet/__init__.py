@@ -18,7 +18,9 @@ The modules in the order in which to read them; each uses only those above it.
     noise                messages of libraries that are kept from the terminal
     duration             how long something takes, for people; tables: aligned, and Markdown as well
     cpu_platform         Megatron-Core and DeepSpeed without CUDA: the only patches
+    launcher             which rank srun, mpirun, torchrun and their like meant this process to be
     liveness, agreement  who is missing; all ranks mean the same run
+    rendezvous           how the processes of a run find each other
     parallel, batch      process groups; how a global batch is cut; batch_sizes: and how it grows
     deepspeed_settings   DeepSpeed's JSON of a run
     arithmetic           parameters and useful operations of a model
@@ -50,6 +52,7 @@ The modules in the order in which to read them; each uses only those above it.
     preprocess, worker_pool                documents -> .bin/.idx
     data, data_checks, padded_dataset      .bin/.idx -> samples; index_cache: their indices, stored without pickle
     data_loading, unigram                  samples -> micro-batches; entropy of the tokens
+    shared_reads         data files at start: each read once per node
     progress                               how far a tool is
 
     optimizer            AdamW's groups, the learning rate over time

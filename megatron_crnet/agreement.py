@@ -7,13 +7,12 @@ comes first, before it decides who is in a collective call with whom.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 from collections import Counter
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
 from megatron_crnet.config import Config
@@ -64,9 +63,37 @@ def agree_on_configuration(config: Config) -> None:
     Raises:
         ConfigError: ranks differ; names a rank, the fact and both values.
     """
+    facts = configuration_facts(config)
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, configuration_facts(config))
-    compare_facts(everyone)
+    # all facts of all ranks only where a digest differs
+    dist.all_gather_object(everyone, hashlib.sha256(repr(sorted(facts.items())).encode()).digest())
+    if len(set(everyone)) > 1:
+        dist.all_gather_object(everyone, facts)
+        compare_facts(everyone)
+
+
+def report_together(examine: Callable[[], Found]) -> list[Found]:
+    """Run `examine` on every rank. Returns what each of them found; a collective call.
+
+    Raises:
+        CrnetError: `examine` raised on some rank; every rank raises, naming it. A defect, which is any other
+            exception, is raised as it is where it happened.
+    """
+    found: Any = None
+    problem: Exception | None = None
+    try:
+        found = examine()
+    except Exception as error:  # also a defect must reach the ranks that wait below
+        problem = error
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (found, describe(problem) if problem else None))
+    if problem is not None:
+        raise problem
+    failed = [(rank, message) for rank, (_, message) in enumerate(everyone) if message]
+    if failed:
+        rank, message = failed[0]
+        raise DataError(f"rank {rank} stopped at start: {message}")
+    return [found for found, _ in everyone]
 
 
 def examine_together(examine: Callable[[], tuple[Found, dict[str, str]]]) -> Found:
@@ -80,23 +107,15 @@ def examine_together(examine: Callable[[], tuple[Found, dict[str, str]]]) -> Fou
             exception, is raised as it is where it happened.
         ConfigError: ranks differ; names a rank, the fact and both values.
     """
-    found: Any = None
-    problem: Exception | None = None
-    facts: dict[str, str] = {}
-    try:
+    opened: list[Found] = []
+
+    def facts_of_opened() -> dict[str, str]:
         found, facts = examine()
-    except Exception as error:  # also a defect must reach the ranks that wait below
-        problem = error
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (facts, describe(problem) if problem else None))
-    if problem is not None:
-        raise problem
-    failed = [(rank, message) for rank, (_, message) in enumerate(everyone) if message]
-    if failed:
-        rank, message = failed[0]
-        raise DataError(f"rank {rank} stopped at start: {message}")
-    compare_facts([facts for facts, _ in everyone])
-    return found
+        opened.append(found)
+        return facts
+
+    compare_facts(report_together(facts_of_opened))
+    return opened[0]
 
 
 def compare_facts(facts: list[dict[str, str]]) -> None:
@@ -112,19 +131,24 @@ def compare_facts(facts: list[dict[str, str]]) -> None:
 
 
 class Vote:
-    """What some rank alone knows, such as a signal, made known to all; to be made on all ranks together.
+    """What some rank alone knows, such as a signal, made known to all by the all-reduce of a batch's loss.
 
-    Its calls are on the host, so they wait for no kernel.
+    Every rank asks itself just before that call and has the same answers just after it, so all decide alike, and no
+    group or call of its own is needed.
 
     Args:
-        limit: how long a call waits for the others.
+        questions: what each rank asks itself.
     """
 
-    def __init__(self, limit: timedelta) -> None:
-        self._group = dist.new_group(backend="gloo", timeout=limit)
+    def __init__(self, *questions: Callable[[], bool]) -> None:
+        self._questions = questions
+        self.answers = [False] * len(questions)
+        """For each question, whether some rank said yes at the last all-reduce."""
 
-    def any(self, *flags: bool) -> list[bool]:
-        """For each flag, whether it is set on some rank; a collective call."""
-        votes = torch.tensor(flags, dtype=torch.uint8)
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._group)
-        return [bool(vote) for vote in votes]
+    def cast(self) -> list[float]:
+        """This rank's answers, to be summed over all ranks."""
+        return [float(question()) for question in self._questions]
+
+    def count(self, sums: Sequence[float]) -> None:
+        """Take the sums over all ranks."""
+        self.answers = [total > 0 for total in sums]

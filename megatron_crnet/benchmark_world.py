@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from megatron_crnet.config import Config
 from megatron_crnet.errors import CrnetError
-from megatron_crnet.interruption import leave_signals_to_parent
+from megatron_crnet.interruption import leave_signals_to_parent, signals_held_back
 
 STEP, END = "step", "end"
 
@@ -87,7 +87,8 @@ class World:
             process = context.Process(
                 target=_rank_main, args=(theirs, config, rank, processes, port, threads), daemon=True
             )
-            process.start()
+            with signals_held_back():
+                process.start()
             theirs.close()
             self._processes.append(process)
             self._ends.append(ours)
@@ -176,9 +177,10 @@ class _Site:
         from megatron_crnet.batch import plan_batches
         from megatron_crnet.engine import TrainEngine
         from megatron_crnet.gpt import build_model_chunks
-        from megatron_crnet.parallel import initialize_parallel, launched_world_size
+        from megatron_crnet.launcher import read_launch
+        from megatron_crnet.parallel import initialize_parallel
 
-        self.plan = plan_batches(config, launched_world_size())
+        self.plan = plan_batches(config, read_launch().world_size)
         self.memory = _memory()
         with self.memory:
             self.context = initialize_parallel(config)

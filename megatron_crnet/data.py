@@ -6,6 +6,7 @@ Order of use: `build_datasets` once on every rank, then `global_batches` for eac
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from megatron_crnet.config import Config
 from megatron_crnet.data_checks import (
     SPLITS,
     Blend,
+    IdRange,
     IndexedFiles,
     Source,
     check_cache_folder,
@@ -46,13 +48,21 @@ class Datasets:
 
 
 def build_datasets(
-    config: Config, tokenizer: Tokenizer, num_train_samples: int, num_valid_samples: int, num_test_samples: int = 0
+    config: Config,
+    tokenizer: Tokenizer,
+    num_train_samples: int,
+    num_valid_samples: int,
+    num_test_samples: int = 0,
+    known_ids: Mapping[str, IdRange] | None = None,
 ) -> Datasets:
     """Build the datasets of a run: at least the given number of samples each, over several epochs if need be.
 
     With torch.distributed, every rank calls this; rank 0 writes the index caches, the others read them.
     Everything is checked before, and in the same way on every rank, so a mistake in the configuration raises
     everywhere and no rank waits for another.
+
+    Args:
+        known_ids: `id_range` of prefixes whose files have been looked through already.
 
     Raises:
         ConfigError: the data section contradicts itself, or the vocabulary does not fit the model.
@@ -63,7 +73,7 @@ def build_datasets(
     sources = _wanted(sources_of(config.data), sizes)
     if not sources:
         return Datasets(None, None, None)
-    files = _checked_files(config, tokenizer, sources)
+    files = _checked_files(config, tokenizer, sources, known_ids or {})
     builder = DatasetBuilder(
         PaddedDocumentDataset if config.data.sample_format == "padded" else PackedDataset,
         list(sizes.values()),
@@ -87,13 +97,16 @@ def _wanted(sources: dict[str, Source], sizes: dict[str, int]) -> dict[str, Sour
     return {split: source for split, source in sources.items() if sizes[split]}
 
 
-def _checked_files(config: Config, tokenizer: Tokenizer, sources: dict[str, Source]) -> dict[str, IndexedFiles]:
+def _checked_files(
+    config: Config, tokenizer: Tokenizer, sources: dict[str, Source], known_ids: Mapping[str, IdRange]
+) -> dict[str, IndexedFiles]:
     """All .bin/.idx pairs by prefix, after every check."""
     prefixes = dict.fromkeys(prefix for source in sources.values() for prefix in source.blend.prefixes)
     files = {prefix: read_index(prefix) for prefix in prefixes}
     for pair in files.values():
-        check_index(pair)
-        check_token_ids(pair, tokenizer)
+        if pair.prefix not in known_ids:
+            check_index(pair)
+        check_token_ids(pair, tokenizer, known_ids.get(pair.prefix))
         check_tokenizer_of_data(pair.prefix, tokenizer)
     for split, source in sources.items():
         for prefix in source.blend.prefixes:
@@ -149,11 +162,18 @@ def _cache_folder(config: Config, files: dict[str, IndexedFiles]) -> str:
     Megatron-Core names a cache by the path of the data, not by its content: data that is preprocessed again
     under the same prefix would be read through the old index.
     """
-    first = next(iter(files))
-    root = Path(config.data.cache_path) if config.data.cache_path else Path(first).parent / "cache"
-    folder = root / digest_of_blend(sorted(files), None)[:16]
+    folder = cache_root(config, next(iter(files))) / digest_of_blend(sorted(files), None)[:16]
     check_cache_folder(folder)
     return str(folder)
+
+
+def cache_root(config: Config, first: str) -> Path:
+    """The folder of everything that is kept of data, by content.
+
+    Args:
+        first: the prefix beside which it lies unless `data.cache_path` is set.
+    """
+    return Path(config.data.cache_path) if config.data.cache_path else Path(first).parent / "cache"
 
 
 def data_fingerprint(config: Config) -> dict[str, str]:

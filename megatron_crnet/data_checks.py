@@ -207,21 +207,34 @@ def check_index(files: IndexedFiles) -> None:
             raise DataError(f"{files.prefix}.idx counts its documents backwards: it is damaged, preprocess again")
 
 
-def check_token_ids(files: IndexedFiles, tokenizer: Tokenizer) -> None:
-    """Raise DataError if the .bin holds an id that the tokenizer does not have (see SCAN_BYTES)."""
+IdRange = tuple[int, int]
+"""Smallest and largest token id."""
+
+
+def id_range(files: IndexedFiles) -> IdRange:
+    """The smallest and largest token id of the .bin, as far as SCAN_BYTES looks."""
     ids: npt.NDArray[np.integer] = np.memmap(f"{files.prefix}.bin", dtype=files.dtype, mode="r")
     whole = files.bin_bytes <= SCAN_BYTES
     starts = [0] if whole else np.linspace(0, len(ids), 64, endpoint=False, dtype=np.int64).tolist()
     width = len(ids) if whole else SCAN_BYTES // 64 // files.dtype.itemsize
-    for start in starts:
-        block = ids[start : start + width]
-        worst = int(block.min()) if int(block.min()) < 0 else int(block.max())
-        if not 0 <= worst < tokenizer.vocab_size:
-            raise DataError(
-                f"{files.prefix}.bin holds the token id {worst}, but the tokenizer has the ids 0 to "
-                f"{tokenizer.vocab_size - 1}: it was made with another tokenizer; preprocess again with this one, or "
-                "set data.tokenizer_model to that one"
-            )
+    blocks = [ids[start : start + width] for start in starts]
+    return min(int(block.min()) for block in blocks), max(int(block.max()) for block in blocks)
+
+
+def check_token_ids(files: IndexedFiles, tokenizer: Tokenizer, found: IdRange | None = None) -> None:
+    """Raise DataError if the .bin holds an id that the tokenizer does not have.
+
+    Args:
+        found: its `id_range`, where it is known.
+    """
+    smallest, largest = found or id_range(files)
+    worst = smallest if smallest < 0 else largest
+    if not 0 <= worst < tokenizer.vocab_size:
+        raise DataError(
+            f"{files.prefix}.bin holds the token id {worst}, but the tokenizer has the ids 0 to "
+            f"{tokenizer.vocab_size - 1}: it was made with another tokenizer; preprocess again with this one, or "
+            "set data.tokenizer_model to that one"
+        )
 
 
 def check_enough(files: IndexedFiles, split: str, share: Share, config: Config) -> None:

@@ -108,6 +108,7 @@ def _grouped(dataset: Any, indices: MicroBatchIndices, num_workers: int) -> Iter
         num_workers=num_workers,
         collate_fn=_collate,
         worker_init_fn=leave_signals_to_parent,
+        pin_memory=torch.cuda.is_available(),  # a copy to the GPU waits for no other memory
         generator=torch.Generator(),  # else the loader draws a seed from the global state, which dropout shares
     )
     batches = iter(loader)

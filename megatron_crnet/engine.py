@@ -26,6 +26,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_grad
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from megatron_crnet.agreement import Vote
 from megatron_crnet.anchors import place_anchors
 from megatron_crnet.config import Config
 from megatron_crnet.deepspeed_rules import offloads_optimizer, zero_stage
@@ -83,7 +84,10 @@ class TrainEngine:
         hooked = self.stage >= 2
         self.scheduled = [
             ScheduledChunk(
-                chunk, (self.deepspeed if hooked else chunk).__call__, self._accumulating if hooked else None
+                chunk,
+                (self.deepspeed if hooked else chunk).__call__,
+                self._accumulating if hooked else None,
+                context.heartbeat.progress,
             )
             for chunk in chunks
         ]
@@ -144,16 +148,18 @@ class TrainEngine:
         finally:
             self.deepspeed.set_gradient_accumulation_boundary(True)
 
-    def forward_backward(self, batches: list[Batch], tokens: int) -> float:
+    def forward_backward(self, batches: list[Batch], tokens: int, vote: Vote | None = None) -> float:
         """All micro-batches of one step; gradients are left reduced over every group. Returns the mean loss.
 
         Args:
             batches: this rank's micro-batches, tensors of [b, s].
             tokens: trained tokens of the global batch.
+            vote: is counted together with the loss.
         """
         results = self.accumulate(batches, tokens)
+        self.context.heartbeat.progress()
         self.reduce_gradients()
-        loss_sum, count = loss_totals(results, self.context.device)
+        loss_sum, count = loss_totals(results, self.context.device, vote)
         return loss_sum / count if count else math.nan  # a batch without labels is a bad step, not a crash
 
     def accumulate(self, batches: list[Batch], tokens: int) -> list[dict[str, Tensor]]:
@@ -169,6 +175,7 @@ class TrainEngine:
 
         A gradient norm that is not finite changes no weight and no moment: DeepSpeed drops such gradients.
         """
+        self.context.heartbeat.progress()
         lr, plain = self.current_lr, is_plain(self.config)
         norm = self._clip() if plain else 0.0
         if math.isfinite(norm):
@@ -233,10 +240,14 @@ class TrainEngine:
         self._advance_schedule(steps)
 
     @torch.no_grad()
+    def evaluation_losses(self, batches: list[Batch]) -> list[dict[str, Tensor]]:
+        """This rank's losses of one global batch, for `loss_totals`; see `run_schedule`."""
+        self.deepspeed.eval()
+        return run_schedule(self.scheduled, batches, forward_only=True)
+
     def evaluate(self, batches: list[Batch]) -> tuple[float, float]:
         """Sum of the loss in nats and number of tokens of one global batch, over all ranks."""
-        self.deepspeed.eval()
-        return loss_totals(run_schedule(self.scheduled, batches, forward_only=True), self.context.device)
+        return loss_totals(self.evaluation_losses(batches), self.context.device)
 
     @torch.no_grad()
     def next_token_logits(self, tokens: list[int]) -> Tensor | None:

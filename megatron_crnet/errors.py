@@ -12,6 +12,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 
 
 class CrnetError(Exception):
@@ -62,12 +63,27 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
+def ctrl_c_is_one_line() -> None:
+    """Let Ctrl-C end an entry point with one line while it imports its libraries; to be called before them.
+
+    At once, because an exception inside of an import may become another one. `reported` takes it back.
+    """
+    signal.signal(signal.SIGINT, _end_interrupted)
+
+
+def _end_interrupted(_number: int, _frame: FrameType | None) -> None:
+    os.write(sys.stderr.fileno(), b"interrupted\n")
+    os._exit(128 + signal.SIGINT)
+
+
 def reported(run: Callable[[], int]) -> int:
     """The exit status of a tool; what a user has to know of an exception of this project goes to standard error.
 
     Ctrl-C and a reader that has seen enough (`| head`) are no defects either: they end a tool as they end a program of
     the shell, which counts 128 and the number of the signal.
     """
+    if signal.getsignal(signal.SIGINT) is _end_interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what is half written is removed on its way
     try:
         status = run()
         sys.stdout.flush()

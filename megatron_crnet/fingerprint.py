@@ -7,7 +7,6 @@ Nothing in here imports torch or Megatron-Core.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -39,16 +38,31 @@ def digest_of_files(bin_path: str | Path, idx_path: str | Path) -> str:
     index holds their sums: each of its blocks depends on all documents before it. Blocks of the .bin tell apart
     tokens that changed under equal lengths, such as those of another tokenizer; a few changed tokens are not found.
     """
-    parts = []
-    for path in (bin_path, idx_path):
+    known = known_digests((str(bin_path), str(idx_path)))
+    return hashlib.sha256(b"".join(digest for _, _, digest in known.values())).hexdigest()[:32]
+
+
+FileDigest = tuple[int, int, bytes]
+"""Size and time of change of a file, ns, and a digest of it as it was then."""
+
+_known: dict[str, FileDigest] = {}
+
+
+def known_digests(paths: Iterable[str]) -> dict[str, FileDigest]:
+    """The digest of each file; read only if it is another one than at the last call."""
+    for path in paths:
         status = os.stat(path)
-        parts.append(_digest_of_file(str(path), status.st_size, status.st_mtime_ns))
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:32]
+        if _known.get(path, ())[:2] != (status.st_size, status.st_mtime_ns):
+            _known[path] = (status.st_size, status.st_mtime_ns, _digest_of_file(path, status.st_size))
+    return {path: _known[path] for path in paths}
 
 
-@functools.lru_cache(maxsize=4096)
-def _digest_of_file(path: str, size: int, _modified: int) -> bytes:
-    """A start asks several times for the same file."""
+def learn_digests(digests: Mapping[str, FileDigest]) -> None:
+    """Take digests that another process has found in the very same files."""
+    _known.update(digests)
+
+
+def _digest_of_file(path: str, size: int) -> bytes:
     digest = hashlib.sha256(size.to_bytes(8, "little"))
     with open(path, "rb") as stream:
         if size <= WHOLE_BYTES:

@@ -7,22 +7,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_crnet.agreement import CHECKPOINT, examine_together
+import torch
+import torch.distributed as dist
+
+from megatron_crnet.agreement import CHECKPOINT, examine_together, report_together
 from megatron_crnet.arithmetic import remark_on_unused_rows
 from megatron_crnet.batch import BatchPlan
 from megatron_crnet.checkpoint import check_resumable, newest_complete, saved_state, tidy
 from megatron_crnet.checkpoint_folder import checkpoint_dir, checkpoints, saved_step
 from megatron_crnet.config import Config
-from megatron_crnet.data import Datasets, build_datasets, data_fingerprint
+from megatron_crnet.data import Datasets, build_datasets, cache_root, data_fingerprint
 from megatron_crnet.data_checks import check_enough, read_index, sources_of
 from megatron_crnet.errors import ConfigError, DataError, describe
 from megatron_crnet.fingerprint import TrainedOn, digest_of_tokenizer, remark_on_unnamed
 from megatron_crnet.resumption import remarks
 from megatron_crnet.run_folder import check_remains
+from megatron_crnet.shared_reads import Known, read_together, view_of
 from megatron_crnet.starting_point import StartingPoint, find_starting_point
 from megatron_crnet.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_crnet.training_state import TrainingState
-from megatron_crnet.unigram import unigram_entropy
+from megatron_crnet.unigram import entropy_of, label_counts
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,11 @@ class Inputs:
         return saved_step(self.checkpoint) if self.checkpoint else 0
 
 
-def examine_inputs(config: Config, plan: BatchPlan) -> Inputs:
+def examine_inputs(config: Config, plan: BatchPlan, device: torch.device) -> Inputs:
     """Open everything that `config` names; a collective call.
+
+    Args:
+        device: where this rank computes.
 
     Raises:
         ConfigError, DataError: something is missing, damaged, or differs between ranks.
@@ -68,14 +75,18 @@ def examine_inputs(config: Config, plan: BatchPlan) -> Inputs:
     """
     if not config.training.eval_only:
         tidy(checkpoint_dir(config))
-    tokenizer, trained_on = examine_together(partial(_examine, config))
+    tokenizer = examine_together(partial(_examine, config))
+    prefixes = _prefixes(config)
+    known = read_together(prefixes, report_together(partial(view_of, prefixes)), cache_root(config, prefixes[0]))
+    trained_on = examine_together(partial(_examine_data, config, tokenizer))
     checkpoint, damaged = newest_complete(checkpoint_dir(config))
     saved, state = examine_together(partial(_examine_checkpoint, config, checkpoint, damaged, trained_on))
     examine_together(partial(_examine_evaluation, config, checkpoint))
     loads = config.checkpoint.load is not None and (checkpoint is None or config.training.eval_only)
     start = find_starting_point(config, trained_on) if loads else None
     test_steps, untested = examine_together(partial(_planned_test, config))
-    datasets = _datasets(config, tokenizer, plan, TrainingState.from_values(state), test_steps)
+    datasets = _datasets(config, tokenizer, plan, TrainingState.from_values(state), test_steps, known)
+    known.keep()
     about = [
         *_about_rows(config, tokenizer),
         *_about_data(config),
@@ -83,24 +94,34 @@ def examine_inputs(config: Config, plan: BatchPlan) -> Inputs:
         *(start.remarks if start else _about_unread(config)),
         *(remarks(config, checkpoint, saved, state, trained_on) if checkpoint and not start else []),
     ]
-    entropy = _entropy(config, datasets, plan)
+    entropy = _entropy(config, datasets, config.training.eval_steps * plan.global_batch_size, device)
     return Inputs(tokenizer, trained_on, checkpoint, start, saved, state, about, damaged, datasets, test_steps, entropy)
 
 
-def _examine(config: Config) -> tuple[tuple[Tokenizer, TrainedOn], dict[str, str]]:
-    """Open what this rank can see of the input, and say what must be the same on all ranks."""
+def _examine(config: Config) -> tuple[Tokenizer, dict[str, str]]:
+    """Open what this rank can see beside the data, and say what must be the same on all ranks."""
     tokenizer = _tokenizer(config)
     check_vocabulary(tokenizer, config.model.vocab_size)
     _check_prompt(config.logging.sample_prompt, tokenizer)
     if not (config.data.data_path or config.data.train_data_path or config.training.eval_only):
         raise ConfigError("data.data_path is empty, but names the .bin/.idx files to train on: give their prefix")
+    _prefixes(config)
     names = [path.name for path in checkpoints(checkpoint_dir(config))]
-    trained_on = TrainedOn(digest_of_tokenizer(tokenizer), data_fingerprint(config))
-    return (tokenizer, trained_on), {
+    return tokenizer, {
         "tokenizer": repr(tokenizer.unique_identifiers),
-        "contents of the data": repr(trained_on.data),
         CHECKPOINT: ", ".join(names) or "(none)",
     }
+
+
+def _examine_data(config: Config, tokenizer: Tokenizer) -> tuple[TrainedOn, dict[str, str]]:
+    trained_on = TrainedOn(digest_of_tokenizer(tokenizer), data_fingerprint(config))
+    return trained_on, {"contents of the data": repr(trained_on.data)}
+
+
+def _prefixes(config: Config) -> list[str]:
+    """Every prefix that the data section names, once."""
+    every = (prefix for source in sources_of(config.data).values() for prefix in source.blend.prefixes)
+    return list(dict.fromkeys(every))
 
 
 Saved = tuple[dict[str, Any], dict[str, Any]]
@@ -126,8 +147,7 @@ def _about_rows(config: Config, tokenizer: Tokenizer) -> list[str]:
 
 
 def _about_data(config: Config) -> list[str]:
-    prefixes = [prefix for source in sources_of(config.data).values() for prefix in source.blend.prefixes]
-    remark = remark_on_unnamed(dict.fromkeys(prefixes))
+    remark = remark_on_unnamed(_prefixes(config))
     return [f"note: {remark}"] if remark else []
 
 
@@ -185,7 +205,9 @@ def _planned_test(config: Config) -> tuple[tuple[int, list[str]], dict[str, str]
     return (config.training.eval_steps, []), {}
 
 
-def _datasets(config: Config, tokenizer: Tokenizer, plan: BatchPlan, done: TrainingState, test_steps: int) -> Datasets:
+def _datasets(
+    config: Config, tokenizer: Tokenizer, plan: BatchPlan, done: TrainingState, test_steps: int, known: Known
+) -> Datasets:
     training = config.training
     remaining = max(training.train_steps - done.step, 1)  # for a run that is complete, too, which is to be said later
     return build_datasets(
@@ -195,11 +217,16 @@ def _datasets(config: Config, tokenizer: Tokenizer, plan: BatchPlan, done: Train
         num_train_samples=0 if training.eval_only else plan.sizes.after(remaining, done.samples),
         num_valid_samples=training.eval_steps * plan.global_batch_size,
         num_test_samples=test_steps * plan.global_batch_size,
+        known_ids=known.ids,
     )
 
 
-def _entropy(config: Config, datasets: Datasets, plan: BatchPlan) -> float | None:
+def _entropy(config: Config, datasets: Datasets, count: int, device: torch.device) -> float | None:
+    """Of the `count` samples of a validation, each of which is drawn by one rank alone."""
     if datasets.valid is None:
         return None
-    count = config.training.eval_steps * plan.global_batch_size
-    return unigram_entropy((datasets.valid[i] for i in range(count)), config.model.vocab_size)
+    share = range(dist.get_rank(), count, dist.get_world_size())
+    samples = (datasets.valid[i] for i in share)
+    counts = examine_together(lambda: (label_counts(samples, config.model.vocab_size), {})).to(device)
+    dist.all_reduce(counts)
+    return entropy_of(counts)

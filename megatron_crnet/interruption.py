@@ -12,7 +12,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 INTERRUPTED = 75
@@ -105,10 +106,37 @@ class Interruption:
         self.close()
 
 
+@contextmanager
+def signals_held_back() -> Iterator[None]:
+    """While helpers are started: a process that still imports must not answer Ctrl-C with a traceback.
+
+    They inherit that the signals wait, until `leave_signals_to_parent`; this process has a thread that takes them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def leave_signals_to_parent(_worker: int = 0) -> None:
-    """Let a helper process ignore the signals: its parent finishes a step with it, and ends it then."""
+    """Let a helper process take signals from its parent alone, which finishes a step with it and ends it then.
+
+    A launcher, SLURM or the terminal signal every process. SIGTERM from the parent ends the helper: so the parent ends
+    one that is stuck, at its own end as well, where Python waits for its helpers without a limit.
+    """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    # a signal that is ignored is not waited for: SIGTERM is kept back instead, in all threads that come from this one
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True, name="signals").start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(128 + signal.SIGTERM)
 
 
 def _do_nothing(_number: int, _frame: FrameType | None) -> None:

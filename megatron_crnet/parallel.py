@@ -14,8 +14,10 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron_crnet import cpu_platform
 from megatron_crnet.agreement import agree_on_configuration
 from megatron_crnet.config import Config
-from megatron_crnet.errors import ConfigError, PeerLostError, require
-from megatron_crnet.liveness import MARGIN_SECONDS, REMEDY, Heartbeat, naming_lost_peers, wait_for_all
+from megatron_crnet.errors import require
+from megatron_crnet.launcher import Launch, read_launch
+from megatron_crnet.liveness import MARGIN_SECONDS, Heartbeat, naming_lost_peers
+from megatron_crnet.rendezvous import shared_store, wait_for_all
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,6 @@ class ParallelContext:
     def is_main(self) -> bool:
         """Whether this is the process that prints and writes."""
         return self.rank == 0
-
-
-def launched_world_size() -> int:
-    """Number of processes that the launcher (torchrun) started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
@@ -131,50 +128,53 @@ def shutdown_parallel() -> None:
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = torch.device("cuda", device_index(read_launch(), torch.cuda.device_count()))
     torch.cuda.set_device(device)
     return device
 
 
+def device_index(launch: Launch, devices: int) -> int:
+    """Which of the GPUs that this process sees is its own.
+
+    Raises:
+        ConfigError: none of them, or nothing says which.
+    """
+    index = launch.local_rank or 0
+    if launch.binds_devices and devices == 1:
+        return 0  # srun --gpus-per-task shows each process its own
+    require(
+        launch.local_rank is not None or launch.world_size == 1 or devices == 1,
+        f"LOCAL_RANK is not set, so nothing says which of {devices} GPUs rank {launch.rank} may use: set it to the "
+        "number of the process on its node, or start the processes with tools/launch.py",
+    )
+    require(
+        index < devices,
+        f"LOCAL_RANK is {index}, but this process sees {devices} GPUs: start as many processes on each node as it has "
+        "GPUs, or look at CUDA_VISIBLE_DEVICES",
+    )
+    return index
+
+
 def _join(config: Config) -> Heartbeat:
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
-    limit = config.parallel.distributed_timeout_minutes
-    rank, world_size = int(os.environ.get("RANK", "0")), launched_world_size()
-    store = _shared_store(rank, world_size, limit) if "RANK" in os.environ else dist.HashStore()
-    wait_for_all(store, rank, world_size, limit)
+    limit, launch = config.parallel.distributed_timeout_minutes, read_launch()
+    launch.export()
+    # else every gloo group opens a socket to every rank, though its calls need a few neighbours
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    store = shared_store(launch, limit)
+    wait_for_all(store, launch.rank, launch.world_size, limit)
     # a connection of its own: a collective call that waits holds the other one
-    heartbeat = Heartbeat(store.clone() if hasattr(store, "clone") else store, rank, world_size)
+    own = store.clone()  # type: ignore[attr-defined]  # missing in the stubs
+    heartbeat = Heartbeat(own, launch.rank, launch.world_size)
     with naming_lost_peers(heartbeat, limit):
         dist.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo",
             store=dist.PrefixStore("groups", store),
-            rank=rank,
-            world_size=world_size,
+            rank=launch.rank,
+            world_size=launch.world_size,
             timeout=collective_limit(config),
         )
         agree_on_configuration(config)
     return heartbeat
-
-
-def _shared_store(rank: int, world_size: int, limit_minutes: float) -> dist.Store:
-    """The store of PyTorch's env:// start-up: torchrun's where it holds one, else rank 0's.
-
-    Unlike env:// itself it does not wait for the others here, where nobody can say which of them are missing.
-    """
-    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
-        raise ConfigError(f"RANK is set, but {missing[0]} is not, so ranks cannot meet: start them with torchrun")
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    holds = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    limit = timedelta(minutes=limit_minutes)
-    try:
-        return dist.TCPStore(address, int(port), world_size, holds, limit, wait_for_workers=False, multi_tenant=True)
-    except dist.DistError as error:
-        if holds:
-            raise
-        raise PeerLostError(
-            f"rank 0 or the launcher did not answer at {address}:{port} (MASTER_ADDR:MASTER_PORT) within "
-            f"parallel.distributed_timeout_minutes {limit_minutes:g}: {REMEDY}"
-        ) from error
 
 
 def collective_limit(config: Config) -> timedelta:

@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
+from megatron_crnet.agreement import Vote
 from megatron_crnet.block import boundary_widths, interleaved_width
 from megatron_crnet.gpt import CRNetModel
 from megatron_crnet.transformer_config import CRNetTransformerConfig
@@ -34,11 +35,18 @@ class ScheduledChunk(nn.Module):
         model: the chunk.
         call: runs the chunk's forward pass; DeepSpeed's engine where its hooks are needed.
         no_sync: context in which gradients of all but the last micro-batch are accumulated.
+        progress: is told of each micro-batch.
     """
 
-    def __init__(self, model: CRNetModel, call: Callable[..., Tensor], no_sync: Callable[[], Any] | None) -> None:
+    def __init__(
+        self,
+        model: CRNetModel,
+        call: Callable[..., Tensor],
+        no_sync: Callable[[], Any] | None,
+        progress: Callable[[], None],
+    ) -> None:
         super().__init__()
-        self.model, self.call = model, call
+        self.model, self.call, self.progress = model, call, progress
         self.config = copy.copy(model.config)
         self.config.hidden_size = interleaved_width(model.config) or model.config.hidden_size
         self.config.no_sync_func = no_sync
@@ -51,7 +59,10 @@ class ScheduledChunk(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Token losses [b, s] on the last stage (logits without labels), the packed boundary tensor elsewhere."""
-        return self.call(batch["tokens"], batch["position_ids"], None, labels=batch.get("labels"))
+        self.progress()
+        output = self.call(batch["tokens"], batch["position_ids"], None, labels=batch.get("labels"))
+        self.progress()
+        return output
 
 
 def _received_width(config: CRNetTransformerConfig, rank: int) -> int | None:
@@ -138,14 +149,23 @@ def run_logits(chunks: Sequence[ScheduledChunk], batch: Batch, copies: int, posi
     return results[0] if results else None
 
 
-def loss_totals(results: list[dict[str, Tensor]], device: torch.device) -> tuple[float, float]:
+def loss_totals(
+    results: list[dict[str, Tensor]], device: torch.device, vote: Vote | None = None
+) -> tuple[float, float]:
     """Sum of the loss in nats and number of tokens over all ranks; the same numbers on every rank.
 
     Only last pipeline stages contribute, and their tensor-parallel ranks contribute the same.
+
+    Args:
+        vote: is counted by the same all-reduce.
     """
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    own = [] if vote is None else vote.cast()
+    totals = torch.tensor([0.0, 0.0, *own], dtype=torch.float64, device=device)
     for result in results:
-        totals += torch.stack([result["loss_sum"].double(), result["tokens"].double()])
+        totals[:2] += torch.stack([result["loss_sum"].double(), result["tokens"].double()])
     dist.all_reduce(totals)
-    loss_sum, tokens = (totals / parallel_state.get_tensor_model_parallel_world_size()).tolist()
-    return loss_sum, tokens
+    loss_sum, tokens, *sums = totals.tolist()
+    if vote is not None:
+        vote.count(sums)
+    replicas = parallel_state.get_tensor_model_parallel_world_size()
+    return loss_sum / replicas, tokens / replicas

@@ -33,14 +33,14 @@ from megatron_crnet.inputs import examine_inputs
 from megatron_crnet.interruption import Interruption
 from megatron_crnet.liveness import is_communication, naming_lost_peers
 from megatron_crnet.metrics import MetricsWriter, Progress, check_sinks, cost_of_run, largest_peak_memory_bytes
-from megatron_crnet.parallel import ParallelContext, collective_limit, initialize_parallel, seed_random_states
+from megatron_crnet.parallel import ParallelContext, initialize_parallel, seed_random_states
 from megatron_crnet.plot import plot_loss, validated_steps
 from megatron_crnet.provenance import read_run_file, write_run_file
 from megatron_crnet.residual_in_use import changed_residual, residual_in_use
 from megatron_crnet.resumption import other_place
 from megatron_crnet.run_folder import RunFolders, check_space, hold_run_folders
 from megatron_crnet.sampling import continue_text
-from megatron_crnet.schedule import Batch
+from megatron_crnet.schedule import Batch, loss_totals
 from megatron_crnet.settings import save_config
 from megatron_crnet.training_state import StepResult, TrainingState
 
@@ -86,7 +86,7 @@ class Trainer:
         self.plan: BatchPlan = plan_batches(config, context.world_size)
         check_memory(config, context.device)
         examine_together(self._check_sinks)
-        self.inputs = examine_inputs(config, self.plan)
+        self.inputs = examine_inputs(config, self.plan, context.device)
         self.validation_due = self._is_validation_due()
         self.space = None if self.is_complete or config.training.eval_only else examine_together(self._check_space)
 
@@ -108,7 +108,7 @@ class Trainer:
         """Train from the newest checkpoint, or from scratch. Returns whether all steps are done."""
         self.engine = TrainEngine(self.config, build_model_chunks(self.config), self.context)
         self.checkpointer = Checkpointer(self.config, self.engine, self.inputs.trained_on, self.folders.check)
-        self.vote = Vote(collective_limit(self.config))
+        self.vote = Vote(self._is_warned, self._is_time_to_save)
         # another layout than the checkpoint's has no random states of its own to continue from
         seed_random_states(self.config.training.seed + self.inputs.step)
         checkpoint = self.inputs.checkpoint
@@ -131,7 +131,7 @@ class Trainer:
         self.progress.close()
         self._finish() if complete else self._take_leave()
         # a launcher ends all ranks when the first has ended: none goes before rank 0 has closed its files
-        self.vote.any(False)
+        loss_totals([], self.context.device)
         return complete
 
     def _check_sinks(self) -> tuple[None, dict[str, str]]:
@@ -155,7 +155,6 @@ class Trainer:
         """Measure the losses of what the inputs found, print them and add them to evaluations.jsonl."""
         self.engine = TrainEngine(self.config, build_model_chunks(self.config), self.context)
         self.checkpointer = Checkpointer(self.config, self.engine, self.inputs.trained_on)
-        self.vote = Vote(collective_limit(self.config))
         start = self.inputs.start
         checkpoint = start.checkpoint if start else self.inputs.checkpoint
         self._load()
@@ -244,13 +243,15 @@ class Trainer:
 
     def _train(self) -> bool:
         """Returns whether all steps are done; not so after a signal, whose state is saved."""
-        training, window = self.config.training, LoggingWindow(time.perf_counter())
+        training, window, first = self.config.training, LoggingWindow(time.perf_counter()), True
         self._saved_at = time.monotonic()
         if self.validation_due and not self._validate():
             return False
         remaining = training.train_steps - self.state.step
         for batches in self._batches(self.inputs.datasets.train, self.state.samples, remaining, self.plan.sizes):
-            self.context.heartbeat.report(f"step {self.state.step + 1}")
+            # compilers and DeepSpeed's tracing take their time over the first step
+            self.context.heartbeat.report(f"step {self.state.step + 1}", may_take_long=first)
+            first = False
             seen = self.state.samples
             tokens = self._step(batches)
             window.add(self.state.samples - seen, tokens)
@@ -261,7 +262,8 @@ class Trainer:
             else:
                 self.progress.advance(step, None)
             paused = time.perf_counter()
-            warned, due = self.vote.any(self._is_warned(last), self._is_time_to_save())
+            warned, due = self.vote.answers
+            warned = warned and not last  # the run ends anyway
             # saved first: nothing that goes wrong in a validation costs the state
             saves, validates = warned or due or last or self._saves(step), self._validates(step)
             self.state = replace(self.state, validation_due=validates)
@@ -275,9 +277,9 @@ class Trainer:
             window.started += time.perf_counter() - paused
         return True
 
-    def _is_warned(self, last: bool) -> bool:
-        """Whether this rank is to stop, by a signal or another writer; after the last step the run ends anyway."""
-        return (self.interruption.received is not None or self.folders.taken) and not last
+    def _is_warned(self) -> bool:
+        """Whether this rank is to stop, by a signal or another writer."""
+        return self.interruption.received is not None or self.folders.taken
 
     def _is_time_to_save(self) -> bool:
         """By the clock of rank 0, which decides for all."""
@@ -312,7 +314,7 @@ class Trainer:
     def _step(self, batches: list[Batch]) -> int:
         """One step, after which `state` counts it. Returns its trained tokens, 0 for a bad one that was skipped."""
         tokens, lr = self._trained_tokens(batches), self.engine.current_lr
-        loss, faults = self.engine.forward_backward(batches, tokens), self.config.faults
+        loss, faults = self.engine.forward_backward(batches, tokens, self.vote), self.config.faults
         problem = problem_of_loss(loss, self.state.recent_losses, faults)
         if problem is None:
             grad_norm, _ = self.engine.update()
@@ -449,12 +451,19 @@ class Trainer:
             The metrics, empty after an error; None if a signal cut it short.
         """
         totals: list[tuple[float, float]] = []
+        failed = False
+        vote = Vote(self._is_warned, lambda: failed)
         waiting = self._batches(dataset, 0, steps)
         for number in range(1, steps + 1):
             self.context.heartbeat.report(f"step {self.state.step}, batch {number} of its {what}")
+            losses: list[dict[str, torch.Tensor]] = []
+            failed = True
             with self._beside(f"the {what} of step {self.state.step}"):
-                totals.append(self.engine.evaluate(next(waiting)))
-            cut, failed = self.vote.any(self._is_warned(to_the_end), len(totals) < number)
+                losses, failed = self.engine.evaluation_losses(next(waiting)), False
+            # the others wait for this call whatever has failed here
+            totals.append(loss_totals(losses, self.context.device, vote))
+            warned, failed = vote.answers
+            cut = warned and not to_the_end
             if cut or failed:
                 return None if cut else {}
         count = sum(count for _, count in totals)

@@ -14,6 +14,11 @@ Ctrl-C ends the run with what was measured so far (status 75).
 
 from __future__ import annotations
 
+from megatron_crnet.errors import ctrl_c_is_one_line
+
+if __name__ == "__main__":
+    ctrl_c_is_one_line()  # during the imports below as well
+
 import argparse
 import itertools
 import os
@@ -24,6 +29,7 @@ from typing import Any
 from megatron_crnet.benchmark_rows import SWEEPS, Row, parse_row, sweep_rows
 from megatron_crnet.errors import reported, require, require_positive
 from megatron_crnet.interruption import INTERRUPTED, Interruption
+from megatron_crnet.launcher import read_launch
 from megatron_crnet.options import ToolParser, only_usage
 from megatron_crnet.record_file import check_record_file, write_record
 from megatron_crnet.settings import read_config
@@ -97,8 +103,11 @@ def run(argv: list[str]) -> int:
     """Measure and write; returns the exit status."""
     args, options = build_parser().parse_known_args(argv)
     rows = rows_of(args, options)
+    started = read_launch().world_size
     require(
-        "RANK" not in os.environ, "RANK is set, but this tool starts its own processes: start it without a launcher"
+        "RANK" not in os.environ and started == 1,
+        f"{f'{started} processes were started' if started > 1 else 'RANK is set'}, but this tool starts its own "
+        "processes: start it without a launcher",
     )
     check_record_file(args.json, overwrite=args.overwrite)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the processes, which are not there yet

@@ -9,6 +9,11 @@ busy the machine was. A row's time holds the pass over the prompt.
 
 from __future__ import annotations
 
+from megatron_crnet.errors import ctrl_c_is_one_line
+
+if __name__ == "__main__":
+    ctrl_c_is_one_line()  # during the imports below as well
+
 import argparse
 import statistics
 import sys

@@ -7,6 +7,11 @@ Exit status: 0 all of it can be imported, 1 something cannot (Python's own messa
 
 from __future__ import annotations
 
+from megatron_crnet.errors import ctrl_c_is_one_line
+
+if __name__ == "__main__":
+    ctrl_c_is_one_line()  # during the imports below as well
+
 import importlib
 import importlib.util
 import sys

@@ -7,6 +7,11 @@ What is damaged is named, and the rest is shown. Exit status: 0 a run was shown,
 
 from __future__ import annotations
 
+from megatron_crnet.errors import ctrl_c_is_one_line
+
+if __name__ == "__main__":
+    ctrl_c_is_one_line()  # during the imports below as well
+
 import sys
 from pathlib import Path
 

@@ -8,6 +8,11 @@ One process, whatever layout has written the checkpoint or will continue it.
 
 from __future__ import annotations
 
+from megatron_crnet.errors import ctrl_c_is_one_line
+
+if __name__ == "__main__":
+    ctrl_c_is_one_line()  # during the imports below as well
+
 import argparse
 import re
 import sys

@@ -15,6 +15,11 @@ What the figures mean and where they come from: docs/estimate.md.
 
 from __future__ import annotations
 
+from megatron_crnet.errors import ctrl_c_is_one_line
+
+if __name__ == "__main__":
+    ctrl_c_is_one_line()  # during the imports below as well
+
 import json
 import sys
 

@@ -10,6 +10,11 @@ report: the sum of the batches' mean losses divided by their number plus one. It
 
 from __future__ import annotations
 
+from megatron_crnet.errors import ctrl_c_is_one_line
+
+if __name__ == "__main__":
+    ctrl_c_is_one_line()  # during the imports below as well
+
 import argparse
 import dataclasses
 import json

@@ -10,6 +10,11 @@ them after 30 seconds.
 
 from __future__ import annotations
 
+from megatron_crnet.errors import ctrl_c_is_one_line
+
+if __name__ == "__main__":
+    ctrl_c_is_one_line()  # during the imports below as well
+
 import logging
 import os
 import signal

@@ -8,6 +8,11 @@ from run to run. Nothing is done when the folder already holds the corpus of the
 
 from __future__ import annotations
 
+from megatron_crnet.errors import ctrl_c_is_one_line
+
+if __name__ == "__main__":
+    ctrl_c_is_one_line()  # during the imports below as well
+
 import argparse
 import sys
 from pathlib import Path

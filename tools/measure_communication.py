@@ -9,14 +9,23 @@ Any `--section.field value` of pretrain_crnet.py is taken. `--json FILE` writes 
 
 from __future__ import annotations
 
+from megatron_crnet.errors import ctrl_c_is_one_line
+
+if __name__ == "__main__":
+    ctrl_c_is_one_line()  # during the imports below as well
+
 import dataclasses
-import os
 import sys
 from typing import Any
 
 from megatron_crnet.config import Config
 from megatron_crnet.errors import reported
+<<<<<<< HEAD
 from megatron_crnet.options import file_path, only_usage, take_options
+=======
+from megatron_crnet.launcher import read_launch, take_local_rank
+from megatron_crnet.options import only_usage, take_options
+>>>>>>> 1070d50 (Squashed)
 from megatron_crnet.record_file import check_record_file, write_record
 from megatron_crnet.settings import read_config
 from megatron_crnet.tables import table
@@ -31,9 +40,9 @@ def measure(config: Config) -> dict[str, Any]:
     cpu_platform.install()
     from megatron_crnet.communication_report import boundary_traffic, layer_traffic
     from megatron_crnet.liveness import naming_lost_peers
-    from megatron_crnet.parallel import data_parallel_size, join_processes, launched_world_size, shutdown_parallel
+    from megatron_crnet.parallel import data_parallel_size, join_processes, shutdown_parallel
 
-    data_parallel_size(config, launched_world_size())
+    data_parallel_size(config, read_launch().world_size)
     _, heartbeat = join_processes(config)
     with heartbeat, naming_lost_peers(heartbeat, config.parallel.distributed_timeout_minutes):
         layers = {variant: layer_traffic(config, variant) for variant in VARIANTS}
@@ -76,9 +85,17 @@ def figures(config: Config, found: dict[str, Any]) -> str:
 
 def run(argv: list[str]) -> int:
     """Count and write."""
+<<<<<<< HEAD
     options, rest = take_options({"--json": None}, [argument for argument in argv if argument != "--overwrite"])
     config, is_first = read_config(rest), os.environ.get("RANK", "0") == "0"
     target = file_path("--json", options["--json"]) if options["--json"] and is_first else None
+=======
+    options, rest = take_options(
+        {"--json": None}, [argument for argument in take_local_rank(argv) if argument != "--overwrite"]
+    )
+    config, is_first = read_config(rest), read_launch().rank == 0
+    target = Path(options["--json"]) if options["--json"] and is_first else None
+>>>>>>> 1070d50 (Squashed)
     check_record_file(target, overwrite="--overwrite" in argv)
     found = measure(config)
     if is_first:

@@ -16,6 +16,11 @@ One micro-batch, one rank without parallelism, the decoder's layers alone.
 
 from __future__ import annotations
 
+from megatron_crnet.errors import ctrl_c_is_one_line
+
+if __name__ == "__main__":
+    ctrl_c_is_one_line()  # during the imports below as well
+
 import dataclasses
 import itertools
 import json

@@ -15,6 +15,11 @@ the model stay. Ctrl-C ends the search with what was found so far. Any `--sectio
 
 from __future__ import annotations
 
+from megatron_crnet.errors import ctrl_c_is_one_line
+
+if __name__ == "__main__":
+    ctrl_c_is_one_line()  # during the imports below as well
+
 import sys
 from typing import Any
 

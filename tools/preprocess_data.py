@@ -5,6 +5,11 @@ python tools/preprocess_data.py corpus/train.jsonl --output data/train --tokeniz
 
 from __future__ import annotations
 
+from megatron_crnet.errors import ctrl_c_is_one_line
+
+if __name__ == "__main__":
+    ctrl_c_is_one_line()  # during the imports below as well
+
 import argparse
 import sys
 

@@ -11,6 +11,11 @@ Exit status: 0 a report was made, 2 nothing at all could be read, or the report 
 
 from __future__ import annotations
 
+from megatron_crnet.errors import ctrl_c_is_one_line
+
+if __name__ == "__main__":
+    ctrl_c_is_one_line()  # during the imports below as well
+
 import sys
 from pathlib import Path
 

@@ -14,6 +14,11 @@ What a simulation can and cannot see: docs/estimate.md.
 
 from __future__ import annotations
 
+from megatron_crnet.errors import ctrl_c_is_one_line
+
+if __name__ == "__main__":
+    ctrl_c_is_one_line()  # during the imports below as well
+
 import contextlib
 import dataclasses
 import json

@@ -5,6 +5,11 @@ python tools/train_tokenizer.py corpus/train.jsonl --output corpus/tokenizer --v
 
 from __future__ import annotations
 
+from megatron_crnet.errors import ctrl_c_is_one_line
+
+if __name__ == "__main__":
+    ctrl_c_is_one_line()  # during the imports below as well
+
 import argparse
 import sys
 

@@ -33,6 +33,11 @@ container() {
     absolute_data=$(realpath --canonicalize-missing "$DATA")
     absolute_output=$(realpath --canonicalize-missing "$OUTPUT")
     [[ $GPUS == none ]] || options+=(--gpus "$GPUS")
+    # which network and adapters to use is set by such variables, for NCCL and for the host's own calls (gloo)
+    local name
+    for name in $(compgen -e | grep -E '^(NCCL|GLOO|TORCH|UCX)_'); do
+        options+=(--env "$name=${!name}")
+    done
     # words of a variable that the user wrote as words
     read -r -a extra <<<"$DOCKER_OPTIONS"
     local command=("$DOCKER" run --rm --init --stop-timeout "$STOP_TIMEOUT" --user "$RUN_AS"

@@ -15,8 +15,9 @@
 #   MASTER_ADDR  name or address of node 0 that the others reach
 #   MASTER_PORT  a free port there (29500)
 #   PROCESSES    processes on each node, one for each GPU (8)
-#   NCCL_*       each such variable is handed on. Most needed: NCCL_SOCKET_IFNAME (network to start over), NCCL_IB_HCA
-#                (InfiniBand adapters to use), NCCL_DEBUG=INFO (say which way was taken)
+#   NCCL_*, GLOO_*, TORCH_*, UCX_*   each such variable is handed on. Most needed: NCCL_SOCKET_IFNAME and
+#                GLOO_SOCKET_IFNAME (network to start over), NCCL_IB_HCA (InfiniBand adapters to use), NCCL_DEBUG=INFO
+#                (say which way was taken)
 #   and those of run.sh: IMAGE, PROGRAM, GPUS, DATA, OUTPUT, RUN_AS, SHM_SIZE, MEMLOCK, STOP_TIMEOUT, DOCKER,
 #   DOCKER_OPTIONS
 set -euo pipefail
@@ -36,9 +37,6 @@ done
 
 options=(--network host)
 [[ ! -e /dev/infiniband ]] || options+=(--device /dev/infiniband)
-for name in $(compgen -e NCCL_ || true); do
-    options+=(--env "$name=${!name}")
-done
 
 container "${options[@]}" -- "${launcher[@]}" \
     "--nnodes=$NODES" "--node_rank=$NODE_RANK" "--master_addr=$MASTER_ADDR" "--master_port=$MASTER_PORT" \

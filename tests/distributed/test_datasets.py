@@ -11,7 +11,7 @@ from tests.unit.data_helpers import build, whole, write_even_and_odd
 def samples_of_all_kinds(prefixes: list[str], cache_path: str) -> list[list[int]]:
     """The first samples of a single corpus, of blends and of padded rows."""
     seen = []
-    for data in ([prefixes[0]], prefixes, ["1", prefixes[0], "3", prefixes[1]]):
+    for data in ([prefixes[0]], prefixes, [1, prefixes[0], 3, prefixes[1]]):
         for sample_format in ("packed", "padded"):
             built = build(100, 20, data_path=data, split="80,20,0", cache_path=cache_path, sample_format=sample_format)
             seen += [whole(dataset[i]) for dataset in (built.train, built.valid) for i in range(20)]

@@ -51,6 +51,16 @@ def test_several_processes_have_a_launcher(tmp_path: Path) -> None:
     assert command == expected
 
 
+@pytest.mark.fault("B6")
+def test_what_chooses_the_network_is_handed_on(tmp_path: Path) -> None:
+    settings = {"NCCL_IB_HCA": "mlx5", "GLOO_SOCKET_IFNAME": "ib0", "TORCH_GLOO_LAZY_INIT": "0", "UCX_TLS": "rc, tcp"}
+    for script, variables in (("run.sh", {}), ("run_multinode.sh", NODES)):
+        command = shown(script, folder=tmp_path, **variables, **settings)
+        options = command[: command.index("megatron_crnet")]
+        for name, value in settings.items():
+            assert options[options.index(f"{name}={value}") - 1] == "--env"
+
+
 def test_nodes_share_the_hosts_network_and_nccls_settings(tmp_path: Path) -> None:
     nccl = {"NCCL_SOCKET_IFNAME": "eth0,eth1", "NCCL_DEBUG": "INFO"}
     command = shown("run_multinode.sh", folder=tmp_path, **NODES, **nccl)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
-import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_crnet.data_loading import global_batches
+from megatron_crnet import data_loading
+from megatron_crnet.data_loading import SAMPLE_KEYS, global_batches
 from megatron_crnet.errors import ConfigError, DataError
 
 
@@ -113,7 +114,8 @@ def test_workers_outlive_a_warning_that_reaches_the_whole_process_group() -> Non
     (worker,) = multiprocessing.active_children()
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         assert worker.pid is not None
-        os.kill(worker.pid, number)
+        # as a launcher does, which is not the worker's parent
+        subprocess.run(["kill", f"-{int(number)}", str(worker.pid)], check=True)
     assert [sample_numbers(next(steps)) for _ in range(20)]
     assert worker.is_alive()
     del steps
@@ -133,3 +135,47 @@ def test_batches_refuse_what_does_not_fit() -> None:
     with pytest.raises(DataError, match="need 12 samples, but the dataset holds 11"):
         one_rank(Numbers(11), num_steps=3)
     assert list(one_rank(Numbers(8), first_sample=8)) == []
+
+
+class Stuck:
+    """A dataset of which one sample never comes."""
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        while number >= 4:
+            time.sleep(60)
+        return {key: torch.tensor([number]) for key in SAMPLE_KEYS}
+
+
+@pytest.mark.fault("B19")
+def test_a_worker_that_is_stuck_ends_with_the_iterator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+    batches = global_batches(
+        Stuck(), first_sample=0, global_batch_size=4, micro_batch_size=4, dp_rank=0, dp_size=1, num_workers=1
+    )
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    batches.close()  # type: ignore[attr-defined]
+    del batches
+    worker.join(timeout=30)
+    assert not worker.is_alive()
+
+
+@pytest.mark.fault("B19")
+@pytest.mark.parametrize("cuda", [True, False])
+def test_batches_for_a_gpu_lie_in_pinned_memory(cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def loader(dataset: Any, **options: Any) -> list[Any]:
+        asked.update(options)
+        return []
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(data_loading, "DataLoader", loader)
+    steps = global_batches(
+        Stuck(), first_sample=0, global_batch_size=4, micro_batch_size=4, dp_rank=0, dp_size=1, num_workers=0
+    )
+    next(steps, None)
+    assert asked["pin_memory"] is cuda

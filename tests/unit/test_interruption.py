@@ -9,7 +9,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from megatron_crnet.interruption import INTERRUPTED, REPEAT_SECONDS, Interruption, leave_signals_to_parent
+from megatron_crnet.interruption import (
+    INTERRUPTED,
+    REPEAT_SECONDS,
+    Interruption,
+    leave_signals_to_parent,
+    signals_held_back,
+)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -133,3 +139,37 @@ def test_a_helper_process_takes_no_notice() -> None:
         os._exit(7)
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 7
+
+
+@pytest.mark.fault("B19")
+@pytest.mark.parametrize("sender", ["the parent", "somebody else"])
+def test_a_helper_process_ends_when_its_parent_asks(sender: str) -> None:
+    ready, told = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        leave_signals_to_parent()
+        os.write(told, b".")
+        time.sleep(60)
+        os._exit(7)
+    os.read(ready, 1)
+    if sender == "the parent":
+        os.kill(pid, signal.SIGTERM)
+    else:
+        subprocess.run(["kill", "-TERM", str(pid)], check=True)
+        time.sleep(0.2)
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+        os.kill(pid, signal.SIGTERM)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
+
+
+def test_signals_that_come_while_helpers_start_are_taken_afterwards() -> None:
+    taken: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: taken.append(number))
+    try:
+        with signals_held_back():
+            signal.raise_signal(signal.SIGUSR1)
+            assert taken == []
+        assert taken == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import os
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
 from megatron_crnet import liveness
 from megatron_crnet.errors import PeerLostError
-from megatron_crnet.liveness import Heartbeat, naming_lost_peers, wait_for_all
+from megatron_crnet.liveness import Heartbeat, naming_lost_peers, ranks_line
+from megatron_crnet.rendezvous import wait_for_all
 
 LIMIT_S = 60.0
 
@@ -74,6 +79,90 @@ def test_a_rank_that_no_longer_reports_is_named_gone_and_the_others_where_they_a
     world.end(2)
     line = world.ranks[0].whereabouts()
     assert line == "gone: rank 2; this is rank 0 at step 7; rank 1 at the checkpoint of step 6"
+
+
+class VanishedStore:
+    """A store whose host has vanished: TCP keeps a call for as long as it hopes, whatever the store's time limit."""
+
+    def __init__(self) -> None:
+        self.store, self.vanished, self.end = dist.HashStore(), threading.Event(), threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            if self.vanished.is_set():
+                self.end.wait()
+            return getattr(self.store, name)(*arguments)
+
+        return call
+
+
+@pytest.mark.fault("B10")
+def test_the_watch_says_its_line_when_the_host_of_the_store_has_vanished(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(liveness, "BEAT_SECONDS", 0.002)
+    now, said, lost = [0.0], threading.Event(), list[str]()
+    store = VanishedStore()
+
+    def on_loss(line: str) -> None:
+        lost.append(line)
+        said.set()
+
+    with Heartbeat(store, 1, 2, on_loss=on_loss, clock=lambda: now[0]) as heartbeat, heartbeat.watching(LIMIT_S):
+        heartbeat.report("step 7")
+        store.vanished.set()
+        while now[0] < 89:
+            now[0] += 1
+            time.sleep(0.004)
+        assert not lost
+        now[0] = 91
+        assert said.wait(60)
+        store.end.set()
+    assert "minutes 1: the process that holds the ranks' store (rank 0 or the launcher) is gone or does not" in lost[0]
+    assert "this is rank 1 at step 7: look at the log" in lost[0]
+
+
+@pytest.mark.fault("B10")
+def test_a_failed_call_is_named_when_the_host_of_the_store_has_vanished(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(liveness, "BEAT_SECONDS", 0.002)
+    monkeypatch.setattr(liveness, "ANSWER_SECONDS", 0.1)
+    store = VanishedStore()
+    store.vanished.set()
+    threading.Timer(1.0, store.end.set).start()
+    with (
+        Heartbeat(store, 1, 2) as heartbeat,
+        pytest.raises(PeerLostError, match=r"holds the ranks' store .* is gone or does not answer"),
+        naming_lost_peers(heartbeat, 3),
+    ):
+        raise dist.DistStoreError("wait timeout after 3 ms")
+
+
+@pytest.mark.fault("B10")
+def test_a_disk_that_does_not_answer_keeps_no_error_line_back(
+    start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(liveness, "STACKS_SECONDS", 0.05)
+    heartbeat = start(2).ranks[0]
+    os.mkfifo(tmp_path / "stacks")  # whose other end nobody opens
+    heartbeat.stacks = tmp_path / "stacks"
+    assert heartbeat.dump_stacks() == ""
+
+
+@pytest.mark.fault("B11")
+def test_the_watch_leaves_a_rank_alone_whose_step_takes_longer_than_the_limit(start: Start) -> None:
+    world = start(2)
+    with world.ranks[0].watching(LIMIT_S):
+        world.ranks[0].report("step 7")
+        for _micro_batch in range(3):
+            world.pass_time(60)
+            world.ranks[0].progress()
+    assert not world.lost
+
+
+@pytest.mark.parametrize(
+    ("ranks", "line"),
+    [([1], "rank 1"), ([1, 2], "rank 1, 2"), ([7, 1, 4, 5, 6], "rank 1, 4-7"), (range(999), "rank 0-998")],
+)
+def test_many_ranks_are_named_in_a_short_line(ranks: Sequence[int], line: str) -> None:
+    assert ranks_line(ranks) == line
 
 
 def test_the_watch_names_a_peer_that_is_gone_after_the_limit_and_a_margin(start: Start) -> None:
