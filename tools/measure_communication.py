@@ -20,12 +20,8 @@ from typing import Any
 
 from megatron_crnet.config import Config
 from megatron_crnet.errors import reported
-<<<<<<< HEAD
-from megatron_crnet.options import file_path, only_usage, take_options
-=======
 from megatron_crnet.launcher import read_launch, take_local_rank
-from megatron_crnet.options import only_usage, take_options
->>>>>>> 1070d50 (Squashed)
+from megatron_crnet.options import file_path, only_usage, take_options
 from megatron_crnet.record_file import check_record_file, write_record
 from megatron_crnet.settings import read_config
 from megatron_crnet.tables import table
@@ -85,17 +81,11 @@ def figures(config: Config, found: dict[str, Any]) -> str:
 
 def run(argv: list[str]) -> int:
     """Count and write."""
-<<<<<<< HEAD
-    options, rest = take_options({"--json": None}, [argument for argument in argv if argument != "--overwrite"])
-    config, is_first = read_config(rest), os.environ.get("RANK", "0") == "0"
-    target = file_path("--json", options["--json"]) if options["--json"] and is_first else None
-=======
     options, rest = take_options(
         {"--json": None}, [argument for argument in take_local_rank(argv) if argument != "--overwrite"]
     )
     config, is_first = read_config(rest), read_launch().rank == 0
-    target = Path(options["--json"]) if options["--json"] and is_first else None
->>>>>>> 1070d50 (Squashed)
+    target = file_path("--json", options["--json"]) if options["--json"] and is_first else None
     check_record_file(target, overwrite="--overwrite" in argv)
     found = measure(config)
     if is_first:
