@@ -64,6 +64,7 @@ The modules in the order in which to read them; each uses only those above it.
     bad_steps            which steps would do harm, and how many may be skipped
     replicas             whether ranks with copies of the same weights hold the same bits
     checkpoint_folder    which checkpoints exist, are whole, and stay
+    checkpoint_contents  what one must hold to be continued
     checkpoint           a run's whole state, saved in the background
     weight_files         canonical weights in a checkpoint or an export, checked, without process groups
     configuration_crnet, modeling_crnet, tokenization_crnet    travel with an export: transformers alone

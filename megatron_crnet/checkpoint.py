@@ -22,6 +22,7 @@ import yaml
 
 from megatron_crnet.agreement import examine_together, library_versions
 from megatron_crnet.atomic import unused_name
+from megatron_crnet.checkpoint_contents import wrong_contents
 from megatron_crnet.checkpoint_folder import (
     PARTIAL,
     REJECTED,
@@ -308,11 +309,18 @@ def newest_complete(folder: Path, before: int | None = None) -> tuple[Path | Non
     for checkpoint in reversed(looked_at):
         everyone: list[Any] = [None] * size
         dist.all_gather_object(everyone, damage(checkpoint, rank, size))
-        problems = [problem for problem in everyone if problem]
+        problems = [problem for problem in everyone if problem] or _wrong_contents(checkpoint)
         if not problems:
             return checkpoint, damaged
         damaged.append(f"checkpoint {checkpoint} {problems[0]}: skipped")
     return None, damaged
+
+
+def _wrong_contents(checkpoint: Path) -> list[str]:
+    """What rank 0 finds wrong, on every rank; a collective call."""
+    found = [wrong_contents(checkpoint) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, src=0)
+    return [problem for problem in found if problem]
 
 
 def saved_facts(config: Config, newest: int | None) -> dict[str, Any]:

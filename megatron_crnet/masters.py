@@ -7,8 +7,9 @@ stage, layout or settings of DeepSpeed's buffers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -62,6 +63,7 @@ class Masters:
         self.optimizer, self.device, self.stage = engine.optimizer, engine.device, stage
         self.adam: torch.optim.Optimizer = engine.basic_optimizer if stage == 0 else engine.optimizer.optimizer
         self.slices = dict(self._slices(engine.module))
+        self._places: dict[nn.Parameter, list[tuple[int, int] | None]] | None = None
         self.swaps = bool(getattr(self.optimizer, "swap_optimizer", False))
         """State lives on NVMe; DeepSpeed alone can read it."""
 
@@ -105,17 +107,57 @@ class Masters:
         master = self.optimizer.fp32_partitioned_groups_flat[group]
         return MasterSlice(master, start, offset, numel) if numel > 0 else None
 
-    def read(self, parameter: nn.Parameter, kind: str) -> Tensor:
-        """The whole fp32 master or moment, of the parameter's local shape; a collective call over replicas."""
+    def read(self, parameter: nn.Parameter, kind: str, owners: Collection[int] | None = None) -> Tensor | None:
+        """The whole fp32 master or moment, of the parameter's local shape; a collective call over replicas.
+
+        Each replica sends its slice to those that are to have the whole, and nothing else travels.
+
+        Args:
+            owners: data-parallel ranks that get it; the others get None. All of them by default.
+        """
         if self.swaps:
             return self.optimizer.get_full_hp_param(parameter, None if kind == MASTER else kind).float()
-        found = self.slices[parameter]
-        whole = torch.zeros(local_shape(parameter).numel(), device=self.device)
-        if found is not None:
-            found.cut(whole).copy_(found.part(self._tensor(found.master, kind)))
+        found, rank = self.slices[parameter], parallel_state.get_data_parallel_rank()
+        mine = None if found is None else found.part(self._tensor(found.master, kind)).to(self.device)
+        whole = None
+        if owners is None or rank in owners:
+            whole = torch.zeros(local_shape(parameter).numel(), device=self.device)
+            if found is not None and mine is not None:
+                found.cut(whole).copy_(mine)
         if self.stage > 0:
-            dist.all_reduce(whole, group=parallel_state.get_data_parallel_group())
-        return whole.view(local_shape(parameter))
+            self._exchange(parameter, mine, whole, owners)
+        return None if whole is None else whole.view(local_shape(parameter))
+
+    def _exchange(
+        self, parameter: nn.Parameter, mine: Tensor | None, whole: Tensor | None, owners: Collection[int] | None
+    ) -> None:
+        """Send this replica's slice to the owners, and receive the others' where this is one."""
+        group = parallel_state.get_data_parallel_group()
+        rank, places = dist.get_rank(group), self._places_of_replicas()[parameter]
+        peers = [other for other in range(len(places)) if other != rank]
+        calls = [
+            dist.P2POp(dist.isend, mine, dist.get_global_rank(group, other), group)
+            for other in peers
+            if mine is not None and (owners is None or other in owners)
+        ]
+        if whole is not None:
+            parts = [(other, place) for other in peers if (place := places[other]) is not None]
+            calls += [
+                dist.P2POp(dist.irecv, whole.narrow(0, *place), dist.get_global_rank(group, other), group)
+                for other, place in parts
+            ]
+        for call in dist.batch_isend_irecv(calls) if calls else []:
+            call.wait()
+
+    def _places_of_replicas(self) -> dict[nn.Parameter, list[tuple[int, int] | None]]:
+        """Offset and size of each replica's slice of each parameter; the first time a collective call over replicas."""
+        if self._places is None:
+            mine = [None if found is None else (found.offset, found.numel) for found in self.slices.values()]
+            group = parallel_state.get_data_parallel_group()
+            everyone: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(everyone, mine, group=group)
+            self._places = {parameter: list(places) for parameter, *places in zip(self.slices, *everyone, strict=True)}
+        return self._places
 
     def write(self, parameter: nn.Parameter, values: Mapping[str, Tensor]) -> None:
         """Set master and moments from whole values; the parameter itself follows, under ZeRO-3 with `finish`."""

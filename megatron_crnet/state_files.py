@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_crnet.errors import CheckpointError
+from megatron_crnet.errors import CheckpointError, describe
 from megatron_crnet.masters import KINDS, Masters, local_shape
 from megatron_crnet.weights import Weight
 
@@ -130,11 +130,14 @@ def collect(masters: Masters, weights: list[Weight]) -> dict[str, Box]:
     boxes, turn = {}, 0
     for parameter, parts in by_parameter(weights).items():
         for kind in KINDS:
-            values = masters.read(parameter, kind)
+            owners: dict[str, int] = {}
             for weight in parts:
                 turn += 1
-                mine = turn % dp_size == dp_rank
-                if mine and (weight.shard_dim is not None or turn // dp_size % tp_size == tp_rank):
+                if weight.shard_dim is not None or turn // dp_size % tp_size == tp_rank:
+                    owners[weight.name] = turn % dp_size
+            values = masters.read(parameter, kind, {*owners.values()})
+            for weight in parts:
+                if values is not None and owners.get(weight.name) == dp_rank:
                     # a copy, because the values may be a view of a larger tensor
                     boxes[f"{kind}.{weight.name}"] = _box(weight, weight.local(values).to("cpu", copy=True))
     return boxes
@@ -164,15 +167,50 @@ def write(folder: Path, boxes: Mapping[str, Box], group: dist.ProcessGroup) -> l
     return sorted(path.name for path in folder.iterdir() if path.name.startswith(mine))
 
 
-def read(folder: Path, boxes: Mapping[str, Box]) -> None:
+class ShardReader(HuggingFaceStorageReader):
+    """Opens the header of each file once, however many loads follow."""
+
+    def __init__(self, path: str, metadata: Metadata | None = None) -> None:
+        super().__init__(path)
+        self._headers = metadata
+
+    def read_metadata(self) -> Metadata:
+        """What all files hold, and where."""
+        if self._headers is None:
+            self._headers = super().read_metadata()
+        return self._headers
+
+
+def shared_reader(folder: Path) -> ShardReader:
+    """A reader whose headers rank 0 has read for all ranks; a collective call.
+
+    Raises:
+        CheckpointError: rank 0 cannot read them; raised on every rank.
+    """
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = ShardReader(str(folder)).read_metadata()
+        except Exception as error:
+            outcome[1] = f"checkpoint {folder} cannot be read ({describe(error)}): use another one"
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise CheckpointError(outcome[1])
+    return ShardReader(str(folder), outcome[0])
+
+
+def read(folder: Path, boxes: Mapping[str, Box], reader: ShardReader | None = None) -> None:
     """Fill the boxes from the files that any layout has written.
+
+    Args:
+        reader: of this folder, which knows its headers.
 
     Raises:
         CheckpointError: a tensor is missing, or has another shape.
     """
     try:
         planner = _LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        reader = HuggingFaceStorageReader(str(folder))
+        reader = reader or ShardReader(str(folder))
         dcp.load(dict(boxes), storage_reader=reader, planner=planner, no_dist=True)
     except (CheckpointException, RuntimeError, ValueError, OSError) as error:
         reason = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
@@ -188,13 +226,20 @@ def shapes_of(folder: Path) -> dict[str, torch.Size]:
     return {name: saved.size for name, saved in found.items() if isinstance(saved, TensorStorageMetadata)}
 
 
-def fill(folder: Path, masters: Masters, weights: list[Weight], steps: int, kinds: Sequence[str] = KINDS) -> None:
+def fill(
+    folder: Path,
+    masters: Masters,
+    weights: list[Weight],
+    steps: int,
+    kinds: Sequence[str] = KINDS,
+) -> None:
     """Put masters, moments and weights of this rank where DeepSpeed keeps them; a collective call.
 
     Args:
         steps: Adam's count of updates.
         kinds: what is read; the rest is zero.
     """
+    reader = shared_reader(folder)
     masters.begin()
     for parameters in _portions(by_parameter(weights)):
         values = {p: {kind: torch.zeros(local_shape(p)) for kind in KINDS} for p in parameters}
@@ -206,6 +251,7 @@ def fill(folder: Path, masters: Masters, weights: list[Weight], steps: int, kind
                 for weight in parts
                 for kind in kinds
             },
+            reader,
         )
         for parameter, found in values.items():
             masters.write(parameter, {kind: tensor.to(parameter.device) for kind, tensor in found.items()})

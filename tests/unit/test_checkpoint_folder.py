@@ -16,6 +16,7 @@ from megatron_crnet.checkpoint_folder import (
     damage,
     file_entries,
     point_latest_at,
+    remove_partial,
     restore_replaced,
     set_aside,
     superfluous,
@@ -98,3 +99,30 @@ def test_rejected_checkpoints_are_out_of_the_way_and_latest_goes_back(tmp_path: 
     assert set_aside(tmp_path, 1, DAMAGED) is None
     assert (tmp_path / "damaged_step_00000001" / "data").exists()
     assert not (tmp_path / "latest").exists()
+
+
+@pytest.mark.fault("F6")
+def test_other_names_and_files_in_the_folder_are_no_checkpoints_and_do_no_harm(tmp_path: Path) -> None:
+    make(tmp_path, 1)
+    for name in ("step_²", "step_", "step_1e3", f"{PARTIAL}step_00000003"):
+        (tmp_path / name).mkdir()
+    (tmp_path / f"{PARTIAL}step_1").write_text("a file")
+    (tmp_path / "step_7").write_text("a file")
+    restore_replaced(tmp_path)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000001"]
+    remove_partial(tmp_path)
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.fault("B1")
+def test_what_was_set_aside_is_never_replaced_or_removed(tmp_path: Path) -> None:
+    for content in ("first", "second"):
+        make(tmp_path, 1, "kept")
+        make(tmp_path, 2, content)
+        set_aside(tmp_path, 2)
+    aside = [tmp_path / f"rejected_step_00000002{suffix}" for suffix in ("", ".2")]
+    assert [(path / "data").read_text() for path in aside] == ["first", "second"]
+    partial = make(tmp_path, 3).rename(tmp_path / f"{PARTIAL}again")
+    with pytest.raises(FileExistsError):
+        complete(partial, aside[0], file_entries(partial, ["data"]))
+    assert (aside[0] / "data").read_text() == "first"
