@@ -7,6 +7,7 @@ to work here is allowed. Reasons stand where a key's absence would make a user w
 from __future__ import annotations
 
 import difflib
+from functools import cache
 from typing import Annotated, Any, Literal, TypedDict, get_type_hints, is_typeddict
 
 from annotated_types import Ge, Le, MultipleOf
@@ -228,6 +229,11 @@ class DeepSpeedSection(TypedDict, total=False):
     zero_optimization: ZeroOptimization
 
 
+@cache
+def _types(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
 def allowed(name: str, kind: Any, values: Any) -> dict[str, Any]:
     """The values of a mapping, checked key by key; null and Hugging Face's "auto" mean that a key is not given.
 
@@ -238,8 +244,7 @@ def allowed(name: str, kind: Any, values: Any) -> dict[str, Any]:
         ConfigError: a key that is not allowed, or a value that is not of its type.
     """
     require(isinstance(values, dict), f"{name} is {shown(values)}, but must be a mapping: write its keys below it")
-    hints = get_type_hints(kind, include_extras=True)
-    found = {}
+    hints, found = _types(kind), {}
     for written, value in values.items():
         # DeepSpeed knows the keys of stage 3 without their prefix, too
         key = f"stage3_{written}" if f"stage3_{written}" in hints else written
