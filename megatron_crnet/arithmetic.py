@@ -63,12 +63,16 @@ def remark_on_unused_rows(model: ModelConfig, tokens: int) -> str:
     )
 
 
-def flops_per_token(model: ModelConfig, seq_length: int) -> float:
+def flops_per_token(model: ModelConfig, seq_length: int, whole_attention: bool = False) -> float:
     """Floating-point operations of forward and backward for one token.
 
     Two for each weight of a matrix product forward, twice that backward; causal attention counts the half
     of the s x s products that is needed: 2 s h a layer forward. Element-wise work is left out.
+
+    Args:
+        whole_attention: count all of the s x s products, 4 s h a layer forward (12 L h s in all), as PaLM,
+            torchtitan and nanochat do, to compare utilization with theirs.
     """
     linear = sum(linear_parameters(model, layer) for layer in range(model.num_layers))
-    attention = 2 * seq_length * model.hidden_size * model.num_layers
+    attention = (4 if whole_attention else 2) * seq_length * model.hidden_size * model.num_layers
     return 3.0 * (2 * (linear + model.hidden_size * model.vocab_size) + attention)

@@ -244,6 +244,7 @@ def _facts(config: Config, processes: int) -> dict[str, Any]:
         "layout": {"tp": tp, "pp": pp, "dp": processes // (tp * pp), "zero": zero_stage(config)},
         "parameters": total_parameters(config.model),
         "flops_per_token": flops_per_token(config.model, training.seq_length),
+        "flops_per_token_whole_attention": flops_per_token(config.model, training.seq_length, whole_attention=True),
         "tokens_per_step": tokens,
         "micro_batch_size": training.micro_batch_size,
     }
@@ -276,6 +277,7 @@ def _speeds(source: Candidate, facts: dict[str, Any], peak: float) -> dict[str, 
     times = [seconds(step) for step in source.steps]
     median = statistics.median(times)
     flops = facts["flops_per_token"] * facts["tokens_per_step"] / median / source.row.processes
+    whole = facts["flops_per_token_whole_attention"] / facts["flops_per_token"]
     return {
         "seconds": times,
         "cpu_seconds": [cpu_seconds(step) for step in source.steps],
@@ -284,6 +286,7 @@ def _speeds(source: Candidate, facts: dict[str, Any], peak: float) -> dict[str, 
         "tokens_per_s": facts["tokens_per_step"] / median,
         "tflops_per_device": flops / 1e12,
         "mfu": flops / peak if peak else None,
+        "mfu_whole_attention": flops * whole / peak if peak else None,
         "loss": source.steps[-1][-1].loss,
     }
 

@@ -48,6 +48,7 @@ class Estimate:
     world_size: int
     stages: list[StageEstimate]
     model_flops: float
+    model_flops_whole_attention: float
     crossings: dict[str, float]
     time: StepTime | None
     dtype: str
@@ -63,10 +64,15 @@ class Estimate:
         assert self.time is not None
         return self.plan.tokens_per_step / self.time.total
 
-    def utilization(self, machine: Machine) -> float:
-        """Model FLOPs utilization: useful operations as a share of what the GPUs could do meanwhile."""
+    def utilization(self, machine: Machine, whole_attention: bool = False) -> float:
+        """Model FLOPs utilization: useful operations as a share of what the GPUs could do meanwhile.
+
+        Args:
+            whole_attention: see `arithmetic.flops_per_token`.
+        """
         assert self.time is not None
-        return self.model_flops / (self.time.total * self.world_size * machine.peak(self.dtype))
+        useful = self.model_flops_whole_attention if whole_attention else self.model_flops
+        return useful / (self.time.total * self.world_size * machine.peak(self.dtype))
 
 
 def estimate(
@@ -86,8 +92,11 @@ def estimate(
     if machine is not None:
         parts = [(m, stage.memory, stage.operations, stage.flows) for m, stage in zip(models, stages, strict=True)]
         time = estimate_time(parts, plan, machine, crossings)
-    useful = flops_per_token(config.model, plan.seq_length) * plan.tokens_per_step
-    return Estimate(plan, world_size, stages, useful, crossings, time, config.training.dtype)
+    useful, whole = (
+        flops_per_token(config.model, plan.seq_length, whole_attention) * plan.tokens_per_step
+        for whole_attention in (False, True)
+    )
+    return Estimate(plan, world_size, stages, useful, whole, crossings, time, config.training.dtype)
 
 
 def _stage(model: LocalModel, plan: BatchPlan) -> StageEstimate:

@@ -49,7 +49,8 @@ def verdict(found: Estimate, machine: Machine, train_steps: int) -> str:
     room = f"{'fits' if peak <= there else 'DOES NOT FIT'}: {peak / GIB:,.1f} of {there / GIB:,.1f} GiB"
     return (
         f"{room} per {machine.name}; {found.tokens_per_second:,.0f} tokens/s on {found.world_size} "
-        f"(MFU {found.utilization(machine):.1%}); {train_steps:,} steps in {spell(train_steps * found.time.total)}"
+        f"(MFU {found.utilization(machine):.1%}, whole {found.utilization(machine, whole_attention=True):.1%}); "
+        f"{train_steps:,} steps in {spell(train_steps * found.time.total)}"
     )
 
 

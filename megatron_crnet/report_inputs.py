@@ -214,6 +214,7 @@ class Row(_Part):
     speed_of_first: Ratio
     cpu_speed_of_first: Ratio
     mfu: Perhaps[Amount] = None
+    mfu_whole_attention: Perhaps[Amount] = None
     step: Perhaps[Step] = None
     ranks: Perhaps[list[Rank]] = None
 

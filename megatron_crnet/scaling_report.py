@@ -177,6 +177,7 @@ def _scaling_table(sweep: str, name: str, rows: list[Row]) -> Table:
             "speed-up": f"{row.speed_of_first:.2f}",
             "efficiency": f"{row.speed_of_first * rows[0].processes / row.processes:.0%}",
             "MFU": _show(row.mfu, "{:.1%}"),
+            "MFU, whole attention": _show(row.mfu_whole_attention, "{:.1%}"),
         }
         for row in rows
     ]

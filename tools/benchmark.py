@@ -35,7 +35,7 @@ from megatron_crnet.record_file import check_record_file, write_record
 from megatron_crnet.settings import read_config
 from megatron_crnet.tables import table
 
-COLUMNS = ("row", "ranks", "weights", "ms/step", "spread", "tokens/s", "of first", "by CPU", "MFU", "peak, MiB")
+COLUMNS = ("row", "ranks", "weights", "ms/step", "spread", "tokens/s", "of first", "by CPU", "MFU (whole)", "peak, MiB")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -94,7 +94,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['tokens_per_s']:,.0f}",
         f"{row['speed_of_first']:.2f}",
         f"{row['cpu_speed_of_first']:.2f}",
-        f"{row['mfu']:.1%}",
+        f"{row['mfu']:.1%} ({row['mfu_whole_attention']:.1%})",
         f"{row['peak_bytes'] / 2**20:,.1f}",
     ]
 

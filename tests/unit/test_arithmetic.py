@@ -72,3 +72,15 @@ def test_rows_that_no_token_uses_are_remarked_on_with_their_share() -> None:
     assert remark.startswith("14.3M of ")
     assert remark.endswith("never used: model.vocab_size is 32000, the tokenizer's largest id 4095")
     assert remark_on_unused_rows(model, 31900) == ""
+
+
+@pytest.mark.fault("B22")
+def test_attention_counts_its_causal_half_or_for_comparison_the_whole() -> None:
+    model, s = ModelConfig(), 256
+    half, whole, none = (
+        flops_per_token(model, s),
+        flops_per_token(model, s, whole_attention=True),
+        flops_per_token(model, 0),
+    )
+    assert half - none == 6 * model.num_layers * model.hidden_size * s
+    assert whole - none == 12 * model.num_layers * model.hidden_size * s

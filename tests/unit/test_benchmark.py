@@ -68,6 +68,9 @@ def test_ratios_are_medians_within_repeats() -> None:
     assert second["tokens_per_s"] == 16 * 256 / 2.0
     flops = second["flops_per_token"] * second["tokens_per_s"] / 2
     assert second["mfu"] == pytest.approx(flops / 1e12)
+    whole = second["flops_per_token_whole_attention"] / second["flops_per_token"]
+    assert second["mfu_whole_attention"] == pytest.approx(whole * flops / 1e12)
+    assert whole > 1
     assert second["peak_bytes"] == 10
     assert second["traffic"] == {"TP all_reduce": 10, "PP send": 5}
     assert [(r["operations"], r["traffic"]) for r in second["ranks"]] == [
