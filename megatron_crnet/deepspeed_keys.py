@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypedDict, get_type_hints, is_typedd
 from annotated_types import Ge, Le, MultipleOf
 from pydantic import AfterValidator, BeforeValidator
 
-from megatron_crnet.errors import require
+from megatron_crnet.errors import ConfigError, require
 from megatron_crnet.field_types import Count, FilePath, Name, PositiveCount, Reason, Rule, checked, shown
 
 OWNED_BY_OTHER_SECTIONS = {
@@ -252,9 +252,10 @@ def allowed(name: str, kind: Any, values: Any) -> dict[str, Any]:
         if is_typeddict(hints.get(key)):
             found[key] = allowed(f"{name}.{key}", hints[key], value)
             continue
-        close = difflib.get_close_matches(str(key), list(hints), n=1)
-        remedy = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(hints)}"
-        require(key in hints, f"unknown key {name}.{key}: {remedy}")
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), list(hints), n=1)
+            remedy = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(hints)}"
+            raise ConfigError(f"unknown key {name}.{key}: {remedy}")
         found[key] = checked(f"{name}.{key}", hints[key], value, "correct it, or leave it out")
     return found
 
