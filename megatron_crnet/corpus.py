@@ -176,16 +176,14 @@ def _decode_lines(chunk: LineChunk, rules: Rules, stats: CorpusStats) -> _Decode
         return
     marked = BOM in chunk.data
     names = {rules.text_key, rules.text_key.rpartition(".")[2]}
-    spelled = [json.dumps(name, ensure_ascii=False).encode() for name in names]
+    decode = json.JSONDecoder(object_pairs_hook=partial(_refuse_two, names)).decode
     for number, line in enumerate(chunk.data.split(b"\n"), start=chunk.first_line):
         if marked:
             line = line.removeprefix(BOM)  # files that were joined may have one anywhere
         if not line or line.isspace():
             continue
         try:
-            if any(line.count(name) > 1 for name in spelled):
-                json.loads(line, object_pairs_hook=partial(_refuse_two, names))
-            text = text_at(json.loads(line.decode()), rules.text_key)
+            text = text_at(decode(line.decode()), rules.text_key)
             yield text, len(text.encode()), source, number
         except UnicodeError as error:
             _skip(stats, rules, "invalid_utf8", source, number, "is not valid UTF-8", error)
@@ -233,10 +231,10 @@ class _TwoTextsError(Exception):
 
 
 def _refuse_two(names: set[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if any(keys.count(name) > 1 for name in names):
+    found = dict(pairs)
+    if len(found) != len(pairs) and any([key for key, _ in pairs].count(name) > 1 for name in names):
         raise _TwoTextsError
-    return dict(pairs)
+    return found
 
 
 def text_at(value: Any, key: str) -> str:
