@@ -32,7 +32,10 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tool:
     def tool(name: str, *arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        status = runpy.run_path(str(ROOT / "tools" / f"{name}.py"))["main"]()
+        try:
+            status = runpy.run_path(str(ROOT / "tools" / f"{name}.py"))["main"]()
+        except SystemExit as stop:  # of the command line's own types
+            status = int(stop.code or 0)
         return status, *capsys.readouterr()
 
     return tool
@@ -103,7 +106,7 @@ REFUSED = {
     ),
     "prompt": (["generate", "--prompt", "ok", "a\udcffb"], "prompt 2 is not valid UTF-8"),
     "prompt file": (["generate", "--prompt-file", "bytes.txt"], "bytes.txt cannot be read"),
-    "prompt folder": (["generate", "--prompt-file", ""], "cannot be read"),
+    "prompt folder": (["generate", "--prompt-file", ""], 'it is "", but must be a path'),
     "empty file": (["generate", "--prompt-file", "empty.txt"], "holds no prompt"),
     "cold": (["generate", "--prompt", "x", "--temperature", "1e-320"], "--temperature is 1e-320"),
     "hot": (["generate", "--prompt", "x", "--temperature", "inf"], "--temperature is inf"),
