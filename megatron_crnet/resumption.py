@@ -28,7 +28,12 @@ ORDER = (
 """Fields beside the data that decide which samples a run sees in which order: Megatron-Core shuffles the epochs of a
 run together, so that the number of samples of the whole run counts."""
 OF_NO_RESULT = (
-    "data.",  # what was read counts, not where it lies: TrainedOn
+    # what was read counts, not where it lies: TrainedOn
+    *(f"data.{split}data_path" for split in ("", "train_", "valid_", "test_")),
+    "data.split",
+    "data.tokenizer_",
+    "data.cache_path",
+    "data.num_workers",
     "checkpoint.",
     "logging.",
     "model.max_position_embeddings",

@@ -11,7 +11,7 @@ import pytest
 from megatron_crnet.agreement import library_versions
 from megatron_crnet.config import Config, DataConfig, ModelConfig
 from megatron_crnet.fingerprint import TrainedOn
-from megatron_crnet.resumption import other_place, remarks
+from megatron_crnet.resumption import _other_settings, other_place, remarks
 from megatron_crnet.settings import resolved
 from tests.helpers import tiny_config
 
@@ -63,6 +63,16 @@ def test_other_settings_are_one_note_and_what_changes_no_weight_is_none() -> Non
         "note: changed since the checkpoint: training.dtype bf16 -> fp32, optimizer.lr 0.5 -> 0.003, "
         "deepspeed.dump_state True -> None"
     )
+
+
+@pytest.mark.fault("L5")
+def test_how_samples_are_masked_counts_and_where_they_lie_does_not() -> None:
+    config = tiny_config()
+    now, saved = resolved(config), resolved(config)
+    saved["data"] |= {"eod_mask_loss": not now["data"].get("eod_mask_loss", False), "cache_path": "elsewhere"}
+    saved["data"] |= {"train_data_path": ["moved"], "tokenizer_model": "moved", "split": "1,1", "num_workers": 7}
+    now["data"].setdefault("eod_mask_loss", False)
+    assert [*_other_settings(saved, now)] == ["data.eod_mask_loss True -> False"]
 
 
 @pytest.mark.fault("L5")
