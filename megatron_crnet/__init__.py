@@ -35,6 +35,7 @@ The modules in the order in which to read them; each uses only those above it.
     input_product        z = X A of a group, with its communication
     low_rank_products    Y from z for all positions of a group, with its communication
     linear               the linear maps of a layer, in four groups
+    documents            where documents of packed samples begin, for datasets, attention and positions
     norm, attention      RMSNorm; core attention
     layer                one layer
     recompute_plan       where a stage is cut into segments

@@ -63,8 +63,11 @@ def remark_on_unused_rows(model: ModelConfig, tokens: int) -> str:
     )
 
 
-def flops_per_token(model: ModelConfig, seq_length: int, whole_attention: bool = False) -> float:
+def flops_per_token(model: ModelConfig, seq_length: float, whole_attention: bool = False) -> float:
     """Floating-point operations of forward and backward for one token.
+
+    Where attention stays within documents of lengths n, the mean length of a token's document, sum(n^2) / sum(n), takes
+    the place of `seq_length`.
 
     Two for each weight of a matrix product forward, twice that backward; causal attention counts the half
     of the s x s products that is needed: 2 s h a layer forward. Element-wise work is left out.

@@ -19,6 +19,7 @@ from megatron.core.utils import get_pg_rank, make_viewless_tensor
 from torch import Tensor
 
 from megatron_crnet.activation_store import ActivationStore
+from megatron_crnet.documents import PackedDocuments
 from megatron_crnet.layer import LayerOutputs, layer_spec
 from megatron_crnet.norm import CRNetNorm
 from megatron_crnet.recompute_plan import micro_batches_in_flight, plan_inverse, plan_segments
@@ -113,7 +114,13 @@ class CRNetTransformerBlock(TransformerBlock):
         self.segments, added = plan_inverse(self.config, self.layer_range, scales, growth)
         return added
 
-    def forward(self, hidden_states: Tensor, rotary_pos_emb: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rotary_pos_emb: Tensor | None = None,
+        documents: PackedDocuments | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         """hidden_states: [s/t, b, h]; a later pipeline stage takes the packed `input_tensor` instead.
 
         Returns the final hidden state on the last stage, the packed boundary tensor elsewhere.
@@ -124,25 +131,29 @@ class CRNetTransformerBlock(TransformerBlock):
             hidden_states, context = unpack(self.input_tensor, self.config, self.first_layer)
             self.input_tensor = None  # the graph holds it until backward; here it would stay, with its gradient
         hidden_states = make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True)
+        if documents is not None:
+            assert rotary_pos_emb is not None, "positions are rotary here"
+            documents = documents.rotated_by(rotary_pos_emb, hidden_states.dtype)
+        shared = {"rotary_pos_emb": rotary_pos_emb, "documents": documents}
         parallel_random = self.config.sequence_parallel and self.config.has_dropout
         with tensor_parallel.get_cuda_rng_tracker().fork() if parallel_random else nullcontext():
             if self.segments and self.training:
-                hidden_states, context = self._recomputed(hidden_states, context, rotary_pos_emb)
+                hidden_states, context = self._recomputed(hidden_states, context, shared)
             else:
                 for layer in self.layers:
-                    hidden_states, context = layer(hidden_states, context=context, rotary_pos_emb=rotary_pos_emb)
+                    hidden_states, context = layer(hidden_states, context=context, **shared)
         if self.final_layernorm is not None:
             return self.final_layernorm(hidden_states)
         return pack(hidden_states, context, interleaved_width(self.config))
 
     def _recomputed(
-        self, hidden_states: Tensor, context: LayerOutputs | None, rotary_pos_emb: Tensor | None
+        self, hidden_states: Tensor, context: LayerOutputs | None, shared: Mapping[str, Any]
     ) -> tuple[Tensor, LayerOutputs | None]:
         below: SegmentRun | None = None
         for segment in self.segments:
             layers = [self.layers[number - self.first_layer] for number in segment]
             last = segment is self.segments[-1]
-            run = SegmentRun(self.config, layers, self.store, rotary_pos_emb, last, self.growth)
+            run = SegmentRun(self.config, layers, self.store, shared, last, self.growth)
             hidden_states, context = run(hidden_states, context)
             if below is not None and below.passes_on:
                 below.end = run.start

@@ -107,6 +107,14 @@ class DataConfig(Section, name="data"):
     sample_format: Literal["packed", "padded"] = "packed"
     """packed: documents joined and cut at seq_length (Megatron's GPTDataset). padded: one document a
     row, truncated or padded, padding not trained on (the papers' protocol)."""
+    reset_attention_mask: bool = False
+    """Packed samples: attention stays within documents, which end with the tokenizer's EOD token. false, Megatron's
+    default: it reaches over the whole sample, as in most published runs (docs/decisions/documents.md)."""
+    reset_position_ids: bool = False
+    """Positions start anew with each document; needs reset_attention_mask. Rotary embeddings are relative, so within
+    documents this changes rounding alone."""
+    eod_mask_loss: bool = False
+    """Packed samples: the token after an EOD, which nothing before it can tell, is not trained. EOD itself is."""
     tokenizer_type: Literal["sentencepiece", "huggingface"] = "sentencepiece"
     """How tokenizer_model is read."""
     tokenizer_model: FilePath | None = None

@@ -21,6 +21,7 @@ from megatron_crnet.data_checks import (
     IndexedFiles,
     Source,
     check_cache_folder,
+    check_ends,
     check_enough,
     check_index,
     check_token_ids,
@@ -38,8 +39,8 @@ from megatron_crnet.tokenizer import Tokenizer, check_vocabulary
 class Datasets:
     """One map-style dataset a split, None where no sample was asked for.
 
-    A sample is a dict with int64 `tokens`, `labels`, `position_ids` [s] and float32 `loss_mask` [s]; samples of
-    a blend also have `dataset_id`.
+    A sample is a dict with int64 `tokens`, `labels`, `position_ids` [s] and float32 `loss_mask` [s]; with
+    data.reset_attention_mask also `document_lengths`; samples of a blend also have `dataset_id`.
     """
 
     train: Any
@@ -108,6 +109,8 @@ def _checked_files(
             check_index(pair)
         check_token_ids(pair, tokenizer, known_ids.get(pair.prefix))
         check_tokenizer_of_data(pair.prefix, tokenizer)
+        if config.data.reset_attention_mask or config.data.eod_mask_loss:
+            check_ends(pair, tokenizer.eod)
     for split, source in sources.items():
         for prefix in source.blend.prefixes:
             check_enough(files[prefix], split, source.share, config)
@@ -132,9 +135,9 @@ def _dataset_config(
         split=config.data.split if together else None,
         path_to_cache=_cache_folder(config, files),
         tokenizer=tokenizer,
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
+        reset_position_ids=config.data.reset_position_ids,
+        reset_attention_mask=config.data.reset_attention_mask,
+        eod_mask_loss=config.data.eod_mask_loss,
         create_attention_mask=False,
     )
     if together:

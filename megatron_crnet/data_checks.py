@@ -30,6 +30,8 @@ SPLITS = ("train", "valid", "test")
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_HEADER = struct.Struct("<9sQBQQ")
 """Magic, version, code of the dtype, sequences, document boundaries (documents + 1)."""
+ENDS_CHECKED = 1000
+"""Documents whose last token is looked at."""
 SCAN_BYTES = 1 << 26
 """A .bin up to this size is searched whole for ids beyond the vocabulary, a larger one in as much of it."""
 CHECKED_AT_ONCE = 1 << 20
@@ -234,6 +236,22 @@ def check_token_ids(files: IndexedFiles, tokenizer: Tokenizer, found: IdRange | 
             f"{files.prefix}.bin holds the token id {worst}, but the tokenizer has the ids 0 to "
             f"{tokenizer.vocab_size - 1}: it was made with another tokenizer; preprocess again with this one, or "
             "set data.tokenizer_model to that one"
+        )
+
+
+def check_ends(files: IndexedFiles, eod: int) -> None:
+    """Raise DataError if no document ends with `eod`, so that none could be told from the next.
+
+    ENDS_CHECKED documents are looked at, evenly spread.
+    """
+    ids: npt.NDArray[np.integer] = np.memmap(f"{files.prefix}.bin", dtype=files.dtype, mode="r")
+    some = np.linspace(0, files.documents - 1, min(files.documents, ENDS_CHECKED), dtype=np.int64)
+    ends = (files.pointers[some] // files.dtype.itemsize + files.lengths[some] - 1)[files.lengths[some] > 0]
+    if not (ids[ends] == eod).any():
+        raise DataError(
+            f"the documents of {files.prefix}.bin do not end with the tokenizer's end-of-document token {eod}, by "
+            "which data.reset_attention_mask and data.eod_mask_loss tell them apart: preprocess again with it, or "
+            "leave these fields out"
         )
 
 

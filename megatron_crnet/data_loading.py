@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from megatron_crnet.batch_sizes import BatchSizes
+from megatron_crnet.documents import DOCUMENT_LENGTHS
 from megatron_crnet.errors import ConfigError, DataError
 from megatron_crnet.interruption import leave_signals_to_parent
 
@@ -71,14 +72,15 @@ def global_batches(
     """Iterate over optimizer steps: for each, this rank's micro-batches.
 
     Args:
-        dataset: map-style; a sample is a dict with SAMPLE_KEYS, other keys are dropped.
+        dataset: map-style; a sample is a dict with SAMPLE_KEYS and perhaps `document_lengths`; other keys are dropped.
         first_sample: samples that earlier steps used.
         num_workers: processes that read ahead; they end with the iterator.
         num_steps: steps to yield; None means as many as the dataset holds.
         sizes: of the steps, where they are not all of `global_batch_size`; then `num_steps` must be given.
 
     Returns:
-        An iterator over lists of dicts of tensors [micro_batch_size, s]. torch's random state is not touched.
+        An iterator over lists of dicts of tensors [micro_batch_size, s]; document lengths are joined, [documents].
+        torch's random state is not touched.
 
     Raises:
         ConfigError: sizes that do not divide.
@@ -117,4 +119,7 @@ def _grouped(dataset: Any, indices: MicroBatchIndices, num_workers: int) -> Iter
 
 
 def _collate(samples: Sequence[Mapping[str, Tensor]]) -> Batch:
-    return {key: torch.stack([sample[key] for sample in samples]) for key in SAMPLE_KEYS}
+    batch = {key: torch.stack([sample[key] for sample in samples]) for key in SAMPLE_KEYS}
+    if DOCUMENT_LENGTHS in samples[0]:
+        batch[DOCUMENT_LENGTHS] = torch.cat([sample[DOCUMENT_LENGTHS] for sample in samples])
+    return batch

@@ -26,6 +26,7 @@ from megatron_crnet.batch_sizes import BatchSizes
 from megatron_crnet.config import Config
 from megatron_crnet.corpus import iter_documents
 from megatron_crnet.corpus_stats import CorpusStats
+from megatron_crnet.documents import DOCUMENT_LENGTHS, document_lengths, positions_within
 from megatron_crnet.errors import DataError, require
 from megatron_crnet.fingerprint import check_tokenizer_of_data
 from megatron_crnet.progress import Progress
@@ -33,7 +34,8 @@ from megatron_crnet.tokenizer import Tokenizer
 
 Ids = npt.NDArray[np.integer[Any]]
 Row = Mapping[str, Tensor]
-"""int64 tokens and labels [s], and loss_mask [s], 1 where a label counts: as the trainer's datasets give them."""
+"""int64 tokens and labels [s], and loss_mask [s], 1 where a label counts: as the trainer's datasets give them. With
+`document_lengths` (`documents.py`), attention stays within documents."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def evaluate(
         inputs, labels, mask = (
             torch.stack([row[key] for row in group]).to(model.device) for key in ("tokens", "labels", "loss_mask")
         )
-        logits = model(inputs, use_cache=False).logits.float()
+        logits = model(inputs, use_cache=False, **_positions(group, model.device)).logits.float()
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
         batch_total, count = float((losses.double() * mask.flatten()).sum()), int(mask.sum())
         total, tokens = total + batch_total, tokens + count
@@ -104,6 +106,13 @@ def check_memory(model: Any, rows: int, length: int) -> None:
         f"the logits of {rows} rows of {length} tokens take {needed / 1e9:,.1f} GB, but {free / 1e9:,.1f} GB are free: "
         "lower --batch-size or --seq-length",
     )
+
+
+def _positions(rows: list[Row], device: torch.device) -> dict[str, Tensor]:
+    """Positions that start anew with each document, by which transformers tells documents apart."""
+    if DOCUMENT_LENGTHS not in rows[0]:
+        return {}
+    return {"position_ids": torch.stack([positions_within(row[DOCUMENT_LENGTHS]) for row in rows]).to(device)}
 
 
 def _perplexity(loss: float) -> float:
@@ -136,6 +145,12 @@ def _row(ids: Ids, length: int, pad: int) -> Row:
     mask[: len(ids) - 1] = 1.0
     joined = torch.from_numpy(text)
     return {"tokens": joined[:-1], "labels": joined[1:], "loss_mask": mask}
+
+
+def within_documents(rows: Iterable[Row], eod: int) -> Iterator[Row]:
+    """The rows, with the lengths of the documents that end with `eod`."""
+    for row in rows:
+        yield {**row, DOCUMENT_LENGTHS: document_lengths(row["tokens"], eod)}
 
 
 def first_tokens(rows: Iterable[Row], count: int) -> Iterator[Row]:

@@ -88,16 +88,16 @@ class Fragment:
         sources.clear()
         outputs = tuple(y.detach() for y in outputs)
         if keep_outputs:
-            self._outputs = [self._index(y) for y in outputs]
+            self._keep(outputs)
         return outputs, self
 
-    def _index(self, output: Tensor) -> int:
-        """Where an output is kept; often the graph holds it anyway."""
-        for index, tensor in enumerate(self.kept):
-            if _same(tensor, output):
-                return index
-        self.kept.append(output)
-        return len(self.kept) - 1
+    def _keep(self, outputs: tuple[Tensor, ...]) -> None:
+        """Keep the outputs, too; often the graph holds them anyway."""
+        held = {_view(tensor): index for index, tensor in enumerate(self.kept)}
+        for output in outputs:
+            self._outputs.append(held.get(_view(output), len(self.kept)))
+            if self._outputs[-1] == len(self.kept):
+                self.kept.append(output)
 
     def kept_outputs(self) -> tuple[Tensor, ...]:
         """The outputs of the call, if they were kept."""
@@ -117,25 +117,22 @@ class Fragment:
         return found
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same view of the same memory; works for fake tensors, which have no address."""
-    return (
-        one.untyped_storage()._cdata == other.untyped_storage()._cdata
-        and one.storage_offset() == other.storage_offset()
-        and one.shape == other.shape
-        and one.stride() == other.stride()
-    )
+def _view(tensor: Tensor) -> tuple[Any, ...]:
+    """The same for two tensors that are the same view of the same memory; works for fake tensors without addresses."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
 def _hooks(
     sources: list[Tensor], inputs: list[Tensor], kept: list[Tensor]
 ) -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
+    marks = {_view(source): _InputMark(index) for index, source in enumerate(sources)}
+
     def pack(tensor: Tensor) -> Any:
         if isinstance(tensor, nn.Parameter):
             return tensor  # ZeRO-3 takes its data away and brings it back
-        for index, source in enumerate(sources):
-            if _same(tensor, source):
-                return _InputMark(index)
+        mark = marks.get(_view(tensor))
+        if mark is not None:
+            return mark
         kept.append(tensor.detach())
         return _KeptMark(len(kept) - 1)
 

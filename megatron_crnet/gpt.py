@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron.core import parallel_state
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from megatron_crnet.block import CRNetTransformerBlock
 from megatron_crnet.config import Config
+from megatron_crnet.documents import documents_of
 from megatron_crnet.transformer_config import CRNetTransformerConfig, build_transformer_config
 from megatron_crnet.weights import initialize, mark_tensor_parallel
 
@@ -55,9 +57,22 @@ class CRNetModel(GPTModel):
         """Cross-entropy in nats of every token, [b, s], on the last stage; the boundary tensor elsewhere.
 
         Args:
-            batch: tokens, labels, position_ids, each [b, s].
+            batch: tokens, labels, position_ids, each [b, s]; and what `call_model` knows.
         """
-        return self(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        return call_model(self, batch)
+
+
+def call_model(call: Callable[..., Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+    """What `CRNetModel.forward` returns for a micro-batch, within its documents if it names them.
+
+    Args:
+        call: the model, or what wraps it.
+        batch: tokens, position_ids, and for losses labels, each [b, s]; `document_lengths` (`documents.py`) or not.
+    """
+    documents = documents_of(batch)
+    # Megatron-Core's way of handing the block something of one's own
+    extra = {} if documents is None else {"extra_block_kwargs": {"documents": documents}}
+    return call(batch["tokens"], batch["position_ids"], None, labels=batch.get("labels"), **extra)
 
 
 def build_model_chunks(config: Config) -> list[CRNetModel]:

@@ -22,6 +22,9 @@ import torch.distributed as dist
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset
+from torch import Tensor
+
+from megatron_crnet.documents import DOCUMENT_LENGTHS, document_lengths
 
 Arrays = tuple[npt.NDArray[Any], ...]
 
@@ -37,6 +40,13 @@ class PackedDataset(GPTDataset):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._pad_token_id = NO_TOKEN
+
+    def __getitem__(self, idx: int | None) -> dict[str, Tensor]:
+        """See GPTDataset. Where attention stays within documents, the lengths of these stand for its s x s mask."""
+        sample: dict[str, Tensor] = super().__getitem__(idx)
+        if self.config.reset_attention_mask:
+            sample[DOCUMENT_LENGTHS] = document_lengths(sample["tokens"], self.config.tokenizer.eod)
+        return sample
 
     def _build_document_sample_shuffle_indices(self) -> Arrays:
         base = f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}"

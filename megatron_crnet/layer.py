@@ -17,6 +17,7 @@ from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
 from megatron_crnet.attention import SDPACoreAttention
+from megatron_crnet.documents import PackedDocuments
 from megatron_crnet.linear import build_group
 from megatron_crnet.memory import GroupMemory, LayerMemory
 from megatron_crnet.norm import CRNetNorm
@@ -81,6 +82,7 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
         context: LayerOutputs | None = None,
         rotary_pos_emb: Tensor | None = None,
         memory: LayerMemory | None = None,
+        documents: PackedDocuments | None = None,
         **_: Any,
     ) -> tuple[Tensor, LayerOutputs | None]:
         """hidden_states: [s/t, b, h] with sequence parallelism, [s, b, h] without.
@@ -88,12 +90,13 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
         `context` (Megatron-Core's name for what a block threads through its layers) holds the outputs of the
         layer below, None where a chain starts. Returns the residual stream and this layer's outputs, None
         where the layer above does not use them. With `memory` the call is recorded there, or repeated from
-        there, and the outputs are returned in any case (`segment.py`).
+        there, and the outputs are returned in any case (`segment.py`). With `documents`, attention and positions
+        stay within them.
         """
         y, m = context, memory.groups if memory else {}
         normed = self.input_layernorm(hidden_states)
         q, k, v = self.linear_qkv(normed, (y.q, y.k, y.v) if y else None, m.get("qkv"))
-        attention = self.attention(q, k, v, rotary_pos_emb, memory)
+        attention = self.attention(q, k, v, rotary_pos_emb, memory, documents)
         (o,) = self.linear_o(attention, (y.o,) if y else None, m.get("o"))
         hidden_states = hidden_states + self._dropout(o, "o", memory)
         normed = self.pre_mlp_layernorm(hidden_states)
@@ -134,14 +137,22 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
         yield from self.linear_down(None, (y.down,) if y else None, groups["down"], below=below)
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, rotary_pos_emb: Tensor | None, memory: LayerMemory | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary_pos_emb: Tensor | None,
+        memory: LayerMemory | None = None,
+        documents: PackedDocuments | None = None,
     ) -> Tensor:
         """Self-attention of the local heads; q, k, v: [s, b, local width]. Returns [s, b, h/t]."""
         q, k, v = (x.unflatten(-1, (-1, self.config.kv_channels)) for x in (q, k, v))
-        if rotary_pos_emb is not None:
+        if documents is not None:
+            q, k = documents.rotate(q), documents.rotate(k)
+        elif rotary_pos_emb is not None:
             q = apply_rotary_pos_emb(q, rotary_pos_emb, config=self.config)
             k = apply_rotary_pos_emb(k, rotary_pos_emb, config=self.config)
-        return self.core_attention(q, k, v, memory)
+        return self.core_attention(q, k, v, memory, documents)
 
     def _dropout(self, x: Tensor, point: str, memory: LayerMemory | None) -> Tensor:
         with memory.drawing(point) if memory else nullcontext():

@@ -368,7 +368,8 @@ class CRNetModel(CRNetPreTrainedModel):
         Args:
             input_ids: [b, s]; or inputs_embeds, [b, s, h].
             attention_mask: [b, t], 0 for padding; or [b, 1, s, t].
-            position_ids: [b, s]; None counts on from what the cache holds.
+            position_ids: [b, s]; None counts on from what the cache holds. Positions that do not go on by one begin
+                another document, which attention does not leave (without attention_mask and cache).
             kwargs: output_hidden_states, output_attentions (of eager attention) and return_dict, as LLaMA takes them.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -392,7 +393,13 @@ class CRNetModel(CRNetPreTrainedModel):
         previous: Outputs = ()
         for layer in self.layers:
             x, *rest = layer(
-                x, *previous, rotary=rotary, attention_mask=mask, past_key_values=past_key_values, **kwargs
+                x,
+                *previous,
+                rotary=rotary,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,  # by which flash attention, which takes no mask, tells documents apart
+                **kwargs,
             )
             previous = tuple(rest)
         return BaseModelOutputWithPast(self.norm(x), past_key_values if use_cache else None)

@@ -50,6 +50,11 @@ def _check_combinations(config: Config, section: dict[str, Any]) -> None:
         f"{section.get('number_checkpoints')}: give the number of segments of a pipeline stage",
     )
     require(
+        not (contiguous and config.recompute.keep_attention_output and config.data.reset_attention_mask),
+        f"{SECTION}.contiguous_memory_optimization with recompute.keep_attention_output would need buffers for every "
+        "length that a document can have under data.reset_attention_mask: leave one of the three out",
+    )
+    require(
         contiguous or "number_checkpoints" not in section,
         f"{SECTION}.number_checkpoints {section.get('number_checkpoints')} is the size of the buffers of "
         "contiguous_memory_optimization, which is off: leave it out or switch that on",

@@ -54,11 +54,16 @@ class CrossLayerLinear(nn.Module):
         return (signed_scale(self.beta, self.eps) * previous + y).to(y.dtype)
 
 
-def apply_rope(x: Tensor, base: float) -> Tensor:
-    """Rotary position embedding, rotate-half form; x: [b, n, s, d]."""
+def apply_rope(x: Tensor, base: float, positions: Tensor | None = None) -> Tensor:
+    """Rotary position embedding, rotate-half form; x: [b, n, s, d].
+
+    Args:
+        positions: of the tokens, [b, 1, s]; None counts from 0.
+    """
     s, d = x.shape[-2:]
     frequencies = base ** (-torch.arange(0, d, 2, dtype=torch.float32, device=x.device) / d)
-    angles = torch.outer(torch.arange(s, dtype=torch.float32, device=x.device), frequencies)
+    positions = torch.arange(s, device=x.device) if positions is None else positions
+    angles = positions[..., None].float() * frequencies
     cos, sin = (f(torch.cat((angles, angles), dim=-1)).to(x.dtype) for f in (torch.cos, torch.sin))
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
@@ -80,8 +85,15 @@ class ReferenceLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(h, eps=model.layernorm_epsilon)
         self.post_attention_layernorm = nn.RMSNorm(h, eps=model.layernorm_epsilon)
 
-    def forward(self, x: Tensor, previous: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """x: [b, s, h]. Returns the residual stream and this layer's seven linear outputs."""
+    def forward(
+        self, x: Tensor, previous: dict[str, Tensor], positions: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """x: [b, s, h]. Returns the residual stream and this layer's seven linear outputs.
+
+        Args:
+            positions: see `apply_rope`.
+            mask: whom a token sees, [b, 1, s, s]; None: all before it.
+        """
         y: dict[str, Tensor] = {}
 
         def linear(position: str, value: Tensor) -> Tensor:
@@ -90,9 +102,8 @@ class ReferenceLayer(nn.Module):
 
         normed = self.input_layernorm(x)
         q, k, v = (self._split_heads(linear(p, normed)) for p in "qkv")
-        attention = F.scaled_dot_product_attention(
-            apply_rope(q, self.rope_base), apply_rope(k, self.rope_base), v, is_causal=True, enable_gqa=True
-        )
+        q, k = (apply_rope(y, self.rope_base, positions) for y in (q, k))
+        attention = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
         x = x + linear("o", attention.transpose(1, 2).flatten(2))
         normed = self.post_attention_layernorm(x)
         return x + linear("down", F.silu(linear("gate", normed)) * linear("up", normed)), y
@@ -115,12 +126,22 @@ class ReferenceCRNet(nn.Module):
         )
         self.lm_head = nn.Linear(model.hidden_size, model.vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: [b, s]. Returns logits [b, s, vocabulary]."""
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        """tokens: [b, s]. Returns logits [b, s, vocabulary].
+
+        Args:
+            documents: number of the document of every token, [b, s], which does not fall; attention and positions stay
+                within documents. None: each row is one.
+        """
         x = self.model["embed_tokens"](tokens)
+        positions = mask = None
+        if documents is not None:
+            same = documents[:, :, None] == documents[:, None, :]
+            mask = same.tril()[:, None]
+            positions = mask.sum(-1) - 1  # how many of its document come before a token
         outputs: dict[str, Tensor] = {}
         for layer in self.model["layers"].children():
-            x, outputs = layer(x, outputs)
+            x, outputs = layer(x, outputs, positions, mask)
         return self.lm_head(self.model["norm"](x))
 
     def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:

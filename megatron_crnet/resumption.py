@@ -27,6 +27,8 @@ ORDER = (
 )
 """Fields beside the data that decide which samples a run sees in which order: Megatron-Core shuffles the epochs of a
 run together, so that the number of samples of the whole run counts."""
+DOCUMENTS = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")
+"""Fields of `data` that decide what a sample teaches; false in configurations of versions without them."""
 OF_NO_RESULT = (
     # what was read counts, not where it lies: TrainedOn
     *(f"data.{split}data_path" for split in ("", "train_", "valid_", "test_")),
@@ -58,7 +60,7 @@ def remarks(config: Config, checkpoint: Path, saved: Values, state: Values, trai
         return []
     before, now = TrainedOn.from_state(state), resolved(config)
     lines = [] if before is None else [f"warning: {line}" for line in before.other_data(trained_on)]
-    lines += [f"warning: {line}" for line in other_order(saved, now)]
+    lines += [f"warning: {line}" for line in (*other_order(saved, now), *other_documents(saved, now))]
     if before is None:
         lines.append(
             f"note: checkpoint {checkpoint} does not say what it was trained on, as those of earlier versions do not: "
@@ -85,6 +87,17 @@ def other_order(saved: Values, now: Values) -> list[str]:
                 "another order from here: some samples may be seen again and some not"
             )
     return lines
+
+
+def other_documents(saved: Values, now: Values) -> list[str]:
+    """A line on each field of `DOCUMENTS` that differs; arguments as for `other_order`."""
+    before, after = ({name: run.get("data", {}).get(name, False) for name in DOCUMENTS} for run in (saved, now))
+    return [
+        f"data.{name} differs from the checkpoint's ({after[name]} instead of {before[name]}): from here samples are "
+        "read in another way, and losses cannot be compared with those before"
+        for name in DOCUMENTS
+        if after[name] != before[name]
+    ]
 
 
 def other_place(config: Config, why: str) -> str:

@@ -14,7 +14,14 @@ from megatron_crnet.ranks import resolve_full_rank_layers, resolve_ranks
 from megatron_crnet.recompute_rules import check_recompute
 
 if TYPE_CHECKING:
-    from megatron_crnet.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+    from megatron_crnet.config import (
+        Config,
+        DataConfig,
+        ModelConfig,
+        OptimizerConfig,
+        ParallelConfig,
+        TrainingConfig,
+    )
 
 
 def check_config(config: Config) -> None:
@@ -24,6 +31,7 @@ def check_config(config: Config) -> None:
         ConfigError: the first rule that does not hold.
     """
     check_model(config.model)
+    check_data(config.data)
     check_training(config)
     check_optimizer(config.optimizer, config.training.train_steps)
     check_parallel(config)
@@ -52,6 +60,21 @@ def check_model(model: ModelConfig) -> None:
     )
     full = resolve_full_rank_layers(model.variant, model.full_rank_layers, model.num_layers)
     resolve_ranks(model.rank, model.num_layers, full)
+
+
+def check_data(data: DataConfig) -> None:
+    """What is said of documents makes sense for the kind of samples."""
+    for name in ("reset_attention_mask", "reset_position_ids", "eod_mask_loss"):
+        require(
+            not getattr(data, name) or data.sample_format == "packed",
+            f"data.{name} is true with data.sample_format {data.sample_format}, whose rows hold one document each and "
+            "train nothing behind its end: leave it out",
+        )
+    require(
+        data.reset_attention_mask or not data.reset_position_ids,
+        "data.reset_position_ids is true without data.reset_attention_mask, so attention would reach into earlier "
+        "documents over positions that run backwards: set both or neither",
+    )
 
 
 def check_training(config: Config) -> None:

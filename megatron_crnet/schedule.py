@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 
 from megatron_crnet.agreement import Vote
 from megatron_crnet.block import boundary_widths, interleaved_width
-from megatron_crnet.gpt import CRNetModel
+from megatron_crnet.documents import DOCUMENT_LENGTHS
+from megatron_crnet.gpt import CRNetModel, call_model
 from megatron_crnet.transformer_config import CRNetTransformerConfig
 
 Batch = dict[str, Tensor]
@@ -60,7 +62,7 @@ class ScheduledChunk(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Token losses [b, s] on the last stage (logits without labels), the packed boundary tensor elsewhere."""
         self.progress()
-        output = self.call(batch["tokens"], batch["position_ids"], None, labels=batch.get("labels"))
+        output = call_model(self.call, batch)
         self.progress()
         return output
 
@@ -128,7 +130,8 @@ def run_schedule(
     data-parallel ranks; both are undone here, so that the gradient is that of the mean over all tokens.
 
     Args:
-        batches: this rank's micro-batches, each with tokens, labels, position_ids, loss_mask of [b, s].
+        batches: this rank's micro-batches, each with tokens, labels, position_ids, loss_mask of [b, s], and
+            `document_lengths` where attention stays within documents.
         tokens: trained tokens of the global batch over all ranks.
 
     Returns:
@@ -147,6 +150,36 @@ def run_logits(chunks: Sequence[ScheduledChunk], batch: Batch, copies: int, posi
     step = partial(_logits_step, position)
     results = _run(chunks, [batch] * copies, step, forward_only=True, collect_non_loss_data=True)
     return results[0] if results else None
+
+
+@dataclass(frozen=True)
+class GlobalWork:
+    """What one step's global batch holds.
+
+    Attributes:
+        trained: tokens whose loss counts.
+        context: sum over all positions of the length of their document, or of their row where attention reaches over
+            whole rows.
+    """
+
+    trained: int
+    context: float
+
+
+def global_work(batches: list[Batch], device: torch.device) -> GlobalWork:
+    """Add up every rank's micro-batches; a collective call."""
+    context = 0.0
+    for batch in batches:
+        rows, length = batch["tokens"].shape
+        lengths = batch.get(DOCUMENT_LENGTHS)
+        context += rows * length**2 if lengths is None else float(lengths.double().square().sum())
+    totals = torch.tensor([0.0, context], dtype=torch.float64, device=device)
+    totals[0] = torch.stack([batch["loss_mask"].sum() for batch in batches]).sum()
+    dist.all_reduce(totals)
+    # ranks of the same replica have the same batches
+    replicas = dist.get_world_size() // parallel_state.get_data_parallel_world_size()
+    trained, context = (totals / replicas).tolist()
+    return GlobalWork(round(trained), context)
 
 
 def loss_totals(

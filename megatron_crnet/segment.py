@@ -13,7 +13,7 @@ in which the products that are known already only hand their values on.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,7 @@ class SegmentRun:
     Args:
         layers: the segment's layers.
         store: where kept tensors live.
+        shared: arguments that every layer is called with; they are not put away, as there is one of them for all.
         last: no segment of this stage follows.
         growth: where `inverse` notes the sizes of outputs (`CRNetTransformerBlock.growth`).
     """
@@ -77,11 +78,11 @@ class SegmentRun:
         config: CRNetTransformerConfig,
         layers: Sequence[CRNetTransformerLayer],
         store: ActivationStore,
-        rotary_pos_emb: Tensor | None,
+        shared: Mapping[str, Any],
         last: bool,
         growth: dict[int, Tensor],
     ) -> None:
-        self.config, self.layers, self.store, self.rotary_pos_emb = config, layers, store, rotary_pos_emb
+        self.config, self.layers, self.store, self.shared = config, layers, store, shared
         self.strategy = config.recompute_strategy
         self.draws = config.has_dropout
         self.last, self.growth = last, growth
@@ -110,9 +111,7 @@ class SegmentRun:
             memory = self._memory(layer)
             self.memories.append(memory)
             streams.append(hidden_states)
-            hidden_states, outputs = layer(
-                hidden_states, context=context, rotary_pos_emb=self.rotary_pos_emb, memory=memory
-            )
+            hidden_states, outputs = layer(hidden_states, context=context, memory=memory, **self.shared)
             if self.strategy == "inverse" and context is not None:
                 memory.growth = self._note_growth(layer, context, outputs)
             context = outputs if layer.returns_outputs else None
@@ -148,7 +147,7 @@ class SegmentRun:
 
     def _plain(self, hidden_states: Tensor, context: LayerOutputs | None) -> tuple[Tensor, LayerOutputs | None]:
         for layer in self.layers:
-            hidden_states, context = layer(hidden_states, context=context, rotary_pos_emb=self.rotary_pos_emb)
+            hidden_states, context = layer(hidden_states, context=context, **self.shared)
         return hidden_states, context
 
     @property
@@ -236,7 +235,7 @@ class SegmentRun:
             memory.know(outputs)
         x, y = _leaves(hidden_states, context)
         with torch.enable_grad():
-            results = layer(x, context=y, rotary_pos_emb=self.rotary_pos_emb, memory=memory)
+            results = layer(x, context=y, memory=memory, **self.shared)
         return _differentiate(results, grads, (x, y))
 
     def _backward_of_all(self, grads: Grads) -> list[Tensor | None]:

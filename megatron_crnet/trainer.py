@@ -26,6 +26,7 @@ from megatron_crnet.checkpoint_folder import DAMAGED, checkpoint_dir, checkpoint
 from megatron_crnet.config import Config
 from megatron_crnet.data_loading import global_batches
 from megatron_crnet.determinism import deterministic_algorithms
+from megatron_crnet.documents import to_device
 from megatron_crnet.engine import TrainEngine
 from megatron_crnet.errors import BadStepError, CheckpointError, ConfigError, FolderTakenError, describe
 from megatron_crnet.gpt import build_model_chunks
@@ -40,7 +41,7 @@ from megatron_crnet.residual_in_use import changed_residual, residual_in_use
 from megatron_crnet.resumption import other_place
 from megatron_crnet.run_folder import RunFolders, check_space, hold_run_folders
 from megatron_crnet.sampling import continue_text
-from megatron_crnet.schedule import Batch, loss_totals
+from megatron_crnet.schedule import Batch, GlobalWork, global_work, loss_totals
 from megatron_crnet.settings import save_config
 from megatron_crnet.training_state import StepResult, TrainingState
 
@@ -54,6 +55,7 @@ class LoggingWindow:
         samples: sequences of these steps.
         step_size: sequences of the last one.
         tokens: trained ones.
+        context: sum over all positions, trained or not, of the tokens that attention reaches over.
     """
 
     started: float
@@ -61,13 +63,15 @@ class LoggingWindow:
     samples: int = 0
     step_size: int = 0
     tokens: int = 0
+    context: float = 0.0
 
-    def add(self, samples: int, tokens: int) -> None:
+    def add(self, samples: int, tokens: int, context: float) -> None:
         """Count one step."""
         self.steps += 1
         self.samples += samples
         self.step_size = samples
         self.tokens += tokens
+        self.context += context
 
 
 class Trainer:
@@ -252,9 +256,9 @@ class Trainer:
             # compilers and DeepSpeed's tracing take their time over the first step
             self.context.heartbeat.report(f"step {self.state.step + 1}", may_take_long=first)
             first = False
-            seen = self.state.samples
-            tokens = self._step(batches)
-            window.add(self.state.samples - seen, tokens)
+            seen, work = self.state.samples, self._work(batches)
+            tokens = self._step(batches, work.trained)
+            window.add(self.state.samples - seen, tokens, work.context)
             step, last = self.state.step, self.state.step == training.train_steps
             if self.state.unlogged_steps and (step % self.config.logging.log_interval == 0 or step == 1 or last):
                 self.progress.advance(step, self._log(window))
@@ -311,9 +315,13 @@ class Trainer:
         for remark in self.checkpointer.take_remarks():
             self.progress.line(f"warning: {remark}")
 
-    def _step(self, batches: list[Batch]) -> int:
-        """One step, after which `state` counts it. Returns its trained tokens, 0 for a bad one that was skipped."""
-        tokens, lr = self._trained_tokens(batches), self.engine.current_lr
+    def _step(self, batches: list[Batch], tokens: int) -> int:
+        """One step, after which `state` counts it. Returns its trained tokens, 0 for a bad one that was skipped.
+
+        Args:
+            tokens: the trained tokens of the global batch.
+        """
+        lr = self.engine.current_lr
         loss, faults = self.engine.forward_backward(batches, tokens, self.vote), self.config.faults
         problem = problem_of_loss(loss, self.state.recent_losses, faults)
         if problem is None:
@@ -386,18 +394,17 @@ class Trainer:
         """Sequences of the step to come, or that is under way."""
         return self.plan.sizes.at(self.state.samples)
 
-    def _trained_tokens(self, batches: list[Batch]) -> int:
-        """Positions of the global batch whose loss counts; the padding of padded rows differs by rank."""
-        if self.config.data.sample_format == "packed":
-            return self._step_size * self.plan.seq_length
-        count = torch.stack([batch["loss_mask"].sum() for batch in batches]).sum().double()
-        dist.all_reduce(count)
-        replicas = self.context.world_size // self.context.dp_size
-        return round(float(count) / replicas)
+    def _work(self, batches: list[Batch]) -> GlobalWork:
+        """What the global batch holds; padding, ends of documents and their lengths differ by rank."""
+        length, data = self.plan.seq_length, self.config.data
+        if data.sample_format == "packed" and not (data.eod_mask_loss or data.reset_attention_mask):
+            positions = self._step_size * length
+            return GlobalWork(positions, positions * length)
+        return global_work(batches, self.context.device)
 
     def _log(self, window: LoggingWindow) -> dict[str, Any]:
-        seconds = time.perf_counter() - window.started
-        flops = flops_per_token(self.config.model, self.plan.seq_length) * self.plan.seq_length * window.samples
+        seconds, positions = time.perf_counter() - window.started, self.plan.seq_length * window.samples
+        flops = flops_per_token(self.config.model, window.context / positions) * positions
         values = {
             "tokens": self.state.tokens,
             "loss": self.state.unlogged_loss / self.state.unlogged_steps,
@@ -511,7 +518,7 @@ class Trainer:
             num_steps=steps,
             sizes=sizes,
         ):
-            yield [{k: v.to(self.context.device, non_blocking=True) for k, v in batch.items()} for batch in batches]
+            yield [to_device(batch, self.context.device) for batch in batches]
 
     def draw(self) -> None:
         """loss.png, from what metrics.jsonl holds."""

@@ -15,13 +15,17 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_crnet.batch import plan_batches
-from megatron_crnet.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from megatron_crnet.config import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from megatron_crnet.documents import DOCUMENT_LENGTHS, document_lengths, positions_within
 from megatron_crnet.engine import TrainEngine
 from megatron_crnet.gpt import build_model_chunks
 from megatron_crnet.local_model import build_local_models
 from megatron_crnet.parallel import initialize_parallel
 from megatron_crnet.reference import ReferenceCRNet
 from megatron_crnet.weights import Weight, canonical_weights, initial_value
+
+EOD = 0
+"""The token that ends documents."""
 
 TINY_MODEL = {
     "num_layers": 4,
@@ -41,6 +45,7 @@ def tiny_config(
     training: dict[str, Any] | None = None,
     optimizer: dict[str, Any] | None = None,
     deepspeed_section: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
 ) -> Config:
     """A configuration that trains in milliseconds.
 
@@ -56,14 +61,22 @@ def tiny_config(
             **{"lr": 3e-3, "lr_warmup_steps": 2, "clip_grad": 0.5, "adam_eps": 1e-4, **(optimizer or {})}
         ),
         deepspeed=deepspeed_section or {},
+        data=DataConfig(**(data or {})),
     )
 
 
 def random_tokens(config: Config, step: int = 0) -> tuple[Tensor, Tensor]:
-    """Tokens and labels of a global batch, [global batch, s] each, the same on every rank."""
+    """Tokens and labels of a global batch, [global batch, s] each, the same on every rank.
+
+    Where the data section says something of documents, they end with EOD, one row is one and one has only empty ones.
+    """
     generator = torch.Generator().manual_seed(step)
     shape = (config.training.global_batch_size, config.training.seq_length + 1)
     text = torch.randint(config.model.vocab_size, shape, generator=generator)
+    if config.data.reset_attention_mask or config.data.eod_mask_loss:
+        text[torch.rand(shape, generator=generator) < 0.25] = EOD
+        text[1].clamp_(min=EOD + 1)
+        text[2] = EOD
     return text[:, :-1].contiguous(), text[:, 1:].contiguous()
 
 
@@ -77,14 +90,27 @@ def random_mask(config: Config, step: int = 0) -> Tensor:
     share = torch.rand(count, 1, generator=generator)
     mask = (torch.rand(count, length, generator=generator) < share).float()
     mask[:, 0] = 1.0  # no sequence is without any
-    return mask
+    return mask * (random_tokens(config, step)[0] != EOD) if config.data.eod_mask_loss else mask
 
 
-def make_batch(tokens: Tensor, labels: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+def make_batch(
+    tokens: Tensor, labels: Tensor, mask: Tensor | None = None, data: DataConfig | None = None
+) -> dict[str, Tensor]:
     """One micro-batch as the data pipeline gives it; all tokens are trained without a mask."""
     positions = torch.arange(tokens.shape[1]).expand_as(tokens).contiguous()
     mask = torch.ones(tokens.shape) if mask is None else mask
-    return {"tokens": tokens, "labels": labels, "position_ids": positions, "loss_mask": mask}
+    batch = {"tokens": tokens, "labels": labels, "position_ids": positions, "loss_mask": mask}
+    if data is not None and data.reset_attention_mask:
+        lengths = batch[DOCUMENT_LENGTHS] = torch.cat([document_lengths(row, EOD) for row in tokens])
+        if data.reset_position_ids:
+            batch["position_ids"] = positions_within(lengths).view_as(tokens)
+    return batch
+
+
+def document_numbers(config: Config, tokens: Tensor) -> Tensor | None:
+    """Number of every token's document in its row; None where attention reaches over whole rows."""
+    ends = (tokens == EOD).long()
+    return ends.cumsum(1) - ends if config.data.reset_attention_mask else None
 
 
 def micro_batches(config: Config, dp_rank: int, world_size: int, step: int = 0) -> list[dict[str, Tensor]]:
@@ -96,12 +122,14 @@ def micro_batches(config: Config, dp_rank: int, world_size: int, step: int = 0) 
     )
     size = plan.micro_batch_size
     starts = [(m * plan.dp_size + dp_rank) * size for m in range(plan.num_microbatches)]
-    return [make_batch(*(whole[i : i + size] for whole in (tokens, labels, mask))) for i in starts]
+    return [make_batch(*(whole[i : i + size] for whole in (tokens, labels, mask)), config.data) for i in starts]
 
 
-def masked_loss(reference: ReferenceCRNet, tokens: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+def masked_loss(
+    reference: ReferenceCRNet, tokens: Tensor, labels: Tensor, mask: Tensor, documents: Tensor | None = None
+) -> Tensor:
     """Mean cross-entropy over the trained tokens of the whole global batch."""
-    losses = F.cross_entropy(reference(tokens).flatten(0, 1), labels.flatten(), reduction="none")
+    losses = F.cross_entropy(reference(tokens, documents).flatten(0, 1), labels.flatten(), reduction="none")
     return (losses * mask.flatten()).sum() / mask.sum()
 
 
@@ -185,7 +213,7 @@ def compare_with_reference(config: Config, steps: int = 3) -> Errors:
         (tokens, labels), mask = random_tokens(config, step), random_mask(config, step)
         batches = micro_batches(config, context.dp_rank, context.world_size, step)
         loss = engine.forward_backward(batches, int(mask.sum()))
-        plain_loss = masked_loss(reference, tokens, labels, mask)
+        plain_loss = masked_loss(reference, tokens, labels, mask, document_numbers(config, tokens))
         optimizer.zero_grad()
         plain_loss.backward()
         group = parallel_state.get_tensor_model_parallel_group()

@@ -52,6 +52,12 @@ def parse_arguments() -> argparse.Namespace:
         choices=("packed", "padded"),
         help="packed: documents joined and cut, every token once; padded: one document a row, cut (default: packed)",
     )
+    parser.add_argument(
+        "--reset-attention-mask",
+        action="store_true",
+        help="packed rows: attention stays within documents, for models trained so (data.reset_attention_mask); "
+        "--validation-of does what its configuration says",
+    )
     parser.add_argument("--max-tokens", type=int, help="stop after that many (default: all)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
     parser.add_argument("--tokenizer", help="path of the tokenizer (default: the model's own)")
@@ -69,6 +75,9 @@ def check(args: argparse.Namespace) -> None:
         for name in ("seq_length", "sample_format"):
             option = f"--{name.replace('_', '-')}"
             require(getattr(args, name) is None, f"{option} is the run's own with --validation-of: leave it out")
+    if args.reset_attention_mask:
+        why = "is for packed rows of --data or --text: leave it out"
+        require(args.validation_of is None and args.sample_format != "padded", f"--reset-attention-mask {why}")
 
 
 @dataclass(frozen=True)
@@ -113,6 +122,8 @@ def work_of(args: argparse.Namespace, opened: OpenModel) -> Work:
         rows = evaluation.padded_rows(documents, length, opened.tokenizer.pad)
     else:
         rows = evaluation.packed_rows(documents, length)
+        if args.reset_attention_mask:
+            rows = evaluation.within_documents(rows, opened.tokenizer.eod)
     return Work(rows, length, *documents.work(length, padded))
 
 

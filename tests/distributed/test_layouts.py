@@ -37,6 +37,7 @@ class Layout:
     parallel: dict[str, Any] = field(default_factory=dict, hash=False)
     offload: str = ""
     keys: dict[str, Any] = field(default_factory=dict, hash=False)
+    data: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def config(self) -> Config:
         section: dict[str, Any] = {"stage": self.zero, **self.keys}
@@ -54,11 +55,15 @@ class Layout:
             parallel,
             {"dtype": self.dtype, "global_batch_size": self.sequences},
             deepspeed_section={"zero_optimization": section},
+            data=self.data,
         )
+
+    def _extras(self) -> dict[str, Any]:
+        return {**self.model, **self.parallel, **self.keys, **self.data}
 
     def __str__(self) -> str:
         sp = "" if self.sp is None else f"-sp{int(self.sp)}"
-        extra = "".join(f"-{key}={value}" for key, value in {**self.model, **self.parallel, **self.keys}.items())
+        extra = "".join(f"-{key}={value}" for key, value in self._extras().items())
         return f"tp{self.tp}{sp}-pp{self.pp}x{self.vpp}-zero{self.zero}-{self.dtype}{extra}{self.offload}".replace(
             " ", ""
         )
@@ -71,6 +76,9 @@ UNBUFFERED = {"contiguous_gradients": False, "reduce_scatter": False}
 SMALL_BUCKETS = {"reduce_bucket_size": 600}
 PARTITION_EVERYTHING = {"stage3_param_persistence_threshold": 0}
 RANKS = {"q": [8, 7, 6, 5], "k": 6, "v": 6, "o": 4, "gate": [3, 4, 5, 6], "up": 8, "down": 2}
+
+# attention and positions within documents, whose ends are not trained
+DOCUMENTS = {"reset_attention_mask": True, "reset_position_ids": True, "eod_mask_loss": True}
 
 ON_TWO = [
     *(Layout(tp=2, zero=zero) for zero in (0, 3)),
@@ -86,8 +94,18 @@ ON_TWO = [
     Layout(zero=3, offload="offload_param"),
     Layout(zero=1, dtype="bf16", offload="offload_optimizer"),
     Layout(tp=2, zero=1, dtype="bf16"),
+    Layout(tp=2, model={"num_query_groups": 2}, data=DOCUMENTS),
+    Layout(pp=2, vpp=2, zero=1, data=DOCUMENTS),
+    Layout(pp=2, zero=1, dtype="bf16", data=DOCUMENTS),
+    Layout(zero=3, data={"reset_attention_mask": True}),
+    Layout(zero=2, data=DOCUMENTS),
+    Layout(zero=0, data={"eod_mask_loss": True}),
 ]
 MORE_ON_TWO = [
+    *(Layout(tp=2, model={"variant": variant}, data=DOCUMENTS) for variant in ("full_rank", "low_rank", "cola")),
+    *(Layout(tp=2, sp=sp, zero=zero, data=DOCUMENTS) for sp in (False, True) for zero in (0, 1, 2, 3)),
+    *(Layout(pp=2, vpp=vpp, zero=zero, data=DOCUMENTS) for vpp in (1, 2) for zero in (0, 1)),
+    *(Layout(zero=zero, dtype="bf16", data=DOCUMENTS) for zero in (1, 2, 3)),
     *(Layout(tp=2, zero=zero) for zero in (1, 2)),
     Layout(tp=2, sp=False, zero=3),
     Layout(pp=2, zero=1),
@@ -107,6 +125,7 @@ MORE_ON_TWO = [
     Layout(pp=2, vpp=2, zero=1, dtype="bf16"),
 ]
 ON_FOUR = [
+    Layout(tp=2, pp=2, vpp=2, zero=1, data=DOCUMENTS),
     # the first stage has neither betas nor partial matrices
     Layout(tp=2, pp=2, zero=1, dtype="bf16", parallel=ONE_FULL_RANK_STAGE),
     Layout(tp=2, pp=2, vpp=2, zero=1),

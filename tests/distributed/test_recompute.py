@@ -47,6 +47,7 @@ class Row:
     zero: dict[str, Any] = field(default_factory=dict, hash=False)
     stored: dict[str, Any] = field(default_factory=dict, hash=False)
     strategies: tuple[RecomputeConfig, ...] = EXACT
+    data: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def config(self, recompute: RecomputeConfig) -> Config:
         stored = {"activation_checkpointing": self.stored} if self.stored and recompute.strategy != "none" else {}
@@ -55,6 +56,7 @@ class Row:
             self.parallel,
             {"dtype": self.dtype},
             deepspeed_section={"zero_optimization": self.zero} if self.zero else {},
+            data=self.data,
         )
         return dataclasses.replace(plain, recompute=recompute, deepspeed={**plain.deepspeed, **stored})
 
@@ -66,6 +68,7 @@ DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 WITHOUT_SP = {**TP, "sequence_parallel": False}
 PARTITIONED = {"stage": 3, "stage3_param_persistence_threshold": 0}
 OFFLOADED = {**PARTITIONED, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
+DOCUMENTS = {"reset_attention_mask": True, "reset_position_ids": True}
 ROWS = [
     Row("tp2", {"num_layers": 6}, TP, strategies=(*EXACT, INVERSE)),
     Row("tp2-without-sp-everything-stored", {}, WITHOUT_SP, stored=EVERYTHING_STORED, strategies=(REPLAY_AUTO, FULL)),
@@ -76,8 +79,19 @@ ROWS = [
     Row("dp2-zero3-offload", {}, {}, "fp32", OFFLOADED, strategies=(REPLAY,)),
     Row("tp2-dropout", DROPOUT, TP, strategies=(REPLAY_AUTO, FULL)),
     Row("tp2-cola", {"variant": "cola"}, TP, strategies=(REPLAY_AUTO,)),
+    Row("tp2-documents", {"num_query_groups": 2}, TP, strategies=(*EXACT, INVERSE), data=DOCUMENTS),
+    Row("tp2-documents-dropout", DROPOUT, TP, strategies=(*EXACT,), data=DOCUMENTS),
+    Row("pp2-vpp2-documents", {"num_layers": 8}, VPP, "bf16", {"stage": 1}, data=DOCUMENTS),
 ]
 MORE_ON_TWO = [
+    *(
+        Row(f"tp2-{v}-documents", {"variant": v}, TP, strategies=(*EXACT, INVERSE), data=DOCUMENTS)
+        for v in VARIANTS
+        if v != "crnet"
+    ),
+    Row("tp2-without-sp-documents-dropout", DROPOUT, WITHOUT_SP, strategies=(*EXACT, INVERSE), data=DOCUMENTS),
+    Row("dp2-zero3-documents", {}, {}, "bf16", PARTITIONED, strategies=(*EXACT, INVERSE), data=DOCUMENTS),
+    Row("tp2-documents-stored", {}, WITHOUT_SP, stored=EVERYTHING_STORED, strategies=(REPLAY, FULL), data=DOCUMENTS),
     *(Row(f"tp2-{v}-replay", {"variant": v}, TP, strategies=(REPLAY_AUTO,)) for v in ("full_rank", "low_rank")),
     Row("tp2-partitioned", {}, WITHOUT_SP, stored={"partition_activations": True}, strategies=(REPLAY,)),
     Row("tp2-without-sp-dropout", DROPOUT, WITHOUT_SP, strategies=(REPLAY, FULL)),

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_crnet.config import DataConfig, RecomputeConfig
+from megatron_crnet.documents import DOCUMENT_LENGTHS
 from megatron_crnet.gpt import build_model_chunks
+from megatron_crnet.live_memory import LiveMemory
 from megatron_crnet.parallel import initialize_parallel, shutdown_parallel
 from megatron_crnet.reference import ReferenceCRNet
 from megatron_crnet.weights import canonical_weights, load_canonical
-from tests.helpers import make_batch, random_tokens, relative_error, tiny_config
+from tests.helpers import EOD, make_batch, random_tokens, relative_error, tiny_config
 
 PER_POSITION = {"q": [3, 4, 5, 6], "k": 4, "v": 4, "o": 6, "gate": 7, "up": 7, "down": [9, 8, 7, 6]}
 MODELS: dict[str, dict[str, Any]] = {
@@ -69,6 +74,81 @@ def test_logits_loss_and_every_gradient_equal_the_reference(name: str) -> None:
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in reference.parameters())
     pairs = ((n, w.local(w.parameter.grad), wanted[n], wanted[n]) for n, w in weights.items())
     assert relative_error(pairs) < 1e-5
+
+
+# of losses and of gradients; fp32 adds up the latter over twenty documents in another order, which fp64 (but for the
+# loss, which is fp32 in any case) shows to be all
+BOUNDS_OF_DOCUMENTS = {"fp64": (1e-6, 1e-6), "fp32": (1e-6, 3e-6), "bf16": (2e-2, 2e-2)}
+WITHIN_DOCUMENTS = {"reset_attention_mask": True, "reset_position_ids": True, "eod_mask_loss": True}
+
+
+@pytest.mark.fault("documents")
+@pytest.mark.parametrize("dtype", BOUNDS_OF_DOCUMENTS)
+@pytest.mark.parametrize("name", ["crnet", "full_rank", "low_rank", "cola", "grouped_query"])
+def test_documents_of_packed_samples_learn_as_if_each_were_alone(name: str, dtype: str) -> None:
+    """Losses of every token, and the summed gradients; without their ends, which only a packed sample has to mask."""
+    within = DataConfig(**WITHIN_DOCUMENTS)
+    config = tiny_config(
+        model=MODELS[name], training={"dtype": "bf16" if dtype == "bf16" else "fp32", "seq_length": 48}
+    )
+    (model,) = build_model_chunks(config)
+    if dtype == "fp64":
+        model.double()
+    of_losses, of_gradients = BOUNDS_OF_DOCUMENTS[dtype]
+    tokens, labels = (x[:3] for x in random_tokens(dataclasses.replace(config, data=within)))
+    packed = make_batch(tokens, labels, (tokens != EOD).float(), within)
+    losses = model.token_losses(packed)
+    (losses.float() * packed["loss_mask"]).sum().backward()
+    weights = list(canonical_weights(model))
+    together = {w.name: w.local(w.parameter.grad.clone()) for w in weights}
+    summed = {w.name: torch.zeros_like(together[w.name], dtype=torch.float64) for w in weights}
+    lengths, start = packed[DOCUMENT_LENGTHS].tolist(), 0
+    assert len(lengths) > 20
+    for length in lengths:
+        part = slice(start, start + length)
+        document, label = (x.flatten()[None, part] for x in (tokens, labels))
+        alone = model.token_losses(make_batch(document, label))
+        torch.testing.assert_close(losses.flatten()[part], alone[0], rtol=of_losses, atol=of_losses)
+        model.zero_grad()
+        (alone.float() * (document != EOD)).sum().backward()
+        for weight in weights:
+            summed[weight.name] += weight.local(weight.parameter.grad)
+        start += length
+    assert start == tokens.numel()
+    error = relative_error((name, together[name], total, total) for name, total in summed.items())
+    assert error < of_gradients
+
+
+@pytest.mark.fault("documents")
+@pytest.mark.parametrize("strategy", ["none", "replay", "inverse", "full"])
+def test_documents_are_kept_once_for_all_layers(strategy: str) -> None:
+    """A pass leaves one pair of rotations more than one over whole rows, whatever the number of layers.
+
+    Without recomputation a layer also holds attention's output joined, beside the documents' own.
+    """
+    extra = []
+    for layers in (4, 8):
+        config = tiny_config(model={"num_layers": layers}, data=WITHIN_DOCUMENTS)
+        recompute = RecomputeConfig(strategy=strategy, segment_length="auto" if strategy == "none" else 2)
+        (model,) = build_model_chunks(dataclasses.replace(config, recompute=recompute))
+        if strategy == "inverse":
+            even = {layer: torch.ones(7) for layer in range(layers)}
+            model.decoder.place_anchors(even, even)
+        tokens, labels = (x[:4] for x in random_tokens(config))
+        kept = []
+        for data in (None, config.data):
+            batch = make_batch(tokens, labels, data=data)
+            gc.collect()
+            with LiveMemory() as memory:
+                losses = model.token_losses(batch)
+                kept.append(memory.current)
+            losses.sum().backward()
+        extra.append(kept[1] - kept[0])
+    print(extra)
+    rotations, joined = 2 * 4 * 4 * 16 * 8, 4 * 4 * 16 * 32
+    of_a_layer = joined if strategy == "none" else 0
+    assert extra[0] - 4 * of_a_layer < 1.2 * rotations
+    assert extra[1] - extra[0] - 4 * of_a_layer < 0.1 * rotations
 
 
 def test_the_stacked_b_matrices_are_one_parameter_where_shapes_allow() -> None:

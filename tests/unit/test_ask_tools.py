@@ -104,6 +104,10 @@ REFUSED = {
         ["evaluate", "--validation-of", "c.yaml", "--sample-format", "padded"],
         "--sample-format is the run's own",
     ),
+    "documents of a run": (
+        ["evaluate", "--validation-of", "c.yaml", "--reset-attention-mask"],
+        "is for packed rows of --data or --text",
+    ),
     "prompt": (["generate", "--prompt", "ok", "a\udcffb"], "prompt 2 is not valid UTF-8"),
     "prompt file": (["generate", "--prompt-file", "bytes.txt"], "bytes.txt cannot be read"),
     "prompt folder": (["generate", "--prompt-file", ""], 'it is "", but must be a path'),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_crnet import configuration_crnet, modeling_crnet, tokenization_crnet
+from megatron_crnet.documents import positions_within
 from megatron_crnet.export_config import hugging_face_fields
 from megatron_crnet.modeling_crnet import CRNetConfig, CRNetForCausalLM
 from megatron_crnet.reference import ReferenceCRNet
@@ -183,3 +184,23 @@ def test_the_files_that_travel_import_nothing_of_this_package() -> None:
         assert {name.partition(".")[0] for name in names} <= allowed
         # beside it in every export
         assert {str(node.module) for node in parts if node.level} <= {"configuration_crnet"}
+
+
+@pytest.mark.fault("documents")
+# transformers' eager attention takes its softmax in fp32
+@pytest.mark.parametrize(("implementation", "tolerance"), [("eager", 1e-6), ("sdpa", 1e-9)])
+@pytest.mark.parametrize("name", ["crnet", "full_rank", "low_rank", "cola", "grouped_query"])
+def test_positions_that_start_anew_keep_documents_apart(name: str, implementation: str, tolerance: float) -> None:
+    model, reference = pair(MODELS[name])
+    model.double(), reference.double()
+    model.set_attn_implementation(implementation)
+    ids, lengths = tokens(), torch.tensor([12, 1, 1, 4, 6, 3, 9])
+    documents = torch.arange(len(lengths)).repeat_interleave(lengths).view_as(ids)
+    logits = model(ids, position_ids=positions_within(lengths).view_as(ids), use_cache=False).logits
+    plain = reference(ids, documents)
+    torch.testing.assert_close(logits, plain, rtol=tolerance, atol=tolerance)
+    for one in (logits, plain):
+        torch.nn.functional.cross_entropy(one.flatten(0, 1), ids.roll(-1).flatten()).backward()
+    wanted = dict(reference.named_parameters())
+    for key, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[key].grad, rtol=tolerance, atol=tolerance)

@@ -77,3 +77,14 @@ def test_the_model_is_causal(changes: dict[str, object]) -> None:
     first, second = model(tokens), model(changed)
     torch.testing.assert_close(first[:, :5], second[:, :5])
     assert not torch.allclose(first[:, 5:], second[:, 5:])
+
+
+@pytest.mark.fault("documents")
+@pytest.mark.parametrize("variant", ["crnet", "full_rank", "low_rank", "cola"])
+def test_documents_of_one_row_are_what_each_is_alone(variant: str) -> None:
+    model, tokens = _model(variant=variant).double(), torch.randint(32, (2, 9))
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2], [0, 1, 2, 2, 2, 2, 2, 2, 2]])
+    logits = model(tokens, documents)
+    for row, number in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)):
+        own = documents[row] == number
+        torch.testing.assert_close(logits[row, own], model(tokens[row, own][None])[0])

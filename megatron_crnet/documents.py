@@ -1,0 +1,107 @@
+"""Documents of packed samples: where they begin, so that attention and positions stay within them.
+
+A document ends with the tokenizer's end-of-document token (EOD), which is its last token, as Megatron-Core has it. What
+stands before the first EOD of a sample, or behind its last, is the part of a document that was cut there, and counts as
+a document of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DOCUMENT_LENGTHS = "document_lengths"
+"""Key of a sample's or micro-batch's document lengths, row by row; they stay on the host. Absent where attention
+reaches over whole rows."""
+
+
+def document_lengths(tokens: Tensor, eod: int) -> Tensor:
+    """Lengths of the documents in `tokens` [s], which add up to s: int64 [documents]."""
+    ends = tokens == eod
+    ends[-1] = True  # cut here, if not ended
+    return F.pad(ends.nonzero().flatten() + 1, (1, 0)).diff()
+
+
+def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A micro-batch on `device`, but for the lengths, which the host works with."""
+    return {k: x if k == DOCUMENT_LENGTHS else x.to(device, non_blocking=True) for k, x in batch.items()}
+
+
+def positions_within(lengths: Tensor) -> Tensor:
+    """Positions that start anew with each document, [sum of lengths]."""
+    starts = lengths.cumsum(0) - lengths
+    return torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths)
+
+
+@dataclass(frozen=True)
+class PackedDocuments:
+    """The documents of one micro-batch: made once and shared by all its layers, recomputed ones included.
+
+    Attributes:
+        rows: lengths of the documents of each row; each row adds up to s.
+        position_ids: position of every token, [b, s], for the rotary embedding.
+        offsets: where documents start and the last one ends in the rows laid end to end, int32 [documents + 1], on the
+            device; for kernels of variable length.
+        rotation: cosines and sines of the rotary embedding by `position_ids`, [s, b, 1, d]; see `rotated_by`.
+    """
+
+    rows: Sequence[Sequence[int]]
+    position_ids: Tensor
+    offsets: Tensor
+    rotation: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return max(max(row) for row in self.rows)
+
+    def rotated_by(self, rotary_pos_emb: Tensor, dtype: torch.dtype) -> PackedDocuments:
+        """With the cosines and sines of the angles `rotary_pos_emb` [s, 1, 1, d] at this micro-batch's positions."""
+        angles = rotary_pos_emb[:, 0, 0][self.position_ids.t()].unsqueeze(2)
+        return replace(self, rotation=(angles.cos().to(dtype), angles.sin().to(dtype)))
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Rotary embedding of x, [s, b, heads, d]: the operations of Megatron-Core's `apply_rotary_pos_emb`."""
+        assert self.rotation is not None
+        cos, sin = self.rotation
+        first, second = x.chunk(2, dim=-1)
+        return (x * cos) + (torch.cat((-second, first), dim=-1) * sin)
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """x [s, b, heads, d], cut into documents [1, heads, length, d]; views."""
+        rows = x.permute(1, 2, 0, 3).split(1)
+        return [part for row, lengths in zip(rows, self.rows, strict=True) for part in row.split(list(lengths), dim=2)]
+
+    def join(self, parts: Iterable[Tensor]) -> Tensor:
+        """The inverse of `split`."""
+        parts = iter(parts)
+        return torch.cat([torch.cat([next(parts).permute(2, 0, 1, 3) for _ in row]) for row in self.rows], dim=1)
+
+
+def documents_of(batch: Mapping[str, Tensor]) -> PackedDocuments | None:
+    """The documents of a micro-batch; None where every row is one, and plain causal attention does the same."""
+    lengths = batch.get(DOCUMENT_LENGTHS)
+    if lengths is None:
+        return None
+    positions = batch["position_ids"]
+    if len(lengths) == len(positions):
+        return None
+    offsets = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    rows = list(_rows(lengths.tolist(), positions.shape[1]))
+    return PackedDocuments(rows, positions, offsets.to(positions.device, non_blocking=True))
+
+
+def _rows(lengths: list[int], row_length: int) -> Iterator[list[int]]:
+    row: list[int] = []
+    filled = 0
+    for length in lengths:
+        row.append(length)
+        filled += length
+        if filled == row_length:
+            yield row
+            row, filled = [], 0
+    assert not row, "no document spans two rows"
