@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_crnet.errors import reported, require
-from megatron_crnet.options import positive_integer, take_options
+from megatron_crnet.options import only_usage, positive_integer, take_options
 from megatron_crnet.record_file import check_record_file, write_record
 
 STEPS, COUNTED = 4, 4
@@ -150,10 +150,10 @@ def _rank(connection: Connection, options: Sequence[str], variables: dict[str, s
         import torch
 
         torch.set_num_threads(1)
-        from megatron_crnet.settings import parse_arguments
+        from megatron_crnet.settings import read_config
         from megatron_crnet.trainer import train
 
-        config, counts = parse_arguments(options).config, Counts()
+        config, counts = read_config(options), Counts()
         counts.install()
         train(config, Never())  # type: ignore[arg-type]
         connection.send(counts.found)
@@ -234,10 +234,8 @@ def run(argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """Run; returns the exit status."""
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    return reported(lambda: run(argv))
+    status = only_usage(str(__doc__), argv)
+    return reported(lambda: run(argv)) if status is None else status
 
 
 if __name__ == "__main__":
