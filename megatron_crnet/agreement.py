@@ -7,10 +7,11 @@ comes first, before it decides who is in a collective call with whom.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -48,12 +49,18 @@ def library_versions(libraries: Sequence[str] = LIBRARIES) -> dict[str, str]:
     return {library: _version(library) for library in libraries}
 
 
+@functools.cache
+def _packages() -> Mapping[str, list[str]]:
+    """Packages by module; to find them the list of files of every one is read, some megabytes."""
+    return importlib.metadata.packages_distributions()
+
+
 def _version(library: str) -> str:
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
         # some builds of PyTorch bring Triton in a package of another name, such as pytorch-triton
-        packages = sorted(set(importlib.metadata.packages_distributions().get(library, ())))
+        packages = sorted(set(_packages().get(library, ())))
         return ", ".join(importlib.metadata.version(package) for package in packages) or NOT_INSTALLED
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_crnet import agreement
 from megatron_crnet.agreement import (
     CHECKPOINT,
     NOT_INSTALLED,
@@ -42,6 +43,7 @@ def test_a_library_is_found_in_a_package_of_another_name(tmp_path: Path, monkeyp
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: other-name\nVersion: 1.2.3\n")
     (about / "top_level.txt").write_text("imported_as_this\n")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(agreement, "_packages", agreement._packages.__wrapped__)
     assert library_versions(("imported_as_this", "nowhere")) == {"imported_as_this": "1.2.3", "nowhere": NOT_INSTALLED}
 
 
