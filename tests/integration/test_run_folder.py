@@ -154,14 +154,15 @@ def test_what_could_not_be_written_at_the_end_is_refused_at_the_start(corpus: Co
         "board": ({}, "holds a file tensorboard"),
         "used": ({}, f"is in use by process {os.getpid()} on host {socket.gethostname()}"),
         "other": ({"checkpoint__dir": tmp_path / "link"}, f"checkpoint.dir {tmp_path / 'link'} is in use by process"),
-        "large": (
-            {"model__hidden_size": 2**20, "model__ffn_hidden_size": 2**22, "model__num_layers": 400},
-            "one checkpoint of this model takes",
-        ),
+        "full": ({}, "0.00 GiB free, but one checkpoint of this model takes 0.00 GiB: free some space"),
     }
     there = {name for name in rows if (tmp_path / name).exists()}
     before = contents(tmp_path)
-    commands = [Command(corpus.options(tmp_path / name, **{**QUIET, **changes})) for name, (changes, _) in rows.items()]
+    full = "import shutil, types; patch.setattr(shutil, 'disk_usage', lambda _: types.SimpleNamespace(free=1000))"
+    commands = [
+        Command(corpus.options(tmp_path / name, **{**QUIET, **changes}), full if name == "full" else "")
+        for name, (changes, _) in rows.items()
+    ]
     found = run_commands(tmp_path / "results", commands)
     (tmp_path / "results").unlink()
     for printed, (name, (_, message)) in zip(found, rows.items(), strict=True):
