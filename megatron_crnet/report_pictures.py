@@ -27,7 +27,8 @@ DARK = ("#6cb6ff", "#ff9d57", "#5fd39a", "#d699ff", "#e8c547", "#ff7eb0", "#4fd3
 """Each at least 4.5:1 against its background."""
 DASHES = ("-", (0, (6, 2)), (0, (1.5, 1.5)), "-.")
 MARKERS = "os^Dv*XP"
-HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "+++", "---")
+HATCHES = ("", "///", "\\\\\\", "xxx", "---", "+++", "|||", "//")
+"""Of lines: a dot is drawn as a circle, and a page of them had megabytes."""
 STEPS = (1, 2, 2.5, 5, 10)
 FINE = tuple(k / 20 for k in range(20, 200))
 WIDTH = 4.6
