@@ -11,7 +11,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
 files = $(shell git ls-files --cached --others --exclude-standard -- $(1))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-long test-faults test-image test-slurm check format clean distclean
+.PHONY: help setup train test fuzz test-long test-faults test-image test-slurm check format clean distclean
 
 help:  ## what there is to do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ test-long: setup  ## the long matrices
 
 test-faults: setup  ## kill runs a hundred times at random moments; 20 to 40 minutes (FAULTS_SEED=2)
 	$(RUN) -m pytest -m faults -rP
+
+fuzz: setup  ## odd inputs of every kind: FUZZ_CASES=400 (of each), FUZZ_SEED=2
+	FUZZ_CASES=$${FUZZ_CASES:-400} FUZZ_SEED=$${FUZZ_SEED:-2} $(RUN) -m pytest tests/fuzz -rP -n 2
 
 test-image: setup  ## build the container image and train in it (installs podman and debootstrap; root on Debian)
 	tests/image/prepare.sh
