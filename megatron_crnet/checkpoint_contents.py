@@ -74,6 +74,8 @@ def _wrong_tensors(checkpoint: Path) -> str | None:
     config = yaml.safe_load((checkpoint / "config.yaml").read_text())
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         return "has a config.yaml without a model section"
+    if not all(isinstance(section, dict) for section in config.values()):
+        return "has a config.yaml whose sections are not all mappings"
     saved = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     for name, shape in canonical_shapes(ModelConfig(**config["model"])).items():
         for full in (f"{kind}.{name}" for kind in KINDS):

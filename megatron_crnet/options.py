@@ -62,6 +62,8 @@ def file_path(name: str, text: str) -> Path:
     Raises:
         ConfigError: it cannot be a path.
     """
+    if not text.isascii() and text.encode("utf-8", "ignore").decode() != text:
+        return Path(text)  # bytes that are not UTF-8 are a name on Linux, though not text
     return Path(checked(name, FilePath, text))
 
 

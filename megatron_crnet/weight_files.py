@@ -124,7 +124,11 @@ class CheckpointWeights(WeightSource):
 
     def __init__(self, checkpoint: Path) -> None:
         self.where, self._folder = f"checkpoint {checkpoint}", str(checkpoint)
-        saved = HuggingFaceStorageReader(self._folder).read_metadata().state_dict_metadata
+        try:
+            saved = HuggingFaceStorageReader(self._folder).read_metadata().state_dict_metadata
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{self.where} has no readable weights ({reason}): use another one") from error
         masters: dict[str, TensorStorageMetadata] = {
             name.removeprefix(MASTER): about
             for name, about in sorted(saved.items())
