@@ -49,7 +49,7 @@ def test_rows_of_every_kind_in_one_run(tmp_path: Path) -> None:
     assert [rank["operations"] * 2 for rank in two["ranks"]] == [one["ranks"][0]["operations"]] * 2
     assert sum(sum(rank["traffic"].values()) for rank in two["ranks"]) == sum(two["traffic"].values())
     assert one["step"]["fingerprint"] != two["step"]["fingerprint"]
-    assert "rank 0" in refused["error"]
+    assert "model.rank is 0" in refused["error"]
     assert "global_batch_size" in three["error"]
     assert done.stdout.count("not measured") == 2
 

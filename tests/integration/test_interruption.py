@@ -78,14 +78,15 @@ def test_the_agent_passes_the_warning_on_and_another_layout_goes_on(
     output = tmp_path / "run"
     options = long_options(corpus, output, checkpoint__save_interval_minutes=0.003, checkpoint__keep_last=2)
     agent = start_agent(options)
-    # two saves by the clock, and one at the signal
+    # two saves by the clock
     wait_until(lambda: len(lines_so_far(output, "checkpoint_wait_s")) >= 2, [agent])
     agent.send_signal(signal.SIGTERM)
     printed, _ = agent.communicate(timeout=LIMIT_S)
     assert agent.returncode == 75, printed
     assert "stopped by SIGTERM after step" in printed
     assert len(list((output / "checkpoints").glob("step_*"))) == 2
-    assert len(lines_of(output, "checkpoint_wait_s")) >= 3
+    # the state at the stop is saved: by the signal, or by the clock after the same step
+    assert f"stopped by SIGTERM after step {max(lines_of(output, 'checkpoint_wait_s'))};" in printed
     # under another layout: no sample is lost or comes twice, or the losses would not be the same
     result = start([*options, "--parallel.tensor_model_parallel_size=2", "--recompute.strategy=full"], ranks=2)
     assert result.returncode == 0, result.stderr
