@@ -1,4 +1,4 @@
-"""Who is missing when ranks wait for each other: every rank tells the others, out of band, where it stands.
+"""Who is missing when ranks wait for each other: every rank tells the others, out of band, what it is doing.
 
 A thread writes a counter and the current step into the launcher's key-value store. When a collective call of
 this rank fails or passes its time limit, the counters say which ranks are gone and which wait elsewhere. Where a

@@ -24,7 +24,7 @@ BITS = {2: torch.int16, 4: torch.int32}
 
 @dataclass(frozen=True)
 class Checksums:
-    """Sums over the bits of this rank's weights, and where it stands.
+    """Sums over the bits of this rank's weights, and its place among the ranks.
 
     Attributes:
         pipeline, tensor, data: its ranks in the three dimensions of parallelism.

@@ -75,7 +75,7 @@ def read_text(text: str, source: str, as_text: AsText = lambda keys: False) -> A
     """The value of YAML text.
 
     Args:
-        source: where it stands, for messages.
+        source: file or option that holds it, for messages.
 
     Raises:
         ConfigError: it is not valid YAML, or says something twice.
