@@ -10,7 +10,7 @@ configuration or data, 3 a loss that is not finite or a spike, 4 another rank th
 
 from __future__ import annotations
 
-from megatron_crnet.errors import ctrl_c_is_one_line
+from megatron_crnet.utils.errors import ctrl_c_is_one_line
 
 if __name__ == "__main__":
     ctrl_c_is_one_line()  # during the imports below as well
@@ -19,9 +19,9 @@ import os
 import sys
 import traceback
 
-from megatron_crnet.errors import CrnetError
-from megatron_crnet.interruption import INTERRUPTED, Interruption
-from megatron_crnet.launcher import read_launch, take_local_rank
+from megatron_crnet.distributed.launcher import read_launch, take_local_rank
+from megatron_crnet.utils.errors import CrnetError
+from megatron_crnet.utils.signals import INTERRUPTED, Interruption
 
 
 def main(argv: list[str]) -> int:
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
 
 
 def _run(argv: list[str], interruption: Interruption) -> int:
-    from megatron_crnet.settings import parse_arguments
+    from megatron_crnet.config.loading import parse_arguments
 
     try:
         arguments = parse_arguments(take_local_rank(argv))
@@ -39,18 +39,18 @@ def _run(argv: list[str], interruption: Interruption) -> int:
         if launch.remark:
             print(launch.remark, file=sys.stderr)
         # libraries that take seconds to import come after everything that can be refused at once
-        from megatron_crnet import cpu_platform
+        from megatron_crnet.distributed import cpu_backend
 
-        cpu_platform.install()
-        from megatron_crnet.parallel import shutdown_parallel
-        from megatron_crnet.report import dry_run_report
+        cpu_backend.install()
+        from megatron_crnet.distributed.process_groups import shutdown_parallel
+        from megatron_crnet.planning.dry_run import dry_run_report
 
         if arguments.dry_run:
             report = dry_run_report(arguments.config, launch.world_size)
             if launch.rank == 0:
                 print(report)
             return 0
-        from megatron_crnet.trainer import train
+        from megatron_crnet.train.trainer import train
 
         if not train(arguments.config, interruption):
             return INTERRUPTED

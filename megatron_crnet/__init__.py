@@ -103,7 +103,7 @@ The modules in the order in which to read them; each uses only those above it.
     scaling_report       what a report says
 """
 
-from megatron_crnet.noise import silence_libraries
+from megatron_crnet.utils.noise import silence_libraries
 
 __version__ = "0.1.0"
 

@@ -11,9 +11,9 @@ import torch
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
-from megatron_crnet import cpu_platform  # noqa: E402
+from megatron_crnet.distributed import cpu_backend  # noqa: E402
 
-cpu_platform.install()
+cpu_backend.install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

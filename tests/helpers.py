@@ -14,15 +14,22 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_crnet.batch import plan_batches
-from megatron_crnet.config import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
-from megatron_crnet.documents import DOCUMENT_LENGTHS, document_lengths, positions_within
-from megatron_crnet.engine import TrainEngine
-from megatron_crnet.gpt import build_model_chunks
-from megatron_crnet.local_model import build_local_models
-from megatron_crnet.parallel import initialize_parallel
-from megatron_crnet.reference import ReferenceCRNet
-from megatron_crnet.weights import Weight, canonical_weights, initial_value
+from megatron_crnet.config.batch import plan_batches
+from megatron_crnet.config.schema import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainingConfig,
+)
+from megatron_crnet.data.documents import DOCUMENT_LENGTHS, document_lengths, positions_within
+from megatron_crnet.distributed.process_groups import initialize_parallel
+from megatron_crnet.engine.engine import TrainEngine
+from megatron_crnet.model.gpt import build_model_chunks
+from megatron_crnet.model.reference import ReferenceCRNet
+from megatron_crnet.model.weights import Weight, canonical_weights, initial_value
+from megatron_crnet.planning.shards import build_local_models
 
 EOD = 0
 """The token that ends documents."""

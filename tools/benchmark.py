@@ -14,7 +14,7 @@ Ctrl-C ends the run with what was measured so far (status 75).
 
 from __future__ import annotations
 
-from megatron_crnet.errors import ctrl_c_is_one_line
+from megatron_crnet.utils.errors import ctrl_c_is_one_line
 
 if __name__ == "__main__":
     ctrl_c_is_one_line()  # during the imports below as well
@@ -26,14 +26,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_crnet.benchmark_rows import SWEEPS, Row, parse_row, sweep_rows
-from megatron_crnet.errors import reported, require, require_positive
-from megatron_crnet.interruption import INTERRUPTED, Interruption
-from megatron_crnet.launcher import read_launch
-from megatron_crnet.options import ToolParser, only_usage
-from megatron_crnet.record_file import check_record_file, write_record
-from megatron_crnet.settings import read_config
-from megatron_crnet.tables import table
+from megatron_crnet.config.loading import read_config
+from megatron_crnet.config.options import ToolParser, only_usage
+from megatron_crnet.distributed.launcher import read_launch
+from megatron_crnet.reporting.benchmark_rows import SWEEPS, Row, parse_row, sweep_rows
+from megatron_crnet.utils.errors import reported, require, require_positive
+from megatron_crnet.utils.record_file import check_record_file, write_record
+from megatron_crnet.utils.signals import INTERRUPTED, Interruption
+from megatron_crnet.utils.tables import table
 
 COLUMNS = ("row", "ranks", "weights", "ms/step", "spread", "tokens/s", "of first", "by CPU", "MFU (whole)", "peak, MiB")
 
@@ -111,8 +111,8 @@ def run(argv: list[str]) -> int:
     )
     check_record_file(args.json, overwrite=args.overwrite)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the processes, which are not there yet
-    from megatron_crnet.benchmark import Plan, measure
-    from megatron_crnet.provenance import command_line
+    from megatron_crnet.reporting.benchmark import Plan, measure
+    from megatron_crnet.utils.environment import command_line
 
     peak = None if args.peak_tflops is None else args.peak_tflops * 1e12
     plan = Plan(args.repeats, args.warm_up, args.threads, args.seed, peak)

@@ -9,7 +9,7 @@ busy the machine was. A row's time holds the pass over the prompt.
 
 from __future__ import annotations
 
-from megatron_crnet.errors import ctrl_c_is_one_line
+from megatron_crnet.utils.errors import ctrl_c_is_one_line
 
 if __name__ == "__main__":
     ctrl_c_is_one_line()  # during the imports below as well
@@ -22,10 +22,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_crnet.errors import reported, require_positive
-from megatron_crnet.options import ToolParser
-from megatron_crnet.record_file import check_record_file, write_record
-from megatron_crnet.tables import table
+from megatron_crnet.config.options import ToolParser
+from megatron_crnet.utils.errors import reported, require_positive
+from megatron_crnet.utils.record_file import check_record_file, write_record
+from megatron_crnet.utils.tables import table
 
 VARIANTS = ("crnet", "low_rank", "cola", "full_rank")
 
@@ -58,8 +58,8 @@ def measure(args: argparse.Namespace) -> list[Row]:
     """All rows."""
     import torch
 
-    from megatron_crnet.inference import default_device
-    from megatron_crnet.settings import load_config
+    from megatron_crnet.config.loading import load_config
+    from megatron_crnet.hf.generate import default_device
 
     numbers = {name: getattr(args, name) for name in ("batch_size", "prompt_tokens", "new_tokens", "repeats")}
     require_positive("benchmark", **numbers)
@@ -83,10 +83,10 @@ def random_model(config: Any, variant: str, dtype: str) -> Any:
     """A model of this shape with the trainer's initial distributions."""
     import torch
 
-    from megatron_crnet.export import DTYPES
-    from megatron_crnet.export_config import hugging_face_fields
-    from megatron_crnet.inference import default_device
-    from megatron_crnet.modeling_crnet import CRNetConfig, CRNetForCausalLM
+    from megatron_crnet.hf.export import DTYPES
+    from megatron_crnet.hf.export_config import hugging_face_fields
+    from megatron_crnet.hf.generate import default_device
+    from megatron_crnet.hf.modeling_crnet import CRNetConfig, CRNetForCausalLM
 
     # ranks stay, chains are the variant's own
     shape = replace(config, model=replace(config.model, variant=variant, full_rank_layers=None))
@@ -180,7 +180,7 @@ def run(args: argparse.Namespace) -> int:
     rows = measure(args)
     print(figures(rows))
     if args.json is not None:
-        from megatron_crnet.provenance import provenance
+        from megatron_crnet.utils.environment import provenance
 
         about = {name: str(value) for name, value in vars(args).items()}
         measured = {"arguments": about, "rows": [asdict(row) for row in rows]}

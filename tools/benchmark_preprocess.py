@@ -9,7 +9,7 @@ so that a busy machine slows both.
 
 from __future__ import annotations
 
-from megatron_crnet.errors import ctrl_c_is_one_line
+from megatron_crnet.utils.errors import ctrl_c_is_one_line
 
 if __name__ == "__main__":
     ctrl_c_is_one_line()  # during the imports below as well
@@ -26,12 +26,12 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
-from megatron_crnet.errors import DataError, reported
-from megatron_crnet.options import ToolParser
-from megatron_crnet.preprocess import available_cpus, preprocess
-from megatron_crnet.record_file import check_record_file, write_record
-from megatron_crnet.standard_library import write_corpus
-from megatron_crnet.tokenizer_training import train_sentencepiece
+from megatron_crnet.config.options import ToolParser
+from megatron_crnet.data.preprocess import available_cpus, preprocess
+from megatron_crnet.data.standard_library import write_corpus
+from megatron_crnet.data.train_tokenizer import train_sentencepiece
+from megatron_crnet.utils.errors import DataError, reported
+from megatron_crnet.utils.record_file import check_record_file, write_record
 
 
 def straightforward(corpus: Path, out_prefix: Path, tokenizer_model: str) -> None:
@@ -148,7 +148,7 @@ def show(args: argparse.Namespace) -> int:
         results = run(args, Path(folder))
     print_table(results)
     if args.json is not None:
-        from megatron_crnet.provenance import provenance
+        from megatron_crnet.utils.environment import provenance
 
         record = {**provenance("preprocessing", sys.argv), "workers": args.workers, "rows": results}
         write_record(args.json, record)

@@ -7,7 +7,7 @@ What is damaged is named, and the rest is shown. Exit status: 0 a run was shown,
 
 from __future__ import annotations
 
-from megatron_crnet.errors import ctrl_c_is_one_line
+from megatron_crnet.utils.errors import ctrl_c_is_one_line
 
 if __name__ == "__main__":
     ctrl_c_is_one_line()  # during the imports below as well
@@ -15,8 +15,8 @@ if __name__ == "__main__":
 import sys
 from pathlib import Path
 
-from megatron_crnet.errors import DataError, reported
-from megatron_crnet.options import ToolParser
+from megatron_crnet.config.options import ToolParser
+from megatron_crnet.utils.errors import DataError, reported
 
 SHORT = {"parameters": "weights", "training loss": "training", "validation loss": "valid.", "perplexity": "ppl"}
 """Columns of losses in a terminal."""
@@ -24,9 +24,9 @@ SHORT = {"parameters": "weights", "training loss": "training", "validation loss"
 
 def show(folders: list[Path]) -> int:
     """Print the table; the best validation loss comes first."""
-    from megatron_crnet.report_inputs import METRICS, ReportInputs, read_run
-    from megatron_crnet.scaling_report import run_row
-    from megatron_crnet.tables import table
+    from megatron_crnet.reporting.inputs import METRICS, ReportInputs, read_run
+    from megatron_crnet.reporting.scaling_report import run_row
+    from megatron_crnet.utils.tables import table
 
     inputs = ReportInputs()
     for folder in folders:

@@ -8,7 +8,7 @@ One process, whatever layout has written the checkpoint or will continue it.
 
 from __future__ import annotations
 
-from megatron_crnet.errors import ctrl_c_is_one_line
+from megatron_crnet.utils.errors import ctrl_c_is_one_line
 
 if __name__ == "__main__":
     ctrl_c_is_one_line()  # during the imports below as well
@@ -18,9 +18,9 @@ import re
 import sys
 from pathlib import Path
 
-from megatron_crnet.atomic import sigterm_unwinds
-from megatron_crnet.errors import reported, require
-from megatron_crnet.options import ToolParser
+from megatron_crnet.config.options import ToolParser
+from megatron_crnet.utils.errors import reported, require
+from megatron_crnet.utils.files import sigterm_unwinds
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,8 +43,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def export(args: argparse.Namespace) -> None:
     """to-hf."""
-    from megatron_crnet.export import to_hf
-    from megatron_crnet.weight_files import find_checkpoint
+    from megatron_crnet.checkpoint.weight_files import find_checkpoint
+    from megatron_crnet.hf.export import to_hf
 
     require(
         re.fullmatch(r"[1-9]\d{0,8}(KB|MB|GB|TB)", args.shard_size) is not None,
@@ -66,8 +66,8 @@ def export(args: argparse.Namespace) -> None:
 
 def bring_back(args: argparse.Namespace) -> None:
     """from-hf."""
-    from megatron_crnet.export import from_hf
-    from megatron_crnet.export_tokenizer import note_on_added_tokens
+    from megatron_crnet.hf.export import from_hf
+    from megatron_crnet.hf.export_tokenizer import note_on_added_tokens
 
     checkpoint = from_hf(args.export, args.folder, args.tokenizer)
     if not args.tokenizer and (note := note_on_added_tokens(args.export)):

@@ -5,7 +5,7 @@
 Any `--section.field value` of pretrain_crnet.py is taken, and:
 
     --world-size N       ranks of the run (default: one tensor-parallel group in each pipeline stage)
-    --gpu NAME           a100-80g, h100, h200, or a YAML file with the fields of `megatron_crnet/machines.py`
+    --gpu NAME           a100-80g, h100, h200, or a YAML file with the fields of `megatron_crnet/planning/machines.py`
                          (default h100)
     --gpus-per-node N    ranks that share a node (default 8)
     --json               print the figures as JSON instead of tables; tools/scaling_report.py takes it
@@ -15,7 +15,7 @@ What the figures mean and where they come from: docs/estimate.md.
 
 from __future__ import annotations
 
-from megatron_crnet.errors import ctrl_c_is_one_line
+from megatron_crnet.utils.errors import ctrl_c_is_one_line
 
 if __name__ == "__main__":
     ctrl_c_is_one_line()  # during the imports below as well
@@ -23,9 +23,9 @@ if __name__ == "__main__":
 import json
 import sys
 
-from megatron_crnet.errors import reported
-from megatron_crnet.options import only_usage, positive_integer, take_options
-from megatron_crnet.settings import read_config
+from megatron_crnet.config.loading import read_config
+from megatron_crnet.config.options import only_usage, positive_integer, take_options
+from megatron_crnet.utils.errors import reported
 
 OPTIONS = {"--world-size": None, "--gpu": "h100", "--gpus-per-node": "8"}
 
@@ -34,14 +34,14 @@ def run(argv: list[str]) -> int:
     """Estimate and print; returns the exit status."""
     options, rest = take_options(OPTIONS, [argument for argument in argv if argument != "--json"])
     config = read_config(rest)
-    from megatron_crnet import cpu_platform
+    from megatron_crnet.distributed import cpu_backend
 
-    cpu_platform.install()
-    from megatron_crnet.estimate import estimate
-    from megatron_crnet.estimate_report import as_values, estimate_tables, verdict
-    from megatron_crnet.machines import find_machine
-    from megatron_crnet.provenance import command_line, versions
-    from megatron_crnet.step_identity import identify_step
+    cpu_backend.install()
+    from megatron_crnet.planning.estimate import estimate
+    from megatron_crnet.planning.estimate_report import as_values, estimate_tables, verdict
+    from megatron_crnet.planning.machines import find_machine
+    from megatron_crnet.reporting.step_identity import identify_step
+    from megatron_crnet.utils.environment import command_line, versions
 
     parallel = config.parallel
     least = str(parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)

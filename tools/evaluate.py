@@ -10,7 +10,7 @@ report: the sum of the batches' mean losses divided by their number plus one. It
 
 from __future__ import annotations
 
-from megatron_crnet.errors import ctrl_c_is_one_line
+from megatron_crnet.utils.errors import ctrl_c_is_one_line
 
 if __name__ == "__main__":
     ctrl_c_is_one_line()  # during the imports below as well
@@ -24,13 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_crnet.errors import reported, require, require_positive
-from megatron_crnet.options import ToolParser
-from megatron_crnet.progress import CountPrinter, ProgressPrinter
+from megatron_crnet.config.options import ToolParser
+from megatron_crnet.utils.errors import reported, require, require_positive
+from megatron_crnet.utils.progress import CountPrinter, ProgressPrinter
 
 if TYPE_CHECKING:
-    from megatron_crnet.evaluation import Documents, Row
-    from megatron_crnet.inference import OpenModel
+    from megatron_crnet.hf.evaluate import Documents, Row
+    from megatron_crnet.hf.generate import OpenModel
 
 LONGEST = 2**20
 """Tokens in a row that --allow-longer allows."""
@@ -92,14 +92,14 @@ class Work:
 
 def read_documents(args: argparse.Namespace, opened: OpenModel, length: int) -> Documents:
     """The token or text files; what was passed over in the latter is named on standard error."""
-    from megatron_crnet import evaluation
-    from megatron_crnet.corpus_stats import CorpusStats
+    from megatron_crnet.data.corpus_stats import CorpusStats
+    from megatron_crnet.hf import evaluate
 
     if args.data is not None:
-        return evaluation.indexed_documents(args.data, opened.tokenizer)
+        return evaluate.indexed_documents(args.data, opened.tokenizer)
     stats = CorpusStats()
     with ProgressPrinter() as progress:
-        documents = evaluation.text_documents(args.text, opened.tokenizer, length, args.max_tokens, stats, progress)
+        documents = evaluate.text_documents(args.text, opened.tokenizer, length, args.max_tokens, stats, progress)
     for line in stats.summary():
         print(line, file=sys.stderr)
     return documents
@@ -107,23 +107,23 @@ def read_documents(args: argparse.Namespace, opened: OpenModel, length: int) -> 
 
 def work_of(args: argparse.Namespace, opened: OpenModel) -> Work:
     """What the command line asks to be measured."""
-    from megatron_crnet import evaluation
-    from megatron_crnet.settings import load_config
+    from megatron_crnet.config.loading import load_config
+    from megatron_crnet.hf import evaluate
 
     if args.validation_of is not None:
         training = (config := load_config(args.validation_of)).training
         length, count = training.seq_length, training.eval_steps * training.global_batch_size
         check_length(length, opened, args.allow_longer)
-        return Work(evaluation.validation_rows(config, opened.tokenizer), length, count, count * length)
+        return Work(evaluate.validation_rows(config, opened.tokenizer), length, count, count * length)
     length, padded = args.seq_length or opened.longest, args.sample_format == "padded"
     check_length(length, opened, args.allow_longer)
     documents = read_documents(args, opened, length)
     if padded:
-        rows = evaluation.padded_rows(documents, length, opened.tokenizer.pad)
+        rows = evaluate.padded_rows(documents, length, opened.tokenizer.pad)
     else:
-        rows = evaluation.packed_rows(documents, length)
+        rows = evaluate.packed_rows(documents, length)
         if args.reset_attention_mask:
-            rows = evaluation.within_documents(rows, opened.tokenizer.eod)
+            rows = evaluate.within_documents(rows, opened.tokenizer.eod)
     return Work(rows, length, *documents.work(length, padded))
 
 
@@ -140,9 +140,9 @@ def check_length(length: int, opened: OpenModel, allow_longer: bool) -> None:
 def run(args: argparse.Namespace) -> dict[str, float]:
     """The figures by name."""
     check(args)
-    from megatron_crnet.cpu_platform import quiet_libraries
-    from megatron_crnet.evaluation import check_memory, evaluate, first_tokens
-    from megatron_crnet.inference import open_model
+    from megatron_crnet.distributed.cpu_backend import quiet_libraries
+    from megatron_crnet.hf.evaluate import check_memory, evaluate, first_tokens
+    from megatron_crnet.hf.generate import open_model
 
     quiet_libraries()
     opened = open_model(Path(args.model), dtype=args.dtype, tokenizer=args.tokenizer)

@@ -8,7 +8,7 @@ All prompts are one batch.
 
 from __future__ import annotations
 
-from megatron_crnet.errors import ctrl_c_is_one_line
+from megatron_crnet.utils.errors import ctrl_c_is_one_line
 
 if __name__ == "__main__":
     ctrl_c_is_one_line()  # during the imports below as well
@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_crnet.errors import DataError, reported, require
-from megatron_crnet.options import ToolParser
+from megatron_crnet.config.options import ToolParser
+from megatron_crnet.utils.errors import DataError, reported, require
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -63,7 +63,7 @@ def read_prompts(path: Path) -> list[str]:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One record for each prompt."""
-    from megatron_crnet.inference import Sampling, continue_prompts, open_model
+    from megatron_crnet.hf.generate import Sampling, continue_prompts, open_model
 
     for name in ("model", "tokenizer"):
         require(getattr(args, name) != "", f"--{name} is empty: give a path")

@@ -10,7 +10,7 @@ them after 30 seconds.
 
 from __future__ import annotations
 
-from megatron_crnet.errors import ctrl_c_is_one_line
+from megatron_crnet.utils.errors import ctrl_c_is_one_line
 
 if __name__ == "__main__":
     ctrl_c_is_one_line()  # during the imports below as well
@@ -25,8 +25,8 @@ import psutil
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-from megatron_crnet.interruption import INTERRUPTED, SignalListener
-from megatron_crnet.versions import version_line
+from megatron_crnet.utils.signals import INTERRUPTED, SignalListener
+from megatron_crnet.utils.versions import version_line
 
 OWN_SIGNALS = "SIGHUP,SIGQUIT"
 """At these the agent itself ends its ranks."""

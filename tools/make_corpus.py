@@ -8,7 +8,7 @@ from run to run. Nothing is done when the folder already holds the corpus of the
 
 from __future__ import annotations
 
-from megatron_crnet.errors import ctrl_c_is_one_line
+from megatron_crnet.utils.errors import ctrl_c_is_one_line
 
 if __name__ == "__main__":
     ctrl_c_is_one_line()  # during the imports below as well
@@ -17,9 +17,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_crnet.errors import reported
-from megatron_crnet.options import ToolParser
-from megatron_crnet.standard_library import write_corpus
+from megatron_crnet.config.options import ToolParser
+from megatron_crnet.data.standard_library import write_corpus
+from megatron_crnet.utils.errors import reported
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -9,7 +9,7 @@ Any `--section.field value` of pretrain_crnet.py is taken. `--json FILE` writes 
 
 from __future__ import annotations
 
-from megatron_crnet.errors import ctrl_c_is_one_line
+from megatron_crnet.utils.errors import ctrl_c_is_one_line
 
 if __name__ == "__main__":
     ctrl_c_is_one_line()  # during the imports below as well
@@ -18,25 +18,25 @@ import dataclasses
 import sys
 from typing import Any
 
-from megatron_crnet.config import Config
-from megatron_crnet.errors import reported
-from megatron_crnet.launcher import read_launch, take_local_rank
-from megatron_crnet.options import file_path, only_usage, take_options
-from megatron_crnet.record_file import check_record_file, write_record
-from megatron_crnet.settings import read_config
-from megatron_crnet.tables import table
+from megatron_crnet.config.loading import read_config
+from megatron_crnet.config.options import file_path, only_usage, take_options
+from megatron_crnet.config.schema import Config
+from megatron_crnet.distributed.launcher import read_launch, take_local_rank
+from megatron_crnet.utils.errors import reported
+from megatron_crnet.utils.record_file import check_record_file, write_record
+from megatron_crnet.utils.tables import table
 
 VARIANTS = ("crnet", "low_rank", "cola", "full_rank")
 
 
 def measure(config: Config) -> dict[str, Any]:
     """Traffic of a layer of each variant, and of the pipeline's boundaries; a collective call."""
-    from megatron_crnet import cpu_platform
+    from megatron_crnet.distributed import cpu_backend
 
-    cpu_platform.install()
-    from megatron_crnet.communication_report import boundary_traffic, layer_traffic
-    from megatron_crnet.liveness import naming_lost_peers
-    from megatron_crnet.parallel import data_parallel_size, join_processes, shutdown_parallel
+    cpu_backend.install()
+    from megatron_crnet.distributed.process_groups import data_parallel_size, join_processes, shutdown_parallel
+    from megatron_crnet.distributed.watchdog import naming_lost_peers
+    from megatron_crnet.planning.communication_report import boundary_traffic, layer_traffic
 
     data_parallel_size(config, read_launch().world_size)
     _, heartbeat = join_processes(config)
@@ -91,7 +91,7 @@ def run(argv: list[str]) -> int:
     if is_first:
         print(figures(config, found))
     if target is not None:
-        from megatron_crnet.provenance import provenance
+        from megatron_crnet.utils.environment import provenance
 
         write_record(target, {**provenance("communication", [__file__, *argv]), **found})
     return 0

@@ -16,7 +16,7 @@ One micro-batch, one rank without parallelism, the decoder's layers alone.
 
 from __future__ import annotations
 
-from megatron_crnet.errors import ctrl_c_is_one_line
+from megatron_crnet.utils.errors import ctrl_c_is_one_line
 
 if __name__ == "__main__":
     ctrl_c_is_one_line()  # during the imports below as well
@@ -28,12 +28,12 @@ import subprocess
 import sys
 from typing import Any
 
-from megatron_crnet.config import Config
-from megatron_crnet.errors import reported, require
-from megatron_crnet.options import file_path, only_usage, positive_integer, take_options
-from megatron_crnet.record_file import check_record_file, write_record
-from megatron_crnet.settings import read_config
-from megatron_crnet.tables import table
+from megatron_crnet.config.loading import read_config
+from megatron_crnet.config.options import file_path, only_usage, positive_integer, take_options
+from megatron_crnet.config.schema import Config
+from megatron_crnet.utils.errors import reported, require
+from megatron_crnet.utils.record_file import check_record_file, write_record
+from megatron_crnet.utils.tables import table
 
 OPTIONS = {"--tensors": "fake", "--segments": None, "--json": None, "--resident-of": None}
 
@@ -50,8 +50,8 @@ def own_options(argv: list[str]) -> tuple[dict[str, str | None], list[str]]:
 
 def measure(config: Config, options: dict[str, str | None]) -> list[dict[str, Any]]:
     """One record for each strategy."""
-    from megatron_crnet.parallel import shutdown_parallel
-    from megatron_crnet.recompute_report import measure_strategies
+    from megatron_crnet.distributed.process_groups import shutdown_parallel
+    from megatron_crnet.planning.recompute_report import measure_strategies
 
     segments = options["--segments"]
     length = positive_integer("--segments", segments) if segments else None
@@ -107,9 +107,9 @@ def resident_of(config: Config) -> dict[str, Any]:
 
     import torch
 
-    from megatron_crnet.engine import TrainEngine
-    from megatron_crnet.gpt import build_model_chunks
-    from megatron_crnet.parallel import initialize_parallel
+    from megatron_crnet.distributed.process_groups import initialize_parallel
+    from megatron_crnet.engine.engine import TrainEngine
+    from megatron_crnet.model.gpt import build_model_chunks
 
     context = initialize_parallel(config)
     engine = TrainEngine(config, build_model_chunks(config), context)
@@ -158,13 +158,13 @@ def run(argv: list[str]) -> int:
     )
     target = file_path("--json", options["--json"]) if options["--json"] not in (None, "-") else None
     check_record_file(target, overwrite="--overwrite" in argv)
-    from megatron_crnet import cpu_platform
+    from megatron_crnet.distributed import cpu_backend
 
-    cpu_platform.install()
+    cpu_backend.install()
     if options["--resident-of"]:
         print(json.dumps(resident_of(config)))
         return 0
-    from megatron_crnet.provenance import provenance
+    from megatron_crnet.utils.environment import provenance
 
     is_resident = "--resident" in argv
     found = resident(rest) if is_resident else measure(config, options)

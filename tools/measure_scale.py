@@ -12,7 +12,7 @@ bytes read from the start to the first step. Any `--section.field value` of pret
 
 from __future__ import annotations
 
-from megatron_crnet.errors import ctrl_c_is_one_line
+from megatron_crnet.utils.errors import ctrl_c_is_one_line
 
 if __name__ == "__main__":
     ctrl_c_is_one_line()  # during the imports below as well
@@ -28,9 +28,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from megatron_crnet.errors import reported, require
-from megatron_crnet.options import only_usage, positive_integer, take_options
-from megatron_crnet.record_file import check_record_file, write_record
+from megatron_crnet.config.options import only_usage, positive_integer, take_options
+from megatron_crnet.utils.errors import reported, require
+from megatron_crnet.utils.record_file import check_record_file, write_record
 
 STEPS, COUNTED = 4, 4
 """Steps of the run, and the one whose calls are counted: the checkpoint of the second one has been written by then."""
@@ -69,7 +69,7 @@ class Counts:
         from megatron.core.datasets.gpt_dataset import GPTDataset
         from torch.distributed import distributed_c10d
 
-        from megatron_crnet.liveness import Heartbeat
+        from megatron_crnet.distributed.watchdog import Heartbeat
 
         for name in (
             "all_reduce",
@@ -144,14 +144,14 @@ def _is_open(name: str) -> bool:
 def _rank(connection: Connection, options: Sequence[str], variables: dict[str, str]) -> None:
     os.environ.update(variables)
     try:
-        from megatron_crnet import cpu_platform
+        from megatron_crnet.distributed import cpu_backend
 
-        cpu_platform.install()
+        cpu_backend.install()
         import torch
 
         torch.set_num_threads(1)
-        from megatron_crnet.settings import read_config
-        from megatron_crnet.trainer import train
+        from megatron_crnet.config.loading import read_config
+        from megatron_crnet.train.trainer import train
 
         config, counts = read_config(options), Counts()
         counts.install()
@@ -167,7 +167,7 @@ def measure(ranks: int, options: Sequence[str], port: int) -> list[Figures]:
     """The figures of each rank."""
     context = multiprocessing.get_context("forkserver")
     # imported once: what ranks read at start is then data, and they share their memory
-    context.set_forkserver_preload(["megatron_crnet.trainer", "torch.utils.tensorboard", "matplotlib.pyplot"])
+    context.set_forkserver_preload(["megatron_crnet.train.trainer", "torch.utils.tensorboard", "matplotlib.pyplot"])
     ends, processes = [], []
     for rank in range(ranks):
         mine, theirs = context.Pipe()
@@ -226,7 +226,7 @@ def run(argv: list[str]) -> int:
         found = measure(ranks, [*rest, *(f"--{name}={value}" for name, value in changes.items())], port)
     print(table(found))
     if target is not None:
-        from megatron_crnet.provenance import provenance
+        from megatron_crnet.utils.environment import provenance
 
         write_record(target, {**provenance("scale", [__file__, *argv]), "ranks": found})
     return 0

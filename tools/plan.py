@@ -15,7 +15,7 @@ the model stay. Ctrl-C ends the search with what was found so far. Any `--sectio
 
 from __future__ import annotations
 
-from megatron_crnet.errors import ctrl_c_is_one_line
+from megatron_crnet.utils.errors import ctrl_c_is_one_line
 
 if __name__ == "__main__":
     ctrl_c_is_one_line()  # during the imports below as well
@@ -23,11 +23,11 @@ if __name__ == "__main__":
 import sys
 from typing import Any
 
-from megatron_crnet.errors import ConfigError, reported, require
-from megatron_crnet.interruption import INTERRUPTED
-from megatron_crnet.options import file_path, only_usage, positive_integer, take_options
-from megatron_crnet.record_file import check_record_file
-from megatron_crnet.settings import read_config, save_config
+from megatron_crnet.config.loading import read_config, save_config
+from megatron_crnet.config.options import file_path, only_usage, positive_integer, take_options
+from megatron_crnet.utils.errors import ConfigError, reported, require
+from megatron_crnet.utils.record_file import check_record_file
+from megatron_crnet.utils.signals import INTERRUPTED
 
 OPTIONS = {"--gpus": None, "--gpu": "h100", "--gpus-per-node": "8", "--output": "plan.yaml", "--show": "10"}
 GIB = 2**30
@@ -35,7 +35,7 @@ GIB = 2**30
 
 def table(plans: list[Any]) -> list[str]:
     """The plans in their order, one a line."""
-    from megatron_crnet.plan_search import peak
+    from megatron_crnet.planning.search import peak
 
     lines = [
         f"{'':>3}{'TP':>4}{'PP':>4}{'VPP':>4}{'DP':>5}{'ZeRO':>5}{'micro':>6}  {'recompute':<24}{'offload':<8}"
@@ -57,7 +57,7 @@ def none_fits(found: Any, gpus: str) -> int:
     Raises:
         ConfigError: the search went to its end.
     """
-    from megatron_crnet.plan_search import peak
+    from megatron_crnet.planning.search import peak
 
     if found.stopped:
         print("stopped before a layout that fits was found: nothing written", file=sys.stderr)
@@ -80,14 +80,14 @@ def run(argv: list[str]) -> int:
     output = file_path("--output", str(options["--output"]))
     check_record_file(output, "--output", overwrite="--overwrite" in argv)
     config = read_config(rest)
-    from megatron_crnet import cpu_platform
+    from megatron_crnet.distributed import cpu_backend
 
-    cpu_platform.install()
+    cpu_backend.install()
     from tqdm import tqdm
 
-    from megatron_crnet.estimate_report import verdict
-    from megatron_crnet.machines import find_machine
-    from megatron_crnet.plan_search import RESERVE, explain, search
+    from megatron_crnet.planning.estimate_report import verdict
+    from megatron_crnet.planning.machines import find_machine
+    from megatron_crnet.planning.search import RESERVE, explain, search
 
     machine = find_machine(str(options["--gpu"]))
     found = search(config, gpus, machine, per_node, lambda all_choices: tqdm(all_choices, unit="layouts"))

@@ -5,7 +5,7 @@ python tools/preprocess_data.py corpus/train.jsonl --output data/train --tokeniz
 
 from __future__ import annotations
 
-from megatron_crnet.errors import ctrl_c_is_one_line
+from megatron_crnet.utils.errors import ctrl_c_is_one_line
 
 if __name__ == "__main__":
     ctrl_c_is_one_line()  # during the imports below as well
@@ -13,10 +13,10 @@ if __name__ == "__main__":
 import argparse
 import sys
 
-from megatron_crnet.errors import reported
-from megatron_crnet.options import ToolParser
-from megatron_crnet.preprocess import available_cpus, preprocess
-from megatron_crnet.progress import ProgressPrinter
+from megatron_crnet.config.options import ToolParser
+from megatron_crnet.data.preprocess import available_cpus, preprocess
+from megatron_crnet.utils.errors import reported
+from megatron_crnet.utils.progress import ProgressPrinter
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -11,7 +11,7 @@ Exit status: 0 a report was made, 2 nothing at all could be read, or the report 
 
 from __future__ import annotations
 
-from megatron_crnet.errors import ctrl_c_is_one_line
+from megatron_crnet.utils.errors import ctrl_c_is_one_line
 
 if __name__ == "__main__":
     ctrl_c_is_one_line()  # during the imports below as well
@@ -19,9 +19,9 @@ if __name__ == "__main__":
 import sys
 from pathlib import Path
 
-from megatron_crnet.atomic import atomic_files, refuse_existing
-from megatron_crnet.errors import DataError, reported, require, require_positive
-from megatron_crnet.options import ToolParser
+from megatron_crnet.config.options import ToolParser
+from megatron_crnet.utils.errors import DataError, reported, require, require_positive
+from megatron_crnet.utils.files import atomic_files, refuse_existing
 
 
 def run(argv: list[str]) -> int:
@@ -42,10 +42,10 @@ def run(argv: list[str]) -> int:
         refuse_existing(markdown, args.output)
     if args.peak_tflops is not None:
         require_positive("report", peak_tflops=args.peak_tflops)
-    from megatron_crnet.provenance import command_line
-    from megatron_crnet.report_inputs import read_inputs
-    from megatron_crnet.report_page import html_page, markdown_page
-    from megatron_crnet.scaling_report import build_sections
+    from megatron_crnet.reporting.inputs import read_inputs
+    from megatron_crnet.reporting.page import html_page, markdown_page
+    from megatron_crnet.reporting.scaling_report import build_sections
+    from megatron_crnet.utils.environment import command_line
 
     inputs = read_inputs(args.inputs)
     for problem in inputs.say():

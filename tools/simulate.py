@@ -14,7 +14,7 @@ What a simulation can and cannot see: docs/estimate.md.
 
 from __future__ import annotations
 
-from megatron_crnet.errors import ctrl_c_is_one_line
+from megatron_crnet.utils.errors import ctrl_c_is_one_line
 
 if __name__ == "__main__":
     ctrl_c_is_one_line()  # during the imports below as well
@@ -26,11 +26,11 @@ import sys
 import time
 from typing import Any
 
-from megatron_crnet.config import Config
-from megatron_crnet.duration import signs_of_life, spell
-from megatron_crnet.errors import reported, require
-from megatron_crnet.options import only_usage, positive_integer, take_options
-from megatron_crnet.settings import read_config
+from megatron_crnet.config.loading import read_config
+from megatron_crnet.config.options import only_usage, positive_integer, take_options
+from megatron_crnet.config.schema import Config
+from megatron_crnet.utils.duration import signs_of_life, spell
+from megatron_crnet.utils.errors import reported, require
 
 OPTIONS = {"--world-size": "1", "--rank": "0"}
 
@@ -58,11 +58,11 @@ class Progress:
 
 def compare(config: Config, world_size: int, rank: int) -> dict[str, Any]:
     """Counted and estimated figures of the rank."""
-    from megatron_crnet import cpu_platform
+    from megatron_crnet.distributed import cpu_backend
 
-    cpu_platform.install()
-    from megatron_crnet.estimate import estimate
-    from megatron_crnet.simulation import check_simulation, simulate
+    cpu_backend.install()
+    from megatron_crnet.planning.estimate import estimate
+    from megatron_crnet.planning.simulation import check_simulation, simulate
 
     check_simulation(config, world_size, rank)
     expected = estimate(config, world_size)
@@ -75,7 +75,7 @@ def compare(config: Config, world_size: int, rank: int) -> dict[str, Any]:
 
 def tables(found: dict[str, Any]) -> list[str]:
     """Both side by side."""
-    from megatron_crnet.estimate_report import flow_rows, memory_table
+    from megatron_crnet.planning.estimate_report import flow_rows, memory_table
 
     counted, estimated = found["counted"], found["estimated"]
     ratio = estimated.memory.total / counted.memory.total - 1
@@ -104,8 +104,8 @@ def run(argv: list[str]) -> int:
     if "--json" not in argv:
         print("\n".join(tables(found)))
         return 0
-    from megatron_crnet.provenance import provenance
-    from megatron_crnet.step_identity import identify_step
+    from megatron_crnet.reporting.step_identity import identify_step
+    from megatron_crnet.utils.environment import provenance
 
     record = {
         **provenance("simulation", [__file__, *argv]),

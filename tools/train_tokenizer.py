@@ -5,7 +5,7 @@ python tools/train_tokenizer.py corpus/train.jsonl --output corpus/tokenizer --v
 
 from __future__ import annotations
 
-from megatron_crnet.errors import ctrl_c_is_one_line
+from megatron_crnet.utils.errors import ctrl_c_is_one_line
 
 if __name__ == "__main__":
     ctrl_c_is_one_line()  # during the imports below as well
@@ -13,16 +13,16 @@ if __name__ == "__main__":
 import argparse
 import sys
 
-from megatron_crnet.atomic import output_files
-from megatron_crnet.corpus import iter_documents
-from megatron_crnet.corpus_files import check_outside
-from megatron_crnet.corpus_stats import CorpusStats
-from megatron_crnet.errors import reported
-from megatron_crnet.options import ToolParser
-from megatron_crnet.preprocess import available_cpus
-from megatron_crnet.progress import ProgressPrinter
-from megatron_crnet.tokenizer import load_tokenizer
-from megatron_crnet.tokenizer_training import train_sentencepiece
+from megatron_crnet.config.options import ToolParser
+from megatron_crnet.data.corpus import iter_documents
+from megatron_crnet.data.corpus_files import check_outside
+from megatron_crnet.data.corpus_stats import CorpusStats
+from megatron_crnet.data.preprocess import available_cpus
+from megatron_crnet.data.tokenizer import load_tokenizer
+from megatron_crnet.data.train_tokenizer import train_sentencepiece
+from megatron_crnet.utils.errors import reported
+from megatron_crnet.utils.files import output_files
+from megatron_crnet.utils.progress import ProgressPrinter
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from megatron_crnet import cpu_platform
+from megatron_crnet.distributed import cpu_backend
 
 # before Megatron-Core is imported, as the entry point does
-cpu_platform.install()
+cpu_backend.install()
 
 import tests.distributed.spawn  # noqa: E402
 import tests.helpers  # noqa: E402, F401

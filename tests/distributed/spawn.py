@@ -125,9 +125,9 @@ def _rank_main(
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
         )
-        from megatron_crnet import cpu_platform
+        from megatron_crnet.distributed import cpu_backend
 
-        cpu_platform.install()
+        cpu_backend.install()
         global _store
         _store = dist.FileStore(str(Path(folder) / "store"), world_size)
         _join_world(rank, world_size)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_crnet.agreement import examine_together
-from megatron_crnet.checkpoint import Checkpointer
-from megatron_crnet.errors import CheckpointError, DataError
+from megatron_crnet.checkpoint.manager import Checkpointer
+from megatron_crnet.distributed.consensus import examine_together
+from megatron_crnet.utils.errors import CheckpointError, DataError
 from tests.distributed.spawn import run_distributed
 
 

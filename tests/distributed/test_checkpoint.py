@@ -10,15 +10,15 @@ from typing import Any, Literal
 
 import pytest
 
-from megatron_crnet.checkpoint import Checkpointer, check_resumable, newest_complete, tidy
-from megatron_crnet.checkpoint_folder import MANIFEST, PARTIAL, REPLACED, checkpoints, damage
-from megatron_crnet.config import CheckpointConfig, Config, RecomputeConfig
-from megatron_crnet.engine import TrainEngine
-from megatron_crnet.errors import CheckpointError, ConfigError
-from megatron_crnet.gpt import build_model_chunks
-from megatron_crnet.parallel import initialize_parallel
-from megatron_crnet.settings import save_config
-from megatron_crnet.training_state import TrainingState
+from megatron_crnet.checkpoint.directory import MANIFEST, PARTIAL, REPLACED, checkpoints, damage
+from megatron_crnet.checkpoint.manager import Checkpointer, check_resumable, newest_complete, tidy
+from megatron_crnet.checkpoint.train_state import TrainingState
+from megatron_crnet.config.loading import save_config
+from megatron_crnet.config.schema import CheckpointConfig, Config, RecomputeConfig
+from megatron_crnet.distributed.process_groups import initialize_parallel
+from megatron_crnet.engine.engine import TrainEngine
+from megatron_crnet.model.gpt import build_model_chunks
+from megatron_crnet.utils.errors import CheckpointError, ConfigError
 from tests.distributed.spawn import fresh_world, run_distributed
 from tests.helpers import micro_batches, tiny_config
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_crnet.communication import CommunicationCounter, Traffic
-from megatron_crnet.communication_report import BoundaryTraffic, LayerTraffic, boundary_traffic, layer_traffic
+from megatron_crnet.planning.communication import CommunicationCounter, Traffic
+from megatron_crnet.planning.communication_report import BoundaryTraffic, LayerTraffic, boundary_traffic, layer_traffic
 from tests.distributed.spawn import run_distributed
 from tests.helpers import tiny_config
 

@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_crnet.config import Config, RecomputeConfig
-from megatron_crnet.counted_step import OperationCounter, count_step
-from megatron_crnet.estimate import StageEstimate, estimate
-from megatron_crnet.figures import DATA, Flow, Memory, StepFigures
-from megatron_crnet.parallel import initialize_parallel
-from megatron_crnet.settings import load_config
-from megatron_crnet.simulation import simulate
+from megatron_crnet.config.loading import load_config
+from megatron_crnet.config.schema import Config, RecomputeConfig
+from megatron_crnet.distributed.process_groups import initialize_parallel
+from megatron_crnet.planning.counted_step import OperationCounter, count_step
+from megatron_crnet.planning.estimate import StageEstimate, estimate
+from megatron_crnet.planning.figures import DATA, Flow, Memory, StepFigures
+from megatron_crnet.planning.simulation import simulate
 from tests.distributed.spawn import fresh_world, run_distributed
 from tests.helpers import tiny_config
 

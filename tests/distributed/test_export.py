@@ -12,17 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_crnet.checkpoint import Checkpointer, TrainingState
-from megatron_crnet.config import CheckpointConfig, Config, DataConfig
-from megatron_crnet.engine import TrainEngine
-from megatron_crnet.export import from_hf, to_hf
-from megatron_crnet.export_config import hugging_face_fields
-from megatron_crnet.gpt import build_model_chunks
-from megatron_crnet.inference import open_model
-from megatron_crnet.modeling_crnet import CRNetConfig, CRNetForCausalLM
-from megatron_crnet.parallel import initialize_parallel, shutdown_parallel
-from megatron_crnet.weight_files import CheckpointWeights
-from megatron_crnet.weights import canonical_weights, load_canonical
+from megatron_crnet.checkpoint.manager import Checkpointer, TrainingState
+from megatron_crnet.checkpoint.weight_files import CheckpointWeights
+from megatron_crnet.config.schema import CheckpointConfig, Config, DataConfig
+from megatron_crnet.distributed.process_groups import initialize_parallel, shutdown_parallel
+from megatron_crnet.engine.engine import TrainEngine
+from megatron_crnet.hf.export import from_hf, to_hf
+from megatron_crnet.hf.export_config import hugging_face_fields
+from megatron_crnet.hf.generate import open_model
+from megatron_crnet.hf.modeling_crnet import CRNetConfig, CRNetForCausalLM
+from megatron_crnet.model.gpt import build_model_chunks
+from megatron_crnet.model.weights import canonical_weights, load_canonical
 from tests.distributed.spawn import fresh_world, run_distributed
 from tests.helpers import micro_batches, random_mask, random_tokens, tiny_config
 from tests.unit.data_helpers import train_small_tokenizer

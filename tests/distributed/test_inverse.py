@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_crnet.config import Config
-from megatron_crnet.engine import TrainEngine
-from megatron_crnet.gpt import build_model_chunks
-from megatron_crnet.parallel import initialize_parallel
+from megatron_crnet.config.schema import Config
+from megatron_crnet.distributed.process_groups import initialize_parallel
+from megatron_crnet.engine.engine import TrainEngine
+from megatron_crnet.model.gpt import build_model_chunks
 from tests.distributed.engines import INVERSE, INVERSE_TOLERANCE, build_engine, close_engine, run_step
 from tests.distributed.spawn import run_distributed
 from tests.helpers import gradient_of, local_weights, tiny_config

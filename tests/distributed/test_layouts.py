@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from megatron_crnet.config import Config
-from megatron_crnet.errors import ConfigError
+from megatron_crnet.config.schema import Config
+from megatron_crnet.utils.errors import ConfigError
 from tests.distributed.spawn import fresh_world, run_distributed
 from tests.helpers import Errors, compare_with_reference, tiny_config
 

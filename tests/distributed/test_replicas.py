@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_crnet.checkpoint import Checkpointer
-from megatron_crnet.engine import TrainEngine
-from megatron_crnet.gpt import build_model_chunks
-from megatron_crnet.metrics import largest_peak_memory_bytes, peak_memory_bytes
-from megatron_crnet.parallel import initialize_parallel
-from megatron_crnet.training_state import TrainingState
+from megatron_crnet.checkpoint.manager import Checkpointer
+from megatron_crnet.checkpoint.train_state import TrainingState
+from megatron_crnet.distributed.process_groups import initialize_parallel
+from megatron_crnet.engine.engine import TrainEngine
+from megatron_crnet.model.gpt import build_model_chunks
+from megatron_crnet.train.metrics import largest_peak_memory_bytes, peak_memory_bytes
 from tests.distributed.spawn import fresh_world, run_distributed
 from tests.distributed.test_checkpoint import row_config
 from tests.helpers import local_weights, micro_batches

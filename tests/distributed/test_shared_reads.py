@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_crnet import fingerprint, inputs, shared_reads
-from megatron_crnet.agreement import report_together
-from megatron_crnet.data import Datasets
-from megatron_crnet.errors import DataError
-from megatron_crnet.unigram import unigram_entropy
+from megatron_crnet.data import fingerprint
+from megatron_crnet.data.datasets import Datasets
+from megatron_crnet.data.unigram import unigram_entropy
+from megatron_crnet.distributed.consensus import report_together
+from megatron_crnet.train import preflight, shared_reads
+from megatron_crnet.utils.errors import DataError
 from tests.distributed.spawn import run_distributed
 from tests.unit.data_helpers import VOCAB, data_config, random_documents, write_indexed
 
@@ -108,7 +109,7 @@ class Drawn:
 
 def entropy_and_draws() -> tuple[float | None, list[int], float]:
     valid = Drawn()
-    entropy = inputs._entropy(data_config(), Datasets(None, valid, None), SAMPLES, torch.device("cpu"))
+    entropy = preflight._entropy(data_config(), Datasets(None, valid, None), SAMPLES, torch.device("cpu"))
     alone = unigram_entropy([Drawn()[i] for i in range(SAMPLES)], VOCAB)
     return entropy, valid.numbers, alone
 

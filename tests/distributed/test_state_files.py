@@ -9,13 +9,13 @@ import pytest
 import torch.distributed as dist
 from safetensors import safe_open
 
-from megatron_crnet.config import Config
-from megatron_crnet.engine import TrainEngine
-from megatron_crnet.errors import CheckpointError
-from megatron_crnet.gpt import build_model_chunks
-from megatron_crnet.masters import KINDS, Masters
-from megatron_crnet.parallel import initialize_parallel
-from megatron_crnet.state_files import collect, fill, write
+from megatron_crnet.checkpoint.storage import collect, fill, write
+from megatron_crnet.config.schema import Config
+from megatron_crnet.distributed.process_groups import initialize_parallel
+from megatron_crnet.engine.engine import TrainEngine
+from megatron_crnet.engine.zero import KINDS, Masters
+from megatron_crnet.model.gpt import build_model_chunks
+from megatron_crnet.utils.errors import CheckpointError
 from tests.distributed.spawn import fresh_world, run_distributed
 from tests.helpers import local_weights, micro_batches, tiny_config
 

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from megatron_crnet import state_files
-from megatron_crnet.communication import CommunicationCounter
-from megatron_crnet.masters import KINDS, Masters, local_shape
-from megatron_crnet.state_files import collect, fill, write
+from megatron_crnet.checkpoint import storage
+from megatron_crnet.checkpoint.storage import collect, fill, write
+from megatron_crnet.engine.zero import KINDS, Masters, local_shape
+from megatron_crnet.planning.communication import CommunicationCounter
 from tests.distributed.engines import build_engine, close_engine, run_step
 from tests.distributed.spawn import run_distributed
 from tests.helpers import local_weights, tiny_config
@@ -60,9 +60,9 @@ def save_and_load(folder: str) -> dict[str, dict[str, Any]]:
         target = Path(folder, name)
         write(target, boxes, dist.new_group(backend="gloo"))
         HuggingFaceStorageReader.read_metadata, opened = counted, 0  # type: ignore[method-assign]
-        portion, state_files.BYTES_AT_ONCE = state_files.BYTES_AT_ONCE, 1
+        portion, storage.BYTES_AT_ONCE = storage.BYTES_AT_ONCE, 1
         fill(target, masters, weights, 1)
-        HuggingFaceStorageReader.read_metadata, state_files.BYTES_AT_ONCE = read_metadata, portion  # type: ignore[method-assign]
+        HuggingFaceStorageReader.read_metadata, storage.BYTES_AT_ONCE = read_metadata, portion  # type: ignore[method-assign]
         found[name] = {
             "parameters": sum(local_shape(parameter).numel() for parameter in masters.slices),
             "sent": counter.total("send").bytes,

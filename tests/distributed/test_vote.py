@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_crnet.agreement import Vote
-from megatron_crnet.liveness import Heartbeat
-from megatron_crnet.schedule import loss_totals
+from megatron_crnet.distributed.consensus import Vote
+from megatron_crnet.distributed.watchdog import Heartbeat
+from megatron_crnet.engine.schedule import loss_totals
 from tests.distributed.engines import build_engine, run_step
 from tests.distributed.spawn import run_distributed
 from tests.helpers import tiny_config

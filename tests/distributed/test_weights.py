@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_crnet.errors import CheckpointError
-from megatron_crnet.gpt import CRNetModel, build_model_chunks
-from megatron_crnet.parallel import initialize_parallel, shutdown_parallel
-from megatron_crnet.weights import canonical_weights, load_canonical
+from megatron_crnet.distributed.process_groups import initialize_parallel, shutdown_parallel
+from megatron_crnet.model.gpt import CRNetModel, build_model_chunks
+from megatron_crnet.model.weights import canonical_weights, load_canonical
+from megatron_crnet.utils.errors import CheckpointError
 from tests.helpers import tiny_config
 
 CONFIG = tiny_config(model={"hidden_size": 256, "ffn_hidden_size": 384, "rank": 64, "init_method_std": 0.02})

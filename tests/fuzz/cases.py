@@ -46,7 +46,7 @@ def _configuration(rng: Random) -> Case:
 
 
 def _field(rng: Random) -> tuple[str, str, str]:
-    from megatron_crnet.config import Config
+    from megatron_crnet.config.schema import Config
 
     defaults = {k: v for k, v in Config().__dict__.items() if hasattr(v, "__dataclass_fields__")}
     section = rng.choice([*defaults, "deepspeed"])

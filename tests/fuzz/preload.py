@@ -5,16 +5,16 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from megatron_crnet import cpu_platform
+from megatron_crnet.distributed import cpu_backend
 
 # before Megatron-Core is imported, as the entry points do
-cpu_platform.install()
+cpu_backend.install()
 
 import torch.utils.tensorboard  # noqa: E402, F401
 import transformers  # noqa: E402, F401
 
 import megatron_crnet  # noqa: E402
 
-for module in pkgutil.iter_modules(megatron_crnet.__path__, "megatron_crnet."):
+for module in pkgutil.walk_packages(megatron_crnet.__path__, "megatron_crnet."):
     if not module.name.endswith("kernels"):  # needs Triton
         importlib.import_module(module.name)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import pretrain_crnet
-from megatron_crnet.parallel import shutdown_parallel
+from megatron_crnet.distributed.process_groups import shutdown_parallel
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 300.0

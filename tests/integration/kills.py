@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_crnet.checkpoint_folder import PARTIAL, checkpoints, saved_step
+from megatron_crnet.checkpoint.directory import PARTIAL, checkpoints, saved_step
 from tests.integration.conftest import LIMIT_S, Corpus, lines_of
 from tests.integration.processes import free_port, last_step, start_rank
 

@@ -14,8 +14,8 @@ DRIVER = """
 import contextlib, io, json, os, sys, traceback
 import pytest
 os.environ.pop("RANK", None)
-from megatron_crnet import cpu_platform
-cpu_platform.install()
+from megatron_crnet.distributed import cpu_backend
+cpu_backend.install()
 import deepspeed
 import torch.distributed as dist
 from megatron.core import parallel_state

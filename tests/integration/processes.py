@@ -21,9 +21,9 @@ from tests.ports import free_ports
 MEETING = """
 import os, runpy, sys, time
 from pathlib import Path
-from megatron_crnet import cpu_platform
-cpu_platform.install()
-import megatron_crnet.trainer, torch.utils.tensorboard
+from megatron_crnet.distributed import cpu_backend
+cpu_backend.install()
+import megatron_crnet.train.trainer, torch.utils.tensorboard
 del sys.argv[0]
 folder = Path(sys.argv.pop(0))
 (folder / f"rank{os.environ['RANK']}").touch()

@@ -15,7 +15,7 @@ import os, runpy, signal, sys
 wanted, script, *arguments = sys.argv[1:]
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        ready = hasattr(sys.modules.get("megatron_crnet.errors"), "reported")
+        ready = hasattr(sys.modules.get("megatron_crnet.utils.errors"), "reported")
         if name == wanted or (wanted == "any" and ready):
             sys.meta_path.remove(self)
             os.kill(os.getpid(), signal.SIGINT)
@@ -58,7 +58,7 @@ def test_a_tool_says_one_line_when_it_imports_libraries_later(script: str, modul
 @pytest.mark.parametrize(
     ("module", "status", "line"),
     [
-        ("megatron_crnet.interruption", 130, "interrupted\n"),
+        ("megatron_crnet.utils.signals", 130, "interrupted\n"),
         ("yaml", 75, "SIGINT before training: nothing to save\n"),
         ("torch", 75, "SIGINT before training: nothing to save\n"),
     ],

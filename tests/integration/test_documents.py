@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from megatron_crnet.arithmetic import flops_per_token
-from megatron_crnet.evaluation import evaluate, validation_rows
-from megatron_crnet.inference import open_model
-from megatron_crnet.settings import load_config
-from megatron_crnet.tokenizer import load_tokenizer
+from megatron_crnet.config.loading import load_config
+from megatron_crnet.config.model_size import flops_per_token
+from megatron_crnet.data.tokenizer import load_tokenizer
+from megatron_crnet.hf.evaluate import evaluate, validation_rows
+from megatron_crnet.hf.generate import open_model
 from tests.integration.conftest import Corpus, lines_of, start, start_here
 from tests.unit.data_helpers import read_indexed, write_indexed
 

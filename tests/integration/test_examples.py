@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_crnet.arithmetic import total_parameters
-from megatron_crnet.config import Config
-from megatron_crnet.estimate import estimate
-from megatron_crnet.report import dry_run_report
-from megatron_crnet.settings import load_config, parse_arguments
+from megatron_crnet.config.loading import load_config, parse_arguments
+from megatron_crnet.config.model_size import total_parameters
+from megatron_crnet.config.schema import Config
+from megatron_crnet.planning.dry_run import dry_run_report
+from megatron_crnet.planning.estimate import estimate
 from tests.integration.conftest import LIMIT_S, ROOT, Corpus, lines_of, start
 
 EXAMPLES = sorted((ROOT / "examples").glob("**/*.yaml"))

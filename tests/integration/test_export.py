@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import yaml
 
-from megatron_crnet.evaluation import evaluate, padded_rows
-from megatron_crnet.inference import open_model
+from megatron_crnet.hf.evaluate import evaluate, padded_rows
+from megatron_crnet.hf.generate import open_model
 from tests.integration.conftest import LIMIT_S, ROOT, Corpus, lines_of, start
 
 # one process for all command lines, because importing the libraries takes longer than the work

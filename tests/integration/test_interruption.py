@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_crnet.interruption import REPEAT_SECONDS
+from megatron_crnet.utils.signals import REPEAT_SECONDS
 from tests.integration.conftest import LIMIT_S, Corpus, lines_of, start
 from tests.integration.processes import (
     free_port,

@@ -14,8 +14,8 @@ from tests.integration.conftest import LIMIT_S, ROOT, Corpus, lines_of
 from tests.ports import free_ports
 
 OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "OMPI_", "PMI", "MPI_", "TORCHELASTIC")
-REPORT = "from megatron_crnet.launcher import read_launch; print(read_launch())"
-SHOW = f"import sys; from megatron_crnet.launcher import take_local_rank; take_local_rank(sys.argv[1:]); {REPORT}"
+REPORT = "from megatron_crnet.distributed.launcher import read_launch; print(read_launch())"
+SHOW = f"import sys; from megatron_crnet.distributed import launcher; launcher.take_local_rank(sys.argv[1:]); {REPORT}"
 
 
 def start(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:

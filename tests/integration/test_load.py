@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from megatron_crnet.tokenizer_training import train_sentencepiece
+from megatron_crnet.data.train_tokenizer import train_sentencepiece
 from tests.integration.conftest import Corpus, lines_of, start, start_here
 from tests.unit.data_helpers import library_texts
 

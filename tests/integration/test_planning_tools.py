@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_crnet.settings import load_config
-from megatron_crnet.step_identity import identify_step
+from megatron_crnet.config.loading import load_config
+from megatron_crnet.reporting.step_identity import identify_step
 from tests.integration.conftest import LIMIT_S
 
 CONFIG = ["--config", "examples/quickstart.yaml", "--training.global_batch_size", "8"]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_crnet.checkpoint_folder import MANIFEST, complete, file_entries
+from megatron_crnet.checkpoint.directory import MANIFEST, complete, file_entries
 from tests.integration.conftest import LIMIT_S, ROOT, Corpus, lines_of, start
 
 LOGGED = {
@@ -183,7 +183,7 @@ MISTAKES = {
 # one process for all of them, because importing the libraries takes longer than finding the mistake
 DRIVER = """
 import sys
-from megatron_crnet.parallel import shutdown_parallel
+from megatron_crnet.distributed.process_groups import shutdown_parallel
 from pretrain_crnet import main
 for line in sys.stdin.read().splitlines():
     print("status", main(line.split("\\t")), file=sys.stderr)

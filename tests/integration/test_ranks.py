@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_crnet.settings import parse_arguments, save_config
+from megatron_crnet.config.loading import parse_arguments, save_config
 from tests.integration.conftest import LIMIT_S, ROOT, Corpus
 from tests.integration.processes import free_port, start_rank, wait_for_step
 
@@ -104,11 +104,11 @@ def test_an_error_that_nobody_foresaw_ends_the_rank_at_once() -> None:
     """A thread that goes on, as that of a collective call would, must not keep the process."""
     program = """
 import runpy, threading, time
-from megatron_crnet import settings
+from megatron_crnet.config import loading
 threading.Thread(target=time.sleep, args=(3600,)).start()
 def fail(argv):
     raise ZeroDivisionError("nobody foresaw this")
-settings.parse_arguments = fail
+loading.parse_arguments = fail
 runpy.run_path("pretrain_crnet.py", run_name="__main__")
 """
     result = subprocess.run(
@@ -142,5 +142,5 @@ def test_a_rank_that_dies_or_stands_still_does_not_leave_the_other_hanging(
     assert "this is rank 0 at step" in error
     stacks = output / "stacks" / "rank_00000.txt"
     assert error.endswith(f"{stacks} says where its threads stand")
-    assert "trainer.py" in stacks.read_text()
+    assert "train/trainer.py" in stacks.read_text()
     assert "in _train" in stacks.read_text()

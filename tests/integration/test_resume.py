@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_crnet.checkpoint_folder import MANIFEST, complete, file_entries
-from megatron_crnet.fingerprint import sidecar
-from megatron_crnet.tokenizer_training import train_sentencepiece
+from megatron_crnet.checkpoint.directory import MANIFEST, complete, file_entries
+from megatron_crnet.data.fingerprint import sidecar
+from megatron_crnet.data.train_tokenizer import train_sentencepiece
 from tests.integration.conftest import Corpus, lines_of, start_here
 from tests.unit.data_helpers import library_texts
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_crnet.checkpoint_folder import damage
-from megatron_crnet.folder_lock import this_process
+from megatron_crnet.checkpoint.directory import damage
+from megatron_crnet.utils.folder_lock import this_process
 from tests.integration.conftest import Corpus, lines_of
 from tests.integration.one_process import Command, run_commands
 
 FAULTY_DEVICE = """
-from megatron_crnet.engine import TrainEngine
+from megatron_crnet.engine.engine import TrainEngine
 patch.setattr(TrainEngine, "forward_backward", lambda *_: float("nan"))
 """
 QUIET = {"training__eval_steps": 0, "checkpoint__save_interval": 0}
@@ -116,12 +116,12 @@ def test_a_run_that_has_saved_nothing_yet_starts_again_and_its_metrics_are_kept(
     """What a node failure before the first checkpoint leaves, in the middle of its save."""
     output = tmp_path / "run"
     killed = """
-from megatron_crnet import checkpoint
-from megatron_crnet.trainer import Trainer
+from megatron_crnet.checkpoint import manager
+from megatron_crnet.train.trainer import Trainer
 def leave(*_):
     raise RuntimeError("as if killed here")
-patch.setattr(checkpoint, "seal", leave)
-patch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)
+patch.setattr(manager, "seal", leave)
+patch.setattr(manager.shutil, "rmtree", lambda *_, **__: None)
 """
     options = corpus.options(output, training__train_steps=2, **QUIET)
     first, second = run_commands(tmp_path / "results", [Command(options, killed), Command(options)])
@@ -175,7 +175,7 @@ def test_what_could_not_be_written_at_the_end_is_refused_at_the_start(corpus: Co
 
 BROKEN = """
 import torch.utils.tensorboard as board
-from megatron_crnet import trainer
+from megatron_crnet.train import trainer
 def fail(*_, **__):
     raise ZeroDivisionError("as if something was wrong")
 patch.setattr(trainer.TrainEngine, "evaluation_losses", fail)
@@ -184,7 +184,7 @@ patch.setattr(trainer, "continue_text", fail)
 patch.setattr(board.SummaryWriter, "add_scalar", fail)
 """
 LOST = """
-from megatron_crnet import trainer
+from megatron_crnet.train import trainer
 evaluate = trainer.Trainer._evaluate
 def die(self, *arguments, **more):
     if self.state.step == 6:

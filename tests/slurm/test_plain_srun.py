@@ -13,7 +13,8 @@ from tests.slurm.conftest import Job, submit
 
 pytestmark = [pytest.mark.slurm, pytest.mark.fault("L2")]
 
-SHOW = "from megatron_crnet.launcher import read_launch as read; x = read(); print(x.rank, x.world_size, x.local_rank)"
+READ = "from megatron_crnet.distributed.launcher import read_launch; x = read_launch()"
+SHOW = f"{READ}; print(x.rank, x.world_size, x.local_rank)"
 SCRIPT = """#!/bin/bash
 cd {root}
 echo alone: $({python} -c "{show}; print(x.remark)")

@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_crnet import cross_layer_kernels as kernels
-from megatron_crnet.anchors import place_anchors
-from megatron_crnet.config import Config, RecomputeConfig
-from megatron_crnet.cross_layer import PLAIN, Residual, working_kernels
-from megatron_crnet.gpt import CRNetModel, build_model_chunks
-from megatron_crnet.linear import LowRankGroup
-from megatron_crnet.low_rank_products import ProductOptions, low_rank_outputs, low_rank_outputs_below
-from megatron_crnet.parallel import initialize_parallel, shutdown_parallel
+from megatron_crnet.config.schema import Config, RecomputeConfig
+from megatron_crnet.distributed.process_groups import initialize_parallel, shutdown_parallel
+from megatron_crnet.engine.inverse_guard import place_anchors
+from megatron_crnet.model import residual_kernels as kernels
+from megatron_crnet.model.gpt import CRNetModel, build_model_chunks
+from megatron_crnet.model.linear import LowRankGroup
+from megatron_crnet.model.lowrank import ProductOptions, low_rank_outputs, low_rank_outputs_below
+from megatron_crnet.model.residual import PLAIN, Residual, working_kernels
 from tests.helpers import make_batch, random_tokens, relative_error, tiny_config
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

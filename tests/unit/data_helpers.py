@@ -13,11 +13,11 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from torch import Tensor
 
-from megatron_crnet.config import Config, DataConfig, ModelConfig, TrainingConfig
-from megatron_crnet.data import Datasets, build_datasets
-from megatron_crnet.standard_library import SourceFile, standard_library_files
-from megatron_crnet.tokenizer import Ids, Tokenizer
-from megatron_crnet.tokenizer_training import train_sentencepiece
+from megatron_crnet.config.schema import Config, DataConfig, ModelConfig, TrainingConfig
+from megatron_crnet.data.datasets import Datasets, build_datasets
+from megatron_crnet.data.standard_library import SourceFile, standard_library_files
+from megatron_crnet.data.tokenizer import Ids, Tokenizer
+from megatron_crnet.data.train_tokenizer import train_sentencepiece
 
 
 @functools.cache

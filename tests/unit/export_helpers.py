@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_crnet.checkpoint_folder import complete, file_entries
-from megatron_crnet.config import Config, DataConfig
-from megatron_crnet.export import to_hf
-from megatron_crnet.reference import ReferenceCRNet
-from megatron_crnet.settings import save_config
+from megatron_crnet.checkpoint.directory import complete, file_entries
+from megatron_crnet.config.loading import save_config
+from megatron_crnet.config.schema import Config, DataConfig
+from megatron_crnet.hf.export import to_hf
+from megatron_crnet.model.reference import ReferenceCRNet
 from tests.helpers import tiny_config
 from tests.unit.data_helpers import train_small_tokenizer
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_crnet.evaluation import check_memory, text_documents
-from megatron_crnet.inference import Sampling, open_model
-from megatron_crnet.progress import CountPrinter
-from megatron_crnet.tokenizer import SentencePieceTokenizer
+from megatron_crnet.data.tokenizer import SentencePieceTokenizer
+from megatron_crnet.hf.evaluate import check_memory, text_documents
+from megatron_crnet.hf.generate import Sampling, open_model
+from megatron_crnet.utils.progress import CountPrinter
 from tests.unit.export_helpers import write_export
 
 ROOT = Path(__file__).parents[2]
@@ -203,7 +203,7 @@ def test_a_batch_whose_logits_have_no_room_is_refused(export: Path) -> None:
 @pytest.mark.fault("M11")
 def test_long_work_says_how_much_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("megatron_crnet.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("megatron_crnet.utils.progress.time.monotonic", lambda: now[0])
     out = io.StringIO()
     show = CountPrinter("tokens", 1000, stream=out)
     for seconds, done in ((1, 10), (4, 100), (5, 120), (14, 500), (30, 1000)):
@@ -219,7 +219,7 @@ def test_long_work_says_how_much_is_left(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_generation_and_evaluation_report_as_they_go(
     export: Path, corpus: Path, run: Tool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_crnet.progress.FIRST_LINE_SECONDS", 0.0)
+    monkeypatch.setattr("megatron_crnet.utils.progress.FIRST_LINE_SECONDS", 0.0)
     monkeypatch.setattr(CountPrinter.__init__, "__defaults__", (0.0, None))
     torch.manual_seed(0)
     _, _, error = run("generate", "--model", export, "--prompt", "x", "--max-new-tokens", 8)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_crnet.config import Config
-from megatron_crnet.settings import save_config
+from megatron_crnet.config.loading import save_config
+from megatron_crnet.config.schema import Config
 
 TOOL = Path(__file__).parents[2] / "tools" / "compare_runs.py"
 

@@ -1,0 +1,91 @@
+"""What a checkpoint must hold to be continued. Its checksums do not say: they are right for whatever was sealed."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import torch
+import yaml
+from annotated_types import Ge
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron_crnet.checkpoint.directory import FINAL, saved_step
+from megatron_crnet.checkpoint.train_state import TrainingState
+from megatron_crnet.checkpoint.weight_files import canonical_shapes
+from megatron_crnet.config.schema import ModelConfig
+from megatron_crnet.engine.zero import KINDS
+from megatron_crnet.utils.errors import describe
+
+Natural = Annotated[int, Ge(0)]
+NEEDED = ("step", "tokens", "samples")
+"""Counters without which a run cannot go on; earlier versions did not write all of the others."""
+
+
+def wrong_contents(checkpoint: Path) -> str | None:
+    """What is wrong with state, configuration or tensors of a checkpoint whose checksums are right; None if nothing is.
+
+    Reads the headers of all files of tensors, not their values.
+    """
+    try:
+        return _wrong_state(checkpoint) or _wrong_tensors(checkpoint)
+    except Exception as error:  # whatever a library raises on what is not its own
+        return f"cannot be read ({describe(error)})"
+
+
+def _wrong_state(checkpoint: Path) -> str | None:
+    try:
+        state: Any = _saved_state().model_validate_json((checkpoint / "state.json").read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        return f"has a state.json that is wrong in {where} ({first['msg']})"
+    if FINAL.fullmatch(checkpoint.name) and state.step != saved_step(checkpoint):
+        return f"has step {state.step} in its state.json and another in its name"
+    if not state.skipped_in_a_row <= state.skipped <= state.step:
+        return f"has skipped {state.skipped} of {state.step} steps, {state.skipped_in_a_row} in a row"
+    return None
+
+
+@cache
+def _saved_state() -> type[BaseModel]:
+    """state.json: the counters, none of them negative, and what `Checkpointer` needs beside them."""
+    hints = get_type_hints(TrainingState)
+    counters: dict[str, Any] = {
+        field.name: (
+            Natural if hints[field.name] is int else hints[field.name],
+            ... if field.name in NEEDED else field.default,
+        )
+        for field in fields(TrainingState)
+    }
+    rest: dict[str, Any] = {
+        "adam_steps": (Natural, ...),
+        "layout": (dict[str, Any], ...),
+        "versions": (dict[str, str], {}),
+    }
+    return create_model("SavedState", __config__=ConfigDict(strict=True, allow_inf_nan=False), **counters, **rest)
+
+
+def _wrong_tensors(checkpoint: Path) -> str | None:
+    config = yaml.safe_load((checkpoint / "config.yaml").read_text())
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        return "has a config.yaml without a model section"
+    if not all(isinstance(section, dict) for section in config.values()):
+        return "has a config.yaml whose sections are not all mappings"
+    saved = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    for name, shape in canonical_shapes(ModelConfig(**config["model"])).items():
+        for full in (f"{kind}.{name}" for kind in KINDS):
+            found = saved.get(full)
+            if not isinstance(found, TensorStorageMetadata):
+                return f"lacks the tensor {full} of its model"
+            if tuple(found.size) != shape:
+                return f"has {full} in the shape {tuple(found.size)} instead of {shape}"
+            if found.properties.dtype != torch.float32:
+                return f"has {full} in {found.properties.dtype} instead of torch.float32"
+            if sum(chunk.sizes.numel() for chunk in found.chunks) != found.size.numel():
+                return f"has {full} in parts that do not make a whole"
+    return None

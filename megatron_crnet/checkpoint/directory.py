@@ -1,0 +1,234 @@
+"""Checkpoints as folders: which exist, whether one is whole, which go. No tensors in here.
+
+DIR/step_00000100/   safetensors of every rank, state.json, config.yaml and, last, manifest.json
+DIR/latest           name of the newest one, for people and scripts
+DIR/.partial_*       one that is being written
+DIR/rejected_*       state before a bad step: kept to look at, never continued from
+DIR/damaged_*        one that a start has found damaged
+
+Nothing here removes or replaces a state that is set aside, and none is set aside that is the only one.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from megatron_crnet.config.loading import save_config
+from megatron_crnet.config.schema import Config
+from megatron_crnet.utils.errors import CheckpointError, describe
+from megatron_crnet.utils.files import replace_text, unused_name
+
+PREFIX = "step_"
+FINAL = re.compile(rf"{PREFIX}[0-9]{{1,18}}")
+PARTIAL = ".partial_"
+REPLACED = ".replaced_"
+REJECTED = "rejected_"
+DAMAGED = "damaged_"
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+def checkpoint_dir(config: Config) -> Path:
+    """Folder of a run's checkpoints."""
+    return Path(config.checkpoint.dir or Path(config.logging.output_dir) / "checkpoints")
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of the folder of the state after `step` steps."""
+    return f"{PREFIX}{step:08d}"
+
+
+def saved_step(checkpoint: Path) -> int:
+    """Steps done when the checkpoint was written, from its name."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints that carry a final name, the oldest first."""
+    found = [path for path in folder.glob(f"{PREFIX}*") if FINAL.fullmatch(path.name)]
+    return sorted((path for path in found if path.is_dir()), key=saved_step)
+
+
+def damage(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
+    """What is wrong with a checkpoint, None if nothing is.
+
+    Args:
+        share, shares: compare checksums of only this part of the files; sizes of all are compared.
+    """
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        if manifest["format"] != FORMAT:
+            return f"has format {manifest['format']}, this version reads {FORMAT}"
+        files = _listed(manifest)
+        unlisted = sorted({path.name for path in checkpoint.glob("*.safetensors")} - files.keys())
+        if unlisted:
+            return f"holds {unlisted[0]}, of which {MANIFEST} knows nothing"
+        for name, entry in sorted(files.items()):
+            path = checkpoint / name
+            if not path.is_file():
+                return f"lacks {name}"
+            if path.stat().st_size != entry["bytes"]:
+                return f"has {path.stat().st_size} bytes in {name} instead of {entry['bytes']}"
+        for index, (name, entry) in enumerate(sorted(files.items())):
+            if index % shares == share and checksum(checkpoint / name) != entry["sha256"]:
+                return f"has another checksum in {name} than in {MANIFEST}"
+    except FileNotFoundError:
+        return f"has no {MANIFEST}"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return f"cannot be read ({describe(error)})"
+    return None
+
+
+def _listed(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a manifest says about files, by name.
+
+    Raises:
+        ValueError: it is not what `complete` writes.
+    """
+    files = manifest["files"]
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{MANIFEST} lists no files")
+    for name, entry in files.items():
+        if name != Path(name).name:
+            raise ValueError(f"{MANIFEST} lists {name!r}, which leads out of the checkpoint")
+        if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
+            raise ValueError(f"{MANIFEST} lists {name} without its size and checksum")
+    return files
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_entries(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What the manifest says about files, which are on disk when this returns."""
+    entries = {}
+    for name in names:
+        _to_disk(folder / name)
+        entries[name] = {"bytes": (folder / name).stat().st_size, "sha256": checksum(folder / name)}
+    return entries
+
+
+def seal(partial: Path, target: Path, config: Config, about: Mapping[str, Any], entries: dict[str, Any]) -> None:
+    """Write what a checkpoint holds beside its tensors, and give it its final name.
+
+    Args:
+        about: contents of state.json.
+        entries: what the manifest says about the files of tensors.
+    """
+    (partial / "state.json").write_text(json.dumps(about, indent=1))
+    save_config(config, partial / "config.yaml")
+    complete(partial, target, {**entries, **file_entries(partial, ["state.json", "config.yaml"])})
+
+
+def complete(partial: Path, target: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Write the manifest and give a partial checkpoint its final name; a `step_` folder of that name is replaced.
+
+    Raises:
+        FileExistsError: `target` exists and was set aside, which is never replaced.
+    """
+    if target.exists() and not FINAL.fullmatch(target.name):
+        raise FileExistsError(errno.EEXIST, "exists already", str(target))
+    manifest = partial / MANIFEST
+    manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1, sort_keys=True))
+    for name in files:
+        shutil.copymode(manifest, partial / name)  # safetensors lets only the owner read
+    _to_disk(manifest)
+    _to_disk(partial)
+    replaced = target.with_name(f"{REPLACED}{target.name}")
+    if target.exists():
+        target.rename(replaced)
+    partial.rename(target)
+    _to_disk(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def restore_replaced(folder: Path) -> None:
+    """Finish what a process that was killed inside `complete` has left."""
+    for replaced in folder.glob(f"{REPLACED}*"):
+        target = folder / replaced.name.removeprefix(REPLACED)
+        if target.exists():
+            _remove(replaced)
+        else:
+            replaced.rename(target)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what processes that were killed while saving have left; what cannot be removed stays."""
+    for partial in folder.glob(f"{PARTIAL}*"):
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or what else carries its name."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def point_latest_at(checkpoint: Path) -> None:
+    """Name the newest checkpoint in DIR/latest."""
+    replace_text(checkpoint.parent / "latest", f"{checkpoint.name}\n")
+
+
+def set_aside(folder: Path, step: int, prefix: str = REJECTED) -> Path | None:
+    """Take checkpoints of `step` and later out of the way of the next start. Returns the newest that is left."""
+    # gone first: on a full disk it may not come back, and must not name a folder that has gone
+    with suppress(OSError):
+        (folder / "latest").unlink(missing_ok=True)
+    for path in checkpoints(folder):
+        if saved_step(path) >= step:
+            path.rename(unused_name(folder / f"{prefix}{path.name}"))
+    left = checkpoints(folder)
+    if left:
+        with suppress(OSError):
+            point_latest_at(left[-1])
+    return left[-1] if left else None
+
+
+def superfluous(steps: Sequence[int], keep_last: int | None, keep_every: int | None, good: int) -> list[int]:
+    """Steps whose checkpoints the policy gives up: neither among the last ones nor a multiple of `keep_every`.
+
+    The last one before step `good` stays as well: a run that stops at a bad step goes back to it.
+    """
+    if keep_last is None:
+        return []
+    before = [step for step in steps if step < good]
+    old = set(sorted(steps)[:-keep_last]) - {max(before, default=-1)}
+    return sorted(step for step in old if not keep_every or step % keep_every)
+
+
+def prune(folder: Path, keep_last: int | None, keep_every: int | None, good: int) -> None:
+    """Remove what the policy gives up, the oldest first; a folder that cannot be removed stays."""
+    for step in superfluous([saved_step(path) for path in checkpoints(folder)], keep_last, keep_every, good):
+        shutil.rmtree(folder / checkpoint_name(step), ignore_errors=True)
+
+
+def unwritable(folder: Path, error: Exception) -> CheckpointError:
+    """The error of a folder that takes no checkpoint."""
+    reason = (error.strerror if isinstance(error, OSError) else None) or describe(error)
+    return CheckpointError(
+        f"cannot write a checkpoint into {folder}: {reason}: free some space, correct the permissions or set "
+        "checkpoint.dir; earlier checkpoints are untouched"
+    )
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,376 @@
+"""A run's whole state on disk, and back into any layout: weights, moments, counters, random states.
+
+Saving is in two parts: the state is copied to host memory, which training waits for; a thread writes it while
+training goes on. The folder gets its final name when every rank's files are on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from megatron_crnet.checkpoint.contents import wrong_contents
+from megatron_crnet.checkpoint.directory import (
+    PARTIAL,
+    REJECTED,
+    checkpoint_dir,
+    checkpoint_name,
+    checkpoints,
+    damage,
+    file_entries,
+    point_latest_at,
+    prune,
+    remove_partial,
+    restore_replaced,
+    saved_step,
+    seal,
+    set_aside,
+    unwritable,
+)
+from megatron_crnet.checkpoint.replicas import Checksums, checksums, copies_differ, describe_drift
+from megatron_crnet.checkpoint.storage import Box, collect, fill, read, shapes_of, whole, write
+from megatron_crnet.checkpoint.train_state import TrainingState
+from megatron_crnet.config.loading import resolved
+from megatron_crnet.config.schema import Config
+from megatron_crnet.data.fingerprint import TrainedOn
+from megatron_crnet.distributed.consensus import examine_together, library_versions
+from megatron_crnet.engine.engine import TrainEngine
+from megatron_crnet.engine.zero import KINDS, MASTER, Masters
+from megatron_crnet.model.weights import canonical_weights
+from megatron_crnet.recompute.random_states import RandomStates
+from megatron_crnet.utils.environment import note_in_run_file
+from megatron_crnet.utils.errors import CheckpointError, ConfigError, FolderTakenError
+from megatron_crnet.utils.files import unused_name
+
+NOT_OF_THE_MODEL = {"beta_init", "init_method_std", "hidden_dropout", "attention_dropout", "max_position_embeddings"}
+WRITING_LIMIT = timedelta(minutes=30)
+"""How long ranks wait for each other's files: a slow file system is no lost peer, so it is not training's limit."""
+Result = TypeVar("Result")
+LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
+
+
+class Checkpointer:
+    """Saves and loads the state of one engine; every public method is a collective call.
+
+    Args:
+        trained_on: tokenizer and data of the run.
+        may_write: called on rank 0 before anything is written; raises FolderTakenError where the folder is another's.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        engine: TrainEngine,
+        trained_on: TrainedOn | None = None,
+        may_write: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.config, self.folder, self._may_write = config, checkpoint_dir(config), may_write
+        self.trained_on = trained_on or TrainedOn()
+        self.masters = Masters(engine.deepspeed, engine.stage)
+        self.weights = [weight for chunk in engine.chunks for weight in canonical_weights(chunk)]
+        # of its own, because the thread's calls must not meet those of training
+        self._group = dist.new_group(backend="gloo", timeout=WRITING_LIMIT)
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._remarks: list[str] = []
+        self.loaded_from: dict[str, Any] | None = None
+        """What checkpoint.load gave the run at its step 0, for state.json."""
+        self.other_place: str | None = None
+        """What of devices and layout differs from those of the checkpoint that was loaded, whose random states are
+        of no use then; None if nothing does."""
+        self._written: Path | None = None
+
+    def save(self, state: TrainingState, aside: bool = False) -> None:
+        """Copy the state and write it in the background.
+
+        Args:
+            aside: write it to be looked at, not to be continued from.
+
+        Raises:
+            CheckpointError: the checkpoint before this one could not be written.
+        """
+        self.wait()
+        copies = checksums(self.weights, self.masters.stage)
+        boxes = collect(self.masters, self.weights)
+        random = RandomStates.capture().tensors()
+        boxes.update({_random_name(name): whole(tensor.clone()) for name, tensor in random.items()})
+        about = {
+            **asdict(state),
+            "adam_steps": self.masters.steps,
+            "layout": self._layout(),
+            "device": self.masters.device.type,
+            "versions": library_versions(),
+            "trained_on": self.trained_on.values(),
+            "loaded_from": self.loaded_from,
+        }
+        name = checkpoint_name(state.step)
+        if aside:
+            name = f"{REJECTED}{name}.from_{checkpoint_name(state.step + 1)}"
+        self._thread = threading.Thread(target=self._write, args=(name, state, boxes, about, copies), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> Path | None:
+        """Return when the last checkpoint is on disk: its folder, or None if there was nothing to wait for.
+
+        Raises:
+            CheckpointError: it could not be written; earlier ones are untouched.
+            FolderTakenError: another process writes this folder now.
+        """
+        written = None
+        if self._thread is not None:
+            self._thread.join()
+            self._thread, written = None, self._written
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+        return written
+
+    def _layout(self) -> dict[str, Any]:
+        values = resolved(self.config)["parallel"]
+        return {"world_size": dist.get_world_size(), **{name: values[name] for name in LAYOUT}}
+
+    def take_remarks(self) -> list[str]:
+        """What was found while writing and has not been asked for yet."""
+        found, self._remarks = self._remarks, []
+        return found
+
+    def _compare_copies(self, copies: Checksums) -> None:
+        digests: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(digests, copies.digest, group=self._group)
+        if copies_differ(digests):  # known to all ranks alike
+            everyone: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, copies, group=self._group)
+            self._remarks.append(describe_drift(everyone))
+
+    def _write(
+        self, name: str, state: TrainingState, boxes: dict[str, Box], about: dict[str, Any], copies: Checksums
+    ) -> None:
+        partial: Path | None = None
+        try:
+            self._compare_copies(copies)
+            partial, target = self._on_main(lambda: self._prepare(name))
+            own = write(partial, boxes, self._group)
+            boxes.clear()
+            entries = self._entries_of_all(partial, own)
+            self._on_main(lambda: self._finish(partial, target, state, entries, about))
+            self._written = target
+        except BaseException as error:  # for the training thread to raise
+            if dist.get_rank() == 0 and partial is not None:
+                shutil.rmtree(partial, ignore_errors=True)
+            self._failure = error
+
+    def _entries_of_all(self, partial: Path, own: list[str]) -> dict[str, Any]:
+        mine, problem = {}, None
+        try:
+            mine = file_entries(partial, own)
+        except Exception as error:
+            problem = str(unwritable(self.folder, error))
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (mine, problem), group=self._group)
+        problems = [problem for _, problem in everyone if problem]
+        if problems:
+            raise CheckpointError(problems[0])
+        return {name: entry for files, _ in everyone for name, entry in files.items()}
+
+    def _prepare(self, name: str) -> tuple[Path, Path]:
+        """An empty folder to write into, of a name that no rank of an earlier start still writes to, and the final."""
+        self._may_write()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        restore_replaced(self.folder)
+        remove_partial(self.folder)
+        target = self.folder / name
+        partial = self.folder / f"{PARTIAL}{name}.{secrets.token_hex(4)}"
+        partial.mkdir()
+        return partial, unused_name(target) if name.startswith(REJECTED) else target
+
+    def _finish(
+        self, partial: Path, target: Path, state: TrainingState, entries: dict[str, Any], about: dict[str, Any]
+    ) -> None:
+        self._may_write()
+        seal(partial, target, self.config, about, entries)
+        note_in_run_file(Path(self.config.logging.output_dir), checkpoints=saved_facts(self.config, state.step))
+        if not target.name.startswith(REJECTED):
+            point_latest_at(target)
+            prune(self.folder, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every, state.good_step)
+
+    def _on_main(self, action: Callable[[], Result]) -> Result:
+        """Do something on rank 0; every rank learns how it went, whatever went wrong, and gets the result.
+
+        Raises:
+            CheckpointError, FolderTakenError: it failed there.
+        """
+        outcome: list[Any] = [None, None]
+        cause: Exception | None = None
+        if dist.get_rank() == 0:
+            try:
+                outcome[0] = action()
+            except FolderTakenError as error:
+                outcome[1], cause = error, error
+            except Exception as error:
+                outcome[1], cause = unwritable(self.folder, error), error
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        if outcome[1] is not None:
+            raise outcome[1] from cause
+        return outcome[0]
+
+    def load(self, checkpoint: Path) -> TrainingState:
+        """Fill engine and optimizer, and in the same layout on the same kind of device the random generators.
+
+        The engine's schedule is the caller's (`TrainEngine.restore_schedule`).
+
+        Raises:
+            CheckpointError: the checkpoint does not fit the model.
+        """
+        about = saved_state(checkpoint)
+        fill(checkpoint, self.masters, self.weights, about["adam_steps"])
+        self.other_place = self._restore_random_states(checkpoint, about)
+        self.loaded_from = about.get("loaded_from")
+        return TrainingState.from_values(about)
+
+    def load_initial(self, checkpoint: Path, optimizer: bool) -> None:
+        """Fill the weights of a new run from another's checkpoint, and with `optimizer` its moments.
+
+        Raises:
+            CheckpointError: the checkpoint does not fit the model.
+        """
+        steps = saved_state(checkpoint)["adam_steps"] if optimizer else 0
+        fill(checkpoint, self.masters, self.weights, steps, KINDS if optimizer else (MASTER,))
+
+    def _restore_random_states(self, checkpoint: Path, about: dict[str, Any]) -> str | None:
+        """Put the random generators where they were; else return why that is not possible.
+
+        Generators of another kind of device have states of another size, which mean nothing here.
+        """
+        layout = self._layout()
+        if about["layout"] != layout:
+            names = [name for name, value in layout.items() if about["layout"].get(name) != value]
+            return ", ".join(f"{name} {layout[name]} instead of {about['layout'].get(name)}" for name in names)
+        device = about.get("device", self.masters.device.type)  # earlier versions did not say
+        if device != self.masters.device.type:
+            return f"device {self.masters.device.type} instead of {device}"
+        states = {name: torch.empty_like(state) for name, state in RandomStates.capture().tensors().items()}
+        saved = shapes_of(checkpoint)
+        for name, state in states.items():
+            if saved.get(_random_name(name)) != state.shape:
+                return f"the random generator {name} has a state of another size"
+        read(checkpoint, {_random_name(name): whole(state) for name, state in states.items()})
+        RandomStates.from_tensors(states).restore()
+        return None
+
+    def set_aside(self, step: int, prefix: str = REJECTED) -> Path | None:
+        """Take checkpoints of `step` and later out of the next start's way. Returns the newest that is left."""
+        return self._on_main(lambda: self._set_aside(step, prefix))
+
+    def _set_aside(self, step: int, prefix: str) -> Path | None:
+        self._may_write()
+        return set_aside(self.folder, step, prefix)
+
+    def step_back(self, step: int) -> Path | None:
+        """Let the next start continue from a whole checkpoint before `step`, where there is one.
+
+        Else nothing is set aside: what is whole may be the only good state.
+
+        Returns:
+            The whole checkpoint from which the next start will continue; None if there is none.
+        """
+        older, _ = newest_complete(self.folder, before=step)
+        if older is None:
+            return newest_complete(self.folder)[0]
+        self.set_aside(step)
+        return older
+
+
+def _random_name(name: str) -> str:
+    return f"random.{dist.get_rank():05d}.{name}"
+
+
+def newest_complete(folder: Path, before: int | None = None) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, and a line on each newer one that is damaged; a collective call.
+
+    Ranks share the work of comparing checksums.
+
+    Args:
+        before: look only at checkpoints of earlier steps than this.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    damaged: list[str] = []
+    looked_at = [path for path in checkpoints(folder) if before is None or saved_step(path) < before]
+    for checkpoint in reversed(looked_at):
+        everyone: list[Any] = [None] * size
+        dist.all_gather_object(everyone, damage(checkpoint, rank, size))
+        problems = [problem for problem in everyone if problem] or _wrong_contents(checkpoint)
+        if not problems:
+            return checkpoint, damaged
+        damaged.append(f"checkpoint {checkpoint} {problems[0]}: skipped")
+    return None, damaged
+
+
+def _wrong_contents(checkpoint: Path) -> list[str]:
+    """What rank 0 finds wrong, on every rank; a collective call."""
+    found = [wrong_contents(checkpoint) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, src=0)
+    return [problem for problem in found if problem]
+
+
+def saved_facts(config: Config, newest: int | None) -> dict[str, Any]:
+    """What run.json says of the checkpoints of a run.
+
+    Args:
+        newest: step of the newest that was written or continued; None of a run that has none yet.
+    """
+    return {"dir": str(checkpoint_dir(config).resolve()), "newest_step": newest}
+
+
+def tidy(folder: Path) -> None:
+    """Finish what a killed run has left in its folder; a collective call, before any rank looks into it.
+
+    Raises:
+        CrnetError: rank 0 cannot write the folder; raised on every rank.
+    """
+    examine_together(lambda: _tidy(folder))
+
+
+def _tidy(folder: Path) -> tuple[None, dict[str, str]]:
+    if dist.get_rank() == 0 and folder.is_dir():
+        try:
+            restore_replaced(folder)
+        except OSError as error:
+            raise unwritable(folder, error) from error
+    return None, {}
+
+
+def saved_state(checkpoint: Path) -> dict[str, Any]:
+    """What a whole checkpoint holds beside its tensors: counters, library versions, what it was trained on."""
+    return dict(json.loads((checkpoint / "state.json").read_text()))
+
+
+def check_resumable(
+    config: Config, checkpoint: Path, remedy: str = "use the saved values or another logging.output_dir"
+) -> dict[str, Any]:
+    """Refuse to continue a checkpoint of another model. Returns its resolved configuration.
+
+    Raises:
+        ConfigError: a field that defines the weights differs; names all that do.
+        CheckpointError: the checkpoint's configuration cannot be read.
+    """
+    try:
+        saved = yaml.safe_load((checkpoint / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise CheckpointError(f"checkpoint {checkpoint} has no readable config.yaml: remove it") from error
+    wanted, found = resolved(config)["model"], saved["model"]
+    names = [name for name in wanted if name not in NOT_OF_THE_MODEL and found.get(name) != wanted[name]]
+    if names:
+        difference = ", ".join(f"model.{name} {found.get(name)} instead of {wanted[name]}" for name in names)
+        raise ConfigError(f"checkpoint {checkpoint} was written with {difference}: {remedy}")
+    return dict(saved)

@@ -1,0 +1,225 @@
+"""The two folders that a run writes, `logging.output_dir` and `checkpoint.dir`, before it writes anything into them.
+
+They are held against other writers, whatever could not be written at the end is refused at the start, and no run starts
+from random weights where an earlier one has left state.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+
+from megatron_crnet.checkpoint.directory import (
+    DAMAGED,
+    MANIFEST,
+    PARTIAL,
+    PREFIX,
+    REJECTED,
+    REPLACED,
+    checkpoint_dir,
+    checkpoints,
+)
+from megatron_crnet.config.model_size import total_parameters
+from megatron_crnet.config.schema import Config
+from megatron_crnet.distributed.consensus import examine_together
+from megatron_crnet.utils.environment import RUN_FILE, read_run_file
+from megatron_crnet.utils.errors import ConfigError
+from megatron_crnet.utils.folder_lock import LOCK, FolderLock, take
+
+GIB = 2**30
+BYTES_PER_PARAMETER = 12
+"""Of a checkpoint: the fp32 master and two moments."""
+FILES = ("metrics.jsonl", "config.yaml", RUN_FILE, "loss.png")
+FOLDERS = ("tensorboard", "stacks")
+STATE = ("*.safetensors", "state.json", MANIFEST, "*.pt", "step_*/manifest.json")
+"""What a folder below checkpoint.dir holds when it is, or holds, the state of a run."""
+
+
+class RunFolders:
+    """The folders of a run, held until the end of a `with` block; on ranks other than the main one it is empty."""
+
+    def __init__(self) -> None:
+        self._locks: list[FolderLock] = []
+        self._made: list[Path] = []
+
+    def hold(self, field: str, folder: Path) -> None:
+        """Make a folder where it is missing, and lock it.
+
+        Raises:
+            ConfigError: it cannot be made or written, or another process holds it.
+        """
+        try:
+            above = [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            self._made += above
+            lock = take(folder / LOCK, f"{field} {folder}")
+        except (OSError, ValueError) as error:
+            raise _unwritable(field, folder, error) from error
+        if lock is not None:
+            self._locks.append(lock)
+
+    def check(self) -> None:
+        """Raise FolderTakenError if another process holds one of them now."""
+        for lock in self._locks:
+            lock.check()
+
+    @property
+    def taken(self) -> bool:
+        """Whether another process is known to hold one of them."""
+        return any(lock.taken_by is not None for lock in self._locks)
+
+    def close(self) -> None:
+        """Let others have the folders; those that were made for nothing go."""
+        for lock in self._locks:
+            lock.release()
+        for folder in sorted(self._made, key=lambda path: -len(path.parts)):
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+    def __enter__(self) -> RunFolders:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _unwritable(field: str, folder: Path, error: Exception) -> ConfigError:
+    reason = getattr(error, "strerror", None) or error
+    return ConfigError(
+        f"{field} {folder} cannot be written ({reason}): free some space, correct the permissions or choose another "
+        "folder"
+    )
+
+
+def hold_run_folders(config: Config, is_main: bool) -> RunFolders:
+    """Hold both folders for this run and look at what could not be written later; a collective call.
+
+    Raises:
+        ConfigError, DataError: another process holds one, or something in it is in the way.
+    """
+    return examine_together(partial(_hold, config, is_main))
+
+
+def _hold(config: Config, is_main: bool) -> tuple[RunFolders, dict[str, str]]:
+    folders = RunFolders()
+    if is_main:
+        output, states = Path(config.logging.output_dir), checkpoint_dir(config)
+        try:
+            folders.hold("logging.output_dir", output)
+            folders.hold("checkpoint.dir", states)
+            _check_files("logging.output_dir", output, FILES, FOLDERS)
+            _check_files("checkpoint.dir", states, ("latest",), ())
+        except BaseException:
+            folders.close()
+            raise
+    return folders, {}
+
+
+def _check_files(field: str, folder: Path, files: Sequence[str], folders: Sequence[str]) -> None:
+    """Refuse what would be in the way of a file or a folder that is written later."""
+    for path in (folder / name for name in (*files, *folders)):
+        if path.exists() and path.is_dir() != (path.name in folders):
+            found, wanted = ("folder", "file") if path.is_dir() else ("file", "folder")
+            raise ConfigError(
+                f"{field} {folder} holds a {found} {path.name}, where the run writes a {wanted} of that name: remove "
+                "it, or choose another folder"
+            )
+        if path.exists() and not os.access(path, os.W_OK):
+            raise _unwritable(field, path, PermissionError("no permission to write"))
+
+
+def check_remains(config: Config, damaged: Sequence[str]) -> None:
+    """Refuse to start from random weights where an earlier run has left anything but a checkpoint to continue from.
+
+    Args:
+        damaged: a line on each damaged checkpoint.
+
+    Raises:
+        ConfigError: names what is there, and what to do with it.
+    """
+    output, folder = Path(config.logging.output_dir), checkpoint_dir(config)
+    before = read_run_file(output).get("checkpoints")
+    nothing_saved = isinstance(before, dict) and before.get("newest_step", 0) is None
+    left = [name for name in states_in(folder) if not (nothing_saved and name.startswith(PARTIAL))]
+    if left:
+        named = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        raise ConfigError(
+            f"checkpoint.dir {folder} holds {named}, but no whole {PREFIX} folder to continue from"
+            f"{f' ({damaged[0]})' if damaged else ''}: rename a whole one to {PREFIX}N, where N is the step in its "
+            "state.json, to continue from it, or move the folder away to start from random weights"
+        )
+    steps = logged_steps(output / "metrics.jsonl")
+    if steps and not nothing_saved:
+        where = str(before.get("dir", folder)) if isinstance(before, dict) else str(folder)
+        elsewhere = f" (those of that run are in {where})" if Path(where).resolve() != folder.resolve() else ""
+        raise ConfigError(
+            f"logging.output_dir {output} holds the metrics of {steps} steps, but checkpoint.dir {folder} no "
+            f"checkpoint to continue from{elsewhere}: set checkpoint.dir to its checkpoints, or choose another "
+            "logging.output_dir or move this one away to start from random weights"
+        )
+
+
+def states_in(folder: Path) -> list[str]:
+    """Names of folders that are or hold states of a run, whatever they are called; `.` for the folder itself."""
+    if not folder.is_dir():
+        return []
+    prefixes = (PREFIX, REJECTED, DAMAGED, PARTIAL, REPLACED)
+    below = sorted(path for path in folder.iterdir() if path.is_dir())
+    found = [path.name for path in below if path.name.startswith(prefixes) or any(_matches(path))]
+    return ([folder.name] if any((folder / name).is_file() for name in ("state.json", MANIFEST)) else []) + found
+
+
+def _matches(folder: Path) -> Iterator[Path]:
+    for pattern in STATE:
+        yield from folder.glob(pattern)
+
+
+def logged_steps(metrics: Path) -> int:
+    """The largest step of a metrics.jsonl, 0 where there is none."""
+    steps = [0]
+    with suppress(OSError):
+        for line in metrics.read_text(errors="replace").splitlines():
+            with suppress(ValueError, KeyError, TypeError, RecursionError):
+                steps.append(int(json.loads(line)["step"]))
+    return max(steps)
+
+
+def check_space(config: Config, step: int) -> str | None:
+    """Compare free space with what checkpoints take, by formula. Returns a warning where it is for some of them only.
+
+    Args:
+        step: steps done already.
+
+    Raises:
+        ConfigError: there is no room for one.
+    """
+    folder = checkpoint_dir(config)
+    free, size = shutil.disk_usage(folder).free, BYTES_PER_PARAMETER * total_parameters(config.model)
+    one = f"one checkpoint of this model takes {size / GIB:,.2f} GiB"
+    if free < size:
+        raise ConfigError(
+            f"checkpoint.dir {folder} has {free / GIB:,.2f} GiB free, but {one}: free some space or choose another "
+            "folder"
+        )
+    count = _more_checkpoints(config, step, len(checkpoints(folder)))
+    if free >= count * size:
+        return None
+    return (
+        f"checkpoint.dir {folder} has {free / GIB:,.2f} GiB free, but {one}, and this run writes up to {count} more at "
+        "a time: set checkpoint.keep_last, or free some space"
+    )
+
+
+def _more_checkpoints(config: Config, step: int, there: int) -> int:
+    """How many more there may be at once than there are now; one is written before an older one goes."""
+    section, steps = config.checkpoint, config.training.train_steps - step
+    saves = max(1, -(-steps // section.save_interval)) if section.save_interval else 1
+    return saves if section.keep_last is None else min(saves, max(section.keep_last - there, 0) + 1)

@@ -1,0 +1,271 @@
+"""Tensors of a training state by canonical name, to files and back: PyTorch's distributed checkpoint on safetensors.
+
+Each rank writes the boxes of whole tensors that it owns; any rank of any layout reads the boxes that it needs.
+Nothing is unpickled (docs/decisions/checkpoint-format.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from megatron.core import parallel_state
+from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_crnet.engine.zero import KINDS, Masters, local_shape
+from megatron_crnet.model.weights import Weight
+from megatron_crnet.utils.errors import CheckpointError, describe
+
+BYTES_AT_ONCE = 2**30
+"""Host memory for values on their way from files into DeepSpeed's buffers."""
+
+
+class Box:
+    """A part of a whole tensor.
+
+    Args:
+        tensor: the part.
+        shape: shape of the whole.
+        offsets: where the part lies in it.
+    """
+
+    def __init__(self, tensor: Tensor, shape: tuple[int, ...], offsets: tuple[int, ...]) -> None:
+        self.tensor, self.shape = tensor, torch.Size(shape)
+        self.chunk = ChunkStorageMetadata(torch.Size(offsets), tensor.size())
+
+    def write_item(self, name: str) -> WriteItem:
+        """What is written of the whole tensor `name`."""
+        data = TensorWriteData(self.chunk, TensorProperties.create_from_tensor(self.tensor), self.shape)
+        return WriteItem(MetadataIndex(name, self.chunk.offsets), WriteItemType.SHARD, tensor_data=data)
+
+    def read_items(self, name: str, saved: TensorStorageMetadata | None) -> list[ReadItem]:
+        """What must be read of the whole tensor `name` as it was saved."""
+        if saved is None:
+            raise ValueError(f"{name} is missing")
+        if saved.size != self.shape:
+            raise ValueError(f"{name} has the shape {tuple(saved.size)} instead of {tuple(self.shape)}")
+        return create_read_items_for_chunk_list(name, saved, [self.chunk])
+
+
+class _SavePlanner(DefaultSavePlanner):
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan([box.write_item(name) for name, box in self.state_dict.items()])
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].tensor
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        # the default looks for tensors in nested dictionaries and drops what it does not know
+        self.state_dict = self.original_state_dict = state_dict
+        self.metadata, self.is_coordinator = metadata, is_coordinator
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        saved = self.metadata.state_dict_metadata
+        return LoadPlan(
+            [item for name, box in self.state_dict.items() for item in box.read_items(name, saved.get(name))]
+        )
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].tensor
+
+
+def whole(tensor: Tensor) -> Box:
+    """A tensor that one rank holds alone."""
+    return Box(tensor, tuple(tensor.shape), (0,) * tensor.dim())
+
+
+def _box(weight: Weight, local: Tensor) -> Box:
+    offsets = [0] * len(weight.shape)
+    if weight.shard_dim is not None:
+        offsets[weight.shard_dim] = parallel_state.get_tensor_model_parallel_rank() * local.shape[weight.shard_dim]
+    return Box(local, weight.shape, tuple(offsets))
+
+
+def by_parameter(weights: list[Weight]) -> dict[nn.Parameter, list[Weight]]:
+    """The canonical weights that each parameter holds."""
+    found: dict[nn.Parameter, list[Weight]] = {}
+    for weight in weights:
+        found.setdefault(weight.parameter, []).append(weight)
+    return found
+
+
+def collect(masters: Masters, weights: list[Weight]) -> dict[str, Box]:
+    """Copies in host memory of what this rank will write; a collective call over replicas.
+
+    Every master and moment has one owner among the ranks that hold it, in turn, so that all write alike.
+    """
+    dp_rank, dp_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    tp_rank, tp_size = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
+    boxes, turn = {}, 0
+    for parameter, parts in by_parameter(weights).items():
+        for kind in KINDS:
+            owners: dict[str, int] = {}
+            for weight in parts:
+                turn += 1
+                if weight.shard_dim is not None or turn // dp_size % tp_size == tp_rank:
+                    owners[weight.name] = turn % dp_size
+            values = masters.read(parameter, kind, {*owners.values()})
+            for weight in parts:
+                if values is not None and owners.get(weight.name) == dp_rank:
+                    # a copy, because the values may be a view of a larger tensor
+                    boxes[f"{kind}.{weight.name}"] = _box(weight, weight.local(values).to("cpu", copy=True))
+    return boxes
+
+
+def write(folder: Path, boxes: Mapping[str, Box], group: dist.ProcessGroup) -> list[str]:
+    """Write the boxes of all ranks; a collective call of `group`, which must be a gloo group of all ranks.
+
+    Returns:
+        Names of the files that this rank has written.
+
+    Raises:
+        CheckpointError: some rank cannot write; raised on all of them.
+    """
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    try:
+        planner = _SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        dcp.save(dict(boxes), storage_writer=writer, planner=planner, process_group=group)
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        reason = " ".join(str(cause).split())[:200]
+        raise CheckpointError(
+            f"rank {rank} cannot write into {folder} ({reason}): free some space, correct the permissions or set "
+            "checkpoint.dir; earlier checkpoints are untouched"
+        ) from error
+    mine = f"shard-{dist.get_rank() + 1:05d}-"
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith(mine))
+
+
+class ShardReader(HuggingFaceStorageReader):
+    """Opens the header of each file once, however many loads follow."""
+
+    def __init__(self, path: str, metadata: Metadata | None = None) -> None:
+        super().__init__(path)
+        self._headers = metadata
+
+    def read_metadata(self) -> Metadata:
+        """What all files hold, and where."""
+        if self._headers is None:
+            self._headers = super().read_metadata()
+        return self._headers
+
+
+def shared_reader(folder: Path) -> ShardReader:
+    """A reader whose headers rank 0 has read for all ranks; a collective call.
+
+    Raises:
+        CheckpointError: rank 0 cannot read them; raised on every rank.
+    """
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = ShardReader(str(folder)).read_metadata()
+        except Exception as error:
+            outcome[1] = f"checkpoint {folder} cannot be read ({describe(error)}): use another one"
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise CheckpointError(outcome[1])
+    return ShardReader(str(folder), outcome[0])
+
+
+def read(folder: Path, boxes: Mapping[str, Box], reader: ShardReader | None = None) -> None:
+    """Fill the boxes from the files that any layout has written.
+
+    Args:
+        reader: of this folder, which knows its headers.
+
+    Raises:
+        CheckpointError: a tensor is missing, or has another shape.
+    """
+    try:
+        planner = _LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        reader = reader or ShardReader(str(folder))
+        dcp.load(dict(boxes), storage_reader=reader, planner=planner, no_dist=True)
+    except (CheckpointException, RuntimeError, ValueError, OSError) as error:
+        reason = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        raise CheckpointError(
+            f"checkpoint {folder} does not fit this model ({' '.join(str(reason).split())[:200]}): use the "
+            "configuration that it was written with"
+        ) from error
+
+
+def shapes_of(folder: Path) -> dict[str, torch.Size]:
+    """Shapes of the whole tensors that a checkpoint holds, by name."""
+    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: saved.size for name, saved in found.items() if isinstance(saved, TensorStorageMetadata)}
+
+
+def fill(
+    folder: Path,
+    masters: Masters,
+    weights: list[Weight],
+    steps: int,
+    kinds: Sequence[str] = KINDS,
+) -> None:
+    """Put masters, moments and weights of this rank where DeepSpeed keeps them; a collective call.
+
+    Args:
+        steps: Adam's count of updates.
+        kinds: what is read; the rest is zero.
+    """
+    reader = shared_reader(folder)
+    masters.begin()
+    for parameters in _portions(by_parameter(weights)):
+        values = {p: {kind: torch.zeros(local_shape(p)) for kind in KINDS} for p in parameters}
+        read(
+            folder,
+            {
+                f"{kind}.{weight.name}": _box(weight, weight.local(values[parameter][kind]))
+                for parameter, parts in parameters.items()
+                for weight in parts
+                for kind in kinds
+            },
+            reader,
+        )
+        for parameter, found in values.items():
+            masters.write(parameter, {kind: tensor.to(parameter.device) for kind, tensor in found.items()})
+    masters.finish(steps)
+
+
+def _portions(parameters: dict[nn.Parameter, list[Weight]]) -> Iterator[dict[nn.Parameter, list[Weight]]]:
+    portion: dict[nn.Parameter, list[Weight]] = {}
+    size = 0
+    for parameter, parts in parameters.items():
+        portion[parameter] = parts
+        size += 4 * len(KINDS) * local_shape(parameter).numel()
+        if size >= BYTES_AT_ONCE:
+            yield portion
+            portion, size = {}, 0
+    if portion:
+        yield portion

@@ -1,0 +1,230 @@
+"""Canonical weights in files, a checkpoint's masters or an export's, and what must hold of them.
+
+Everything here is one process without Megatron-Core, DeepSpeed or process groups. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron_crnet.checkpoint.directory import MANIFEST, checkpoints, damage
+from megatron_crnet.config.schema import ModelConfig
+from megatron_crnet.model.reference import ReferenceCRNet
+from megatron_crnet.utils.errors import DataError
+
+Shapes = dict[str, tuple[int, ...]]
+"""Shapes by canonical name."""
+
+MASTER = "master."
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""What weights may be stored as, by the names of safetensors."""
+Cast = Callable[[str, Tensor], Tensor]
+"""A weight, by its name, in the precision in which it is wanted."""
+BYTES_AT_ONCE = 2**30
+"""Host memory for values on their way from one file to another, in bytes."""
+
+
+class WeightSource(ABC):
+    """Files that hold whole canonical weights.
+
+    Attributes:
+        where: what the files are, for messages.
+        shapes: of all weights in them.
+        dtypes: of all weights in them, as the files name them.
+    """
+
+    where: str
+    shapes: Shapes
+    dtypes: dict[str, str]
+
+    @abstractmethod
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The values of some weights."""
+
+    def check(self, wanted: Shapes) -> None:
+        """Compare names, shapes and types with a model's.
+
+        Raises:
+            DataError: a weight is missing, unknown, of another shape or of a type that weights do not have.
+        """
+        for name, shape in wanted.items():
+            if name not in self.shapes:
+                raise DataError(f"{self.where} lacks the weight {name}, which the model has: write all of them again")
+            if self.shapes[name] != shape:
+                raise DataError(
+                    f"{self.where} holds {name} in the shape {self.shapes[name]}, but the model needs {shape}: use the "
+                    "configuration that the weights were made with"
+                )
+        for name in self.shapes:
+            if name not in wanted:
+                raise DataError(
+                    f"{self.where} holds the weight {name}, which the model does not have: use the configuration that "
+                    "the weights were made with"
+                )
+            if (dtype := self.dtypes[name]) not in FLOATS:
+                raise DataError(
+                    f"{self.where} holds {name} as {dtype}, but weights are one of {', '.join(FLOATS)}: give weights "
+                    "that are not quantized"
+                )
+
+    def portions(self, cast: Cast, size: int = BYTES_AT_ONCE) -> Iterator[dict[str, Tensor]]:
+        """All weights as `cast` makes them, in turn, about `size` bytes of fp32 at once.
+
+        Raises:
+            DataError: see `checked`.
+        """
+        names: list[str] = []
+        waiting = 0
+        for name, shape in self.shapes.items():
+            names.append(name)
+            waiting += 4 * torch.Size(shape).numel()
+            if waiting >= size:
+                yield self.checked(names, cast)
+                names, waiting = [], 0
+        if names:
+            yield self.checked(names, cast)
+
+    def checked(self, names: Iterable[str], cast: Cast) -> dict[str, Tensor]:
+        """As `read`, then `cast`, with a look at every value that comes out.
+
+        Raises:
+            DataError: a value is not finite, or a matrix or a norm is zero all over.
+        """
+        found = {}
+        for name, stored in self.read(names).items():
+            tensor = cast(name, stored)
+            after = "" if stored.dtype == tensor.dtype else f" as {str(tensor.dtype).removeprefix('torch.')}"
+            if not tensor.isfinite().all():
+                raise DataError(
+                    f"{self.where} holds values in {name} that are not finite{after}: use weights of a good run"
+                )
+            if tensor.dim() and not tensor.any():
+                raise DataError(
+                    f"{self.where} holds only zeros in {name}{after}: use weights that were trained and written"
+                )
+            found[name] = tensor
+        return found
+
+
+class CheckpointWeights(WeightSource):
+    """The fp32 master weights of a checkpoint, whatever layout has written it."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.where, self._folder = f"checkpoint {checkpoint}", str(checkpoint)
+        try:
+            saved = HuggingFaceStorageReader(self._folder).read_metadata().state_dict_metadata
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{self.where} has no readable weights ({reason}): use another one") from error
+        masters: dict[str, TensorStorageMetadata] = {
+            name.removeprefix(MASTER): about
+            for name, about in sorted(saved.items())
+            if name.startswith(MASTER) and isinstance(about, TensorStorageMetadata)
+        }
+        names = {dtype: name for name, dtype in FLOATS.items()}
+        self.shapes = {name: tuple(about.size) for name, about in masters.items()}
+        self.dtypes = {n: names.get(m.properties.dtype, str(m.properties.dtype)) for n, m in masters.items()}
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """See WeightSource."""
+        # NaN, so that a part which no file holds is found
+        found = {f"{MASTER}{name}": torch.full(self.shapes[name], torch.nan) for name in names}
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is what is meant
+                dcp.load(dict(found), storage_reader=HuggingFaceStorageReader(self._folder), no_dist=True)
+        except (CheckpointException, OSError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{self.where} cannot be read ({reason}): use another one") from error
+        return {name.removeprefix(MASTER): tensor for name, tensor in found.items()}
+
+
+class ExportWeights(WeightSource):
+    """model.safetensors, or the files that its index names."""
+
+    def __init__(self, folder: Path) -> None:
+        self.where = f"export {folder}"
+        self._file_of: dict[str, Path] = {}
+        self.shapes, self.dtypes = {}, {}
+        try:
+            files = _files_of(folder)
+            for file in files:
+                self._look_into(file)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+            raise DataError(f"{self.where} has no readable weights ({error}): export the checkpoint again") from error
+
+    def _look_into(self, file: Path) -> None:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  (not a mapping)
+                if name in self._file_of:
+                    raise ValueError(f"{name} stands in {self._file_of[name].name} and in {file.name}")
+                part: Any = opened.get_slice(name)
+                self._file_of[name], self.shapes[name] = file, tuple(part.get_shape())
+                self.dtypes[name] = part.get_dtype()
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """See WeightSource."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._file_of[name], []).append(name)
+        found = {}
+        for file, wanted in by_file.items():
+            with safe_open(file, framework="pt") as opened:
+                found.update({name: opened.get_tensor(name) for name in wanted})
+        return found
+
+
+def _files_of(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise FileNotFoundError(f"no {WEIGHTS}")
+    files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    for name in files:
+        if name in ("", ".", "..") or Path(name).name != name:
+            raise ValueError(f"{INDEX} names {name!r}, which is not a file of this folder")
+    return [folder / name for name in files]
+
+
+def canonical_shapes(model: ModelConfig) -> Shapes:
+    """Shapes of all weights of a model."""
+    with torch.device("meta"):
+        return {name: tuple(value.shape) for name, value in ReferenceCRNet(model).state_dict().items()}
+
+
+def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
+    """The checkpoint that a user means, and a line on each newer one that is damaged.
+
+    Args:
+        path: a checkpoint, a folder of checkpoints or the folder of a run; of several the newest whole one counts.
+
+    Raises:
+        DataError: there is none.
+    """
+    if (path / MANIFEST).is_file() or (path / "state.json").is_file():
+        problem = damage(path)
+        if problem:
+            raise DataError(f"checkpoint {path} {problem}: use another one")
+        return path, []
+    found = checkpoints(path) or checkpoints(path / "checkpoints")
+    damaged: list[str] = []
+    for checkpoint in reversed(found):
+        if (problem := damage(checkpoint)) is None:
+            return checkpoint, damaged
+        damaged.append(f"checkpoint {checkpoint} {problem}: skipped")
+    if damaged:
+        raise DataError(f"{path} has no whole checkpoint (the oldest {problem}): use another folder")
+    raise DataError(f"{path} holds no checkpoint: give a step_ folder, a folder of them, or the folder of a run")

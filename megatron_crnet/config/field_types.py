@@ -1,0 +1,229 @@
+"""Types of configuration fields: each knows its range, and one message says what breaks it.
+
+A field is annotated with one of these types, for example `lr: Annotated[float, Ge(SMALLEST), Le(1000)]`. Every section
+derives from `Section`, which checks all fields when it is made, whether its values come from YAML, from the command
+line or from Python. A new field needs its type and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import re
+import types
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import AfterValidator, ConfigDict, StringConstraints, TypeAdapter, ValidationError
+
+from megatron_crnet.utils.errors import ConfigError
+
+STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+SMALLEST = 1e-30
+"""Least value of a number that has to be above 0: smaller ones become 0 in fp32."""
+MOST = 2**31 - 1
+"""Largest count: the indices of Megatron-Core and DeepSpeed are signed 32-bit numbers."""
+PART_BYTES, PATH_BYTES = 255, 4095
+"""What Linux's file systems allow for each part of a path and for the whole."""
+
+
+class Rule(str):
+    """Metadata of a type: the words for it in a message, where its structure does not give them."""
+
+
+class Reason(str):
+    """Metadata of a type: why it has no other value and what to do, in place of the rule and the remedy."""
+
+
+def _expanded(path: str) -> str:
+    """`~`, `~user`, `$NAME` and `${NAME}` replaced; ValueError says what cannot be."""
+    found = os.path.expandvars(os.path.expanduser(path))
+    if match := re.search(r"\$(\w+|\{[^}]*\})", found):
+        raise ValueError(f"the environment variable {match[0]} is not set: set it, or write the path out")
+    if re.match(r"~[^/]", path) and found == path:
+        raise ValueError(f"there is no user {path.partition('/')[0][1:]}: write the path out, or ./{path}")
+    size = len(os.fsencode(found))
+    longest = max(len(os.fsencode(part)) for part in found.split("/"))
+    if longest > PART_BYTES or size > PATH_BYTES:
+        raise ValueError(
+            f"a path has at most {PATH_BYTES} bytes and each of its parts at most {PART_BYTES}: give a shorter one"
+        )
+    return found
+
+
+def _no_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("text here holds no NUL character: remove it")
+    return text
+
+
+Count = Annotated[int, Ge(0), Le(MOST)]
+"""A number of things, 0 allowed."""
+PositiveCount = Annotated[int, Ge(1), Le(MOST)]
+"""A number of things, at least one."""
+Parallelism = Annotated[int, Ge(1), Le(65536)]
+"""Ranks along one dimension of parallelism."""
+Positive = Annotated[float, Ge(SMALLEST), Le(1e6)]
+"""A number above 0."""
+NonNegative = Annotated[float, Ge(0), Le(1e6)]
+"""A number from 0."""
+Epsilon = Annotated[float, Ge(SMALLEST), Le(1)]
+"""A small number that keeps a division away from 0."""
+Share = Annotated[float, Ge(0), Le(1)]
+"""A part of a whole."""
+Probability = Annotated[float, Ge(0), Lt(1)]
+"""A part of a whole that is not all of it: dropout, decays of moments."""
+Minutes = Annotated[float, Ge(0.001), Le(525600)]
+"""A span of time above 0 and up to a year."""
+Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
+"""What NumPy and PyTorch both take."""
+Text = Annotated[str, AfterValidator(_no_nul), Rule("text")]
+"""Any text, the empty one too."""
+Name = Annotated[str, StringConstraints(min_length=1), AfterValidator(_no_nul), Rule("text that is not empty")]
+"""Text that is not empty."""
+FilePath = Annotated[
+    str, StringConstraints(min_length=1), AfterValidator(_no_nul), AfterValidator(_expanded), Rule("a path")
+]
+"""A path: `~` and environment variables are replaced."""
+
+
+class Section:
+    """Base of the configuration's sections, `class ModelConfig(Section, name="model")`.
+
+    Raises:
+        ConfigError: a field's value is not of its type.
+    """
+
+    section: ClassVar[str]
+
+    def __init_subclass__(cls, name: str) -> None:
+        cls.section = name
+
+    def __post_init__(self) -> None:
+        """Check every field, and put what its type makes of the value in its place."""
+        made: Any = type(self)
+        hints = types_of(made)
+        for field in dataclasses.fields(made):
+            name, value = f"{self.section}.{field.name}", getattr(self, field.name)
+            object.__setattr__(self, field.name, checked(name, hints[field.name], value, remedy_of(field)))
+
+
+@cache
+def types_of(section: Any) -> dict[str, Any]:
+    """The type of each field, with its ranges."""
+    hints = get_type_hints(section, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(section)}
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind, config=STRICT)
+
+
+def checked(name: str, kind: Any, value: Any, remedy: str = "correct it") -> Any:
+    """The value as its type has it: a whole number for a float becomes one, a path is expanded.
+
+    Raises:
+        ConfigError: it is not of the type.
+    """
+    try:
+        return _adapter(kind).validate_python(value)
+    except ValidationError as error:
+        own = [found["ctx"]["error"] for found in error.errors() if found["type"] == "value_error"]
+        reasons = [note for note in get_args(kind)[1:] if isinstance(note, Reason)]
+        rule = f"{[*reasons, *own, ''][0]}" or f"must be {describe(kind)}: {_near(kind, value) or remedy}"
+        raise ConfigError(f"{name} is {shown(value)}, but {rule}") from error
+
+
+def remedy_of(field: dataclasses.Field[Any]) -> str:
+    """What to do about a value that is wrong: the default is never wrong."""
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if default is dataclasses.MISSING:
+        return "correct it"
+    return f"correct it, or leave it out for {shown(default)}"
+
+
+def _near(kind: Any, value: Any) -> str:
+    choices = [choice for choice in _choices(kind) if isinstance(choice, str)]
+    close = difflib.get_close_matches(value, choices, n=1) if isinstance(value, str) else []
+    return f"did you mean {close[0]}?" if close else ""
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    if get_origin(kind) in (Union, types.UnionType):
+        return tuple(choice for part in get_args(kind) for choice in _choices(part))
+    return ()
+
+
+def is_text(kind: Any) -> bool:
+    """Whether all values are text (or null), so that a YAML scalar such as 2024 is meant as it is written."""
+    if get_origin(kind) is Annotated:
+        return is_text(get_args(kind)[0])
+    if get_origin(kind) in (Union, types.UnionType):
+        parts = [part for part in get_args(kind) if part is not type(None)]
+        return all(is_text(part) for part in parts)
+    return kind is str
+
+
+def takes_null(kind: Any) -> bool:
+    """Whether null is a value of the type."""
+    return get_origin(kind) in (Union, types.UnionType) and type(None) in get_args(kind)
+
+
+def describe(kind: Any) -> str:
+    """The rule of a type in words."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        for note in parts[1:]:
+            if isinstance(note, Rule):
+                return str(note)
+        return describe(parts[0]) + _range(parts[1:])
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(part) for part in parts)
+    if origin is Literal:
+        return ("one of " if len(parts) > 1 else "") + ", ".join(_plain(choice) for choice in parts)
+    if origin is list:
+        return f"a list whose entries are {describe(parts[0])}"
+    if origin is dict:
+        return f"a mapping of {describe(parts[0])} to {describe(parts[1])}"
+    return {int: "an integer", float: "a finite number", bool: "true or false", type(None): "null"}.get(kind, "text")
+
+
+def _range(notes: tuple[Any, ...]) -> str:
+    lower = upper = ""
+    for note in notes:
+        if isinstance(note, Ge):
+            lower = " above 0" if note.ge == SMALLEST else f" from {_number(note.ge)}"
+        elif isinstance(note, Gt):
+            lower = f" above {_number(note.gt)}"
+        elif isinstance(note, Le):
+            upper = f" {'and up ' if 'above' in lower else ''}to {_number(note.le)}"
+        elif isinstance(note, Lt):
+            upper = f" to below {_number(note.lt)}"
+    return lower + upper
+
+
+def _number(value: Any) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else shown(value)
+
+
+def shown(value: Any, limit: int = 80) -> str:
+    """A value in one line of YAML, cut where it is long."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
+    try:
+        text = json.dumps(value, default=repr, ensure_ascii=False)
+    except (ValueError, TypeError, RecursionError):  # one that holds itself, keys that are no names, too deep
+        text = f"a {type(value).__name__}"
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= limit else f"{text[:limit]}..."

@@ -1,0 +1,265 @@
+"""Reads a configuration: YAML files, then `--section.field value` on the command line; writes it back resolved.
+
+Files and command line become one nested mapping, from which `Config` is made: its types and rules say what is wrong, in
+the same words wherever a value stands. Every tool that takes configuration options goes this way (`ConfigParser`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import docstring_parser
+import yaml
+
+from megatron_crnet.config.field_types import FilePath, checked, describe, is_text, shown, types_of
+from megatron_crnet.config.options import ToolParser
+from megatron_crnet.config.positions import resolve_full_rank_layers
+from megatron_crnet.config.schema import Config
+from megatron_crnet.config.validation import sequence_parallel
+from megatron_crnet.utils.errors import ConfigError, require
+from megatron_crnet.utils.files import replace_text
+from megatron_crnet.utils.yaml_files import read_file, read_text
+
+SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+DEEPSPEED = "deepspeed"
+
+Values = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The parsed command line of `pretrain_crnet.py`."""
+
+    config: Config
+    dry_run: bool
+
+
+class ConfigParser(ToolParser):
+    """A command line with options of its own, and `--config FILE` and `--section.field value` of the configuration."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.add_argument(
+            "--config",
+            action="append",
+            default=[],
+            metavar="FILE",
+            help="YAML file; later ones go field by field",
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print and exit with."""
+        raise ConfigError(self.refusal(message))
+
+    def read(self, argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
+        """This parser's own options, and the configuration.
+
+        Raises:
+            ConfigError: an unknown option or key, a value outside its type, or sizes that do not fit.
+        """
+        rest, given = _split(argv)
+        options = self.parse_args(rest)
+        values: Values = {}
+        for path in options.config:
+            _merge_file(values, checked("--config", FilePath, path))
+        for option, value in given:
+            _merge_option(values, option, value)
+        return options, build(values)
+
+    def format_help(self) -> str:
+        """With every field of the configuration; argparse itself reads none of them."""
+        return "\n".join([super().format_help(), *_help_of_fields()])
+
+
+def parse_arguments(argv: Sequence[str]) -> Arguments:
+    """The command line of `pretrain_crnet.py`.
+
+    Raises:
+        ConfigError: an unknown key, a value outside its type, or sizes that do not fit.
+    """
+    parser = ConfigParser(
+        prog="pretrain_crnet.py",
+        description="Pre-train CR-Net. Give a YAML file and override any field as --section.field value.",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
+    options, config = parser.read(argv)
+    return Arguments(config, options.dry_run)
+
+
+def read_config(argv: Sequence[str]) -> Config:
+    """The configuration that a tool's command line defines, without the tool's own options.
+
+    Raises:
+        ConfigError: as `parse_arguments`; `--dry-run` and the like are unknown options here.
+    """
+    return ConfigParser().read(argv)[1]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a YAML file with overrides in command-line form."""
+    return read_config([f"--config={path}", *overrides])
+
+
+def resolved(config: Config) -> dict[str, Any]:
+    """The configuration as plain values, with everything that defaults depend on filled in."""
+    values = dataclasses.asdict(config)
+    model, parallel = config.model, config.parallel
+    values["model"]["full_rank_layers"] = resolve_full_rank_layers(
+        model.variant, model.full_rank_layers, model.num_layers
+    )
+    values["model"]["num_query_groups"] = model.num_query_groups or model.num_attention_heads
+    values["model"]["max_position_embeddings"] = model.max_position_embeddings or config.training.seq_length
+    values["parallel"]["virtual_pipeline_model_parallel_size"] = parallel.virtual_pipeline_model_parallel_size or 1
+    values["parallel"]["sequence_parallel"] = sequence_parallel(parallel)
+    values["checkpoint"]["dir"] = config.checkpoint.dir or str(Path(config.logging.output_dir) / "checkpoints")
+    return values
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration, which `--config` reads back."""
+    replace_text(path, yaml.safe_dump(resolved(config), sort_keys=False))
+
+
+def build(values: Values) -> Config:
+    """The configuration of nested values whose keys exist; a section that says nothing has its defaults."""
+    sections = {name: make(**values.get(name, {})) for name, make in SECTIONS.items() if name != DEEPSPEED}
+    return Config(**sections, deepspeed=values.get(DEEPSPEED, {}))
+
+
+def _fields(section: str) -> dict[str, Any]:
+    return {} if section == DEEPSPEED else types_of(SECTIONS[section])
+
+
+def _wants_text(keys: tuple[str, ...]) -> bool:
+    kinds = _fields(keys[0]) if len(keys) == 2 and keys[0] in SECTIONS else {}
+    return keys[-1] in kinds and is_text(kinds[keys[-1]])
+
+
+def _merge_file(values: Values, path: str) -> None:
+    found = read_file(path, _wants_text)
+    require(
+        found is None or isinstance(found, dict),
+        f"{path} holds no mapping of sections: write sections such as model: and data: in it",
+    )
+    for section, fields in (found or {}).items():
+        _merge_section(values, section, fields, path)
+
+
+def _merge_section(values: Values, section: Any, fields: Any, source: str) -> None:
+    """Lay the fields of a section over what is there; an empty section changes nothing."""
+    require(section in SECTIONS, f"{source}: unknown section {_named(section)}: {_nearest(section, SECTIONS)}")
+    require(
+        fields is None or isinstance(fields, dict),
+        f"{source}: section {section} is {shown(fields)}, but must be a mapping: write its fields",
+    )
+    if section == DEEPSPEED:
+        values[DEEPSPEED] = merged(values.get(DEEPSPEED, {}), fields or {})
+        return
+    known = _fields(section)
+    for key, value in (fields or {}).items():
+        require(key in known, f"{source}: unknown key {section}.{key}: {_nearest(key, known)}")
+        values.setdefault(section, {})[key] = value
+
+
+def _merge_option(values: Values, option: str, text: str) -> None:
+    section, *keys = option[2:].split(".")
+    source = "command line"
+    if section in (DEEPSPEED, "deepspeed_config") and not keys:
+        is_mapping = text.lstrip().startswith("{")
+        found = read_text(text, option) if is_mapping else read_file(checked(option, FilePath, text), _wants_text)
+        require(isinstance(found, dict), f"{option} {text} holds no mapping: give a file with DeepSpeed's settings")
+        _merge_section(values, DEEPSPEED, found, source)
+        return
+    as_written = _wants_text((section, *keys)) and text != "null"
+    value = text if as_written else read_text(text, f"the value of {option}")
+    if len(keys) > 1 and section != DEEPSPEED and keys[0] in _fields(section):
+        base = values.get(section, {}).get(keys[0])
+        value = merged(base if isinstance(base, dict) else {}, _nested(keys[1:], value))
+        keys = keys[:1]
+    _merge_section(values, section, _nested(keys, value), source)
+
+
+def _nested(keys: Sequence[str], value: Any) -> Any:
+    for key in reversed(keys):
+        value = {key: value}
+    return value
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, mapping by mapping; null in `over` takes a key out of `base`."""
+    found = dict(base)
+    for key, value in over.items():
+        laid = value
+        if isinstance(value, dict):
+            below = found.get(key)
+            laid = merged(below if isinstance(below, dict) else {}, value)
+        if laid is None or (laid == {} and value):
+            found.pop(key, None)
+        else:
+            found[key] = laid
+    return found
+
+
+def _named(key: object) -> str:
+    return repr(key) if isinstance(key, str) else shown(key)
+
+
+def _nearest(name: object, known: Any) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"did you mean {close[0]}?" if close else f"choose one of {', '.join(known)}"
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """The command line without the configuration's fields, and these with their values in their order."""
+    rest: list[str] = []
+    given: list[tuple[str, str]] = []
+    words = list(argv)
+    names = [word.partition("=")[0] for word in words]
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        section = name[2:].partition(".")[0]
+        if not name.startswith("--") or not ("." in name or section in SECTIONS or section == "deepspeed_config"):
+            rest.append(word)
+            continue
+        if not equals and words and not words[0].startswith("--"):
+            value = words.pop(0)
+        elif not equals and name == "--deepspeed":
+            _require_deepspeed_file(names)
+            continue
+        elif not equals:
+            raise ConfigError(f"{name} has no value: write {name} VALUE")
+        given.append((name, value))
+    return rest, given
+
+
+def _require_deepspeed_file(names: Sequence[str]) -> None:
+    require(
+        "--deepspeed_config" in names,
+        "--deepspeed has no value, but DeepSpeed is always on here: leave it out, or give its settings as --deepspeed "
+        "FILE, --deepspeed_config FILE or --deepspeed.zero_optimization.stage 1",
+    )
+
+
+def _help_of_fields() -> list[str]:
+    lines = []
+    for name, make in SECTIONS.items():
+        documented = docstring_parser.parse_from_object(make if name != DEEPSPEED else Config)
+        texts = {entry.arg_name: " ".join((entry.description or "").split()) for entry in documented.params}
+        if name == DEEPSPEED:
+            lines += ["deepspeed:", "  --deepspeed FILE, --deepspeed_config FILE, --deepspeed.KEY.KEY VALUE"]
+            lines += [f"      {texts[DEEPSPEED]}", ""]
+            continue
+        lines += [f"{name}: {documented.short_description}"]
+        defaults = make()
+        for key, kind in types_of(make).items():
+            lines += [f"  --{name}.{key} VALUE", f"      {texts.get(key, '')}"]
+            lines += [f"      {describe(kind)}; default {shown(getattr(defaults, key))}"]
+        lines += [""]
+    return lines

@@ -1,0 +1,127 @@
+"""The bridge from this project's configuration to Megatron-Core's `TransformerConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_crnet.config.positions import FULL_RANK, POSITIONS, RankTable, chain_starts, model_ranks
+from megatron_crnet.config.schema import Config
+from megatron_crnet.config.validation import sequence_parallel
+
+DEFAULT_INVERSE_TOLERANCE = {"bf16": 2.0**-4, "fp32": 1e-4}
+
+
+@dataclass
+class CRNetTransformerConfig(TransformerConfig):
+    """Megatron-Core's configuration and what CR-Net adds to it."""
+
+    variant: str = "crnet"
+    """`model.variant`."""
+    ranks: RankTable = field(default_factory=list)
+    """Rank of each position of each layer; FULL_RANK marks full-rank maps."""
+    chain_starts: frozenset[int] = frozenset()
+    """Layers (from 0) that use no output of the layer before."""
+    cross_layer_epsilon: float = 1e-6
+    """eps of s(b) = sign(b)(|b| + eps)."""
+    beta_init: float = 1.0
+    """Initial value of every beta."""
+    cross_layer_fusion: bool = True
+    """The cross-layer residual by Triton's kernels (CUDA only)."""
+    overlap_tp_communication: bool = True
+    """Run the backward's gathers and scatters beside independent products (CUDA only)."""
+
+    recompute_strategy: str = "none"
+    """`recompute.strategy`. (Megatron-Core's own `recompute_*` fields stay unset.)"""
+    recompute_segment_length: int | None = None
+    """Layers in a segment; None chooses."""
+    recompute_keep_attention_output: bool = False
+    """Attention is not computed again."""
+    recompute_inverse_tolerance: float = 0.0
+    """Largest relative error of an output that `inverse` rebuilds."""
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training draws random numbers."""
+        return self.hidden_dropout > 0 or self.attention_dropout > 0
+
+    def has_previous(self, layer: int) -> bool:
+        """Whether layer `layer` (from 0) adds the outputs of the layer before."""
+        return layer not in self.chain_starts
+
+    def has_next(self, layer: int) -> bool:
+        """Whether the layer above uses the outputs of layer `layer`."""
+        return layer + 1 < self.num_layers and self.has_previous(layer + 1)
+
+    def is_full_rank(self, layer: int) -> bool:
+        """Whether layer `layer` holds full-rank maps."""
+        return self.ranks[layer][POSITIONS[0]] == FULL_RANK
+
+    def width(self, position: str) -> int:
+        """h_out of a position, over all tensor-parallel ranks."""
+        if position in ("gate", "up"):
+            return int(self.ffn_hidden_size)
+        if position in ("k", "v"):
+            return int(self.num_query_groups * self.kv_channels)
+        return int(self.hidden_size)
+
+
+def build_transformer_config(config: Config) -> CRNetTransformerConfig:
+    """The Megatron-Core configuration of a run. Weights are drawn by `model/weights.py`, not by Megatron."""
+    model, parallel = config.model, config.parallel
+    vpp = parallel.virtual_pipeline_model_parallel_size
+    dtype = torch.bfloat16 if config.training.dtype == "bf16" else torch.float32
+    return CRNetTransformerConfig(
+        variant=model.variant,
+        ranks=model_ranks(model),
+        chain_starts=frozenset(chain_starts(model)),
+        cross_layer_epsilon=model.cross_layer_epsilon,
+        beta_init=model.beta_init,
+        cross_layer_fusion=config.training.cross_layer_fusion,
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups or model.num_attention_heads,
+        layernorm_epsilon=model.layernorm_epsilon,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        init_method_std=model.init_method_std,
+        perform_initialization=False,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=config.training.dtype == "bf16",
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=vpp if vpp and vpp > 1 else None,
+        sequence_parallel=sequence_parallel(parallel),
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
+        overlap_tp_communication=parallel.overlap_tp_communication,
+        **_recompute_fields(config),
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        deallocate_pipeline_outputs=True,
+        deterministic_mode=config.training.deterministic,
+        batch_p2p_comm=torch.cuda.is_available(),
+    )
+
+
+def _recompute_fields(config: Config) -> dict[str, Any]:
+    recompute = config.recompute
+    tolerance = recompute.inverse_tolerance or DEFAULT_INVERSE_TOLERANCE[config.training.dtype]
+    return {
+        "recompute_strategy": recompute.strategy,
+        "recompute_segment_length": None if recompute.segment_length == "auto" else recompute.segment_length,
+        "recompute_keep_attention_output": recompute.keep_attention_output,
+        "recompute_inverse_tolerance": tolerance,
+    }

@@ -1,0 +1,81 @@
+"""Parameters and useful floating-point operations of the whole model, from formulas.
+
+Symbols: h hidden, f FFN width, L layers, V vocabulary, s sequence, r rank. What one rank holds, does and sends is in
+`estimate.py`.
+"""
+
+from __future__ import annotations
+
+from megatron_crnet.config.positions import FULL_RANK, POSITIONS, chain_starts, model_ranks
+from megatron_crnet.config.schema import ModelConfig
+
+UNUSED_SHARE = 0.05
+"""Share of the parameters from which rows that no token uses are worth a remark; padding to a round number is below."""
+
+
+def position_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(h_in, h_out) of each position."""
+    h, f = model.hidden_size, model.ffn_hidden_size
+    kv = h // model.num_attention_heads * (model.num_query_groups or model.num_attention_heads)
+    return {"q": (h, h), "k": (h, kv), "v": (h, kv), "o": (h, h), "gate": (h, f), "up": (h, f), "down": (f, h)}
+
+
+def linear_parameters(model: ModelConfig, layer: int) -> int:
+    """Weights of the seven linear maps of a layer, without betas: h_in h_out, or r (h_in + h_out)."""
+    shapes, ranks = position_shapes(model), model_ranks(model)[layer]
+    return sum(
+        h_in * h_out if ranks[p] == FULL_RANK else ranks[p] * (h_in + h_out) for p, (h_in, h_out) in shapes.items()
+    )
+
+
+def parameters_by_part(model: ModelConfig) -> dict[str, int]:
+    """Parameter counts of the whole model: embedding, full-rank and low-rank maps, betas, norms, output."""
+    h, layers = model.hidden_size, range(model.num_layers)
+    full = [layer for layer in layers if model_ranks(model)[layer]["q"] == FULL_RANK]
+    return {
+        "embedding": model.vocab_size * h,
+        "full-rank maps": sum(linear_parameters(model, layer) for layer in full),
+        "low-rank maps": sum(linear_parameters(model, layer) for layer in layers if layer not in full),
+        "betas": len(POSITIONS) * (model.num_layers - len(chain_starts(model))),
+        "norms": (2 * model.num_layers + 1) * h,
+        "output layer": model.vocab_size * h,
+    }
+
+
+def total_parameters(model: ModelConfig) -> int:
+    """All parameters, embeddings included."""
+    return sum(parameters_by_part(model).values())
+
+
+def remark_on_unused_rows(model: ModelConfig, tokens: int) -> str:
+    """What rows of embedding and output layer beyond the tokenizer's ids cost; empty where they are few.
+
+    Args:
+        tokens: the tokenizer's largest id plus one. Rows beyond it are never trained on a token.
+    """
+    unused, total = 2 * (model.vocab_size - tokens) * model.hidden_size, total_parameters(model)
+    if unused < UNUSED_SHARE * total:
+        return ""
+    return (
+        f"{unused / 1e6:.1f}M of {total / 1e6:.1f}M parameters ({unused / total:.0%}) are rows of the embedding and "
+        f"the output layer that are never used: model.vocab_size is {model.vocab_size}, the tokenizer's largest id "
+        f"{tokens - 1}"
+    )
+
+
+def flops_per_token(model: ModelConfig, seq_length: float, whole_attention: bool = False) -> float:
+    """Floating-point operations of forward and backward for one token.
+
+    Where attention stays within documents of lengths n, the mean length of a token's document, sum(n^2) / sum(n), takes
+    the place of `seq_length`.
+
+    Two for each weight of a matrix product forward, twice that backward; causal attention counts the half
+    of the s x s products that is needed: 2 s h a layer forward. Element-wise work is left out.
+
+    Args:
+        whole_attention: count all of the s x s products, 4 s h a layer forward (12 L h s in all), as PaLM,
+            torchtitan and nanochat do, to compare utilization with theirs.
+    """
+    linear = sum(linear_parameters(model, layer) for layer in range(model.num_layers))
+    attention = (4 if whole_attention else 2) * seq_length * model.hidden_size * model.num_layers
+    return 3.0 * (2 * (linear + model.hidden_size * model.vocab_size) + attention)

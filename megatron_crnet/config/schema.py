@@ -1,0 +1,315 @@
+"""The whole configuration: one frozen dataclass per section. A field's type knows its range (`config/field_types.py`).
+
+What must hold between the fields is in `config/validation.py`. Field names are Megatron-Core's where it has one; the
+`deepspeed` section is DeepSpeed's own JSON.
+Checks that need the number of ranks live in `config/batch.py`, checks that need the tokenizer in `data/datasets.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Le
+
+from megatron_crnet.config.deepspeed_keys import checked_deepspeed
+from megatron_crnet.config.deepspeed_rules import check_deepspeed
+from megatron_crnet.config.field_types import (
+    SMALLEST,
+    Count,
+    Epsilon,
+    FilePath,
+    Minutes,
+    Name,
+    NonNegative,
+    Parallelism,
+    Positive,
+    PositiveCount,
+    Probability,
+    Rule,
+    Section,
+    Seed,
+    Share,
+    Text,
+    shown,
+)
+from megatron_crnet.config.positions import Rank
+from megatron_crnet.config.validation import check_config
+from megatron_crnet.utils.errors import require
+
+Variant = Literal["crnet", "full_rank", "low_rank", "cola"]
+Layers = Annotated[int, Ge(1), Le(1000)]
+Width = Annotated[int, Ge(1), Le(2**20)]
+LearningRate = Annotated[float, Ge(SMALLEST), Le(1000)]
+DataPaths = Annotated[list[Positive | FilePath], Rule("a list of prefixes, or of a weight above 0 before each prefix")]
+
+Ramp = Annotated[list[PositiveCount], Rule("[start, increment, samples], integers from 1")]
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section, name="model"):
+    """Shape of the decoder-only LLaMA-2 block that CR-Net is built on (arXiv 2509.18993)."""
+
+    variant: Variant = "crnet"
+    """crnet: Y_l = s(beta_l) Y_{l-1} + X_l A_l B_l. low_rank: X A B. cola: B silu(X A) (arXiv
+    2502.10940). full_rank: X W, the plain LLaMA-2."""
+    num_layers: Layers = 8
+    """Transformer layers."""
+    hidden_size: Width = 256
+    """Width h of the residual stream."""
+    ffn_hidden_size: Annotated[int, Ge(1), Le(2**22)] = 688
+    """Width f of the SwiGLU feed-forward network."""
+    num_attention_heads: Parallelism = 8
+    """Query heads; hidden_size must divide by it."""
+    num_query_groups: Parallelism | None = None
+    """Key-value heads (grouped-query attention); null means one for each query head."""
+    vocab_size: Annotated[int, Ge(1), Le(2**24)] = 32000
+    """Rows of the embedding and of the output layer; at least the tokenizer's size."""
+    max_position_embeddings: PositiveCount | None = None
+    """Longest sequence the model is meant for, written into exports; null means training.seq_length."""
+    rank: Rank = 128
+    """Rank r of the low-rank maps: an integer, a list with one for each layer, or a mapping of the
+    positions q, k, v, o, gate, up, down to either."""
+    full_rank_layers: list[Count] | None = None
+    """Layers (from 0) with full-rank weights, which start a new cross-layer chain. null means [0] for
+    crnet, [] for low_rank and cola, all for full_rank."""
+    beta_init: Annotated[float, Ge(-1000), Le(1000)] = 1.0
+    """Initial value of every beta, the coefficient of the previous layer's output."""
+    cross_layer_epsilon: Epsilon = 1e-6
+    """eps of s(b) = sign(b)(|b| + eps), which keeps s away from zero."""
+    layernorm_epsilon: Epsilon = 1e-6
+    """eps of RMSNorm."""
+    rotary_base: Annotated[int, Ge(1), Le(10**12)] = 10000
+    """Base of the rotary position embedding (rotate-half form)."""
+    init_method_std: Annotated[float, Ge(SMALLEST), Le(1000)] = 0.02
+    """Standard deviation of full-rank weights and embeddings; A and B are drawn so that A B has it."""
+    hidden_dropout: Probability = 0.0
+    """Dropout on the embedding, and on the attention and feed-forward outputs before they join the residual stream."""
+    attention_dropout: Probability = 0.0
+    """Dropout on attention probabilities."""
+
+
+@dataclass(frozen=True)
+class DataConfig(Section, name="data"):
+    """Where the tokens come from."""
+
+    data_path: DataPaths = field(default_factory=list)
+    """Prefixes of Megatron .bin/.idx pairs, split by `split`; or weight prefix weight prefix ..., such as
+    [0.3, a, 0.7, b]: a number is a weight, text a prefix."""
+    train_data_path: DataPaths = field(default_factory=list)
+    """As data_path, for training alone; then `split` is not used and data_path must be empty."""
+    valid_data_path: DataPaths = field(default_factory=list)
+    """As data_path, for validation alone."""
+    test_data_path: DataPaths = field(default_factory=list)
+    """As data_path, for the test after the last step alone (training.test_steps)."""
+    split: Name = "969,30,1"
+    """Relative sizes of train, validation and test when they come from the same data_path."""
+    sample_format: Literal["packed", "padded"] = "packed"
+    """packed: documents joined and cut at seq_length (Megatron's GPTDataset). padded: one document a
+    row, truncated or padded, padding not trained on (the papers' protocol)."""
+    reset_attention_mask: bool = False
+    """Packed samples: attention stays within documents, which end with the tokenizer's EOD token. false, Megatron's
+    default: it reaches over the whole sample, as in most published runs (docs/decisions/documents.md)."""
+    reset_position_ids: bool = False
+    """Positions start anew with each document; needs reset_attention_mask. Rotary embeddings are relative, so within
+    documents this changes rounding alone."""
+    eod_mask_loss: bool = False
+    """Packed samples: the token after an EOD, which nothing before it can tell, is not trained. EOD itself is."""
+    tokenizer_type: Literal["sentencepiece", "huggingface"] = "sentencepiece"
+    """How tokenizer_model is read."""
+    tokenizer_model: FilePath | None = None
+    """A SentencePiece .model file, or a folder with a Hugging Face tokenizer."""
+    cache_path: FilePath | None = None
+    """Folder of Megatron's index caches; null means a folder `cache` beside the first .bin."""
+    num_workers: Annotated[int, Ge(0), Le(1024)] = 0
+    """Processes that read ahead, for each rank; 0 reads in the training process."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Section, name="training"):
+    """How long, how much at once, in which precision."""
+
+    train_steps: PositiveCount = 1000
+    """Optimizer steps of the whole run."""
+    micro_batch_size: Annotated[int, Ge(1), Le(2**20)] = 8
+    """Sequences in one forward pass of one rank."""
+    global_batch_size: PositiveCount = 8
+    """Sequences in one optimizer step over all ranks."""
+    rampup_batch_size: Ramp | None = None
+    """[start, increment, samples], as Megatron's: steps begin with `start` sequences and grow by `increment` in equal
+    parts of the first `samples` sequences, until global_batch_size. train_steps counts steps of any size; the learning
+    rate goes by sequences then. null: all steps have global_batch_size."""
+    seq_length: Annotated[int, Ge(1), Le(2**24)] = 256
+    """Tokens in a sequence."""
+    dtype: Literal["bf16", "fp32"] = "fp32"
+    """Precision of weights and activations; master weights, moments and beta stay fp32."""
+    cross_layer_fusion: bool = True
+    """On CUDA, compute the cross-layer residual and its gradients by Triton's kernels, one pass over memory each. false
+    (or no Triton): by PyTorch's operations, which round differently."""
+    deterministic: bool = False
+    """On CUDA, take only operations that give the same bits in each run on the same devices and libraries; slower. On
+    CPUs they do in any case."""
+    seed: Seed = 1234
+    """Seed of the initial weights, of the order of the data and of dropout."""
+    eval_interval: Count = 100
+    """Steps between validations; 0 validates only at the end."""
+    eval_steps: Count = 10
+    """Global batches in one validation; 0 switches validation off."""
+    eval_only: bool = False
+    """Only measure the validation loss, and the test loss if there are such data, of checkpoint.load or else of the
+    run's newest checkpoint: no step, no training state. Printed, and a line of evaluations.jsonl in
+    logging.output_dir."""
+    test_steps: Count | None = None
+    """Global batches of the test after the last step, of data.test_data_path or of the test share of data.split; null
+    means eval_steps where there is enough such data, 0 tests nothing."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(Section, name="optimizer"):
+    """AdamW and the learning rate over time."""
+
+    lr: LearningRate = 1e-3
+    """Peak learning rate."""
+    min_lr_ratio: Share = 0.1
+    """Final learning rate as a share of the peak."""
+    lr_decay_style: Literal["cosine", "wsd", "constant"] = "cosine"
+    """cosine; wsd: warm-up, stable, then a decay over lr_wsd_decay_steps; constant."""
+    lr_warmup_steps: Count = 100
+    """Steps of linear warm-up."""
+    lr_wsd_decay_steps: PositiveCount | None = None
+    """Steps of wsd's final decay; null means a tenth of train_steps."""
+    lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"
+    """Shape of wsd's final decay."""
+    adam_beta1: Probability = 0.9
+    """Decay of the first moment."""
+    adam_beta2: Probability = 0.95
+    """Decay of the second moment."""
+    adam_eps: Epsilon = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Ge(0), Le(1000)] = 0.1
+    """Decoupled weight decay of matrices; beta and norm weights get none."""
+    clip_grad: NonNegative = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig(Section, name="parallel"):
+    """How the model is spread over ranks; what is left over is data parallelism."""
+
+    tensor_model_parallel_size: Parallelism = 1
+    """Ranks that share each layer."""
+    pipeline_model_parallel_size: Parallelism = 1
+    """Groups of layers on different ranks."""
+    virtual_pipeline_model_parallel_size: Parallelism | None = None
+    """Groups of layers on each pipeline rank (interleaved schedule); null or 1 means one."""
+    sequence_parallel: bool | None = None
+    """Shard the residual stream along the sequence; null means on when tensor parallelism is."""
+    num_layers_in_first_pipeline_stage: Layers | None = None
+    """Layers of the first pipeline rank, where layers are not spread evenly."""
+    num_layers_in_last_pipeline_stage: Layers | None = None
+    """Layers of the last pipeline rank, where layers are not spread evenly."""
+    overlap_tp_communication: bool = True
+    """On CUDA, run the gathers and scatters of the low-rank products' backward beside independent work."""
+    distributed_timeout_minutes: Minutes = 10.0
+    """How long a rank waits for its peers before the run is stopped."""
+
+
+@dataclass(frozen=True)
+class RecomputeConfig(Section, name="recompute"):
+    """Activation recomputation."""
+
+    strategy: Literal["none", "replay", "inverse", "full"] = "none"
+    """none keeps every activation. replay keeps low-rank outputs and segment starts and rebuilds the rest, exactly.
+    inverse is the paper's: it divides by s(beta) and is exact to inverse_tolerance. full runs the layers again."""
+    segment_length: Layers | Literal["auto"] = "auto"
+    """Layers in a segment; under inverse, between anchors. auto takes the least memory (inverse: 8)."""
+    keep_attention_output: bool = False
+    """Keep attention's output (not under full) instead of computing it again; worth it for long sequences."""
+    inverse_tolerance: Epsilon | None = None
+    """Relative error up to which rounding may grow on the way down under inverse, by the rule of docs/recompute.md;
+    null means 1/16 in bf16 and 1e-4 in fp32. Anchors are added where it would be passed."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig(Section, name="checkpoint"):
+    """When and where training state is saved."""
+
+    dir: FilePath | None = None
+    """Folder of the checkpoints; null means `checkpoints` inside logging.output_dir."""
+    load: FilePath | None = None
+    """Start a new run, at step 0, from the weights of another run or of an import: a step_ folder, a folder of them
+    (its newest whole one) or a run's folder, written under any layout. A run that has a checkpoint of its own goes on
+    from that."""
+    load_optimizer: bool = False
+    """With `load`: take over the moments and Adam's count of updates as well; false starts with moments of zero."""
+    save_interval: Count = 0
+    """Steps between checkpoints; 0 saves only at the end (and on a signal)."""
+    save_interval_minutes: Annotated[float, Ge(0), Le(525600)] = 0.0
+    """Minutes after the last checkpoint at which the next step is saved, beside save_interval; 0 does not look at
+    the clock."""
+    keep_last: PositiveCount | None = None
+    """Newest checkpoints that are kept: older ones are removed when a new one is whole. null keeps all."""
+    keep_every: PositiveCount | None = None
+    """Checkpoints of steps that are multiples of this are kept for ever, whatever keep_last says."""
+
+
+@dataclass(frozen=True)
+class FaultsConfig(Section, name="faults"):
+    """What happens when a step would do harm: its loss or gradient norm is not finite, or its loss is a spike."""
+
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """stop ends the run with status 3. skip passes over the step's samples without changing a weight, and counts."""
+    spike_deviations: Positive | None = None
+    """A loss is a spike when it is this many standard deviations above the mean of the last spike_window good steps;
+    null takes no finite loss for a spike."""
+    spike_window: Annotated[int, Ge(2), Le(10**6)] = 128
+    """Good steps whose losses are looked at; before there are so many no loss is a spike."""
+    max_skips_in_a_row: Count = 10
+    """Bad steps one after the other that are skipped; one more stops the run."""
+    max_skips: Count = 100
+    """Bad steps that are skipped in the whole run; one more stops it."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig(Section, name="logging"):
+    """What a run leaves behind."""
+
+    output_dir: FilePath = "runs/default"
+    """Folder of metrics.jsonl, config.yaml, TensorBoard files and loss.png."""
+    log_interval: PositiveCount = 10
+    """Steps between metric lines."""
+    wandb_project: Name | None = None
+    """Weights & Biases project; null switches it off."""
+    sample_prompt: Text | None = None
+    """Text that is continued and printed at the end of training; null prints none."""
+    sample_tokens: Annotated[int, Ge(0), Le(2**20)] = 64
+    """Tokens of that continuation."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that defines a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """DeepSpeed's JSON as it stands; keys that the other sections own are refused."""
+
+    def __post_init__(self) -> None:
+        """Check what must hold between fields; each section has checked its own."""
+        for entry in fields(self):
+            section, kind = getattr(self, entry.name), entry.default_factory
+            require(
+                not isinstance(kind, type) or isinstance(section, kind),
+                f"{entry.name} is {shown(section)}, but must be a mapping of its fields: correct it, or leave it out",
+            )
+        object.__setattr__(self, "deepspeed", checked_deepspeed(self.deepspeed))
+        check_config(self)
+        check_deepspeed(self)

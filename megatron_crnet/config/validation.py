@@ -1,0 +1,209 @@
+"""What must hold between the fields of a configuration; messages name value, rule and remedy.
+
+The `deepspeed` section is in `config/deepspeed_rules.py`, `recompute` in `config/recompute_rules.py`; checks that need
+the number of ranks are in `config/batch.py`, those of files and tokenizer in `data/indexed.py`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_crnet.config.field_types import MOST
+from megatron_crnet.config.positions import resolve_full_rank_layers, resolve_ranks
+from megatron_crnet.config.recompute_rules import check_recompute
+from megatron_crnet.utils.errors import require
+
+if TYPE_CHECKING:
+    from megatron_crnet.config.schema import (
+        Config,
+        DataConfig,
+        ModelConfig,
+        OptimizerConfig,
+        ParallelConfig,
+        TrainingConfig,
+    )
+
+
+def check_config(config: Config) -> None:
+    """Every rule of the other sections, in an order in which each may rely on those before it.
+
+    Raises:
+        ConfigError: the first rule that does not hold.
+    """
+    check_model(config.model)
+    check_data(config.data)
+    check_training(config)
+    check_optimizer(config.optimizer, config.training.train_steps)
+    check_parallel(config)
+    check_pipeline(config)
+    check_recompute(config)
+
+
+def check_model(model: ModelConfig) -> None:
+    """The model's sizes agree with each other, and rank resolves to a table."""
+    h, heads = model.hidden_size, model.num_attention_heads
+    require(
+        h % heads == 0,
+        f"model.hidden_size {h} does not divide by model.num_attention_heads {heads}: "
+        f"use hidden_size {h // heads * heads or heads} or {(h // heads + 1) * heads}",
+    )
+    require(
+        (h // heads) % 2 == 0,
+        f"model.hidden_size {h} / num_attention_heads {heads} gives heads of width {h // heads}, but "
+        "rotary embeddings need an even width: change one of the two",
+    )
+    groups = model.num_query_groups or heads
+    require(
+        heads % groups == 0,
+        f"model.num_attention_heads {heads} does not divide by model.num_query_groups {groups}: use a divisor of "
+        f"{heads}",
+    )
+    full = resolve_full_rank_layers(model.variant, model.full_rank_layers, model.num_layers)
+    resolve_ranks(model.rank, model.num_layers, full)
+
+
+def check_data(data: DataConfig) -> None:
+    """What is said of documents makes sense for the kind of samples."""
+    for name in ("reset_attention_mask", "reset_position_ids", "eod_mask_loss"):
+        require(
+            not getattr(data, name) or data.sample_format == "packed",
+            f"data.{name} is true with data.sample_format {data.sample_format}, whose rows hold one document each and "
+            "train nothing behind its end: leave it out",
+        )
+    require(
+        data.reset_attention_mask or not data.reset_position_ids,
+        "data.reset_position_ids is true without data.reset_attention_mask, so attention would reach into earlier "
+        "documents over positions that run backwards: set both or neither",
+    )
+
+
+def check_training(config: Config) -> None:
+    """Lengths and the number of samples that indices can count."""
+    training = config.training
+    for name in ("train_steps", "eval_steps", "test_steps"):
+        steps = getattr(training, name) or 0
+        samples = steps * training.global_batch_size
+        require(
+            samples <= MOST,
+            f"training.{name} {steps} x global_batch_size {training.global_batch_size} is {samples} samples, but the "
+            f"index of a data set holds at most {MOST}: lower one of the two",
+        )
+    check_ramp(training)
+    require(
+        config.checkpoint.load is not None or not config.checkpoint.load_optimizer,
+        "checkpoint.load_optimizer is true, but checkpoint.load names no checkpoint: set it, or leave the first out",
+    )
+    limit = config.model.max_position_embeddings
+    require(
+        limit is None or limit >= training.seq_length,
+        f"model.max_position_embeddings {limit} is below training.seq_length {training.seq_length}: "
+        "raise the first or lower the second",
+    )
+
+
+def check_ramp(training: TrainingConfig) -> None:
+    """A ramp of the batch size ends at the global batch size."""
+    ramp, full = training.rampup_batch_size, training.global_batch_size
+    if ramp is None:
+        return
+    shown = f"training.rampup_batch_size {ramp}"
+    require(len(ramp) == 3, f"{shown} has {len(ramp)} numbers: give [start, increment, samples]")
+    start, increment, _ = ramp
+    require(start <= full, f"{shown} starts above training.global_batch_size {full}: lower the first number")
+    require(
+        (full - start) % increment == 0,
+        f"{shown} does not reach training.global_batch_size {full} from {start} in steps of {increment}: use an "
+        f"increment that divides {full - start}",
+    )
+
+
+def check_optimizer(optimizer: OptimizerConfig, train_steps: int) -> None:
+    """The schedule's parts fit the run."""
+    warmup = optimizer.lr_warmup_steps
+    require(
+        warmup < train_steps,
+        f"optimizer.lr_warmup_steps {warmup} is not below training.train_steps {train_steps}: lower it or train more",
+    )
+    decay = wsd_decay_steps(optimizer, train_steps)
+    require(
+        optimizer.lr_decay_style != "wsd" or warmup + decay <= train_steps,
+        f"optimizer.lr_warmup_steps {warmup} and lr_wsd_decay_steps {decay} are more than training.train_steps "
+        f"{train_steps} together: lower one or train longer",
+    )
+
+
+def wsd_decay_steps(optimizer: OptimizerConfig, train_steps: int) -> int:
+    """Steps of wsd's final decay, the default filled in."""
+    return optimizer.lr_wsd_decay_steps or max(1, train_steps // 10)
+
+
+def check_parallel(config: Config) -> None:
+    """Widths divide by the tensor-parallel size, layers by the pipeline's."""
+    parallel, model = config.parallel, config.model
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    vpp = parallel.virtual_pipeline_model_parallel_size or 1
+    groups = model.num_query_groups or model.num_attention_heads
+    for section, name, value in (
+        ("model", "num_attention_heads", model.num_attention_heads),
+        ("model", "num_query_groups", groups),
+        ("model", "ffn_hidden_size", model.ffn_hidden_size),
+        ("model", "vocab_size", model.vocab_size),
+        ("training", "seq_length", config.training.seq_length),
+    ):
+        if name == "seq_length" and not sequence_parallel(parallel):
+            continue
+        require(
+            value % tp == 0,
+            f"{section}.{name} {value} does not divide by parallel.tensor_model_parallel_size {tp}: "
+            f"use {value // tp * tp or tp} or {(value // tp + 1) * tp}, or another tensor-parallel size",
+        )
+    require(
+        not (parallel.sequence_parallel and tp == 1),
+        "parallel.sequence_parallel is true with tensor_model_parallel_size 1, but there is nobody to share "
+        "the sequence with: leave it out or raise tensor_model_parallel_size",
+    )
+    require(
+        vpp == 1 or pp > 1,
+        f"parallel.virtual_pipeline_model_parallel_size {vpp} needs pipeline_model_parallel_size above 1, "
+        f"not {pp}: raise the second or leave the first out",
+    )
+
+
+def check_pipeline(config: Config) -> None:
+    """Layers can be spread over stages and virtual stages as asked."""
+    parallel, layers = config.parallel, config.model.num_layers
+    pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
+    uneven = {
+        name: value
+        for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+        if (value := getattr(parallel, name)) is not None
+    }
+    for name, value in uneven.items():
+        require(pp > 1, f"parallel.{name} {value} needs pipeline_model_parallel_size above 1, not {pp}: leave it out")
+        require(
+            value % vpp == 0,
+            f"parallel.{name} {value} does not divide by virtual_pipeline_model_parallel_size {vpp}: use "
+            f"{value // vpp * vpp or vpp} or {(value // vpp + 1) * vpp}",
+        )
+    rest, stages = layers - sum(uneven.values()), pp - len(uneven)
+    if stages == 0:
+        require(
+            rest == 0,
+            f"parallel.num_layers_in_first_pipeline_stage and _last_ place {sum(uneven.values())} layers on 2 stages, "
+            f"but model.num_layers is {layers}: make them add up",
+        )
+        return
+    unit = stages * vpp
+    require(
+        rest > 0 and rest % unit == 0,
+        f"model.num_layers {layers} leaves {rest} layers for {stages} pipeline stages of {vpp} virtual ones: use "
+        f"{layers - rest + max(rest // unit, 1) * unit} or {layers - rest + max(rest // unit + 1, 1) * unit} layers, "
+        "or set parallel.num_layers_in_first_pipeline_stage",
+    )
+
+
+def sequence_parallel(parallel: ParallelConfig) -> bool:
+    """Whether the residual stream is sharded along the sequence."""
+    if parallel.sequence_parallel is None:
+        return parallel.tensor_model_parallel_size > 1
+    return parallel.sequence_parallel

@@ -1,0 +1,92 @@
+"""Lets Megatron-Core and DeepSpeed run where there is no CUDA device. The only patches of this project.
+
+Megatron-Core asks `torch.cuda` for the current device, for random states, and builds a few tensors on
+"cuda" by name; its fusions and DeepSpeed's CPU back end bring compilers along that nothing here uses.
+With a CUDA device this module does nothing at all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from megatron_crnet.utils.noise import silence_libraries
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Turns `device="cuda"` into "cpu" (pipeline_parallel/schedules.py creates its counters so)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+_mode: _CudaMeansCpu | None = None
+
+
+def quiet_libraries() -> None:
+    """Tell DeepSpeed where it is before it looks, and keep the messages of `utils/noise.py` out of the log."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
+    silence_libraries()
+
+
+def install() -> None:
+    """Prepare the process before Megatron-Core and DeepSpeed are used; harmless when called again."""
+    global _mode
+    quiet_libraries()
+    if torch.cuda.is_available() or _mode is not None:
+        return
+    cpu = torch.device("cpu")
+    torch.cuda.current_device = lambda: cpu  # type: ignore[assignment, return-value]
+    torch.cuda.synchronize = lambda *_: None
+    torch.cuda.set_device = lambda *_: None
+    torch.cuda.get_rng_state = lambda *_: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *_: torch.set_rng_state(state)
+    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
+    with _without_a_compiler():
+        _install_rng()
+    _skip_shared_memory_operator()
+    _mode = _CudaMeansCpu()
+    _mode.__enter__()
+
+
+@contextmanager
+def _without_a_compiler() -> Iterator[None]:
+    """While Megatron-Core is imported: it gives its fusions to `torch.compile`, which loads for three seconds.
+
+    Nothing here calls them, and on first call they would ask for a C++ compiler.
+    """
+    original = torch.compile
+    torch.compile = _as_it_is  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = original
+
+
+def _as_it_is(function: Any = None, **_: Any) -> Any:
+    return function if function is not None else _as_it_is
+
+
+def _install_rng() -> None:
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+def _skip_shared_memory_operator() -> None:
+    import deepspeed
+
+    # said before DeepSpeed asks, because it would find out by running a compiler for every operator it has
+    deepspeed.ops.__compatible_ops__ = defaultdict(bool)

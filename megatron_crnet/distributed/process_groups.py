@@ -1,0 +1,213 @@
+"""Process groups: one process or many, Megatron-Core's groups, and the view of them that DeepSpeed wants."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_crnet.config.schema import Config
+from megatron_crnet.distributed import cpu_backend
+from megatron_crnet.distributed.consensus import agree_on_configuration
+from megatron_crnet.distributed.launcher import Launch, read_launch
+from megatron_crnet.distributed.rendezvous import shared_store, wait_for_all
+from megatron_crnet.distributed.watchdog import MARGIN_SECONDS, Heartbeat, naming_lost_peers
+from megatron_crnet.utils.errors import require
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """Where this process stands.
+
+    Attributes:
+        rank, world_size: among all processes.
+        dp_rank, dp_size: among the replicas of this part of the model.
+        device: where this rank computes.
+        heartbeat: tells the other ranks where this one stands.
+    """
+
+    rank: int
+    world_size: int
+    dp_rank: int
+    dp_size: int
+    device: torch.device
+    heartbeat: Heartbeat
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """Ranks left over for data parallelism.
+
+    Raises:
+        ConfigError: the world does not divide by the model-parallel size.
+    """
+    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+    require(
+        world_size % (tp * pp) == 0,
+        f"{world_size} processes do not divide by tensor_model_parallel_size {tp} x pipeline_model_parallel_size "
+        f"{pp}: start a multiple of {tp * pp} processes or lower one of the two",
+    )
+    return world_size // (tp * pp)
+
+
+def initialize_parallel(config: Config) -> ParallelContext:
+    """Join the other processes and build Megatron-Core's groups; seeds Megatron's random trackers.
+
+    Raises:
+        ConfigError: ranks have different configurations, or their number does not fit.
+        PeerLostError: another rank died or did not arrive.
+    """
+    device, heartbeat = join_processes(config)
+    with naming_lost_peers(heartbeat, config.parallel.distributed_timeout_minutes):
+        _build_groups(config)
+    seed_random_states(config.training.seed)
+    return ParallelContext(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        device=device,
+        heartbeat=heartbeat,
+    )
+
+
+def _build_groups(config: Config) -> None:
+    data_parallel_size(config, dist.get_world_size())
+    parallel = config.parallel
+    vpp = parallel.virtual_pipeline_model_parallel_size
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=vpp if vpp and vpp > 1 else None,
+        distributed_timeout_minutes=collective_limit(config) / timedelta(minutes=1),
+        create_gloo_process_groups=False,  # second groups on the host, which nothing here uses
+    )
+
+
+def seed_random_states(seed: int) -> None:
+    """Seed dropout: the same on tensor-parallel ranks (Megatron's tracker tells shards apart), else its own."""
+    pp, dp = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_data_parallel_rank()
+    own = (seed + 100 * pp + 100003 * dp) % 2**31
+    torch.manual_seed(own)
+    tensor_parallel.model_parallel_cuda_manual_seed(own)
+
+
+def join_processes(config: Config) -> tuple[torch.device, Heartbeat]:
+    """Meet the other processes that the launcher started, and agree on the configuration.
+
+    Returns:
+        This rank's device, and its heartbeat, which the caller closes.
+
+    Raises:
+        ConfigError: ranks have different configurations.
+        PeerLostError: another rank died or did not arrive.
+    """
+    cpu_backend.install()
+    device = _device()
+    if dist.is_initialized():
+        return device, Heartbeat(dist.HashStore(), dist.get_rank(), dist.get_world_size())
+    return device, _join(config)
+
+
+def shutdown_parallel() -> None:
+    """Leave the groups; safe after an error on this rank alone."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", device_index(read_launch(), torch.cuda.device_count()))
+    torch.cuda.set_device(device)
+    return device
+
+
+def device_index(launch: Launch, devices: int) -> int:
+    """Which of the GPUs that this process sees is its own.
+
+    Raises:
+        ConfigError: none of them, or nothing says which.
+    """
+    index = launch.local_rank or 0
+    if launch.binds_devices and devices == 1:
+        return 0  # srun --gpus-per-task shows each process its own
+    require(
+        launch.local_rank is not None or launch.world_size == 1 or devices == 1,
+        f"LOCAL_RANK is not set, so nothing says which of {devices} GPUs rank {launch.rank} may use: set it to the "
+        "number of the process on its node, or start the processes with tools/launch.py",
+    )
+    require(
+        index < devices,
+        f"LOCAL_RANK is {index}, but this process sees {devices} GPUs: start as many processes on each node as it has "
+        "GPUs, or look at CUDA_VISIBLE_DEVICES",
+    )
+    return index
+
+
+def _join(config: Config) -> Heartbeat:
+    limit, launch = config.parallel.distributed_timeout_minutes, read_launch()
+    launch.export()
+    # else every gloo group opens a socket to every rank, though its calls need a few neighbours
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    store = shared_store(launch, limit)
+    wait_for_all(store, launch.rank, launch.world_size, limit)
+    # a connection of its own: a collective call that waits holds the other one
+    own = store.clone()  # type: ignore[attr-defined]  # missing in the stubs
+    heartbeat = Heartbeat(own, launch.rank, launch.world_size)
+    with naming_lost_peers(heartbeat, limit):
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo",
+            store=dist.PrefixStore("groups", store),
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=collective_limit(config),
+        )
+        agree_on_configuration(config)
+    return heartbeat
+
+
+def collective_limit(config: Config) -> timedelta:
+    """Time limit of collective calls.
+
+    NCCL ends the process at this limit without a word on who is missing: the heartbeat's watch comes before it.
+    """
+    limit = timedelta(minutes=config.parallel.distributed_timeout_minutes)
+    return limit + timedelta(seconds=2 * MARGIN_SECONDS) if torch.cuda.is_available() else limit
+
+
+class MegatronMpu:
+    """Megatron-Core's groups under the names that DeepSpeed asks an `mpu` for."""
+
+    def __getattr__(self, name: str) -> Any:
+        # DeepSpeed's "model parallel" group is tensor x pipeline; its other names are Megatron's own
+        return getattr(parallel_state, name)
+
+    def get_model_parallel_rank(self) -> int:
+        """Rank in the tensor x pipeline group."""
+        return dist.get_rank(parallel_state.get_model_parallel_group())
+
+    def get_model_parallel_world_size(self) -> int:
+        """Size of the tensor x pipeline group."""
+        return dist.get_world_size(parallel_state.get_model_parallel_group())
+
+
+class NormMpu(MegatronMpu):
+    """For `deepspeed.runtime.utils.clip_grad_norm_`, which counts replicated parameters only where this rank is 0.
+
+    That must be the tensor-parallel rank: pipeline stages hold different parameters.
+    """
+
+    def get_model_parallel_rank(self) -> int:
+        """Rank among the ranks that may hold copies of the same parameters."""
+        return int(parallel_state.get_tensor_model_parallel_rank())

@@ -1,0 +1,172 @@
+"""How the processes of a run find each other: a key-value store that one of them, or the launcher, holds.
+
+PyTorch's own start-up (env://) does the same, but prints pages of its C++ stack where a name does not resolve, waits
+for ever for a program that listens without an answer, and cannot say which ranks are missing.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import threading
+import time
+from contextlib import suppress
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from megatron_crnet.distributed.launcher import LOOPBACK, Launch
+from megatron_crnet.distributed.watchdog import REMEDY, ranks_line
+from megatron_crnet.utils.errors import ConfigError, PeerLostError, require
+
+RESOLVING_SECONDS = 10.0
+"""A name may be a little younger than the process that asks for it."""
+LONGEST_PAUSE_SECONDS = 0.5
+OUTCOME, COMPLETE = "start", "complete"
+
+
+def shared_store(launch: Launch, limit_minutes: float) -> dist.Store:
+    """The store of all ranks of this start: torchrun's agent's where it holds one, else rank 0's.
+
+    Raises:
+        ConfigError: MASTER_ADDR does not resolve or is another host's, MASTER_PORT is taken.
+        PeerLostError: nobody answered within the limit.
+    """
+    if launch.world_size == 1:
+        return dist.HashStore()
+    assert launch.address is not None
+    assert launch.port is not None
+    raise_descriptor_limit()
+    deadline = time.monotonic() + 60 * limit_minutes
+    _resolve(launch.address, min(deadline, time.monotonic() + RESOLVING_SECONDS))
+    if launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return _held_here(launch, limit_minutes)
+    where = f"{launch.address}:{launch.port} (MASTER_ADDR:MASTER_PORT)"
+    if not _answers(launch.address, launch.port, deadline):
+        raise PeerLostError(
+            f"rank 0 or the launcher did not answer at {where} within parallel.distributed_timeout_minutes "
+            f"{limit_minutes:g}: {REMEDY}"
+        )
+    store = _connected(launch, deadline)
+    if store is None:
+        raise PeerLostError(
+            f"what answers at {where} is not the store of these ranks: another program may use the port; set "
+            "MASTER_PORT to a free one"
+        )
+    # an agent that starts its ranks again keeps its store, with the keys of the attempt before
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return store if attempt == "0" else dist.PrefixStore(f"attempt {attempt}", store)
+
+
+def raise_descriptor_limit() -> None:
+    """Raise the soft limit of open files to the hard one: rank 0 has a connection to every rank."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _resolve(address: str, deadline: float) -> None:
+    while True:
+        try:
+            socket.getaddrinfo(address, None)
+            return
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() >= deadline:
+                raise ConfigError(
+                    f"MASTER_ADDR {address} does not resolve ({getattr(error, 'strerror', None) or error}): set it to "
+                    "the name or address of the node of rank 0"
+                ) from error
+        time.sleep(0.5)
+
+
+def _held_here(launch: Launch, limit_minutes: float) -> dist.Store:
+    assert launch.address is not None
+    assert launch.port is not None
+    try:
+        store = _tcp_store(LOOPBACK, launch, True, timedelta(minutes=limit_minutes))
+    except dist.DistError as error:
+        raise ConfigError(
+            f"MASTER_PORT {launch.port} cannot be opened on {socket.gethostname()} ({_reason(error)}): set MASTER_PORT "
+            "to a free port"
+        ) from error
+    if not _answers(launch.address, launch.port, time.monotonic() + min(RESOLVING_SECONDS, 60 * limit_minutes)):
+        raise ConfigError(
+            f"MASTER_ADDR {launch.address} does not lead to {socket.gethostname()}, where rank 0 is: set it to the "
+            "name or address of this node"
+        )
+    return store
+
+
+def _tcp_store(address: str, launch: Launch, holds: bool, limit: timedelta) -> dist.Store:
+    assert launch.port is not None
+    # it would wait for the others without a word on who is missing
+    return dist.TCPStore(
+        address, launch.port, launch.world_size, holds, limit, wait_for_workers=False, multi_tenant=True
+    )
+
+
+def _reason(error: dist.DistError) -> str:
+    text = str(error)
+    return "it is in use" if "EADDRINUSE" in text else text.splitlines()[0].partition("message: ")[2] or text[:100]
+
+
+def _answers(address: str, port: int, deadline: float) -> bool:
+    """Whether somebody accepts connections before the deadline."""
+    while (left := deadline - time.monotonic()) > 0:
+        with suppress(OSError), socket.create_connection((address, port), timeout=min(left, RESOLVING_SECONDS)):
+            return True
+        time.sleep(min(left, 0.2))
+    return False
+
+
+def _connected(launch: Launch, deadline: float) -> dist.Store | None:
+    """The store; None if what listens there is none. By a thread, because that may keep a client for ever."""
+    found: list[dist.Store] = []
+    limit = timedelta(seconds=max(deadline - time.monotonic(), 1.0))
+
+    def connect() -> None:
+        with suppress(RuntimeError):
+            found.append(_tcp_store(str(launch.address), launch, False, limit))
+
+    thread = threading.Thread(target=connect, daemon=True, name="store")
+    thread.start()
+    thread.join(limit.total_seconds())
+    return found[0] if found else None
+
+
+def wait_for_all(store: dist.Store, rank: int, world_size: int, limit_minutes: float) -> None:
+    """Note this rank's arrival in the store and wait for that of all others.
+
+    Raises:
+        ConfigError: two processes have the same rank.
+        PeerLostError: names the ranks that have not arrived.
+    """
+    deadline, pause = time.monotonic() + 60 * limit_minutes, 0.01
+    try:
+        if store.add(f"arrived/{rank}", 1) > 1:
+            store.set(OUTCOME, f"two processes have RANK {rank}")
+        # one key to look for, not one of every rank
+        elif store.add("arrived", 1) == world_size:
+            store.set(OUTCOME, COMPLETE)
+        while not store.check([OUTCOME]):
+            if time.monotonic() >= deadline:
+                raise PeerLostError(
+                    f"{_missing(store, world_size)} within parallel.distributed_timeout_minutes {limit_minutes:g}: "
+                    f"{REMEDY}"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS, max(deadline - time.monotonic(), 0.001))
+        outcome = store.get(OUTCOME).decode()
+    except RuntimeError as error:
+        raise PeerLostError(f"rank 0 or the launcher, which holds the ranks' store, is gone: {REMEDY}") from error
+    require(
+        outcome == COMPLETE,
+        f"{outcome}: give each process of a start a rank of its own, and each start a MASTER_PORT of its own",
+    )
+
+
+def _missing(store: dist.Store, world_size: int) -> str:
+    missing = [rank for rank in range(world_size) if not store.check([f"arrived/{rank}"])]
+    return f"{ranks_line(missing)} of {world_size} did not arrive"

@@ -1,0 +1,315 @@
+"""DeepSpeed's engine under Megatron-Core's schedules: who accumulates, who reduces, who divides.
+
+Two ways, by ZeRO stage:
+
+    0, 1   plain autograd accumulates into `.grad` (also through a pipeline); everything is reduced once
+           after the last backward pass
+    2, 3   DeepSpeed's hooks reduce and partition gradients during every backward pass, so the forward pass
+           goes through the engine
+
+Megatron-Core counts micro-batches and DeepSpeed is told 1, or gradients would be divided twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from deepspeed.runtime.activation_checkpointing import checkpointing
+from deepspeed.runtime.utils import clip_grad_norm_
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_grad
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from megatron_crnet.config.deepspeed_rules import offloads_optimizer, zero_stage
+from megatron_crnet.config.deepspeed_settings import deepspeed_config, is_plain
+from megatron_crnet.config.schema import Config
+from megatron_crnet.distributed.consensus import Vote
+from megatron_crnet.distributed.process_groups import MegatronMpu, NormMpu, ParallelContext
+from megatron_crnet.engine.inverse_guard import place_anchors
+from megatron_crnet.engine.optimizer import (
+    ParamGroup,
+    build_adamw,
+    build_scheduler,
+    is_partial,
+    parameter_groups,
+    position,
+)
+from megatron_crnet.engine.schedule import Batch, ScheduledChunk, loss_totals, run_logits, run_schedule
+from megatron_crnet.engine.zero import local_shape
+from megatron_crnet.model.gpt import CRNetModel
+from megatron_crnet.model.linear import LowRankGroup
+from megatron_crnet.recompute.random_states import RandomStates
+from megatron_crnet.utils.noise import without_memory_lines
+
+
+class TrainEngine:
+    """A model on its ranks with its optimizer and schedule.
+
+    Args:
+        chunks: this rank's model chunks.
+    """
+
+    def __init__(self, config: Config, chunks: list[CRNetModel], context: ParallelContext) -> None:
+        self.config, self.chunks, self.context = config, chunks, context
+        self.stage = zero_stage(config)
+        module = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
+        in_fp32: dict[nn.Parameter, Tensor] = {}
+        # an fp32 model is not cast, and DeepSpeed keeps the factory, so these values would stay; stage 3 packs all
+        # parameters into one buffer of one dtype: see _weights_changed
+        if config.training.dtype == "bf16" and self.stage < 3:
+            in_fp32 = {p: p.detach().clone() for p in module.parameters() if p.dtype == torch.float32}
+        elements = sum(parameter.numel() for parameter in module.parameters())
+        settings = deepspeed_config(config, context.dp_size, elements)
+        with without_memory_lines():
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=self._optimizer_factory(in_fp32),
+                model_parameters=parameter_groups(chunks, config.optimizer.weight_decay, partial_apart=self.stage >= 2),
+                config=settings,
+                mpu=MegatronMpu(),
+                dist_init_required=False,
+            )
+        checkpointing.configure(MegatronMpu(), deepspeed_config=settings)
+        self.optimizer = self.deepspeed.optimizer
+        self.added_anchors = 0
+        """Anchors that the guard of `inverse` has added on all pipeline stages."""
+        if self.stage == 0:
+            # DeepSpeed's wrapper has taken a step (with rate 0) to allocate the moments, which counts in Adam's
+            # bias correction
+            self.deepspeed.basic_optimizer.state.clear()
+            for group in self.deepspeed.basic_optimizer.param_groups:
+                group.pop("step", None)  # where Apex's FusedAdam counts
+        self._new_weights()
+        self.scheduler, self._steps = build_scheduler(config, self.optimizer), 0
+        self.last_grad_norm: float | None = None
+        hooked = self.stage >= 2
+        self.scheduled = [
+            ScheduledChunk(
+                chunk,
+                (self.deepspeed if hooked else chunk).__call__,
+                self._accumulating if hooked else None,
+                context.heartbeat.progress,
+            )
+            for chunk in chunks
+        ]
+
+    def _optimizer_factory(
+        self, in_fp32: dict[nn.Parameter, Tensor]
+    ) -> Callable[[list[ParamGroup]], torch.optim.Optimizer]:
+        def factory(groups: list[ParamGroup]) -> torch.optim.Optimizer:
+            # DeepSpeed has just cast every parameter to bf16; beta goes back to fp32 before ZeRO sees it
+            for parameter, value in in_fp32.items():
+                parameter.data = value.to(parameter.device)
+            return build_adamw(groups, self.config.optimizer, on_host=offloads_optimizer(self.config))
+
+        return factory
+
+    def _weights_changed(self) -> None:
+        """What follows from new betas: fp32 copies under bf16 ZeRO-3, anchors under `inverse`. A collective call."""
+        anchored = self.config.recompute.strategy == "inverse"
+        rounded = self.stage == 3 and self.config.training.dtype == "bf16"
+        if not anchored and not rounded:
+            return
+        groups = [group for chunk in self.chunks for group in chunk.modules() if _has_residual(group)]
+        betas = {group: self._exact_beta(group) for group in groups}
+        if rounded:
+            for group, beta in betas.items():
+                group.beta_fp32 = beta
+        if anchored:
+            self.added_anchors = place_anchors([chunk.decoder for chunk in self.chunks], betas, self.context.device)
+
+    def _new_weights(self) -> None:
+        """What follows from weights that no pass of this process has seen."""
+        self._weights_changed()
+        model, recompute = self.config.model, self.config.recompute
+        self._sizes_unknown = recompute.strategy == "inverse" and model.variant == "crnet"
+
+    @torch.no_grad()
+    def look_at_sizes(self, batches: list[Batch]) -> None:
+        """Before the first step under `inverse`: place anchors by the sizes of outputs, from a few micro-batches."""
+        if not self._sizes_unknown:
+            return
+        self.deepspeed.train()
+        with RandomStates.capture().replay():
+            # virtual stages need as many micro-batches as there are stages
+            few = batches[: self.config.parallel.pipeline_model_parallel_size]
+            run_schedule(self.scheduled, few, forward_only=True)
+        self._weights_changed()
+        self._sizes_unknown = False
+
+    def _exact_beta(self, group: LowRankGroup) -> Tensor:
+        assert group.beta is not None
+        return safe_get_full_fp32_param(group.beta) if self.stage == 3 else group.beta.detach()
+
+    @contextmanager
+    def _accumulating(self) -> Iterator[None]:
+        self.deepspeed.set_gradient_accumulation_boundary(False)
+        try:
+            yield
+        finally:
+            self.deepspeed.set_gradient_accumulation_boundary(True)
+
+    def forward_backward(self, batches: list[Batch], tokens: int, vote: Vote | None = None) -> float:
+        """All micro-batches of one step; gradients are left reduced over every group. Returns the mean loss.
+
+        Args:
+            batches: this rank's micro-batches, tensors of [b, s].
+            tokens: trained tokens of the global batch.
+            vote: is counted together with the loss.
+        """
+        results = self.accumulate(batches, tokens)
+        self.context.heartbeat.progress()
+        self.reduce_gradients()
+        loss_sum, count = loss_totals(results, self.context.device, vote)
+        return loss_sum / count if count else math.nan  # a batch without labels is a bad step, not a crash
+
+    def accumulate(self, batches: list[Batch], tokens: int) -> list[dict[str, Tensor]]:
+        """The passes of one step alone; see `forward_backward` and `run_schedule`."""
+        self.look_at_sizes(batches)
+        self.deepspeed.train()
+        checkpointing.reset()  # frees what an abandoned step has left in DeepSpeed's hands
+        self.deepspeed.set_gradient_accumulation_boundary(True)
+        return run_schedule(self.scheduled, batches, tokens=tokens)
+
+    def update(self) -> tuple[float, float]:
+        """Clip, update the weights, advance the schedule. Returns gradient norm and learning rate.
+
+        A gradient norm that is not finite changes no weight and no moment: DeepSpeed drops such gradients.
+        """
+        self.context.heartbeat.progress()
+        lr, plain = self.current_lr, is_plain(self.config)
+        norm = self._clip() if plain else 0.0
+        if math.isfinite(norm):
+            self.deepspeed.step()
+        else:
+            self.deepspeed.zero_grad()
+        self._weights_changed()
+        self._advance_schedule()
+        self.last_grad_norm = norm if plain else float(self.deepspeed.get_global_grad_norm())
+        return self.last_grad_norm, lr
+
+    def discard(self) -> None:
+        """Instead of `update`: drop the gradients and advance the schedule; weights and moments stay as they are.
+
+        Each ZeRO stage keeps gradients in places of its own; what all of them share is that DeepSpeed drops
+        gradients that are not finite, so they are made so: all of them, because in some stages each rank decides by
+        the part that it keeps.
+        """
+        if is_plain(self.config):
+            self.deepspeed.zero_grad()
+        else:
+            self._spoil_gradients()
+            self.deepspeed.step()
+        self._advance_schedule()
+
+    def _spoil_gradients(self) -> None:
+        if self.stage == 1 and self.config.training.dtype == "bf16":
+            # DeepSpeed's setter fails for a parameter that is cut between ranks under this optimizer
+            for gradient in (gradient for group in self.optimizer.fp32_groups_gradients for gradient in group):
+                gradient.fill_(math.nan)
+            return
+        for parameter in self.deepspeed.module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.fill_(math.nan)
+            else:
+                # ZeRO-3 cuts equal parts for all ranks; what the last one has beyond the parameter must stay 0
+                value = torch.full((local_shape(parameter).numel(),), math.nan, device=self.context.device)
+                safe_set_full_grad(parameter, F.pad(value, (0, self.context.dp_size)))
+
+    def _advance_schedule(self, steps: int = 1) -> None:
+        before, self._steps = self._steps, self._steps + steps
+        # the scheduler stands at the step to come
+        self.scheduler.step(position(self.config, self._steps + 1) - position(self.config, before + 1))
+
+    @property
+    def current_lr(self) -> float:
+        """Learning rate of the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def restore_schedule(self, steps: int) -> None:
+        """Put the learning rate, and what follows from loaded weights, where `steps` steps have led.
+
+        A checkpoint brings its own optimizer settings along, in some stages: this run's are put back.
+        """
+        self._new_weights()
+        section = self.config.optimizer
+        for group in self.optimizer.param_groups:
+            group.update(betas=(section.adam_beta1, section.adam_beta2), eps=section.adam_eps)
+        if not is_plain(self.config):
+            self.optimizer.clip_grad = section.clip_grad
+        self.scheduler, self._steps = build_scheduler(self.config, self.optimizer), 0
+        self._advance_schedule(steps)
+
+    @torch.no_grad()
+    def evaluation_losses(self, batches: list[Batch]) -> list[dict[str, Tensor]]:
+        """This rank's losses of one global batch, for `loss_totals`; see `run_schedule`."""
+        self.deepspeed.eval()
+        return run_schedule(self.scheduled, batches, forward_only=True)
+
+    def evaluate(self, batches: list[Batch]) -> tuple[float, float]:
+        """Sum of the loss in nats and number of tokens of one global batch, over all ranks."""
+        return loss_totals(self.evaluation_losses(batches), self.context.device)
+
+    @torch.no_grad()
+    def next_token_logits(self, tokens: list[int]) -> Tensor | None:
+        """Logits [vocabulary] after `tokens` (1 to seq_length); None before the last pipeline stage."""
+        if not tokens:
+            raise ValueError("tokens is empty, but logits follow a token: begin a document with the tokenizer's eod")
+        self.deepspeed.eval()
+        length, device = self.config.training.seq_length, self.context.device
+        # right padding changes nothing under causal attention and keeps the pipeline's shapes fixed
+        padded = torch.tensor(tokens + [0] * (length - len(tokens)), device=device).unsqueeze(0)
+        batch = {"tokens": padded, "position_ids": torch.arange(length, device=device).unsqueeze(0)}
+        copies = self.config.parallel.pipeline_model_parallel_size if len(self.chunks) > 1 else 1
+        return run_logits(self.scheduled, batch, copies, len(tokens) - 1)
+
+    def _clip(self) -> float:
+        limit = self.config.optimizer.clip_grad or float("inf")
+        return float(clip_grad_norm_(self.deepspeed.module.parameters(), limit, mpu=NormMpu()))
+
+    def reduce_gradients(self) -> None:
+        """Sum partial gradients over tensor-parallel ranks and average over replicas, where no hook has."""
+        if parallel_state.get_tensor_model_parallel_world_size() > 1:
+            _sum_over_tensor_parallel(self._partial_gradients())
+        if self.stage == 1 and self.config.training.dtype == "fp32":
+            self.optimizer.reduce_gradients(pipeline_parallel=True)
+        elif self.stage <= 1:
+            self.deepspeed.allreduce_gradients()
+
+    def _partial_gradients(self) -> list[Tensor]:
+        """Gradients that are partial sums over tensor-parallel ranks, wherever DeepSpeed keeps them.
+
+        Under ZeRO 2 and 3 they are averaged and partitioned already; equal partitions lie on the same
+        data-parallel rank of each tensor-parallel rank, so that they can be summed as they are.
+        """
+        if self.stage >= 2:
+            # by group; under ZeRO-3 by sub-group, a piece of a group of at most sub_group_size elements
+            groups = self.optimizer.fp16_groups if self.stage == 3 else self.optimizer.bit16_groups
+            partial = [i for i, parameters in enumerate(groups) if is_partial(parameters[0])]
+            return [gradient for i in partial for gradient in self.optimizer.averaged_gradients[i]]
+        if self.stage == 1 and self.config.training.dtype == "bf16":
+            both = zip(self.optimizer.bf16_groups, self.optimizer.fp32_groups_gradients, strict=True)
+            return [g for pair in both for p, g in zip(*pair, strict=True) if is_partial(p)]
+        parameters = (p for chunk in self.chunks for p in chunk.parameters() if is_partial(p))
+        return [p.grad for p in parameters if p.grad is not None]
+
+
+def _sum_over_tensor_parallel(gradients: list[Tensor]) -> None:
+    """Sum partial gradients over the tensor-parallel group, one call for each dtype."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    for dtype in sorted({gradient.dtype for gradient in gradients}, key=str):
+        same = [gradient for gradient in gradients if gradient.dtype == dtype]
+        flat = torch.cat([gradient.flatten() for gradient in same])
+        dist.all_reduce(flat, group=group)
+        for gradient, reduced in zip(same, flat.split([g.numel() for g in same]), strict=True):
+            gradient.copy_(reduced.view_as(gradient))
+
+
+def _has_residual(module: nn.Module) -> bool:
+    return isinstance(module, LowRankGroup) and module.beta is not None

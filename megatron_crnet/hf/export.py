@@ -1,0 +1,259 @@
+"""Weights out, as a folder that Hugging Face transformers opens, and back into a checkpoint of any layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.serialization import StateDictSplit, split_state_dict_into_shards_factory
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_crnet.checkpoint.directory import (
+    PARTIAL,
+    checkpoint_name,
+    file_entries,
+    point_latest_at,
+    seal,
+    unwritable,
+)
+from megatron_crnet.checkpoint.run_folder import RunFolders, states_in
+from megatron_crnet.checkpoint.train_state import TrainingState
+from megatron_crnet.checkpoint.weight_files import (
+    INDEX,
+    CheckpointWeights,
+    ExportWeights,
+    WeightSource,
+    canonical_shapes,
+)
+from megatron_crnet.config.loading import load_config
+from megatron_crnet.config.schema import Config
+from megatron_crnet.data.tokenizer import Tokenizer, TokenizerKind, check_vocabulary, load_tokenizer
+from megatron_crnet.distributed.consensus import library_versions
+from megatron_crnet.hf.export_config import hugging_face_fields, read_export_config
+from megatron_crnet.hf.export_tokenizer import tokenizer_of, write_tokenizer
+from megatron_crnet.utils.errors import DataError
+from megatron_crnet.utils.files import atomic_folder, exists
+
+CODE = ("configuration_crnet.py", "modeling_crnet.py")
+AUTO_MAP = {
+    "AutoConfig": "configuration_crnet.CRNetConfig",
+    "AutoModel": "modeling_crnet.CRNetModel",
+    "AutoModelForCausalLM": "modeling_crnet.CRNetForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_crnet.CRNetForSequenceClassification",
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Dtype = Literal["fp32", "bf16"]
+PATTERN = "model{suffix}.safetensors"
+
+
+def cast(dtype: Dtype, name: str, tensor: Tensor) -> Tensor:
+    """A weight in the precision of an export: beta is fp32 in all."""
+    return tensor.float() if name.endswith(".beta") else tensor.to(DTYPES[dtype])
+
+
+def saved_config(checkpoint: Path) -> Config:
+    """The configuration that a checkpoint was written with.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if not (checkpoint / "config.yaml").is_file():
+        raise DataError(f"checkpoint {checkpoint} has no config.yaml: use another one")
+    return load_config(checkpoint / "config.yaml")
+
+
+def with_tokenizer(config: Config, path: str) -> Config:
+    """The configuration with another tokenizer: a folder holds Hugging Face's, a file is SentencePiece's."""
+    kind: TokenizerKind = "huggingface" if Path(path).is_dir() else "sentencepiece"
+    return replace(config, data=replace(config.data, tokenizer_type=kind, tokenizer_model=path))
+
+
+def to_hf(
+    checkpoint: Path,
+    out: Path,
+    *,
+    dtype: Dtype = "fp32",
+    tokenizer: str | None = None,
+    shard_size: int | str = "5GB",
+    overwrite: bool = False,
+) -> int:
+    """Write OUT from a whole checkpoint. Host memory holds about one file of weights at a time.
+
+    Args:
+        dtype: of all weights but beta, which stays fp32.
+        tokenizer: path of the tokenizer; None takes the one that the checkpoint's configuration names.
+        shard_size: largest file of weights; more than that are cut, with an index.
+        overwrite: replace an older export.
+
+    Returns:
+        The number of parameters.
+
+    Raises:
+        DataError: OUT exists or cannot be written, the tokenizer is missing, or a weight is missing, unknown, of
+            another shape, not finite or zero all over. Nothing is left behind.
+    """
+    config = saved_config(checkpoint)
+    if tokenizer is not None:
+        config = with_tokenizer(config, tokenizer)
+    source = CheckpointWeights(checkpoint)
+    source.check(canonical_shapes(config.model))
+    if exists(out) and overwrite and not _is_export(out):
+        raise DataError(f"{out} is no export, so --overwrite does not replace it: choose another folder")
+    with atomic_folder(out, overwrite) as folder:
+        for name in CODE:
+            shutil.copyfile(Path(__file__).with_name(name), folder / name)
+        _write_descriptions(config, folder, dtype)
+        _write_weights(source, folder, dtype, shard_size)
+    return sum(torch.Size(shape).numel() for shape in source.shapes.values())
+
+
+def _is_export(folder: Path) -> bool:
+    try:
+        return json.loads((folder / "config.json").read_text())["model_type"] == "crnet"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _write_weights(source: WeightSource, folder: Path, dtype: Dtype, shard_size: int | str) -> None:
+    plan = _plan_files(source, dtype, shard_size)
+    for file, names in plan.filename_to_tensors.items():
+        _save(source.checked(names, partial(cast, dtype)), folder / file)
+        shutil.copymode(folder / CODE[0], folder / file)  # safetensors lets only the owner read
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # of a full disk, too
+        raise DataError(f"cannot write {file} ({error}): free some space or choose another folder") from error
+
+
+def _plan_files(source: WeightSource, dtype: Dtype, shard_size: int | str) -> StateDictSplit:
+    """Which weight goes into which file."""
+    empty = {name: cast(dtype, name, torch.empty(shape, device="meta")) for name, shape in source.shapes.items()}
+    return split_state_dict_into_shards_factory(
+        empty, get_storage_size=lambda tensor: tensor.nbytes, filename_pattern=PATTERN, max_shard_size=shard_size
+    )
+
+
+def _write_descriptions(config: Config, folder: Path, dtype: Dtype) -> None:
+    """config.json, generation_config.json and the tokenizer."""
+    fields = hugging_face_fields(config)
+    tokenizer = _export_tokenizer(config, folder, fields["max_position_embeddings"])
+    ends = {"eos_token_id": tokenizer.eod, "pad_token_id": tokenizer.pad}
+    about = {
+        "architectures": ["CRNetForCausalLM"],
+        "auto_map": AUTO_MAP,
+        "model_type": "crnet",
+        **fields,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        **ends,
+        "dtype": str(DTYPES[dtype]).removeprefix("torch."),
+    }
+    (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
+
+
+def _tokenizer_path(config: Config) -> str:
+    if config.data.tokenizer_model is None:
+        raise DataError("the checkpoint's configuration names no tokenizer: give one with --tokenizer")
+    return config.data.tokenizer_model
+
+
+def named_tokenizer(config: Config) -> Tokenizer:
+    """The tokenizer that a configuration names.
+
+    Raises:
+        DataError: there is none, or it cannot be read.
+        ConfigError: it has more tokens than the model.
+    """
+    tokenizer = load_tokenizer(config.data.tokenizer_type, _tokenizer_path(config))
+    check_vocabulary(tokenizer, config.model.vocab_size)
+    return tokenizer
+
+
+def _export_tokenizer(config: Config, folder: Path, max_length: int) -> Tokenizer:
+    path = _tokenizer_path(config)
+    try:
+        tokenizer = write_tokenizer(config.data.tokenizer_type, path, folder, max_length)
+    except DataError as error:
+        raise DataError(f"{error}, or give another with --tokenizer") from error
+    check_vocabulary(tokenizer, config.model.vocab_size)
+    return tokenizer
+
+
+def from_hf(export: Path, folder: Path, tokenizer: str | None = None) -> Path:
+    """Write an export's weights as a checkpoint of step 0, with moments of zero. Returns it.
+
+    A run with the same model section and `checkpoint.dir FOLDER` continues from it under any layout.
+
+    Args:
+        tokenizer: path of the tokenizer for the run to come; None takes the export's own.
+
+    Raises:
+        DataError: FOLDER holds states of a run or cannot be written, the export's weights are not whole (`to_hf`), or
+            there is no tokenizer. Nothing is left behind.
+        ConfigError: the export's sizes contradict each other, or another process writes FOLDER.
+    """
+    config = read_export_config(export)
+    source = ExportWeights(export)
+    source.check(canonical_shapes(config.model))
+    config = with_tokenizer(config, tokenizer or tokenizer_of(export.resolve())[1])
+    named_tokenizer(config)
+    target = folder / checkpoint_name(0)
+    with RunFolders() as folders, _partial_checkpoint(target) as unfinished:
+        folders.hold("the folder", folder)
+        if left := [name for name in states_in(folder) if name != unfinished.name]:
+            raise DataError(
+                f"{folder} holds {left[0]}, and a run continues from the newest checkpoint: choose another folder"
+            )
+        shutil.rmtree(unfinished, ignore_errors=True)  # of an import that was killed
+        unfinished.mkdir()
+        portions = source.portions(partial(cast, "fp32"))
+        names = [_write_masters(unfinished, i, weights) for i, weights in enumerate(portions, start=1)]
+        seal(unfinished, target, config, _fresh_state(), file_entries(unfinished, names))
+        point_latest_at(target)
+    return target
+
+
+@contextmanager
+def _partial_checkpoint(target: Path) -> Iterator[Path]:
+    unfinished = target.with_name(f"{PARTIAL}{target.name}")
+    try:
+        yield unfinished
+    except OSError as error:
+        raise DataError(str(unwritable(target.parent, error))) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_masters(folder: Path, number: int, weights: dict[str, Tensor]) -> str:
+    """One file as a rank would write it that owns these weights whole. Returns its name."""
+    name = f"shard-{number:05d}-model-00001-of-00001.safetensors"
+    masters = {f"master.{n}": tensor for n, tensor in weights.items()}
+    moments = {f"{kind}.{n}": torch.zeros(t.shape) for kind in ("exp_avg", "exp_avg_sq") for n, t in weights.items()}
+    _save({**masters, **moments}, folder / name)
+    return name
+
+
+def _fresh_state() -> dict[str, Any]:
+    """state.json before the first step. No rank's random state is in the files: the layout is nobody's."""
+    return {
+        **asdict(TrainingState()),
+        "adam_steps": 0,
+        "layout": {"imported_from": "a Hugging Face export"},
+        "versions": library_versions(),
+    }

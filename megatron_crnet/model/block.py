@@ -1,0 +1,161 @@
+"""The layers of one pipeline stage, and the packed tensor that crosses to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.utils import get_pg_rank, make_viewless_tensor
+from torch import Tensor
+
+from megatron_crnet.config.megatron import CRNetTransformerConfig
+from megatron_crnet.data.documents import PackedDocuments
+from megatron_crnet.model.layer import LayerOutputs, layer_spec
+from megatron_crnet.model.norm import CRNetNorm
+from megatron_crnet.recompute.planner import micro_batches_in_flight, plan_inverse, plan_segments
+from megatron_crnet.recompute.segment import SegmentRun
+from megatron_crnet.recompute.storage import ActivationStore
+
+
+def boundary_widths(config: CRNetTransformerConfig, layer: int) -> list[int]:
+    """Widths, per local sequence position, of what layer `layer` (from 0) receives from the one below.
+
+    The hidden state, then the seven outputs unless the layer starts a chain. A tensor [s, b, w/t] holds as
+    many elements as [s/t, b, w], so with sequence parallelism every part is counted in the second form.
+    """
+    h, t = config.hidden_size, config.tensor_model_parallel_size
+    if not config.has_previous(layer):
+        return [h]
+    shard = 1 if config.sequence_parallel else t
+    sharded = {p: config.width(p) // shard for p in ("q", "k", "v", "gate", "up")}
+    return [h, *(sharded.get(position, h) for position in LayerOutputs._fields)]
+
+
+def interleaved_width(config: CRNetTransformerConfig) -> int | None:
+    """Width of every boundary under virtual stages, whose schedule knows only one; None without them.
+
+    Megatron-Core can send each shape ahead (`variable_seq_lengths`), but mixes the shapes up where the next
+    and the previous rank are the same; a boundary that needs less is padded instead.
+    """
+    pp, vpp = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
+    if vpp is None:
+        return None
+    firsts = [get_transformer_layer_offset(config, chunk, rank) for chunk in range(vpp) for rank in range(pp)]
+    return max(sum(boundary_widths(config, layer)) for layer in firsts if layer > 0)
+
+
+def pack(hidden_states: Tensor, outputs: LayerOutputs | None, width: int | None = None) -> Tensor:
+    """One fresh tensor [s/t, b, sum of boundary widths] from the hidden state [s/t, b, h] and the outputs.
+
+    Args:
+        width: pad a hidden state alone to this width.
+    """
+    if outputs is None:
+        return F.pad(hidden_states, (0, (width or hidden_states.shape[-1]) - hidden_states.shape[-1]))
+    flat = torch.cat([hidden_states.flatten(), *(y.flatten() for y in outputs)])
+    packed = flat.view(*hidden_states.shape[:2], -1)
+    # the schedule frees a sent tensor's storage, which it refuses to do for a view
+    return make_viewless_tensor(packed, requires_grad=packed.requires_grad, keep_graph=True)
+
+
+def unpack(packed: Tensor, config: CRNetTransformerConfig, layer: int) -> tuple[Tensor, LayerOutputs | None]:
+    """The inverse of `pack` for a stage whose first layer is `layer` (from 0); views, no copies."""
+    widths = boundary_widths(config, layer)
+    if len(widths) == 1:
+        return packed[..., : widths[0]], None
+    local, b = packed.shape[:2]
+    parts = packed.flatten().split([local * b * width for width in widths])
+    full = local * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
+    lengths = {"o": local, "down": local}
+    outputs = [
+        part.view(lengths.get(position, full), b, -1)
+        for position, part in zip(LayerOutputs._fields, parts[1:], strict=True)
+    ]
+    return parts[0].view(local, b, -1), LayerOutputs(*outputs)
+
+
+class CRNetTransformerBlock(TransformerBlock):
+    """Megatron-Core's block with the cross-layer path threaded through layers and pipeline stages."""
+
+    config: CRNetTransformerConfig
+    input_tensor: Tensor | None
+
+    def __init__(self, config: CRNetTransformerConfig, vp_stage: int | None, pg_collection: Any, **kwargs: Any) -> None:
+        pp_rank = get_pg_rank(pg_collection.pp)
+        count = get_num_layers_to_build(config, vp_stage, pp_rank)
+        self.first_layer = get_transformer_layer_offset(config, vp_stage, pp_rank)
+        submodules = TransformerBlockSubmodules(layer_specs=[layer_spec()] * count, layer_norm=CRNetNorm)
+        super().__init__(config, submodules, vp_stage=vp_stage, pg_collection=pg_collection, **kwargs)
+        self.segments: list[range] = []
+        """Layers (from 0 over the whole model) that are recomputed together; empty without recomputation."""
+        self.growth: dict[int, Tensor] = {}
+        """|Y_l| / |Y_{l-1}| of the seven positions by layer under `inverse`: largest of all tokens since emptied."""
+        self.store = ActivationStore(config)
+        if config.recompute_strategy in ("replay", "full"):
+            self.segments = plan_segments(config, self.layer_range, micro_batches_in_flight(config, pp_rank))
+
+    @property
+    def layer_range(self) -> range:
+        """Numbers of this chunk's layers, from 0 over the whole model."""
+        return range(self.first_layer, self.first_layer + len(self.layers))
+
+    def place_anchors(self, scales: Mapping[int, Tensor], growth: Mapping[int, Tensor]) -> int:
+        """Cut the layers for `inverse` (arguments: `plan_inverse`). Returns how many anchors the guard has added."""
+        self.segments, added = plan_inverse(self.config, self.layer_range, scales, growth)
+        return added
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rotary_pos_emb: Tensor | None = None,
+        documents: PackedDocuments | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """hidden_states: [s/t, b, h]; a later pipeline stage takes the packed `input_tensor` instead.
+
+        Returns the final hidden state on the last stage, the packed boundary tensor elsewhere.
+        """
+        context: LayerOutputs | None = None
+        if not self.pre_process:
+            assert self.input_tensor is not None, "a schedule hands over what the stage before has sent"
+            hidden_states, context = unpack(self.input_tensor, self.config, self.first_layer)
+            self.input_tensor = None  # the graph holds it until backward; here it would stay, with its gradient
+        hidden_states = make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True)
+        if documents is not None:
+            assert rotary_pos_emb is not None, "positions are rotary here"
+            documents = documents.rotated_by(rotary_pos_emb, hidden_states.dtype)
+        shared = {"rotary_pos_emb": rotary_pos_emb, "documents": documents}
+        parallel_random = self.config.sequence_parallel and self.config.has_dropout
+        with tensor_parallel.get_cuda_rng_tracker().fork() if parallel_random else nullcontext():
+            if self.segments and self.training:
+                hidden_states, context = self._recomputed(hidden_states, context, shared)
+            else:
+                for layer in self.layers:
+                    hidden_states, context = layer(hidden_states, context=context, **shared)
+        if self.final_layernorm is not None:
+            return self.final_layernorm(hidden_states)
+        return pack(hidden_states, context, interleaved_width(self.config))
+
+    def _recomputed(
+        self, hidden_states: Tensor, context: LayerOutputs | None, shared: Mapping[str, Any]
+    ) -> tuple[Tensor, LayerOutputs | None]:
+        below: SegmentRun | None = None
+        for segment in self.segments:
+            layers = [self.layers[number - self.first_layer] for number in segment]
+            last = segment is self.segments[-1]
+            run = SegmentRun(self.config, layers, self.store, shared, last, self.growth)
+            hidden_states, context = run(hidden_states, context)
+            if below is not None and below.passes_on:
+                below.end = run.start
+            below = run
+        return hidden_states, context

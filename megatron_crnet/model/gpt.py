@@ -1,0 +1,95 @@
+"""The language model: Megatron-Core's `GPTModel` with CR-Net's block as its decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor
+
+from megatron_crnet.config.megatron import CRNetTransformerConfig, build_transformer_config
+from megatron_crnet.config.schema import Config
+from megatron_crnet.data.documents import documents_of
+from megatron_crnet.model.block import CRNetTransformerBlock
+from megatron_crnet.model.weights import initialize, mark_tensor_parallel
+
+
+class CRNetModel(GPTModel):
+    """Embedding, RoPE, output layer and vocabulary-parallel cross-entropy are Megatron-Core's own.
+
+    Args:
+        vocab_size: rows of the embedding, divisible by the tensor-parallel size.
+        max_sequence_length: longest sequence, in tokens.
+        vp_stage: virtual pipeline stage of this chunk; None without virtual stages.
+    """
+
+    def __init__(
+        self,
+        config: CRNetTransformerConfig,
+        vocab_size: int,
+        max_sequence_length: int,
+        rotary_base: int,
+        vp_stage: int | None = None,
+    ) -> None:
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+        stage: dict[str, Any] = {"pre_process": first, "post_process": last, "vp_stage": vp_stage}
+        super().__init__(
+            config=config,
+            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[]),
+            vocab_size=vocab_size,
+            max_sequence_length=max_sequence_length,
+            position_embedding_type="rope",
+            rotary_base=rotary_base,
+            pg_collection=groups,
+            **stage,
+        )
+        # GPTModel hard-codes TransformerBlock; an empty one is replaced
+        self.decoder = CRNetTransformerBlock(config=config, pg_collection=groups, **stage)
+        mark_tensor_parallel(self)
+
+    def token_losses(self, batch: dict[str, Tensor]) -> Tensor:
+        """Cross-entropy in nats of every token, [b, s], on the last stage; the boundary tensor elsewhere.
+
+        Args:
+            batch: tokens, labels, position_ids, each [b, s]; and what `call_model` knows.
+        """
+        return call_model(self, batch)
+
+
+def call_model(call: Callable[..., Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+    """What `CRNetModel.forward` returns for a micro-batch, within its documents if it names them.
+
+    Args:
+        call: the model, or what wraps it.
+        batch: tokens, position_ids, and for losses labels, each [b, s]; `document_lengths` (`data/documents.py`)
+            or not.
+    """
+    documents = documents_of(batch)
+    # Megatron-Core's way of handing the block something of one's own
+    extra = {} if documents is None else {"extra_block_kwargs": {"documents": documents}}
+    return call(batch["tokens"], batch["position_ids"], None, labels=batch.get("labels"), **extra)
+
+
+def build_model_chunks(config: Config) -> list[CRNetModel]:
+    """This rank's part of the model: one chunk, or one for each virtual pipeline stage, initialized."""
+    transformer = build_transformer_config(config)
+    chunks = config.parallel.virtual_pipeline_model_parallel_size or 1
+    models = [
+        CRNetModel(
+            transformer,
+            config.model.vocab_size,
+            config.model.max_position_embeddings or config.training.seq_length,
+            config.model.rotary_base,
+            vp_stage=chunk if chunks > 1 else None,
+        )
+        for chunk in range(chunks)
+    ]
+    for model in models:
+        initialize(model, config.training.seed)
+    return models

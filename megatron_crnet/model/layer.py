@@ -1,0 +1,164 @@
+"""One transformer layer: takes the previous layer's seven linear outputs and returns its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_layer import BaseTransformerLayer, get_transformer_layer_offset
+from megatron.core.utils import get_pg_rank
+from torch import Tensor
+
+from megatron_crnet.config.megatron import CRNetTransformerConfig
+from megatron_crnet.data.documents import PackedDocuments
+from megatron_crnet.model.attention import SDPACoreAttention
+from megatron_crnet.model.linear import build_group
+from megatron_crnet.model.norm import CRNetNorm
+from megatron_crnet.recompute.memory import GroupMemory, LayerMemory
+
+
+class LayerOutputs(NamedTuple):
+    """The linear outputs Y^P of a layer, before RoPE, before SiLU.
+
+    q, k, v, gate, up: [s, b, h_out/t]; o, down: [s/t, b, h] with sequence parallelism, [s, b, h] without.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+@dataclass
+class CRNetLayerSubmodules:
+    """What a layer is built from."""
+
+    norm: type = CRNetNorm
+    core_attention: ModuleSpec | type = SDPACoreAttention
+
+
+class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
+    """Attention and SwiGLU with RMSNorm before each, LLaMA-2 style.
+
+    Args:
+        layer_number: number of the layer on its pipeline stage, from 1 (as Megatron-Core counts).
+    """
+
+    def __init__(
+        self,
+        config: CRNetTransformerConfig,
+        submodules: CRNetLayerSubmodules,
+        layer_number: int = 1,
+        pg_collection: ProcessGroupCollection | None = None,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        self.layer_number = layer_number + get_transformer_layer_offset(config, vp_stage, get_pg_rank(groups.pp))
+        layer = self.index = self.layer_number - 1
+        self.returns_outputs = config.has_next(layer)
+        norm = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
+        self.input_layernorm = submodules.norm(**norm)
+        self.linear_qkv = build_group(config, "qkv", groups, layer)
+        self.core_attention = build_module(submodules.core_attention, config=config, layer_number=self.layer_number)
+        self.linear_o = build_group(config, "o", groups, layer)
+        self.pre_mlp_layernorm = submodules.norm(**norm)
+        self.linear_gate_up = build_group(config, "gate_up", groups, layer)
+        self.linear_down = build_group(config, "down", groups, layer)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        context: LayerOutputs | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        memory: LayerMemory | None = None,
+        documents: PackedDocuments | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, LayerOutputs | None]:
+        """hidden_states: [s/t, b, h] with sequence parallelism, [s, b, h] without.
+
+        `context` (Megatron-Core's name for what a block threads through its layers) holds the outputs of the
+        layer below, None where a chain starts. Returns the residual stream and this layer's outputs, None
+        where the layer above does not use them. With `memory` the call is recorded there, or repeated from
+        there, and the outputs are returned in any case (`recompute/segment.py`). With `documents`, attention and
+        positions stay within them.
+        """
+        y, m = context, memory.groups if memory else {}
+        normed = self.input_layernorm(hidden_states)
+        q, k, v = self.linear_qkv(normed, (y.q, y.k, y.v) if y else None, m.get("qkv"))
+        attention = self.attention(q, k, v, rotary_pos_emb, memory, documents)
+        (o,) = self.linear_o(attention, (y.o,) if y else None, m.get("o"))
+        hidden_states = hidden_states + self._dropout(o, "o", memory)
+        normed = self.pre_mlp_layernorm(hidden_states)
+        gate, up = self.linear_gate_up(normed, (y.gate, y.up) if y else None, m.get("gate_up"))
+        (down,) = self.linear_down(F.silu(gate) * up, (y.down,) if y else None, m.get("down"))
+        hidden_states = hidden_states + self._dropout(down, "down", memory)
+        outputs = LayerOutputs(q, k, v, o, gate, up, down)
+        return hidden_states, outputs if self.returns_outputs or memory else None
+
+    def rebuild(
+        self, hidden_states: Tensor, context: LayerOutputs | None, memory: LayerMemory
+    ) -> tuple[Tensor, LayerOutputs | None]:
+        """What `forward` returned, from the low-rank outputs in `memory`: the same operations, the same bits.
+
+        Only the products with B and the additions are done. Where no chain passes, only those that lead to the
+        residual stream, and None stands for the outputs.
+        """
+        y, m = context, memory.groups
+        if y is None and not self.returns_outputs:
+            outputs = None
+            m["o"].outputs = o, = self.linear_o(None, None, m["o"])  # fmt: skip
+            m["down"].outputs = down, = self.linear_down(None, None, m["down"])  # fmt: skip
+        else:
+            outputs = LayerOutputs(*self._each_group(m, y, below=False))
+            memory.know(outputs)
+            o, down = outputs.o, outputs.down
+        hidden_states = hidden_states + self._dropout(o, "o", memory)
+        return hidden_states + self._dropout(down, "down", memory), outputs
+
+    def outputs_below(self, outputs: LayerOutputs, memory: LayerMemory) -> LayerOutputs:
+        """The outputs one layer below, from this layer's, to rounding (`low_rank_outputs_below`)."""
+        return LayerOutputs(*self._each_group(memory.groups, outputs, below=True))
+
+    def _each_group(self, groups: dict[str, GroupMemory], y: LayerOutputs | None, *, below: bool) -> Iterator[Tensor]:
+        yield from self.linear_qkv(None, (y.q, y.k, y.v) if y else None, groups["qkv"], below=below)
+        yield from self.linear_o(None, (y.o,) if y else None, groups["o"], below=below)
+        yield from self.linear_gate_up(None, (y.gate, y.up) if y else None, groups["gate_up"], below=below)
+        yield from self.linear_down(None, (y.down,) if y else None, groups["down"], below=below)
+
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary_pos_emb: Tensor | None,
+        memory: LayerMemory | None = None,
+        documents: PackedDocuments | None = None,
+    ) -> Tensor:
+        """Self-attention of the local heads; q, k, v: [s, b, local width]. Returns [s, b, h/t]."""
+        q, k, v = (x.unflatten(-1, (-1, self.config.kv_channels)) for x in (q, k, v))
+        if documents is not None:
+            q, k = documents.rotate(q), documents.rotate(k)
+        elif rotary_pos_emb is not None:
+            q = apply_rotary_pos_emb(q, rotary_pos_emb, config=self.config)
+            k = apply_rotary_pos_emb(k, rotary_pos_emb, config=self.config)
+        return self.core_attention(q, k, v, memory, documents)
+
+    def _dropout(self, x: Tensor, point: str, memory: LayerMemory | None) -> Tensor:
+        with memory.drawing(point) if memory else nullcontext():
+            return F.dropout(x, p=self.config.hidden_dropout, training=self.training)
+
+
+def layer_spec() -> ModuleSpec:
+    """The spec that a block fans out over its layers."""
+    return ModuleSpec(module=CRNetTransformerLayer, submodules=CRNetLayerSubmodules())

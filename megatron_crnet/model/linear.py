@@ -1,0 +1,276 @@
+"""The linear maps of a layer, grouped by their common input: {q, k, v}, {o}, {gate, up}, {down}.
+
+A group multiplies its input once by all its A (one fused product), and the r-wide result by each B. Under
+tensor parallelism only those r-wide results travel (docs/parallelism.md, "the 7r layout"):
+
+    column groups (qkv, gate_up)   A replicated, z gathered along the sequence, B split over h_out
+    row groups (o, down)           A split over h_in, z reduce-scattered along the sequence, B replicated
+
+Shapes: s sequence, b batch, t tensor-parallel size; with sequence parallelism the input of a column group
+and the output of a row group are [s/t, b, .], without it [s, b, .].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from torch import Tensor, nn
+
+from megatron_crnet.config.megatron import CRNetTransformerConfig
+from megatron_crnet.model.input_product import Reduction, input_product
+from megatron_crnet.model.lowrank import (
+    ProductOptions,
+    low_rank_outputs,
+    low_rank_outputs_below,
+)
+from megatron_crnet.model.reference import signed_scale
+from megatron_crnet.model.residual import choose_residual
+from megatron_crnet.model.sequence_shards import gather_sequence
+from megatron_crnet.recompute.memory import GroupMemory
+from megatron_crnet.recompute.saved_subgraph import Fragment
+
+Outputs = tuple[Tensor, ...]
+
+GROUPS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
+ROW_GROUPS = ("o", "down")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where a canonical weight lives on this rank.
+
+    Attributes:
+        position: q, k, v, o, gate, up or down.
+        suffix: `weight`, `a.weight`, `b.weight` or `beta`, as in the exported names.
+        parameter: the local parameter that holds the shard.
+        index: the part of `parameter` that is this weight's shard.
+        shape: shape of the whole weight.
+        shard_dim: dimension that is split over tensor-parallel ranks; None for a replicated weight.
+    """
+
+    position: str
+    suffix: str
+    parameter: nn.Parameter
+    index: tuple[Any, ...]
+    shape: tuple[int, ...]
+    shard_dim: int | None
+
+
+class LinearGroup(nn.Module):
+    """Base of both kinds: which positions, their widths, and whether the group is a row group."""
+
+    def __init__(self, config: CRNetTransformerConfig, group: str, pg_collection: ProcessGroupCollection) -> None:
+        super().__init__()
+        self.config = config
+        self.group = group
+        self.positions = GROUPS[group]
+        self.is_row = group in ROW_GROUPS
+        self.tp_group = pg_collection.tp
+        self.tp_size = config.tensor_model_parallel_size
+        self.h_in = int(config.ffn_hidden_size if group == "down" else config.hidden_size)
+        self.h_out = [config.width(position) for position in self.positions]
+        shards = 1 if self.is_row else self.tp_size
+        self.local_out = [width // shards for width in self.h_out]
+
+    def forward(self, x: Tensor | None, previous: Outputs | None, memory: GroupMemory | None = None) -> Outputs:
+        """One output for each position. `previous` holds the same positions one layer below, or is None.
+
+        `memory` makes the call part of a recomputation: empty, it is filled; filled, what it holds is not computed
+        again.
+        """
+        raise NotImplementedError
+
+    def pieces(self) -> Iterator[Piece]:
+        """Every canonical weight of the group."""
+        raise NotImplementedError
+
+
+class FullRankGroup(LinearGroup):
+    """Full-rank maps by Megatron-Core's own parallel linear: X W for all positions in one product."""
+
+    def __init__(self, config: CRNetTransformerConfig, group: str, pg_collection: ProcessGroupCollection) -> None:
+        super().__init__(config, group, pg_collection)
+        common = {"config": config, "init_method": None, "bias": False, "skip_bias_add": False}
+        if self.is_row:
+            self.linear = RowParallelLinear(
+                self.h_in, self.h_out[0], input_is_parallel=True, tp_group=self.tp_group, **common
+            )
+        else:
+            self.linear = ColumnParallelLinear(
+                self.h_in, sum(self.h_out), gather_output=False, tp_group=self.tp_group, **common
+            )
+
+    def forward(self, x: Tensor | None, previous: Outputs | None, memory: GroupMemory | None = None) -> Outputs:
+        """X W; `previous` is not used."""
+        assert x is not None, "a full-rank layer cannot be rebuilt from low-rank outputs"
+        if memory is None or not memory.keep_graph:
+            return self._products(x)
+        if memory.fragment is None:
+            outputs, memory.fragment = Fragment.record(self._products, x)
+            return outputs
+        assert memory.outputs is not None
+        return memory.fragment.resume(memory.outputs, x)
+
+    def _products(self, x: Tensor) -> Outputs:
+        y, _ = self.linear(x)
+        return y.split(self.local_out, dim=-1)
+
+    def pieces(self) -> Iterator[Piece]:
+        """The maps, side by side in one parameter."""
+        weight, start = self.linear.weight, 0
+        for position, width, local in zip(self.positions, self.h_out, self.local_out, strict=True):
+            rows = slice(start, start + local)
+            yield Piece(position, "weight", weight, (rows,), (width, self.h_in), 1 if self.is_row else 0)
+            start += local
+
+
+class LowRankGroup(LinearGroup):
+    """Low-rank maps: Y = X A B, plus s(beta) Y_prev for crnet, with silu between A and B for cola.
+
+    Args:
+        layer: number of the layer, from 0.
+    """
+
+    def __init__(
+        self, config: CRNetTransformerConfig, group: str, pg_collection: ProcessGroupCollection, layer: int
+    ) -> None:
+        super().__init__(config, group, pg_collection)
+        self.layer = layer
+        self.ranks = [config.ranks[layer][position] for position in self.positions]
+        local_in = self.h_in // self.tp_size if self.is_row else self.h_in
+        self.a = self._parameter(sum(self.ranks), local_in)
+        # B matrices of one shape are one parameter and one batched product
+        shapes = zip(self.local_out, self.ranks, strict=True)
+        self.batches = [(shape, len(list(same))) for shape, same in groupby(shapes)]
+        for index, (shape, count) in enumerate(self.batches):
+            self.register_parameter(f"b{index}", self._parameter(count, *shape))
+        beta = torch.full((len(self.positions),), config.beta_init, dtype=torch.float32, device=self.a.device)
+        self.beta = nn.Parameter(beta) if config.has_previous(layer) else None
+        fusion = config.cross_layer_fusion and self.beta is not None
+        self.residual = choose_residual(self.a, fusion, self.local_out)
+        self.beta_fp32: Tensor | None = None
+        """Exact value of beta where the parameter itself had to be rounded to bf16 (ZeRO-3)."""
+        self._mark_gradients()
+
+    def _parameter(self, *shape: int) -> nn.Parameter:
+        device = "cpu" if self.config.use_cpu_initialization else torch.cuda.current_device()
+        return nn.Parameter(torch.empty(shape, dtype=self.config.params_dtype, device=device))
+
+    def _mark_gradients(self) -> None:
+        """Mark (as Megatron does) parameters whose gradient is a partial sum over tensor-parallel ranks."""
+        replicated = [self.a] if not self.is_row else [getattr(self, f"b{i}") for i in range(len(self.batches))]
+        for parameter in replicated:
+            setattr(parameter, "sequence_parallel", self.config.sequence_parallel)  # noqa: B010
+        if self.beta is not None:
+            # a column group's outputs are always a shard, so its beta sees only a part even without SP
+            partial = self.tp_size > 1 and (self.config.sequence_parallel or not self.is_row)
+            setattr(self.beta, "sequence_parallel", partial)  # noqa: B010
+
+    def forward(
+        self, x: Tensor | None, previous: Outputs | None, memory: GroupMemory | None = None, below: bool = False
+    ) -> Outputs:
+        """X A B, plus what the variant adds.
+
+        Without x, the outputs follow from the z in `memory`: upward from `previous`, or (`below`) the other way
+        round, from this layer's outputs, given as `previous`, to those one layer below.
+        """
+        if x is not None:
+            return self._outputs(self.low_rank_output(x, memory), previous, memory)
+        assert memory is not None
+        assert memory.z is not None
+        return self._rebuilt(memory.z, previous, memory, below)
+
+    def low_rank_output(self, x: Tensor, memory: GroupMemory | None = None) -> Tensor:
+        """z = X A, the quantity that is cheap to keep and to send: [s/t, b, sum of ranks] (SP) or [s, b, .]."""
+        reduces = self.is_row and self.tp_size > 1
+        reduction = Reduction(self.tp_group, self.config.sequence_parallel) if reduces else None
+        z = input_product(x, self.a, reduction, known=memory.z if memory is not None else None)
+        if memory is not None and memory.z is None:
+            memory.kept.append(z.detach())
+        return z
+
+    def _outputs(self, z: Tensor, previous: Outputs | None, memory: GroupMemory | None) -> Outputs:
+        """Y of every position from z and the outputs one layer below."""
+        z = self._entering(z)
+        repeats = torch.is_grad_enabled()
+        if memory is not None and repeats and self._gathers and memory.outputs is None:
+            # the product is repeated; its backward needs the same z
+            memory.gathered, _ = gather_sequence(z.detach(), self.tp_group)
+        return low_rank_outputs(z, self._stacks(), self._exact_beta(), previous, self._options(memory))
+
+    @torch.no_grad()
+    def _rebuilt(self, z: Tensor, outputs: Outputs | None, memory: GroupMemory, below: bool) -> Outputs:
+        """Y from z and the outputs one layer below, or the other way round; z is gathered for what follows, too."""
+        z = self._entering(z)
+        if self._gathers:
+            memory.gathered, _ = gather_sequence(z, self.tp_group)
+        options, beta = self._options(memory), self._exact_beta()
+        if not below:
+            return low_rank_outputs(z, self._stacks(), beta, outputs, options)
+        assert beta is not None
+        assert outputs is not None
+        memory.scale = signed_scale(beta.float(), options.epsilon)
+        return low_rank_outputs_below(z, self._stacks(), memory.scale, outputs, options)
+
+    def _entering(self, z: Tensor) -> Tensor:
+        """What B multiplies, up to a gather."""
+        if self.config.variant == "cola":
+            z = F.silu(z)
+        if not self.is_row and self.tp_size > 1 and not self._gathers:
+            return copy_to_tensor_model_parallel_region(z, group=self.tp_group)
+        return z
+
+    @property
+    def _gathers(self) -> bool:
+        return not self.is_row and self.tp_size > 1 and self.config.sequence_parallel
+
+    def _options(self, memory: GroupMemory | None) -> ProductOptions:
+        return ProductOptions(
+            gather_group=self.tp_group if self._gathers else None,
+            overlap=self.config.overlap_tp_communication,
+            epsilon=self.config.cross_layer_epsilon,
+            residual=self.residual,
+            known=memory.outputs if memory is not None else None,
+            gathered=memory.gathered if memory is not None else None,
+        )
+
+    def _stacks(self) -> list[Tensor]:
+        return [getattr(self, f"b{index}") for index in range(len(self.batches))]
+
+    def _exact_beta(self) -> Tensor | None:
+        if self.beta is None or self.beta_fp32 is None:
+            return self.beta
+        # value of the fp32 copy, gradient of the parameter
+        return self.beta_fp32 + (self.beta - self.beta.detach())
+
+    def pieces(self) -> Iterator[Piece]:
+        """Every A, B and beta."""
+        start = 0
+        for position, rank in zip(self.positions, self.ranks, strict=True):
+            rows = slice(start, start + rank)
+            yield Piece(position, "a.weight", self.a, (rows,), (rank, self.h_in), 1 if self.is_row else None)
+            start += rank
+        matrices = ((i, j) for i, (_, count) in enumerate(self.batches) for j in range(count))
+        for position, width, rank, (i, j) in zip(self.positions, self.h_out, self.ranks, matrices, strict=True):
+            shard_dim = None if self.is_row else 0
+            yield Piece(position, "b.weight", getattr(self, f"b{i}"), (j,), (width, rank), shard_dim)
+        if self.beta is not None:
+            for index, position in enumerate(self.positions):
+                yield Piece(position, "beta", self.beta, (index,), (), None)
+
+
+def build_group(
+    config: CRNetTransformerConfig, group: str, pg_collection: ProcessGroupCollection, layer: int
+) -> LinearGroup:
+    """The full-rank or low-rank form of a group, as the table of ranks says for layer `layer` (from 0)."""
+    if config.is_full_rank(layer):
+        return FullRankGroup(config, group, pg_collection)
+    return LowRankGroup(config, group, pg_collection, layer)

@@ -1,0 +1,138 @@
+"""Canonical weights: their names, their initial values, and where each lives on this rank.
+
+The canonical form is the `state_dict` of `model/reference.py`, which is also the exported form. Initial values are
+drawn for each canonical weight from a seed of its own, so they are the same in every parallel layout:
+
+    full-rank maps, embedding, output layer   N(0, init_method_std)
+    A                                         N(0, 1/sqrt(h_in))
+    B                                         N(0, init_method_std sqrt(h_in/r)), so A B looks full-rank
+    beta                                      beta_init
+    norms                                     1
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from torch import Tensor, nn
+
+from megatron_crnet.model.reference import MODULE_OF_POSITION
+from megatron_crnet.utils.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from megatron_crnet.model.gpt import CRNetModel
+    from megatron_crnet.model.linear import LinearGroup
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One canonical weight and this rank's shard of it.
+
+    Attributes:
+        name: canonical name, e.g. `model.layers.3.mlp.up_proj.b.weight`.
+        parameter: local parameter that holds the shard.
+        index: part of `parameter` that is the shard.
+        shape: shape of the whole weight.
+        shard_dim: dimension split over tensor-parallel ranks; None for a replicated weight.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    index: tuple[Any, ...]
+    shape: tuple[int, ...]
+    shard_dim: int | None
+
+    def local(self, tensor: Tensor | None = None) -> Tensor:
+        """The shard inside the parameter, or inside `tensor` of the parameter's shape (its gradient)."""
+        return (self.parameter if tensor is None else tensor)[self.index]
+
+    def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
+        """This rank's part of the whole weight `full`."""
+        return full if self.shard_dim is None else full.chunk(size, dim=self.shard_dim)[rank]
+
+
+def canonical_weights(model: CRNetModel) -> Iterator[Weight]:
+    """Every canonical weight that this pipeline stage holds."""
+    vocabulary = (model.vocab_size, model.config.hidden_size)
+    if model.pre_process:
+        yield Weight("model.embed_tokens.weight", model.embedding.word_embeddings.weight, (...,), vocabulary, 0)
+    for layer in model.decoder.layers:
+        yield from _layer_weights(layer)
+    if model.post_process:
+        norm = model.decoder.final_layernorm.weight
+        yield Weight("model.norm.weight", norm, (...,), (model.config.hidden_size,), None)
+        yield Weight("lm_head.weight", model.output_layer.weight, (...,), vocabulary, 0)
+
+
+def _layer_weights(layer: Any) -> Iterator[Weight]:
+    prefix = f"model.layers.{layer.layer_number - 1}"
+    for name, norm in (
+        ("input_layernorm", layer.input_layernorm),
+        ("post_attention_layernorm", layer.pre_mlp_layernorm),
+    ):
+        yield Weight(f"{prefix}.{name}.weight", norm.weight, (...,), (layer.config.hidden_size,), None)
+    groups: list[LinearGroup] = [layer.linear_qkv, layer.linear_o, layer.linear_gate_up, layer.linear_down]
+    for piece in (piece for group in groups for piece in group.pieces()):
+        name = f"{prefix}.{MODULE_OF_POSITION[piece.position]}.{piece.suffix}"
+        yield Weight(name, piece.parameter, piece.index, piece.shape, piece.shard_dim)
+
+
+def initial_value(name: str, shape: tuple[int, ...], config: Any, seed: int) -> Tensor:
+    """The initial value of the whole weight `name`, in fp32, the same for every layout."""
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)
+    if name.endswith("beta"):
+        return torch.full(shape, config.beta_init)
+    std = config.init_method_std
+    if name.endswith("a.weight"):
+        std = shape[1] ** -0.5
+    elif name.endswith("b.weight"):
+        h_in = config.ffn_hidden_size if "down_proj" in name else config.hidden_size
+        std = config.init_method_std * (h_in / shape[1]) ** 0.5
+    generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+    return torch.empty(shape).normal_(std=std, generator=generator)
+
+
+@torch.no_grad()
+def initialize(model: CRNetModel, seed: int) -> None:
+    """Draw every weight of this stage."""
+    load_canonical(model, lambda weight: initial_value(weight.name, weight.shape, model.config, seed))
+
+
+@torch.no_grad()
+def load_canonical(model: CRNetModel, source: Mapping[str, Tensor] | Callable[[Weight], Tensor]) -> None:
+    """Fill this stage's parameters from whole canonical weights.
+
+    Args:
+        source: whole weights by name, or a function that gives one.
+
+    Raises:
+        CheckpointError: a weight is missing or has another shape.
+    """
+    group = model.pg_collection.tp
+    for weight in canonical_weights(model):
+        if callable(source):
+            full = source(weight)
+        elif weight.name in source:
+            full = source[weight.name]
+        else:
+            raise CheckpointError(f"weight {weight.name} is missing: give all weights of this model")
+        if tuple(full.shape) != weight.shape:
+            raise CheckpointError(
+                f"weight {weight.name} has the shape {tuple(full.shape)}, but the model needs {weight.shape}: "
+                "use the configuration that it was made with"
+            )
+        weight.local().copy_(weight.shard(full, group.rank(), group.size()))
+
+
+def mark_tensor_parallel(model: CRNetModel) -> None:
+    """Set Megatron-Core's attributes on sharded parameters, so that the gradient norm counts each once."""
+    for weight in canonical_weights(model):
+        parameter = weight.parameter
+        if weight.shard_dim is not None and not hasattr(parameter, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(parameter, True, weight.shard_dim, 1)

@@ -1,0 +1,239 @@
+"""Which layout is fastest on N GPUs among those that fit, by the estimate.
+
+A candidate is a configuration: the rules of `config/schema.py` and `config/batch.py` say which are allowed,
+`estimate.py` says what each needs and how long a step takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from megatron_crnet.config.deepspeed_rules import keys_for_stage
+from megatron_crnet.config.schema import Config
+from megatron_crnet.planning.estimate import Estimate, estimate
+from megatron_crnet.planning.machines import Machine
+from megatron_crnet.utils.errors import ConfigError
+
+RESERVE = 0.1
+"""Share of device memory left for what the estimate does not see: the CUDA context, NCCL, fragmentation."""
+
+EQUAL, GIB = 0.9995, 2**30
+"""Share of the first plan's tokens/s above which another is as fast in words."""
+
+RECOMPUTATION: dict[str, dict[str, Any]] = {
+    "none": {"strategy": "none", "keep_attention_output": False, "inverse_tolerance": None},
+    "replay, attention kept": {"strategy": "replay", "keep_attention_output": True, "inverse_tolerance": None},
+    "replay": {"strategy": "replay", "keep_attention_output": False, "inverse_tolerance": None},
+    "full": {"strategy": "full", "keep_attention_output": False, "inverse_tolerance": None},
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the search decides; the field names are for reports."""
+
+    tp: int
+    pp: int
+    vpp: int
+    zero: int
+    micro_batch: int
+    recompute: str
+    offload: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A choice that is allowed, its configuration and its estimate."""
+
+    choice: Choice
+    config: Config
+    estimate: Estimate
+
+
+@dataclass
+class Search:
+    """What a search has found so far.
+
+    Attributes:
+        fitting: plans that fit, in the order in which they were tried; `ranked` puts the fastest first.
+        tried: candidates looked at; `total` of all.
+        refused: not allowed by the configuration's rules; `refusal` is the first one's message, that of the simplest.
+        too_large: allowed, but above the memory.
+        least: the allowed one with the lowest peak.
+    """
+
+    total: int = 0
+    tried: int = 0
+    refused: int = 0
+    too_large: int = 0
+    fitting: list[Plan] = field(default_factory=list)
+    least: Plan | None = None
+    refusal: str = ""
+    stopped: bool = False
+
+    def ranked(self) -> list[Plan]:
+        """The fastest first; of equally fast ones that with the lowest peak."""
+        return sorted(self.fitting, key=lambda plan: (-plan.estimate.tokens_per_second, peak(plan)))
+
+
+def peak(plan: Plan) -> int:
+    """Bytes of the fullest rank."""
+    return plan.estimate.stages[plan.estimate.fullest].memory.total
+
+
+def choices(config: Config, gpus: int, gpus_per_node: int) -> list[Choice]:
+    """Every combination that could make sense, allowed or not."""
+    layers, batch = config.model.num_layers, config.training.global_batch_size
+    tps = [tp for tp in _powers(gpus_per_node) if gpus % tp == 0]
+    found = []
+    for tp in tps:
+        for pp in (pp for pp in range(1, min(layers, gpus // tp) + 1) if gpus // tp % pp == 0):
+            dp = gpus // tp // pp
+            # where no size divides the batch, a rule is to say so
+            micro = [size for size in _powers(max(batch // dp, 1)) if batch % (size * dp) == 0] or [1]
+            vpps = [vpp for vpp in (1, 2, 4) if vpp == 1 or pp > 1]
+            # stage 0 sums bf16 gradients in bf16: another run, not another layout (docs/parallelism.md)
+            least = 1 if config.training.dtype == "bf16" else 0
+            zeros = [zero for zero in (0, 1, 2, 3) if zero >= least and (zero < 2 or pp == 1)]
+            offloads = (False, True) if tp == pp == 1 else (False,)
+            rows = product(vpps, zeros, micro, RECOMPUTATION, offloads)
+            found += [Choice(tp, pp, *row) for row in rows]
+    return found
+
+
+def _powers(limit: int) -> Iterator[int]:
+    value = 1
+    while value <= limit:
+        yield value
+        value *= 2
+
+
+def uneven_stages(layers: int, pp: int, vpp: int) -> tuple[int | None, int | None]:
+    """Layers of the first and the last stage where `pp` does not divide `layers`; None where all have the same.
+
+    The ends have the embedding and the loss besides, so where they cannot have the same they have fewer.
+    """
+    if pp == 1 or vpp > 1 or layers % pp == 0 or layers < pp:
+        return None, None
+    if pp == 2:
+        return layers - layers // 2, layers // 2
+    inner = -(-layers // pp)
+    if layers - (pp - 2) * inner < 2:
+        inner -= 1
+    ends = layers - (pp - 2) * inner
+    return ends - ends // 2, ends // 2
+
+
+def configure(config: Config, choice: Choice) -> Config:
+    """The configuration of a choice; everything it does not decide stays.
+
+    Raises:
+        ConfigError: the rules do not allow it.
+    """
+    deepspeed = dict(config.deepspeed)
+    zero = keys_for_stage(deepspeed.get("zero_optimization", {}), choice.zero)
+    given = zero.pop("offload_optimizer", None)
+    if choice.offload:
+        zero["offload_optimizer"] = given if given and given.get("device") == "cpu" else {"device": "cpu"}
+    if choice.recompute == "none":
+        deepspeed.pop("activation_checkpointing", None)  # of what is kept for recomputation
+    first, last = uneven_stages(config.model.num_layers, choice.pp, choice.vpp)
+    return dataclasses.replace(
+        config,
+        parallel=dataclasses.replace(
+            config.parallel,
+            tensor_model_parallel_size=choice.tp,
+            pipeline_model_parallel_size=choice.pp,
+            virtual_pipeline_model_parallel_size=choice.vpp,
+            sequence_parallel=False if config.parallel.sequence_parallel is False else None,
+            num_layers_in_first_pipeline_stage=first,
+            num_layers_in_last_pipeline_stage=last,
+        ),
+        training=dataclasses.replace(config.training, micro_batch_size=choice.micro_batch),
+        recompute=dataclasses.replace(config.recompute, **RECOMPUTATION[choice.recompute]),
+        deepspeed={**deepspeed, "zero_optimization": zero},
+    )
+
+
+def search(
+    config: Config,
+    gpus: int,
+    machine: Machine,
+    gpus_per_node: int,
+    progress: Callable[[list[Choice]], Any] = iter,
+) -> Search:
+    """Try every choice; Ctrl-C ends the search with what was found so far.
+
+    Args:
+        progress: wraps the list of choices and shows how far the search is.
+    """
+    candidates = choices(config, gpus, gpus_per_node)
+    found = Search(total=len(candidates))
+    limit = machine.memory_bytes * (1 - RESERVE)
+    try:
+        for choice in progress(candidates):
+            _try(config, choice, gpus, machine, gpus_per_node, limit, found)
+    except KeyboardInterrupt:
+        found.stopped = True
+    return found
+
+
+def _try(
+    config: Config, choice: Choice, gpus: int, machine: Machine, gpus_per_node: int, limit: float, found: Search
+) -> None:
+    found.tried += 1
+    try:
+        candidate = configure(config, choice)
+        plan = Plan(choice, candidate, estimate(candidate, gpus, machine, gpus_per_node))
+    except ConfigError as error:
+        found.refused += 1
+        found.refusal = found.refusal or str(error)
+        return
+    if found.least is None or peak(plan) < peak(found.least):
+        found.least = plan
+    if peak(plan) > limit:
+        found.too_large += 1
+    else:
+        found.fitting.append(plan)
+
+
+def explain(found: Search) -> list[str]:
+    """Why the first plan is the first: for each thing that was decided, what the best plan with another value gives."""
+    best, *others = found.ranked()
+    speed = best.estimate.tokens_per_second
+    lines = []
+    for name, value in dataclasses.asdict(best.choice).items():
+        rivals = [plan for plan in others if getattr(plan.choice, name) != value]
+        if not rivals:
+            lines.append(f"{name} {value}: no plan with another value was found that fits")
+            continue
+        rival = rivals[0]
+        share = rival.estimate.tokens_per_second / speed
+        why = f"the best with another value ({getattr(rival.choice, name)}) "
+        if share > EQUAL:
+            more = (peak(rival) - peak(best)) / GIB
+            why += f"is as fast and needs {abs(more):.1f} GiB {'more' if more >= 0 else 'less'}"
+        else:
+            why += f"reaches {share:.1%} of its tokens/s{_slower_by(best, rival)}"
+        lines.append(f"{name} {value}: {why}")
+    return lines
+
+
+def _slower_by(best: Plan, rival: Plan) -> str:
+    """The part of the step that costs the rival most, and the one that saves it most, if that counts."""
+    assert best.estimate.time is not None
+    assert rival.estimate.time is not None
+    mine, theirs = dataclasses.asdict(best.estimate.time), dataclasses.asdict(rival.estimate.time)
+    more = {name.replace("_", " "): theirs[name] - mine[name] for name in mine}
+    cost, saving = max(more, key=lambda name: more[name]), min(more, key=lambda name: more[name])
+    if more[cost] <= 1.05 * sum(more.values()):
+        return f", most of it by {cost}: {_seconds(more[cost])} more a step"
+    return f": {_seconds(more[cost])} more a step by {cost}, {_seconds(-more[saving])} less by {saving}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3f} s" if value >= 0.1 else f"{value * 1e3:.2g} ms"

@@ -1,0 +1,123 @@
+"""One rank of a large world in one process: the real model, schedule and optimizer on tensors without memory.
+
+PyTorch's `FakeTensorMode` gives tensors shapes and no values, its "fake" process group answers every collective call
+at once. What is simulated is therefore shapes, lifetimes and calls. Values do not exist; where the code asks for one
+on the host (a loss, a norm, whether a gradient is finite) it is told 1, or 0 for integers and flags.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_crnet.config.batch import plan_batches
+from megatron_crnet.config.deepspeed_rules import offloads_optimizer, offloads_parameters
+from megatron_crnet.config.schema import Config
+from megatron_crnet.distributed.process_groups import initialize_parallel, shutdown_parallel
+from megatron_crnet.planning.counted_step import count_step, ignore
+from megatron_crnet.planning.figures import StepFigures
+from megatron_crnet.utils.errors import require
+
+LARGEST_WORLD = 4096
+
+
+def simulate(config: Config, world_size: int, rank: int, passed: Callable[[int, int], object] = ignore) -> StepFigures:
+    """Count a step of rank `rank` of `world_size`. The process must not be part of a world already.
+
+    Args:
+        passed: told after each forward pass how many there have been and how many there will be.
+
+    Raises:
+        ConfigError: the world does not fit the configuration, or values that do not exist would decide something.
+    """
+    check_simulation(config, world_size, rank)
+    plan_batches(config, world_size)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        context = initialize_parallel(config)
+        with context.heartbeat, _without_memory():
+            return count_step(config, context, passed)
+    finally:
+        shutdown_parallel()
+
+
+def check_simulation(config: Config, world_size: int, rank: int) -> None:
+    """Refuse what would be simulated wrongly."""
+    require(
+        1 <= world_size <= LARGEST_WORLD,
+        f"--world-size is {world_size}, but worlds of 1 to {LARGEST_WORLD} ranks are simulated: give one of them",
+    )
+    require(
+        0 <= rank < world_size,
+        f"--rank is {rank}, but the ranks of a world of {world_size} are 0 to {world_size - 1}: give one of them",
+    )
+    require(
+        config.recompute.strategy != "inverse" or config.model.variant != "crnet",
+        "recompute.strategy is inverse, but its anchors follow from values, which a simulation has not: use replay, or "
+        "count with tools/measure_recompute.py",
+    )
+    require(
+        not offloads_optimizer(config) and not offloads_parameters(config),
+        "deepspeed.zero_optimization offloads to the host, but a simulation cannot tell host memory from the device's: "
+        "leave the offload out",
+    )
+
+
+@contextmanager
+def _without_memory() -> Iterator[None]:
+    with ExitStack() as stack:
+        for seam in _seams():
+            stack.enter_context(seam)
+        for mode in (FakeTensorMode(allow_non_fake_inputs=True), _Lists(), _Scalars()):
+            stack.enter_context(mode)
+        yield
+
+
+def _seams() -> list[Any]:
+    """Three places where libraries insist on more than shapes, and the variable that a launcher would set."""
+    coordinator = importlib.import_module("deepspeed.runtime.zero.partitioned_param_coordinator")
+    return [
+        # the model is where it belongs already, but PyTorch refuses to move a fake parameter that a counter watches
+        patch.object(nn.Module, "to", lambda module, *_, **__: module),
+        # ZeRO-3 compares the order of its parameters with rank 0's, once; here no other rank exists
+        patch.object(coordinator, "assert_ints_same_as_other_ranks", lambda _: None),
+        patch.dict(os.environ, {"LOCAL_RANK": "0"}),
+    ]
+
+
+class _Scalars(TorchDispatchMode):
+    """Answers for single values, and for the device, which is asked for as often as anything is computed."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return args[0].device
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return _value(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+class _Lists(TorchFunctionMode):
+    """Answers for lists of values, which PyTorch reads without an operation."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.tolist:
+            return [_value(args[0].dtype)] * args[0].numel()
+        return func(*args, **(kwargs or {}))
+
+
+def _value(dtype: torch.dtype) -> float | int | bool:
+    if dtype.is_floating_point:
+        return 1.0
+    return False if dtype == torch.bool else 0

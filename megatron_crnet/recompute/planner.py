@@ -1,0 +1,222 @@
+"""Where a pipeline stage's layers are cut into segments for activation recomputation.
+
+Widths are elements for each local sequence position: for each of the s/t positions of a rank with sequence
+parallelism, of the s positions without. Formulas and drawings: docs/recompute.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from megatron_crnet.config.megatron import CRNetTransformerConfig
+from megatron_crnet.config.positions import FULL_RANK
+
+ANCHOR_DISTANCE = 8
+"""The paper keeps Y at L/8 layers: every eighth, the last one included and the first not."""
+
+ROUNDING = {"bf16": 2.0**-8, "fp32": 2.0**-24}
+"""Largest relative error of one rounding."""
+
+
+@dataclass(frozen=True)
+class LayerWidths:
+    """What one layer costs, in elements for each local sequence position.
+
+    Attributes:
+        start: the residual stream and the outputs that enter it.
+        z: low-rank outputs.
+        attention: attention's output.
+        outputs: the residual stream and the seven outputs that a rebuilt layer holds, and z gathered over the sequence.
+        activations: everything that backward needs when nothing is recomputed.
+    """
+
+    start: float
+    z: float
+    attention: float
+    outputs: float
+    activations: float
+
+
+def layer_widths(config: CRNetTransformerConfig, layer: int) -> LayerWidths:
+    """The widths of layer `layer` (from 0)."""
+    h, t = config.hidden_size, config.tensor_model_parallel_size
+    split = 1 if config.sequence_parallel else t
+    width = {position: config.width(position) / split for position in ("q", "k", "v", "gate", "up")}
+    all_outputs = sum(width.values()) + 2 * h
+    z = sum(rank for rank in config.ranks[layer].values() if rank != FULL_RANK)
+    chained = config.has_previous(layer) or config.has_next(layer)
+    # rebuilding gathers z of the column groups and holds it until the layer's backward
+    gathered = t * sum(config.ranks[layer][p] for p in ("q", "k", "v", "gate", "up")) if z and t > 1 else 0
+    # two norms' inputs and outputs; q and k after RoPE; attention's output; silu(gate) and its product with up
+    inner = 4 * h + width["q"] + width["k"] + h / split + 2 * width["up"]
+    if config.variant == "cola":
+        inner += z  # silu(z), beside the z that its gradient takes
+    return LayerWidths(
+        start=h + (all_outputs if config.has_previous(layer) else 0),
+        z=z,
+        attention=h / split,
+        outputs=h + (all_outputs + (gathered if config.sequence_parallel else 0) if chained else 2 * h),
+        activations=inner + z + (all_outputs if chained else all_outputs - 2 * h),
+    )
+
+
+def kept_widths(config: CRNetTransformerConfig, layers: range, segments: list[range]) -> float:
+    """Elements for each local sequence position that a pass of one micro-batch leaves for backward.
+
+    Args:
+        layers: of a stage, numbers from 0.
+        segments: how they are cut; empty without recomputation.
+    """
+    widths = {layer: layer_widths(config, layer) for layer in layers}
+    if not segments:
+        return sum(w.activations for w in widths.values())
+    starts = sum(widths[segment.start].start for segment in segments)
+    if config.recompute_strategy == "full":
+        return starts
+    kept = starts + sum(w.z for w in widths.values())
+    if config.recompute_keep_attention_output:
+        kept += sum(w.attention for w in widths.values())
+    if config.recompute_strategy == "inverse":
+        kept += sum((len(segment) - 1) * config.hidden_size for segment in segments)
+        kept += widths[layers[-1]].start - config.hidden_size if len(segments[-1]) > 1 else 0
+    return kept
+
+
+def micro_batches_in_flight(config: CRNetTransformerConfig, pp_rank: int) -> float:
+    """Micro-batches whose kept tensors a chunk of pipeline rank `pp_rank` holds at once, when there are enough."""
+    pp, vpp = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
+    if vpp is None:
+        return pp - pp_rank
+    return ((pp - pp_rank - 1) * 2 + (vpp - 1) * pp + 1) / vpp
+
+
+def plan_segments(config: CRNetTransformerConfig, layers: range, in_flight: float = 1) -> list[range]:
+    """Segments of the layers (numbers from 0) of a stage for the strategies `replay` and `full`."""
+    # a full-rank layer cannot be rebuilt from low-rank outputs; alone, its outputs are the next segment's start
+    cuts = set()
+    if config.recompute_strategy == "replay":
+        cuts = {edge for layer in layers if config.is_full_rank(layer) for edge in (layer, layer + 1)}
+    if config.recompute_segment_length is not None:
+        return _equal_segments(layers, config.recompute_segment_length, cuts)
+    widths = [layer_widths(config, layer) for layer in layers]
+    if config.recompute_strategy == "full":
+        costs = [(w.start, 0.0, w.activations) for w in widths]
+    else:
+        kept = [w.z + (w.attention if config.recompute_keep_attention_output else 0) for w in widths]
+        costs = [(w.start, k, w.outputs) for w, k in zip(widths, kept, strict=True)]
+    lengths = cheapest_lengths(tuple(costs), frozenset(cut - layers.start for cut in cuts), in_flight)
+    return _ranges(layers.start, lengths)
+
+
+def _ranges(start: int, lengths: Sequence[int]) -> list[range]:
+    segments = []
+    for length in lengths:
+        segments.append(range(start, start + length))
+        start += length
+    return segments
+
+
+def _equal_segments(layers: range, length: int, cuts: set[int]) -> list[range]:
+    edges = sorted({layers.start, layers.stop, *(cut for cut in cuts if layers.start < cut < layers.stop)})
+    return [
+        range(start, min(start + length, stop))
+        for first, stop in pairwise(edges)
+        for start in range(first, stop, length)
+    ]
+
+
+@cache
+def cheapest_lengths(
+    costs: tuple[tuple[float, float, float], ...], cuts: frozenset[int], in_flight: float
+) -> list[int]:
+    """Lengths of segments, from the first layer on, with the least peak.
+
+    While a segment is recomputed, the segments above it are gone already, so the lower ones may be longer.
+    With several micro-batches in flight, the kept tensors of the others are added.
+
+    Args:
+        costs: of each layer: what is kept if a segment starts there, what is kept in any case, and what it holds
+            while its segment is recomputed.
+        cuts: layers at which a segment must start.
+        in_flight: micro-batches that are kept at once.
+    """
+    count = len(costs)
+    # best[end][segments]: least peak over the first `end` layers, what they keep, and where the last one starts
+    best: list[dict[int, tuple[float, float, int]]] = [{0: (0.0, 0.0, 0)}] + [{} for _ in range(count)]
+    for end in range(1, count + 1):
+        kept = transient = 0.0
+        for start in range(end - 1, -1, -1):
+            kept, transient = kept + costs[start][1], transient + costs[start][2]
+            for segments, (peak, below, _) in best[start].items():
+                keeps = below + costs[start][0] + kept
+                found = max(peak, keeps + transient), keeps, start
+                if segments + 1 not in best[end] or found < best[end][segments + 1]:
+                    best[end][segments + 1] = found
+            if start in cuts:
+                break
+    segments = min(best[count], key=lambda n: best[count][n][0] + (in_flight - 1) * best[count][n][1])
+    edges, end = [], count
+    for left in range(segments, 0, -1):
+        start = best[end][left][2]
+        edges.append(end - start)
+        end = start
+    return edges[::-1]
+
+
+def amplification_limit(config: CRNetTransformerConfig) -> float:
+    """How many roundings' worth of error `inverse` may carry down a run of layers."""
+    dtype = "bf16" if config.bf16 else "fp32"
+    return config.recompute_inverse_tolerance / ROUNDING[dtype]
+
+
+def plan_inverse(
+    config: CRNetTransformerConfig, layers: range, scales: Mapping[int, Tensor], growth: Mapping[int, Tensor]
+) -> tuple[list[range], int]:
+    """Segments between anchors, and how many anchors the guard has added.
+
+    A segment ends where the estimated error of some position would pass `amplification_limit`.
+
+    Args:
+        scales: s(beta) of the positions of each layer with a residual, on the host.
+        growth: |Y_l| / |Y_{l-1}| of the same, the largest of any token.
+    """
+    limit, longest = amplification_limit(config), config.recompute_segment_length or ANCHOR_DISTANCE
+    segments, added, stop = [], 0, layers.stop
+    errors = torch.zeros(())
+    for layer in reversed(layers):
+        if layer == layers.start:
+            break
+        guarded = False
+        if config.has_previous(layer):
+            errors = errors_below(errors, scales[layer], growth[layer])
+            guarded = not bool((errors <= limit).all())  # what is not a number is guarded, too
+        if guarded or not config.has_previous(layer) or stop - layer == longest:
+            added += guarded and stop - layer < longest
+            segments.append(range(layer, stop))
+            stop, errors = layer, torch.zeros(())
+    segments.append(range(layers.start, stop))
+    return segments[::-1], added
+
+
+def errors_below(errors: Tensor, scales: Tensor, growth: Tensor) -> Tensor:
+    """Relative errors of the outputs one layer below, from those of a layer's own outputs, by position.
+
+    Y_{l-1} = (Y_l - z B) / s divides the error of Y_l, and what the forward pass rounded off it, by s, and is
+    rounded itself; in norms of a token's output, relative to the smaller or larger Y_{l-1}. z B is the same bits in
+    both directions and cancels. Roundings to nearest are unbiased and those of different layers independent, so
+    their norms add in squares. Each counts with its largest size, 2.4 times the usual one, which also covers the
+    arithmetic's own roundings in fp32.
+
+    Args:
+        errors: in roundings (`ROUNDING`), [7] or a scalar.
+        scales: s(beta), [7].
+        growth: |Y_l| / |Y_{l-1}|, [7].
+    """
+    one = torch.ones((), device=errors.device)
+    return torch.hypot(torch.hypot(errors, one) * growth / scales.abs(), one)

@@ -1,0 +1,232 @@
+"""What a run reads: tokenizer, data, checkpoint. All of it is examined on every rank before anything is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_crnet.checkpoint.directory import checkpoint_dir, checkpoints, saved_step
+from megatron_crnet.checkpoint.manager import check_resumable, newest_complete, saved_state, tidy
+from megatron_crnet.checkpoint.run_folder import check_remains
+from megatron_crnet.checkpoint.train_state import TrainingState
+from megatron_crnet.config.batch import BatchPlan
+from megatron_crnet.config.model_size import remark_on_unused_rows
+from megatron_crnet.config.schema import Config
+from megatron_crnet.data.datasets import Datasets, build_datasets, cache_root, data_fingerprint
+from megatron_crnet.data.fingerprint import TrainedOn, digest_of_tokenizer, remark_on_unnamed
+from megatron_crnet.data.indexed import check_enough, read_index, sources_of
+from megatron_crnet.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from megatron_crnet.data.unigram import entropy_of, label_counts
+from megatron_crnet.distributed.consensus import CHECKPOINT, examine_together, report_together
+from megatron_crnet.train.resumption import remarks
+from megatron_crnet.train.shared_reads import Known, read_together, view_of
+from megatron_crnet.train.starting_point import StartingPoint, find_starting_point
+from megatron_crnet.utils.errors import ConfigError, DataError, describe
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What was found, the same on every rank.
+
+    Attributes:
+        trained_on: tokenizer and data of this run.
+        checkpoint: the newest whole one of this run; None for a new run.
+        start: what a new run takes its weights from; None for its seed.
+        saved: its resolved configuration.
+        state: what else it holds beside its tensors.
+        remarks: a line on each thing that is not as it was (warning: ...), or cannot be known (note: ...).
+        damaged: a line on each newer checkpoint that is damaged.
+        test_steps: global batches of the test after the last step; 0 for none.
+        entropy: unigram entropy in nats of the very tokens whose loss a validation reports; None without one.
+    """
+
+    tokenizer: Tokenizer
+    trained_on: TrainedOn
+    checkpoint: Path | None
+    start: StartingPoint | None
+    saved: dict[str, Any]
+    state: dict[str, Any]
+    remarks: list[str]
+    damaged: list[str]
+    datasets: Datasets
+    test_steps: int
+    entropy: float | None
+
+    @property
+    def step(self) -> int:
+        """Steps that the checkpoint has done."""
+        return saved_step(self.checkpoint) if self.checkpoint else 0
+
+
+def examine_inputs(config: Config, plan: BatchPlan, device: torch.device) -> Inputs:
+    """Open everything that `config` names; a collective call.
+
+    Args:
+        device: where this rank computes.
+
+    Raises:
+        ConfigError, DataError: something is missing, damaged, or differs between ranks.
+        CheckpointError: the checkpoint's configuration cannot be read.
+    """
+    if not config.training.eval_only:
+        tidy(checkpoint_dir(config))
+    tokenizer = examine_together(partial(_examine, config))
+    prefixes = _prefixes(config)
+    known = read_together(prefixes, report_together(partial(view_of, prefixes)), cache_root(config, prefixes[0]))
+    trained_on = examine_together(partial(_examine_data, config, tokenizer))
+    checkpoint, damaged = newest_complete(checkpoint_dir(config))
+    saved, state = examine_together(partial(_examine_checkpoint, config, checkpoint, damaged, trained_on))
+    examine_together(partial(_examine_evaluation, config, checkpoint))
+    loads = config.checkpoint.load is not None and (checkpoint is None or config.training.eval_only)
+    start = find_starting_point(config, trained_on) if loads else None
+    test_steps, untested = examine_together(partial(_planned_test, config))
+    datasets = _datasets(config, tokenizer, plan, TrainingState.from_values(state), test_steps, known)
+    known.keep()
+    about = [
+        *_about_rows(config, tokenizer),
+        *_about_data(config),
+        *untested,
+        *(start.remarks if start else _about_unread(config)),
+        *(remarks(config, checkpoint, saved, state, trained_on) if checkpoint and not start else []),
+    ]
+    entropy = _entropy(config, datasets, config.training.eval_steps * plan.global_batch_size, device)
+    return Inputs(tokenizer, trained_on, checkpoint, start, saved, state, about, damaged, datasets, test_steps, entropy)
+
+
+def _examine(config: Config) -> tuple[Tokenizer, dict[str, str]]:
+    """Open what this rank can see beside the data, and say what must be the same on all ranks."""
+    tokenizer = _tokenizer(config)
+    check_vocabulary(tokenizer, config.model.vocab_size)
+    _check_prompt(config.logging.sample_prompt, tokenizer)
+    if not (config.data.data_path or config.data.train_data_path or config.training.eval_only):
+        raise ConfigError("data.data_path is empty, but names the .bin/.idx files to train on: give their prefix")
+    _prefixes(config)
+    names = [path.name for path in checkpoints(checkpoint_dir(config))]
+    return tokenizer, {
+        "tokenizer": repr(tokenizer.unique_identifiers),
+        CHECKPOINT: ", ".join(names) or "(none)",
+    }
+
+
+def _examine_data(config: Config, tokenizer: Tokenizer) -> tuple[TrainedOn, dict[str, str]]:
+    trained_on = TrainedOn(digest_of_tokenizer(tokenizer), data_fingerprint(config))
+    return trained_on, {"contents of the data": repr(trained_on.data)}
+
+
+def _prefixes(config: Config) -> list[str]:
+    """Every prefix that the data section names, once."""
+    every = (prefix for source in sources_of(config.data).values() for prefix in source.blend.prefixes)
+    return list(dict.fromkeys(every))
+
+
+Saved = tuple[dict[str, Any], dict[str, Any]]
+"""Configuration and state.json of a checkpoint."""
+
+
+def _examine_checkpoint(
+    config: Config, checkpoint: Path | None, damaged: list[str], trained_on: TrainedOn
+) -> tuple[Saved, dict[str, str]]:
+    if checkpoint is None:
+        if not config.training.eval_only:
+            check_remains(config, damaged)
+        return ({}, {}), {}
+    saved, state = check_resumable(config, checkpoint), saved_state(checkpoint)
+    if before := TrainedOn.from_state(state):
+        before.check_tokenizer(checkpoint, trained_on.tokenizer)
+    return (saved, state), {}
+
+
+def _about_rows(config: Config, tokenizer: Tokenizer) -> list[str]:
+    remark = remark_on_unused_rows(config.model, tokenizer.vocab_size)
+    return [f"note: {remark}"] if remark else []
+
+
+def _about_data(config: Config) -> list[str]:
+    remark = remark_on_unnamed(_prefixes(config))
+    return [f"note: {remark}"] if remark else []
+
+
+def _check_prompt(prompt: str | None, tokenizer: Tokenizer) -> None:
+    """Encode at the start what is continued at the end."""
+    try:
+        tokenizer.tokenize(prompt or "")
+    except Exception as error:  # each library has its own
+        raise ConfigError(
+            f"logging.sample_prompt is {prompt!r}, which the tokenizer cannot encode ({describe(error)}): give other "
+            "text"
+        ) from error
+
+
+def _tokenizer(config: Config) -> Tokenizer:
+    if config.data.tokenizer_model is None:
+        raise ConfigError("data.tokenizer_model is not set, but names the tokenizer of the data: give its path")
+    return load_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
+
+
+def _examine_evaluation(config: Config, checkpoint: Path | None) -> tuple[None, dict[str, str]]:
+    """What training.eval_only needs."""
+    training, found = config.training, sources_of(config.data)
+    if not training.eval_only:
+        return None, {}
+    if checkpoint is None and config.checkpoint.load is None:
+        raise ConfigError(
+            f"training.eval_only needs a checkpoint, but {checkpoint_dir(config)} holds none: set checkpoint.load"
+        )
+    tested = training.eval_steps if training.test_steps is None else training.test_steps
+    if not (("valid" in found and training.eval_steps) or ("test" in found and tested)):
+        raise ConfigError(
+            "training.eval_only has nothing to measure: set data.valid_data_path or data.test_data_path, and "
+            "training.eval_steps above 0"
+        )
+    return None, {}
+
+
+def _about_unread(config: Config) -> list[str]:
+    path = config.checkpoint.load
+    return [f"note: checkpoint.load {path} is not read: the run goes on from its own checkpoint"] if path else []
+
+
+def _planned_test(config: Config) -> tuple[tuple[int, list[str]], dict[str, str]]:
+    """Global batches of the test, and a note where the test share of data.split is too small for one."""
+    wanted, source = config.training.test_steps, sources_of(config.data).get("test")
+    if wanted is not None or source is None:  # what is asked for and not there is refused with the datasets
+        return (wanted or 0, []), {}
+    if config.data.data_path and config.training.eval_steps:
+        try:
+            for prefix in source.blend.prefixes:
+                check_enough(read_index(prefix), "test", source.share, config)
+        except DataError as error:
+            return (0, [f"note: nothing is tested after the last step: {error}"]), {}
+    return (config.training.eval_steps, []), {}
+
+
+def _datasets(
+    config: Config, tokenizer: Tokenizer, plan: BatchPlan, done: TrainingState, test_steps: int, known: Known
+) -> Datasets:
+    training = config.training
+    remaining = max(training.train_steps - done.step, 1)  # for a run that is complete, too, which is to be said later
+    return build_datasets(
+        config,
+        tokenizer,
+        # what is done may have been in steps of another size
+        num_train_samples=0 if training.eval_only else plan.sizes.after(remaining, done.samples),
+        num_valid_samples=training.eval_steps * plan.global_batch_size,
+        num_test_samples=test_steps * plan.global_batch_size,
+        known_ids=known.ids,
+    )
+
+
+def _entropy(config: Config, datasets: Datasets, count: int, device: torch.device) -> float | None:
+    """Of the `count` samples of a validation, each of which is drawn by one rank alone."""
+    if datasets.valid is None:
+        return None
+    share = range(dist.get_rank(), count, dist.get_world_size())
+    samples = (datasets.valid[i] for i in share)
+    counts = examine_together(lambda: (label_counts(samples, config.model.vocab_size), {})).to(device)
+    dist.all_reduce(counts)
+    return entropy_of(counts)

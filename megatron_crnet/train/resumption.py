@@ -1,0 +1,138 @@
+"""What a resumed run does not share with the run that it continues: a line each, or nothing if it is the same run.
+
+What would make the weights meaningless (another model, another tokenizer) is refused in `checkpoint` and `fingerprint`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_crnet.config.loading import resolved
+from megatron_crnet.config.schema import Config
+from megatron_crnet.data.fingerprint import TrainedOn
+from megatron_crnet.distributed.consensus import library_versions
+
+Values = Mapping[str, Any]
+
+ORDER = (
+    "data.sample_format",
+    "data.split",
+    "training.seq_length",
+    "training.seed",
+    "training.train_steps",
+    "training.global_batch_size",
+    "training.rampup_batch_size",
+)
+"""Fields beside the data that decide which samples a run sees in which order: Megatron-Core shuffles the epochs of a
+run together, so that the number of samples of the whole run counts."""
+DOCUMENTS = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")
+"""Fields of `data` that decide what a sample teaches; false in configurations of versions without them."""
+OF_NO_RESULT = (
+    # what was read counts, not where it lies: TrainedOn
+    *(f"data.{split}data_path" for split in ("", "train_", "valid_", "test_")),
+    "data.split",
+    "data.tokenizer_",
+    "data.cache_path",
+    "data.num_workers",
+    "checkpoint.",
+    "logging.",
+    "model.max_position_embeddings",
+    "training.eval_interval",
+    "training.eval_only",
+    "training.eval_steps",
+    "training.test_steps",
+    "parallel.distributed_timeout_minutes",
+)
+"""Fields, by how they begin, that no weight depends on."""
+
+
+def remarks(config: Config, checkpoint: Path, saved: Values, state: Values, trained_on: TrainedOn) -> list[str]:
+    """What to say at the start of a run that continues `checkpoint`: warnings, then notes.
+
+    Args:
+        saved: the checkpoint's resolved configuration.
+        state: its state.json.
+        trained_on: tokenizer and data of this run.
+    """
+    if not state.get("samples"):  # an import, or a run that was stopped before its first step
+        return []
+    before, now = TrainedOn.from_state(state), resolved(config)
+    lines = [] if before is None else [f"warning: {line}" for line in before.other_data(trained_on)]
+    lines += [f"warning: {line}" for line in (*other_order(saved, now), *other_documents(saved, now))]
+    if before is None:
+        lines.append(
+            f"note: checkpoint {checkpoint} does not say what it was trained on, as those of earlier versions do not: "
+            "tokenizer and data are taken for the same"
+        )
+    if settings := list(_other_settings(saved, now)):
+        lines.append(f"note: changed since the checkpoint: {', '.join(settings)}")
+    if libraries := list(_other_libraries(state)):
+        lines.append(f"note: other libraries than the checkpoint's, which may round otherwise: {', '.join(libraries)}")
+    return lines
+
+
+def other_order(saved: Values, now: Values) -> list[str]:
+    """A line on each field that changes which samples come in which order.
+
+    Args:
+        saved, now: the resolved configurations of the checkpoint and of this run.
+    """
+    lines = []
+    for key, before, after in _differences(saved, now):
+        if key in ORDER and (key != "data.split" or now["data"]["data_path"]):
+            lines.append(
+                f"{key} differs from the checkpoint's ({after} instead of {before}), so the training data may come in "
+                "another order from here: some samples may be seen again and some not"
+            )
+    return lines
+
+
+def other_documents(saved: Values, now: Values) -> list[str]:
+    """A line on each field of `DOCUMENTS` that differs; arguments as for `other_order`."""
+    before, after = ({name: run.get("data", {}).get(name, False) for name in DOCUMENTS} for run in (saved, now))
+    return [
+        f"data.{name} differs from the checkpoint's ({after[name]} instead of {before[name]}): from here samples are "
+        "read in another way, and losses cannot be compared with those before"
+        for name in DOCUMENTS
+        if after[name] != before[name]
+    ]
+
+
+def other_place(config: Config, why: str) -> str:
+    """The line on a run that goes on elsewhere than where its checkpoint was written.
+
+    Args:
+        why: what of devices and layout differs.
+    """
+    model = config.model
+    dropout = ", and dropout draws other numbers" if model.hidden_dropout or model.attention_dropout else ""
+    return (
+        f"warning: resumed on other devices or in another layout than the checkpoint's ({why}): losses are the same to "
+        f"rounding, not to the bit{dropout}"
+    )
+
+
+def _other_settings(saved: Values, now: Values) -> Iterator[str]:
+    for key, before, after in _differences(saved, now):
+        # where it runs is said by `other_place`
+        if key not in ORDER and not key.startswith((*OF_NO_RESULT, "parallel.")):
+            yield f"{key} {before} -> {after}"
+
+
+def _other_libraries(state: Values) -> Iterator[str]:
+    before, now = state.get("versions"), library_versions()
+    for library, version in before.items() if isinstance(before, dict) else ():
+        if library in now and now[library] != version:
+            yield f"{library} {version} -> {now[library]}"
+
+
+def _differences(saved: Values, now: Values) -> Iterator[tuple[str, Any, Any]]:
+    """`section.field` with both values; a field that the older configuration does not know is not compared."""
+    for section, fields in now.items():
+        before = saved.get(section) or {}
+        names = fields if section != "deepspeed" else {**before, **fields}
+        for name in names:
+            if (name in before or section == "deepspeed") and before.get(name) != fields.get(name):
+                yield f"{section}.{name}", before.get(name), fields.get(name)

@@ -1,0 +1,94 @@
+"""`checkpoint.load`: another run's or an import's checkpoint, whose weights a new run starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_crnet.checkpoint.directory import MANIFEST, checkpoints, damage
+from megatron_crnet.checkpoint.manager import check_resumable, newest_complete, saved_state
+from megatron_crnet.config.schema import Config
+from megatron_crnet.data.fingerprint import SHOWN, TrainedOn
+from megatron_crnet.distributed.consensus import examine_together
+from megatron_crnet.utils.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """A whole checkpoint that fits the model.
+
+    Attributes:
+        state: its state.json.
+        optimizer: whether its moments, and Adam's count of updates, are taken over with the weights.
+        remarks: lines on what is not as it was.
+    """
+
+    checkpoint: Path
+    state: dict[str, Any]
+    optimizer: bool
+    remarks: tuple[str, ...]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What run.json and state.json say of it."""
+        return {"checkpoint": str(self.checkpoint), "step": self.state["step"], "optimizer_state": self.optimizer}
+
+    @property
+    def line(self) -> str:
+        """What the log says of it."""
+        what = "weights and optimizer state" if self.optimizer else "weights"
+        return f"starting from the {what} of {self.checkpoint} (its step {self.state['step']}), at step 0"
+
+
+def find_starting_point(config: Config, trained_on: TrainedOn) -> StartingPoint:
+    """What `checkpoint.load` names, checked on all ranks together; a collective call.
+
+    Raises:
+        ConfigError: there is no whole checkpoint, or it is of another model.
+    """
+    path = Path(config.checkpoint.load or "")
+    folder = examine_together(partial(_examine_path, path))
+    if folder is None:
+        checkpoint: Path | None = path
+        problems: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, damage(path, dist.get_rank(), dist.get_world_size()))
+        damaged = [f"checkpoint {path} {problem}" for problem in problems if problem][:1]
+    else:
+        checkpoint, damaged = newest_complete(folder)
+    if checkpoint is None or (folder is None and damaged):
+        raise ConfigError(f"checkpoint.load {path} holds no whole checkpoint ({damaged[0]}): give another")
+    state, remarks = examine_together(partial(_examine_state, config, checkpoint, trained_on))
+    lines = (*(f"warning: {line}" for line in damaged), *remarks)
+    return StartingPoint(checkpoint, state, config.checkpoint.load_optimizer, lines)
+
+
+def _examine_path(path: Path) -> tuple[Path | None, dict[str, str]]:
+    """The folder of checkpoints at `path`, None where `path` is a checkpoint itself."""
+    if (path / MANIFEST).is_file():
+        return None, {f"checkpoint.load {path}": "a checkpoint"}
+    for folder in (path, path / "checkpoints"):
+        if names := [found.name for found in checkpoints(folder)]:
+            return folder, {f"checkpoint.load {path}": ", ".join(names)}
+    raise ConfigError(
+        f"checkpoint.load {path} holds no checkpoint: give a step_ folder, a folder of them or the folder of a run; "
+        "tools/convert_checkpoint.py from-hf makes one of an export"
+    )
+
+
+def _examine_state(
+    config: Config, checkpoint: Path, trained_on: TrainedOn
+) -> tuple[tuple[dict[str, Any], list[str]], dict[str, str]]:
+    check_resumable(config, checkpoint, remedy="use the saved values or another checkpoint.load")
+    state = saved_state(checkpoint)
+    before, remarks = TrainedOn.from_state(state), []
+    if before is not None and before.tokenizer and before.tokenizer != trained_on.tokenizer:
+        remarks.append(
+            f"warning: the weights of {checkpoint} were trained with the tokenizer {before.tokenizer[:SHOWN]}, not "
+            f"with data.tokenizer_model, which is {trained_on.tokenizer[:SHOWN]}: their embeddings are those of other "
+            "tokens"
+        )
+    return (state, remarks), {}

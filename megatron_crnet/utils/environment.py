@@ -1,0 +1,97 @@
+"""How figures came about: the command, the machine and the versions, written beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from megatron_crnet.distributed.consensus import LIBRARIES, library_versions
+from megatron_crnet.utils.files import replace_text
+
+RUN_FILE = "run.json"
+
+
+def command_line(argv: list[str]) -> str:
+    """The command as it can be pasted into a shell from the repository's root.
+
+    Args:
+        argv: `sys.argv`.
+    """
+    program = Path(argv[0])
+    root = Path(__file__).parents[2]
+    name = str(program.resolve().relative_to(root)) if program.resolve().is_relative_to(root) else program.name
+    return shlex.join(["python", name, *argv[1:]])
+
+
+def machine() -> dict[str, Any]:
+    """Processor, memory, GPUs and how busy the machine is at this moment; no names of hosts or users."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "load_average": round(psutil.getloadavg()[0], 2),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python, of this project and of the libraries that decide how fast it is."""
+    return {"python": platform.python_version(), **library_versions((*LIBRARIES, "numpy"))}
+
+
+def provenance(kind: str, argv: list[str]) -> dict[str, Any]:
+    """What stands at the head of figures that were measured or counted on this machine.
+
+    Args:
+        kind: of the figures, by which tools/scaling_report.py knows them.
+        argv: `sys.argv`.
+    """
+    return {"kind": kind, "command": command_line(argv), "machine": machine(), "versions": versions()}
+
+
+def write_run_file(folder: Path, argv: list[str], world_size: int, **more: Any) -> None:
+    """Write what a report needs to know of a run beside its metrics; the newest start of a run counts.
+
+    Args:
+        more: what the next start needs to know, see `train/trainer.py`.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    facts = {**provenance("run", argv), "world_size": world_size, **more}
+    replace_text(folder / RUN_FILE, json.dumps(facts, indent=1) + "\n")
+
+
+def read_run_file(folder: Path) -> dict[str, Any]:
+    """What `write_run_file` wrote, as far as it can be read."""
+    try:
+        facts = json.loads((folder / RUN_FILE).read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def note_in_run_file(folder: Path, **facts: Any) -> None:
+    """Change facts of a run's file, where there is one; no error of the disk is one of the run."""
+    with suppress(OSError):
+        known = read_run_file(folder)
+        if known:
+            replace_text(folder / RUN_FILE, json.dumps({**known, **facts}, indent=1) + "\n")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"

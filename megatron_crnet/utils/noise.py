@@ -1,0 +1,85 @@
+"""Messages of libraries that a user of this project can do nothing about, kept from the terminal; all others pass.
+
+Each is named by its own words. What is not listed here, a warning of the same library included, is shown as it comes.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import TextIO
+
+WARNINGS = (
+    # optional packages, taken where they are installed; README says so
+    r".*(Transformer Engine|Apex).*not installed.*",
+    # Megatron-Core's and PyTorch's notes to their own developers
+    r"full scope is deprecated",
+    r".*is deprecated. Please use",
+    # a checkpoint is read by each rank for itself, as intended (checkpoint/storage.py)
+    r"torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to load in a single process",
+    # DeepSpeed compares addresses of tensors, which fake ones have not; a simulation asks for no values
+    r"Accessing the data pointer of FakeTensor is deprecated",
+    # of GPUs before Hopper; docs/cluster.md and examples/slurm set it, and on CPUs it means nothing
+    r"When using sequence parallelism it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS",
+)
+LOG_RECORDS = {"DeepSpeed": r"Setting accelerator to CPU"}
+"""By logger: what is meant where there is no GPU."""
+PRINTED = re.compile(
+    r"(begin|end) bf16_ ?optimizer$|(before|after) initializing group \d+$|MA [\d.]+ GB |CPU Virtual Memory: "
+)
+"""Lines that DeepSpeed's bf16 optimizer prints whatever its level of logging."""
+
+
+def silence_libraries() -> None:
+    """Filter the messages above; nothing is imported, so it can come before the libraries."""
+    for message in WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for name, pattern in LOG_RECORDS.items():
+        logging.getLogger(name).addFilter(_Without(pattern))
+
+
+class _Without(logging.Filter):
+    def __init__(self, pattern: str) -> None:
+        super().__init__()
+        self._pattern = re.compile(pattern)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not self._pattern.search(record.getMessage())
+
+
+@contextmanager
+def without_memory_lines() -> Iterator[None]:
+    """Standard output without the lines of `PRINTED`, while DeepSpeed builds its optimizer."""
+    with redirect_stdout(_Sieve(sys.stdout)) as sieve:
+        try:
+            yield
+        finally:
+            sieve.close()
+
+
+class _Sieve(io.TextIOBase):
+    """Passes whole lines on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._line = stream, ""
+
+    def write(self, text: str) -> int:
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            if not PRINTED.match(line):
+                self._stream.write(line + "\n")
+        return len(text)
+
+    def flush(self) -> None:
+        if not self.closed:
+            self._stream.flush()
+
+    def close(self) -> None:
+        if self._line and not self.closed:
+            self._stream.write(self._line)
+        super().close()

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_crnet.config.model_size import (
+    flops_per_token,
+    parameters_by_part,
+    remark_on_unused_rows,
+    total_parameters,
+)
+from megatron_crnet.config.schema import ModelConfig
+from megatron_crnet.model.reference import ReferenceCRNet
+from tests.helpers import TINY_MODEL
+
+LLAMA_1B = {"num_layers": 24, "hidden_size": 2048, "ffn_hidden_size": 5461, "num_attention_heads": 32}
+
+
+def test_llama_1b_at_rank_448_has_the_papers_583_million() -> None:
+    # arXiv 2509.18993 prints 583M; the formula gives 582.44M with norms and embeddings
+    assert total_parameters(ModelConfig(**LLAMA_1B, rank=448)) == pytest.approx(583e6, rel=1e-3)
+    assert total_parameters(ModelConfig(**LLAMA_1B, variant="full_rank")) == pytest.approx(1339.1e6, rel=1e-4)
+    assert total_parameters(ModelConfig(**LLAMA_1B, variant="cola", rank=512)) == pytest.approx(609e6, rel=1e-3)
+
+
+def test_crnet_has_the_formulas_count() -> None:
+    h, f, layers, r = 2048, 5461, 24, 448
+    formula = (4 * h * h + 3 * h * f) + (layers - 1) * (r * (11 * h + 3 * f) + 7)
+    parts = parameters_by_part(ModelConfig(**LLAMA_1B, rank=r))
+    assert parts["full-rank maps"] + parts["low-rank maps"] + parts["betas"] == formula
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"variant": "full_rank"},
+        {"variant": "low_rank"},
+        {"variant": "cola"},
+        {"num_query_groups": 2},
+        {"full_rank_layers": [0, 2]},
+        {"full_rank_layers": []},
+        {"rank": {"q": [1, 2, 3, 4], "k": 2, "v": 3, "o": 4, "gate": 5, "up": 6, "down": 7}},
+    ],
+)
+def test_counts_are_those_of_a_real_model(changes: dict[str, object]) -> None:
+    config = ModelConfig(**{**TINY_MODEL, **changes})  # type: ignore[arg-type]
+    model = ReferenceCRNet(config)
+    assert total_parameters(config) == sum(p.numel() for p in model.parameters())
+    assert parameters_by_part(config)["betas"] == sum(p.numel() for n, p in model.named_parameters() if "beta" in n)
+
+
+@pytest.mark.parametrize("variant", ["crnet", "full_rank", "low_rank", "cola"])
+def test_operations_are_those_that_torch_counts(variant: str) -> None:
+    """Without attention, whose causal half the formula counts and the counter does not."""
+    config = ModelConfig(**{**TINY_MODEL, "variant": variant})  # type: ignore[arg-type]
+    tokens = torch.zeros(2, 16, dtype=torch.long)
+    with torch.device("meta"):
+        model = ReferenceCRNet(config)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens.to("meta")).sum().backward()
+    counted = counter.get_total_flops()
+    products = sum(
+        v for k, v in counter.get_flop_counts()["Global"].items() if "attention" not in str(k) and "bmm" not in str(k)
+    )
+    linear = tokens.numel() * flops_per_token(config, seq_length=0)
+    # the embedding's gradient is no product, and the first layer's inputs need one all the same
+    assert products == pytest.approx(linear, rel=1e-9)
+    assert counted >= products
+
+
+@pytest.mark.fault("M9")
+def test_rows_that_no_token_uses_are_remarked_on_with_their_share() -> None:
+    model = ModelConfig(vocab_size=32000)
+    remark = remark_on_unused_rows(model, 4096)
+    assert remark.startswith("14.3M of ")
+    assert remark.endswith("never used: model.vocab_size is 32000, the tokenizer's largest id 4095")
+    assert remark_on_unused_rows(model, 31900) == ""
+
+
+@pytest.mark.fault("B22")
+def test_attention_counts_its_causal_half_or_for_comparison_the_whole() -> None:
+    model, s = ModelConfig(), 256
+    half, whole, none = (
+        flops_per_token(model, s),
+        flops_per_token(model, s, whole_attention=True),
+        flops_per_token(model, 0),
+    )
+    assert half - none == 6 * model.num_layers * model.hidden_size * s
+    assert whole - none == 12 * model.num_layers * model.hidden_size * s

@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, get_type_hints, is_typeddict
+
+import pytest
+import yaml
+
+from megatron_crnet.config.deepspeed_keys import OWNED_BY_OTHER_SECTIONS, DeepSpeedSection
+from megatron_crnet.config.deepspeed_settings import deepspeed_config
+from megatron_crnet.config.field_types import is_text, shown
+from megatron_crnet.config.loading import parse_arguments
+from megatron_crnet.config.schema import Config, FaultsConfig
+from megatron_crnet.utils.errors import ConfigError
+from tests.helpers import tiny_config
+
+TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"model": {"hidden_size": 34}}, "model.hidden_size 34 does not divide by model.num_attention_heads 4: use"),
+    ({"model": {"hidden_size": 36}}, "heads of width 9"),
+    ({"model": {"num_query_groups": 3}}, "num_query_groups 3"),
+    ({"model": {"num_layers": 0}}, "model.num_layers is 0"),
+    ({"model": {"hidden_dropout": 1.0}}, "must be a finite number from 0 to below 1"),
+    ({"model": {"max_position_embeddings": 8}}, "max_position_embeddings 8 is below training.seq_length 16"),
+    ({"model": {"ffn_hidden_size": 49}, "parallel": TP2}, "model.ffn_hidden_size 49 .* use 48 or 50"),
+    ({"model": {"vocab_size": 65}, "parallel": TP2}, "model.vocab_size 65"),
+    ({"model": {"num_query_groups": 1}, "parallel": TP2}, "model.num_query_groups 1"),
+    ({"training": {"seq_length": 15}, "parallel": TP2}, "training.seq_length 15"),
+    ({"training": {"train_steps": 0}}, "training.train_steps is 0"),
+    ({"optimizer": {"lr": 0.0}}, "optimizer.lr is 0.0"),
+    ({"optimizer": {"adam_beta2": 1.0}}, "optimizer.adam_beta2"),
+    ({"optimizer": {"lr_warmup_steps": 1000}}, "optimizer.lr_warmup_steps 1000"),
+    ({"optimizer": {"lr_decay_style": "wsd", "lr_wsd_decay_steps": -5}}, "optimizer.lr_wsd_decay_steps is -5"),
+    ({"optimizer": {"lr_decay_style": "wsd", "lr_wsd_decay_steps": 999}}, "more than training.train_steps"),
+    ({"optimizer": {"lr_decay_style": "wsd", "lr_warmup_steps": 950}}, "lr_wsd_decay_steps 100 are more than"),
+    ({"parallel": {"sequence_parallel": True}}, "parallel.sequence_parallel is true"),
+    ({"parallel": {"virtual_pipeline_model_parallel_size": 2}}, "needs pipeline_model_parallel_size above 1"),
+    ({"parallel": PP2, "deepspeed_section": {"zero_optimization": {"stage": 2}}}, "use stage 1"),
+    (
+        {"parallel": TP2, "training": {"dtype": "bf16"}},
+        "stage 0 does not work with training.dtype bf16, .* use stage 1",
+    ),
+    ({"deepspeed_section": {"zero_optimization": {"stage": 4}}}, "stages 0, 1, 2 and 3"),
+    ({"deepspeed_section": {"zero_optimization": 1}}, "must be a mapping"),
+]
+
+
+@pytest.mark.fault("M8")
+@pytest.mark.parametrize(("changes", "message"), REFUSED)
+def test_what_cannot_work_is_refused_in_one_line(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        tiny_config(**changes)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_status == 2
+
+
+# zero_optimization, parallel section, message
+OFFLOAD = {"device": "cpu"}
+REFUSED_BY_ZERO: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"stage": 1, "cpu_offload": True}, {}, "use offload_optimizer"),
+    ({"stage": 3, "cpu_offload_param": True}, {}, "use offload_param"),
+    ({"stage": 2, "cpu_offload_use_pin_memory": False}, {}, "use offload_optimizer.pin_memory"),
+    ({"offload_optimizer": OFFLOAD}, {}, "use stage 1, 2 or 3"),
+    ({"stage": 2, "offload_optimizer": OFFLOAD}, TP2, "use tensor_model_parallel_size 1"),
+    ({"stage": 1, "offload_optimizer": OFFLOAD}, PP2, "use pipeline_model_parallel_size 1"),
+    ({"stage": 2, "offload_param": OFFLOAD}, {}, "use stage 3"),
+    ({"stage": 1, "offload_optimizer": {"device": "nvme"}}, {}, "offload_optimizer is .*nvme.* use stage 3"),
+    ({"stage": 3, "offload_optimizer": {**OFFLOAD, "super_offload": True}}, {}, "optimizer of its own"),
+    ({"stage": 2, "zenflow": {"topk_ratio": 0.1}}, {}, "optimizer of its own"),
+    ({"stage": 1, "compute_grad_norm": False}, {}, "compute_grad_norm is false, but the engine clips"),
+    ({"stage": 1, "legacy_stage1": True}, {}, "legacy_stage1 is true"),
+    ({"stage": 1, "round_robin_gradients": True}, {}, "round_robin_gradients is true"),
+    ({"stage": 1, "overlap_comm": True}, {}, "leave it out, or use stage 2 or 3"),
+    ({"overlap_comm": True}, {}, "gradients of stage 0"),
+    ({"stage": 1, "allgather_bucket_size": 5}, {}, "must be an even number"),
+    ({"stage": 3, "zero_quantized_gradients": True}, {}, "rounds"),
+    ({"stage": 3, "zero_quantized_weights": True}, {}, "rounds"),
+    ({"stage": 3, "zero_quantized_nontrainable_weights": True}, {}, "rounds"),
+    ({"stage": 3, "zero_hpz_partition_size": 2}, TP2, "under tensor_model_parallel_size 2: use"),
+    ({"stage": 2, "zero_hpz_partition_size": 2}, {}, "stage 2 does not read it: use stage 3"),
+    ({"stage": 2, "sub_group_size": 1000}, {}, "stage 2 does not read it: use stage 3"),
+    ({"stage": 1, "stage3_prefetch_bucket_size": 0}, {}, "stage 1 does not read it: use stage 3"),
+]
+
+
+@pytest.mark.parametrize(("section", "parallel", "message"), REFUSED_BY_ZERO)
+def test_what_deepspeed_would_get_wrong_is_refused(
+    section: dict[str, Any], parallel: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        tiny_config(parallel=parallel, deepspeed_section={"zero_optimization": section})
+    assert str(caught.value).startswith("deepspeed.zero_optimization.")
+
+
+@pytest.mark.parametrize(
+    ("section", "parallel"),
+    [
+        ({"stage": 2, "overlap_comm": True}, {}),
+        ({"stage": 1, "overlap_comm": False, "allgather_bucket_size": 4}, {}),
+        ({"stage": 1, "offload_optimizer": {"device": "none"}}, TP2),
+        ({"stage": 1, "offload_optimizer": None}, PP2),
+        ({"stage": 3, "zero_hpz_partition_size": 2, "sub_group_size": 1000}, {}),
+        ({"stage": 3, "zero_hpz_partition_size": 1}, TP2),
+        ({"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}, {}),
+        ({"stage": 3, "stage3_param_persistence_threshold": 0, "zero_quantized_weights": False}, TP2),
+    ],
+)
+def test_what_works_is_not_refused(section: dict[str, Any], parallel: dict[str, Any]) -> None:
+    config = tiny_config(parallel=parallel, deepspeed_section={"zero_optimization": section})
+    assert config.deepspeed["zero_optimization"] == {key: value for key, value in section.items() if value is not None}
+
+
+@pytest.mark.parametrize("key", ["elasticity", "sparse_gradients", "disable_allgather", "compile", "autotuning"])
+def test_keys_without_an_effect_here_are_unknown(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown key deepspeed.{key}"):
+        tiny_config(deepspeed_section={key: {}})
+
+
+def mappings(kind: Any, below: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    """Every key of the section that has a type of its own, with the keys above it."""
+    found = []
+    for key, inner in get_type_hints(kind, include_extras=True).items():
+        found += mappings(inner, (*below, key)) if is_typeddict(inner) else [((*below, key), inner)]
+    return found
+
+
+DEEPSPEED_KEYS = mappings(DeepSpeedSection)
+
+
+@pytest.mark.fault("F4")
+@pytest.mark.parametrize(("keys", "kind"), DEEPSPEED_KEYS, ids=[".".join(keys) for keys, _ in DEEPSPEED_KEYS])
+def test_every_key_of_deepspeed_has_a_type_and_says_so_in_the_same_words_from_everywhere(
+    keys: tuple[str, ...], kind: Any, tmp_path: Path
+) -> None:
+    name, file = ".".join(("deepspeed", *keys)), tmp_path / "config.yaml"
+    for value in (5.5, -1, 2**70, float("inf"), float("nan"), "x\0y" if is_text(kind) else "many", [[1]], {"zz": 1}):
+        section: Any = value
+        for key in reversed(keys):
+            section = {key: section}
+        with pytest.raises(ConfigError) as caught:
+            tiny_config(deepspeed_section=section)
+        said = str(caught.value)
+        assert said.startswith(f"{name} is {shown(value)}, but "), said
+        assert "\n" not in said
+        file.write_text(yaml.safe_dump({"deepspeed": section}))
+        for options in (["--config", str(file)], [f"--{name}={yaml.safe_dump(value, default_flow_style=True)}"]):
+            with pytest.raises(ConfigError) as again:
+                parse_arguments(options)
+            assert str(again.value) == said
+    assert parse_arguments([f"--{name}=null"]).config == Config()
+
+
+@pytest.mark.fault("F4")
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (5, "deepspeed is 5, but must be a mapping"),
+        ({1: 2}, "unknown key deepspeed.1"),
+        ({"aio": 5}, "deepspeed.aio is 5, but must be a mapping"),
+        ({"aio": {"zz": 1}}, "unknown key deepspeed.aio.zz"),
+        ({"comms_logger": 5}, "deepspeed.comms_logger is 5, but must be a mapping"),
+        ({"timers": 5}, "deepspeed.timers is 5, but must be a mapping"),
+        ({"wall_clock_breakdown": "x"}, 'deepspeed.wall_clock_breakdown is "x", but must be true or false'),
+        ({"dump_state": "x"}, 'deepspeed.dump_state is "x", but must be true or false'),
+        ({"flops_profiler": {"enabled": True}}, "which the schedule here does instead: leave it out"),
+        ({"zero_optimization": {"stage": True}}, "stage is true, but must be one of ZeRO's stages"),
+        (
+            {"zero_optimization": {"stage": 3, "prefetch_bucket_size": 1, "stage3_prefetch_bucket_size": 2}},
+            "are both set, but mean the same",
+        ),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "add nvme_path"),
+        (
+            {"train_batch_size": 8, "gradient_clipping": 1.0},
+            "deepspeed.train_batch_size, deepspeed.gradient_clipping are set, but training.global_batch_size and "
+            "optimizer.clip_grad decide this: remove them",
+        ),
+    ],
+)
+def test_a_deepspeed_section_that_cannot_be_honoured_is_refused(section: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        dataclasses.replace(tiny_config(), deepspeed=section)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.fault("M5")
+def test_what_is_auto_or_null_in_deepspeeds_file_is_left_to_the_other_sections() -> None:
+    section = {
+        "bf16": {"enabled": "auto"},
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+        "wall_clock_breakdown": False,
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto", "sub_group_size": None, "overlap_comm": True},
+    }
+    assert tiny_config(deepspeed_section=section).deepspeed == {
+        "wall_clock_breakdown": False,
+        "zero_optimization": {"stage": 2, "overlap_comm": True},
+    }
+
+
+@pytest.mark.parametrize(("elements", "given", "chosen"), [(9, None, 9), (10**10, None, 500_000_000), (9, 20, 20)])
+def test_the_bucket_is_as_large_as_the_model_unless_it_is_given(elements: int, given: int | None, chosen: int) -> None:
+    config = tiny_config(deepspeed_section={"zero_optimization": {"stage": 2, "reduce_bucket_size": given}})
+    assert deepspeed_config(config, dp_size=2, elements=elements)["zero_optimization"]["reduce_bucket_size"] == chosen
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_gradients_are_added_up_in_fp32(stage: int) -> None:
+    section = {"zero_optimization": {"stage": stage}}
+    settings = deepspeed_config(
+        tiny_config(training={"dtype": "bf16"}, deepspeed_section=section), dp_size=2, elements=9
+    )
+    assert (settings["data_types"]["grad_accum_dtype"], settings["communication_data_type"]) == ("fp32", "fp32")
+
+
+@pytest.mark.parametrize("key", sorted(OWNED_BY_OTHER_SECTIONS))
+def test_deepspeed_keys_that_other_sections_own_are_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"deepspeed.{key} is set, but "):
+        tiny_config(deepspeed_section={key: {}})
+
+
+@pytest.mark.parametrize(
+    ("faults", "message"),
+    [
+        ({"on_bad_step": "skip"}, "offload_optimizer is on, .* use on_bad_step stop, or no offload"),
+        ({"spike_window": 1}, "faults.spike_window is 1, but must be an integer from 2 to"),
+        ({"spike_deviations": 0.0}, "faults.spike_deviations is 0.0"),
+        ({"max_skips": -1}, "faults.max_skips is -1"),
+    ],
+)
+def test_faults_that_cannot_be_handled_so_are_refused(faults: dict[str, Any], message: str) -> None:
+    offloaded = tiny_config(deepspeed_section={"zero_optimization": {"stage": 2, "offload_optimizer": OFFLOAD}})
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(offloaded, faults=FaultsConfig(**faults))
+    dataclasses.replace(offloaded, faults=FaultsConfig())
+
+
+def test_the_defaults_are_valid() -> None:
+    Config()

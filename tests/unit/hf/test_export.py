@@ -1,0 +1,274 @@
+"""Exports and imports of a checkpoint that is written by hand: values, files, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_crnet.checkpoint.directory import MANIFEST, damage
+from megatron_crnet.checkpoint.manager import check_resumable
+from megatron_crnet.checkpoint.weight_files import CheckpointWeights, ExportWeights, find_checkpoint
+from megatron_crnet.config.positions import POSITIONS
+from megatron_crnet.config.schema import Config, DataConfig
+from megatron_crnet.hf.export import from_hf, saved_config, to_hf
+from megatron_crnet.hf.generate import open_model
+from megatron_crnet.hf.modeling_crnet import CRNetForCausalLM
+from megatron_crnet.model.reference import ReferenceCRNet
+from megatron_crnet.utils.errors import ConfigError, CrnetError, DataError
+from tests.helpers import tiny_config
+from tests.unit.data_helpers import train_small_tokenizer
+from tests.unit.export_helpers import Weights, random_weights, write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return train_small_tokenizer(tmp_path_factory.mktemp("tokenizer"), 400)
+
+
+@pytest.fixture(scope="module")
+def config(tokenizer: str) -> Config:
+    config = tiny_config(model={"vocab_size": 416, "rank": dict.fromkeys(POSITIONS, 8)})
+    return dataclasses.replace(config, data=DataConfig(tokenizer_model=tokenizer))
+
+
+@pytest.fixture(scope="module")
+def weights(config: Config) -> Weights:
+    found = random_weights(config)
+    found["model.layers.1.mlp.up_proj.beta"].zero_()  # which is no mistake
+    return found
+
+
+@pytest.fixture(scope="module")
+def checkpoint(weights: Weights, config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("run") / "checkpoints" / "step_00000007", weights, config)
+
+
+@pytest.fixture(scope="module")
+def export(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exports") / "fp32"
+    to_hf(checkpoint, out)
+    return out
+
+
+def test_the_export_holds_every_weight_bit_for_bit(export: Path, weights: Weights) -> None:
+    found = load_file(export / "model.safetensors")
+    assert set(found) == set(weights)
+    assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in weights.items())
+    assert {path.name for path in export.iterdir()} == {
+        "config.json",
+        "configuration_crnet.py",
+        "generation_config.json",
+        "model.safetensors",
+        "modeling_crnet.py",
+        "tokenization_crnet.py",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    }
+    assert len({path.stat().st_mode for path in export.iterdir()}) == 1
+
+
+def test_transformers_opens_it_and_gives_the_references_logits(export: Path, weights: Weights, config: Config) -> None:
+    model = CRNetForCausalLM.from_pretrained(export)
+    reference = ReferenceCRNet(config.model)
+    reference.load_state_dict(weights)
+    ids = torch.randint(416, (2, 16))
+    torch.testing.assert_close(model(ids).logits, reference(ids), rtol=1e-5, atol=1e-5)
+    assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (1, 0)
+
+
+def test_an_opened_checkpoint_is_the_opened_export(export: Path, checkpoint: Path) -> None:
+    ids = torch.randint(416, (2, 16))
+    opened = [open_model(path) for path in (export, checkpoint, checkpoint.parent, checkpoint.parents[1])]
+    logits = [one.model(ids).logits for one in opened]
+    assert all(torch.equal(logits[0], other) for other in logits[1:])
+    assert {one.tokenizer.vocab_size for one in opened} == {400}
+
+
+def test_bf16_rounds_all_but_beta_and_opens(checkpoint: Path, weights: Weights, tmp_path: Path) -> None:
+    to_hf(checkpoint, tmp_path / "out", dtype="bf16")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for name, value in weights.items():
+        wanted = value if name.endswith("beta") else value.bfloat16()
+        assert (found[name].dtype, found[name].tolist()) == (wanted.dtype, wanted.tolist())
+    model = open_model(tmp_path / "out", dtype="bf16").model
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in found.items())
+
+
+def test_large_exports_are_cut_with_an_index(checkpoint: Path, weights: Weights, tmp_path: Path) -> None:
+    to_hf(checkpoint, tmp_path / "out", shard_size="40KB")
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 2
+    assert "model.safetensors" not in files
+    source = ExportWeights(tmp_path / "out")
+    found = source.read(source.shapes)
+    assert all(torch.equal(found[name], value) for name, value in weights.items())
+    model = CRNetForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in weights.items())
+
+
+def test_the_way_out_and_back_changes_no_bit(export: Path, weights: Weights, config: Config, tmp_path: Path) -> None:
+    back = from_hf(export, tmp_path / "checkpoints")
+    assert damage(back) is None
+    assert (back.name, (back.parent / "latest").read_text()) == ("step_00000000", "step_00000000\n")
+    saved = load_file(back / "shard-00001-model-00001-of-00001.safetensors")
+    assert set(saved) == {f"{kind}.{name}" for kind in ("master", "exp_avg", "exp_avg_sq") for name in weights}
+    assert all(torch.equal(saved[f"master.{name}"], value) for name, value in weights.items())
+    assert not any(value.any() for name, value in saved.items() if name.startswith("exp_avg"))
+    about = json.loads((back / "state.json").read_text())
+    assert (about["step"], about["tokens"], about["samples"], about["adam_steps"]) == (0, 0, 0, 0)
+    check_resumable(config, back)
+    to_hf(back, tmp_path / "again")
+    for file in export.iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+
+
+def change(weights: Weights, name: str, value: Tensor | None) -> Weights:
+    changed = {**weights}
+    if value is None:
+        del changed[name]
+    else:
+        changed[name] = value
+    return changed
+
+
+UP = "model.layers.2.mlp.up_proj.b.weight"
+MISTAKES: dict[str, tuple[Callable[[Weights], Weights], str]] = {
+    "missing": (lambda w: change(w, UP, None), f"lacks the weight {UP}"),
+    "extra": (lambda w: change(w, "model.layers.4.beta", torch.ones(())), "holds the weight model.layers.4.beta"),
+    "shape": (lambda w: change(w, UP, torch.ones(48, 4)), "in the shape (48, 4), but the model needs (48, 8)"),
+    "zero matrix": (lambda w: change(w, UP, torch.zeros(48, 8)), f"only zeros in {UP}"),
+    "zero norm": (lambda w: change(w, "model.norm.weight", torch.zeros(32)), "only zeros in model.norm.weight"),
+    "not finite": (lambda w: change(w, UP, torch.full((48, 8), torch.inf)), f"in {UP} that are not finite"),
+    "not a number": (
+        lambda w: change(w, "model.layers.1.mlp.up_proj.beta", torch.tensor(torch.nan)),
+        "model.layers.1.mlp.up_proj.beta that are not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_bad_weight_is_named_and_nothing_left_behind(
+    name: str, weights: Weights, config: Config, export: Path, tmp_path: Path
+) -> None:
+    damaged, message = MISTAKES[name][0](weights), MISTAKES[name][1]
+    checkpoint = write_checkpoint(tmp_path / "step_00000001", damaged, config)
+    with pytest.raises(DataError) as out:
+        to_hf(checkpoint, tmp_path / "out")
+    bad = tmp_path / "bad"
+    shutil.copytree(export, bad)
+    save_file(damaged, bad / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DataError) as back:
+        from_hf(bad, tmp_path / "checkpoints")
+    with pytest.raises(DataError) as opened:
+        open_model(bad)
+    for caught in (out, back, opened):
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} <= {"step_00000001", "bad", "checkpoints"}
+    assert not list((tmp_path / "checkpoints").glob("*"))
+
+
+def test_a_part_that_no_file_holds_is_found(weights: Weights, config: Config, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "step_00000001", weights, config)
+    file = next(checkpoint.glob("shard-00001*"))
+    parts = {name: part for name, part in load_file(file).items() if name != f"master.{UP}"}
+    offsets = {name: {"saved_offsets": [0] * part.dim()} for name, part in parts.items()}
+    save_file(parts, file, metadata={"format": "pt", "DCP_SHARDING_INFO": json.dumps(offsets)})
+    with pytest.raises(DataError, match="not finite"):
+        CheckpointWeights(checkpoint).checked([UP], lambda _, value: value)
+
+
+def test_only_an_older_export_is_overwritten(checkpoint: Path, export: Path, tmp_path: Path) -> None:
+    shutil.copytree(export, tmp_path / "out")
+    (tmp_path / "out" / "stale").write_text("")
+    with pytest.raises(DataError, match="exists already"):
+        to_hf(checkpoint, tmp_path / "out")
+    to_hf(checkpoint, tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "stale").exists()
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis").write_text("years of work")
+    with pytest.raises(DataError, match="is no export"):
+        to_hf(checkpoint, tmp_path / "home", overwrite=True)
+    assert (tmp_path / "home" / "thesis").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "home"}
+
+
+def test_a_folder_with_checkpoints_takes_no_import(export: Path, checkpoint: Path) -> None:
+    with pytest.raises(DataError, match="continues from the newest"):
+        from_hf(export, checkpoint.parent)
+
+
+def test_the_newest_whole_checkpoint_is_found(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    for step in (1, 2):
+        shutil.copytree(checkpoint, folder / f"step_{step:08d}")
+    assert find_checkpoint(tmp_path / "run") == (folder / "step_00000002", [])
+    (folder / "step_00000002" / "config.yaml").unlink()
+    found, notes = find_checkpoint(folder)
+    assert (found.name, len(notes)) == ("step_00000001", 1)
+    assert "lacks config.yaml: skipped" in notes[0]
+    with pytest.raises(DataError, match=r"lacks config.yaml"):
+        find_checkpoint(folder / "step_00000002")
+    (folder / "step_00000001" / MANIFEST).unlink()
+    for path, message in (
+        (folder, "has no whole checkpoint"),
+        (folder / "step_00000001", "has no manifest.json"),
+        (tmp_path, "holds no checkpoint"),
+        (tmp_path / "absent", "holds no checkpoint"),
+    ):
+        with pytest.raises(DataError, match=message):
+            find_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "of type 'llama'"),
+        ({"rank": None}, "model.rank is null, but must be a rank"),
+        ({"tie_word_embeddings": True}, "ties the output layer"),
+        ({"hidden_size": 33}, "model.hidden_size 33"),
+        ({"variant": "full_rank", "full_rank_layers": [0, 1, 2, 3]}, "lacks the weight"),
+        ({"num_key_value_heads": 3}, "num_query_groups"),
+    ],
+)
+def test_another_kind_of_config_is_refused(changes: dict[str, Any], message: str, export: Path, tmp_path: Path) -> None:
+    shutil.copytree(export, tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(CrnetError, match=message) as caught:
+        from_hf(tmp_path / "out", tmp_path / "checkpoints")
+    assert isinstance(caught.value, DataError | ConfigError)
+
+
+def test_files_that_cannot_be_read_are_named(export: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        folder = tmp_path / name
+        shutil.copytree(export, folder)
+        (folder / name).write_bytes(b"\x80rubbish")
+        with pytest.raises(DataError, match="readable"):
+            open_model(folder)
+        (folder / name).unlink()
+        with pytest.raises(DataError, match=r"readable|no checkpoint"):
+            open_model(folder)
+
+
+def test_the_tokenizer_may_have_moved(weights: Weights, config: Config, tokenizer: str, tmp_path: Path) -> None:
+    for path, message in ((None, "names no tokenizer"), ("gone.model", "gone.model cannot be read")):
+        moved = dataclasses.replace(config, data=DataConfig(tokenizer_model=path))
+        checkpoint = write_checkpoint(tmp_path / str(path) / "step_00000001", weights, moved)
+        with pytest.raises(DataError, match=f"{message}.*--tokenizer"):
+            to_hf(checkpoint, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    to_hf(checkpoint, tmp_path / "out", tokenizer=tokenizer)
+    assert open_model(checkpoint, tokenizer=tokenizer).tokenizer.vocab_size == 400
+    back = from_hf(tmp_path / "out", tmp_path / "checkpoints")
+    assert saved_config(back).data.tokenizer_model == str(tmp_path / "out" / "tokenizer.model")

@@ -1,0 +1,205 @@
+"""Formulas against sums worked out by hand; against counted runs: tests/distributed/test_estimate.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_crnet.config.loading import load_config
+from megatron_crnet.planning.estimate import Estimate, estimate
+from megatron_crnet.planning.estimate_report import as_values, estimate_tables
+from megatron_crnet.planning.figures import DATA, MODEL, PIPELINE, TENSOR, WORLD, Flow, Memory, merged, node_crossings
+from megatron_crnet.planning.machines import MACHINES, find_machine
+from megatron_crnet.planning.shards import build_local_models
+from megatron_crnet.utils.errors import ConfigError
+from tests.helpers import tiny_config
+
+H, F, V, R, LAYERS, TOKENS = 32, 48, 64, 8, 4, 2 * 16
+BANDWIDTHS = ("memory_bytes", "memory_bandwidth", "node_bandwidth", "network_bandwidth", "host_bandwidth")
+ZERO_1 = {"zero_optimization": {"stage": 1}}
+FULL_LAYER = 4 * H * H + 3 * H * F
+LOW_LAYER = R * (4 * 2 * H + 3 * (H + F))
+
+
+def found(world_size: int = 1, **sections: Any) -> Estimate:
+    return estimate(tiny_config(**sections), world_size)
+
+
+def volume(estimated: Estimate, kind: str, group: str, stage: int = 0) -> int:
+    return sum(flow.bytes for flow in estimated.stages[stage].flows if (flow.kind, flow.group) == (kind, group))
+
+
+def test_a_rank_holds_what_the_whole_model_has_in_parts() -> None:
+    config = tiny_config(parallel={"pipeline_model_parallel_size": 2})
+    first, last = build_local_models(config)
+    norms = 2 * H
+    assert sum(p.numel for p in first.parameters) == V * H + FULL_LAYER + LOW_LAYER + 7 + 2 * norms
+    assert sum(p.numel for p in last.parameters) == 2 * (LOW_LAYER + 7 + norms) + H + V * H
+
+
+def test_zero_1_in_bf16_holds_flat_buffers_padded_to_even_shares() -> None:
+    memory = found(4, training={"dtype": "bf16"}, deepspeed_section=ZERO_1).stages[0].memory
+    matrices, norms, betas = 2 * V * H + FULL_LAYER + 3 * LOW_LAYER, 9 * H, 3 * 7
+    padded = [-(-numel // 8) * 8 for numel in (matrices, norms, betas)]
+    assert memory.weights == 2 * padded[0] + 2 * padded[1] + 4 * padded[2]  # beta stays fp32
+    assert memory.gradients == memory.reduction == 4 * sum(padded)
+    assert memory.optimizer == 12 * sum(padded) // 4
+
+
+def test_operations_are_three_times_the_forward_products_and_attention() -> None:
+    operations = found().stages[0].operations
+    products = 2 * TOKENS * (FULL_LAYER + 3 * LOW_LAYER + V * H)
+    attention = 4 * TOKENS * 16 * H * LAYERS
+    assert operations.passes == 4 * (3 * products + attention * 7 // 2)  # 4 micro-batches
+    assert operations.recomputation == 0
+
+
+def test_low_rank_layers_send_19r_a_token_and_full_rank_ones_10h() -> None:
+    estimated = found(2, parallel={"tensor_model_parallel_size": 2})
+    sent = volume(estimated, "all_gather", TENSOR) + volume(estimated, "reduce_scatter", TENSOR)
+    embedding_and_output = 2 * H + 3 * H
+    assert sent == 4 * 4 * TOKENS * (3 * 19 * R + 10 * H + embedding_and_output)
+
+
+def test_a_boundary_carries_6h_and_2f_and_its_gradient() -> None:
+    estimated = found(2, parallel={"pipeline_model_parallel_size": 2})
+    for stage in (0, 1):
+        assert volume(estimated, "send", PIPELINE, stage) == 4 * 4 * TOKENS * (6 * H + 2 * F)
+
+
+def test_replicas_sum_every_gradient_once_a_step_or_once_a_micro_batch() -> None:
+    numel = sum(p.numel for p in build_local_models(tiny_config())[0].parameters)
+    once = volume(found(2, deepspeed_section=ZERO_1), "all_reduce", DATA)
+    each = volume(found(2, deepspeed_section={"zero_optimization": {"stage": 2}}), "all_reduce", DATA)
+    assert each - once == 2 * 4 * numel  # two micro-batches a rank
+    norm_and_loss = 2 * 2 * 4 + 2 * 2 * 8
+    assert once == 2 * 4 * numel + norm_and_loss
+
+
+@pytest.mark.parametrize(
+    ("sizes", "group"),
+    [((2, 1, 1), TENSOR), ((1, 2, 1), PIPELINE), ((1, 1, 2), DATA), ((2, 2, 1), MODEL), ((2, 2, 2), WORLD)],
+)
+def test_the_loss_travels_in_the_smallest_group_with_the_same_ranks(sizes: tuple[int, int, int], group: str) -> None:
+    tp, pp, dp = sizes
+    layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    config = tiny_config(parallel=layout, deepspeed_section=ZERO_1, training={"dtype": "bf16"})
+    flows = estimate(config, tp * pp * dp).stages[0].flows
+    assert {flow.size for flow in flows if flow.group == group} == {tp * pp * dp}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "gpus_per_node", "shares"),
+    [
+        # TP 2, PP 2, DP 2 of eight ranks: 0 and 1, 0 and 4, 0 and 2 are groups
+        ((2, 2, 2), 8, (0, 0, 0)),
+        ((2, 2, 2), 4, (0, 1, 0)),
+        ((2, 2, 2), 2, (0, 1, 1)),
+        # rings of four ranks over nodes of three: 0 1 2 | 3 4 5 | 6 7
+        ((4, 1, 2), 3, (4 / 8, 0, 1)),
+        # a ring over two nodes leaves each once
+        ((1, 1, 16), 8, (0, 0, 2 / 16)),
+    ],
+)
+def test_of_a_ring_only_the_edges_between_nodes_leave_them(
+    sizes: tuple[int, int, int], gpus_per_node: int, shares: tuple[float, float, float]
+) -> None:
+    crossings = node_crossings(*sizes, gpus_per_node)
+    assert tuple(crossings[group] for group in (TENSOR, PIPELINE, DATA)) == shares
+    world = sizes[0] * sizes[1] * sizes[2]
+    assert crossings[WORLD] == (-(-world // gpus_per_node) % world if world > gpus_per_node else 0) / world
+
+
+def test_the_network_slows_a_ring_down_by_what_each_port_must_carry() -> None:
+    machine = MACHINES["h100"]
+    times = {}
+    for gpus_per_node in (16, 8, 1):
+        config = tiny_config(deepspeed_section=ZERO_1, training={"global_batch_size": 32})
+        time = estimate(config, 16, machine, gpus_per_node).time
+        assert time is not None
+        times[gpus_per_node] = time.data_parallel
+    # two of sixteen edges cross: an eighth of the bytes for each port, which has a ninth of a node's bandwidth
+    assert times[8] == pytest.approx(times[16] * 450 / 50 / 8)
+    assert times[1] == pytest.approx(times[16] * 450 / 50)
+
+
+def test_the_peak_is_the_fullest_moment() -> None:
+    memory = Memory(1, 2, 3, 4, kept=5, transient=6, reduction=7, update=8)
+    assert memory.total == 1 + 2 + 3 + 4 + 5 + 6
+    assert dataclasses.replace(memory, reduction=20).total == 10 + 20
+    assert dataclasses.replace(memory, update=30).total == 10 + 30
+
+
+def test_flows_of_one_kind_and_group_are_one_and_groups_of_one_rank_are_none() -> None:
+    one = Flow("all_reduce", DATA, 4, 1, 80)
+    assert merged([one, one, Flow("all_reduce", TENSOR, 1, 9, 9)]) == [Flow("all_reduce", DATA, 4, 2, 160)]
+    assert one.wire_bytes == 60
+
+
+def test_time_shrinks_with_a_faster_machine_and_the_bubble_with_more_micro_batches() -> None:
+    config = load_config("examples/llama2_7b.yaml", ["--parallel.pipeline_model_parallel_size", "4"])
+    slow, fast = (estimate(config, 8, MACHINES[name]) for name in ("a100-80g", "h100"))
+    assert slow.time is not None
+    assert fast.time is not None
+    assert slow.time.total > fast.time.total
+    fewer = dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch_size=32))
+    shorter = estimate(fewer, 8, MACHINES["h100"]).time
+    assert shorter is not None
+    busy = ("products", "element_wise", "launches", "tensor_parallel", "pipeline")
+    for time, count in ((fast.time, 512 // 8 // 2), (shorter, 512 // 32 // 2)):
+        assert time.bubble == pytest.approx(sum(getattr(time, name) for name in busy) * 3 / count)
+    assert fast.utilization(MACHINES["h100"]) < 1
+
+
+def test_a_machine_comes_from_a_file_or_is_refused_in_one_line(tmp_path: Path) -> None:
+    values = dataclasses.asdict(MACHINES["h100"])
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({**values, "name": "mine", "peak_flops": 1e15}))
+    assert find_machine(str(path)) == dataclasses.replace(MACHINES["h100"], name="mine", peak_flops=1e15)
+    for change, message in (
+        ({"peak_flop": 1}, "did you mean peak_flops?"),
+        ({"memory_bytes": None}, "machine.memory_bytes is null, but must be a finite number above 0"),
+        ({"link_efficiency": 0}, "link_efficiency is 0, but must be a finite number above 0 and up to 1"),
+        ({"link_efficiency": 80}, "link_efficiency is 80, but must be a finite number above 0 and up to 1"),
+        ({"host_bandwidth": "inf"}, 'host_bandwidth is "inf", but must be a finite number above 0'),
+        ({"host_bandwidth": True}, "host_bandwidth is true, but must be a finite number above 0"),
+        ({"host_bandwidth": math.inf}, r"host_bandwidth is \.inf, but must be a finite number above 0"),
+        ({"peak_flops": math.nan}, r"peak_flops is \.nan, but must be a finite number above 0"),
+    ):
+        path.write_text(yaml.safe_dump({**values, **change}))
+        with pytest.raises(ConfigError, match=message):
+            find_machine(str(path))
+    path.write_text("name: mine\npeak_flops: 1e12\npeak_flops: 2e12\n")
+    with pytest.raises(ConfigError, match="has the key peak_flops twice, in lines 2 and 3"):
+        find_machine(str(path))
+    path.write_text("peak_flops: 1e12\n" + yaml.safe_dump({k: v for k, v in values.items() if k in BANDWIDTHS}))
+    assert find_machine(str(path)).peak("fp32") == 1e12
+    with pytest.raises(ConfigError, match=r"a100-80g, h100, h200 or a YAML file"):
+        find_machine("tpu")
+
+
+def test_products_in_fp32_take_the_peak_of_fp32() -> None:
+    machine = MACHINES["h100"]
+    bf16, fp32 = (estimate(tiny_config(training={"dtype": dtype}), 1, machine) for dtype in ("bf16", "fp32"))
+    assert bf16.time is not None
+    assert fp32.time is not None
+    assert fp32.time.products == pytest.approx(bf16.time.products * 989 / 67)
+    assert fp32.utilization(machine) == pytest.approx(fp32.model_flops / fp32.time.total / 67e12)
+    assert "fp32 products at 60% of 67 TFLOP/s" in "\n".join(estimate_tables(fp32, machine))
+
+
+def test_the_report_names_every_part_and_json_holds_the_same_figures() -> None:
+    machine = MACHINES["h200"]
+    estimated = estimate(tiny_config(deepspeed_section=ZERO_1), 2, machine)
+    text = "\n".join(estimate_tables(estimated, machine))
+    for part in ("weights", "gradients", "optimizer", "buffers", "kept", "transient", "reduction", "update", "peak"):
+        assert part in text
+    values = json.loads(json.dumps(as_values(estimated, machine)))
+    assert values["stages"][0]["memory"]["peak"] == estimated.stages[0].memory.total
+    assert values["fits"] is True

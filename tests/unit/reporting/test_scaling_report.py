@@ -1,0 +1,546 @@
+"""A report from made-up files: every section is there, and damage is one line while the rest is reported."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import os
+import random
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from megatron_crnet.config.loading import save_config
+from megatron_crnet.config.model_size import flops_per_token
+from megatron_crnet.config.schema import Config
+from megatron_crnet.reporting.inputs import read_inputs
+from megatron_crnet.reporting.page import markdown_page
+from megatron_crnet.reporting.scaling_report import build_sections
+from megatron_crnet.reporting.step_identity import identify_step
+from megatron_crnet.utils.environment import write_run_file
+
+ROOT = Path(__file__).parents[3]
+SECTIONS = (
+    *("In short", "Loss", "Speed by number of ranks", "Variants, layouts, recomputation"),
+    *("Estimated, simulated, measured", "Memory by part", "Traffic by kind", "Where these figures come from"),
+)
+MEMORY = {"weights": 4 << 20, "optimizer": 8 << 20, "gradients": 4 << 20, "activations": 6 << 20}
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("scaling_report_tool", ROOT / "tools" / "scaling_report.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_run(folder: Path, processes: int = 2) -> Path:
+    folder.mkdir(parents=True)
+    config = Config()
+    save_config(config, folder / "config.yaml")
+    write_run_file(folder, ["pretrain_crnet.py", "--config", "my.yaml"], processes)
+    flops = flops_per_token(config.model, config.training.seq_length)
+    lines = [
+        {
+            "step": step,
+            "tokens": step * 100,
+            "loss": 8.0 - step / 10,
+            "step_time_s": 0.5,
+            "tokens_per_s": 200.0,
+            "tflops_per_device": flops * 200 / processes / 1e12,
+        }
+        for step in (1, 5, 10)
+    ]
+    last = {"step": 10, "tokens": 1000, "validation_loss": 6.5, "validation_perplexity": 665.14}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, last]))
+    return folder
+
+
+def row(sweep: str, name: str, processes: int = 1, **changes: Any) -> dict[str, Any]:
+    return {
+        "sweep": sweep,
+        "name": name,
+        "processes": processes,
+        "error": None,
+        "parameters": 1000,
+        "flops_per_token": 6000.0,
+        "tokens_per_step": 1024,
+        "median_s": 0.5 + len(name) / 1000,
+        "spread": 0.1,
+        "tokens_per_s": 2000.0 * processes**0.5,
+        "tflops_per_device": 0.01,
+        "mfu": 0.25,
+        "memory": MEMORY,
+        "peak_bytes": sum(MEMORY.values()),
+        "traffic": {"TP all_reduce": 2 << 20} if processes > 1 else {},
+        "speed_of_first": processes**0.5,
+        "cpu_speed_of_first": 1.0,
+        **changes,
+    }
+
+
+ROWS = (
+    *(row("variants", name) for name in ("full_rank", "crnet")),
+    *(row("recompute", name) for name in ("none", "replay")),
+    *(row(sweep, f"{n} of {sweep}", n) for sweep in ("strong", "weak") for n in (1, 2, 4)),
+    row("layouts", "TP 2 x PP 1 x DP 1", 2),
+)
+
+
+def write_benchmark(path: Path, *rows: dict[str, Any]) -> Path:
+    found = rows or ROWS
+    facts = {"machine": {"processor": "abacus", "cores": 2, "gpus": []}, "versions": {"torch": "9"}, "complete": True}
+    record = {"kind": "benchmark", "command": "python tools/benchmark.py --x", "device": "cpu", "peak_flops": 1e12}
+    path.write_text(json.dumps({**record, **facts, "rows": found}))
+    return path
+
+
+def write_simulation(path: Path) -> Path:
+    memory = {"weights": 10, "gradients": 20, "optimizer": 30, "buffers": 5, "kept": 7, "transient": 3, "update": 50}
+    flow = {"kind": "all_gather", "group": "DP", "size": 8, "calls": 3, "bytes": 1 << 20}
+    path.write_text(json.dumps({"counted": {"memory": memory, "flows": [flow, flow], "flops": 1}}))
+    return path
+
+
+def report(tool: ModuleType, tmp_path: Path, *inputs: Path) -> tuple[int, str, str]:
+    target = tmp_path / "out" / "report.html"
+    status = tool.main([*map(str, inputs), "-o", str(target), "--overwrite"])
+    pages = [path.read_text() if path.exists() else "" for path in (target, target.with_suffix(".md"))]
+    return status, pages[0], pages[1]
+
+
+class Checker(HTMLParser):
+    """Tags must close in order, and nothing may be loaded."""
+
+    VOID = {"meta", "path", "rect", "polyline", "br", "use"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.pictures = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("script", "link", "img", "iframe")
+        assert all(not (value or "").startswith("http") for key, value in attrs if key in ("href", "src"))
+        self.pictures += tag == "figure"
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_every_section_is_there_with_its_pictures(tool: ModuleType, tmp_path: Path) -> None:
+    inputs = [
+        write_run(tmp_path / "first"),
+        write_run(tmp_path / "second", 4),
+        write_benchmark(tmp_path / "benchmark.json", *ROWS, measured_row()),
+        write_estimate(tmp_path / "estimate.json"),
+        write_simulation(tmp_path / "simulation.json"),
+    ]
+    strategies = [{"name": name, "kept": 1 << 20, "peak": 2 << 20, "flops": 10**9} for name in ("none", "replay")]
+    inputs.append(tmp_path / "recompute.json")
+    counted = {
+        "kind": "recompute",
+        "command": "python tools/measure_recompute.py --y",
+        "rows": [*strategies, {"name": 7}],
+    }
+    inputs[-1].write_text(json.dumps(counted))
+    status, page, markdown = report(tool, tmp_path, *inputs)
+    assert status == 0
+    # what most people look for is first, where figures come from last
+    assert tuple(line[3:] for line in markdown.splitlines() if line.startswith("## ")) == SECTIONS
+    for title in SECTIONS:
+        assert f"<h2>{title}</h2>" in page
+    checker = Checker()
+    checker.feed(page)
+    assert checker.open == []
+    # loss twice, tokens/s, speed-up, MFU, recomputation twice, side by side, memory twice, traffic twice
+    assert checker.pictures == 12
+    commands = ("python pretrain_crnet.py --config my.yaml", "python tools/measure_recompute.py --y")
+    for figure in ("665.14", "abacus", "row 3 is damaged (name:", *commands):
+        assert figure in page
+    assert "anything measured on a GPU" in markdown
+    assert re.search(r"\| +1.41 \| +71% \|", markdown)  # two ranks at 1.41 times the speed, in whole percent
+    assert "prefers-color-scheme: dark" in page
+    assert "@media print" in page
+    assert 'name="viewport"' in page
+
+
+@pytest.mark.fault("section-5")
+def test_a_run_has_its_validation_curve_beside_its_training_loss(tool: ModuleType, tmp_path: Path) -> None:
+    status, page, markdown = report(tool, tmp_path, write_run(tmp_path / "run"))
+    assert status == 0
+    assert "run, validation" in page
+    headline = next(line for line in markdown.splitlines() if line.startswith("| run "))
+    for words in ("validation loss", "perplexity", "tokens/s", "steps"):
+        assert words in headline
+    aligned = markdown.splitlines()[markdown.splitlines().index(headline) + 1]
+    assert aligned.count("-:|") >= 8  # numbers to the right
+
+
+@pytest.mark.fault("section-5")
+def test_what_is_absent_is_one_line_at_the_end_and_says_what_makes_it(tool: ModuleType, tmp_path: Path) -> None:
+    status, page, markdown = report(tool, tmp_path, write_run(tmp_path / "run"))
+    assert status == 0
+    lines = [line for line in markdown.splitlines() if "Not in this report" in line]
+    assert len(lines) == 1
+    assert markdown.index(lines[0]) > markdown.index("Where these figures come from")
+    for sweep in ("strong", "weak", "recompute", "variants"):
+        assert f"--sweep {sweep}" in lines[0]
+    for title in SECTIONS[2:7]:
+        assert title not in page
+
+
+@pytest.mark.fault("M10")
+def test_an_older_page_is_replaced_only_when_asked(tool: ModuleType, tmp_path: Path) -> None:
+    run, page = write_run(tmp_path / "run"), tmp_path / "report.html"
+    page.write_text("mine")
+    assert tool.main([str(run), "-o", str(page)]) == 2
+    assert page.read_text() == "mine"
+    assert not page.with_suffix(".md").exists()
+    assert tool.main([str(run), "-o", str(page), "--overwrite"]) == 0
+
+
+DAMAGED: dict[str, tuple[str | None, str]] = {
+    "absent.json": (None, "cannot be read"),
+    "empty.json": ("", "is not valid JSON"),
+    "cut.json": ('{"kind": "benchmark", "rows": [{"na', "is not valid JSON"),
+    "other.json": ('{"a": [1, 2, {"b": "c"}]}', "holds no benchmark"),
+    "nothing.json": ("[]", "holds no benchmark"),
+    "strategies.json": ('{"kind": "recompute", "rows": 3}', "has no row that was measured and is whole: left out"),
+    "rows.json": ('{"kind": "benchmark", "rows": 3}', "has no row that was measured and is whole: left out"),
+    "metrics.jsonl": ('{"step": 1}\n{"st', "cannot be read, or not as a whole: left out"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damage_is_named_and_the_rest_is_reported(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    text, reason = DAMAGED[name]
+    damaged = tmp_path / "damaged" / name
+    damaged.parent.mkdir()
+    if text is not None:
+        damaged.write_text(text)
+    status, page, markdown = report(tool, tmp_path, damaged, write_run(tmp_path / "run"))
+    assert status == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert any(str(damaged) in line and reason in line for line in warnings)
+    assert reason in page
+    assert "run, 4 lines, 2 processes" in markdown
+
+
+def test_nothing_readable_ends_with_status_2_and_no_page(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder").mkdir()
+    status, page, markdown = report(tool, tmp_path, tmp_path / "folder", tmp_path / "absent")
+    assert (status, page, markdown) == (2, "", "")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: none of the 2 inputs could be read")
+
+
+def test_a_run_may_lack_its_configuration_and_facts(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "run.json").unlink()
+    found = read_inputs([run])
+    assert found.runs[0].processes == 2  # from the rates of its lines
+    (run / "config.yaml").write_text("model: [")
+    found = read_inputs([run])
+    assert found.runs[0].config is None
+    assert found.runs[0].processes is None
+    assert len(found.problems) == 2
+
+
+def test_a_damaged_row_leaves_the_others(tmp_path: Path) -> None:
+    rows = (
+        row("rows", "whole"),
+        row("rows", "text", median_s="0.5"),
+        row("rows", "no parts", memory=None),
+        row("rows", "nan", peak_bytes=float("nan")),
+        {"sweep": "rows", "name": "refused", "processes": 1, "error": "rank 0"},
+        row("rows", "died", error="it ended by itself"),
+    )
+    found = read_inputs([write_benchmark(tmp_path / "b.json", *rows, 7)])  # type: ignore[arg-type]
+    assert [r.name for r in found.benchmarks["b"].rows] == ["whole", "died"]
+    assert len(found.problems) == 6
+    assert "row 6, died, was measured in part: it ended by itself" in found.problems[4]
+    assert "row 5, refused, was not measured: rank 0" in found.problems[3]
+
+
+def test_losses_over_time_add_up_the_steps(tmp_path: Path) -> None:
+    run = read_inputs([write_run(tmp_path / "run")]).runs[0]
+    assert run.points("loss", "seconds") == [(0.5, 7.9), (2.5, 7.5), (5.0, 7.0)]
+    assert run.points("validation_loss") == [(1000, 6.5)]
+
+
+def test_the_parts_of_a_simulation_add_up_to_its_peak(tmp_path: Path) -> None:
+    figures = read_inputs([write_simulation(tmp_path / "s.json")]).simulations["s"].counted
+    parts = {"weights": 10, "optimizer": 30, "gradients": 20, "activations": 55}
+    assert figures.memory.parts.model_dump() == parts
+    assert figures.traffic() == {"DP all_gather": 2 << 20}
+
+
+STEP = {"fingerprint": "0123456789ab", "line": "crnet of 1M parameters, 2 ranks"}
+STATE = {"weights": 1 << 20, "gradients": 1 << 20, "optimizer": 2 << 20, "buffers": 0}
+PASSES = {**STATE, "kept": 5 << 20, "transient": 1 << 20, "reduction": 1, "update": 2}  # 10 MiB
+
+
+def flow(group: str, kind: str, mebibytes: int) -> dict[str, Any]:
+    return {"group": group, "kind": kind, "bytes": mebibytes << 20}
+
+
+def write_estimate(path: Path, machine: str = "h100", **changes: Any) -> Path:
+    """Two stages, of which the second is the fuller one."""
+    small = {
+        "memory": {**STATE, "kept": 0, "transient": 0},
+        "operations": {"passes": 1, "recomputation": 0},
+        "flows": [],
+    }
+    flows = [flow("PP", "send", 3), flow("PP", "all_reduce", 1)]
+    large = {"memory": PASSES, "operations": {"passes": 4 * 10**9, "recomputation": 10**9}, "flows": flows}
+    record = {
+        "kind": "estimate",
+        "command": "python tools/estimate.py --x",
+        "step": STEP,
+        "world_size": 2,
+        "machine": {"name": machine, "peak_flops": 1e15},
+        "stages": [small, large],
+        "seconds": {"step": 0.25},
+        "tokens_per_second": 4000.0,
+    }
+    path.write_text(json.dumps({**record, **changes}))
+    return path
+
+
+def write_counted(path: Path, rank: int, kept: int) -> Path:
+    """A simulation of the fuller stage, and the estimate that it brings along."""
+    memory, flows = {**PASSES, "kept": kept << 20}, [flow("PP", "send", 4)]
+    stage = {"memory": PASSES, "operations": {"passes": 5 * 10**9, "recomputation": 0}, "flows": flows}
+    record = {
+        "kind": "simulation",
+        "command": "python tools/simulate.py --x",
+        "step": STEP,
+        "world_size": 2,
+        "rank": rank,
+    }
+    counted = {"memory": memory, "flows": flows, "flops": 5 * 10**9}
+    path.write_text(json.dumps({**record, "counted": counted, "estimated": stage}))
+    return path
+
+
+def measured_row(**changes: Any) -> dict[str, Any]:
+    memory = {"weights": 1 << 20, "optimizer": 2 << 20, "gradients": 1 << 20, "activations": 4 << 20}  # 8 MiB
+    first = {"memory": MEMORY, "operations": 1, "traffic": {"PP send": 1}}
+    second = {"memory": memory, "operations": 5 * 10**9, "traffic": {"PP send": 2 << 20, "PP all_reduce": 2 << 20}}
+    facts = {"step": STEP, "ranks": [first, second], "median_s": 0.5, "tokens_per_s": 2000.0}
+    return row("rows", "two", 2, **{**facts, **changes})
+
+
+def sides(tool: ModuleType, tmp_path: Path, *inputs: Path) -> list[str]:
+    """Lines of the section, without padding, and what was left out."""
+    status, page, markdown = report(tool, tmp_path, *inputs)
+    assert status == 0
+    checker = Checker()
+    checker.feed(page)
+    assert checker.open == []
+    section = markdown.partition("## Estimated, simulated")[2].partition("\n## ")[0]
+    left_out = [line for line in markdown.splitlines() if line.startswith("- left out: ")]
+    return [re.sub(" +", " ", line) for line in [*section.splitlines(), *left_out]]
+
+
+def test_figures_of_one_step_stand_beside_each_other(tool: ModuleType, tmp_path: Path) -> None:
+    lines = sides(
+        tool,
+        tmp_path,
+        write_estimate(tmp_path / "e.json"),
+        write_counted(tmp_path / "s.json", 1, 5),
+        write_benchmark(tmp_path / "b.json", measured_row()),
+    )
+    assert f"**{STEP['line']}; rank 1**" in lines
+    assert "| found out by | peak memory, MiB | operations, GFLOP | PP, MiB | ms/step | tokens/s |" in lines
+    # the rank that was simulated, of the stage that holds it; times of another machine stand alone
+    assert "| estimated: e, for h100 | 10.00 (+25.0%) | 5.00 (equal) | 4.00 (equal) | 250.00 | 4,000 |" in lines
+    assert "| simulated: s | 10.00 (+25.0%) | 5.00 (equal) | 4.00 (equal) | - | - |" in lines
+    assert "| measured: b, rows: two, 2 ranks | 8.00 | 5.00 | 4.00 | 500.00 | 2,000 |" in lines
+    assert not any(line.startswith("- left out") for line in lines)
+
+
+def test_a_time_is_compared_on_the_device_that_was_measured(tool: ModuleType, tmp_path: Path) -> None:
+    estimate = write_estimate(tmp_path / "e.json", "abacus")
+    lines = sides(tool, tmp_path, estimate, write_benchmark(tmp_path / "b.json", measured_row()))
+    found = next(line for line in lines if line.startswith("| estimated: e, for abacus"))
+    assert found.endswith("| 250.00 (-50.0%) | 4,000 (+100.0%) |")
+    assert any("; rank 1**" in line for line in lines)  # the fullest stage, without a simulation
+
+
+def test_without_a_measurement_the_simulation_is_compared_with(tool: ModuleType, tmp_path: Path) -> None:
+    lines = sides(tool, tmp_path, write_counted(tmp_path / "s.json", 1, 15))
+    assert any(line.startswith("| estimated: s | 10.00 (-50.0%) |") for line in lines)
+    assert any(line.startswith("| simulated: s | 20.00 |") for line in lines)
+
+
+def test_a_run_is_measured_by_its_time_alone(tool: ModuleType, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    estimate = write_estimate(tmp_path / "e.json", step=identify_step(Config(), 2))
+    lines = sides(tool, tmp_path, run, estimate)
+    assert "| measured: run run | - | - | - | 500.00 | 200.00 |" in lines
+
+
+OTHER = {**STEP, "fingerprint": "another"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"step": OTHER}, "nothing to compare with e (estimated): crnet of 1M parameters, 2 ranks"),
+        ({"step": None}, "made before files named their step, so in no pair: e"),
+        ({"step": {"fingerprint": 7}}, "made before files named their step, so in no pair: e"),
+        ({"world_size": "2"}, "nothing to compare with e (estimated)"),
+        ({"world_size": 3}, "nothing to compare with e (estimated)"),
+        ({"world_size": 0}, "nothing to compare with e (estimated)"),
+    ],
+)
+def test_what_has_no_pair_is_named(tool: ModuleType, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    estimate = write_estimate(tmp_path / "e.json", **changes)
+    lines = sides(tool, tmp_path, estimate, write_benchmark(tmp_path / "b.json", measured_row()))
+    assert any(said in line for line in lines)
+    assert not any(line.startswith("**") for line in lines)
+
+
+@pytest.mark.parametrize("ranks", [None, [], [3], "text", [{"memory": MEMORY, "traffic": 7}]])
+def test_a_row_without_figures_of_the_rank_keeps_its_time(tool: ModuleType, tmp_path: Path, ranks: Any) -> None:
+    benchmark = write_benchmark(tmp_path / "b.json", measured_row(ranks=ranks))
+    lines = sides(tool, tmp_path, write_estimate(tmp_path / "e.json"), benchmark)
+    assert "| measured: b, rows: two, 2 ranks | - | - | - | 500.00 | 2,000 |" in lines
+    assert any("row 1, two,: damaged and left out: ranks" in line for line in lines) == bool(ranks)
+
+
+HOSTILE: tuple[Any, ...] = (
+    *(5, -1, 1e308, 1e-308, 10**400, -(10**30), True, None, "", "x", "9" * 500, "\ud800", "<script>|`$x$", "_x"),
+    *([], [[]], {}, {"a": 1}, {"\ud800": 1}, float("nan"), float("inf"), ["x"] * 3, [None], "\x00\x1b[2J"),
+)
+
+
+def places(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where in a JSON value something else could stand."""
+    yield way
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places(item, (*way, key))
+
+
+def replaced(value: Any, way: tuple[Any, ...], new: Any) -> Any:
+    if not way:
+        return new
+    changed = copy.copy(value)
+    changed[way[0]] = replaced(value[way[0]], way[1:], new)
+    return changed
+
+
+@pytest.mark.fault("F10")
+@pytest.mark.parametrize("kind", ["benchmark", "estimate", "simulation", "facts", "metrics"])
+def test_whatever_stands_in_a_file_the_rest_is_reported(tmp_path: Path, kind: str) -> None:
+    """Thirty changes of each kind of file, without drawing; what is left out is named."""
+    random_, run = random.Random(7), write_run(tmp_path / "run")
+    files = {
+        "benchmark": write_benchmark(tmp_path / "b.json", *ROWS, measured_row()),
+        "estimate": write_estimate(tmp_path / "e.json"),
+        "simulation": write_counted(tmp_path / "s.json", 1, 5),
+        "facts": run / "run.json",
+        "metrics": run / "metrics.jsonl",
+    }
+    path = files[kind]
+    lines = path.read_text().splitlines() if kind == "metrics" else [path.read_text()]
+    for _ in range(30):
+        number = random_.randrange(len(lines))
+        value = json.loads(lines[number])
+        way = random_.choice([*places(value)])
+        changed = json.dumps(replaced(value, way, random_.choice(HOSTILE)))
+        path.write_text("\n".join([*lines[:number], changed, *lines[number + 1 :]]) + "\n")
+        found = read_inputs([run, *(file for name, file in files.items() if name not in ("facts", "metrics"))])
+        sections = build_sections(found, 1e12, "command")
+        text = markdown_page("t", "i", sections) + "".join(table.html() for s in sections for table in s.tables)
+        text.encode("utf-8", "replace")
+        assert found.runs
+        assert sum(len(kind_) for kind_ in (found.benchmarks, found.estimates, found.simulations)) >= 2
+        assert all("\n" not in line for line in found.say())
+
+
+@pytest.mark.fault("F10")
+@pytest.mark.parametrize(
+    ("way", "new"),
+    [
+        (("rows", 0, "median_s"), 10**400),
+        (("peak_flops",), {}),
+        (("machine", "gpus"), 1e308),
+        (("rows", 0, "name"), "\ud800"),
+        (("rows", 0, "name"), "_$</svg><script>alert(1)</script>"),
+        (("rows", 0, "traffic"), {"\ud800 all_reduce": 1}),
+        (("rows", 1, "peak_bytes"), 1e308),
+        (("versions",), {"torch": "\x00"}),
+    ],
+)
+def test_a_hostile_benchmark_is_drawn_without_its_damaged_part(
+    tool: ModuleType, tmp_path: Path, way: tuple[Any, ...], new: Any
+) -> None:
+    path = write_benchmark(tmp_path / "b.json")
+    path.write_text(json.dumps(replaced(json.loads(path.read_text()), way, new)))
+    status, page, markdown = report(tool, tmp_path, path)
+    assert status == 0
+    checker = Checker()
+    checker.feed(page)
+    assert checker.open == []
+    assert checker.pictures >= 5
+    damaged = not isinstance(new, str) and way[0] != "versions" and "traffic" not in way
+    assert markdown.count("- left out: ") == 1 + damaged  # no row names its step
+    assert "4 of weak" in markdown
+
+
+@pytest.mark.fault("F10")
+@pytest.mark.parametrize(
+    "text", ["5", "[" * 100_000, '{"a":' * 100_000, '{"kind": "benchmark", "rows": ' + "9" * 5000 + "}"]
+)
+def test_files_of_odd_json_are_named(tool: ModuleType, tmp_path: Path, text: str) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() + text + "\n")
+    (run / "run.json").write_text(text)
+    (run / "odd.json").write_text(text)
+    status, _, markdown = report(tool, tmp_path, run)
+    assert status == 0
+    lines = [line for line in markdown.splitlines() if line.startswith("- left out")]
+    assert len(lines) == (2 if text.startswith('{"kind"') else 3)  # which is a mapping, and facts need nothing else
+    assert "7.0000" in markdown
+
+
+@pytest.mark.fault("F10")
+def test_a_damaged_byte_costs_its_line_and_a_name_of_odd_bytes_is_shown(tool: ModuleType, tmp_path: Path) -> None:
+    run = write_run(Path(os.fsdecode(os.fsencode(tmp_path) + b"/run\xff\n<b>")))
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 11, "tokens\xff": 1, \xff}\n')
+    status, page, markdown = report(tool, tmp_path, run)
+    assert status == 0
+    assert "line 5 cannot be read" in markdown
+    assert "run\\xdcff &lt;b>" in markdown
+    assert "<b>" not in page.partition("<main>")[2].partition("figcaption")[0]
+
+
+def test_a_long_run_is_drawn_in_few_points(tool: ModuleType, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    lines = ({"step": n, "tokens": n, "loss": 8 - n / 4000, "step_time_s": 0.1} for n in range(1, 20_001))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    status, page, _ = report(tool, tmp_path, run)
+    assert status == 0
+    assert len(page) < 200_000

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_crnet.config.loading import resolved
+from megatron_crnet.distributed.consensus import NOT_INSTALLED, library_versions
+from megatron_crnet.train.residual_in_use import PYTORCH, changed_residual, residual_in_use
+from tests.helpers import tiny_config
+
+pytest.importorskip("triton", reason="Triton has no build for this machine")
+CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+VERSIONS = library_versions()
+KERNELS = f"Triton {VERSIONS['triton']}'s kernels"
+
+
+def saved(**training: Any) -> dict[str, Any]:
+    return resolved(tiny_config(training=training))
+
+
+def without_the_field() -> dict[str, Any]:
+    values = saved()
+    del values["training"]["cross_layer_fusion"]
+    return values
+
+
+def test_the_one_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert residual_in_use(tiny_config(), CUDA) == KERNELS
+    assert residual_in_use(tiny_config(), CPU) == PYTORCH
+    assert residual_in_use(tiny_config(training={"cross_layer_fusion": False}), CUDA) == PYTORCH
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert residual_in_use(tiny_config(), CUDA) == PYTORCH
+
+
+@pytest.mark.parametrize(
+    ("before", "versions", "named"),
+    [
+        (without_the_field(), {}, PYTORCH),
+        (without_the_field(), VERSIONS, PYTORCH),
+        (saved(cross_layer_fusion=False), VERSIONS, PYTORCH),
+        (saved(), {**VERSIONS, "triton": NOT_INSTALLED}, PYTORCH),
+        (saved(), {**VERSIONS, "triton": "2.0.0"}, "Triton 2.0.0's kernels"),
+        (saved(), {}, "Triton (of a version that nobody noted)'s kernels"),
+    ],
+)
+def test_another_one_than_the_checkpoints_is_a_warning_on_cuda(
+    before: dict[str, Any], versions: dict[str, str], named: str
+) -> None:
+    line = changed_residual(tiny_config(), CUDA, before, versions)
+    assert line is not None
+    assert f"computed by {named} until the checkpoint and is by {KERNELS}" in line
+    assert changed_residual(tiny_config(), CPU, before, versions) is None
+    assert changed_residual(tiny_config(model={"variant": "cola"}), CUDA, before, versions) is None
+
+
+def test_the_same_one_is_none() -> None:
+    assert changed_residual(tiny_config(), CUDA, saved(), VERSIONS) is None
+    plain = tiny_config(training={"cross_layer_fusion": False})
+    for before in (without_the_field(), saved(cross_layer_fusion=False)):
+        assert changed_residual(plain, CUDA, before, {**VERSIONS, "triton": "2.0.0"}) is None

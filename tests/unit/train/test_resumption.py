@@ -1,0 +1,97 @@
+"""What a resumed run says that it does not share with the run that it continues."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_crnet.config.loading import resolved
+from megatron_crnet.config.schema import Config, DataConfig, ModelConfig
+from megatron_crnet.data.fingerprint import TrainedOn
+from megatron_crnet.distributed.consensus import library_versions
+from megatron_crnet.train.resumption import _other_settings, other_place, remarks
+from tests.helpers import tiny_config
+
+CHECKPOINT = Path("step_00000004")
+
+
+def remarks_after(config: Config, *, saved: Config | None = None, **state: Any) -> list[str]:
+    whole = {"samples": 32, "versions": library_versions(), "trained_on": TrainedOn("a", {"train": "x"}).values()}
+    now = TrainedOn("a", {"train": "x"})
+    return remarks(config, CHECKPOINT, resolved(saved or config), {**whole, **state}, now)
+
+
+@pytest.mark.fault("L5")
+def test_the_same_run_says_nothing() -> None:
+    assert remarks_after(tiny_config()) == []
+
+
+@pytest.mark.fault("L5")
+def test_a_checkpoint_that_has_seen_no_sample_is_no_other_run() -> None:
+    assert remarks_after(tiny_config(), saved=tiny_config(training={"seed": 1}), samples=0, trained_on=None) == []
+
+
+@pytest.mark.fault("L5")
+@pytest.mark.parametrize("name", ["seq_length", "seed", "train_steps", "global_batch_size"])
+def test_each_field_that_changes_the_order_of_samples_is_a_warning_of_its_own(name: str) -> None:
+    now = tiny_config()
+    saved = tiny_config(training={name: 32})
+    (line,) = remarks_after(now, saved=saved)
+    assert line.startswith(f"warning: training.{name} differs from the checkpoint's (")
+
+
+@pytest.mark.fault("L5")
+def test_a_split_counts_only_where_data_are_cut_by_it() -> None:
+    def config(split: str, **paths: list[str]) -> Config:
+        return dataclasses.replace(tiny_config(), data=DataConfig(split=split, **paths))
+
+    assert remarks_after(config("9,1", train_data_path=["a"]), saved=config("8,2", train_data_path=["a"])) == []
+    (line,) = remarks_after(config("9,1", data_path=["a"]), saved=config("8,2", data_path=["a"]))
+    assert line.startswith("warning: data.split differs from the checkpoint's (9,1 instead of 8,2)")
+
+
+@pytest.mark.fault("L5")
+def test_other_settings_are_one_note_and_what_changes_no_weight_is_none() -> None:
+    saved = tiny_config(
+        optimizer={"lr": 0.5}, training={"dtype": "bf16", "eval_steps": 3}, deepspeed_section={"dump_state": True}
+    )
+    (line,) = remarks_after(tiny_config(), saved=saved)
+    assert line == (
+        "note: changed since the checkpoint: training.dtype bf16 -> fp32, optimizer.lr 0.5 -> 0.003, "
+        "deepspeed.dump_state True -> None"
+    )
+
+
+@pytest.mark.fault("L5")
+def test_how_samples_are_masked_counts_and_where_they_lie_does_not() -> None:
+    config = tiny_config()
+    now, saved = resolved(config), resolved(config)
+    saved["data"] |= {"eod_mask_loss": not now["data"].get("eod_mask_loss", False), "cache_path": "elsewhere"}
+    saved["data"] |= {"train_data_path": ["moved"], "tokenizer_model": "moved", "split": "1,1", "num_workers": 7}
+    now["data"].setdefault("eod_mask_loss", False)
+    assert [*_other_settings(saved, now)] == ["data.eod_mask_loss True -> False"]
+
+
+@pytest.mark.fault("L5")
+def test_other_libraries_are_one_note() -> None:
+    versions = {**library_versions(), "torch": "2.0.0"}
+    (line,) = remarks_after(tiny_config(), versions=versions)
+    assert line.startswith("note: other libraries than the checkpoint's, which may round otherwise: torch 2.0.0 -> ")
+
+
+@pytest.mark.fault("B4")
+def test_a_field_that_an_earlier_version_did_not_know_is_no_change() -> None:
+    config, saved = tiny_config(), resolved(tiny_config())
+    del saved["training"]["cross_layer_fusion"]
+    assert remarks(config, CHECKPOINT, saved, {"samples": 1, "trained_on": TrainedOn("a").values()}, TrainedOn()) == []
+
+
+@pytest.mark.fault("B2")
+def test_dropout_is_mentioned_where_there_is_some() -> None:
+    config = tiny_config()
+    assert "dropout" not in other_place(config, "device cpu instead of cuda")
+    dropping = dataclasses.replace(config, model=ModelConfig(hidden_dropout=0.1))
+    assert other_place(dropping, "x").endswith("not to the bit, and dropout draws other numbers")
