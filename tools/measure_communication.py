@@ -34,7 +34,8 @@ def measure(config: Config) -> dict[str, Any]:
     from megatron_crnet.distributed import cpu_backend
 
     cpu_backend.install()
-    from megatron_crnet.distributed.process_groups import data_parallel_size, join_processes, shutdown_parallel
+    from megatron_crnet.config.batch import data_parallel_size
+    from megatron_crnet.distributed.process_groups import join_processes, shutdown_parallel
     from megatron_crnet.distributed.watchdog import naming_lost_peers
     from megatron_crnet.planning.communication_report import boundary_traffic, layer_traffic
 

@@ -44,7 +44,7 @@ from megatron_crnet.checkpoint.train_state import TrainingState
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.fingerprint import TrainedOn
-from megatron_crnet.distributed.consensus import examine_together, library_versions
+from megatron_crnet.distributed.consensus import examine_together
 from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.engine.zero import KINDS, MASTER, Masters
 from megatron_crnet.model.weights import canonical_weights
@@ -52,6 +52,7 @@ from megatron_crnet.recompute.random_states import RandomStates
 from megatron_crnet.utils.environment import note_in_run_file
 from megatron_crnet.utils.errors import CheckpointError, ConfigError, FolderTakenError
 from megatron_crnet.utils.files import unused_name
+from megatron_crnet.utils.versions import library_versions
 
 NOT_OF_THE_MODEL = {"beta_init", "init_method_std", "hidden_dropout", "attention_dropout", "max_position_embeddings"}
 WRITING_LIMIT = timedelta(minutes=30)

@@ -10,7 +10,6 @@ from psutil import virtual_memory
 from megatron_crnet.config.batch_sizes import BatchSizes
 from megatron_crnet.config.model_size import total_parameters
 from megatron_crnet.config.schema import Config
-from megatron_crnet.distributed.process_groups import data_parallel_size
 from megatron_crnet.utils.errors import require
 
 
@@ -71,6 +70,21 @@ class BatchPlan:
             f"batch size from {sizes.start} to {sizes.full} sequences in steps of {sizes.increment}, over "
             f"{sizes.after(steps):,} sequences in {steps:,} steps"
         )
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """Ranks left over for data parallelism.
+
+    Raises:
+        ConfigError: the world does not divide by the model-parallel size.
+    """
+    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+    require(
+        world_size % (tp * pp) == 0,
+        f"{world_size} processes do not divide by tensor_model_parallel_size {tp} x pipeline_model_parallel_size "
+        f"{pp}: start a multiple of {tp * pp} processes or lower one of the two",
+    )
+    return world_size // (tp * pp)
 
 
 def plan_batches(config: Config, world_size: int) -> BatchPlan:

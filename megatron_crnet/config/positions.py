@@ -7,7 +7,7 @@ list over layers of mappings from position to rank; rank FULL_RANK marks a full-
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from annotated_types import Ge, Le
 
@@ -15,9 +15,17 @@ from megatron_crnet.config.field_types import Rule
 from megatron_crnet.utils.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from megatron_crnet.config.schema import ModelConfig
 
 POSITIONS = ("q", "k", "v", "o", "gate", "up", "down")
+GROUPS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
+"""Positions that share an input, by the name of their group."""
+ROW_GROUPS = ("o", "down")
+"""Groups whose A is split over its inputs under tensor parallelism, as in Megatron-Core's row-parallel layers."""
+MODULE_OF_POSITION = {p: f"self_attn.{p}_proj" if p in "qkvo" else f"mlp.{p}_proj" for p in POSITIONS}
+"""Names of the modules in exports, those of Hugging Face's LLaMA."""
 FULL_RANK = 0
 
 RankSize = Annotated[int, Ge(1), Le(2**20)]
@@ -29,6 +37,21 @@ Rank = Annotated[
     ),
 ]
 RankTable = list[dict[str, int]]
+
+
+class LayerOutputs(NamedTuple):
+    """The linear outputs Y^P of a layer, before RoPE, before SiLU.
+
+    q, k, v, gate, up: [s, b, h_out/t]; o, down: [s/t, b, h] with sequence parallelism, [s, b, h] without.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
 
 
 def resolve_full_rank_layers(variant: str, layers: Sequence[int] | None, num_layers: int) -> list[int]:

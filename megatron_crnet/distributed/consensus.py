@@ -7,11 +7,9 @@ comes first, before it decides who is in a collective call with whom.
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import importlib.metadata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -19,9 +17,8 @@ import torch.distributed as dist
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.schema import Config
 from megatron_crnet.utils.errors import ConfigError, DataError, describe
+from megatron_crnet.utils.versions import LIBRARIES, library_versions
 
-LIBRARIES = ("torch", "triton", "megatron-core", "deepspeed", "apex", "transformer-engine", "megatron_crnet")
-NOT_INSTALLED = "not installed"
 CHECKPOINT = "the checkpoint"
 REMEDIES = {
     CHECKPOINT: "checkpoint.dir (logging.output_dir by default) must be a folder that all ranks share: put it on a "
@@ -42,26 +39,6 @@ def configuration_facts(config: Config) -> dict[str, str]:
     matters = {library: library != "triton" or config.training.cross_layer_fusion for library in LIBRARIES}
     versions = library_versions([library for library in LIBRARIES if matters[library]])
     return {**facts, **{f"version of {library}": version for library, version in versions.items()}}
-
-
-def library_versions(libraries: Sequence[str] = LIBRARIES) -> dict[str, str]:
-    """Installed versions of the libraries that a result depends on."""
-    return {library: _version(library) for library in libraries}
-
-
-@functools.cache
-def _packages() -> Mapping[str, list[str]]:
-    """Packages by module; to find them the list of files of every one is read, some megabytes."""
-    return importlib.metadata.packages_distributions()
-
-
-def _version(library: str) -> str:
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        # some builds of PyTorch bring Triton in a package of another name, such as pytorch-triton
-        packages = sorted(set(_packages().get(library, ())))
-        return ", ".join(importlib.metadata.version(package) for package in packages) or NOT_INSTALLED
 
 
 def agree_on_configuration(config: Config) -> None:

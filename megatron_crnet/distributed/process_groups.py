@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from megatron_crnet.config.batch import data_parallel_size
 from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed import cpu_backend
 from megatron_crnet.distributed.consensus import agree_on_configuration
@@ -42,21 +43,6 @@ class ParallelContext:
     def is_main(self) -> bool:
         """Whether this is the process that prints and writes."""
         return self.rank == 0
-
-
-def data_parallel_size(config: Config, world_size: int) -> int:
-    """Ranks left over for data parallelism.
-
-    Raises:
-        ConfigError: the world does not divide by the model-parallel size.
-    """
-    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
-    require(
-        world_size % (tp * pp) == 0,
-        f"{world_size} processes do not divide by tensor_model_parallel_size {tp} x pipeline_model_parallel_size "
-        f"{pp}: start a multiple of {tp * pp} processes or lower one of the two",
-    )
-    return world_size // (tp * pp)
 
 
 def initialize_parallel(config: Config) -> ParallelContext:

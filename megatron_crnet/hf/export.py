@@ -37,11 +37,11 @@ from megatron_crnet.checkpoint.weight_files import (
 from megatron_crnet.config.loading import load_config
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.tokenizer import Tokenizer, TokenizerKind, check_vocabulary, load_tokenizer
-from megatron_crnet.distributed.consensus import library_versions
 from megatron_crnet.hf.export_config import hugging_face_fields, read_export_config
 from megatron_crnet.hf.export_tokenizer import tokenizer_of, write_tokenizer
 from megatron_crnet.utils.errors import DataError
 from megatron_crnet.utils.files import atomic_folder, exists
+from megatron_crnet.utils.versions import library_versions
 
 CODE = ("configuration_crnet.py", "modeling_crnet.py")
 AUTO_MAP = {

@@ -19,8 +19,9 @@ from megatron.core.utils import get_pg_rank, make_viewless_tensor
 from torch import Tensor
 
 from megatron_crnet.config.megatron import CRNetTransformerConfig
+from megatron_crnet.config.positions import LayerOutputs
 from megatron_crnet.data.documents import PackedDocuments
-from megatron_crnet.model.layer import LayerOutputs, layer_spec
+from megatron_crnet.model.layer import layer_spec
 from megatron_crnet.model.norm import CRNetNorm
 from megatron_crnet.recompute.planner import micro_batches_in_flight, plan_inverse, plan_segments
 from megatron_crnet.recompute.segment import SegmentRun

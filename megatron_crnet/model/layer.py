@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
@@ -17,26 +17,12 @@ from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
 from megatron_crnet.config.megatron import CRNetTransformerConfig
+from megatron_crnet.config.positions import LayerOutputs
 from megatron_crnet.data.documents import PackedDocuments
 from megatron_crnet.model.attention import SDPACoreAttention
 from megatron_crnet.model.linear import build_group
 from megatron_crnet.model.norm import CRNetNorm
 from megatron_crnet.recompute.memory import GroupMemory, LayerMemory
-
-
-class LayerOutputs(NamedTuple):
-    """The linear outputs Y^P of a layer, before RoPE, before SiLU.
-
-    q, k, v, gate, up: [s, b, h_out/t]; o, down: [s/t, b, h] with sequence parallelism, [s, b, h] without.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    o: Tensor
-    gate: Tensor
-    up: Tensor
-    down: Tensor
 
 
 @dataclass

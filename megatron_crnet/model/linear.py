@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from torch import Tensor, nn
 
 from megatron_crnet.config.megatron import CRNetTransformerConfig
+from megatron_crnet.config.positions import GROUPS, ROW_GROUPS
 from megatron_crnet.model.input_product import Reduction, input_product
 from megatron_crnet.model.lowrank import (
     ProductOptions,
@@ -38,9 +39,6 @@ from megatron_crnet.recompute.memory import GroupMemory
 from megatron_crnet.recompute.saved_subgraph import Fragment
 
 Outputs = tuple[Tensor, ...]
-
-GROUPS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
-ROW_GROUPS = ("o", "down")
 
 
 @dataclass(frozen=True)

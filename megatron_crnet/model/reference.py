@@ -13,10 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_crnet.config.positions import FULL_RANK, POSITIONS, chain_starts, model_ranks
+from megatron_crnet.config.positions import FULL_RANK, MODULE_OF_POSITION, POSITIONS, chain_starts, model_ranks
 from megatron_crnet.config.schema import ModelConfig
-
-MODULE_OF_POSITION = {p: f"self_attn.{p}_proj" if p in "qkvo" else f"mlp.{p}_proj" for p in POSITIONS}
 
 
 def signed_scale(beta: Tensor, eps: float) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
-from megatron_crnet.model.reference import MODULE_OF_POSITION
+from megatron_crnet.config.positions import MODULE_OF_POSITION
 from megatron_crnet.utils.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from megatron_crnet.config.batch import BatchPlan
 from megatron_crnet.config.model_size import position_shapes
-from megatron_crnet.planning.shards import GROUPS, Chunk, LocalModel
+from megatron_crnet.config.positions import GROUPS
+from megatron_crnet.planning.shards import Chunk, LocalModel
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,9 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_crnet.config.megatron import CRNetTransformerConfig, build_transformer_config
 from megatron_crnet.config.model_size import position_shapes
-from megatron_crnet.config.positions import POSITIONS
+from megatron_crnet.config.positions import GROUPS, POSITIONS
 from megatron_crnet.config.schema import Config
 from megatron_crnet.recompute.planner import micro_batches_in_flight, plan_inverse, plan_segments
-
-GROUPS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
-"""Positions with one input, as in `model/linear.py`, which needs PyTorch's modules to say it."""
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from itertools import accumulate
 
 from megatron_crnet.config.batch import BatchPlan
 from megatron_crnet.config.deepspeed_rules import zero_option
+from megatron_crnet.config.positions import GROUPS
 from megatron_crnet.config.schema import Config
 from megatron_crnet.planning.operations import outputs_are_kept
-from megatron_crnet.planning.shards import GROUPS, Chunk, LocalModel
+from megatron_crnet.planning.shards import Chunk, LocalModel
 
 FETCH, RELEASE, DROP = "fetch", "release", "drop"
 """Weights are needed; are free unless they are soon used again; are free in any case, unless they are persistent."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
 
+from megatron_crnet.config.positions import GROUPS
 from megatron_crnet.recompute.random_states import RandomStates
 from megatron_crnet.recompute.saved_subgraph import Fragment
 
@@ -75,9 +77,9 @@ class LayerMemory:
 
     def know(self, outputs: Sequence[Tensor]) -> None:
         """The outputs of all positions, in the order of LayerOutputs: no product will be repeated."""
-        q, k, v, o, gate, up, down = outputs
-        for name, known in (("qkv", (q, k, v)), ("o", (o,)), ("gate_up", (gate, up)), ("down", (down,))):
-            self.groups[name].outputs = known
+        known = iter(outputs)
+        for name, positions in GROUPS.items():
+            self.groups[name].outputs = tuple(islice(known, len(positions)))
 
     def scales(self) -> Tensor:
         """s(beta) of all positions."""

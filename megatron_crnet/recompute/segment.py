@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_crnet.config.megatron import CRNetTransformerConfig
-from megatron_crnet.model.layer import CRNetTransformerLayer, LayerOutputs
-from megatron_crnet.model.linear import GROUPS
+from megatron_crnet.config.positions import GROUPS, LayerOutputs
 from megatron_crnet.recompute.memory import GroupMemory, LayerMemory
 from megatron_crnet.recompute.planner import amplification_limit, errors_below
 from megatron_crnet.recompute.random_states import RandomStates
@@ -33,6 +32,26 @@ DRIFT = 2.0
 Grads = Sequence[Tensor | None]
 LayerState = tuple[Tensor, LayerOutputs | None, LayerOutputs | None]
 """Residual stream that enters a layer, outputs of the layer below, its own outputs (None: not known)."""
+
+
+class Layer(Protocol):
+    """What recomputation asks of a layer, such as `model.layer.CRNetTransformerLayer`, where each is documented."""
+
+    index: int
+    returns_outputs: bool
+
+    def __call__(
+        self, hidden_states: Tensor, *, context: LayerOutputs | None, memory: LayerMemory | None = None, **shared: Any
+    ) -> tuple[Tensor, LayerOutputs | None]:
+        """The layer's forward pass; with `memory` it is recorded or repeated, and outputs are returned."""
+
+    def rebuild(
+        self, hidden_states: Tensor, context: LayerOutputs | None, memory: LayerMemory
+    ) -> tuple[Tensor, LayerOutputs | None]:
+        """What the forward pass returned, from the low-rank outputs in `memory`."""
+
+    def outputs_below(self, outputs: LayerOutputs, memory: LayerMemory) -> LayerOutputs:
+        """The previous layer's outputs, from this layer's."""
 
 
 class Boundary:
@@ -76,7 +95,7 @@ class SegmentRun:
     def __init__(
         self,
         config: CRNetTransformerConfig,
-        layers: Sequence[CRNetTransformerLayer],
+        layers: Sequence[Layer],
         store: ActivationStore,
         shared: Mapping[str, Any],
         last: bool,
@@ -112,7 +131,7 @@ class SegmentRun:
             self.memories.append(memory)
             streams.append(hidden_states)
             hidden_states, outputs = layer(hidden_states, context=context, memory=memory, **self.shared)
-            if self.strategy == "inverse" and context is not None:
+            if self.strategy == "inverse" and context is not None and outputs is not None:
                 memory.growth = self._note_growth(layer, context, outputs)
             context = outputs if layer.returns_outputs else None
         if self._ends_in_anchor():
@@ -120,7 +139,7 @@ class SegmentRun:
         self._put_away(streams[1:] if self.strategy == "inverse" else [])
         return hidden_states, context
 
-    def _note_growth(self, layer: CRNetTransformerLayer, below: LayerOutputs, outputs: LayerOutputs) -> Tensor:
+    def _note_growth(self, layer: Layer, below: LayerOutputs, outputs: LayerOutputs) -> Tensor:
         """Largest |Y_l| / |Y_{l-1}| of a token, by position: this rank's shards, this micro-batch."""
         # by token, because a few tokens with large outputs would hide what happens to all others
         growth = torch.stack([(_norms(y) / _norms(x)).max() for y, x in zip(outputs, below, strict=True)])
@@ -155,7 +174,7 @@ class SegmentRun:
         """The next segment of this stage starts with the outputs of this one's last layer."""
         return self.layers[-1].returns_outputs and not self.last
 
-    def _memory(self, layer: CRNetTransformerLayer) -> LayerMemory:
+    def _memory(self, layer: Layer) -> LayerMemory:
         # a full-rank layer's outputs will be known if the next segment starts with them, or the walk comes to them
         known = layer.returns_outputs if layer is not self.layers[-1] else self.passes_on
         groups = {name: GroupMemory(keep_graph=known) for name in GROUPS}
@@ -228,7 +247,7 @@ class SegmentRun:
             self._beyond_tolerance = ~(worst.max() <= DRIFT * amplification_limit(self.config))
 
     def _backward_of_layer(
-        self, layer: CRNetTransformerLayer, memory: LayerMemory, state: LayerState, grads: Grads
+        self, layer: Layer, memory: LayerMemory, state: LayerState, grads: Grads
     ) -> list[Tensor | None]:
         hidden_states, context, outputs = state
         if outputs is not None:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from megatron_crnet.config.schema import Config
-from megatron_crnet.distributed.consensus import NOT_INSTALLED, library_versions
 from megatron_crnet.model.residual import runs_kernels
+from megatron_crnet.utils.versions import NOT_INSTALLED, library_versions
 
 PYTORCH = "PyTorch's operations"
 

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.fingerprint import TrainedOn
-from megatron_crnet.distributed.consensus import library_versions
+from megatron_crnet.utils.versions import library_versions
 
 Values = Mapping[str, Any]
 

@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import torch
 
-from megatron_crnet.distributed.consensus import LIBRARIES, library_versions
 from megatron_crnet.utils.files import replace_text
+from megatron_crnet.utils.versions import LIBRARIES, library_versions
 
 RUN_FILE = "run.json"
 

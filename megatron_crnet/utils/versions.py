@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+LIBRARIES = ("torch", "triton", "megatron-core", "deepspeed", "apex", "transformer-engine", "megatron_crnet")
+NOT_INSTALLED = "not installed"
 
 
 def version_line() -> str:
@@ -22,8 +27,21 @@ def own_version() -> str:
     return _version("megatron_crnet")
 
 
-def _version(name: str) -> str:
+def library_versions(libraries: Sequence[str] = LIBRARIES) -> dict[str, str]:
+    """Installed versions of the libraries that a result depends on."""
+    return {library: _version(library) for library in libraries}
+
+
+@functools.cache
+def _packages() -> Mapping[str, list[str]]:
+    """Packages by module; to find them the list of files of every one is read, some megabytes."""
+    return importlib.metadata.packages_distributions()
+
+
+def _version(library: str) -> str:
     try:
-        return importlib.metadata.version(name)
+        return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"
+        # some builds of PyTorch bring Triton in a package of another name, such as pytorch-triton
+        packages = sorted(set(_packages().get(library, ())))
+        return ", ".join(importlib.metadata.version(package) for package in packages) or NOT_INSTALLED

@@ -5,14 +5,9 @@ from pathlib import Path
 import pytest
 
 from megatron_crnet.distributed import consensus
-from megatron_crnet.distributed.consensus import (
-    CHECKPOINT,
-    NOT_INSTALLED,
-    compare_facts,
-    configuration_facts,
-    library_versions,
-)
+from megatron_crnet.distributed.consensus import CHECKPOINT, compare_facts, configuration_facts
 from megatron_crnet.utils.errors import ConfigError
+from megatron_crnet.utils.versions import NOT_INSTALLED, library_versions
 from tests.helpers import tiny_config
 
 
