@@ -64,10 +64,11 @@ test-slurm: setup  ## submit the shipped scripts to a real two-node SLURM on thi
 	tests/slurm/prepare.sh
 	$(RUN) -m pytest -m slurm tests/slurm
 
-check: setup  ## ruff (lint and format), mypy, hadolint and shellcheck
+check: setup  ## ruff (lint and format), mypy, import-linter, hadolint and shellcheck
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports
 	$(VENV)/bin/hadolint $(call files,'Dockerfile' '*/Dockerfile' '*.Dockerfile')
 	$(VENV)/bin/shellcheck --external-sources $(call files,'*.sh' '*.sbatch' '.ci/*')
 

@@ -1,1 +1,7 @@
-"""engine."""
+"""One optimizer step: Megatron-Core's schedules, DeepSpeed's ZeRO; the only room that knows DeepSpeed's insides.
+
+In: A model and micro-batches.
+Out: Losses, norms, updated weights; fp32 weights and moments by parameter, at any ZeRO stage.
+May import: model, recompute, distributed, data, config, utils.
+Start with engine.py, then zero.py.
+"""
