@@ -11,7 +11,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
 files = $(shell git ls-files --cached --others --exclude-standard -- $(1))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test fuzz test-long test-faults test-image test-slurm check format clean distclean
+.PHONY: help setup train test fuzz test-long test-faults test-image test-slurm check reference format clean distclean
 
 help:  ## what there is to do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ check: setup  ## ruff (lint and format), mypy, import-linter, hadolint and shell
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/hadolint $(call files,'Dockerfile' '*/Dockerfile' '*.Dockerfile')
 	$(VENV)/bin/shellcheck --external-sources $(call files,'*.sh' '*.sbatch' '.ci/*')
+
+reference: setup  ## write docs/reference.md from the schema
+	$(RUN) -m megatron_crnet.config.reference > docs/reference.md
 
 format: setup  ## put the code into ruff's format
 	$(RUN) -m ruff check --fix .

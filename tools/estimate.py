@@ -10,7 +10,7 @@ Any `--section.field value` of pretrain_crnet.py is taken, and:
     --gpus-per-node N    ranks that share a node (default 8)
     --json               print the figures as JSON instead of tables; tools/scaling_report.py takes it
 
-What the figures mean and where they come from: docs/estimate.md.
+What the figures mean and where they come from: docs/planning.md.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ stand beside the counted ones. Any `--section.field value` of pretrain_crnet.py 
     --rank K          which of them this process is (default 0)
     --json            print the counted and the estimated figures as JSON instead; tools/scaling_report.py takes it
 
-What a simulation can and cannot see: docs/estimate.md.
+What a simulation can and cannot see: docs/planning.md.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ class Aio(TypedDict, total=False):
 
 
 class ActivationCheckpointing(TypedDict, total=False):
-    """Where kept activations live (docs/recompute.md)."""
+    """Where kept activations live (docs/recomputation.md)."""
 
     partition_activations: bool
     cpu_checkpointing: bool

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import docstring_parser
 import yaml
 
-from megatron_crnet.config.field_types import FilePath, checked, describe, is_text, shown, types_of
+from megatron_crnet.config.field_types import FilePath, checked, is_text, shown, types_of
 from megatron_crnet.config.options import ToolParser
 from megatron_crnet.config.positions import resolve_full_rank_layers
+from megatron_crnet.config.reference import help_lines
 from megatron_crnet.config.schema import Config
 from megatron_crnet.config.validation import sequence_parallel
 from megatron_crnet.utils.errors import ConfigError, require
@@ -74,7 +74,7 @@ class ConfigParser(ToolParser):
 
     def format_help(self) -> str:
         """With every field of the configuration; argparse itself reads none of them."""
-        return "\n".join([super().format_help(), *_help_of_fields()])
+        return "\n".join([super().format_help(), *help_lines()])
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
@@ -245,21 +245,3 @@ def _require_deepspeed_file(names: Sequence[str]) -> None:
         "--deepspeed has no value, but DeepSpeed is always on here: leave it out, or give its settings as --deepspeed "
         "FILE, --deepspeed_config FILE or --deepspeed.zero_optimization.stage 1",
     )
-
-
-def _help_of_fields() -> list[str]:
-    lines = []
-    for name, make in SECTIONS.items():
-        documented = docstring_parser.parse_from_object(make if name != DEEPSPEED else Config)
-        texts = {entry.arg_name: " ".join((entry.description or "").split()) for entry in documented.params}
-        if name == DEEPSPEED:
-            lines += ["deepspeed:", "  --deepspeed FILE, --deepspeed_config FILE, --deepspeed.KEY.KEY VALUE"]
-            lines += [f"      {texts[DEEPSPEED]}", ""]
-            continue
-        lines += [f"{name}: {documented.short_description}"]
-        defaults = make()
-        for key, kind in types_of(make).items():
-            lines += [f"  --{name}.{key} VALUE", f"      {texts.get(key, '')}"]
-            lines += [f"      {describe(kind)}; default {shown(getattr(defaults, key))}"]
-        lines += [""]
-    return lines

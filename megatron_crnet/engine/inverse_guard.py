@@ -1,7 +1,7 @@
 """Where recomputation by division may go down: the betas and the sizes of the outputs, agreed over ranks.
 
 `inverse` divides an output's error by s(beta) at each layer; relative to the output below, it also grows by
-|Y_l| / |Y_{l-1}|. Both change with training, so anchors are placed anew after each update (docs/recompute.md).
+|Y_l| / |Y_{l-1}|. Both change with training, so anchors are placed anew after each update (docs/recomputation.md).
 """
 
 from __future__ import annotations

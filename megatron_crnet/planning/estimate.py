@@ -1,7 +1,7 @@
 """What a configuration needs on every pipeline stage, and how long a step takes on a named machine, from formulas.
 
 Memory, operations and bytes are checked against `planning/simulation.py` and real runs; the time is a roofline, whose
-assumptions docs/estimate.md lists.
+assumptions docs/planning.md lists.
 """
 
 from __future__ import annotations

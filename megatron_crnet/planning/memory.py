@@ -2,7 +2,7 @@
 
 What is allocated follows from DeepSpeed's optimizers (`bf16_optimizer.py`, `zero/stage_1_and_2.py`, `zero/stage3.py`)
 and from this project's layers. Sizes of activations are elements for each local sequence position, as in
-`recompute/planner.py`; derivations are in docs/estimate.md.
+`recompute/planner.py`; derivations are in docs/planning.md.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class Measurement:
         peak: largest number of bytes alive during backward, gradients of activations included, weights and their
             gradients not.
         flops: floating-point operations of the forward and backward pass.
-        formula: `kept` by the formulas of docs/recompute.md.
+        formula: `kept` by the formulas of docs/recomputation.md.
         segments: layers in each segment, from the first on.
     """
 

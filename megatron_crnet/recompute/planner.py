@@ -1,7 +1,7 @@
 """Where a pipeline stage's layers are cut into segments for activation recomputation.
 
 Widths are elements for each local sequence position: for each of the s/t positions of a rank with sequence
-parallelism, of the s positions without. Formulas and drawings: docs/recompute.md.
+parallelism, of the s positions without. Formulas and drawings: docs/recomputation.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Activation recomputation of a run of layers: forward without a graph, backward layer by layer.
 
-Three strategies, by what a segment keeps and how backward gets the rest (docs/recompute.md):
+Three strategies, by what a segment keeps and how backward gets the rest (docs/recomputation.md):
 
     full      keeps X and Y where it starts; runs the layers again
     replay    also every layer's z; rebuilds X and Y upward with the forward pass's own operations

@@ -385,7 +385,7 @@ class Trainer:
         )
 
     def _remedy(self) -> str:
-        # a segment that finds its tolerance passed gives NaN (docs/recompute.md)
+        # a segment that finds its tolerance passed gives NaN (docs/recomputation.md)
         inverse = self.config.recompute.strategy == "inverse"
         return ", or take recompute.strategy replay, which divides by no beta" if inverse else ""
 

@@ -90,7 +90,7 @@ class MovedBytes(TorchDispatchMode):
 def test_bytes_an_element_and_operations_of_the_plain_functions(
     dtype: torch.dtype, wanted: list[tuple[int, int]]
 ) -> None:
-    """The figures of docs/benchmarks.md; the kernels' are in test_cross_layer_kernels.py."""
+    """The figures of docs/reporting.md; the kernels' are in test_cross_layer_kernels.py."""
     x, y, scale = torch.ones(64, 2, 64, dtype=dtype), torch.ones(64, 2, 64, dtype=dtype), torch.tensor(0.5)
     found = []
     for function in (add_previous, gradients, remove_update):
