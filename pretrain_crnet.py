@@ -50,7 +50,7 @@ def _run(argv: list[str], interruption: Interruption) -> int:
             if launch.rank == 0:
                 print(report)
             return 0
-        from megatron_crnet.train.trainer import train
+        from megatron_crnet.training.trainer import train
 
         if not train(arguments.config, interruption):
             return INTERRUPTED

@@ -11,7 +11,7 @@ docstring says what goes in and out, and where to start.
     model         CR-Net: the mathematics (reference.py), and in Megatron-Core's transformer blocks
     engine        one optimizer step under DeepSpeed
     checkpoint    a run's state by canonical weight, for any layout
-    train         the run: what is examined before it, and the loop
+    training      the run: what is examined before it, and the loop
     hf            out to Hugging Face transformers, and back
     planning      before a run: by formula, and by the real code on tensors without memory
     reporting     after it: benchmarks and reports

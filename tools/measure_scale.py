@@ -151,7 +151,7 @@ def _rank(connection: Connection, options: Sequence[str], variables: dict[str, s
 
         torch.set_num_threads(1)
         from megatron_crnet.config.loading import read_config
-        from megatron_crnet.train.trainer import train
+        from megatron_crnet.training.trainer import train
 
         config, counts = read_config(options), Counts()
         counts.install()
@@ -167,7 +167,7 @@ def measure(ranks: int, options: Sequence[str], port: int) -> list[Figures]:
     """The figures of each rank."""
     context = multiprocessing.get_context("forkserver")
     # imported once: what ranks read at start is then data, and they share their memory
-    context.set_forkserver_preload(["megatron_crnet.train.trainer", "torch.utils.tensorboard", "matplotlib.pyplot"])
+    context.set_forkserver_preload(["megatron_crnet.training.trainer", "torch.utils.tensorboard", "matplotlib.pyplot"])
     ends, processes = [], []
     for rank in range(ranks):
         mine, theirs = context.Pipe()

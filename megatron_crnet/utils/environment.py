@@ -62,7 +62,7 @@ def write_run_file(folder: Path, argv: list[str], world_size: int, **more: Any) 
     """Write what a report needs to know of a run beside its metrics; the newest start of a run counts.
 
     Args:
-        more: what the next start needs to know, see `train/trainer.py`.
+        more: what the next start needs to know, see `training/trainer.py`.
 
     Raises:
         OSError: the folder cannot be written.

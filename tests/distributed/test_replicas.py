@@ -13,7 +13,7 @@ from megatron_crnet.checkpoint.train_state import TrainingState
 from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.model.gpt import build_model_chunks
-from megatron_crnet.train.metrics import largest_peak_memory_bytes, peak_memory_bytes
+from megatron_crnet.training.metrics import largest_peak_memory_bytes, peak_memory_bytes
 from tests.distributed.spawn import fresh_world, run_distributed
 from tests.distributed.test_checkpoint import row_config
 from tests.helpers import local_weights, micro_batches

@@ -14,7 +14,7 @@ from megatron_crnet.data import fingerprint
 from megatron_crnet.data.datasets import Datasets
 from megatron_crnet.data.unigram import unigram_entropy
 from megatron_crnet.distributed.consensus import report_together
-from megatron_crnet.train import preflight, shared_reads
+from megatron_crnet.training import preflight, shared_reads
 from megatron_crnet.utils.errors import DataError
 from tests.distributed.spawn import run_distributed
 from tests.unit.data_helpers import VOCAB, data_config, random_documents, write_indexed

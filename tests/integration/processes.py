@@ -23,7 +23,7 @@ import os, runpy, sys, time
 from pathlib import Path
 from megatron_crnet.distributed import cpu_backend
 cpu_backend.install()
-import megatron_crnet.train.trainer, torch.utils.tensorboard
+import megatron_crnet.training.trainer, torch.utils.tensorboard
 del sys.argv[0]
 folder = Path(sys.argv.pop(0))
 (folder / f"rank{os.environ['RANK']}").touch()

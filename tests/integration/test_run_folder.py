@@ -117,7 +117,7 @@ def test_a_run_that_has_saved_nothing_yet_starts_again_and_its_metrics_are_kept(
     output = tmp_path / "run"
     killed = """
 from megatron_crnet.checkpoint import manager
-from megatron_crnet.train.trainer import Trainer
+from megatron_crnet.training.trainer import Trainer
 def leave(*_):
     raise RuntimeError("as if killed here")
 patch.setattr(manager, "seal", leave)
@@ -175,7 +175,7 @@ def test_what_could_not_be_written_at_the_end_is_refused_at_the_start(corpus: Co
 
 BROKEN = """
 import torch.utils.tensorboard as board
-from megatron_crnet.train import trainer
+from megatron_crnet.training import trainer
 def fail(*_, **__):
     raise ZeroDivisionError("as if something was wrong")
 patch.setattr(trainer.TrainEngine, "evaluation_losses", fail)
@@ -184,7 +184,7 @@ patch.setattr(trainer, "continue_text", fail)
 patch.setattr(board.SummaryWriter, "add_scalar", fail)
 """
 LOST = """
-from megatron_crnet.train import trainer
+from megatron_crnet.training import trainer
 evaluate = trainer.Trainer._evaluate
 def die(self, *arguments, **more):
     if self.state.step == 6:

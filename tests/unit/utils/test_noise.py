@@ -13,7 +13,7 @@ from megatron_crnet.utils.noise import without_memory_lines
 
 REAL = """
 import logging, warnings
-import megatron_crnet.train.trainer, megatron_crnet.planning.simulation
+import megatron_crnet.training.trainer, megatron_crnet.planning.simulation
 warnings.warn("a real warning")
 logging.getLogger("DeepSpeed").warning("a real record")
 """

@@ -23,9 +23,9 @@ from megatron_crnet.data.indexed import check_enough, read_index, sources_of
 from megatron_crnet.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_crnet.data.unigram import entropy_of, label_counts
 from megatron_crnet.distributed.consensus import CHECKPOINT, examine_together, report_together
-from megatron_crnet.train.resumption import remarks
-from megatron_crnet.train.shared_reads import Known, read_together, view_of
-from megatron_crnet.train.starting_point import StartingPoint, find_starting_point
+from megatron_crnet.training.resumption import remarks
+from megatron_crnet.training.shared_reads import Known, read_together, view_of
+from megatron_crnet.training.starting_point import StartingPoint, find_starting_point
 from megatron_crnet.utils.errors import ConfigError, DataError, describe
 
 

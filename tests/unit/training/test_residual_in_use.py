@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_crnet.config.loading import resolved
-from megatron_crnet.train.residual_in_use import PYTORCH, changed_residual, residual_in_use
+from megatron_crnet.training.residual_in_use import PYTORCH, changed_residual, residual_in_use
 from megatron_crnet.utils.versions import NOT_INSTALLED, library_versions
 from tests.helpers import tiny_config
 

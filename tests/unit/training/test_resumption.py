@@ -11,7 +11,7 @@ import pytest
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.schema import Config, DataConfig, ModelConfig
 from megatron_crnet.data.fingerprint import TrainedOn
-from megatron_crnet.train.resumption import _other_settings, other_place, remarks
+from megatron_crnet.training.resumption import _other_settings, other_place, remarks
 from megatron_crnet.utils.versions import library_versions
 from tests.helpers import tiny_config
 

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_crnet.checkpoint.train_state import StepResult, TrainingState
 from megatron_crnet.config.schema import FaultsConfig
-from megatron_crnet.train.bad_steps import losses_to_remember, passed_limit, problem_of_loss
+from megatron_crnet.training.bad_steps import losses_to_remember, passed_limit, problem_of_loss
 
 GOOD = StepResult(loss=2.0, grad_norm=0.5, lr=1e-3, tokens=100)
 SPIKES = FaultsConfig(spike_deviations=3.0, spike_window=4)

@@ -34,13 +34,13 @@ from megatron_crnet.engine.determinism import deterministic_algorithms
 from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.engine.schedule import Batch, GlobalWork, global_work, loss_totals
 from megatron_crnet.model.gpt import build_model_chunks
-from megatron_crnet.train.bad_steps import losses_to_remember, passed_limit, problem_of_loss
-from megatron_crnet.train.metrics import MetricsWriter, Progress, check_sinks, cost_of_run, largest_peak_memory_bytes
-from megatron_crnet.train.plot import plot_loss, validated_steps
-from megatron_crnet.train.preflight import examine_inputs
-from megatron_crnet.train.residual_in_use import changed_residual, residual_in_use
-from megatron_crnet.train.resumption import other_place
-from megatron_crnet.train.sampling import continue_text
+from megatron_crnet.training.bad_steps import losses_to_remember, passed_limit, problem_of_loss
+from megatron_crnet.training.metrics import MetricsWriter, Progress, check_sinks, cost_of_run, largest_peak_memory_bytes
+from megatron_crnet.training.plot import plot_loss, validated_steps
+from megatron_crnet.training.preflight import examine_inputs
+from megatron_crnet.training.residual_in_use import changed_residual, residual_in_use
+from megatron_crnet.training.resumption import other_place
+from megatron_crnet.training.sampling import continue_text
 from megatron_crnet.utils.environment import read_run_file, write_run_file
 from megatron_crnet.utils.errors import BadStepError, CheckpointError, ConfigError, FolderTakenError, describe
 from megatron_crnet.utils.signals import Interruption
