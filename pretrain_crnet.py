@@ -42,7 +42,6 @@ def _run(argv: list[str], interruption: Interruption) -> int:
         from megatron_crnet.distributed import cpu_backend
 
         cpu_backend.install()
-        from megatron_crnet.distributed.process_groups import shutdown_parallel
         from megatron_crnet.planning.dry_run import dry_run_report
 
         if arguments.dry_run:
@@ -50,12 +49,9 @@ def _run(argv: list[str], interruption: Interruption) -> int:
             if launch.rank == 0:
                 print(report)
             return 0
-        from megatron_crnet.training.trainer import train
+        from megatron_crnet.training.trainer import run_training
 
-        if not train(arguments.config, interruption):
-            return INTERRUPTED
-        shutdown_parallel()
-        return 0
+        return 0 if run_training(arguments.config, interruption=interruption).complete else INTERRUPTED
     except CrnetError as error:
         rank = os.environ.get("RANK", "0")
         print(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr, flush=True)

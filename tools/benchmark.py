@@ -121,7 +121,7 @@ def run(argv: list[str]) -> int:
         print(line, file=sys.stderr, flush=True)
 
     with Interruption() as interruption:
-        interruption.note_from_now_on()
+        interruption.arm()
         record = measure(rows, options, plan, say, lambda: interruption.received is not None)
     record = {"kind": record.pop("kind"), "command": command_line([__file__, *argv]), **record}
     print(tables(record))

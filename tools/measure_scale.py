@@ -50,7 +50,7 @@ class Never:
 
     received = None
 
-    def note_from_now_on(self) -> None:
+    def arm(self) -> None:
         """Nothing to note."""
 
 
@@ -151,11 +151,11 @@ def _rank(connection: Connection, options: Sequence[str], variables: dict[str, s
 
         torch.set_num_threads(1)
         from megatron_crnet.config.loading import read_config
-        from megatron_crnet.training.trainer import train
+        from megatron_crnet.training.trainer import run_training
 
         config, counts = read_config(options), Counts()
         counts.install()
-        train(config, Never())  # type: ignore[arg-type]
+        run_training(config, interruption=Never())  # type: ignore[arg-type]
         connection.send(counts.found)
     except BaseException as error:
         connection.send(f"rank {variables['RANK']}: {type(error).__name__}: {' '.join(str(error).split())[:500]}")

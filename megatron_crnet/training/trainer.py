@@ -8,7 +8,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,12 @@ from megatron_crnet.config.schema import Config
 from megatron_crnet.data.documents import to_device
 from megatron_crnet.data.loader import global_batches
 from megatron_crnet.distributed.consensus import Vote, examine_together
-from megatron_crnet.distributed.process_groups import ParallelContext, initialize_parallel, seed_random_states
+from megatron_crnet.distributed.process_groups import (
+    ParallelContext,
+    initialize_parallel,
+    seed_random_states,
+    shutdown_parallel,
+)
 from megatron_crnet.distributed.watchdog import is_communication, naming_lost_peers
 from megatron_crnet.engine.determinism import deterministic_algorithms
 from megatron_crnet.engine.engine import TrainEngine
@@ -42,7 +47,15 @@ from megatron_crnet.training.residual_in_use import changed_residual, residual_i
 from megatron_crnet.training.resumption import other_place
 from megatron_crnet.training.sampling import continue_text
 from megatron_crnet.utils.environment import read_run_file, write_run_file
-from megatron_crnet.utils.errors import BadStepError, CheckpointError, ConfigError, FolderTakenError, describe
+from megatron_crnet.utils.errors import (
+    BadStepError,
+    CheckpointError,
+    ConfigError,
+    CrnetError,
+    FolderTakenError,
+    PeerLostError,
+    describe,
+)
 from megatron_crnet.utils.signals import Interruption
 
 
@@ -88,6 +101,7 @@ class Trainer:
     ) -> None:
         self.config, self.context, self.interruption, self.folders = config, context, interruption, folders
         self.plan: BatchPlan = plan_batches(config, context.world_size)
+        self.losses: dict[str, float] = {}
         check_memory(config, context.device)
         examine_together(self._check_sinks)
         self.inputs = examine_inputs(config, self.plan, context.device)
@@ -108,8 +122,8 @@ class Trainer:
         dist.broadcast_object_list(due, src=0)
         return due[0] and self._validates(self.inputs.step)
 
-    def run(self) -> bool:
-        """Train from the newest checkpoint, or from scratch. Returns whether all steps are done."""
+    def run(self) -> TrainResult:
+        """Train from the newest checkpoint, or from scratch."""
         self.engine = TrainEngine(self.config, build_model_chunks(self.config), self.context)
         self.checkpointer = Checkpointer(self.config, self.engine, self.inputs.trained_on, self.folders.check)
         self.vote = Vote(self._is_warned, self._is_time_to_save)
@@ -125,7 +139,7 @@ class Trainer:
                 Path(self.config.logging.output_dir) / "stacks" / f"rank_{self.context.rank:05d}.txt"
             )
             limit_s = 60 * self.config.parallel.distributed_timeout_minutes
-            self.interruption.note_from_now_on()
+            self.interruption.arm()
             if self.inputs.damaged:
                 self.checkpointer.set_aside(self.inputs.step + (checkpoint is not None), DAMAGED)
             with self.context.heartbeat.watching(limit_s), self.progress:
@@ -136,7 +150,8 @@ class Trainer:
         self._finish() if complete else self._take_leave()
         # a launcher ends all ranks when the first has ended: none goes before rank 0 has closed its files
         loss_totals([], self.context.device)
-        return complete
+        newest = checkpoint_dir(self.config) / checkpoint_name(self.state.step)
+        return TrainResult(complete, self.state.step, newest, **self.losses)
 
     def _check_sinks(self) -> tuple[None, dict[str, str]]:
         if self.context.is_main:
@@ -155,7 +170,7 @@ class Trainer:
             return TrainingState()
         return self.checkpointer.load(self.inputs.checkpoint) if self.inputs.checkpoint else TrainingState()
 
-    def evaluate_only(self) -> None:
+    def evaluate_only(self) -> TrainResult:
         """Measure the losses of what the inputs found, print them and add them to evaluations.jsonl."""
         self.engine = TrainEngine(self.config, build_model_chunks(self.config), self.context)
         self.checkpointer = Checkpointer(self.config, self.engine, self.inputs.trained_on)
@@ -177,6 +192,7 @@ class Trainer:
             if test is not None:
                 values |= self._evaluate("test", test, self.inputs.test_steps) or {}
         examine_together(lambda: self._add_evaluation(values))
+        return TrainResult(True, self.state.step, checkpoint, **self.losses)
 
     def _add_evaluation(self, values: dict[str, Any]) -> tuple[None, dict[str, str]]:
         if not self.context.is_main:
@@ -329,6 +345,7 @@ class Trainer:
             if math.isfinite(grad_norm):
                 result, window = StepResult(loss, grad_norm, lr, tokens), losses_to_remember(faults)
                 self.state = self.state.trained(self._step_size, result, window)
+                self.losses["train_loss"] = loss
                 return tokens
             problem = f"the loss is {loss:.4f} and the gradient norm {grad_norm}, but must be finite"
         elif faults.on_bad_step == "skip":
@@ -481,6 +498,7 @@ class Trainer:
         # e^700 is the largest power a float holds
         perplexity = math.exp(min(loss, 700.0))
         values = {"tokens": self.state.tokens, f"{what}_loss": loss, f"{what}_perplexity": perplexity}
+        self.losses[f"{what}_loss"] = loss
         self.metrics.write(self.state.step, values)
         entropy = f" | unigram entropy {self.inputs.entropy:.4f}" if what == "validation" else ""
         self.progress.line(
@@ -548,11 +566,36 @@ class Trainer:
         )
 
 
-def train(config: Config, interruption: Interruption) -> bool:
-    """Run a configuration on the ranks that the launcher started. Returns whether all its steps are done.
+@dataclass(frozen=True)
+class TrainResult:
+    """What `run_training` returns, the same on every rank.
+
+    Attributes:
+        complete: whether all steps are done; False after a signal, whose state is saved.
+        step: last step done.
+        checkpoint: newest checkpoint of the run, or the one that `training.eval_only` evaluated.
+        train_loss: of the last good step of this call, nats per token; None if it took none.
+        validation_loss, test_loss: last ones of this call, nats per token; None if there was none.
+    """
+
+    complete: bool
+    step: int
+    checkpoint: Path | None
+    train_loss: float | None = None
+    validation_loss: float | None = None
+    test_loss: float | None = None
+
+
+def run_training(config: Config, *, interruption: Interruption | None = None) -> TrainResult:
+    """Run a configuration on the ranks that the launcher started, or alone in this process.
+
+    Joins the process groups, watches over the other ranks and handles signals while it runs, and gives all of them
+    back: groups that the caller has set up stay. After a lost rank, or a defect on this rank of several, the groups
+    stay as well, because leaving them may wait for ranks that do not come: end the process then.
 
     Args:
-        interruption: notes signals that ask to stop; then the state has been saved.
+        interruption: the signal handlers of the caller. By default this function takes SIGTERM, SIGUSR1 and SIGINT
+            itself from the first step to its end, where it is called in the main thread.
 
     Raises:
         ConfigError, DataError: the input cannot be used; nothing has been written.
@@ -560,22 +603,34 @@ def train(config: Config, interruption: Interruption) -> bool:
         PeerLostError: another rank died or stands still.
         BadStepError: a loss is not finite or a spike; the state before it is saved.
     """
-    with deterministic_algorithms(config.training.deterministic):
-        context = initialize_parallel(config)
-        limit = config.parallel.distributed_timeout_minutes
-        with context.heartbeat, naming_lost_peers(context.heartbeat, limit):
-            return _train_on_this_rank(config, context, interruption)
+    owns_groups = not dist.is_initialized()
+    with (
+        deterministic_algorithms(config.training.deterministic),
+        nullcontext(interruption) if interruption else Interruption(from_start=False) as signals,
+    ):
+        try:
+            context = initialize_parallel(config)
+            limit = config.parallel.distributed_timeout_minutes
+            with context.heartbeat, naming_lost_peers(context.heartbeat, limit):
+                result = _train_on_this_rank(config, context, signals)
+        except Exception as error:
+            agreed = isinstance(error, CrnetError) and not isinstance(error, PeerLostError)
+            if owns_groups and (agreed or not dist.is_initialized() or dist.get_world_size() == 1):
+                shutdown_parallel()
+            raise
+        if owns_groups:
+            shutdown_parallel()
+        return result
 
 
-def _train_on_this_rank(config: Config, context: ParallelContext, interruption: Interruption) -> bool:
+def _train_on_this_rank(config: Config, context: ParallelContext, interruption: Interruption) -> TrainResult:
     if config.training.eval_only:
-        Trainer(config, context, interruption, RunFolders()).evaluate_only()
-        return True
+        return Trainer(config, context, interruption, RunFolders()).evaluate_only()
     with hold_run_folders(config, context.is_main) as folders:
         return _train_in(folders, config, context, interruption)
 
 
-def _train_in(folders: RunFolders, config: Config, context: ParallelContext, interruption: Interruption) -> bool:
+def _train_in(folders: RunFolders, config: Config, context: ParallelContext, interruption: Interruption) -> TrainResult:
     trainer = Trainer(config, context, interruption, folders)
     if not trainer.is_complete:
         return trainer.run()
@@ -584,4 +639,4 @@ def _train_in(folders: RunFolders, config: Config, context: ParallelContext, int
         f"{trainer.inputs.checkpoint} has all {config.training.train_steps} steps already: nothing to do; "
         f"raise training.train_steps to go on, or remove {checkpoint_dir(config)} to start again"
     )
-    return True
+    return TrainResult(True, trainer.inputs.step, trainer.inputs.checkpoint)

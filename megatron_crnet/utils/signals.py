@@ -50,7 +50,7 @@ class SignalListener:
                     self._take(signal.Signals(number))
 
     def close(self) -> None:
-        """Give the signals back to whom they belonged before."""
+        """Restore the previous signal handlers."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
@@ -61,30 +61,39 @@ class SignalListener:
 
 
 class Interruption:
-    """Takes the signals of this process until it is closed; to be made in the main thread.
+    """Handles the signals of this process until it is closed; to be made in the main thread.
 
     Args:
+        from_start: end the process on a signal before `arm`; False leaves signals to their handlers until then, and
+            for good where `arm` is not called in the main thread.
         leave: ends the process with a status.
         clock: seconds.
     """
 
-    def __init__(self, leave: Callable[[int], object] = os._exit, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        from_start: bool = True,
+        leave: Callable[[int], object] = os._exit,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.received: signal.Signals | None = None
-        """The first signal since `note_from_now_on`."""
+        """The first signal since `arm`."""
         self._leave, self._clock = leave, clock
-        self._first, self._noting = 0.0, False
-        self._listener = SignalListener(self._take)
+        self._first, self._armed = 0.0, False
+        self._listener = SignalListener(self._take) if from_start else None
 
-    def note_from_now_on(self) -> None:
-        """There is something to lose: the first signal is left in `received`, for the work to come to its end itself.
+    def arm(self) -> None:
+        """From now on the first signal requests a graceful stop: it is kept in `received`.
 
-        So it stays to the end of the process, whose last lines and files must not be cut off by a launcher that
-        ends all ranks when the first has ended.
+        It stays armed until it is closed: a launcher that ends all ranks when the first has ended must not cut off
+        the last lines and files of the others.
         """
-        self._noting = True
+        if self._listener is None and threading.current_thread() is threading.main_thread():
+            self._listener = SignalListener(self._take)
+        self._armed = True
 
     def _take(self, number: signal.Signals) -> None:
-        if not self._noting:
+        if not self._armed:
             _say(f"{number.name} before training: nothing to save")
             self._leave(INTERRUPTED)
         elif self.received is None:
@@ -94,8 +103,9 @@ class Interruption:
             self._leave(128 + number)
 
     def close(self) -> None:
-        """Give the signals back to whom they belonged before."""
-        self._listener.close()
+        """Restore the previous signal handlers."""
+        if self._listener is not None:
+            self._listener.close()
 
     def __enter__(self) -> Interruption:
         return self

@@ -60,7 +60,7 @@ def test_before_training_a_signal_ends_the_process_at_once(process: Process, num
 
 
 def test_in_training_the_first_signal_is_noted_and_a_later_one_ends_the_process(process: Process) -> None:
-    process.interruption.note_from_now_on()
+    process.interruption.arm()
     process.send(signal.SIGUSR1)
     wait_until(lambda: process.interruption.received is signal.SIGUSR1)
     process.now += REPEAT_SECONDS + 0.1
@@ -70,7 +70,7 @@ def test_in_training_the_first_signal_is_noted_and_a_later_one_ends_the_process(
 
 
 def test_the_same_warning_on_two_ways_counts_once(process: Process) -> None:
-    process.interruption.note_from_now_on()
+    process.interruption.arm()
     process.send(signal.SIGTERM)
     wait_until(lambda: process.interruption.received is signal.SIGTERM)
     process.now += REPEAT_SECONDS - 0.1
@@ -95,6 +95,16 @@ def test_signals_belong_to_their_former_owner_again(process: Process) -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
+def test_signals_are_left_alone_until_it_is_armed() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with Interruption(from_start=False) as interruption:
+        assert signal.getsignal(signal.SIGTERM) is before
+        interruption.arm()
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(lambda: interruption.received is signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_a_second_signal_ends_a_process_whose_main_thread_never_returns() -> None:
     """As inside a collective call: C code that runs no Python handler. The signal comes from another process."""
     program = """
@@ -105,7 +115,7 @@ def clock():
     print("taken", flush=True)
     return next(times)
 with Interruption(clock=clock) as interruption:
-    interruption.note_from_now_on()
+    interruption.arm()
     print("ready", flush=True)
     lock = ctypes.create_string_buffer(256)
     libc = ctypes.CDLL(None)
