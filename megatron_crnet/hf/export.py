@@ -36,6 +36,7 @@ from megatron_crnet.checkpoint.weight_files import (
 )
 from megatron_crnet.config.loading import load_config
 from megatron_crnet.config.schema import Config
+from megatron_crnet.data.fingerprint import TrainedOn, digest_of_tokenizer
 from megatron_crnet.data.tokenizer import Tokenizer, TokenizerKind, check_vocabulary, load_tokenizer
 from megatron_crnet.hf.export_config import hugging_face_fields, read_export_config
 from megatron_crnet.hf.export_tokenizer import tokenizer_of, write_tokenizer
@@ -201,7 +202,8 @@ def from_hf(export: Path, folder: Path, tokenizer: str | None = None) -> Path:
     A run with the same model section and `checkpoint.dir FOLDER` continues from it under any layout.
 
     Args:
-        tokenizer: path of the tokenizer for the run to come; None takes the export's own.
+        tokenizer: path of the tokenizer for the run to come; None takes the export's own. The checkpoint names it as the
+            one that the weights were trained with, so that another one is noticed as in a run's own checkpoints.
 
     Raises:
         DataError: FOLDER holds states of a run or cannot be written, the export's weights are not whole (`to_hf`), or
@@ -212,7 +214,7 @@ def from_hf(export: Path, folder: Path, tokenizer: str | None = None) -> Path:
     source = ExportWeights(export)
     source.check(canonical_shapes(config.model))
     config = with_tokenizer(config, tokenizer or tokenizer_of(export.resolve())[1])
-    named_tokenizer(config)
+    trained_on = TrainedOn(digest_of_tokenizer(named_tokenizer(config)))
     target = folder / checkpoint_name(0)
     with RunFolders() as folders, _partial_checkpoint(target) as unfinished:
         folders.hold("the folder", folder)
@@ -224,7 +226,7 @@ def from_hf(export: Path, folder: Path, tokenizer: str | None = None) -> Path:
         unfinished.mkdir()
         portions = source.portions(partial(cast, "fp32"))
         names = [_write_masters(unfinished, i, weights) for i, weights in enumerate(portions, start=1)]
-        seal(unfinished, target, config, _fresh_state(), file_entries(unfinished, names))
+        seal(unfinished, target, config, _fresh_state(trained_on), file_entries(unfinished, names))
         point_latest_at(target)
     return target
 
@@ -249,11 +251,12 @@ def _write_masters(folder: Path, number: int, weights: dict[str, Tensor]) -> str
     return name
 
 
-def _fresh_state() -> dict[str, Any]:
+def _fresh_state(trained_on: TrainedOn) -> dict[str, Any]:
     """state.json before the first step. No rank's random state is in the files: the layout is nobody's."""
     return {
         **asdict(TrainingState()),
         "adam_steps": 0,
         "layout": {"imported_from": "a Hugging Face export"},
+        "trained_on": trained_on.values(),
         "versions": library_versions(),
     }

@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from megatron_crnet.data.train_tokenizer import train_sentencepiece
+from megatron_crnet.hf.export import from_hf, to_hf
 from tests.integration.conftest import Corpus, lines_of, start, start_here
 from tests.unit.data_helpers import library_texts
 
@@ -120,6 +121,27 @@ def test_weights_of_another_tokenizer_are_a_warning(other: Path, corpus: Corpus,
     assert outcome.status == 0, outcome.stderr
     assert "warning: the weights of " in outcome.stdout
     assert "their embeddings are those of other tokens" in outcome.stdout
+
+
+def test_an_import_knows_the_tokenizer_of_its_export(other: Path, corpus: Corpus, tmp_path: Path) -> None:
+    to_hf(other / "checkpoints" / "step_00000006", tmp_path / "export")
+    from_hf(tmp_path / "export", tmp_path / "run" / "checkpoints")
+    shutil.copytree(tmp_path / "run", tmp_path / "same")
+    tokenizer = train_sentencepiece(library_texts(20), tmp_path / "tokenizer", 512)
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{corpus.train}{suffix}", tmp_path / f"train{suffix}")
+    options = {**QUIET, "data__tokenizer_model": tokenizer, "training__train_steps": 1}
+    options.update(optimizer__lr_warmup_steps=0, data__train_data_path=f"[{tmp_path / 'train'}]")
+    outcome = start_here(corpus.options(tmp_path / "run", **options))
+    assert (outcome.status, outcome.stderr.count("\n")) == (2, 1), outcome.stderr
+    assert "step_00000000 was trained with the tokenizer " in outcome.stderr
+    outcome = start_here(corpus.options(tmp_path / "new", **options, checkpoint__load=tmp_path / "run"))
+    assert outcome.status == 0, outcome.stderr
+    assert "their embeddings are those of other tokens" in outcome.stdout
+    del options["data__tokenizer_model"]
+    outcome = start_here(corpus.options(tmp_path / "same", **options))
+    assert outcome.status == 0, outcome.stderr
+    assert not any("warning: the weights" in line for line in outcome.stdout.splitlines()), "the same model file"
 
 
 def files(folder: Path) -> dict[Path, float]:

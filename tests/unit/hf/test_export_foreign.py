@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -197,6 +198,8 @@ def test_missing_tokenizer_files_are_named(export: Path) -> None:
     assert_refused(export, r"has no tokenizer.model.* or give another tokenizer with --tokenizer")
     back = from_hf(export, export.parent / "back", str(moved))
     assert saved_config(back).data.tokenizer_model == str(moved)
+    named = json.loads((back / "state.json").read_text())["trained_on"]
+    assert named == {"tokenizer": hashlib.sha256(moved.read_bytes()).hexdigest(), "data": {}}
     shutil.rmtree(export.parent / "back")
     for name in ("tokenization_crnet.py", "tokenizer_config.json"):
         (export / name).unlink()
