@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 
+from tests.distributed.engines import build_engine, run_step
 from tests.distributed.spawn import fresh_world, run_distributed
 from tests.helpers import Errors, compare_with_reference, tiny_config
 
@@ -98,3 +99,24 @@ def _unusual() -> list[float]:
 @pytest.mark.fault("F4")
 def test_every_allowed_key_of_deepspeed_trains_exactly_at_another_value_than_its_default() -> None:
     assert max(run_distributed(_unusual, 2)[0]) < 1e-5
+
+
+def _boundary_after_an_error(stage: int) -> bool:
+    engine = build_engine(
+        tiny_config(training={"micro_batch_size": 2}, deepspeed_section={"zero_optimization": {"stage": stage}})
+    )
+    (chunk,) = engine.scheduled
+
+    def fail(*_: object, **__: object) -> None:
+        assert not engine.deepspeed.is_gradient_accumulation_boundary(), "not the last micro-batch"
+        raise MemoryError("as if there was no room")
+
+    chunk.call = fail
+    with pytest.raises(MemoryError):
+        run_step(engine)
+    return bool(engine.deepspeed.is_gradient_accumulation_boundary())
+
+
+@pytest.mark.fault("B20")
+def test_an_error_among_the_micro_batches_puts_the_accumulation_boundary_back() -> None:
+    assert run_distributed(_boundary_after_an_error, 1, 2) == [True]
