@@ -115,9 +115,10 @@ def other_place(config: Config, why: str) -> str:
 
 
 def _other_settings(saved: Values, now: Values) -> Iterator[str]:
+    warned = (*ORDER, *(f"data.{name}" for name in DOCUMENTS))
     for key, before, after in _differences(saved, now):
         # where it runs is said by `other_place`
-        if key not in ORDER and not key.startswith((*OF_NO_RESULT, "parallel.")):
+        if key not in warned and not key.startswith((*OF_NO_RESULT, "parallel.")):
             yield f"{key} {before} -> {after}"
 
 

@@ -11,7 +11,7 @@ import pytest
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.schema import Config, DataConfig, ModelConfig
 from megatron_crnet.data.fingerprint import TrainedOn
-from megatron_crnet.training.resumption import _other_settings, other_place, remarks
+from megatron_crnet.training.resumption import other_place, remarks
 from megatron_crnet.utils.versions import library_versions
 from tests.helpers import tiny_config
 
@@ -66,13 +66,14 @@ def test_other_settings_are_one_note_and_what_changes_no_weight_is_none() -> Non
 
 
 @pytest.mark.fault("L5")
-def test_how_samples_are_masked_counts_and_where_they_lie_does_not() -> None:
+def test_how_samples_are_masked_is_warned_of_once_and_where_they_lie_is_not() -> None:
     config = tiny_config()
-    now, saved = resolved(config), resolved(config)
-    saved["data"] |= {"eod_mask_loss": not now["data"].get("eod_mask_loss", False), "cache_path": "elsewhere"}
+    saved = resolved(config)
+    saved["data"] |= {"eod_mask_loss": True, "cache_path": "elsewhere"}
     saved["data"] |= {"train_data_path": ["moved"], "tokenizer_model": "moved", "split": "1,1", "num_workers": 7}
-    now["data"].setdefault("eod_mask_loss", False)
-    assert [*_other_settings(saved, now)] == ["data.eod_mask_loss True -> False"]
+    state = {"samples": 1, "trained_on": TrainedOn("a").values()}
+    (line,) = remarks(config, CHECKPOINT, saved, state, TrainedOn("a"))
+    assert line.startswith("warning: data.eod_mask_loss differs from the checkpoint's (False instead of True)")
 
 
 @pytest.mark.fault("L5")
