@@ -255,7 +255,8 @@ class CheckpointConfig(Section, name="checkpoint"):
 
 @dataclass(frozen=True)
 class FaultsConfig(Section, name="faults"):
-    """What happens when a step would do harm: its loss or gradient norm is not finite, or its loss is a spike."""
+    """What happens when a step would do harm: its loss or gradient norm is not finite, its loss is a spike, or no token
+    of its batch counts."""
 
     on_bad_step: Literal["stop", "skip"] = "stop"
     """stop ends the run with status 3. skip passes over the step's samples without changing a weight, and counts."""

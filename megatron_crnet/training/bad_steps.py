@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from megatron_crnet.checkpoint.train_state import TrainingState
 from megatron_crnet.config.schema import FaultsConfig
 
+NOTHING_TRAINED = "the global batch holds no token whose loss counts, but must hold one"
+"""Such as ends of documents alone under data.eod_mask_loss: there is no mean loss and no gradient."""
+
 
 def losses_to_remember(faults: FaultsConfig) -> int:
     """How many losses of good steps `problem_of_loss` compares with."""

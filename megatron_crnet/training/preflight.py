@@ -229,4 +229,4 @@ def _entropy(config: Config, datasets: Datasets, count: int, device: torch.devic
     samples = (datasets.valid[i] for i in share)
     counts = examine_together(lambda: (label_counts(samples, config.model.vocab_size), {})).to(device)
     dist.all_reduce(counts)
-    return entropy_of(counts)
+    return entropy_of(counts) if counts.any() else None

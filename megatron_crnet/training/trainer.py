@@ -39,7 +39,7 @@ from megatron_crnet.engine.determinism import deterministic_algorithms
 from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.engine.schedule import Batch, GlobalWork, global_work, loss_totals
 from megatron_crnet.model.gpt import build_model_chunks
-from megatron_crnet.training.bad_steps import losses_to_remember, passed_limit, problem_of_loss
+from megatron_crnet.training.bad_steps import NOTHING_TRAINED, losses_to_remember, passed_limit, problem_of_loss
 from megatron_crnet.training.metrics import MetricsWriter, Progress, check_sinks, cost_of_run, largest_peak_memory_bytes
 from megatron_crnet.training.plot import plot_loss, validated_steps
 from megatron_crnet.training.preflight import examine_inputs
@@ -339,7 +339,7 @@ class Trainer:
         """
         lr = self.engine.current_lr
         loss, faults = self.engine.forward_backward(batches, tokens, self.vote), self.config.faults
-        problem = problem_of_loss(loss, self.state.recent_losses, faults)
+        problem = problem_of_loss(loss, self.state.recent_losses, faults) if tokens else NOTHING_TRAINED
         if problem is None:
             grad_norm, _ = self.engine.update()
             if math.isfinite(grad_norm):
@@ -373,8 +373,15 @@ class Trainer:
 
         The next start goes back to a checkpoint whose next step was good.
         """
-        self._settle()
-        back = self.checkpointer.step_back(self.state.good_step)
+        back, stuck = None, ""
+        try:  # whatever fails here must not hide what was wrong with the step
+            self._settle()
+            back = self.checkpointer.step_back(self.state.good_step)
+        except CheckpointError as error:
+            stuck = (
+                f"checkpoints of step {self.state.good_step} and later could not be set aside ({error}): rename them, "
+                "or a new start continues from the newest"
+            )
         try:
             self.checkpointer.save(self.state, aside=True)
             aside = self.checkpointer.wait()
@@ -386,7 +393,7 @@ class Trainer:
         raise BadStepError(
             f"{problem} at step {self.state.step + 1} (learning rate {lr:.3e}, last gradient norm {norm}): lower "
             f"optimizer.lr or look at the data of this step{skipping}{self._remedy()}; "
-            f"{self._next_start(back, aside)}; the state just before this step {kept}"
+            f"{stuck or self._next_start(back, aside)}; the state just before this step {kept}"
         )
 
     def _next_start(self, back: Path | None, aside: Path | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +96,27 @@ def test_a_resumed_run_says_that_samples_are_read_in_another_way(within: Path, s
     assert outcome.status == 0, outcome.stderr
     for name in ("reset_attention_mask", "reset_position_ids", "eod_mask_loss"):
         assert f"warning: data.{name} differs from the checkpoint's (False instead of True)" in outcome.stdout
+
+
+def test_a_batch_of_ends_alone_is_a_bad_step_by_its_own_name_in_every_layout(short: Corpus, tmp_path: Path) -> None:
+    """No token counts: there is no mean loss and no gradient."""
+    eod = load_tokenizer("sentencepiece", str(short.tokenizer)).eod
+    write_indexed(tmp_path / "ends", [[eod]] * 2000)
+    ends = dataclasses.replace(short, train=tmp_path / "ends", valid=tmp_path / "ends")
+    outcome = start_here(ends.options(tmp_path / "one", **DOCUMENTS))
+    assert (outcome.status, outcome.stderr.count("\n")) == (3, 1), outcome.stderr
+    wanted = "the global batch holds no token whose loss counts, but must hold one at step 1 (learning rate"
+    assert wanted in outcome.stderr
+    assert "unigram entropy" not in outcome.stdout, "nothing counts in the validation either"
+    for name, options in (
+        ("skips", {"faults__on_bad_step": "skip"}),
+        ("skips-two", {"faults__on_bad_step": "skip", "parallel__tensor_model_parallel_size": 2}),
+    ):
+        output = tmp_path / name
+        result = start(ends.options(output, **DOCUMENTS, **options), ranks=2 if name == "skips-two" else 1)
+        assert result.returncode == 0, result.stderr
+        assert lines_of(output, "skipped_steps") == {step: step for step in range(1, 7)}
+        assert result.stdout.count("is skipped: the global batch holds no token whose loss counts") == 6
+        assert "has no token whose loss counts" in result.stdout
+        state = json.loads((output / "checkpoints" / "step_00000006" / "state.json").read_text())
+        assert (state["tokens"], state["samples"], state["adam_steps"], state["skipped"]) == (0, 24, 0, 6)

@@ -55,6 +55,31 @@ def test_a_bad_first_step_leaves_the_only_checkpoint_as_it_is_and_the_next_start
     assert set(lines_of(output, "loss")) == {1, 2, 3, 4}
 
 
+FAULTY_AT_4 = """
+from megatron_crnet.checkpoint import manager
+from megatron_crnet.train.trainer import TrainEngine
+passes, calls = TrainEngine.forward_backward, []
+def faulty(*arguments):
+    calls.append(1)
+    return passes(*arguments) if len(calls) < 4 else float("nan")
+patch.setattr(TrainEngine, "forward_backward", faulty)
+def fail(*_):
+    raise PermissionError(13, "Permission denied")
+patch.setattr(manager, "set_aside", fail)
+"""
+
+
+@pytest.mark.fault("B1")
+def test_a_checkpoint_that_cannot_be_set_aside_does_not_hide_the_bad_step(corpus: Corpus, tmp_path: Path) -> None:
+    options = corpus.options(tmp_path / "run", training__eval_steps=0, checkpoint__save_interval=1)
+    (bad,) = run_commands(tmp_path / "results", [Command(options, FAULTY_AT_4)])
+    assert bad.status == 3, bad.text
+    assert "error: the loss is nan, but must be finite at step 4" in bad.error
+    assert "checkpoints of step 3 and later could not be set aside (cannot write a checkpoint into" in bad.error
+    assert "Permission denied" in bad.error
+    assert bad.error.endswith("is kept beside it as rejected_step_00000003.from_step_00000004")
+
+
 @pytest.mark.fault("B1", "L1")
 def test_no_start_begins_from_random_weights_where_an_earlier_run_has_left_anything(
     corpus: Corpus, tmp_path: Path
@@ -121,7 +146,7 @@ from megatron_crnet.training.trainer import Trainer
 def leave(*_):
     raise RuntimeError("as if killed here")
 patch.setattr(manager, "seal", leave)
-patch.setattr(manager.shutil, "rmtree", lambda *_, **__: None)
+patch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)
 """
     options = corpus.options(output, training__train_steps=2, **QUIET)
     first, second = run_commands(tmp_path / "results", [Command(options, killed), Command(options)])
