@@ -175,7 +175,7 @@ def _decode_lines(chunk: LineChunk, rules: Rules, stats: CorpusStats) -> _Decode
         stats.skip(source, "empty", 0)
         return
     marked = BOM in chunk.data
-    names = {rules.text_key, rules.text_key.rpartition(".")[2]}
+    names = {rules.text_key, *rules.text_key.split(".")}
     decode = json.JSONDecoder(object_pairs_hook=partial(_refuse_two, names)).decode
     for number, line in enumerate(chunk.data.split(b"\n"), start=chunk.first_line):
         if marked:
@@ -227,7 +227,7 @@ def _decode_rows(chunk: RowChunk, rules: Rules, stats: CorpusStats) -> _Decoded:
 
 
 class _TwoTextsError(Exception):
-    """An object with the text key twice, of which JSON readers take the last without a word."""
+    """An object with the text key, or a part of it, twice, of which JSON readers take the last without a word."""
 
 
 def _refuse_two(names: set[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import os
 import re
 import stat
@@ -198,7 +199,7 @@ def _input_file(path: Path, text_key: str, file_format: Format | None) -> InputF
     if path == STANDARD_INPUT:
         if file_format is None or file_format == "parquet":
             raise DataError("standard input (-) has no suffix that says what it holds: give --format jsonl or text")
-        head = sys.stdin.buffer.peek(PEEK_BYTES) if hasattr(sys.stdin.buffer, "peek") else b""
+        head = _peek_standard_input()
         file = InputFile(path, file_format, compression_of(head), None)
     else:
         size, head = _peek(path)
@@ -217,6 +218,17 @@ def _input_file(path: Path, text_key: str, file_format: Format | None) -> InputF
         raise DataError(f"{file.name} is truncated or damaged ({error}): fetch it again") from error
     _refuse_other_text(file, text, text_key, by_suffix=file_format is None)
     return file
+
+
+def _peek_standard_input() -> bytes:
+    try:
+        if not sys.stdin:  # it is None if it was closed when Python began
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return sys.stdin.buffer.peek(PEEK_BYTES) if hasattr(sys.stdin.buffer, "peek") else b""
+    except OSError as error:
+        raise DataError(
+            f"standard input (-) cannot be read ({error.strerror or error}): give text by a pipe, or a file"
+        ) from error
 
 
 def _peek(path: Path) -> tuple[int, bytes]:

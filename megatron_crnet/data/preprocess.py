@@ -108,7 +108,7 @@ def preprocess(
     targets = output_files(out_prefix, ".bin", ".idx")
     stats, rules = CorpusStats(), Rules(text_key, strict, file_format)
     listing = open_corpus(paths, rules, stats)
-    check_outside(targets, paths)
+    check_outside((*targets, sidecar(out_prefix)), paths)
     if not overwrite:
         refuse_existing(*targets)  # what says by which tokenizer an older pair was made does not outlive it
     tokenizer = load_tokenizer(tokenizer_type, tokenizer_model)
@@ -156,6 +156,7 @@ def _tokenize_chunk(tokenizer: Tokenizer, append_eod: bool, rules: Rules, chunk:
     for document, ids in zip(documents, tokenized, strict=True):
         if not len(ids):
             stats.documents -= 1
+            stats.text_bytes -= len(document.text.encode())
             stats.skip(document.source, "empty", document.place)
     kept = [ids for ids in tokenized if len(ids)]
     end = np.array([tokenizer.eod] if append_eod else [], dtype=np.int32)

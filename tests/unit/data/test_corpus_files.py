@@ -10,6 +10,7 @@ import lzma
 import os
 import runpy
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -171,6 +172,15 @@ def test_standard_input_needs_a_format(monkeypatch: pytest.MonkeyPatch, file_for
         read(Path("-"), Path("-"), file_format="jsonl")
 
 
+@pytest.mark.fault("D2")
+@pytest.mark.parametrize("stdin", ["<&-", "0>/dev/null"])
+def test_standard_input_that_cannot_be_read_is_one_line(stdin: str) -> None:
+    code = "from megatron_crnet.data.corpus import iter_documents as i; list(i(['-'], file_format='text'))"
+    done = subprocess.run(["bash", "-c", f'"{sys.executable}" -c "{code}" {stdin}'], capture_output=True, text=True)
+    said = "DataError: standard input (-) cannot be read (Bad file descriptor): give text by a pipe, or a file"
+    assert done.stderr.splitlines()[-1] == f"megatron_crnet.utils.errors.{said}"
+
+
 @pytest.mark.fault("D3")
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tgz", "A.ZIP", "a.lz4", "a.csv", "a.arrow", "a.jsonl.br"])
 def test_what_is_not_text_is_refused_by_name_before_any_work(tmp_path: Path, name: str) -> None:
@@ -330,10 +340,16 @@ def test_nested_text_keys(tmp_path: Path, value: dict[str, object], key: str, ex
 
 
 @pytest.mark.fault("L10")
-@pytest.mark.parametrize("key", ["text", "data.text"])
-def test_an_object_with_the_text_twice_is_named(tmp_path: Path, key: str) -> None:
-    wrap = "%s" if key == "text" else '{"data": %s}'
-    twice, once = '{"text": "a", "id": 1, "text": "b"}', '{"text": "c", "more": {"x": "text", "y": "\\"text\\""}}'
+@pytest.mark.parametrize(
+    ("key", "wrap", "twice"),
+    [
+        ("text", "%s", '{"text": "a", "id": 1, "text": "b"}'),
+        ("data.text", '{"data": %s}', '{"text": "a", "id": 1, "text": "b"}'),
+        ("data.text", '{"data": %s}', '{"text": "a"}, "data": {"text": "b"}'),
+    ],
+)
+def test_an_object_with_the_text_twice_is_named(tmp_path: Path, key: str, wrap: str, twice: str) -> None:
+    once = '{"text": "c", "more": {"x": "text", "y": "\\"text\\""}}'
     (tmp_path / "a.jsonl").write_text(f"{wrap % twice}\n{wrap % once}\n")
     documents, summary = read(tmp_path / "a.jsonl", text_key=key)
     assert documents == ["c"]
@@ -480,6 +496,9 @@ def test_an_output_in_the_input_is_refused(model: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"out\.bin is also the input"):
         preprocess([tmp_path / "out.bin"], tmp_path / "out", "sentencepiece", model, overwrite=True)
     assert (tmp_path / "out.bin").read_text() == "text"
+    write_jsonl(tmp_path / "a.fingerprint.json", TEXTS)
+    with pytest.raises(DataError, match=r"a\.fingerprint\.json is also the input"):
+        preprocess([tmp_path / "a.fingerprint.json"], tmp_path / "a", "sentencepiece", model)
 
 
 def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

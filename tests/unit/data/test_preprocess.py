@@ -18,6 +18,7 @@ import numpy as np
 import psutil
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from sentencepiece import SentencePieceTrainer
 
 from megatron_crnet.data.preprocess import PreprocessResult, preprocess
 from megatron_crnet.data.tokenizer import load_tokenizer
@@ -50,6 +51,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(corpus: Path, prefix: Path, model: str, **options: object) -> PreprocessResult:
     return preprocess([corpus], prefix, "sentencepiece", model, **options)  # type: ignore[arg-type]
+
+
+def test_texts_of_which_the_tokenizer_leaves_nothing_count_for_nothing(tmp_path: Path) -> None:
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(library_texts(5)), model_prefix=str(tmp_path / "t"), vocab_size=200, minloglevel=2
+    )
+    corpus = write_jsonl(tmp_path / "a.jsonl", ["text", "\u200b\u200b"])  # zero width, which its rules take for spaces
+    result = preprocess([corpus], tmp_path / "out", "sentencepiece", str(tmp_path / "t.model"), workers=0)
+    assert (result.documents, result.text_bytes, result.stats.count("empty")) == (1, 4, 1)
 
 
 def names(folder: Path) -> list[str]:
