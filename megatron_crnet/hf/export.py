@@ -202,8 +202,8 @@ def from_hf(export: Path, folder: Path, tokenizer: str | None = None) -> Path:
     A run with the same model section and `checkpoint.dir FOLDER` continues from it under any layout.
 
     Args:
-        tokenizer: path of the tokenizer for the run to come; None takes the export's own. The checkpoint names it as the
-            one that the weights were trained with, so that another one is noticed as in a run's own checkpoints.
+        tokenizer: path of the tokenizer for the run to come; None takes the export's own. The checkpoint names it
+            as the one that the weights were trained with, so that another one is noticed as in a run's own checkpoints.
 
     Raises:
         DataError: FOLDER holds states of a run or cannot be written, the export's weights are not whole (`to_hf`), or

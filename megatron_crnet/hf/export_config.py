@@ -67,7 +67,11 @@ def read_export_config(folder: Path) -> Config:
         fields["rotary_base"] = int(base)  # as LLaMA's own files spell it
     try:
         config = Config(model=ModelConfig(**fields), training=TrainingConfig(seq_length=length))
-        CRNetConfig(**{name: values[name] for name in (*FIELDS, *FOREIGN) if name in values})
+        theirs = CRNetConfig(**{name: values[name] for name in (*FIELDS, *FOREIGN) if name in values})
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ConfigError(f"{path} holds a value that does not fit ({error}): correct it") from error
+    if theirs.rope_theta != values["rope_theta"]:
+        raise ConfigError(
+            f"{path} gives rope_theta {values['rope_theta']}, but {theirs.rope_theta} within rope_parameters: keep one"
+        )
     return config

@@ -41,9 +41,10 @@ def tokenizer_of(folder: Path) -> tuple[TokenizerKind, str]:
     """`data.tokenizer_type` and `data.tokenizer_model` of an export's tokenizer.
 
     Raises:
-        DataError: its files are missing.
+        DataError: its files are missing or damaged.
     """
-    if (folder / CODE).is_file() or "CRNetTokenizer" in json.dumps(_about(folder)):
+    about = _about(folder)  # damaged, it is refused whatever it says
+    if (folder / CODE).is_file() or "CRNetTokenizer" in json.dumps(about):
         if not (folder / SENTENCEPIECE).is_file():
             raise DataError(f"export {folder} has no {SENTENCEPIECE}, its tokenizer: copy it there, {OTHER}")
         return "sentencepiece", str(folder / SENTENCEPIECE)
@@ -57,17 +58,22 @@ def note_on_added_tokens(folder: Path) -> str | None:
     if tokenizer_of(folder)[0] == "huggingface":
         return None
     known = load_tokenizer(*tokenizer_of(folder)).vocab_size
-    added = [entry for index, entry in _about(folder).get("added_tokens_decoder", {}).items() if int(index) >= known]
+    added = [index for index in _added_ids(_about(folder)) if index >= known]
     if not added:
         return None
     return f"{len(added)} tokens that were added to the tokenizer of {folder} are text here: {SENTENCEPIECE} lacks them"
 
 
+def _added_ids(about: dict[str, Any]) -> list[int]:
+    return [int(index) for index in {**about.get("added_tokens_decoder", {})}]
+
+
 def _about(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
     try:
-        about: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-        return {**about}
+        about: dict[str, Any] = {**json.loads(path.read_text())} if path.is_file() else {}
+        _added_ids(about)
+        return about
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is not readable ({error!r}): correct it, {OTHER}") from error
 

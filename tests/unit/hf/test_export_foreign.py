@@ -117,6 +117,8 @@ def test_legal_json_is_taken(field: str, value: Any, ours: str, export: Path) ->
     [
         {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
         {"rope_parameters": [1]},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+        {"rope_parameters": {"rope_theta": None}},
         {"hidden_act": "gelu"},
         {"attention_bias": True},
         {"head_dim": 16},
@@ -219,6 +221,12 @@ def test_tokens_that_the_sentencepiece_model_lacks_are_noted(export: Path) -> No
     tokenizer.save_pretrained(export)
     assert "2 tokens that were added" in str(note_on_added_tokens(export))
     assert any("2 tokens" in note for note in open_model(export).notes)
+
+
+@pytest.mark.parametrize("added", [["x"], 5, {"x": {}}, None])
+def test_damaged_added_tokens_are_named_before_anything_is_written(added: Any, export: Path) -> None:
+    change_json(export / "tokenizer_config.json", added_tokens_decoder=added)
+    assert_refused(export, "tokenizer_config.json is not readable")
 
 
 def test_no_code_of_an_export_runs(export: Path) -> None:
