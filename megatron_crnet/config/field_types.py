@@ -171,11 +171,6 @@ def is_text(kind: Any) -> bool:
     return kind is str
 
 
-def takes_null(kind: Any) -> bool:
-    """Whether null is a value of the type."""
-    return get_origin(kind) in (Union, types.UnionType) and type(None) in get_args(kind)
-
-
 def describe(kind: Any) -> str:
     """The rule of a type in words."""
     origin, parts = get_origin(kind), get_args(kind)

@@ -1,4 +1,4 @@
-"""A checkpoint written by hand, and an export of it."""
+"""A checkpoint written by hand, and an export of it; a small model as Hugging Face configures it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,17 @@ from tests.helpers import tiny_config
 from tests.unit.data_helpers import train_small_tokenizer
 
 Weights = dict[str, Tensor]
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+"""Fields that CRNetConfig and LlamaConfig share, of a small model."""
 
 
 def random_weights(config: Config) -> Weights:

@@ -18,32 +18,23 @@ from peft import (
 )
 from torch import Tensor
 
+from megatron_crnet.hf.configuration_crnet import VARIANTS
 from megatron_crnet.hf.modeling_crnet import (
     CRNetConfig,
     CRNetForCausalLM,
     CRNetForSequenceClassification,
     CrossLayerLinear,
 )
+from tests.unit.export_helpers import SHAPE
 
 pytestmark = pytest.mark.fault("4: LoRA")
 
 PROJECTIONS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
-VARIANTS = ("crnet", "low_rank", "cola", "full_rank")
-SHAPE = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-}
 
 
 def make(variant: str = "crnet", **changes: Any) -> CRNetForCausalLM:
     torch.manual_seed(1)
-    return CRNetForCausalLM(
-        CRNetConfig(**{**SHAPE, "variant": variant, "rank": 8, "initializer_range": 0.2, **changes})
-    ).eval()
+    return CRNetForCausalLM(CRNetConfig(**{**SHAPE, "variant": variant, "rank": 8, **changes})).eval()
 
 
 def lora(**changes: Any) -> LoraConfig:

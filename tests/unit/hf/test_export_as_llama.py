@@ -23,20 +23,10 @@ from transformers import (
     TrainingArguments,
 )
 
+from megatron_crnet.hf.configuration_crnet import VARIANTS
 from megatron_crnet.hf.modeling_crnet import CRNetConfig, CRNetForCausalLM, CRNetForSequenceClassification
 from megatron_crnet.planning.live_memory import LiveMemory
-from tests.unit.export_helpers import write_export
-
-SHAPE: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-}
-VARIANTS = ("crnet", "low_rank", "cola", "full_rank")
+from tests.unit.export_helpers import SHAPE, write_export
 
 
 def make(variant: str = "crnet", model: type = CRNetForCausalLM, **changes: Any) -> Any:
