@@ -31,7 +31,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="page; .md lies beside it")
     parser.add_argument("--overwrite", action="store_true", help="replace an older page")
     parser.add_argument("--title", default="CR-Net: scaling report")
-    parser.add_argument("--peak-tflops", type=float, help="of one device, for the MFU of runs")
+    parser.add_argument("--peak-tflops", type=float, help="of one device, for the MFU of runs (benchmarks hold theirs)")
     args = parser.parse_args(argv)
     require(
         args.output.suffix in (".html", ".htm"),

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from megatron_crnet.config.model_size import total_parameters
+from megatron_crnet.config.model_size import flops_per_token, total_parameters
 from megatron_crnet.reporting.inputs import Benchmark, Figures, Machine, Record, ReportInputs, Row, Run
 from megatron_crnet.reporting.page import Section, Table
 from megatron_crnet.reporting.pictures import Bars, Lines, Series
 from megatron_crnet.reporting.steps import GIB, MIB, bytes_unit, memory_bars, steps_section
 
 TEXT_ONLY = 99
+WHOLE = "MFU, whole attention"
+MFU = (
+    "MFU is the share of the devices' peak that the model's operations are, recomputation left out, and of attention "
+    "only the half that the causal mask leaves; beside it with attention whole, as PaLM, torchtitan and nanochat count."
+)
 
 
 def build_sections(inputs: ReportInputs, peak_flops: float | None, command: str) -> list[Section]:
@@ -38,7 +43,8 @@ def build_sections(inputs: ReportInputs, peak_flops: float | None, command: str)
 
 def runs_section(inputs: ReportInputs, peak_flops: float | None) -> Section:
     """A headline row for each run, and for each sweep of a benchmark."""
-    section = Section("In short", "Runs of different length or data cannot be compared by their loss.")
+    text = "Runs of different length or data cannot be compared by their loss."
+    section = Section("In short", f"{text} {MFU}" if inputs.runs and peak_flops else text)
     if inputs.runs:
         section.tables.append(Table([run_row(run, peak_flops) for run in inputs.runs], text=2))
     rows = []
@@ -68,6 +74,7 @@ def run_row(run: Run, peak_flops: float | None = None) -> dict[str, str]:
     """The figures of a run that most people look for."""
     config, rate = run.config, run.median("tflops_per_device")
     share = rate * 1e12 / peak_flops if rate and peak_flops else None
+    whole = share * growth if share and (growth := _whole_attention(run)) else None
     return {
         "run": run.name,
         "variant": config.model.variant if config else "-",
@@ -75,13 +82,21 @@ def run_row(run: Run, peak_flops: float | None = None) -> dict[str, str]:
         "perplexity": _show(run.last("validation_perplexity"), "{:,.2f}"),
         "training loss": _show(run.last("loss"), "{:.4f}"),
         "tokens/s": _show(run.median("tokens_per_s"), "{:,.0f}"),
-        **({"MFU": _show(share, "{:.1%}")} if peak_flops else {}),
+        **({"MFU": _show(share, "{:.1%}"), WHOLE: _show(whole, "{:.1%}")} if peak_flops else {}),
         "tokens": _show(run.last("tokens"), "{:,.0f}"),
         "steps": _show(run.last("step"), "{:,.0f}"),
         "parameters": f"{total_parameters(config.model) / 1e6:,.2f}M" if config else "-",
         "lr": f"{config.optimizer.lr:g}" if config else "-",
         "ranks": _show(run.processes, "{}"),
     }
+
+
+def _whole_attention(run: Run) -> float | None:
+    """By how much a run's operations grow if attention is counted whole; None where they hang on documents' lengths."""
+    if run.config is None or run.config.data.reset_attention_mask:
+        return None
+    model, length = run.config.model, run.config.training.seq_length
+    return flops_per_token(model, length, whole_attention=True) / flops_per_token(model, length)
 
 
 def _show(value: float | None, form: str) -> str:
@@ -122,10 +137,10 @@ def _speed(inputs: ReportInputs, peak_flops: float | None) -> Section:
     section = Section(
         "Speed by number of ranks",
         "Tokens per second of the whole run, speed-up in units of the smallest world (medians of ratios within "
-        "repeats, which hold on a busy machine as well), efficiency: speed-up over ranks, and MFU: the share of the "
-        "devices' peak that the model's operations are. Strong scaling keeps the global batch, weak scaling grows it "
-        "with the ranks. Both axes are logarithmic, so that ideal scaling is a straight line. Runs were not measured "
-        "side by side: on a shared machine believe the benchmark's figures and not theirs.",
+        "repeats, which hold on a busy machine as well), and efficiency: speed-up over ranks. "
+        f"{MFU} Strong scaling keeps the global batch, weak scaling grows it with the ranks. Both axes are "
+        "logarithmic, so that ideal scaling is a straight line. Runs were not measured side by side: on a shared machine "
+        "believe the benchmark's figures and not theirs.",
     )
     runs = [(run.processes, run.median("tokens_per_s"), run.median("tflops_per_device")) for run in inputs.runs]
     of_runs = sorted((n, speed) for n, speed, _ in runs if n and speed)
@@ -153,7 +168,9 @@ def _speed(inputs: ReportInputs, peak_flops: float | None) -> Section:
         shares.insert(0, Series("runs", found, line=False))
     if any(s.points for s in shares):
         caption = "Level is ideal: each device does as much as it did alone."
-        section.pictures.append(Lines("Model FLOPs utilization", caption, "ranks", "MFU, percent", shares, True))
+        section.pictures.append(
+            Lines("Model FLOPs utilization", caption, "ranks", "MFU, percent (causal half of attention)", shares, True)
+        )
     section.tables += [_scaling_table(sweep, name, rows) for sweep, name, rows in scaled]
     return section
 
@@ -177,7 +194,7 @@ def _scaling_table(sweep: str, name: str, rows: list[Row]) -> Table:
             "speed-up": f"{row.speed_of_first:.2f}",
             "efficiency": f"{row.speed_of_first * rows[0].processes / row.processes:.0%}",
             "MFU": _show(row.mfu, "{:.1%}"),
-            "MFU, whole attention": _show(row.mfu_whole_attention, "{:.1%}"),
+            WHOLE: _show(row.mfu_whole_attention, "{:.1%}"),
         }
         for row in rows
     ]

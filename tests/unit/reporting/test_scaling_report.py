@@ -9,6 +9,7 @@ import os
 import random
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
@@ -189,6 +190,23 @@ def test_a_run_has_its_validation_curve_beside_its_training_loss(tool: ModuleTyp
         assert words in headline
     aligned = markdown.splitlines()[markdown.splitlines().index(headline) + 1]
     assert aligned.count("-:|") >= 8  # numbers to the right
+
+
+@pytest.mark.fault("B22")
+def test_the_headline_has_mfu_with_half_and_with_whole_attention(tool: ModuleType, tmp_path: Path) -> None:
+    folder, peak = write_run(tmp_path / "run", 2), "--peak-tflops=0.001"
+    status, _, markdown = report(tool, tmp_path, folder, Path(peak))
+    assert status == 0
+    head, _, line = markdown[markdown.index("| run ") :].splitlines()[:3]
+    found = dict(zip(*([cell.strip() for cell in row.split("|")] for row in (head, line)), strict=True))
+    config = Config()
+    for name, whole in (("MFU", False), ("MFU, whole attention", True)):
+        operations = flops_per_token(config.model, config.training.seq_length, whole_attention=whole) * 200 / 2
+        assert found[name] == f"{operations / 1e9:.1%}"
+    assert "with attention whole, as PaLM, torchtitan and nanochat count" in markdown
+    changed = replace(config, data=replace(config.data, reset_attention_mask=True))
+    save_config(changed, folder / "config.yaml")
+    assert re.search(r"\d% \| +- \|", report(tool, tmp_path, folder, Path(peak))[2]), "by the lengths of documents"
 
 
 @pytest.mark.fault("section-5")
