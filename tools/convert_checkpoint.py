@@ -43,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def export(args: argparse.Namespace) -> None:
     """to-hf."""
-    from megatron_crnet.checkpoint.weight_files import find_checkpoint
+    from megatron_crnet.checkpoint.contents import find_checkpoint
     from megatron_crnet.hf.export import to_hf
 
     require(

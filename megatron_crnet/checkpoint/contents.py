@@ -11,19 +11,44 @@ import torch
 import yaml
 from annotated_types import Ge
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
-from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_crnet.checkpoint.directory import FINAL, saved_step
+from megatron_crnet.checkpoint.directory import FINAL, MANIFEST, checkpoints, damage, newest_without, saved_step
 from megatron_crnet.checkpoint.train_state import TrainingState
-from megatron_crnet.checkpoint.weight_files import canonical_shapes
+from megatron_crnet.checkpoint.weight_files import KINDS, canonical_shapes, headers_of
 from megatron_crnet.config.schema import ModelConfig
-from megatron_crnet.engine.zero import KINDS
-from megatron_crnet.utils.errors import describe
+from megatron_crnet.utils.errors import DataError, describe
 
 Natural = Annotated[int, Ge(0)]
 NEEDED = ("step", "tokens", "samples")
 """Counters without which a run cannot go on; earlier versions did not write all of the others."""
+
+
+def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
+    """The checkpoint that a user means, and a line on each newer one that is damaged.
+
+    Args:
+        path: a checkpoint, a folder of checkpoints or the folder of a run; of several the newest whole one counts.
+
+    Raises:
+        DataError: there is none.
+    """
+    if (path / MANIFEST).is_file() or (path / "state.json").is_file():
+        if problem := _problem_of(path):
+            raise DataError(f"checkpoint {path} {problem}: use another one")
+        return path, []
+    found = checkpoints(path) or checkpoints(path / "checkpoints")
+    if not found:
+        raise DataError(f"{path} holds no checkpoint: give a step_ folder, a folder of them, or the folder of a run")
+    newest, skipped = newest_without(_problem_of, found)
+    if newest is None:
+        raise DataError(f"{path} has no whole checkpoint ({skipped[0]}): use another folder")
+    return newest, skipped
+
+
+def _problem_of(checkpoint: Path) -> str | None:
+    """As `checkpoint.problem_together`, in one process."""
+    return damage(checkpoint) or wrong_contents(checkpoint)
 
 
 def wrong_contents(checkpoint: Path) -> str | None:
@@ -76,7 +101,7 @@ def _wrong_tensors(checkpoint: Path) -> str | None:
         return "has a config.yaml without a model section"
     if not all(isinstance(section, dict) for section in config.values()):
         return "has a config.yaml whose sections are not all mappings"
-    saved = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    saved = headers_of(checkpoint).state_dict_metadata
     for name, shape in canonical_shapes(ModelConfig(**config["model"])).items():
         for full in (f"{kind}.{name}" for kind in KINDS):
             found = saved.get(full)

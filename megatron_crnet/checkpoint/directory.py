@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,21 @@ def checkpoints(folder: Path) -> list[Path]:
     """Checkpoints that carry a final name, the oldest first."""
     found = [path for path in folder.glob(f"{PREFIX}*") if FINAL.fullmatch(path.name)]
     return sorted((path for path in found if path.is_dir()), key=saved_step)
+
+
+def newest_without(problem_of: Callable[[Path], str | None], found: Sequence[Path]) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint with which nothing is wrong, and a line on each newer one.
+
+    Args:
+        problem_of: what is wrong with a checkpoint, None if nothing is.
+        found: checkpoints, the oldest first.
+    """
+    skipped: list[str] = []
+    for checkpoint in reversed(found):
+        if (problem := problem_of(checkpoint)) is None:
+            return checkpoint, skipped
+        skipped.append(f"checkpoint {checkpoint} {problem}: skipped")
+    return None, skipped
 
 
 def damage(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:

@@ -29,6 +29,7 @@ from megatron_crnet.checkpoint.directory import (
     checkpoints,
     damage,
     file_entries,
+    newest_without,
     point_latest_at,
     prune,
     remove_partial,
@@ -39,18 +40,19 @@ from megatron_crnet.checkpoint.directory import (
     unwritable,
 )
 from megatron_crnet.checkpoint.replicas import Checksums, checksums, copies_differ, describe_drift
-from megatron_crnet.checkpoint.storage import Box, collect, fill, read, shapes_of, whole, write
+from megatron_crnet.checkpoint.storage import Box, LostBox, collect, fill, read, shared_reader, whole, write
 from megatron_crnet.checkpoint.train_state import TrainingState
+from megatron_crnet.checkpoint.weight_files import KINDS, MASTER, ShardReader
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.fingerprint import TrainedOn
 from megatron_crnet.distributed.consensus import examine_together
 from megatron_crnet.engine.engine import TrainEngine
-from megatron_crnet.engine.zero import KINDS, MASTER, Masters
+from megatron_crnet.engine.zero import Masters
 from megatron_crnet.model.weights import canonical_weights
 from megatron_crnet.recompute.random_states import RandomStates
 from megatron_crnet.utils.environment import note_in_run_file
-from megatron_crnet.utils.errors import CheckpointError, ConfigError, FolderTakenError
+from megatron_crnet.utils.errors import CheckpointError, ConfigError, FolderTakenError, describe
 from megatron_crnet.utils.files import unused_name
 from megatron_crnet.utils.versions import library_versions
 
@@ -155,7 +157,7 @@ class Checkpointer:
             self._remarks.append(describe_drift(everyone))
 
     def _write(
-        self, name: str, state: TrainingState, boxes: dict[str, Box], about: dict[str, Any], copies: Checksums
+        self, name: str, state: TrainingState, boxes: dict[str, Box | LostBox], about: dict[str, Any], copies: Checksums
     ) -> None:
         partial: Path | None = None
         try:
@@ -233,9 +235,9 @@ class Checkpointer:
         Raises:
             CheckpointError: the checkpoint does not fit the model.
         """
-        about = saved_state(checkpoint)
-        fill(checkpoint, self.masters, self.weights, about["adam_steps"])
-        self.other_place = self._restore_random_states(checkpoint, about)
+        about, reader = _state_of(checkpoint), shared_reader(checkpoint)
+        fill(reader, self.masters, self.weights, about["adam_steps"])
+        self.other_place = examine_together(lambda: (self._restore_random_states(reader, about), {}))
         self.loaded_from = about.get("loaded_from")
         return TrainingState.from_values(about)
 
@@ -245,10 +247,10 @@ class Checkpointer:
         Raises:
             CheckpointError: the checkpoint does not fit the model.
         """
-        steps = saved_state(checkpoint)["adam_steps"] if optimizer else 0
-        fill(checkpoint, self.masters, self.weights, steps, KINDS if optimizer else (MASTER,))
+        steps = _state_of(checkpoint)["adam_steps"] if optimizer else 0
+        fill(shared_reader(checkpoint), self.masters, self.weights, steps, KINDS if optimizer else (MASTER,))
 
-    def _restore_random_states(self, checkpoint: Path, about: dict[str, Any]) -> str | None:
+    def _restore_random_states(self, reader: ShardReader, about: dict[str, Any]) -> str | None:
         """Put the random generators where they were; else return why that is not possible.
 
         Generators of another kind of device have states of another size, which mean nothing here.
@@ -261,11 +263,11 @@ class Checkpointer:
         if device != self.masters.device.type:
             return f"device {self.masters.device.type} instead of {device}"
         states = {name: torch.empty_like(state) for name, state in RandomStates.capture().tensors().items()}
-        saved = shapes_of(checkpoint)
+        saved = reader.read_metadata().state_dict_metadata
         for name, state in states.items():
-            if saved.get(_random_name(name)) != state.shape:
+            if getattr(saved.get(_random_name(name)), "size", None) != state.shape:
                 return f"the random generator {name} has a state of another size"
-        read(checkpoint, {_random_name(name): whole(state) for name, state in states.items()})
+        read(reader, {_random_name(name): whole(state) for name, state in states.items()})
         RandomStates.from_tensors(states).restore()
         return None
 
@@ -299,29 +301,28 @@ def _random_name(name: str) -> str:
 def newest_complete(folder: Path, before: int | None = None) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, and a line on each newer one that is damaged; a collective call.
 
-    Ranks share the work of comparing checksums.
-
     Args:
         before: look only at checkpoints of earlier steps than this.
     """
-    rank, size = dist.get_rank(), dist.get_world_size()
-    damaged: list[str] = []
-    looked_at = [path for path in checkpoints(folder) if before is None or saved_step(path) < before]
-    for checkpoint in reversed(looked_at):
-        everyone: list[Any] = [None] * size
-        dist.all_gather_object(everyone, damage(checkpoint, rank, size))
-        problems = [problem for problem in everyone if problem] or _wrong_contents(checkpoint)
-        if not problems:
-            return checkpoint, damaged
-        damaged.append(f"checkpoint {checkpoint} {problems[0]}: skipped")
-    return None, damaged
-
-
-def _wrong_contents(checkpoint: Path) -> list[str]:
-    """What rank 0 finds wrong, on every rank; a collective call."""
-    found = [wrong_contents(checkpoint) if dist.get_rank() == 0 else None]
+    # of rank 0: in a folder that is being written, or through a file server's cache, another may see other names
+    found = [[path for path in checkpoints(folder) if before is None or saved_step(path) < before]]
     dist.broadcast_object_list(found, src=0)
-    return [problem for problem in found if problem]
+    return newest_without(problem_together, found[0])
+
+
+def problem_together(checkpoint: Path) -> str | None:
+    """What is wrong with files or contents of a checkpoint, None if nothing is; a collective call.
+
+    Ranks share the work of comparing checksums.
+    """
+    rank, everyone = dist.get_rank(), [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, damage(checkpoint, rank, len(everyone)))
+    problem = next(filter(None, everyone), None)
+    if problem is None:
+        contents = [wrong_contents(checkpoint) if rank == 0 else None]
+        dist.broadcast_object_list(contents, src=0)
+        (problem,) = contents
+    return problem
 
 
 def saved_facts(config: Config, newest: int | None) -> dict[str, Any]:
@@ -352,8 +353,20 @@ def _tidy(folder: Path) -> tuple[None, dict[str, str]]:
 
 
 def saved_state(checkpoint: Path) -> dict[str, Any]:
-    """What a whole checkpoint holds beside its tensors: counters, library versions, what it was trained on."""
-    return dict(json.loads((checkpoint / "state.json").read_text()))
+    """What a whole checkpoint holds beside its tensors: counters, library versions, what it was trained on.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return dict(json.loads((checkpoint / "state.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {checkpoint} cannot be read ({describe(error)}): use another one") from error
+
+
+def _state_of(checkpoint: Path) -> dict[str, Any]:
+    """`saved_state` as a collective call, which fails on all ranks where it fails on one."""
+    return examine_together(lambda: (saved_state(checkpoint), {}))
 
 
 def check_resumable(

@@ -7,6 +7,7 @@ Nothing is unpickled (docs/decisions/checkpoint-format.md).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core import parallel_state
 from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -34,7 +35,9 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_crnet.engine.zero import KINDS, Masters, local_shape
+from megatron_crnet.checkpoint.weight_files import KINDS, ShardReader, headers_of
+from megatron_crnet.distributed.consensus import report_together
+from megatron_crnet.engine.zero import Masters, local_shape
 from megatron_crnet.model.weights import Weight
 from megatron_crnet.utils.errors import CheckpointError, describe
 
@@ -67,6 +70,21 @@ class Box:
         if saved.size != self.shape:
             raise ValueError(f"{name} has the shape {tuple(saved.size)} instead of {tuple(self.shape)}")
         return create_read_items_for_chunk_list(name, saved, [self.chunk])
+
+
+class LostBox:
+    """A part of a tensor that could not be copied: whoever writes it fails, which every rank learns there.
+
+    Args:
+        error: what went wrong.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def write_item(self, name: str) -> WriteItem:
+        """Raise the error."""
+        raise MemoryError(f"{name} was not copied: {describe(self.error)}") from self.error
 
 
 class _SavePlanner(DefaultSavePlanner):
@@ -117,17 +135,19 @@ def by_parameter(weights: list[Weight]) -> dict[nn.Parameter, list[Weight]]:
     return found
 
 
-def collect(masters: Masters, weights: list[Weight]) -> dict[str, Box]:
+def collect(masters: Masters, weights: list[Weight]) -> dict[str, Box | LostBox]:
     """Copies in host memory of what this rank will write; a collective call over replicas.
 
-    Every master and moment has one owner among the ranks that hold it, in turn, so that all write alike.
+    Every master and moment has one owner among the ranks that hold it, in turn, so that all write alike. What cannot be
+    copied is lost, and said by `write`: here the replicas still wait for this rank's slices.
     """
     dp_rank, dp_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     tp_rank, tp_size = (
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_tensor_model_parallel_world_size(),
     )
-    boxes, turn = {}, 0
+    boxes: dict[str, Box | LostBox] = {}
+    turn = 0
     for parameter, parts in by_parameter(weights).items():
         for kind in KINDS:
             owners: dict[str, int] = {}
@@ -138,12 +158,19 @@ def collect(masters: Masters, weights: list[Weight]) -> dict[str, Box]:
             values = masters.read(parameter, kind, {*owners.values()})
             for weight in parts:
                 if values is not None and owners.get(weight.name) == dp_rank:
-                    # a copy, because the values may be a view of a larger tensor
-                    boxes[f"{kind}.{weight.name}"] = _box(weight, weight.local(values).to("cpu", copy=True))
+                    boxes[f"{kind}.{weight.name}"] = _copied(weight, values)
     return boxes
 
 
-def write(folder: Path, boxes: Mapping[str, Box], group: dist.ProcessGroup) -> list[str]:
+def _copied(weight: Weight, values: Tensor) -> Box | LostBox:
+    try:
+        # a copy, because the values may be a view of a larger tensor
+        return _box(weight, weight.local(values).to("cpu", copy=True))
+    except Exception as error:  # no room
+        return LostBox(error)
+
+
+def write(folder: Path, boxes: Mapping[str, Box | LostBox], group: dist.ProcessGroup) -> list[str]:
     """Write the boxes of all ranks; a collective call of `group`, which must be a gloo group of all ranks.
 
     Returns:
@@ -167,20 +194,6 @@ def write(folder: Path, boxes: Mapping[str, Box], group: dist.ProcessGroup) -> l
     return sorted(path.name for path in folder.iterdir() if path.name.startswith(mine))
 
 
-class ShardReader(HuggingFaceStorageReader):
-    """Opens the header of each file once, however many loads follow."""
-
-    def __init__(self, path: str, metadata: Metadata | None = None) -> None:
-        super().__init__(path)
-        self._headers = metadata
-
-    def read_metadata(self) -> Metadata:
-        """What all files hold, and where."""
-        if self._headers is None:
-            self._headers = super().read_metadata()
-        return self._headers
-
-
 def shared_reader(folder: Path) -> ShardReader:
     """A reader whose headers rank 0 has read for all ranks; a collective call.
 
@@ -190,44 +203,38 @@ def shared_reader(folder: Path) -> ShardReader:
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            outcome[0] = ShardReader(str(folder)).read_metadata()
+            outcome[0] = headers_of(folder)
         except Exception as error:
             outcome[1] = f"checkpoint {folder} cannot be read ({describe(error)}): use another one"
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise CheckpointError(outcome[1])
-    return ShardReader(str(folder), outcome[0])
+    return ShardReader(folder, outcome[0])
 
 
-def read(folder: Path, boxes: Mapping[str, Box], reader: ShardReader | None = None) -> None:
-    """Fill the boxes from the files that any layout has written.
-
-    Args:
-        reader: of this folder, which knows its headers.
+def read(reader: ShardReader, boxes: Mapping[str, Box]) -> None:
+    """Fill the boxes from the files that any layout has written; no collective call.
 
     Raises:
-        CheckpointError: a tensor is missing, or has another shape.
+        CheckpointError: a tensor is missing, or has another shape, or a file cannot be read.
     """
     try:
         planner = _LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        reader = reader or ShardReader(str(folder))
         dcp.load(dict(boxes), storage_reader=reader, planner=planner, no_dist=True)
     except (CheckpointException, RuntimeError, ValueError, OSError) as error:
         reason = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        if not isinstance(reason, ValueError):  # which `Box.read_items` raises
+            raise CheckpointError(
+                f"checkpoint {reader.checkpoint} cannot be read ({describe(reason)}): use another one"
+            ) from error
         raise CheckpointError(
-            f"checkpoint {folder} does not fit this model ({' '.join(str(reason).split())[:200]}): use the "
+            f"checkpoint {reader.checkpoint} does not fit this model ({' '.join(str(reason).split())[:200]}): use the "
             "configuration that it was written with"
         ) from error
 
 
-def shapes_of(folder: Path) -> dict[str, torch.Size]:
-    """Shapes of the whole tensors that a checkpoint holds, by name."""
-    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    return {name: saved.size for name, saved in found.items() if isinstance(saved, TensorStorageMetadata)}
-
-
 def fill(
-    folder: Path,
+    reader: ShardReader,
     masters: Masters,
     weights: list[Weight],
     steps: int,
@@ -238,24 +245,29 @@ def fill(
     Args:
         steps: Adam's count of updates.
         kinds: what is read; the rest is zero.
+
+    Raises:
+        CheckpointError: some rank cannot read its part; raised on every rank.
     """
-    reader = shared_reader(folder)
     masters.begin()
+    report_together(partial(_fill_own, reader, masters, weights, kinds))
+    masters.finish(steps)
+
+
+def _fill_own(reader: ShardReader, masters: Masters, weights: list[Weight], kinds: Sequence[str]) -> None:
     for parameters in _portions(by_parameter(weights)):
         values = {p: {kind: torch.zeros(local_shape(p)) for kind in KINDS} for p in parameters}
         read(
-            folder,
+            reader,
             {
                 f"{kind}.{weight.name}": _box(weight, weight.local(values[parameter][kind]))
                 for parameter, parts in parameters.items()
                 for weight in parts
                 for kind in kinds
             },
-            reader,
         )
         for parameter, found in values.items():
             masters.write(parameter, {kind: tensor.to(parameter.device) for kind, tensor in found.items()})
-    masters.finish(steps)
 
 
 def _portions(parameters: dict[nn.Parameter, list[Weight]]) -> Iterator[dict[nn.Parameter, list[Weight]]]:

@@ -9,6 +9,7 @@ import json
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megatron_crnet.checkpoint.directory import MANIFEST, checkpoints, damage
+from megatron_crnet.checkpoint.directory import MANIFEST
 from megatron_crnet.config.schema import ModelConfig
 from megatron_crnet.model.reference import ReferenceCRNet
 from megatron_crnet.utils.errors import DataError
@@ -27,7 +28,11 @@ from megatron_crnet.utils.errors import DataError
 Shapes = dict[str, tuple[int, ...]]
 """Shapes by canonical name."""
 
-MASTER = "master."
+MASTER = "master"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Names of Adam's moments in PyTorch's and Apex's optimizers."""
+KINDS = (MASTER, *MOMENTS)
+"""What a checkpoint holds of each weight, as KIND.NAME."""
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What weights may be stored as, by the names of safetensors."""
@@ -119,20 +124,55 @@ class WeightSource(ABC):
         return found
 
 
+class ShardReader(HuggingFaceStorageReader):
+    """Reads the tensors of a checkpoint, whose headers are known.
+
+    Args:
+        headers: see `headers_of`.
+    """
+
+    def __init__(self, checkpoint: Path, headers: Metadata) -> None:
+        super().__init__(str(checkpoint))
+        self.checkpoint, self._headers = checkpoint, headers
+
+    def read_metadata(self) -> Metadata:
+        """What all files hold, and where."""
+        return self._headers
+
+
+def headers_of(checkpoint: Path) -> Metadata:
+    """What the files of a checkpoint hold, and where; read once while its manifest, written last, is the same.
+
+    Raises:
+        Exception: whatever the library raises on files that are not its own.
+    """
+    try:
+        status = (checkpoint / MANIFEST).stat()
+    except FileNotFoundError:  # not sealed yet
+        return HuggingFaceStorageReader(str(checkpoint)).read_metadata()
+    return _sealed_headers(str(checkpoint), status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _sealed_headers(checkpoint: str, *_manifest: int) -> Metadata:
+    return HuggingFaceStorageReader(checkpoint).read_metadata()
+
+
 class CheckpointWeights(WeightSource):
     """The fp32 master weights of a checkpoint, whatever layout has written it."""
 
     def __init__(self, checkpoint: Path) -> None:
-        self.where, self._folder = f"checkpoint {checkpoint}", str(checkpoint)
+        self.where = f"checkpoint {checkpoint}"
         try:
-            saved = HuggingFaceStorageReader(self._folder).read_metadata().state_dict_metadata
+            self._reader = ShardReader(checkpoint, headers_of(checkpoint))
         except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"{self.where} has no readable weights ({reason}): use another one") from error
+        saved = self._reader.read_metadata().state_dict_metadata
         masters: dict[str, TensorStorageMetadata] = {
-            name.removeprefix(MASTER): about
+            name.removeprefix(f"{MASTER}."): about
             for name, about in sorted(saved.items())
-            if name.startswith(MASTER) and isinstance(about, TensorStorageMetadata)
+            if name.startswith(f"{MASTER}.") and isinstance(about, TensorStorageMetadata)
         }
         names = {dtype: name for name, dtype in FLOATS.items()}
         self.shapes = {name: tuple(about.size) for name, about in masters.items()}
@@ -141,15 +181,15 @@ class CheckpointWeights(WeightSource):
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """See WeightSource."""
         # NaN, so that a part which no file holds is found
-        found = {f"{MASTER}{name}": torch.full(self.shapes[name], torch.nan) for name in names}
+        found = {f"{MASTER}.{name}": torch.full(self.shapes[name], torch.nan) for name in names}
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is what is meant
-                dcp.load(dict(found), storage_reader=HuggingFaceStorageReader(self._folder), no_dist=True)
+                dcp.load(dict(found), storage_reader=self._reader, no_dist=True)
         except (CheckpointException, OSError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"{self.where} cannot be read ({reason}): use another one") from error
-        return {name.removeprefix(MASTER): tensor for name, tensor in found.items()}
+        return {name.removeprefix(f"{MASTER}."): tensor for name, tensor in found.items()}
 
 
 class ExportWeights(WeightSource):
@@ -203,28 +243,3 @@ def canonical_shapes(model: ModelConfig) -> Shapes:
     """Shapes of all weights of a model."""
     with torch.device("meta"):
         return {name: tuple(value.shape) for name, value in ReferenceCRNet(model).state_dict().items()}
-
-
-def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
-    """The checkpoint that a user means, and a line on each newer one that is damaged.
-
-    Args:
-        path: a checkpoint, a folder of checkpoints or the folder of a run; of several the newest whole one counts.
-
-    Raises:
-        DataError: there is none.
-    """
-    if (path / MANIFEST).is_file() or (path / "state.json").is_file():
-        problem = damage(path)
-        if problem:
-            raise DataError(f"checkpoint {path} {problem}: use another one")
-        return path, []
-    found = checkpoints(path) or checkpoints(path / "checkpoints")
-    damaged: list[str] = []
-    for checkpoint in reversed(found):
-        if (problem := damage(checkpoint)) is None:
-            return checkpoint, damaged
-        damaged.append(f"checkpoint {checkpoint} {problem}: skipped")
-    if damaged:
-        raise DataError(f"{path} has no whole checkpoint (the oldest {problem}): use another folder")
-    raise DataError(f"{path} holds no checkpoint: give a step_ folder, a folder of them, or the folder of a run")

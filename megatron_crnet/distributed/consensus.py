@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.schema import Config
-from megatron_crnet.utils.errors import ConfigError, DataError, describe
+from megatron_crnet.utils.errors import ConfigError, CrnetError, DataError, describe
 from megatron_crnet.utils.versions import LIBRARIES, library_versions
 
 CHECKPOINT = "the checkpoint"
@@ -60,8 +60,8 @@ def report_together(examine: Callable[[], Found]) -> list[Found]:
     """Run `examine` on every rank. Returns what each of them found; a collective call.
 
     Raises:
-        CrnetError: `examine` raised on some rank; every rank raises, naming it. A defect, which is any other
-            exception, is raised as it is where it happened.
+        CrnetError: `examine` raised on some rank; every rank raises the same kind, naming it. A defect, which is any
+            other exception, is raised as it is where it happened.
     """
     found: Any = None
     problem: Exception | None = None
@@ -70,13 +70,13 @@ def report_together(examine: Callable[[], Found]) -> list[Found]:
     except Exception as error:  # also a defect must reach the ranks that wait below
         problem = error
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (found, describe(problem) if problem else None))
+    kind = type(problem) if isinstance(problem, CrnetError) else DataError
+    dist.all_gather_object(everyone, (found, (kind, describe(problem)) if problem else None))
     if problem is not None:
         raise problem
-    failed = [(rank, message) for rank, (_, message) in enumerate(everyone) if message]
-    if failed:
-        rank, message = failed[0]
-        raise DataError(f"rank {rank} stopped at start: {message}")
+    for rank, (_, failure) in enumerate(everyone):
+        if failure:
+            raise failure[0](f"rank {rank} stopped at start: {failure[1]}")
     return [found for found, _ in everyone]
 
 

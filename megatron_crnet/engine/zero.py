@@ -17,12 +17,8 @@ from deepspeed import DeepSpeedEngine
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from megatron_crnet.checkpoint.weight_files import MASTER
 from megatron_crnet.utils.errors import CheckpointError
-
-MASTER = "master"
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Names of Adam's moments in PyTorch's and Apex's optimizers."""
-KINDS = (MASTER, *MOMENTS)
 
 
 @dataclass(frozen=True)

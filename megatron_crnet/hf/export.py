@@ -29,6 +29,8 @@ from megatron_crnet.checkpoint.run_folder import RunFolders, states_in
 from megatron_crnet.checkpoint.train_state import TrainingState
 from megatron_crnet.checkpoint.weight_files import (
     INDEX,
+    MASTER,
+    MOMENTS,
     CheckpointWeights,
     ExportWeights,
     WeightSource,
@@ -245,8 +247,8 @@ def _partial_checkpoint(target: Path) -> Iterator[Path]:
 def _write_masters(folder: Path, number: int, weights: dict[str, Tensor]) -> str:
     """One file as a rank would write it that owns these weights whole. Returns its name."""
     name = f"shard-{number:05d}-model-00001-of-00001.safetensors"
-    masters = {f"master.{n}": tensor for n, tensor in weights.items()}
-    moments = {f"{kind}.{n}": torch.zeros(t.shape) for kind in ("exp_avg", "exp_avg_sq") for n, t in weights.items()}
+    masters = {f"{MASTER}.{n}": tensor for n, tensor in weights.items()}
+    moments = {f"{kind}.{n}": torch.zeros(t.shape) for kind in MOMENTS for n, t in weights.items()}
     _save({**masters, **moments}, folder / name)
     return name
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from megatron_crnet.checkpoint.contents import find_checkpoint
 from megatron_crnet.checkpoint.weight_files import (
     CheckpointWeights,
     ExportWeights,
     WeightSource,
     canonical_shapes,
-    find_checkpoint,
 )
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.tokenizer import Tokenizer

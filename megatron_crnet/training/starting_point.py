@@ -7,10 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from megatron_crnet.checkpoint.directory import MANIFEST, checkpoints, damage
-from megatron_crnet.checkpoint.manager import check_resumable, newest_complete, saved_state
+from megatron_crnet.checkpoint.directory import MANIFEST, checkpoints
+from megatron_crnet.checkpoint.manager import check_resumable, newest_complete, problem_together, saved_state
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.fingerprint import SHOWN, TrainedOn
 from megatron_crnet.distributed.consensus import examine_together
@@ -54,9 +52,8 @@ def find_starting_point(config: Config, trained_on: TrainedOn) -> StartingPoint:
     folder = examine_together(partial(_examine_path, path))
     if folder is None:
         checkpoint: Path | None = path
-        problems: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, damage(path, dist.get_rank(), dist.get_world_size()))
-        damaged = [f"checkpoint {path} {problem}" for problem in problems if problem][:1]
+        problem = problem_together(path)
+        damaged = [f"checkpoint {path} {problem}"] if problem else []
     else:
         checkpoint, damaged = newest_complete(folder)
     if checkpoint is None or (folder is None and damaged):

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_crnet.checkpoint.weight_files import KINDS
 from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.engine.engine import TrainEngine
-from megatron_crnet.engine.zero import KINDS, Masters
+from megatron_crnet.engine.zero import Masters
 from megatron_crnet.model.gpt import build_model_chunks
 from tests.distributed.spawn import fresh_world, run_distributed
 from tests.helpers import micro_batches, tiny_config

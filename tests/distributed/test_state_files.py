@@ -9,11 +9,12 @@ import pytest
 import torch.distributed as dist
 from safetensors import safe_open
 
-from megatron_crnet.checkpoint.storage import collect, fill, write
+from megatron_crnet.checkpoint.storage import collect, fill, shared_reader, write
+from megatron_crnet.checkpoint.weight_files import KINDS
 from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.engine.engine import TrainEngine
-from megatron_crnet.engine.zero import KINDS, Masters
+from megatron_crnet.engine.zero import Masters
 from megatron_crnet.model.gpt import build_model_chunks
 from megatron_crnet.utils.errors import CheckpointError
 from tests.distributed.spawn import fresh_world, run_distributed
@@ -50,7 +51,7 @@ def train(config: Config, load: Path | None = None, save: Path | None = None) ->
     engine = TrainEngine(config, build_model_chunks(config), context)
     masters, weights, measured = Masters(engine.deepspeed, engine.stage), local_weights(engine), []
     if load:
-        fill(load, masters, weights, SAVED_AT)
+        fill(shared_reader(load), masters, weights, SAVED_AT)
         engine.restore_schedule(SAVED_AT)
     for step in range(SAVED_AT if load else 0, STEPS):
         batches = micro_batches(config, context.dp_rank, context.world_size, step)

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from megatron_crnet.checkpoint import storage
-from megatron_crnet.checkpoint.storage import collect, fill, write
-from megatron_crnet.engine.zero import KINDS, Masters, local_shape
+from megatron_crnet.checkpoint.storage import collect, fill, shared_reader, write
+from megatron_crnet.checkpoint.weight_files import KINDS
+from megatron_crnet.engine.zero import Masters, local_shape
 from megatron_crnet.planning.communication import CommunicationCounter
 from tests.distributed.engines import build_engine, close_engine, run_step
 from tests.distributed.spawn import run_distributed
@@ -61,7 +62,7 @@ def save_and_load(folder: str) -> dict[str, dict[str, Any]]:
         write(target, boxes, dist.new_group(backend="gloo"))
         HuggingFaceStorageReader.read_metadata, opened = counted, 0  # type: ignore[method-assign]
         portion, storage.BYTES_AT_ONCE = storage.BYTES_AT_ONCE, 1
-        fill(target, masters, weights, 1)
+        fill(shared_reader(target), masters, weights, 1)
         HuggingFaceStorageReader.read_metadata, storage.BYTES_AT_ONCE = read_metadata, portion  # type: ignore[method-assign]
         found[name] = {
             "parameters": sum(local_shape(parameter).numel() for parameter in masters.slices),

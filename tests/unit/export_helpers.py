@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_crnet.checkpoint.directory import complete, file_entries
+from megatron_crnet.checkpoint.directory import complete, file_entries, saved_step
+from megatron_crnet.checkpoint.train_state import TrainingState
+from megatron_crnet.checkpoint.weight_files import KINDS
 from megatron_crnet.config.loading import save_config
 from megatron_crnet.config.schema import Config, DataConfig
 from megatron_crnet.hf.export import to_hf
@@ -51,12 +53,13 @@ def write_checkpoint(folder: Path, weights: Weights, config: Config) -> Path:
                 continue
             half = len(tensor) // 2 if tensor.dim() == 2 else 0
             part = tensor if tensor.dim() < 2 else (tensor[half:] if rank else tensor[:half])
-            for kind in ("master", "exp_avg"):
+            for kind in KINDS:
                 parts[f"{kind}.{name}"] = part.clone()
                 start = [half * rank, 0] if tensor.dim() == 2 else [0] * tensor.dim()
                 offsets[f"{kind}.{name}"] = {"saved_offsets": start}
         save_file(parts, partial / file, metadata={"format": "pt", "DCP_SHARDING_INFO": json.dumps(offsets)})
-    (partial / "state.json").write_text("{}")
+    state = {**dataclasses.asdict(TrainingState(saved_step(folder))), "adam_steps": 0, "layout": {}}
+    (partial / "state.json").write_text(json.dumps(state))
     save_config(config, partial / "config.yaml")
     complete(partial, folder, file_entries(partial, [*names, "state.json", "config.yaml"]))
     return folder

@@ -13,10 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
+from megatron_crnet.checkpoint import weight_files
+from megatron_crnet.checkpoint.contents import find_checkpoint
 from megatron_crnet.checkpoint.directory import MANIFEST, damage
 from megatron_crnet.checkpoint.manager import check_resumable
-from megatron_crnet.checkpoint.weight_files import CheckpointWeights, ExportWeights, find_checkpoint
+from megatron_crnet.checkpoint.weight_files import CheckpointWeights, ExportWeights
 from megatron_crnet.config.positions import POSITIONS
 from megatron_crnet.config.schema import Config, DataConfig
 from megatron_crnet.hf.export import from_hf, saved_config, to_hf
@@ -207,10 +210,47 @@ def test_a_folder_with_checkpoints_takes_no_import(export: Path, checkpoint: Pat
         from_hf(export, checkpoint.parent)
 
 
-def test_the_newest_whole_checkpoint_is_found(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.fault("F7")
+def test_contents_are_checked_as_for_a_run_that_goes_on(weights: Weights, config: Config, tmp_path: Path) -> None:
+    """Whatever the checksums say: here a tensor is missing, and a step is not that of the name."""
+    folder = tmp_path / "run" / "checkpoints"
+    whole = write_checkpoint(folder / "step_00000001", weights, config)
+    lacking = {name: tensor for name, tensor in weights.items() if name != UP}
+    write_checkpoint(folder / "step_00000002", lacking, config)
+    renamed = write_checkpoint(folder / "step_00000009", weights, config).rename(folder / "step_00000003")
+    found, notes = find_checkpoint(folder)
+    assert found == whole
+    assert f"{renamed} has step 9 in its state.json and another in its name: skipped" in notes[0]
+    assert f"step_00000002 lacks the tensor master.{UP} of its model: skipped" in notes[1]
+    with pytest.raises(DataError, match=f"lacks the tensor master.{UP}"):
+        open_model(folder / "step_00000002")
+
+
+def test_headers_are_read_once_from_the_search_to_the_last_weight(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+    opened = []
+    read_metadata = HuggingFaceStorageReader.read_metadata
+
+    def counted(self: HuggingFaceStorageReader) -> Any:
+        opened.append(self.path)
+        return read_metadata(self)
+
+    monkeypatch.setattr(HuggingFaceStorageReader, "read_metadata", counted)
+    monkeypatch.setattr(weight_files, "BYTES_AT_ONCE", 1)
+    to_hf(find_checkpoint(copy)[0], tmp_path / "out", shard_size="10KB")
+    assert len(opened) == 1
+    other = write_checkpoint(tmp_path / "other" / checkpoint.name, {UP: torch.ones(4, 4)}, saved_config(checkpoint))
+    shutil.rmtree(copy)
+    other.rename(copy)
+    assert set(CheckpointWeights(copy).shapes) == {UP}, "another one of that name"
+
+
+def test_the_newest_whole_checkpoint_is_found(weights: Weights, config: Config, tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoints"
     for step in (1, 2):
-        shutil.copytree(checkpoint, folder / f"step_{step:08d}")
+        write_checkpoint(folder / f"step_{step:08d}", weights, config)
     assert find_checkpoint(tmp_path / "run") == (folder / "step_00000002", [])
     (folder / "step_00000002" / "config.yaml").unlink()
     found, notes = find_checkpoint(folder)
