@@ -46,6 +46,31 @@ BREAKS: dict[str, tuple[Any, str, Any]] = {
 }
 
 
+def headers_opened(folder: str) -> int:
+    """How often this rank reads headers from the search for a checkpoint to its last tensor; a collective call."""
+    opened = 0
+    read_metadata = HuggingFaceStorageReader.read_metadata
+
+    def counted(self: HuggingFaceStorageReader) -> Any:
+        nonlocal opened
+        opened += 1
+        return read_metadata(self)
+
+    config = dataclasses.replace(tiny_config(), checkpoint=CheckpointConfig(dir=folder))
+    engine = build_engine(config)
+    checkpointer = Checkpointer(config, engine)
+    checkpointer.save(TrainingState(1))
+    checkpointer.wait()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HuggingFaceStorageReader, "read_metadata", counted)
+        found, _ = newest_complete(checkpointer.folder)
+        assert found is not None
+        checkpointer.load(found)
+    assert checkpointer.other_place is None, "random states were read as well"
+    close_engine(engine)
+    return opened
+
+
 def load_with_one_rank_that_cannot(folder: str) -> dict[str, tuple[str, str, float]]:
     """Kind and message of the error, and seconds that it took, by what is broken on rank 1 alone."""
     found = {}
@@ -124,3 +149,8 @@ def test_what_one_rank_cannot_copy_is_an_error_of_this_checkpoint_alone_on_every
     assert "was not copied: MemoryError: no room" in message
     assert waited < 60
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".partial")] == []
+
+
+@pytest.mark.fault("B23")
+def test_headers_are_read_once_by_rank_0_from_the_search_to_the_random_states(tmp_path: Path) -> None:
+    assert run_distributed(headers_opened, 2, str(tmp_path)) == [1, 0]

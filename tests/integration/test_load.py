@@ -91,12 +91,14 @@ def test_what_does_not_fit_is_one_line_and_nothing_is_written(other: Path, corpu
     damaged = tmp_path / "damaged"
     shutil.copytree(other / "checkpoints" / "step_00000006", damaged / "step_00000006")
     (damaged / "step_00000006" / "config.yaml").write_text("{}")
+    renamed = shutil.copytree(other / "checkpoints" / "step_00000006", tmp_path / "step_00000005")
     rows: list[tuple[dict[str, Any], str]] = [
         ({"checkpoint__load": other, "model__rank": 4}, "was written with model.rank 8 instead of 4: use the saved"),
         ({"checkpoint__load": tmp_path / "absent"}, "absent holds no checkpoint: give a step_ folder"),
         ({"checkpoint__load": corpus.train.parent}, "holds no checkpoint: give a step_ folder"),
         ({"checkpoint__load": damaged}, "holds no whole checkpoint (checkpoint "),
         ({"checkpoint__load": damaged / "step_00000006"}, "holds no whole checkpoint (checkpoint "),
+        ({"checkpoint__load": renamed}, "step_00000005 has step 6 in its state.json and another in its name): give"),
         ({"checkpoint__load_optimizer": "true"}, "checkpoint.load names no checkpoint"),
         ({"training__eval_only": "true"}, "training.eval_only needs a checkpoint, but "),
         (

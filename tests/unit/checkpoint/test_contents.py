@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from megatron_crnet.checkpoint.contents import wrong_contents
 from megatron_crnet.checkpoint.directory import MANIFEST, PARTIAL, complete, damage, file_entries, seal
 from megatron_crnet.checkpoint.weight_files import canonical_shapes
+from megatron_crnet.data.fingerprint import TrainedOn
 from megatron_crnet.hf.export import _fresh_state, _write_masters
 from tests.helpers import tiny_config
 
@@ -28,7 +29,7 @@ def checkpoint(tmp_path: Path) -> Path:
     partial.mkdir()
     weights = {name: torch.ones(shape) for name, shape in canonical_shapes(config.model).items()}
     names = [_write_masters(partial, 1, weights)]
-    seal(partial, target, config, _fresh_state(), file_entries(partial, names))
+    seal(partial, target, config, _fresh_state(TrainedOn()), file_entries(partial, names))
     return target
 
 
