@@ -106,11 +106,11 @@ def _examine(config: Config) -> tuple[Tokenizer, dict[str, str]]:
     if not (config.data.data_path or config.data.train_data_path or config.training.eval_only):
         raise ConfigError("data.data_path is empty, but names the .bin/.idx files to train on: give their prefix")
     _prefixes(config)
-    names = [path.name for path in checkpoints(checkpoint_dir(config))]
-    return tokenizer, {
-        "tokenizer": repr(tokenizer.unique_identifiers),
-        CHECKPOINT: ", ".join(names) or "(none)",
-    }
+    facts = {"tokenizer": repr(tokenizer.unique_identifiers)}
+    if not config.training.eval_only:  # beside which a run may write the folder
+        names = [path.name for path in checkpoints(checkpoint_dir(config))]
+        facts[CHECKPOINT] = ", ".join(names) or "(none)"
+    return tokenizer, facts
 
 
 def _examine_data(config: Config, tokenizer: Tokenizer) -> tuple[TrainedOn, dict[str, str]]:

@@ -68,8 +68,8 @@ def _examine_path(path: Path) -> tuple[Path | None, dict[str, str]]:
     if (path / MANIFEST).is_file():
         return None, {f"checkpoint.load {path}": "a checkpoint"}
     for folder in (path, path / "checkpoints"):
-        if names := [found.name for found in checkpoints(folder)]:
-            return folder, {f"checkpoint.load {path}": ", ".join(names)}
+        if checkpoints(folder):  # not their names: its run may be writing more of them
+            return folder, {f"checkpoint.load {path}": f"checkpoints in {folder}"}
     raise ConfigError(
         f"checkpoint.load {path} holds no checkpoint: give a step_ folder, a folder of them or the folder of a run; "
         "tools/convert_checkpoint.py from-hf makes one of an export"

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
+from megatron_crnet.config.loading import parse_arguments
 from megatron_crnet.data.train_tokenizer import train_sentencepiece
 from megatron_crnet.hf.export import from_hf, to_hf
+from megatron_crnet.train.preflight import _examine
+from megatron_crnet.train.starting_point import _examine_path
+from megatron_crnet.utils.folder_lock import LOCK, this_process
 from tests.integration.conftest import Corpus, lines_of, start, start_here
 from tests.unit.data_helpers import library_texts
 
@@ -163,6 +168,37 @@ def test_a_run_can_be_measured_without_a_step(other: Path, corpus: Corpus, tmp_p
     assert (line["step"], line["test_loss"] > 0) == (6, True)
     (output / "evaluations.jsonl").unlink()
     assert files(output) == before
+
+
+def test_a_run_is_measured_beside_its_own_training(other: Path, corpus: Corpus, tmp_path: Path) -> None:
+    """Another process holds both folders, and ranks look into them while it saves and prunes."""
+    output = tmp_path / "run"
+    shutil.copytree(other, output)
+    for folder in (output, output / "checkpoints"):
+        (folder / LOCK).write_text(json.dumps(asdict(this_process())))
+    (output / "checkpoints" / ".partial_step_00000007.0").mkdir()
+    before = files(tmp_path)
+    training, measuring = corpus.options(output), corpus.options(output, training__eval_only="true")
+    refused = start_here(training)
+    assert (refused.status, "is in use by process" in refused.stderr) == (2, True), refused.stderr
+    outcome = start_here(measuring)
+    assert outcome.status == 0, outcome.stderr
+    assert "continuing" not in outcome.stdout
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    (output / "evaluations.jsonl").unlink()
+    assert files(tmp_path) == before
+    assert (output / "checkpoints" / ".partial_step_00000007.0").is_dir()
+
+    def what_ranks_compare() -> list[dict[str, str]]:
+        return [
+            *(_examine(parse_arguments(options).config)[1] for options in (training, measuring)),
+            _examine_path(output)[1],
+        ]
+
+    first = what_ranks_compare()
+    (output / "checkpoints" / "step_00000007").mkdir()
+    second = what_ranks_compare()
+    assert [a == b for a, b in zip(first, second, strict=True)] == [False, True, True]
 
 
 def test_a_loaded_checkpoint_can_be_measured(other: Path, corpus: Corpus, tmp_path: Path) -> None:
