@@ -139,8 +139,8 @@ def _speed(inputs: ReportInputs, peak_flops: float | None) -> Section:
         "Tokens per second of the whole run, speed-up in units of the smallest world (medians of ratios within "
         "repeats, which hold on a busy machine as well), and efficiency: speed-up over ranks. "
         f"{MFU} Strong scaling keeps the global batch, weak scaling grows it with the ranks. Both axes are "
-        "logarithmic, so that ideal scaling is a straight line. Runs were not measured side by side: on a shared machine "
-        "believe the benchmark's figures and not theirs.",
+        "logarithmic, so that ideal scaling is a straight line. Runs were not measured side by side: on a shared "
+        "machine believe the benchmark's figures and not theirs.",
     )
     runs = [(run.processes, run.median("tokens_per_s"), run.median("tflops_per_device")) for run in inputs.runs]
     of_runs = sorted((n, speed) for n, speed, _ in runs if n and speed)
