@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_crnet.data.corpus_files import BOM, Format, InputFile, Listing, list_files
 from megatron_crnet.data.corpus_stats import CorpusStats, Kind
@@ -73,17 +73,8 @@ class Rules:
     """How every file is read; None goes by the suffix."""
 
 
-class Document(NamedTuple):
-    """A text and where it comes from."""
-
-    text: str
-    source: str
-    place: int
-    """Its line or row, from 1 on; 0 for a whole file."""
-
-
 _Decoded = Iterator[tuple[str, int, str, int]]
-"""Text, its UTF-8 size, source and place."""
+"""Text, its UTF-8 size, its file, and its line or row there, from 1 on, or 0 for a whole file."""
 
 
 def iter_documents(
@@ -115,7 +106,7 @@ def iter_documents(
 
     report()
     for chunk in read_chunks(listing.files, text_key=text_key):
-        yield from (document.text for document in chunk_documents(chunk, rules, stats))
+        yield from chunk_documents(chunk, rules, stats)
         input_bytes += chunk.input_bytes
         report()
 
@@ -146,27 +137,38 @@ def read_chunks(files: Iterable[InputFile], chunk_bytes: int = CHUNK_BYTES, text
             yield from _line_chunks(file, chunk_bytes) if kind == "jsonl" else _row_chunks(file, chunk_bytes, text_key)
 
 
-def chunk_documents(chunk: Chunk, rules: Rules, stats: CorpusStats) -> list[Document]:
-    """Decode the documents of one chunk, counting into `stats`.
+def chunk_documents(chunk: Chunk, rules: Rules, stats: CorpusStats) -> list[str]:
+    """Decode the texts of one chunk, counting into `stats`.
 
     Raises:
         DataError: with `rules.strict`, naming file and line of what cannot be decoded.
     """
-    if isinstance(chunk, LineChunk):
-        decoded = _decode_lines(chunk, rules, stats)
-    elif isinstance(chunk, RowChunk):
-        decoded = _decode_rows(chunk, rules, stats)
-    else:
-        decoded = _decode_files(chunk, rules, stats)
-    documents = []
-    for text, size, source, place in decoded:
+    texts = []
+    for text, size, source, place in _decoded(chunk, rules, stats):
         if text and not text.isspace():
-            documents.append(Document(text, source, place))
+            texts.append(text)
             stats.text_bytes += size
         else:
             stats.skip(source, "empty", place)
-    stats.documents += len(documents)
-    return documents
+    stats.documents += len(texts)
+    return texts
+
+
+def chunk_places(chunk: Chunk, rules: Rules) -> list[tuple[str, int]]:
+    """File and place of each text of `chunk_documents`, by decoding the chunk again.
+
+    Few are asked for: kept beside every text they would slow short documents down.
+    """
+    found = _decoded(chunk, rules, CorpusStats())
+    return [(source, place) for text, _, source, place in found if text and not text.isspace()]
+
+
+def _decoded(chunk: Chunk, rules: Rules, stats: CorpusStats) -> _Decoded:
+    if isinstance(chunk, LineChunk):
+        return _decode_lines(chunk, rules, stats)
+    if isinstance(chunk, RowChunk):
+        return _decode_rows(chunk, rules, stats)
+    return _decode_files(chunk, rules, stats)
 
 
 def _decode_lines(chunk: LineChunk, rules: Rules, stats: CorpusStats) -> _Decoded:
@@ -247,7 +249,7 @@ def text_at(value: Any, key: str) -> str:
     """
     if not isinstance(value, dict):
         raise ValueError("not an object")
-    for part in [key] if key in value else key.split("."):
+    for part in (key,) if key in value else key.split("."):
         if not isinstance(value, dict):
             raise KeyError(key)
         value = value[part]

@@ -84,6 +84,7 @@ class CorpusStats:
             self.by_file[key] = Skipped(skipped.count, skipped.first)
         else:
             mine.count += skipped.count
+            mine.first = min(mine.first, skipped.first)  # what has no token is found after what has no text
 
 
 def _listed(title: str, lines: Iterable[str]) -> list[str]:

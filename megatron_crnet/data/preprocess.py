@@ -17,7 +17,15 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_crnet.data.corpus import CHUNK_BYTES, Chunk, Rules, chunk_documents, open_corpus, read_chunks
+from megatron_crnet.data.corpus import (
+    CHUNK_BYTES,
+    Chunk,
+    Rules,
+    chunk_documents,
+    chunk_places,
+    open_corpus,
+    read_chunks,
+)
 from megatron_crnet.data.corpus_files import Format, check_outside
 from megatron_crnet.data.corpus_stats import CorpusStats
 from megatron_crnet.data.fingerprint import sidecar, write_sidecar
@@ -151,14 +159,15 @@ def available_cpus() -> int:
 def _tokenize_chunk(tokenizer: Tokenizer, append_eod: bool, rules: Rules, chunk: Chunk) -> TokenizedChunk:
     """The work of a worker process: from a raw chunk to token ids."""
     stats = CorpusStats()
-    documents = chunk_documents(chunk, rules, stats)
-    tokenized = tokenizer.tokenize_batch([document.text for document in documents])
-    for document, ids in zip(documents, tokenized, strict=True):
-        if not len(ids):
-            stats.documents -= 1
-            stats.text_bytes -= len(document.text.encode())
-            stats.skip(document.source, "empty", document.place)
+    texts = chunk_documents(chunk, rules, stats)
+    tokenized = tokenizer.tokenize_batch(texts)
     kept = [ids for ids in tokenized if len(ids)]
+    if len(kept) < len(tokenized):
+        for text, ids, (source, place) in zip(texts, tokenized, chunk_places(chunk, rules), strict=True):
+            if not len(ids):
+                stats.documents -= 1
+                stats.text_bytes -= len(text.encode())
+                stats.skip(source, "empty", place)
     end = np.array([tokenizer.eod] if append_eod else [], dtype=np.int32)
     parts = [part for ids in kept for part in (ids, end)]
     tokens = np.concatenate(parts, dtype=np.int32) if parts else end[:0]

@@ -20,6 +20,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from sentencepiece import SentencePieceTrainer
 
+from megatron_crnet.data.corpus_stats import Skipped
 from megatron_crnet.data.preprocess import PreprocessResult, preprocess
 from megatron_crnet.data.tokenizer import load_tokenizer
 from megatron_crnet.data.worker_pool import OrderedPool
@@ -57,9 +58,17 @@ def test_texts_of_which_the_tokenizer_leaves_nothing_count_for_nothing(tmp_path:
     SentencePieceTrainer.train(
         sentence_iterator=iter(library_texts(5)), model_prefix=str(tmp_path / "t"), vocab_size=200, minloglevel=2
     )
-    corpus = write_jsonl(tmp_path / "a.jsonl", ["text", "\u200b\u200b"])  # zero width, which its rules take for spaces
-    result = preprocess([corpus], tmp_path / "out", "sentencepiece", str(tmp_path / "t.model"), workers=0)
-    assert (result.documents, result.text_bytes, result.stats.count("empty")) == (1, 4, 1)
+    (tmp_path / "in").mkdir()
+    nothing = "\u200b\u200b"  # of no width, which its rules take for spaces
+    lines = write_jsonl(tmp_path / "in" / "a.jsonl", ["text", nothing, "", "more", nothing])
+    for name, text in (("b.txt", "text"), ("c.txt", nothing)):
+        (tmp_path / "in" / name).write_text(text)
+    result = preprocess([tmp_path / "in"], tmp_path / "out", "sentencepiece", str(tmp_path / "t.model"), workers=0)
+    assert (result.documents, result.text_bytes) == (3, 12)
+    assert result.stats.by_file == {
+        (str(lines), "empty"): Skipped(3, 2),
+        (str(tmp_path / "in" / "c.txt"), "empty"): Skipped(1, 0),
+    }
 
 
 def names(folder: Path) -> list[str]:
