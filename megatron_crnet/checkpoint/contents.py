@@ -15,8 +15,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_crnet.checkpoint.directory import FINAL, MANIFEST, checkpoints, damage, newest_without, saved_step
 from megatron_crnet.checkpoint.train_state import TrainingState
-from megatron_crnet.checkpoint.weight_files import KINDS, canonical_shapes, headers_of
+from megatron_crnet.checkpoint.weight_files import canonical_shapes, headers_of
 from megatron_crnet.config.schema import ModelConfig
+from megatron_crnet.engine.state_kinds import KINDS
 from megatron_crnet.utils.errors import DataError, describe
 
 Natural = Annotated[int, Ge(0)]

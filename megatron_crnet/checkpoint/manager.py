@@ -42,12 +42,13 @@ from megatron_crnet.checkpoint.directory import (
 from megatron_crnet.checkpoint.replicas import Checksums, checksums, copies_differ, describe_drift
 from megatron_crnet.checkpoint.storage import Box, LostBox, collect, fill, read, shared_reader, whole, write
 from megatron_crnet.checkpoint.train_state import TrainingState
-from megatron_crnet.checkpoint.weight_files import KINDS, MASTER, ShardReader
+from megatron_crnet.checkpoint.weight_files import ShardReader
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.fingerprint import TrainedOn
 from megatron_crnet.distributed.consensus import examine_together
 from megatron_crnet.engine.engine import TrainEngine
+from megatron_crnet.engine.state_kinds import KINDS, MASTER
 from megatron_crnet.engine.zero import Masters
 from megatron_crnet.model.weights import canonical_weights
 from megatron_crnet.recompute.random_states import RandomStates

@@ -35,8 +35,9 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_crnet.checkpoint.weight_files import KINDS, ShardReader, headers_of
+from megatron_crnet.checkpoint.weight_files import ShardReader, headers_of
 from megatron_crnet.distributed.consensus import report_together
+from megatron_crnet.engine.state_kinds import KINDS
 from megatron_crnet.engine.zero import Masters, local_shape
 from megatron_crnet.model.weights import Weight
 from megatron_crnet.utils.errors import CheckpointError, describe

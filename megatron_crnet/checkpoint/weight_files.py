@@ -22,17 +22,13 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from megatron_crnet.checkpoint.directory import MANIFEST
 from megatron_crnet.config.schema import ModelConfig
+from megatron_crnet.engine.state_kinds import MASTER
 from megatron_crnet.model.reference import ReferenceCRNet
 from megatron_crnet.utils.errors import DataError
 
 Shapes = dict[str, tuple[int, ...]]
 """Shapes by canonical name."""
 
-MASTER = "master"
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Names of Adam's moments in PyTorch's and Apex's optimizers."""
-KINDS = (MASTER, *MOMENTS)
-"""What a checkpoint holds of each weight, as KIND.NAME."""
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What weights may be stored as, by the names of safetensors."""

@@ -17,7 +17,7 @@ from deepspeed import DeepSpeedEngine
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from megatron_crnet.checkpoint.weight_files import MASTER
+from megatron_crnet.engine.state_kinds import MASTER
 from megatron_crnet.utils.errors import CheckpointError
 
 

@@ -29,8 +29,6 @@ from megatron_crnet.checkpoint.run_folder import RunFolders, states_in
 from megatron_crnet.checkpoint.train_state import TrainingState
 from megatron_crnet.checkpoint.weight_files import (
     INDEX,
-    MASTER,
-    MOMENTS,
     CheckpointWeights,
     ExportWeights,
     WeightSource,
@@ -40,6 +38,7 @@ from megatron_crnet.config.loading import load_config
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.fingerprint import TrainedOn, digest_of_tokenizer
 from megatron_crnet.data.tokenizer import Tokenizer, TokenizerKind, check_vocabulary, load_tokenizer
+from megatron_crnet.engine.state_kinds import MASTER, MOMENTS
 from megatron_crnet.hf.export_config import hugging_face_fields, read_export_config
 from megatron_crnet.hf.export_tokenizer import tokenizer_of, write_tokenizer
 from megatron_crnet.utils.errors import DataError

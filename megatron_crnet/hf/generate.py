@@ -15,12 +15,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from megatron_crnet.checkpoint.contents import find_checkpoint
-from megatron_crnet.checkpoint.weight_files import (
-    CheckpointWeights,
-    ExportWeights,
-    WeightSource,
-    canonical_shapes,
-)
+from megatron_crnet.checkpoint.weight_files import CheckpointWeights, ExportWeights, WeightSource, canonical_shapes
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.tokenizer import Tokenizer
 from megatron_crnet.hf.export import DTYPES, Dtype, cast, named_tokenizer, saved_config, with_tokenizer

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 from megatron_crnet.checkpoint.storage import collect, fill, shared_reader, write
-from megatron_crnet.checkpoint.weight_files import KINDS
 from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.engine.engine import TrainEngine
+from megatron_crnet.engine.state_kinds import KINDS
 from megatron_crnet.engine.zero import Masters
 from megatron_crnet.model.gpt import build_model_chunks
 from megatron_crnet.utils.errors import CheckpointError

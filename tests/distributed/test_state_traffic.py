@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from megatron_crnet.checkpoint import storage
 from megatron_crnet.checkpoint.storage import collect, fill, shared_reader, write
-from megatron_crnet.checkpoint.weight_files import KINDS
+from megatron_crnet.engine.state_kinds import KINDS
 from megatron_crnet.engine.zero import Masters, local_shape
 from megatron_crnet.planning.communication import CommunicationCounter
 from tests.distributed.engines import build_engine, close_engine, run_step

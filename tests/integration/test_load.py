@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from megatron_crnet.config.loading import parse_arguments
 from megatron_crnet.data.train_tokenizer import train_sentencepiece
 from megatron_crnet.hf.export import from_hf, to_hf
-from megatron_crnet.train.preflight import _examine
-from megatron_crnet.train.starting_point import _examine_path
+from megatron_crnet.training.preflight import _examine
+from megatron_crnet.training.starting_point import _examine_path
 from megatron_crnet.utils.folder_lock import LOCK, this_process
 from tests.integration.conftest import Corpus, lines_of, start, start_here
 from tests.unit.data_helpers import library_texts

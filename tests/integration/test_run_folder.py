@@ -57,7 +57,7 @@ def test_a_bad_first_step_leaves_the_only_checkpoint_as_it_is_and_the_next_start
 
 FAULTY_AT_4 = """
 from megatron_crnet.checkpoint import manager
-from megatron_crnet.train.trainer import TrainEngine
+from megatron_crnet.training.trainer import TrainEngine
 passes, calls = TrainEngine.forward_backward, []
 def faulty(*arguments):
     calls.append(1)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from megatron_crnet.checkpoint.directory import complete, file_entries, saved_step
 from megatron_crnet.checkpoint.train_state import TrainingState
-from megatron_crnet.checkpoint.weight_files import KINDS
 from megatron_crnet.config.loading import save_config
 from megatron_crnet.config.schema import Config, DataConfig
+from megatron_crnet.engine.state_kinds import KINDS
 from megatron_crnet.hf.export import to_hf
 from megatron_crnet.model.reference import ReferenceCRNet
 from tests.helpers import tiny_config

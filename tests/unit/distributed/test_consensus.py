@@ -1,13 +1,9 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from megatron_crnet.distributed import consensus
 from megatron_crnet.distributed.consensus import CHECKPOINT, compare_facts, configuration_facts
 from megatron_crnet.utils.errors import ConfigError
-from megatron_crnet.utils.versions import NOT_INSTALLED, library_versions
 from tests.helpers import tiny_config
 
 
@@ -30,16 +26,6 @@ def test_triton_counts_only_where_its_kernels_are_wanted() -> None:
         configuration_facts(tiny_config(training={"cross_layer_fusion": on})) for on in (True, False)
     )
     assert set(with_kernels) - set(without) == {"version of triton"}
-
-
-def test_a_library_is_found_in_a_package_of_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    about = tmp_path / "other_name-1.2.3.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: other-name\nVersion: 1.2.3\n")
-    (about / "top_level.txt").write_text("imported_as_this\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(consensus, "_packages", consensus._packages.__wrapped__)
-    assert library_versions(("imported_as_this", "nowhere")) == {"imported_as_this": "1.2.3", "nowhere": NOT_INSTALLED}
 
 
 def test_a_checkpoint_that_only_some_ranks_see_asks_for_a_shared_folder() -> None:
