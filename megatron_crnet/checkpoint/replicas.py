@@ -55,7 +55,7 @@ def checksums(weights: Sequence[Weight], stage: int) -> Checksums:
     """
     partitioned = stage == 3
     tensors = [weight.parameter.ds_tensor if partitioned else weight.local() for weight in weights]  # type: ignore[attr-defined]
-    sums = torch.stack([_sum(tensor) for tensor in tensors]).tolist() if tensors else []
+    sums = _sums(tensors).tolist() if tensors else []
     named = [(weight, value) for weight, value in zip(weights, sums, strict=True)]
     return Checksums(
         dist.get_rank(),
@@ -106,8 +106,10 @@ def describe_drift(everyone: Sequence[Checksums]) -> str:
     )
 
 
-def _sum(tensor: Tensor) -> Tensor:
-    return tensor.detach().view(BITS[tensor.element_size()]).sum(dtype=torch.int64)
+def _sums(tensors: Sequence[Tensor]) -> Tensor:
+    """Sums over bits, [tensors], where the first tensor is: under offload_param some are on the host, some are not."""
+    found = [tensor.detach().view(BITS[tensor.element_size()]).sum(dtype=torch.int64) for tensor in tensors]
+    return torch.stack([value.to(found[0].device) for value in found])
 
 
 def _digest(values: dict[str, int]) -> str:

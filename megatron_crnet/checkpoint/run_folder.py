@@ -187,7 +187,7 @@ def logged_steps(metrics: Path) -> int:
     steps = [0]
     with suppress(OSError):
         for line in metrics.read_text(errors="replace").splitlines():
-            with suppress(ValueError, KeyError, TypeError, RecursionError):
+            with suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 steps.append(int(json.loads(line)["step"]))
     return max(steps)
 

@@ -36,16 +36,17 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
         yield
         return
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
-    for name, (value, accepted) in ENVIRONMENT.items():
+    for name, (_, accepted) in ENVIRONMENT.items():
         if before[name] not in (None, *accepted):
             raise ConfigError(
                 f"training.deterministic is true, but {name} is {before[name]}, with which results may differ from run "
                 f"to run: unset it, or set it to {' or '.join(accepted)}"
             )
-        os.environ.setdefault(name, value)
     enabled = torch.are_deterministic_algorithms_enabled()
     sdp = torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
     try:
+        for name, (value, _) in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         torch.use_deterministic_algorithms(True)
         torch.backends.cuda.enable_cudnn_sdp(False)
         torch.backends.cuda.enable_mem_efficient_sdp(False)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_crnet.checkpoint.directory import DAMAGED, checkpoint_dir, checkpoint_name, saved_step
 from megatron_crnet.checkpoint.manager import Checkpointer, saved_facts
@@ -27,7 +26,7 @@ from megatron_crnet.config.model_size import flops_per_token
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.documents import to_device
 from megatron_crnet.data.loader import global_batches
-from megatron_crnet.distributed.consensus import Vote, examine_together
+from megatron_crnet.distributed.consensus import Vote, examine_together, report_together
 from megatron_crnet.distributed.process_groups import (
     ParallelContext,
     initialize_parallel,
@@ -102,8 +101,7 @@ class Trainer:
         self.config, self.context, self.interruption, self.folders = config, context, interruption, folders
         self.plan: BatchPlan = plan_batches(config, context.world_size)
         self.losses: dict[str, float] = {}
-        check_memory(config, context.device)
-        examine_together(self._check_sinks)
+        examine_together(self._check_machine)
         self.inputs = examine_inputs(config, self.plan, context.device)
         self.validation_due = self._is_validation_due()
         self.space = None if self.is_complete or config.training.eval_only else examine_together(self._check_space)
@@ -115,12 +113,10 @@ class Trainer:
 
     def _is_validation_due(self) -> bool:
         """Whether the checkpoint's step is still to be validated, as rank 0's metrics say; a collective call."""
-        due = [False]
-        if self.context.is_main and self.inputs.state.get("validation_due"):
-            done = validated_steps(Path(self.config.logging.output_dir) / "metrics.jsonl")
-            due = [self.inputs.step not in done]
-        dist.broadcast_object_list(due, src=0)
-        return due[0] and self._validates(self.inputs.step)
+        metrics = Path(self.config.logging.output_dir) / "metrics.jsonl"
+        reads = self.context.is_main and self.inputs.state.get("validation_due")
+        due, *_ = report_together(lambda: bool(reads) and self.inputs.step not in validated_steps(metrics))
+        return due and self._validates(self.inputs.step)
 
     def run(self) -> TrainResult:
         """Train from the newest checkpoint, or from scratch."""
@@ -153,7 +149,8 @@ class Trainer:
         newest = checkpoint_dir(self.config) / checkpoint_name(self.state.step)
         return TrainResult(complete, self.state.step, newest, **self.losses)
 
-    def _check_sinks(self) -> tuple[None, dict[str, str]]:
+    def _check_machine(self) -> tuple[None, dict[str, str]]:
+        check_memory(self.config, self.context.device)
         if self.context.is_main:
             check_sinks(self.config)
         return None, {}
@@ -292,7 +289,7 @@ class Trainer:
             if warned:
                 return False
             if validates and not self._validate(to_the_end=last):
-                self.checkpointer.wait() if saves else self._save(at_once=True)
+                self._wait_for_checkpoint() if saves else self._save(at_once=True)
                 return False
             window.started += time.perf_counter() - paused
         return True
@@ -308,26 +305,26 @@ class Trainer:
 
     def _save(self, at_once: bool) -> None:
         """Save in the background, or return when all is on disk; then a failure is an error, else a warning."""
-        self.context.heartbeat.report(f"the checkpoint of step {self.state.step}", may_take_long=True)
         started = self._saved_at = time.monotonic()
         self._settle()
         self.checkpointer.save(self.state)
         if at_once:
-            self.checkpointer.wait()
-            self._say_what_was_found()
+            self._wait_for_checkpoint()
         self.metrics.write(self.state.step, {"checkpoint_wait_s": time.monotonic() - started})
 
     def _settle(self) -> None:
         """Wait for the checkpoint that is being written; say so if it could not be."""
         try:
-            self.checkpointer.wait()
+            self._wait_for_checkpoint()
         except FolderTakenError:
             raise
         except CheckpointError as error:
             self.progress.line(f"warning: {error}; training goes on")
-        self._say_what_was_found()
 
-    def _say_what_was_found(self) -> None:
+    def _wait_for_checkpoint(self) -> None:
+        """Wait until it is on disk, and say what was found about it."""
+        self.context.heartbeat.report(f"the checkpoint of step {self.state.step}", may_take_long=True)
+        self.checkpointer.wait()
         for remark in self.checkpointer.take_remarks():
             self.progress.line(f"warning: {remark}")
 

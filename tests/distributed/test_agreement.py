@@ -9,9 +9,13 @@ import pytest
 import torch.distributed as dist
 
 from megatron_crnet.checkpoint.manager import Checkpointer
+from megatron_crnet.checkpoint.run_folder import RunFolders
 from megatron_crnet.distributed.consensus import examine_together
-from megatron_crnet.utils.errors import CheckpointError, DataError
+from megatron_crnet.distributed.process_groups import initialize_parallel
+from megatron_crnet.train import trainer
+from megatron_crnet.utils.errors import CheckpointError, ConfigError, DataError
 from tests.distributed.spawn import run_distributed
+from tests.helpers import tiny_config
 
 
 def fail_on_one() -> tuple[str, str, float]:
@@ -42,4 +46,28 @@ def test_a_defect_on_one_rank_reaches_all_others() -> None:
     assert own == "an integer is wanted"
     assert saving == same[0]
     assert saving.startswith("cannot write a checkpoint into folder: RecursionError: too deep:")
+    assert waited < 60
+
+
+def no_memory_on_one() -> tuple[str, float]:
+    config = tiny_config()
+    context = initialize_parallel(config)
+
+    def check_memory(*_: object) -> None:
+        if dist.get_rank() == 1:
+            raise ConfigError("cpu has 1 GiB")
+
+    started = time.monotonic()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ConfigError) as caught:
+        patch.setattr(trainer, "check_memory", check_memory)
+        trainer.Trainer(config, context, None, RunFolders())  # type: ignore[arg-type]
+    context.heartbeat.close()
+    return str(caught.value), time.monotonic() - started
+
+
+@pytest.mark.fault("B15")
+def test_a_node_with_less_memory_is_known_to_all_ranks_at_once() -> None:
+    (other, waited), (own, _) = run_distributed(no_memory_on_one, 2)
+    assert own == "cpu has 1 GiB"
+    assert other == "rank 1 stopped at start: cpu has 1 GiB"
     assert waited < 60

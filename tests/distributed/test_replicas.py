@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_crnet.checkpoint.manager import Checkpointer
+from megatron_crnet.checkpoint.replicas import _sums
 from megatron_crnet.checkpoint.train_state import TrainingState
 from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.engine.engine import TrainEngine
@@ -90,3 +92,11 @@ def test_the_peak_memory_is_that_of_the_fullest_rank() -> None:
     assert own_1 > own_0 + 150e6
     assert largest_0 == largest_1
     assert largest_0 >= own_1
+
+
+@pytest.mark.fault("B9")
+def test_weights_of_which_some_are_on_the_host_are_summed_in_one_place() -> None:
+    """Under offload_param on a GPU DeepSpeed keeps small parameters on the device, the others on the host."""
+    with FakeTensorMode():
+        found = _sums([torch.ones(3), torch.ones(3, device="cuda"), torch.ones(3, dtype=torch.bfloat16)])
+        assert found.device == torch.device("cpu")

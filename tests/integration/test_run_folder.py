@@ -57,13 +57,17 @@ def test_a_bad_first_step_leaves_the_only_checkpoint_as_it_is_and_the_next_start
 
 FAULTY_AT_4 = """
 from megatron_crnet.checkpoint import manager
+from megatron_crnet.distributed.watchdog import Heartbeat
 from megatron_crnet.training.trainer import TrainEngine
 passes, calls = TrainEngine.forward_backward, []
 def faulty(*arguments):
     calls.append(1)
     return passes(*arguments) if len(calls) < 4 else float("nan")
 patch.setattr(TrainEngine, "forward_backward", faulty)
+reports = []
+patch.setattr(Heartbeat, "report", lambda *arguments, **more: reports.append((arguments[1:], more)))
 def fail(*_):
+    print("while", reports[-1])
     raise PermissionError(13, "Permission denied")
 patch.setattr(manager, "set_aside", fail)
 """
@@ -77,6 +81,8 @@ def test_a_checkpoint_that_cannot_be_set_aside_does_not_hide_the_bad_step(corpus
     assert "error: the loss is nan, but must be finite at step 4" in bad.error
     assert "checkpoints of step 3 and later could not be set aside (cannot write a checkpoint into" in bad.error
     assert "Permission denied" in bad.error
+    # reading all of an older checkpoint may take longer than a step
+    assert "while (('the checkpoint of step 3',), {'may_take_long': True})" in bad.text
     assert bad.error.endswith("is kept beside it as rejected_step_00000003.from_step_00000004")
 
 
@@ -127,6 +133,8 @@ def test_no_start_begins_from_random_weights_where_an_earlier_run_has_left_anyth
     commands.append(
         Command(corpus.options(tmp_path / "moved", training__train_steps=2, checkpoint__dir=tmp_path / "new", **QUIET))
     )
+    with (tmp_path / "away" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": Infinity}\n{"step": NaN}\n')
     kept = {name: contents(tmp_path / name) for name in (*cases, "moved")}
     found = run_commands(tmp_path / "more", commands)
     for printed, (_, message) in zip(found, cases.values(), strict=False):
