@@ -62,8 +62,9 @@ def measure(args: argparse.Namespace) -> list[Row]:
     from megatron_crnet.hf.generate import default_device
 
     numbers = {name: getattr(args, name) for name in ("batch_size", "prompt_tokens", "new_tokens", "repeats")}
+    numbers |= {"threads": args.threads} if args.threads is not None else {}
     require_positive("benchmark", **numbers)
-    if args.threads:
+    if args.threads is not None:
         torch.set_num_threads(args.threads)
     config = load_config(args.config)
     models = {variant: random_model(config, variant, args.dtype) for variant in args.variants}

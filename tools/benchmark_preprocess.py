@@ -27,10 +27,12 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 
 from megatron_crnet.config.options import ToolParser
+from megatron_crnet.data.corpus import iter_documents
+from megatron_crnet.data.decompression import beginning, compression_of
 from megatron_crnet.data.preprocess import available_cpus, preprocess
 from megatron_crnet.data.standard_library import write_corpus
 from megatron_crnet.data.train_tokenizer import train_sentencepiece
-from megatron_crnet.utils.errors import DataError, reported
+from megatron_crnet.utils.errors import DataError, reported, require_positive
 from megatron_crnet.utils.record_file import check_record_file, write_record
 
 
@@ -125,13 +127,20 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """Prepare the corpus and the tokenizer in `folder`, then measure each number of copies."""
+    """Prepare the corpus and the tokenizer in `folder`, then measure each number of copies.
+
+    Raises:
+        ConfigError: a number is not above 0.
+        DataError: the corpus cannot be read.
+    """
+    require_positive("benchmark", repeats=args.repeats, copies=min(args.copies))
     corpus = args.corpus
     if corpus is None:
         write_corpus(folder)
         corpus = folder / "train.jsonl"
+    texts = list(iter_documents([corpus], strict=True, file_format="jsonl"))
     data = corpus.read_bytes()
-    texts = (json.loads(line)["text"] for line in data.splitlines())
+    data = beginning(data, compression_of(data))  # all of it
     model = args.tokenizer_model or str(train_sentencepiece(texts, folder / "tok", args.vocab_size))
     results = []
     for copies in args.copies:

@@ -181,10 +181,11 @@ def measure(ranks: int, options: Sequence[str], port: int) -> list[Figures]:
         }
         process = context.Process(target=_rank, args=(theirs, options, variables), daemon=True)
         process.start()
+        theirs.close()  # held open here, it would keep the end of a rank that died from being seen
         ends.append(mine)
         processes.append(process)
     try:
-        found = [end.recv() for end in ends]
+        found = [_answer(rank, end) for rank, end in enumerate(ends)]
     finally:
         for process in processes:
             process.kill()
@@ -192,6 +193,14 @@ def measure(ranks: int, options: Sequence[str], port: int) -> list[Figures]:
     problems = [text for text in found if isinstance(text, str)]
     require(not problems, problems[0] if problems else "")
     return found
+
+
+def _answer(rank: int, end: Connection) -> Any:
+    """The figures of a rank, or what is wrong with it."""
+    try:
+        return end.recv()
+    except EOFError:
+        return f"rank {rank} died without a word, for want of memory perhaps: use fewer --ranks"
 
 
 def table(found: list[Figures]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 import runpy
 import subprocess
@@ -96,3 +97,39 @@ def test_a_simulation_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> Non
     assert progress.line(20.0) == "pass 1 of 4 of two steps, 20 s; time left not known yet"
     progress.count(3, 4)
     assert re.fullmatch(r"pass 3 of 4 of two steps, 30 s; about 0\.\d s left", progress.line(30.0))
+
+
+@pytest.mark.fault("F11")
+@pytest.mark.parametrize(
+    ("tool", "arguments", "message"),
+    [
+        ("benchmark_preprocess", ["--corpus", "absent.jsonl"], "absent.jsonl is neither a file nor a folder"),
+        ("benchmark_preprocess", ["--corpus", "README.md"], "README.md:1 is not a JSON object"),
+        ("benchmark_preprocess", ["--repeats", "0"], "benchmark.repeats is 0, but must be above 0"),
+        ("benchmark_preprocess", ["--copies", "2", "0"], "benchmark.copies is 0, but must be above 0"),
+        (
+            "benchmark_decoding",
+            ["--config", "examples/quickstart.yaml", "--threads", "0"],
+            "benchmark.threads is 0, but must be above 0",
+        ),
+    ],
+)
+def test_a_benchmark_that_cannot_be_made_is_one_line(
+    tool: str,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert ended(tool, arguments, monkeypatch) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: {message}")
+    assert errors.count("\n") == 1
+
+
+def test_a_rank_that_died_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    mine, theirs = multiprocessing.Pipe()
+    theirs.close()
+    answer = runpy.run_path("tools/measure_scale.py", run_name="imported")["_answer"]
+    assert answer(3, mine).startswith("rank 3 died without a word")
