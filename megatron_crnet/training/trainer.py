@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_crnet.checkpoint.directory import DAMAGED, checkpoint_dir, checkpoint_name, saved_step
 from megatron_crnet.checkpoint.manager import Checkpointer, saved_facts
