@@ -15,6 +15,7 @@ docstring says what goes in and out, and where to start.
     hf            out to Hugging Face transformers, and back
     planning      before a run: by formula, and by the real code on tensors without memory
     reporting     after it: benchmarks and reports
+    cli           the command `crnet`
 """
 
 from megatron_crnet.utils.noise import silence_libraries

@@ -1,7 +1,7 @@
 """Reads a configuration: YAML files, then `--section.field value` on the command line; writes it back resolved.
 
 Files and command line become one nested mapping, from which `Config` is made: its types and rules say what is wrong, in
-the same words wherever a value stands. Every tool that takes configuration options goes this way (`ConfigParser`).
+the same words wherever a value stands. Every command that takes configuration options goes this way (`ConfigParser`).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,6 @@ import yaml
 from megatron_crnet.config.field_types import FilePath, checked, is_text, shown, types_of
 from megatron_crnet.config.options import ToolParser
 from megatron_crnet.config.positions import resolve_full_rank_layers
-from megatron_crnet.config.reference import help_lines
 from megatron_crnet.config.schema import Config
 from megatron_crnet.config.validation import sequence_parallel
 from megatron_crnet.utils.errors import ConfigError, require
@@ -34,17 +34,25 @@ Values = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Arguments:
-    """The parsed command line of `pretrain_crnet.py`."""
+    """The parsed command line of `crnet train`."""
 
     config: Config
     dry_run: bool
 
 
 class ConfigParser(ToolParser):
-    """A command line with options of its own, and `--config FILE` and `--section.field value` of the configuration."""
+    """A command line with options of its own, and `--config FILE` and `--section.field value` of the configuration.
 
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
+    Args:
+        lists_fields: `--help` shows every field of the configuration.
+        needs_model: refuse a command line that names no model: it would silently work on the defaults of `schema.py`,
+            which nobody trains.
+    """
+
+    def __init__(self, *, lists_fields: bool = False, needs_model: bool = False, **arguments: Any) -> None:
+        more = "Any --section.field VALUE of the configuration is taken: see crnet train --help"
+        super().__init__(epilog=None if lists_fields else more, **arguments)
+        self._lists_fields, self._needs_model = lists_fields, needs_model
         self.add_argument(
             "--config",
             action="append",
@@ -60,11 +68,18 @@ class ConfigParser(ToolParser):
     def read(self, argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
         """This parser's own options, and the configuration.
 
+        The options have `configuration`: the words of the command line that define it.
+
         Raises:
             ConfigError: an unknown option or key, a value outside its type, or sizes that do not fit.
         """
         rest, given = _split(argv)
         options = self.parse_args(rest)
+        if self._needs_model and not (options.config or any(name.startswith("--model.") for name, _ in given)):
+            print(f"{self.format_help().strip()}\n", file=sys.stderr)
+            raise ConfigError("no model is named: add --config FILE, such as examples/quickstart.yaml")
+        words = [*(("--config", file) for file in options.config), *given]
+        options.configuration = [f"{name}={value}" for name, value in words]
         values: Values = {}
         for path in options.config:
             _merge_file(values, checked("--config", FilePath, path))
@@ -73,22 +88,28 @@ class ConfigParser(ToolParser):
         return options, build(values)
 
     def format_help(self) -> str:
-        """With every field of the configuration; argparse itself reads none of them."""
+        """With every field of the configuration where they are listed; argparse itself reads none of them."""
+        if not self._lists_fields:
+            return super().format_help()
+        from megatron_crnet.config.reference import help_lines
+
         return "\n".join([super().format_help(), *help_lines()])
 
 
-def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """The command line of `pretrain_crnet.py`.
+def train_parser(**arguments: Any) -> ConfigParser:
+    """The options of `crnet train`."""
+    parser = ConfigParser(lists_fields=True, **arguments)
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
+    return parser
+
+
+def parse_arguments(argv: Sequence[str], parser: ConfigParser | None = None) -> Arguments:
+    """The command line of `crnet train`.
 
     Raises:
         ConfigError: an unknown key, a value outside its type, or sizes that do not fit.
     """
-    parser = ConfigParser(
-        prog="pretrain_crnet.py",
-        description="Pre-train CR-Net. Give a YAML file and override any field as --section.field value.",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
-    options, config = parser.read(argv)
+    options, config = (parser or train_parser()).read(argv)
     return Arguments(config, options.dry_run)
 
 

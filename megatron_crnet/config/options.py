@@ -1,10 +1,8 @@
-"""Options of the tools that stand beside `--section.field value`."""
+"""Command lines: options of a command's own, of which `loading.ConfigParser` makes those with a configuration."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,7 +13,7 @@ from megatron_crnet.utils.versions import version_line
 LONGEST = 300
 """Characters of a message that are printed."""
 MOST = 2**20
-"""Largest number of ranks, rows or layers that a tool takes."""
+"""Largest number of ranks, rows or layers that a command takes."""
 
 
 class Version(argparse.Action):
@@ -31,7 +29,7 @@ class Version(argparse.Action):
 
 
 class ToolParser(argparse.ArgumentParser):
-    """The command line of a tool: its documentation as it stands, `--version`, and one line for a mistake."""
+    """A command line: its documentation as it stands, `--version`, and one line for a mistake."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **arguments)
@@ -65,44 +63,6 @@ def file_path(name: str, text: str) -> Path:
     if not text.isascii() and text.encode("utf-8", "ignore").decode() != text:
         return Path(text)  # bytes that are not UTF-8 are a name on Linux, though not text
     return Path(checked(name, FilePath, text))
-
-
-def take_options(defaults: Mapping[str, str | None], argv: Sequence[str]) -> tuple[dict[str, str | None], list[str]]:
-    """A tool's own options with their values, and what is left for the configuration.
-
-    Raises:
-        ConfigError: an option has no value.
-    """
-    found, rest, waiting = dict(defaults), [], iter(argv)
-    for argument in waiting:
-        name, equals, value = argument.partition("=")
-        if name not in defaults:
-            rest.append(argument)
-            continue
-        given = value if equals else next(waiting, None)
-        require(given is not None and not given.startswith("--"), f"{name} has no value: write {name} VALUE")
-        found[name] = given
-    return found, rest
-
-
-def only_usage(usage: str, argv: Sequence[str]) -> int | None:
-    """The exit status of a command line that gets no more than `usage`; None for one that asks for work.
-
-    A command line that names no model would silently work on the defaults of `config/schema.py`, which nobody trains.
-    """
-    if {"-h", "--help"} & set(argv):
-        print(usage.strip())
-        return 0
-    if "--version" in argv:
-        print(version_line())
-        return 0
-    if any(name.partition("=")[0] == "--config" or name.startswith("--model.") for name in argv):
-        return None
-    print(
-        f"{usage.strip()}\n\nerror: no model is named: add --config FILE, such as examples/quickstart.yaml",
-        file=sys.stderr,
-    )
-    return 2
 
 
 def positive_integer(name: str, text: str) -> int:

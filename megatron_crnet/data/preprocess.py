@@ -7,7 +7,6 @@ torch nor Megatron-Core, whose import takes seconds, is needed before `_write`: 
 
 from __future__ import annotations
 
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -31,6 +30,7 @@ from megatron_crnet.data.corpus_stats import CorpusStats
 from megatron_crnet.data.fingerprint import sidecar, write_sidecar
 from megatron_crnet.data.tokenizer import Tokenizer, TokenizerKind, load_tokenizer
 from megatron_crnet.data.worker_pool import ordered_map
+from megatron_crnet.utils.environment import available_cpus
 from megatron_crnet.utils.errors import ConfigError, DataError
 from megatron_crnet.utils.files import atomic_files, output_files, refuse_existing, sigterm_unwinds
 from megatron_crnet.utils.progress import Progress
@@ -149,11 +149,6 @@ def check_workers(workers: int) -> None:
             f"workers is {workers}, but must be 0 to {most} on {available_cpus()} CPUs: leave it out for one per CPU, "
             "or use 0 to stay in one process"
         )
-
-
-def available_cpus() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _tokenize_chunk(tokenizer: Tokenizer, append_eod: bool, rules: Rules, chunk: Chunk) -> TokenizedChunk:

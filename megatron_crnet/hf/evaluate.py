@@ -10,7 +10,7 @@ import math
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,12 @@ from megatron_crnet.data.corpus_stats import CorpusStats
 from megatron_crnet.data.documents import DOCUMENT_LENGTHS, document_lengths, positions_within
 from megatron_crnet.data.fingerprint import check_tokenizer_of_data
 from megatron_crnet.data.tokenizer import Tokenizer
+from megatron_crnet.hf.generate import OpenModel
 from megatron_crnet.utils.errors import DataError, require
 from megatron_crnet.utils.progress import Progress
 
+LONGEST = 2**20
+"""Tokens in a row, where rows may be longer than the model was made for."""
 Ids = npt.NDArray[np.integer[Any]]
 Row = Mapping[str, Tensor]
 """int64 tokens and labels [s], and loss_mask [s], 1 where a label counts: as the trainer's datasets give them. With
@@ -40,7 +43,7 @@ Row = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Losses in nats a token.
+    """Losses in nats per token.
 
     Attributes:
         tokens: labels that counted.
@@ -246,3 +249,70 @@ def validation_rows(config: Config, tokenizer: Tokenizer) -> Iterator[Row]:
     if valid is None:
         raise DataError("the configuration validates nothing: give one with training.eval_steps above 0")
     return (valid[i] for i in range(samples))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be measured: `count` rows of `length` tokens, with `labels` that count."""
+
+    rows: Iterator[Row]
+    length: int
+    count: int
+    labels: int
+
+
+def rows_to_evaluate(
+    opened: OpenModel,
+    *,
+    data: str | Path | None = None,
+    text: str | Path | None = None,
+    validation_of: Config | None = None,
+    seq_length: int | None = None,
+    allow_longer: bool = False,
+    padded: bool = False,
+    reset_attention_mask: bool = False,
+    max_tokens: int | None = None,
+    stats: CorpusStats | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Work:
+    """Rows of one source; the rest is as in `megatron_crnet.evaluate`.
+
+    Args:
+        stats: what was left out of text is counted here.
+        progress: told how far the text is read.
+    """
+    if validation_of is not None:
+        training = validation_of.training
+        length, count = training.seq_length, training.eval_steps * training.global_batch_size
+        _check_length(length, opened, allow_longer)
+        work = Work(validation_rows(validation_of, opened.tokenizer), length, count, count * length)
+    else:
+        length = seq_length or opened.longest
+        _check_length(length, opened, allow_longer)
+        if data is not None:
+            documents = indexed_documents(str(data), opened.tokenizer)
+        else:
+            assert text is not None
+            documents = text_documents(text, opened.tokenizer, length, max_tokens, stats, progress)
+        rows = padded_rows(documents, length, opened.tokenizer.pad) if padded else packed_rows(documents, length)
+        if reset_attention_mask:
+            rows = within_documents(rows, opened.tokenizer.eod)
+        work = Work(rows, length, *documents.work(length, padded))
+    if max_tokens is None:
+        return work
+    return replace(work, rows=first_tokens(work.rows, max_tokens), labels=min(max_tokens, work.labels))
+
+
+def _check_length(length: int, opened: OpenModel, allow_longer: bool) -> None:
+    require(
+        length <= opened.longest or allow_longer,
+        f"a row of {length} tokens is longer than the model's max_position_embeddings {opened.longest}: lower "
+        "--seq-length, or give --allow-longer to measure positions that it was not trained for",
+    )
+    require(length <= LONGEST, f"a row of {length} tokens is longer than {LONGEST}: lower --seq-length")
+
+
+def evaluate_rows(model: Any, work: Work, batch_size: int, progress: Callable[[int], None] | None = None) -> Evaluation:
+    """As `evaluate`, after a look at whether a batch has room (`check_memory`)."""
+    check_memory(model, min(batch_size, work.count), work.length)
+    return evaluate(model, work.rows, batch_size, progress)

@@ -183,3 +183,39 @@ def continue_prompts(
     found = opened.model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, use_cache=use_cache, **how)
     new: list[list[int]] = found[:, width:].tolist()
     return [row[: row.index(eod)] if eod in row else row for row in new]
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A prompt and what follows it: the text, and its token ids without the end of the document."""
+
+    prompt: str
+    text: str
+    tokens: list[int]
+
+
+def generate(
+    model: OpenModel,
+    prompts: Sequence[str],
+    max_new_tokens: int = 64,
+    sampling: Sampling | None = None,
+    *,
+    use_cache: bool = True,
+) -> list[Continuation]:
+    """Continue prompts as one batch.
+
+    Args:
+        model: from `load_pretrained`.
+        prompts: texts; an empty one begins a document.
+        max_new_tokens: most tokens after each prompt.
+        sampling: how tokens are chosen; None takes the likeliest ones.
+        use_cache: keep keys and values; else all tokens are computed again for each new one.
+
+    Raises:
+        ConfigError: a prompt and its continuation are longer than the model was made for.
+        DataError: a prompt is not text.
+    """
+    found = continue_prompts(model, prompts, max_new_tokens, sampling or Sampling(), use_cache)
+    return [
+        Continuation(prompt, model.tokenizer.detokenize(ids), ids) for prompt, ids in zip(prompts, found, strict=True)
+    ]

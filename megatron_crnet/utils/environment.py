@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from megatron_crnet.utils.files import replace_text
 from megatron_crnet.utils.versions import LIBRARIES, library_versions
@@ -26,6 +25,10 @@ def command_line(argv: list[str]) -> str:
         argv: `sys.argv`.
     """
     program = Path(argv[0])
+    if program.name == "crnet":
+        return shlex.join(["crnet", *argv[1:]])
+    if program.name == "__main__.py":
+        return shlex.join(["python", "-m", program.parent.name, *argv[1:]])
     root = Path(__file__).parents[2]
     name = str(program.resolve().relative_to(root)) if program.resolve().is_relative_to(root) else program.name
     return shlex.join(["python", name, *argv[1:]])
@@ -33,6 +36,8 @@ def command_line(argv: list[str]) -> str:
 
 def machine() -> dict[str, Any]:
     """Processor, memory, GPUs and how busy the machine is at this moment; no names of hosts or users."""
+    import torch  # takes seconds, and command lines are needed without
+
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -52,7 +57,7 @@ def provenance(kind: str, argv: list[str]) -> dict[str, Any]:
     """What stands at the head of figures that were measured or counted on this machine.
 
     Args:
-        kind: of the figures, by which tools/scaling_report.py knows them.
+        kind: of the figures, by which `crnet report` knows them.
         argv: `sys.argv`.
     """
     return {"kind": kind, "command": command_line(argv), "machine": machine(), "versions": versions()}
@@ -86,6 +91,11 @@ def note_in_run_file(folder: Path, **facts: Any) -> None:
         known = read_run_file(folder)
         if known:
             replace_text(folder / RUN_FILE, json.dumps({**known, **facts}, indent=1) + "\n")
+
+
+def available_cpus() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor() -> str:

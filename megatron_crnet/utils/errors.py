@@ -7,13 +7,6 @@ shows its traceback.
 
 from __future__ import annotations
 
-import os
-import select
-import signal
-import sys
-from collections.abc import Callable
-from types import FrameType
-
 
 class CrnetError(Exception):
     """Base of this project's exceptions."""
@@ -61,51 +54,6 @@ def describe(error: BaseException) -> str:
     if isinstance(error, CrnetError):
         return str(error)
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def ctrl_c_is_one_line() -> None:
-    """Let Ctrl-C end an entry point with one line while it imports its libraries; to be called before them.
-
-    At once, because an exception inside of an import may become another one. `reported` takes it back.
-    """
-    signal.signal(signal.SIGINT, _end_interrupted)
-
-
-def _end_interrupted(_number: int, _frame: FrameType | None) -> None:
-    os.write(sys.stderr.fileno(), b"interrupted\n")
-    os._exit(128 + signal.SIGINT)
-
-
-def reported(run: Callable[[], int]) -> int:
-    """The exit status of a tool; what a user has to know of an exception of this project goes to standard error.
-
-    Ctrl-C and a reader that has seen enough (`| head`) are no defects either: they end a tool as they end a program of
-    the shell, which counts 128 and the number of the signal.
-    """
-    if signal.getsignal(signal.SIGINT) is _end_interrupted:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # what is half written is removed on its way
-    try:
-        status = run()
-        sys.stdout.flush()
-    except CrnetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except BrokenPipeError:
-        if not _nobody_reads(sys.stdout.fileno()):
-            raise  # of another pipe
-        # Python flushes once more when it ends, and would complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    return status
-
-
-def _nobody_reads(pipe: int) -> bool:
-    poll = select.poll()
-    poll.register(pipe, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def require(condition: bool, message: str) -> None:

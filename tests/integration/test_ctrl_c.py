@@ -15,7 +15,7 @@ import os, runpy, signal, sys
 wanted, script, *arguments = sys.argv[1:]
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        ready = hasattr(sys.modules.get("megatron_crnet.utils.errors"), "reported")
+        ready = hasattr(sys.modules.get("megatron_crnet.cli.main"), "ctrl_c_is_one_line")
         if name == wanted or (wanted == "any" and ready):
             sys.meta_path.remove(self)
             os.kill(os.getpid(), signal.SIGINT)

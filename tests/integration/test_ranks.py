@@ -106,7 +106,7 @@ def test_an_error_that_nobody_foresaw_ends_the_rank_at_once() -> None:
 import runpy, threading, time
 from megatron_crnet.config import loading
 threading.Thread(target=time.sleep, args=(3600,)).start()
-def fail(argv):
+def fail(*_):
     raise ZeroDivisionError("nobody foresaw this")
 loading.parse_arguments = fail
 runpy.run_path("pretrain_crnet.py", run_name="__main__")

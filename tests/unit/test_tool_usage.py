@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_crnet.cli.simulate import Progress
+from megatron_crnet.reporting.scale import _answer
+
 ROOT = Path(__file__).parents[2]
 TOOLS = ("benchmark", "estimate", "measure_communication", "measure_recompute", "plan", "simulate")
 
@@ -89,9 +92,8 @@ def test_the_verdict_of_a_plan_is_its_first_line(
 
 
 @pytest.mark.fault("M11")
-def test_a_simulation_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    progress = runpy.run_path("tools/simulate.py", run_name="imported")["Progress"]()
+def test_a_simulation_says_how_far_it_is() -> None:
+    progress = Progress()
     assert progress.line(12.0) == "building the model: 12 s"
     progress.count(1, 4)
     assert progress.line(20.0) == "pass 1 of 4 of two steps, 20 s; time left not known yet"
@@ -127,9 +129,7 @@ def test_a_benchmark_that_cannot_be_made_is_one_line(
     assert errors.count("\n") == 1
 
 
-def test_a_rank_that_died_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_a_rank_that_died_is_named() -> None:
     mine, theirs = multiprocessing.Pipe()
     theirs.close()
-    answer = runpy.run_path("tools/measure_scale.py", run_name="imported")["_answer"]
-    assert answer(3, mine).startswith("rank 3 died without a word")
+    assert _answer(3, mine).startswith("rank 3 died without a word")

@@ -1,0 +1,130 @@
+"""Measure training steps of several configurations in one run, in turn, so that ratios hold on a busy machine.
+
+    %(prog)s --config examples/quickstart.yaml --sweep variants --sweep recompute --json FILE
+    %(prog)s --config examples/quickstart.yaml --processes 4 --sweep strong --sweep layouts
+    %(prog)s --config examples/quickstart.yaml --row 'narrow: --model.rank 24' --row 'two x2:'
+
+Any --section.field value holds for all rows. Each row has processes of its own, which run real training steps on random
+tokens; a repeat runs one step of each row in a drawn order. Tokens/s are of the median step; `of first` is the median,
+over repeats, of tokens/s in units of the sweep's first row, by the clock and by CPU time. MFU is the share of the
+device's peak that the model's operations are (recomputation counts nothing). Peak memory is that of the fullest rank:
+on GPUs the allocator's, on CPUs of all tensors that are alive.
+Ctrl-C ends the run with what was measured so far (status 75).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_crnet.cli.main import Call
+from megatron_crnet.config.loading import ConfigParser
+from megatron_crnet.distributed.launcher import read_launch
+from megatron_crnet.reporting.benchmark_rows import SWEEPS, Row, parse_row, sweep_rows
+from megatron_crnet.utils.errors import require, require_positive
+from megatron_crnet.utils.record_file import check_record_file, write_record
+from megatron_crnet.utils.signals import INTERRUPTED, Interruption
+from megatron_crnet.utils.tables import table
+
+if TYPE_CHECKING:
+    from megatron_crnet.config.schema import Config
+
+COLUMNS = ("row", "ranks", "weights", "ms/step", "spread", "tokens/s", "of first", "by CPU", "MFU (whole)", "peak, MiB")
+
+
+def build_parser(prog: str) -> ConfigParser:
+    """The options."""
+    parser = ConfigParser(prog=prog, description=__doc__, needs_model=True)
+    parser.add_argument("--sweep", action="append", choices=[*SWEEPS], default=[], help="rows ready made; may repeat")
+    parser.add_argument("--row", action="append", default=[], help="'NAME: OPTIONS' or 'NAME xPROCESSES: OPTIONS'")
+    parser.add_argument("--processes", type=int, default=1, help="ranks of a row, and the most of strong and weak")
+    parser.add_argument("--repeats", type=int, default=10, help="measured steps of each row")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps of each row before them")
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of rows")
+    parser.add_argument("--peak-tflops", type=float, help="of one device; without it matrix products measure it")
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--overwrite", action="store_true", help="replace an older file")
+    return parser
+
+
+def rows_of(args: argparse.Namespace, config: Config) -> list[Row]:
+    """All rows that the command line asks for."""
+    require_positive("benchmark", processes=args.processes)
+    rows = [row for sweep in dict.fromkeys(args.sweep) for row in sweep_rows(sweep, config, args.processes)]
+    rows += [parse_row(text) for text in args.row]
+    return rows or [Row("rows", config.model.variant, args.processes)]
+
+
+def tables(record: dict[str, Any]) -> str:
+    """The figures, a table for each sweep, and below what is missing in them."""
+    peak = f"{record['peak_flops'] / 1e12:.3g} TFLOP/s per device ({record['peak_source']})"
+    machine = record["machine"]
+    load = f"load {machine['load_average']} to {machine['load_average_at_end']} on {machine['cores']} cores"
+    lines = [f"{record['device']}, {record['plan']['repeats']} repeats, {load}", f"peak {peak}"]
+    for sweep, found in itertools.groupby(record["rows"], lambda row: row["sweep"]):
+        rows = list(found)
+        lines += ["", sweep, table(COLUMNS, [_cells(row) for row in rows])]
+        lines += [f"{row['name']}: {_missing(row)}" for row in rows if row["error"] or "median_s" not in row]
+    return "\n".join(lines)
+
+
+def _missing(row: dict[str, Any]) -> str:
+    if "median_s" in row:
+        return f"only {len(row['seconds'])} repeats: {row['error']}"
+    return f"not measured: {row['error'] or 'the run was stopped before'}"
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    if "median_s" not in row:
+        return [row["name"], str(row["processes"]), *["-"] * (len(COLUMNS) - 2)]
+    return [
+        row["name"],
+        str(row["processes"]),
+        f"{row['parameters'] / 1e6:.2f}M",
+        f"{row['median_s'] * 1e3:,.0f}",
+        f"{row['spread']:.0%}",
+        f"{row['tokens_per_s']:,.0f}",
+        f"{row['speed_of_first']:.2f}",
+        f"{row['cpu_speed_of_first']:.2f}",
+        f"{row['mfu']:.1%} ({row['mfu_whole_attention']:.1%})",
+        f"{row['peak_bytes'] / 2**20:,.1f}",
+    ]
+
+
+def run(call: Call) -> int:
+    """Measure and write; returns the exit status."""
+    args, config = build_parser(call.prog).read(call.argv)
+    rows = rows_of(args, config)
+    started = read_launch().world_size
+    require(
+        "RANK" not in os.environ and started == 1,
+        f"{f'{started} processes were started' if started > 1 else 'RANK is set'}, but this tool starts its own "
+        "processes: start it without a launcher",
+    )
+    check_record_file(args.json, overwrite=args.overwrite)
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the processes, which are not there yet
+    from megatron_crnet.reporting.benchmark import Plan, measure
+    from megatron_crnet.utils.environment import command_line
+
+    peak = None if args.peak_tflops is None else args.peak_tflops * 1e12
+    plan = Plan(args.repeats, args.warm_up, args.threads, args.seed, peak)
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    with Interruption() as interruption:
+        interruption.arm()
+        record = measure(rows, args.configuration, plan, say, lambda: interruption.received is not None)
+    record = {"kind": record.pop("kind"), "command": command_line(call.words), **record}
+    print(tables(record))
+    if args.json is not None:
+        write_record(args.json, record)
+    if interruption.received is not None:
+        say(f"stopped by {interruption.received.name}: the table holds what was measured so far")
+        return INTERRUPTED
+    return 0 if any("median_s" in row for row in record["rows"]) else 1

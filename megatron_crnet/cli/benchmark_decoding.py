@@ -1,0 +1,95 @@
+"""Tokens per second of decoding, with and without the key-value cache, for CR-Net and a plain LLaMA of the same shape.
+
+    %(prog)s --config examples/llama2_60m.yaml --prompt-tokens 32 --new-tokens 64
+
+Random weights, greedy, always all new tokens. One repeat runs every row once, in turn, so that a busy machine slows all
+alike; what full rank is compared by is the median of the ratios within repeats. CPU time beside the clock's tells how
+busy the machine was. A row's time holds the pass over the prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_crnet.cli.main import Call
+from megatron_crnet.config.options import ToolParser
+from megatron_crnet.utils.errors import require_positive
+from megatron_crnet.utils.record_file import check_record_file, write_record
+from megatron_crnet.utils.tables import table
+
+if TYPE_CHECKING:
+    from megatron_crnet.reporting.decoding import Row
+
+VARIANTS = ("crnet", "low_rank", "cola", "full_rank")
+
+
+def build_parser(prog: str) -> ToolParser:
+    """The options."""
+    parser = ToolParser(prog=prog, description=__doc__)
+    parser.add_argument("--config", required=True, help="YAML whose model section gives the shape")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["crnet", "full_rank"])
+    parser.add_argument("--batch-size", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--prompt-tokens", type=int, default=32, help="default: %(default)s")
+    parser.add_argument("--new-tokens", type=int, default=64, help="default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=5, help="after one to warm up (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="of PyTorch (default: its own choice)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument("--overwrite", action="store_true", help="replace an older file")
+    return parser
+
+
+def figures(rows: list[Row]) -> str:
+    """The figures as a table."""
+    from megatron_crnet.reporting.decoding import of_full_rank
+
+    header = ("variant", "cache", "parameters", "tokens/s", "spread", "tokens/s of CPU", "spread", "of full rank")
+    return table(
+        header,
+        [
+            (
+                row.variant,
+                "yes" if row.cache else "no",
+                f"{row.parameters / 1e6:.1f}M",
+                f"{row.tokens_per_s:.1f}",
+                f"{row.spread:.0%}",
+                f"{row.tokens_per_cpu_s:.1f}",
+                f"{row.cpu_spread:.0%}",
+                of_full_rank(row, rows),
+            )
+            for row in rows
+        ],
+        text_columns=2,
+    )
+
+
+def run(call: Call) -> int:
+    """Measure and write."""
+    args = build_parser(call.prog).parse_args(call.argv)
+    check_record_file(args.json, overwrite=args.overwrite)
+    import torch
+
+    from megatron_crnet.config.loading import load_config
+    from megatron_crnet.reporting.decoding import measure_decoding
+    from megatron_crnet.utils.environment import provenance
+
+    if args.threads is not None:
+        require_positive("benchmark", threads=args.threads)
+        torch.set_num_threads(args.threads)
+    rows = measure_decoding(
+        load_config(args.config),
+        args.variants,
+        batch_size=args.batch_size,
+        prompt_tokens=args.prompt_tokens,
+        new_tokens=args.new_tokens,
+        repeats=args.repeats,
+        dtype=args.dtype,
+    )
+    print(figures(rows))
+    if args.json is not None:
+        about = {name: str(value) for name, value in vars(args).items()}
+        measured = {"arguments": about, "rows": [asdict(row) for row in rows]}
+        write_record(args.json, {**provenance("decoding", call.words), **measured})
+    return 0

@@ -1,0 +1,143 @@
+"""Count what each recomputation strategy keeps, holds at its peak and computes, on the layers of a configuration.
+
+    %(prog)s --config examples/llama2_7b.yaml --training.micro_batch_size 1
+    %(prog)s --config examples/llama2_60m.yaml --resident
+
+One micro-batch, one rank without parallelism, the decoder's layers alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from megatron_crnet.cli.main import Call
+from megatron_crnet.config.loading import ConfigParser
+from megatron_crnet.config.options import file_path, positive_integer
+from megatron_crnet.utils.errors import require
+from megatron_crnet.utils.record_file import check_record_file, write_record
+from megatron_crnet.utils.tables import table
+
+if TYPE_CHECKING:
+    from megatron_crnet.config.schema import Config
+
+
+def build_parser(prog: str) -> ConfigParser:
+    """The options."""
+    parser = ConfigParser(prog=prog, description=__doc__, needs_model=True)
+    parser.add_argument(
+        "--tensors",
+        choices=("fake", "real"),
+        default="fake",
+        help="fake: shapes without memory, so any size fits (the default); real runs the pass",
+    )
+    parser.add_argument(
+        "--segments",
+        type=partial(positive_integer, "--segments"),
+        metavar="N",
+        help="also measure replay and full with segments of N layers",
+    )
+    parser.add_argument(
+        "--resident",
+        action="store_true",
+        help="run real training steps, one process for each strategy, and report peak resident memory (of the host; on "
+        "CPUs that is where activations are)",
+    )
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="write the figures to the file as well; without a file, print them instead of the table",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an older file")
+    parser.add_argument("--resident-of", help=argparse.SUPPRESS)
+    return parser
+
+
+def measure(config: Config, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One record for each strategy."""
+    from megatron_crnet.distributed.process_groups import shutdown_parallel
+    from megatron_crnet.planning.recompute_report import measure_strategies
+
+    found = measure_strategies(config, fake=options.tensors == "fake", segment_length=options.segments)
+    shutdown_parallel()
+    return [{**dataclasses.asdict(m), "transient": m.transient} for m in found]
+
+
+def figures(config: Config, found: list[dict[str, Any]]) -> str:
+    """The figures as a table, in MiB and as shares of no recomputation."""
+    none, size = found[0], 2**20
+    title = (
+        f"{config.model.num_layers} layers, h = {config.model.hidden_size}, {config.training.micro_batch_size} x "
+        f"{config.training.seq_length} tokens, {config.training.dtype}; MiB and GFLOP\n\n"
+    )
+    header = ("strategy", "kept", "formula", "transient", "peak", "of none", "GFLOP", "extra", "segments")
+    return title + table(
+        header,
+        [
+            (
+                m["name"],
+                *(f"{m[key] / size:,.1f}" for key in ("kept", "formula", "transient", "peak")),
+                f"{m['peak'] / none['peak']:.3f}",
+                f"{m['flops'] / 1e9:,.1f}",
+                f"{m['flops'] / none['flops'] - 1:.1%}",
+                _segments(m["segments"]),
+            )
+            for m in found
+        ],
+    )
+
+
+def _segments(lengths: list[int]) -> str:
+    """Layers of each segment, equal ones together: 8 x 4, 2."""
+    return ", ".join(f"{len(list(same))} x {n}" for n, same in itertools.groupby(lengths)).replace("1 x ", "") or "-"
+
+
+def resident_figures(found: list[dict[str, Any]]) -> str:
+    """Peak resident memory as a table."""
+    none, kib = found[0]["peak_kib"] - found[0]["before_kib"], 1024
+    rows = [
+        (
+            m["name"],
+            f"{m['before_kib'] / kib:,.0f}",
+            f"{m['peak_kib'] / kib:,.0f}",
+            f"{(m['peak_kib'] - m['before_kib']) / none:.3f}",
+        )
+        for m in found
+    ]
+    return table(("strategy", "before training, MiB", "peak, MiB", "peak - before, of none"), rows)
+
+
+def run(call: Call) -> int:
+    """Count, print and write."""
+    options, config = build_parser(call.prog).read(call.argv)
+    require(
+        config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size == 1,
+        "the configuration asks for tensor or pipeline parallelism, but this command counts one rank without: set "
+        "both sizes to 1",
+    )
+    target = file_path("--json", options.json) if options.json not in (None, "-") else None
+    check_record_file(target, overwrite=options.overwrite)
+    from megatron_crnet.distributed import cpu_backend
+
+    cpu_backend.install()
+    from megatron_crnet.reporting.resident import resident, resident_of
+    from megatron_crnet.utils.environment import provenance
+
+    if options.resident_of:
+        print(json.dumps(resident_of(config)))
+        return 0
+    found = resident(options.configuration) if options.resident else measure(config, options)
+    record = {**provenance("resident memory" if options.resident else "recompute", call.words), "rows": found}
+    if options.json == "-":
+        print(json.dumps(record, indent=1))
+        return 0
+    print(resident_figures(found) if options.resident else figures(config, found))
+    if target is not None:
+        write_record(target, record)
+    return 0
