@@ -51,7 +51,7 @@ from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.engine.state_kinds import KINDS, MASTER
 from megatron_crnet.engine.zero import Masters
 from megatron_crnet.model.weights import canonical_weights
-from megatron_crnet.recompute.random_states import RandomStates
+from megatron_crnet.recompute.rng import RngStates
 from megatron_crnet.utils.environment import note_in_run_file
 from megatron_crnet.utils.errors import CheckpointError, ConfigError, FolderTakenError, describe
 from megatron_crnet.utils.files import unused_name
@@ -107,7 +107,7 @@ class Checkpointer:
         self.wait()
         copies = checksums(self.weights, self.masters.stage)
         boxes = collect(self.masters, self.weights)
-        random = RandomStates.capture().tensors()
+        random = RngStates.capture().tensors()
         boxes.update({_random_name(name): whole(tensor.clone()) for name, tensor in random.items()})
         about = {
             **asdict(state),
@@ -263,13 +263,13 @@ class Checkpointer:
         device = about.get("device", self.masters.device.type)  # earlier versions did not say
         if device != self.masters.device.type:
             return f"device {self.masters.device.type} instead of {device}"
-        states = {name: torch.empty_like(state) for name, state in RandomStates.capture().tensors().items()}
+        states = {name: torch.empty_like(state) for name, state in RngStates.capture().tensors().items()}
         saved = reader.read_metadata().state_dict_metadata
         for name, state in states.items():
             if getattr(saved.get(_random_name(name)), "size", None) != state.shape:
                 return f"the random generator {name} has a state of another size"
         read(reader, {_random_name(name): whole(state) for name, state in states.items()})
-        RandomStates.from_tensors(states).restore()
+        RngStates.from_tensors(states).restore()
         return None
 
     def set_aside(self, step: int, prefix: str = REJECTED) -> Path | None:

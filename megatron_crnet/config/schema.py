@@ -222,7 +222,7 @@ class RecomputeConfig(Section, name="recompute"):
     """none keeps every activation. replay keeps low-rank outputs and segment starts and rebuilds the rest, exactly.
     inverse is the paper's: it divides by s(beta) and is exact to inverse_tolerance. full runs the layers again."""
     segment_length: Layers | Literal["auto"] = "auto"
-    """Layers in a segment; under inverse, between anchors. auto takes the least memory (inverse: 8)."""
+    """Layers in a segment; under inverse, at most. auto takes the least memory (inverse: 8)."""
     keep_attention_output: bool = False
     """Keep attention's output (not under full) instead of computing it again; worth it for long sequences."""
     inverse_tolerance: Epsilon | None = None

@@ -31,7 +31,7 @@ from megatron_crnet.config.deepspeed_settings import deepspeed_config, is_plain
 from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed.consensus import Vote
 from megatron_crnet.distributed.process_groups import MegatronMpu, NormMpu, ParallelContext
-from megatron_crnet.engine.inverse_guard import place_anchors
+from megatron_crnet.engine.inverse_guard import plan_inverse_segments
 from megatron_crnet.engine.optimizer import (
     ParamGroup,
     build_adamw,
@@ -44,7 +44,8 @@ from megatron_crnet.engine.schedule import Batch, ScheduledChunk, loss_totals, r
 from megatron_crnet.engine.zero import local_shape
 from megatron_crnet.model.gpt import CRNetModel
 from megatron_crnet.model.linear import LowRankGroup
-from megatron_crnet.recompute.random_states import RandomStates
+from megatron_crnet.recompute.planner import STRATEGIES
+from megatron_crnet.recompute.rng import RngStates
 from megatron_crnet.utils.noise import without_memory_lines
 
 
@@ -77,15 +78,15 @@ class TrainEngine:
             )
         checkpointing.configure(MegatronMpu(), deepspeed_config=settings)
         self.optimizer = self.deepspeed.optimizer
-        self.added_anchors = 0
-        """Anchors that the guard of `inverse` has added on all pipeline stages."""
+        self.num_extra_checkpoints = 0
+        """Checkpointed layers that the guard of `inverse` has added on all pipeline stages."""
         if self.stage == 0:
             # DeepSpeed's wrapper has taken a step (with rate 0) to allocate the moments, which counts in Adam's
             # bias correction
             self.deepspeed.basic_optimizer.state.clear()
             for group in self.deepspeed.basic_optimizer.param_groups:
                 group.pop("step", None)  # where Apex's FusedAdam counts
-        self._new_weights()
+        self._on_weights_loaded()
         self.scheduler, self._steps = build_scheduler(config, self.optimizer), 0
         self.last_grad_norm: float | None = None
         hooked = self.stage >= 2
@@ -111,37 +112,38 @@ class TrainEngine:
         return factory
 
     def _weights_changed(self) -> None:
-        """What follows from new betas: fp32 copies under bf16 ZeRO-3, anchors under `inverse`. A collective call."""
-        anchored = self.config.recompute.strategy == "inverse"
+        """What follows from new betas: fp32 copies under bf16 ZeRO-3, segments under `inverse`. A collective call."""
+        inverts = STRATEGIES[self.config.recompute.strategy].inverts
         rounded = self.stage == 3 and self.config.training.dtype == "bf16"
-        if not anchored and not rounded:
+        if not inverts and not rounded:
             return
         groups = [group for chunk in self.chunks for group in chunk.modules() if _has_residual(group)]
         betas = {group: self._exact_beta(group) for group in groups}
         if rounded:
             for group, beta in betas.items():
                 group.beta_fp32 = beta
-        if anchored:
-            self.added_anchors = place_anchors([chunk.decoder for chunk in self.chunks], betas, self.context.device)
+        if inverts:
+            blocks = [chunk.decoder for chunk in self.chunks]
+            self.num_extra_checkpoints = plan_inverse_segments(blocks, betas, self.context.device)
 
-    def _new_weights(self) -> None:
+    def _on_weights_loaded(self) -> None:
         """What follows from weights that no pass of this process has seen."""
         self._weights_changed()
-        model, recompute = self.config.model, self.config.recompute
-        self._sizes_unknown = recompute.strategy == "inverse" and model.variant == "crnet"
+        inverts = STRATEGIES[self.config.recompute.strategy].inverts
+        self._norms_unknown = inverts and self.config.model.variant == "crnet"
 
     @torch.no_grad()
-    def look_at_sizes(self, batches: list[Batch]) -> None:
-        """Before the first step under `inverse`: place anchors by the sizes of outputs, from a few micro-batches."""
-        if not self._sizes_unknown:
+    def calibrate_output_norms(self, batches: list[Batch]) -> None:
+        """Before the first step under `inverse`: plan segments by the norms of outputs, from a few micro-batches."""
+        if not self._norms_unknown:
             return
         self.deepspeed.train()
-        with RandomStates.capture().replay():
+        with RngStates.capture().scope():
             # virtual stages need as many micro-batches as there are stages
             few = batches[: self.config.parallel.pipeline_model_parallel_size]
             run_schedule(self.scheduled, few, forward_only=True)
         self._weights_changed()
-        self._sizes_unknown = False
+        self._norms_unknown = False
 
     def _exact_beta(self, group: LowRankGroup) -> Tensor:
         assert group.beta is not None
@@ -171,7 +173,7 @@ class TrainEngine:
 
     def accumulate(self, batches: list[Batch], tokens: int) -> list[dict[str, Tensor]]:
         """The passes of one step alone; see `forward_backward` and `run_schedule`."""
-        self.look_at_sizes(batches)
+        self.calibrate_output_norms(batches)
         self.deepspeed.train()
         checkpointing.reset()  # frees what an abandoned step has left in DeepSpeed's hands
         self.deepspeed.set_gradient_accumulation_boundary(True)
@@ -204,11 +206,11 @@ class TrainEngine:
         if is_plain(self.config):
             self.deepspeed.zero_grad()
         else:
-            self._spoil_gradients()
+            self._poison_gradients()
             self.deepspeed.step()
         self._advance_schedule()
 
-    def _spoil_gradients(self) -> None:
+    def _poison_gradients(self) -> None:
         if self.stage == 1 and self.config.training.dtype == "bf16":
             # DeepSpeed's setter fails for a parameter that is cut between ranks under this optimizer
             for gradient in (gradient for group in self.optimizer.fp32_groups_gradients for gradient in group):
@@ -237,7 +239,7 @@ class TrainEngine:
 
         A checkpoint brings its own optimizer settings along, in some stages: this run's are put back.
         """
-        self._new_weights()
+        self._on_weights_loaded()
         section = self.config.optimizer
         for group in self.optimizer.param_groups:
             group.update(betas=(section.adam_beta1, section.adam_beta2), eps=section.adam_eps)

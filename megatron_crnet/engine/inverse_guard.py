@@ -1,7 +1,7 @@
-"""Where recomputation by division may go down: the betas and the sizes of the outputs, agreed over ranks.
+"""Segments of recomputation by division: from the betas and the norms of the outputs, agreed over ranks.
 
-`inverse` divides an output's error by s(beta) at each layer; relative to the output below, it also grows by
-|Y_l| / |Y_{l-1}|. Both change with training, so anchors are placed anew after each update (docs/recomputation.md).
+`inverse` divides an output's error by s(beta) at each layer; relative to the previous layer's output, it also grows by
+|Y_l| / |Y_{l-1}|. Both change with training, so segments are planned after each update (docs/recomputation.md).
 """
 
 from __future__ import annotations
@@ -18,31 +18,32 @@ from megatron_crnet.model.linear import LowRankGroup
 from megatron_crnet.model.reference import signed_scale
 
 
-def place_anchors(
+def plan_inverse_segments(
     blocks: Sequence[CRNetTransformerBlock], betas: dict[LowRankGroup, Tensor], device: torch.device
 ) -> int:
-    """Cut each block's layers as the betas and the sizes its passes have noted allow; a collective call.
+    """Plan each block's segments by the betas and the norm ratios that its passes have recorded; a collective call.
 
-    The largest growth over the tensor- and data-parallel ranks of this stage counts, so that all of them walk down
-    the same layers and every rank's own shard stays within the tolerance. Sizes that nobody has noted count as equal.
+    The largest ratio over the tensor- and data-parallel ranks of this stage counts, so that all of them invert the
+    same layers and every rank's own shard stays within the tolerance. A ratio that was not recorded counts as 1.
 
     Args:
         betas: the exact beta of each group with a residual.
         device: where this rank computes.
 
     Returns:
-        Number of anchors that the guard has added on all pipeline stages.
+        Number of checkpoints that the guard has added on all pipeline stages.
     """
-    scales, growth = _scales_by_layer(betas), _largest_growth(blocks)
-    layers, noted = sorted(scales), [layer for layer in sorted(scales) if layer in growth]
+    scales, ratios = _scales_by_layer(betas), _largest_ratios(blocks)
+    layers, recorded = sorted(scales), [layer for layer in sorted(scales) if layer in ratios]
     # one transfer to the host
-    values = [scales[layer] for layer in layers] + [growth[layer] for layer in noted]
+    values = [scales[layer] for layer in layers] + [ratios[layer] for layer in recorded]
     rows = iter(torch.stack(values).cpu() if values else ())
-    scales, growth = {layer: next(rows) for layer in layers}, {layer: next(rows) for layer in noted}
+    scales, ratios = {layer: next(rows) for layer in layers}, {layer: next(rows) for layer in recorded}
     even = {layer: torch.ones_like(scale) for layer, scale in scales.items()}
-    added = torch.tensor(sum(block.place_anchors(scales, {**even, **growth}) for block in blocks), device=device)
-    dist.all_reduce(added, group=parallel_state.get_pipeline_model_parallel_group())
-    return int(added)
+    added = sum(block.plan_inverse_segments(scales, {**even, **ratios}) for block in blocks)
+    total = torch.tensor(added, device=device)
+    dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
+    return int(total)
 
 
 def _scales_by_layer(betas: dict[LowRankGroup, Tensor]) -> dict[int, Tensor]:
@@ -53,14 +54,14 @@ def _scales_by_layer(betas: dict[LowRankGroup, Tensor]) -> dict[int, Tensor]:
     return {layer: torch.cat(scales) for layer, scales in found.items()}
 
 
-def _largest_growth(blocks: Sequence[CRNetTransformerBlock]) -> dict[int, Tensor]:
-    noted: dict[int, Tensor] = {}
+def _largest_ratios(blocks: Sequence[CRNetTransformerBlock]) -> dict[int, Tensor]:
+    recorded: dict[int, Tensor] = {}
     for block in blocks:
-        noted.update(block.growth)
-        block.growth.clear()
-    if not noted:
+        recorded.update(block.norm_ratios)
+        block.norm_ratios.clear()
+    if not recorded:
         return {}
-    # what is not a number must not get lost in a maximum
-    growth = torch.stack([noted[layer] for layer in sorted(noted)]).nan_to_num(nan=torch.inf)
-    dist.all_reduce(growth, op=dist.ReduceOp.MAX, group=parallel_state.get_tensor_and_data_parallel_group())
-    return dict(zip(sorted(noted), growth, strict=True))
+    # NaN must not get lost in a maximum
+    ratios = torch.stack([recorded[layer] for layer in sorted(recorded)]).nan_to_num(nan=torch.inf)
+    dist.all_reduce(ratios, op=dist.ReduceOp.MAX, group=parallel_state.get_tensor_and_data_parallel_group())
+    return dict(zip(sorted(recorded), ratios, strict=True))

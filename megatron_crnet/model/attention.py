@@ -20,8 +20,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from megatron_crnet.config.megatron import CRNetTransformerConfig
 from megatron_crnet.data.documents import PackedDocuments
-from megatron_crnet.recompute.memory import LayerMemory
-from megatron_crnet.recompute.saved_subgraph import Fragment
+from megatron_crnet.recompute.tape import LayerTape
 
 
 class SDPACoreAttention(MegatronModule):
@@ -36,37 +35,34 @@ class SDPACoreAttention(MegatronModule):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        memory: LayerMemory | None = None,
+        tape: LayerTape | None = None,
         documents: PackedDocuments | None = None,
     ) -> Tensor:
         """query: [s, b, n, d]; key, value: [s, b, groups, d]. Returns [s, b, n d], causal.
 
-        With `memory`, the forward pass is recorded there, or what was recorded is used (`recompute/memory.py`). With
-        `documents`, no token sees another document.
+        With `tape`, the call is recorded there or replayed from there (`recompute/tape.py`). With `documents`, no
+        token sees another document.
         """
         inputs = query, key, value
         if documents is None:
-            (out,) = self._remembered(self._attend, [x.permute(1, 2, 0, 3) for x in inputs], memory)
+            (out,) = self._taped(self._attend, [x.permute(1, 2, 0, 3) for x in inputs], tape)
             return out.permute(2, 0, 1, 3).flatten(2)
         if self._has_kernel(query):
             flat = [x.transpose(0, 1).flatten(0, 1) for x in inputs]
-            (out,) = self._remembered(partial(self._attend_by_kernel, documents), flat, memory)
+            (out,) = self._taped(partial(self._attend_by_kernel, documents), flat, tape)
             return out.unflatten(0, query.shape[1::-1]).transpose(0, 1).flatten(2)
         parts = [part for x in inputs for part in documents.split(x)]
-        return documents.join(self._remembered(self._attend, parts, memory)).flatten(2)
+        return documents.join(self._taped(self._attend, parts, tape)).flatten(2)
 
-    def _remembered(
-        self, attend: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], memory: LayerMemory | None
+    def _taped(
+        self, attend: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], tape: LayerTape | None
     ) -> tuple[Tensor, ...]:
-        if memory is None:
+        if tape is None:
             return attend(*inputs)
-        if not memory.keep_attention_output:
-            with memory.drawing("attention"):
-                return attend(*inputs)
-        if memory.attention is None:
-            outputs, memory.attention = Fragment.record(attend, *inputs, keep_outputs=True)
-            return outputs
-        return memory.attention.resume(memory.attention.kept_outputs(), *inputs)
+        if tape.attention.saves_graph:
+            return tape.attention.call(attend, *inputs, keep_outputs=True)
+        with tape.rng_scope("attention"):
+            return attend(*inputs)
 
     @property
     def _dropout(self) -> float:

@@ -23,13 +23,13 @@ from megatron_crnet.config.positions import LayerOutputs
 from megatron_crnet.data.documents import PackedDocuments
 from megatron_crnet.model.layer import layer_spec
 from megatron_crnet.model.norm import CRNetNorm
-from megatron_crnet.recompute.planner import micro_batches_in_flight, plan_inverse, plan_segments
-from megatron_crnet.recompute.segment import SegmentRun
+from megatron_crnet.recompute.planner import initial_segments, plan_inverse_segments
+from megatron_crnet.recompute.segment import SEGMENTS, Segment
 from megatron_crnet.recompute.storage import ActivationStore
 
 
 def boundary_widths(config: CRNetTransformerConfig, layer: int) -> list[int]:
-    """Widths, per local sequence position, of what layer `layer` (from 0) receives from the one below.
+    """Widths, per local sequence position, of what layer `layer` (from 0) receives from the previous one.
 
     The hidden state, then the seven outputs unless the layer starts a chain. A tensor [s, b, w/t] holds as
     many elements as [s/t, b, w], so with sequence parallelism every part is counted in the second form.
@@ -97,22 +97,20 @@ class CRNetTransformerBlock(TransformerBlock):
         self.first_layer = get_transformer_layer_offset(config, vp_stage, pp_rank)
         submodules = TransformerBlockSubmodules(layer_specs=[layer_spec()] * count, layer_norm=CRNetNorm)
         super().__init__(config, submodules, vp_stage=vp_stage, pg_collection=pg_collection, **kwargs)
-        self.segments: list[range] = []
+        self.segments = initial_segments(config, self.layer_range, pp_rank)
         """Layers (from 0 over the whole model) that are recomputed together; empty without recomputation."""
-        self.growth: dict[int, Tensor] = {}
-        """|Y_l| / |Y_{l-1}| of the seven positions by layer under `inverse`: largest of all tokens since emptied."""
+        self.norm_ratios: dict[int, Tensor] = {}
+        """|Y_l| / |Y_{l-1}| of the positions by layer under `inverse`: largest of all tokens since emptied."""
         self.store = ActivationStore(config)
-        if config.recompute_strategy in ("replay", "full"):
-            self.segments = plan_segments(config, self.layer_range, micro_batches_in_flight(config, pp_rank))
 
     @property
     def layer_range(self) -> range:
         """Numbers of this chunk's layers, from 0 over the whole model."""
         return range(self.first_layer, self.first_layer + len(self.layers))
 
-    def place_anchors(self, scales: Mapping[int, Tensor], growth: Mapping[int, Tensor]) -> int:
-        """Cut the layers for `inverse` (arguments: `plan_inverse`). Returns how many anchors the guard has added."""
-        self.segments, added = plan_inverse(self.config, self.layer_range, scales, growth)
+    def plan_inverse_segments(self, scales: Mapping[int, Tensor], norm_ratios: Mapping[int, Tensor]) -> int:
+        """Segments for `inverse`, as `recompute.planner`. Returns how many checkpoints its guard has added."""
+        self.segments, added = plan_inverse_segments(self.config, self.layer_range, scales, norm_ratios)
         return added
 
     def forward(
@@ -150,13 +148,14 @@ class CRNetTransformerBlock(TransformerBlock):
     def _recomputed(
         self, hidden_states: Tensor, context: LayerOutputs | None, shared: Mapping[str, Any]
     ) -> tuple[Tensor, LayerOutputs | None]:
-        below: SegmentRun | None = None
-        for segment in self.segments:
-            layers = [self.layers[number - self.first_layer] for number in segment]
-            last = segment is self.segments[-1]
-            run = SegmentRun(self.config, layers, self.store, shared, last, self.growth)
-            hidden_states, context = run(hidden_states, context)
-            if below is not None and below.passes_on:
-                below.end = run.start
-            below = run
+        previous: Segment | None = None
+        for numbers in self.segments:
+            layers = [self.layers[number - self.first_layer] for number in numbers]
+            last = numbers is self.segments[-1]
+            make = SEGMENTS[self.config.recompute_strategy]
+            segment = make(self.config, layers, self.store, shared, last, self.norm_ratios)
+            hidden_states, context = segment(hidden_states, context)
+            if previous is not None and previous.passes_on:
+                previous.end = segment.start
+            previous = segment
         return hidden_states, context

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -17,12 +18,12 @@ from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
 from megatron_crnet.config.megatron import CRNetTransformerConfig
-from megatron_crnet.config.positions import LayerOutputs
+from megatron_crnet.config.positions import GROUPS, LayerOutputs
 from megatron_crnet.data.documents import PackedDocuments
 from megatron_crnet.model.attention import SDPACoreAttention
-from megatron_crnet.model.linear import build_group
+from megatron_crnet.model.linear import LinearGroup, build_group
 from megatron_crnet.model.norm import CRNetNorm
-from megatron_crnet.recompute.memory import GroupMemory, LayerMemory
+from megatron_crnet.recompute.tape import LayerTape, Mode
 
 
 @dataclass
@@ -67,60 +68,69 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
         hidden_states: Tensor,
         context: LayerOutputs | None = None,
         rotary_pos_emb: Tensor | None = None,
-        memory: LayerMemory | None = None,
+        tape: LayerTape | None = None,
         documents: PackedDocuments | None = None,
         **_: Any,
     ) -> tuple[Tensor, LayerOutputs | None]:
         """hidden_states: [s/t, b, h] with sequence parallelism, [s, b, h] without.
 
         `context` (Megatron-Core's name for what a block threads through its layers) holds the outputs of the
-        layer below, None where a chain starts. Returns the residual stream and this layer's outputs, None
-        where the layer above does not use them. With `memory` the call is recorded there, or repeated from
-        there, and the outputs are returned in any case (`recompute/segment.py`). With `documents`, attention and
-        positions stay within them.
+        previous layer, None where a chain starts. Returns the residual stream and this layer's outputs, None
+        where the next layer does not use them. With `tape` the call is recorded there or replayed from there, and
+        the outputs are returned in any case (`recompute/tape.py`). With `documents`, attention and positions stay
+        within them.
         """
-        y, m = context, memory.groups if memory else {}
+        y, m = context, tape.groups if tape else {}
         normed = self.input_layernorm(hidden_states)
         q, k, v = self.linear_qkv(normed, (y.q, y.k, y.v) if y else None, m.get("qkv"))
-        attention = self.attention(q, k, v, rotary_pos_emb, memory, documents)
+        attention = self.attention(q, k, v, rotary_pos_emb, tape, documents)
         (o,) = self.linear_o(attention, (y.o,) if y else None, m.get("o"))
-        hidden_states = hidden_states + self._dropout(o, "o", memory)
+        hidden_states = hidden_states + self._dropout(o, "o", tape)
         normed = self.pre_mlp_layernorm(hidden_states)
         gate, up = self.linear_gate_up(normed, (y.gate, y.up) if y else None, m.get("gate_up"))
         (down,) = self.linear_down(F.silu(gate) * up, (y.down,) if y else None, m.get("down"))
-        hidden_states = hidden_states + self._dropout(down, "down", memory)
+        hidden_states = hidden_states + self._dropout(down, "down", tape)
         outputs = LayerOutputs(q, k, v, o, gate, up, down)
-        return hidden_states, outputs if self.returns_outputs or memory else None
+        return hidden_states, outputs if self.returns_outputs or tape else None
 
     def rebuild(
-        self, hidden_states: Tensor, context: LayerOutputs | None, memory: LayerMemory
+        self, hidden_states: Tensor, context: LayerOutputs | None, tape: LayerTape
     ) -> tuple[Tensor, LayerOutputs | None]:
-        """What `forward` returned, from the low-rank outputs in `memory`: the same operations, the same bits.
+        """What `forward` returned, from the low-rank outputs on the tape: the same operations, the same bits.
 
         Only the products with B and the additions are done. Where no chain passes, only those that lead to the
         residual stream, and None stands for the outputs.
         """
-        y, m = context, memory.groups
-        if y is None and not self.returns_outputs:
-            outputs = None
-            m["o"].outputs = o, = self.linear_o(None, None, m["o"])  # fmt: skip
-            m["down"].outputs = down, = self.linear_down(None, None, m["down"])  # fmt: skip
+        tape.enter(Mode.REBUILD)
+        outputs = None
+        if context is None and not self.returns_outputs:
+            for group in (self.linear_o, self.linear_down):
+                group_tape = tape.groups[group.group]
+                group_tape.outputs = group.rebuild(group_tape, None)
         else:
-            outputs = LayerOutputs(*self._each_group(m, y, below=False))
-            memory.know(outputs)
-            o, down = outputs.o, outputs.down
-        hidden_states = hidden_states + self._dropout(o, "o", memory)
-        return hidden_states + self._dropout(down, "down", memory), outputs
+            previous = self._by_group(context)
+            rebuilt = (y for g in self._groups() for y in g.rebuild(tape.groups[g.group], previous[g.group]))
+            outputs = LayerOutputs(*rebuilt)
+            tape.set_outputs(outputs)
+        for name in ("o", "down"):
+            (y,) = tape.groups[name].outputs or ()
+            hidden_states = hidden_states + self._dropout(y, name, tape)
+        return hidden_states, outputs
 
-    def outputs_below(self, outputs: LayerOutputs, memory: LayerMemory) -> LayerOutputs:
-        """The outputs one layer below, from this layer's, to rounding (`low_rank_outputs_below`)."""
-        return LayerOutputs(*self._each_group(memory.groups, outputs, below=True))
+    def invert(self, outputs: LayerOutputs, tape: LayerTape) -> tuple[LayerOutputs, Tensor]:
+        """The previous layer's outputs, from this layer's, to rounding, and s(beta) of all positions."""
+        tape.enter(Mode.INVERT)
+        y = self._by_group(outputs)
+        pairs = [group.invert(tape.groups[group.group], y[group.group] or ()) for group in self._groups()]
+        return LayerOutputs(*chain.from_iterable(previous for previous, _ in pairs)), torch.cat([s for _, s in pairs])
 
-    def _each_group(self, groups: dict[str, GroupMemory], y: LayerOutputs | None, *, below: bool) -> Iterator[Tensor]:
-        yield from self.linear_qkv(None, (y.q, y.k, y.v) if y else None, groups["qkv"], below=below)
-        yield from self.linear_o(None, (y.o,) if y else None, groups["o"], below=below)
-        yield from self.linear_gate_up(None, (y.gate, y.up) if y else None, groups["gate_up"], below=below)
-        yield from self.linear_down(None, (y.down,) if y else None, groups["down"], below=below)
+    def _groups(self) -> tuple[LinearGroup, ...]:
+        return self.linear_qkv, self.linear_o, self.linear_gate_up, self.linear_down
+
+    def _by_group(self, y: LayerOutputs | None) -> dict[str, tuple[Tensor, ...] | None]:
+        if y is None:
+            return dict.fromkeys(GROUPS)
+        return {"qkv": y[:3], "o": (y.o,), "gate_up": (y.gate, y.up), "down": (y.down,)}
 
     def attention(
         self,
@@ -128,7 +138,7 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
         k: Tensor,
         v: Tensor,
         rotary_pos_emb: Tensor | None,
-        memory: LayerMemory | None = None,
+        tape: LayerTape | None = None,
         documents: PackedDocuments | None = None,
     ) -> Tensor:
         """Self-attention of the local heads; q, k, v: [s, b, local width]. Returns [s, b, h/t]."""
@@ -138,10 +148,10 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
         elif rotary_pos_emb is not None:
             q = apply_rotary_pos_emb(q, rotary_pos_emb, config=self.config)
             k = apply_rotary_pos_emb(k, rotary_pos_emb, config=self.config)
-        return self.core_attention(q, k, v, memory, documents)
+        return self.core_attention(q, k, v, tape, documents)
 
-    def _dropout(self, x: Tensor, point: str, memory: LayerMemory | None) -> Tensor:
-        with memory.drawing(point) if memory else nullcontext():
+    def _dropout(self, x: Tensor, point: str, tape: LayerTape | None) -> Tensor:
+        with tape.rng_scope(point) if tape else nullcontext():
             return F.dropout(x, p=self.config.hidden_dropout, training=self.training)
 
 

@@ -30,19 +30,18 @@ from megatron_crnet.model.input_product import Reduction, input_product
 from megatron_crnet.model.lowrank import (
     ProductOptions,
     low_rank_outputs,
-    low_rank_outputs_below,
+    previous_outputs,
 )
 from megatron_crnet.model.reference import signed_scale
 from megatron_crnet.model.residual import choose_residual
 from megatron_crnet.model.sequence_shards import gather_sequence
-from megatron_crnet.recompute.memory import GroupMemory
-from megatron_crnet.recompute.saved_subgraph import Fragment
+from megatron_crnet.recompute.tape import Mode, Tape
 
 Outputs = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Piece:
+class WeightShard:
     """Where a canonical weight lives on this rank.
 
     Attributes:
@@ -78,15 +77,24 @@ class LinearGroup(nn.Module):
         shards = 1 if self.is_row else self.tp_size
         self.local_out = [width // shards for width in self.h_out]
 
-    def forward(self, x: Tensor | None, previous: Outputs | None, memory: GroupMemory | None = None) -> Outputs:
-        """One output for each position. `previous` holds the same positions one layer below, or is None.
+    def forward(self, x: Tensor, previous: Outputs | None, tape: Tape | None = None) -> Outputs:
+        """One output per position; `previous` holds the previous layer's, or is None.
 
-        `memory` makes the call part of a recomputation: empty, it is filled; filled, what it holds is not computed
-        again.
+        With `tape`, the call is recorded there or does what the tape's mode says (`recompute/tape.py`).
         """
         raise NotImplementedError
 
-    def pieces(self) -> Iterator[Piece]:
+    def rebuild(self, tape: Tape, previous: Outputs | None) -> Outputs:
+        """A low-rank group's outputs, the same bits, from the z on the tape, which is in mode REBUILD."""
+        # a call of the module, as ZeRO-3's hooks gather its parameters
+        return self(tape.saved(), previous, tape)
+
+    def invert(self, tape: Tape, outputs: Outputs) -> tuple[Outputs, Tensor]:
+        """The previous layer's outputs, to rounding, and s(beta) of each position; the tape is in mode INVERT."""
+        *previous, scales = self(tape.saved(), outputs, tape)
+        return tuple(previous), scales
+
+    def shards(self) -> Iterator[WeightShard]:
         """Every canonical weight of the group."""
         raise NotImplementedError
 
@@ -106,27 +114,22 @@ class FullRankGroup(LinearGroup):
                 self.h_in, sum(self.h_out), gather_output=False, tp_group=self.tp_group, **common
             )
 
-    def forward(self, x: Tensor | None, previous: Outputs | None, memory: GroupMemory | None = None) -> Outputs:
+    def forward(self, x: Tensor, previous: Outputs | None, tape: Tape | None = None) -> Outputs:
         """X W; `previous` is not used."""
-        assert x is not None, "a full-rank layer cannot be rebuilt from low-rank outputs"
-        if memory is None or not memory.keep_graph:
+        if tape is None or not tape.saves_graph:
             return self._products(x)
-        if memory.fragment is None:
-            outputs, memory.fragment = Fragment.record(self._products, x)
-            return outputs
-        assert memory.outputs is not None
-        return memory.fragment.resume(memory.outputs, x)
+        return tape.call(self._products, x)
 
     def _products(self, x: Tensor) -> Outputs:
         y, _ = self.linear(x)
         return y.split(self.local_out, dim=-1)
 
-    def pieces(self) -> Iterator[Piece]:
+    def shards(self) -> Iterator[WeightShard]:
         """The maps, side by side in one parameter."""
         weight, start = self.linear.weight, 0
         for position, width, local in zip(self.positions, self.h_out, self.local_out, strict=True):
             rows = slice(start, start + local)
-            yield Piece(position, "weight", weight, (rows,), (width, self.h_in), 1 if self.is_row else 0)
+            yield WeightShard(position, "weight", weight, (rows,), (width, self.h_in), 1 if self.is_row else 0)
             start += local
 
 
@@ -172,51 +175,44 @@ class LowRankGroup(LinearGroup):
             partial = self.tp_size > 1 and (self.config.sequence_parallel or not self.is_row)
             setattr(self.beta, "sequence_parallel", partial)  # noqa: B010
 
-    def forward(
-        self, x: Tensor | None, previous: Outputs | None, memory: GroupMemory | None = None, below: bool = False
-    ) -> Outputs:
-        """X A B, plus what the variant adds.
+    def forward(self, x: Tensor, previous: Outputs | None, tape: Tape | None = None) -> Outputs:
+        """X A B, plus what the variant adds."""
+        if tape is not None and tape.mode in (Mode.REBUILD, Mode.INVERT):
+            return self._from_z(x, previous, tape)
+        z = self._entering(self.low_rank_output(x, tape))
+        if tape is not None and tape.mode is Mode.REPLAY and tape.outputs is None:
+            # the product is repeated; its backward needs the same z
+            self._gather(z, tape)
+        return low_rank_outputs(z, self._stacks(), self._exact_beta(), previous, self._options(tape))
 
-        Without x, the outputs follow from the z in `memory`: upward from `previous`, or (`below`) the other way
-        round, from this layer's outputs, given as `previous`, to those one layer below.
-        """
-        if x is not None:
-            return self._outputs(self.low_rank_output(x, memory), previous, memory)
-        assert memory is not None
-        assert memory.z is not None
-        return self._rebuilt(memory.z, previous, memory, below)
-
-    def low_rank_output(self, x: Tensor, memory: GroupMemory | None = None) -> Tensor:
+    def low_rank_output(self, x: Tensor, tape: Tape | None = None) -> Tensor:
         """z = X A, the quantity that is cheap to keep and to send: [s/t, b, sum of ranks] (SP) or [s, b, .]."""
         reduces = self.is_row and self.tp_size > 1
         reduction = Reduction(self.tp_group, self.config.sequence_parallel) if reduces else None
-        z = input_product(x, self.a, reduction, known=memory.z if memory is not None else None)
-        if memory is not None and memory.z is None:
-            memory.kept.append(z.detach())
+        if tape is not None and tape.mode is Mode.REPLAY:
+            return input_product(x, self.a, reduction, known=tape.saved())
+        z = input_product(x, self.a, reduction)
+        if tape is not None:
+            tape.save(z)
         return z
 
-    def _outputs(self, z: Tensor, previous: Outputs | None, memory: GroupMemory | None) -> Outputs:
-        """Y of every position from z and the outputs one layer below."""
-        z = self._entering(z)
-        repeats = torch.is_grad_enabled()
-        if memory is not None and repeats and self._gathers and memory.outputs is None:
-            # the product is repeated; its backward needs the same z
-            memory.gathered, _ = gather_sequence(z.detach(), self.tp_group)
-        return low_rank_outputs(z, self._stacks(), self._exact_beta(), previous, self._options(memory))
-
     @torch.no_grad()
-    def _rebuilt(self, z: Tensor, outputs: Outputs | None, memory: GroupMemory, below: bool) -> Outputs:
-        """Y from z and the outputs one layer below, or the other way round; z is gathered for what follows, too."""
-        z = self._entering(z)
-        if self._gathers:
-            memory.gathered, _ = gather_sequence(z, self.tp_group)
-        options, beta = self._options(memory), self._exact_beta()
-        if not below:
-            return low_rank_outputs(z, self._stacks(), beta, outputs, options)
+    def _from_z(self, z: Tensor, given: Outputs | None, tape: Tape) -> Outputs:
+        """For `rebuild` and `invert`: Y from that of the previous layer, or that (and s(beta)) from Y."""
+        z, beta = self._gather(self._entering(z), tape), self._exact_beta()
+        options = self._options(tape)
+        if tape.mode is Mode.REBUILD:
+            return low_rank_outputs(z, self._stacks(), beta, given, options)
         assert beta is not None
-        assert outputs is not None
-        memory.scale = signed_scale(beta.float(), options.epsilon)
-        return low_rank_outputs_below(z, self._stacks(), memory.scale, outputs, options)
+        assert given is not None
+        scales = signed_scale(beta.float(), options.epsilon)
+        return *previous_outputs(z, self._stacks(), scales, given, options), scales
+
+    def _gather(self, z: Tensor, tape: Tape) -> Tensor:
+        """z itself; where products gather it, that is done once for this and for the gradient of B."""
+        if self._gathers:
+            tape.gathered, _ = gather_sequence(z.detach(), self.tp_group)
+        return z
 
     def _entering(self, z: Tensor) -> Tensor:
         """What B multiplies, up to a gather."""
@@ -230,14 +226,14 @@ class LowRankGroup(LinearGroup):
     def _gathers(self) -> bool:
         return not self.is_row and self.tp_size > 1 and self.config.sequence_parallel
 
-    def _options(self, memory: GroupMemory | None) -> ProductOptions:
+    def _options(self, tape: Tape | None) -> ProductOptions:
         return ProductOptions(
             gather_group=self.tp_group if self._gathers else None,
             overlap=self.config.overlap_tp_communication,
             epsilon=self.config.cross_layer_epsilon,
             residual=self.residual,
-            known=memory.outputs if memory is not None else None,
-            gathered=memory.gathered if memory is not None else None,
+            known=tape.outputs if tape is not None else None,
+            gathered=tape.gathered if tape is not None else None,
         )
 
     def _stacks(self) -> list[Tensor]:
@@ -249,20 +245,20 @@ class LowRankGroup(LinearGroup):
         # value of the fp32 copy, gradient of the parameter
         return self.beta_fp32 + (self.beta - self.beta.detach())
 
-    def pieces(self) -> Iterator[Piece]:
+    def shards(self) -> Iterator[WeightShard]:
         """Every A, B and beta."""
         start = 0
         for position, rank in zip(self.positions, self.ranks, strict=True):
             rows = slice(start, start + rank)
-            yield Piece(position, "a.weight", self.a, (rows,), (rank, self.h_in), 1 if self.is_row else None)
+            yield WeightShard(position, "a.weight", self.a, (rows,), (rank, self.h_in), 1 if self.is_row else None)
             start += rank
         matrices = ((i, j) for i, (_, count) in enumerate(self.batches) for j in range(count))
         for position, width, rank, (i, j) in zip(self.positions, self.h_out, self.ranks, matrices, strict=True):
             shard_dim = None if self.is_row else 0
-            yield Piece(position, "b.weight", getattr(self, f"b{i}"), (j,), (width, rank), shard_dim)
+            yield WeightShard(position, "b.weight", getattr(self, f"b{i}"), (j,), (width, rank), shard_dim)
         if self.beta is not None:
             for index, position in enumerate(self.positions):
-                yield Piece(position, "beta", self.beta, (index,), (), None)
+                yield WeightShard(position, "beta", self.beta, (index,), (), None)
 
 
 def build_group(

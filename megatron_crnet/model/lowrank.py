@@ -27,10 +27,10 @@ class ProductOptions:
         gather_group: tensor-parallel group over which z is a sequence shard; None when it is whole.
         overlap: start the backward's communication asynchronously (on CUDA).
         epsilon: `model.cross_layer_epsilon`.
-        residual: who computes the residual, forward, backward and downward.
+        residual: what computes the residual: forward, backward and inverse.
         known: the outputs themselves, already rebuilt. Then no product is done; the gradients are those of the
             products.
-        gathered: z over the whole sequence, if somebody has gathered it before.
+        gathered: z over the whole sequence, if it has been gathered before.
     """
 
     gather_group: dist.ProcessGroup | None = None
@@ -61,7 +61,7 @@ def products(z: Tensor, matrices: Iterable[Tensor]) -> tuple[Tensor, ...]:
 
 
 class _LowRankOutputs(torch.autograd.Function):
-    """`tensors` are the stacks of B, then the outputs one layer below (none where a chain starts)."""
+    """`tensors` are the stacks of B, then the previous layer's outputs (none where a chain starts)."""
 
     @staticmethod
     def forward(
@@ -150,8 +150,8 @@ def low_rank_outputs(
     Args:
         z: low-rank outputs side by side, [s, b, sum of ranks], or [s/t, b, .] with a gather group.
         matrices: stacks of B, [n, w, r] each, in the order of z.
-        beta: one coefficient a position, fp32 whatever the other dtypes are; None without a residual.
-        previous: the positions' outputs one layer below, [s, b, w] each; None where a chain starts.
+        beta: one coefficient per position, fp32 whatever the other dtypes are; None without a residual.
+        previous: the previous layer's outputs of the positions, [s, b, w] each; None where a chain starts.
 
     Returns:
         One [s, b, w] tensor for each B.
@@ -159,7 +159,7 @@ def low_rank_outputs(
     return _LowRankOutputs.apply(options, len(matrices), z, beta, *matrices, *(previous or ()))
 
 
-def low_rank_outputs_below(
+def previous_outputs(
     z: Tensor, matrices: Sequence[Tensor], scales: Tensor, outputs: Sequence[Tensor], options: ProductOptions
 ) -> tuple[Tensor, ...]:
     """Y_prev = (Y - z B^T) / s, to rounding that grows by 1/|s|; arguments as in `low_rank_outputs`.

@@ -77,9 +77,9 @@ def _layer_weights(layer: Any) -> Iterator[Weight]:
     ):
         yield Weight(f"{prefix}.{name}.weight", norm.weight, (...,), (layer.config.hidden_size,), None)
     groups: list[LinearGroup] = [layer.linear_qkv, layer.linear_o, layer.linear_gate_up, layer.linear_down]
-    for piece in (piece for group in groups for piece in group.pieces()):
-        name = f"{prefix}.{MODULE_OF_POSITION[piece.position]}.{piece.suffix}"
-        yield Weight(name, piece.parameter, piece.index, piece.shape, piece.shard_dim)
+    for shard in (shard for group in groups for shard in group.shards()):
+        name = f"{prefix}.{MODULE_OF_POSITION[shard.position]}.{shard.suffix}"
+        yield Weight(name, shard.parameter, shard.index, shard.shape, shard.shard_dim)
 
 
 def initial_value(name: str, shape: tuple[int, ...], config: Any, seed: int) -> Tensor:

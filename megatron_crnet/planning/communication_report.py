@@ -143,7 +143,7 @@ def _run(config: Config) -> tuple[CommunicationCounter, CommunicationCounter, Co
     forward, passes, gradients = (CommunicationCounter() for _ in range(3))
     with forward:
         engine.evaluate(batches)
-    engine.look_at_sizes(batches)  # no part of an ordinary step
+    engine.calibrate_output_norms(batches)  # no part of an ordinary step
     with passes:
         engine.accumulate(batches, count * context.dp_size * length)
     with gradients:

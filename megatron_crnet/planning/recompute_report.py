@@ -95,7 +95,7 @@ def _measure(name: str, config: Config, fake: bool) -> Measurement:
     tensors = FakeTensorMode() if fake else nullcontext()
     with tensors:
         block = _block(transformer)
-    _place_anchors(block)
+    _plan_inverse(block)
     with tensors:
         batch = (config.training.seq_length, config.training.micro_batch_size)
         device = next(block.parameters()).device
@@ -121,11 +121,11 @@ def _block(config: CRNetTransformerConfig) -> CRNetTransformerBlock:
     return block.train()
 
 
-def _place_anchors(block: CRNetTransformerBlock) -> None:
-    """Anchors for the first betas and outputs of one size."""
+def _plan_inverse(block: CRNetTransformerBlock) -> None:
+    """Segments under `inverse` for the first betas and outputs of equal norm."""
     if block.config.recompute_strategy == "inverse":
         even = {layer: torch.ones(len(POSITIONS)) for layer in block.layer_range}
-        block.place_anchors({layer: block.config.beta_init * ones for layer, ones in even.items()}, even)
+        block.plan_inverse_segments({layer: block.config.beta_init * ones for layer, ones in even.items()}, even)
 
 
 def _count(block: CRNetTransformerBlock, hidden: torch.Tensor, rotary: torch.Tensor) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from megatron_crnet.config.megatron import CRNetTransformerConfig, build_transfo
 from megatron_crnet.config.model_size import position_shapes
 from megatron_crnet.config.positions import GROUPS, POSITIONS
 from megatron_crnet.config.schema import Config
-from megatron_crnet.recompute.planner import micro_batches_in_flight, plan_inverse, plan_segments
+from megatron_crnet.recompute.planner import STRATEGIES, initial_segments, plan_inverse_segments
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,11 @@ def _chunks(transformer: CRNetTransformerConfig, pp_rank: int) -> list[Chunk]:
         stage = chunk if vpp else None
         first = get_transformer_layer_offset(transformer, stage, pp_rank)
         layers = range(first, first + get_num_layers_to_build(transformer, stage, pp_rank))
-        segments: list[range] = []
-        if transformer.recompute_strategy in ("replay", "full"):
-            segments = plan_segments(transformer, layers, micro_batches_in_flight(transformer, pp_rank))
-        elif transformer.recompute_strategy == "inverse":
+        segments = initial_segments(transformer, layers, pp_rank)
+        if STRATEGIES[transformer.recompute_strategy].inverts:
             # without what its guard may add: values decide that
             even = {layer: torch.ones(len(POSITIONS)) for layer in layers}
-            segments, _ = plan_inverse(transformer, layers, even, even)
+            segments, _ = plan_inverse_segments(transformer, layers, even, even)
         chunks.append(
             Chunk(layers, pp_rank == 0 and chunk == 0, pp_rank == pp - 1 and chunk == (vpp or 1) - 1, segments)
         )

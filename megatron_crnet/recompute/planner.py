@@ -17,11 +17,35 @@ from torch import Tensor
 from megatron_crnet.config.megatron import CRNetTransformerConfig
 from megatron_crnet.config.positions import FULL_RANK
 
-ANCHOR_DISTANCE = 8
+INVERSE_SEGMENT_LENGTH = 8
 """The paper keeps Y at L/8 layers: every eighth, the last one included and the first not."""
 
 ROUNDING = {"bf16": 2.0**-8, "fp32": 2.0**-24}
 """Largest relative error of one rounding."""
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What a strategy saves beside the start of every segment; `recompute/segment.py` has a class for each.
+
+    Attributes:
+        saves_z: the low-rank outputs of every layer, so that no product with A is repeated.
+        inverts: the residual stream that enters every layer, and the outputs at the end of a chain, because outputs
+            are rebuilt by division. Its segments follow from values, so they are planned after every update.
+        recomputes: anything at all.
+    """
+
+    saves_z: bool = False
+    inverts: bool = False
+    recomputes: bool = True
+
+
+STRATEGIES = {
+    "none": Strategy(recomputes=False),
+    "full": Strategy(),
+    "replay": Strategy(saves_z=True),
+    "inverse": Strategy(saves_z=True, inverts=True),
+}
 
 
 @dataclass(frozen=True)
@@ -76,16 +100,20 @@ def kept_widths(config: CRNetTransformerConfig, layers: range, segments: list[ra
     widths = {layer: layer_widths(config, layer) for layer in layers}
     if not segments:
         return sum(w.activations for w in widths.values())
-    starts = sum(widths[segment.start].start for segment in segments)
-    if config.recompute_strategy == "full":
-        return starts
-    kept = starts + sum(w.z for w in widths.values())
-    if config.recompute_keep_attention_output:
-        kept += sum(w.attention for w in widths.values())
-    if config.recompute_strategy == "inverse":
+    strategy = STRATEGIES[config.recompute_strategy]
+    kept = sum(widths[segment.start].start for segment in segments)
+    kept += sum(_kept_of_layer(config, w) for w in widths.values())
+    if strategy.inverts:
         kept += sum((len(segment) - 1) * config.hidden_size for segment in segments)
         kept += widths[layers[-1]].start - config.hidden_size if len(segments[-1]) > 1 else 0
     return kept
+
+
+def _kept_of_layer(config: CRNetTransformerConfig, widths: LayerWidths) -> float:
+    """What is kept of every layer, wherever segments start."""
+    if not STRATEGIES[config.recompute_strategy].saves_z:
+        return 0
+    return widths.z + (widths.attention if config.recompute_keep_attention_output else 0)
 
 
 def micro_batches_in_flight(config: CRNetTransformerConfig, pp_rank: int) -> float:
@@ -96,21 +124,26 @@ def micro_batches_in_flight(config: CRNetTransformerConfig, pp_rank: int) -> flo
     return ((pp - pp_rank - 1) * 2 + (vpp - 1) * pp + 1) / vpp
 
 
+def initial_segments(config: CRNetTransformerConfig, layers: range, pp_rank: int) -> list[range]:
+    """Segments of a chunk's layers by the configuration alone: none yet under `inverse`, where values decide."""
+    strategy = STRATEGIES[config.recompute_strategy]
+    if not strategy.recomputes or strategy.inverts:
+        return []
+    return plan_segments(config, layers, micro_batches_in_flight(config, pp_rank))
+
+
 def plan_segments(config: CRNetTransformerConfig, layers: range, in_flight: float = 1) -> list[range]:
     """Segments of the layers (numbers from 0) of a stage for the strategies `replay` and `full`."""
     # a full-rank layer cannot be rebuilt from low-rank outputs; alone, its outputs are the next segment's start
     cuts = set()
-    if config.recompute_strategy == "replay":
+    saves_z = STRATEGIES[config.recompute_strategy].saves_z
+    if saves_z:
         cuts = {edge for layer in layers if config.is_full_rank(layer) for edge in (layer, layer + 1)}
     if config.recompute_segment_length is not None:
         return _equal_segments(layers, config.recompute_segment_length, cuts)
     widths = [layer_widths(config, layer) for layer in layers]
-    if config.recompute_strategy == "full":
-        costs = [(w.start, 0.0, w.activations) for w in widths]
-    else:
-        kept = [w.z + (w.attention if config.recompute_keep_attention_output else 0) for w in widths]
-        costs = [(w.start, k, w.outputs) for w, k in zip(widths, kept, strict=True)]
-    lengths = cheapest_lengths(tuple(costs), frozenset(cut - layers.start for cut in cuts), in_flight)
+    costs = tuple((w.start, _kept_of_layer(config, w), w.outputs if saves_z else w.activations) for w in widths)
+    lengths = cheapest_lengths(costs, frozenset(cut - layers.start for cut in cuts), in_flight)
     return _ranges(layers.start, lengths)
 
 
@@ -137,7 +170,7 @@ def cheapest_lengths(
 ) -> list[int]:
     """Lengths of segments, from the first layer on, with the least peak.
 
-    While a segment is recomputed, the segments above it are gone already, so the lower ones may be longer.
+    While a segment is recomputed, the later segments are gone already, so the earlier ones may be longer.
     With several micro-batches in flight, the kept tensors of the others are added.
 
     Args:
@@ -170,23 +203,23 @@ def cheapest_lengths(
 
 
 def amplification_limit(config: CRNetTransformerConfig) -> float:
-    """How many roundings' worth of error `inverse` may carry down a run of layers."""
+    """How many roundings' worth of error `inverse` may accumulate over a segment."""
     dtype = "bf16" if config.bf16 else "fp32"
     return config.recompute_inverse_tolerance / ROUNDING[dtype]
 
 
-def plan_inverse(
-    config: CRNetTransformerConfig, layers: range, scales: Mapping[int, Tensor], growth: Mapping[int, Tensor]
+def plan_inverse_segments(
+    config: CRNetTransformerConfig, layers: range, scales: Mapping[int, Tensor], norm_ratios: Mapping[int, Tensor]
 ) -> tuple[list[range], int]:
-    """Segments between anchors, and how many anchors the guard has added.
+    """Segments under `inverse`, and how many of their checkpoints the guard has added.
 
-    A segment ends where the estimated error of some position would pass `amplification_limit`.
+    A segment starts after the layer at which the estimated error of some position would pass `amplification_limit`.
 
     Args:
         scales: s(beta) of the positions of each layer with a residual, on the host.
-        growth: |Y_l| / |Y_{l-1}| of the same, the largest of any token.
+        norm_ratios: |Y_l| / |Y_{l-1}| of the same, the largest of any token.
     """
-    limit, longest = amplification_limit(config), config.recompute_segment_length or ANCHOR_DISTANCE
+    limit, longest = amplification_limit(config), config.recompute_segment_length or INVERSE_SEGMENT_LENGTH
     segments, added, stop = [], 0, layers.stop
     errors = torch.zeros(())
     for layer in reversed(layers):
@@ -194,8 +227,8 @@ def plan_inverse(
             break
         guarded = False
         if config.has_previous(layer):
-            errors = errors_below(errors, scales[layer], growth[layer])
-            guarded = not bool((errors <= limit).all())  # what is not a number is guarded, too
+            errors = errors_of_previous(errors, scales[layer], norm_ratios[layer])
+            guarded = not bool((errors <= limit).all())  # NaN is guarded, too
         if guarded or not config.has_previous(layer) or stop - layer == longest:
             added += guarded and stop - layer < longest
             segments.append(range(layer, stop))
@@ -204,8 +237,8 @@ def plan_inverse(
     return segments[::-1], added
 
 
-def errors_below(errors: Tensor, scales: Tensor, growth: Tensor) -> Tensor:
-    """Relative errors of the outputs one layer below, from those of a layer's own outputs, by position.
+def errors_of_previous(errors: Tensor, scales: Tensor, norm_ratios: Tensor) -> Tensor:
+    """Relative errors of the previous layer's outputs, from those of a layer's own outputs, by position.
 
     Y_{l-1} = (Y_l - z B) / s divides the error of Y_l, and what the forward pass rounded off it, by s, and is
     rounded itself; in norms of a token's output, relative to the smaller or larger Y_{l-1}. z B is the same bits in
@@ -214,9 +247,9 @@ def errors_below(errors: Tensor, scales: Tensor, growth: Tensor) -> Tensor:
     arithmetic's own roundings in fp32.
 
     Args:
-        errors: in roundings (`ROUNDING`), [7] or a scalar.
-        scales: s(beta), [7].
-        growth: |Y_l| / |Y_{l-1}|, [7].
+        errors: in roundings (`ROUNDING`), by position or a scalar.
+        scales: s(beta), by position.
+        norm_ratios: |Y_l| / |Y_{l-1}|, by position.
     """
     one = torch.ones((), device=errors.device)
-    return torch.hypot(torch.hypot(errors, one) * growth / scales.abs(), one)
+    return torch.hypot(torch.hypot(errors, one) * norm_ratios / scales.abs(), one)

@@ -1,7 +1,7 @@
-"""A piece of autograd graph that outlives its inputs: computed once, differentiated later, inputs handed in again.
+"""An autograd subgraph saved without its inputs: recorded once, differentiated later on inputs that are passed again.
 
-Activation recomputation runs the forward pass without a graph. A fragment is the exception: it keeps the graph of
-one expensive operation (attention, a full-rank product) with what only that operation knows (attention's output
+Activation recomputation runs the forward pass without a graph. A saved subgraph is the exception: it keeps the graph
+of one expensive operation (attention, a full-rank product) with what only that operation knows (attention's output
 and its log-sum-exp), but not the inputs, which the recomputation rebuilds anyway. So the operation's own backward
 runs on its own saved values, whatever kernel it was, and its forward is not repeated.
 """
@@ -28,7 +28,7 @@ class _KeptMark:
 
 
 class _Source(torch.autograd.Function):
-    """Where a fragment's graph ends: the gradient that arrives is put aside."""
+    """An input of a saved subgraph: the gradient that arrives here is collected."""
 
     @staticmethod
     def forward(ctx: Any, gradients: list[Tensor | None], index: int, anchor: Tensor, value: Tensor) -> Tensor:
@@ -43,25 +43,25 @@ class _Source(torch.autograd.Function):
 
 class _Resume(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, fragment: Fragment, known: tuple[Tensor, ...], *inputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.fragment = fragment
+    def forward(ctx: Any, subgraph: SavedSubgraph, known: tuple[Tensor, ...], *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.subgraph = subgraph
         ctx.save_for_backward(*inputs)
         return tuple(y.detach() for y in known)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return None, None, *ctx.fragment.differentiate(ctx.saved_tensors, grads)
+        return None, None, *ctx.subgraph.differentiate(ctx.saved_tensors, grads)
 
 
-class Fragment:
+class SavedSubgraph:
     """The graph of one function call.
 
     Attributes:
-        kept: what the graph holds beside its inputs and the weights; may be taken away and put back, in order.
+        kept: what the graph holds beside its inputs and the weights; may be replaced in place, in order.
     """
 
     def __init__(self) -> None:
-        # plain lists, shared with the graph's nodes: a reference to the fragment there would be a cycle that
+        # plain lists, shared with the graph's nodes: a reference to the subgraph there would be a cycle that
         # Python's collector cannot see
         self.kept: list[Tensor] = []
         self._outputs: list[int] = []
@@ -72,10 +72,10 @@ class Fragment:
     @classmethod
     def record(
         cls, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor, keep_outputs: bool = False
-    ) -> tuple[tuple[Tensor, ...], Fragment]:
-        """Call `function(*inputs)` and keep its graph, and on demand its outputs.
+    ) -> tuple[tuple[Tensor, ...], SavedSubgraph]:
+        """Call `function(*inputs)` and save its graph, and on demand its outputs.
 
-        Returns the outputs, without a graph, and the fragment.
+        Returns the outputs, without a graph, and the subgraph.
         """
         self = cls()
         self._gradients[:] = [None] * len(inputs)

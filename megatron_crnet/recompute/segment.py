@@ -1,18 +1,19 @@
 """Activation recomputation of a run of layers: forward without a graph, backward layer by layer.
 
-Three strategies, by what a segment keeps and how backward gets the rest (docs/recomputation.md):
+One class per strategy, by what it saves and how backward gets the rest (docs/recomputation.md):
 
-    full      keeps X and Y where it starts; runs the layers again
-    replay    also every layer's z; rebuilds X and Y upward with the forward pass's own operations
-    inverse   X and z of every layer and Y at both ends; rebuilds Y downward, Y_{l-1} = (Y_l - z B) / s
+    FullSegment      saves X and Y where it starts; runs the layers again
+    ReplaySegment    also every layer's z; rebuilds X and Y in forward order with the forward pass's own operations
+    InverseSegment   X and z of every layer and Y at both ends; rebuilds Y in backward order, Y_{l-1} = (Y_l - z B) / s
 
-Under `replay` and `inverse`, one layer at a time then repeats its norms, RoPE, attention and SwiGLU with a graph,
-in which the products that are known already only hand their values on.
+The last two record a tape per layer (`recompute/tape.py`). In backward, one layer at a time then repeats its norms,
+RoPE, attention and SwiGLU with a graph, in which the products that are known already only pass their values on.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -20,18 +21,18 @@ import torch
 from torch import Tensor
 
 from megatron_crnet.config.megatron import CRNetTransformerConfig
-from megatron_crnet.config.positions import GROUPS, LayerOutputs
-from megatron_crnet.recompute.memory import GroupMemory, LayerMemory
-from megatron_crnet.recompute.planner import amplification_limit, errors_below
-from megatron_crnet.recompute.random_states import RandomStates
+from megatron_crnet.config.positions import LayerOutputs
+from megatron_crnet.recompute.planner import amplification_limit, errors_of_previous
+from megatron_crnet.recompute.rng import RngStates
 from megatron_crnet.recompute.storage import ActivationStore, StoredTensors
+from megatron_crnet.recompute.tape import LayerTape, Mode
 
 DRIFT = 2.0
-"""How far the estimated error of a pass may be above the one its anchors were placed for."""
+"""How far the estimated error of a pass may exceed the one that its segments were planned for."""
 
 Grads = Sequence[Tensor | None]
 LayerState = tuple[Tensor, LayerOutputs | None, LayerOutputs | None]
-"""Residual stream that enters a layer, outputs of the layer below, its own outputs (None: not known)."""
+"""Residual stream that enters a layer, outputs of the previous layer, its own outputs (None: not known)."""
 
 
 class Layer(Protocol):
@@ -41,21 +42,21 @@ class Layer(Protocol):
     returns_outputs: bool
 
     def __call__(
-        self, hidden_states: Tensor, *, context: LayerOutputs | None, memory: LayerMemory | None = None, **shared: Any
+        self, hidden_states: Tensor, *, context: LayerOutputs | None, tape: LayerTape | None = None, **shared: Any
     ) -> tuple[Tensor, LayerOutputs | None]:
-        """The layer's forward pass; with `memory` it is recorded or repeated, and outputs are returned."""
+        """The layer's forward pass; with `tape` it is recorded or replayed, and outputs are returned."""
 
     def rebuild(
-        self, hidden_states: Tensor, context: LayerOutputs | None, memory: LayerMemory
+        self, hidden_states: Tensor, context: LayerOutputs | None, tape: LayerTape
     ) -> tuple[Tensor, LayerOutputs | None]:
-        """What the forward pass returned, from the low-rank outputs in `memory`."""
+        """What the forward pass returned, from the low-rank outputs on the tape."""
 
-    def outputs_below(self, outputs: LayerOutputs, memory: LayerMemory) -> LayerOutputs:
-        """The previous layer's outputs, from this layer's."""
+    def invert(self, outputs: LayerOutputs, tape: LayerTape) -> tuple[LayerOutputs, Tensor]:
+        """The previous layer's outputs, from this layer's, and s(beta) of all positions."""
 
 
 class Boundary:
-    """X, and Y where a chain passes, at the start of a segment: kept once, used by the segments on both sides."""
+    """X, and Y where a chain passes, at the start of a segment: saved once, used by the segments on both sides."""
 
     def __init__(self, store: ActivationStore, hidden_states: Tensor | None, outputs: LayerOutputs | None) -> None:
         tensors = {"x": hidden_states, **(outputs._asdict() if outputs is not None else {})}
@@ -65,7 +66,7 @@ class Boundary:
 
     def _restore(self) -> dict[str, Tensor]:
         if self._stored is not None:
-            # brought to the device once, by the segment above
+            # brought to the device once, by the segment that ends here
             self._restored, self._stored = self._stored.restore(), None
         return self._restored
 
@@ -76,20 +77,20 @@ class Boundary:
 
     @property
     def outputs(self) -> LayerOutputs | None:
-        """The outputs Y of the layer below, None where a chain starts."""
+        """The outputs Y of the previous layer, None where a chain starts."""
         found = self._restore()
         return LayerOutputs(*(found[name] for name in LayerOutputs._fields)) if "q" in found else None
 
 
-class SegmentRun:
-    """One pass of one micro-batch through one segment, from its forward pass to its backward pass.
+class Segment(ABC):
+    """One pass of one micro-batch through a run of layers, from its forward pass to its backward pass.
 
     Args:
         layers: the segment's layers.
-        store: where kept tensors live.
+        store: where saved tensors live.
         shared: arguments that every layer is called with; they are not put away, as there is one of them for all.
         last: no segment of this stage follows.
-        growth: where `inverse` notes the sizes of outputs (`CRNetTransformerBlock.growth`).
+        norm_ratios: where `inverse` records the norms of outputs (`CRNetTransformerBlock.norm_ratios`).
     """
 
     def __init__(
@@ -99,174 +100,222 @@ class SegmentRun:
         store: ActivationStore,
         shared: Mapping[str, Any],
         last: bool,
-        growth: dict[int, Tensor],
+        norm_ratios: dict[int, Tensor],
     ) -> None:
         self.config, self.layers, self.store, self.shared = config, layers, store, shared
-        self.strategy = config.recompute_strategy
-        self.draws = config.has_dropout
-        self.last, self.growth = last, growth
-        self.memories: list[LayerMemory] = []
+        self.last, self.norm_ratios = last, norm_ratios
         self.start: Boundary
         self.end: Boundary | None = None
-        """Where the next segment starts, or this stage's last anchor."""
-        self._stored = StoredTensors({})
-        self._streams: list[Tensor] = []
-        self._random: RandomStates | None = None
-        self._beyond_tolerance: Tensor | None = None
+        """Where the next segment starts, or the outputs at this stage's end under `inverse`."""
 
     def __call__(self, hidden_states: Tensor, context: LayerOutputs | None) -> tuple[Tensor, LayerOutputs | None]:
-        """The layers' forward pass; what backward will need is kept."""
-        hidden_states, *outputs = _Segment.apply(self, hidden_states, *(context or ()))
+        """The layers' forward pass; what backward will need is saved."""
+        hidden_states, *outputs = _Recompute.apply(self, hidden_states, *(context or ()))
         return hidden_states, LayerOutputs(*outputs) if outputs else None
-
-    def forward(self, hidden_states: Tensor, context: LayerOutputs | None) -> tuple[Tensor, LayerOutputs | None]:
-        """The pass itself, without a graph."""
-        self.start = Boundary(self.store, hidden_states, context)
-        if self.strategy == "full":
-            self._random = RandomStates.capture() if self.draws else None
-            return self._plain(hidden_states, context)
-        streams: list[Tensor] = []
-        for layer in self.layers:
-            memory = self._memory(layer)
-            self.memories.append(memory)
-            streams.append(hidden_states)
-            hidden_states, outputs = layer(hidden_states, context=context, memory=memory, **self.shared)
-            if self.strategy == "inverse" and context is not None and outputs is not None:
-                memory.growth = self._note_growth(layer, context, outputs)
-            context = outputs if layer.returns_outputs else None
-        if self._ends_in_anchor():
-            self.end = Boundary(self.store, None, outputs)
-        self._put_away(streams[1:] if self.strategy == "inverse" else [])
-        return hidden_states, context
-
-    def _note_growth(self, layer: Layer, below: LayerOutputs, outputs: LayerOutputs) -> Tensor:
-        """Largest |Y_l| / |Y_{l-1}| of a token, by position: this rank's shards, this micro-batch."""
-        # by token, because a few tokens with large outputs would hide what happens to all others
-        growth = torch.stack([(_norms(y) / _norms(x)).max() for y, x in zip(outputs, below, strict=True)])
-        noted = self.growth.get(layer.index)
-        self.growth[layer.index] = growth if noted is None else torch.maximum(noted, growth)
-        return growth
-
-    def _lists(self) -> dict[str, list[Tensor]]:
-        """Every list of kept tensors, by a name that is the same in every run."""
-        return {f"{i}.{name}": kept for i, memory in enumerate(self.memories) for name, kept in memory.kept().items()}
-
-    def _put_away(self, streams: list[Tensor]) -> None:
-        lists = {**self._lists(), "x": streams}
-        named = {f"{name}.{i}": x for name, tensors in lists.items() for i, x in enumerate(tensors)}
-        self._stored = self.store.keep(named, replicated={name for name in named if ".attention." not in name})
-        for tensors in lists.values():
-            tensors[:] = [None] * len(tensors)  # type: ignore[list-item]
-        self._streams = streams
-
-    def _take_out(self) -> None:
-        found, self._stored = self._stored.restore(), StoredTensors({})
-        for name, tensors in {**self._lists(), "x": self._streams}.items():
-            tensors[:] = [found.pop(f"{name}.{i}") for i in range(len(tensors))]
-
-    def _plain(self, hidden_states: Tensor, context: LayerOutputs | None) -> tuple[Tensor, LayerOutputs | None]:
-        for layer in self.layers:
-            hidden_states, context = layer(hidden_states, context=context, **self.shared)
-        return hidden_states, context
 
     @property
     def passes_on(self) -> bool:
         """The next segment of this stage starts with the outputs of this one's last layer."""
         return self.layers[-1].returns_outputs and not self.last
 
-    def _memory(self, layer: Layer) -> LayerMemory:
-        # a full-rank layer's outputs will be known if the next segment starts with them, or the walk comes to them
-        known = layer.returns_outputs if layer is not self.layers[-1] else self.passes_on
-        groups = {name: GroupMemory(keep_graph=known) for name in GROUPS}
-        return LayerMemory(self.config.recompute_keep_attention_output, self.draws, groups)
+    @abstractmethod
+    def forward(self, hidden_states: Tensor, context: LayerOutputs | None) -> tuple[Tensor, LayerOutputs | None]:
+        """The pass itself, without a graph; `start` is there."""
 
-    def _ends_in_anchor(self) -> bool:
-        """`inverse` keeps the outputs at the end of a chain, where no segment starts with them."""
-        return self.strategy == "inverse" and len(self.layers) > 1 and not self.passes_on
-
+    @abstractmethod
     def backward(self, grads: Grads) -> list[Tensor | None]:
         """Gradients of what entered, from those of what left: the residual stream first, then the outputs."""
-        if self.strategy == "full":
-            return self._backward_of_all(grads)
+
+
+class FullSegment(Segment):
+    """Runs all its layers again, with one graph for all."""
+
+    _rng: RngStates | None = None
+
+    def forward(self, hidden_states: Tensor, context: LayerOutputs | None) -> tuple[Tensor, LayerOutputs | None]:
+        """Save the RNG states alone."""
+        self._rng = RngStates.capture() if self.config.has_dropout else None
+        return self._run(hidden_states, context)
+
+    def backward(self, grads: Grads) -> list[Tensor | None]:
+        """Repeat the pass and differentiate it."""
+        self.end = None
+        x, y = _leaves(self.start.hidden_states, self.start.outputs)
+        with torch.enable_grad():
+            if self._rng is None:
+                results = self._run(x, y)
+            else:
+                with self._rng.scope():
+                    results = self._run(x, y)
+        return _differentiate(results, grads, (x, y))
+
+    def _run(self, hidden_states: Tensor, context: LayerOutputs | None) -> tuple[Tensor, LayerOutputs | None]:
+        for layer in self.layers:
+            hidden_states, context = layer(hidden_states, context=context, **self.shared)
+        return hidden_states, context
+
+
+class TapedSegment(Segment):
+    """Records a tape per layer, and differentiates one layer at a time."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.tapes: list[LayerTape] = []
+        self._streams: list[Tensor] = []
+        self._stored = StoredTensors({})
+
+    def forward(self, hidden_states: Tensor, context: LayerOutputs | None) -> tuple[Tensor, LayerOutputs | None]:
+        """Record every layer, and put away what the tapes hold."""
+        streams: list[Tensor] = []
+        outputs: LayerOutputs | None = None
+        for layer in self.layers:
+            # outputs are known in backward where the next segment starts with them, or where they are rebuilt
+            known = layer.returns_outputs if layer is not self.layers[-1] else self.passes_on
+            tape = LayerTape(self.config, outputs_known=known)
+            self.tapes.append(tape)
+            streams.append(hidden_states)
+            hidden_states, outputs = layer(hidden_states, context=context, tape=tape, **self.shared)
+            self._observe(layer, context, outputs)
+            context = outputs if layer.returns_outputs else None
+        self._put_away(self._saved_streams(streams, outputs))
+        return hidden_states, context
+
+    def _observe(self, layer: Layer, previous: LayerOutputs | None, outputs: LayerOutputs | None) -> None:
+        """Called with every layer's outputs while they exist."""
+
+    def _saved_streams(self, streams: list[Tensor], outputs: LayerOutputs | None) -> list[Tensor]:
+        """The residual streams to save, of those that entered the layers; `outputs` are the last layer's."""
+        return []
+
+    @abstractmethod
+    def _states(self) -> Iterator[LayerState]:
+        """The states of all layers, from the last to the first, rebuilt from what was saved."""
+
+    def backward(self, grads: Grads) -> list[Tensor | None]:
+        """Rebuild every layer's state and differentiate it."""
         self._take_out()
-        states = self._states_downward() if self.strategy == "inverse" else self._states_upward()
-        for layer, state in zip(reversed(self.layers), states, strict=True):
-            grads = self._backward_of_layer(layer, self.memories.pop(), state, grads)
-            del state  # gone before the next layer's outputs are rebuilt
-        gradient, *others = grads
-        if self._beyond_tolerance is not None and gradient is not None:
-            # the plan was made for other betas or outputs: better no number than a wrong one
-            gradient = gradient.masked_fill(self._beyond_tolerance, math.nan)
-        return [gradient, *others]
+        for layer, state in zip(reversed(self.layers), self._states(), strict=True):
+            grads = self._backward_of_layer(layer, self.tapes.pop(), state, grads)
+            del state  # gone before the previous layer's outputs are rebuilt
+        return list(grads)
+
+    def _backward_of_layer(self, layer: Layer, tape: LayerTape, state: LayerState, grads: Grads) -> list[Tensor | None]:
+        hidden_states, context, outputs = state
+        if outputs is not None:
+            tape.set_outputs(outputs)
+        x, y = _leaves(hidden_states, context)
+        with torch.enable_grad():
+            results = layer(x, context=y, tape=tape.enter(Mode.REPLAY), **self.shared)
+        return _differentiate(results, grads, (x, y))
+
+    def _lists(self) -> dict[str, list[Tensor]]:
+        """Every list of saved tensors, by a name that is the same in every run."""
+        return {
+            **{f"{i}.{name}": saved for i, tape in enumerate(self.tapes) for name, saved in tape.tensors().items()},
+            "x": self._streams,
+        }
+
+    def _put_away(self, streams: list[Tensor]) -> None:
+        self._streams = streams
+        lists = self._lists()
+        named = {f"{name}.{i}": x for name, tensors in lists.items() for i, x in enumerate(tensors)}
+        self._stored = self.store.keep(named, replicated={name for name in named if ".attention." not in name})
+        for tensors in lists.values():
+            tensors[:] = [None] * len(tensors)  # type: ignore[list-item]
+
+    def _take_out(self) -> None:
+        found, self._stored = self._stored.restore(), StoredTensors({})
+        for name, tensors in self._lists().items():
+            tensors[:] = [found.pop(f"{name}.{i}") for i in range(len(tensors))]
+
+
+class ReplaySegment(TapedSegment):
+    """Rebuilds X and Y from its start, the same bits."""
 
     @torch.no_grad()
-    def _states_upward(self) -> Iterator[LayerState]:
-        """`replay`: the states of all layers, rebuilt from the start, handed out from the last to the first."""
+    def _states(self) -> Iterator[LayerState]:
         hidden_states, context = self.start.hidden_states, self.start.outputs
         states: list[LayerState] = []
-        for layer, memory in zip(self.layers, self.memories, strict=True):
+        for layer, tape in zip(self.layers, self.tapes, strict=True):
             entered = hidden_states, context
             if layer is self.layers[-1] and self.end is not None:
                 context = self.end.outputs
             elif self.config.is_full_rank(layer.index):
                 context = None
             else:
-                hidden_states, context = layer.rebuild(hidden_states, context, memory)
+                hidden_states, context = layer.rebuild(hidden_states, context, tape)
             states.append((*entered, context))
             if not layer.returns_outputs:
                 context = None
         self.end = None
-        del hidden_states, context, entered, memory
+        del hidden_states, context, entered, tape
         while states:
             yield states.pop()
 
+
+class InverseSegment(TapedSegment):
+    """Rebuilds Y from its end by division, with X as it was saved.
+
+    The error of this is estimated from this pass's outputs and betas: where it exceeds what the segments were planned
+    for, the gradient is NaN rather than wrong.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._ratios: dict[int, Tensor] = {}
+        self._largest_error: Tensor | None = None
+
+    def _observe(self, layer: Layer, previous: LayerOutputs | None, outputs: LayerOutputs | None) -> None:
+        """Record the largest |Y_l| / |Y_{l-1}| of a token, by position: this rank's shards, this micro-batch."""
+        if previous is None or outputs is None:
+            return
+        # by token, because a few tokens with large outputs would hide what happens to all others
+        ratio = torch.stack([(_norms(y) / _norms(x)).max() for y, x in zip(outputs, previous, strict=True)])
+        self.norm_ratios[layer.index] = _maximum(self.norm_ratios.get(layer.index), ratio)
+        self._ratios[layer.index] = ratio
+
+    def _saved_streams(self, streams: list[Tensor], outputs: LayerOutputs | None) -> list[Tensor]:
+        if len(self.layers) > 1 and not self.passes_on:
+            # no segment starts with the outputs that are to be inverted
+            self.end = Boundary(self.store, None, outputs)
+        return streams[1:]
+
     @torch.no_grad()
-    def _states_downward(self) -> Iterator[LayerState]:
-        """`inverse`: the states from the last layer to the first, outputs by division, X as it was kept."""
+    def _states(self) -> Iterator[LayerState]:
         streams = [self.start.hidden_states, *self._streams]
         self._streams = []
         outputs = self.end.outputs if self.end is not None else None
         self.end = None
         errors = torch.zeros((), device=streams[0].device)
-        worst: Tensor | None = None
         for layer in reversed(self.layers):
             if len(streams) == 1:
                 previous = self.start.outputs
             else:
-                # the backward pass takes the memories away one by one: this layer's is the last
                 assert outputs is not None
-                memory = self.memories[-1]
-                previous = layer.outputs_below(outputs, memory)
-                assert memory.growth is not None
-                errors = errors_below(errors, memory.scales(), memory.growth)
-                worst = errors if worst is None else torch.maximum(worst, errors)
+                # backward takes the tapes away one by one: this layer's is the last
+                previous, scales = layer.invert(outputs, self.tapes[-1])
+                errors = errors_of_previous(errors, scales, self._ratios[layer.index])
+                del scales
+                self._largest_error = _maximum(self._largest_error, errors)
             yield streams.pop(), previous, outputs
             outputs = previous
-        if worst is not None:
-            # the plan knew the sizes of the step before: one step may change them a little
-            self._beyond_tolerance = ~(worst.max() <= DRIFT * amplification_limit(self.config))
 
-    def _backward_of_layer(
-        self, layer: Layer, memory: LayerMemory, state: LayerState, grads: Grads
-    ) -> list[Tensor | None]:
-        hidden_states, context, outputs = state
-        if outputs is not None:
-            memory.know(outputs)
-        x, y = _leaves(hidden_states, context)
-        with torch.enable_grad():
-            results = layer(x, context=y, memory=memory, **self.shared)
-        return _differentiate(results, grads, (x, y))
+    def backward(self, grads: Grads) -> list[Tensor | None]:
+        """As its base; NaN where the error is too large."""
+        gradient, *others = super().backward(grads)
+        if self._largest_error is not None and gradient is not None:
+            # the segments were planned by the norms of the step before: one step may change them a little
+            within = self._largest_error.max() <= DRIFT * amplification_limit(self.config)
+            gradient = gradient.masked_fill(~within, math.nan)
+        return [gradient, *others]
 
-    def _backward_of_all(self, grads: Grads) -> list[Tensor | None]:
-        self.end = None
-        x, y = _leaves(self.start.hidden_states, self.start.outputs)
-        with torch.enable_grad():
-            if self._random is None:
-                results = self._plain(x, y)
-            else:
-                with self._random.replay():
-                    results = self._plain(x, y)
-        return _differentiate(results, grads, (x, y))
+
+SEGMENTS: dict[str, type[Segment]] = {"full": FullSegment, "replay": ReplaySegment, "inverse": InverseSegment}
+"""The class of every `recompute.strategy`."""
+
+
+def _maximum(one: Tensor | None, other: Tensor) -> Tensor:
+    return other if one is None else torch.maximum(one, other)
 
 
 def _norms(y: Tensor) -> Tensor:
@@ -289,17 +338,19 @@ def _differentiate(
     return [x.grad, *(y.grad for y in context or ())]
 
 
-class _Segment(torch.autograd.Function):
+class _Recompute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, run: SegmentRun, hidden_states: Tensor, *context: Tensor) -> tuple[Tensor, ...]:
-        ctx.run = run
+    def forward(ctx: Any, segment: Segment, hidden_states: Tensor, *context: Tensor) -> tuple[Tensor, ...]:
+        ctx.segment = segment
         ctx.set_materialize_grads(False)
-        with run.store.forward_pass():
-            hidden_states, outputs = run.forward(hidden_states, LayerOutputs(*context) if context else None)
+        outputs = LayerOutputs(*context) if context else None
+        with segment.store.forward_pass():
+            segment.start = Boundary(segment.store, hidden_states, outputs)
+            hidden_states, outputs = segment.forward(hidden_states, outputs)
         return hidden_states, *(outputs or ())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        run, ctx.run = ctx.run, None  # freed even if this pass fails
-        with run.store.backward_pass():
-            return None, *run.backward(grads)
+        segment, ctx.segment = ctx.segment, None  # freed even if this pass fails
+        with segment.store.backward_pass():
+            return None, *segment.backward(grads)

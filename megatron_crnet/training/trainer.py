@@ -440,7 +440,7 @@ class Trainer:
         if self.plan.sizes.has_ramp:
             values["samples"], values["global_batch_size"] = self.state.samples, window.step_size
         if self.config.recompute.strategy == "inverse":
-            values["added_anchors"] = self.engine.added_anchors
+            values["num_extra_checkpoints"] = self.engine.num_extra_checkpoints
         if self.config.faults.on_bad_step == "skip":
             values["skipped_steps"] = self.state.skipped
         self.metrics.write(self.state.step, values)

@@ -59,7 +59,7 @@ CASES += [
 
 @dataclass(frozen=True)
 class Found:
-    """Error of all gradients together with the guard and without it, and how many anchors it has added."""
+    """Error of all gradients together with the guard and without it, and how many checkpointed layers it has added."""
 
     guarded: float
     unguarded: float
@@ -76,7 +76,7 @@ def _inverse_error(case: Case, config: Config) -> Found:
     context = initialize_parallel(config)
     chunks = build_model_chunks(config)
     for layer in chunks[0].decoder.layers:
-        for piece in (*layer.linear_qkv.pieces(), *layer.linear_gate_up.pieces()):
+        for piece in (*layer.linear_qkv.shards(), *layer.linear_gate_up.shards()):
             if piece.position in ("v", "up") and piece.suffix == "b.weight":
                 piece.parameter.data[piece.index].mul_(case.growth**layer.index)
     if case.outlier:
@@ -85,9 +85,9 @@ def _inverse_error(case: Case, config: Config) -> Found:
     for step in range(case.steps):
         run_step(engine, step)
         engine.update()
-    guarded, added, block = _gradient(engine, case.steps), engine.added_anchors, chunks[0].decoder
+    guarded, added, block = _gradient(engine, case.steps), engine.num_extra_checkpoints, chunks[0].decoder
     block.config.recompute_inverse_tolerance = UNGUARDED
-    engine.restore_schedule(case.steps)  # anchors anew
+    engine.restore_schedule(case.steps)  # segments anew
     unguarded = _gradient(engine, case.steps)
     assert len(block.segments) < 4
     block.segments = []
@@ -103,9 +103,9 @@ def _answer_strongly_to_the_first_token(model: Any, strength: float) -> None:
     embedding, layer = model.embedding.word_embeddings.weight, model.decoder.layers[0]
     direction = embedding[0].float() / embedding[0].float().norm()
     embedding[1:] -= ((embedding[1:].float() @ direction)[:, None] * direction).to(embedding.dtype)
-    for piece in layer.linear_o.pieces():  # so that the residual stream keeps the embedding's directions
+    for piece in layer.linear_o.shards():  # so that the residual stream keeps the embedding's directions
         piece.parameter[piece.index].zero_()
-    for piece in layer.linear_gate_up.pieces():
+    for piece in layer.linear_gate_up.shards():
         if piece.position == "up":
             up = piece.parameter[piece.index]
             answer = torch.randn(up.shape[0], generator=torch.Generator().manual_seed(1))
@@ -155,7 +155,7 @@ def stale_plan() -> tuple[bool, bool, int]:
     run_step(engine)
     poisoned = any(bool(gradient_of(engine, w).isnan().any()) for w in local_weights(engine))
     engine.update()
-    return finite, poisoned, engine.added_anchors
+    return finite, poisoned, engine.num_extra_checkpoints
 
 
 def test_a_plan_for_other_betas_gives_no_number_rather_than_a_wrong_one() -> None:

@@ -133,7 +133,7 @@ def test_documents_are_kept_once_for_all_layers(strategy: str) -> None:
         (model,) = build_model_chunks(dataclasses.replace(config, recompute=recompute))
         if strategy == "inverse":
             even = {layer: torch.ones(7) for layer in range(layers)}
-            model.decoder.place_anchors(even, even)
+            model.decoder.plan_inverse_segments(even, even)
         tokens, labels = (x[:4] for x in random_tokens(config))
         kept = []
         for data in (None, config.data):

@@ -136,7 +136,7 @@ def test_recomputation_changes_no_digit(finished: tuple[Path, str], corpus: Corp
     result = start(corpus.options(tmp_path / "inverse", recompute__strategy="inverse"))
     assert result.returncode == 0, result.stderr
     assert lines_of(tmp_path / "inverse", "loss") == pytest.approx(lines_of(alone, "loss"), rel=1e-5)
-    assert set(lines_of(tmp_path / "inverse", "added_anchors").values()) == {0}
+    assert set(lines_of(tmp_path / "inverse", "num_extra_checkpoints").values()) == {0}
 
 
 def test_two_by_two_model_parallel_ranks_follow_one(finished: tuple[Path, str], corpus: Corpus, tmp_path: Path) -> None:

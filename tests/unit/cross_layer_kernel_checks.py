@@ -16,11 +16,11 @@ from torch import Tensor
 
 from megatron_crnet.config.schema import Config, RecomputeConfig
 from megatron_crnet.distributed.process_groups import initialize_parallel, shutdown_parallel
-from megatron_crnet.engine.inverse_guard import place_anchors
+from megatron_crnet.engine.inverse_guard import plan_inverse_segments
 from megatron_crnet.model import residual_kernels as kernels
 from megatron_crnet.model.gpt import CRNetModel, build_model_chunks
 from megatron_crnet.model.linear import LowRankGroup
-from megatron_crnet.model.lowrank import ProductOptions, low_rank_outputs, low_rank_outputs_below
+from megatron_crnet.model.lowrank import ProductOptions, low_rank_outputs, previous_outputs
 from megatron_crnet.model.residual import PLAIN, Residual, working_kernels
 from tests.helpers import make_batch, random_tokens, relative_error, tiny_config
 
@@ -196,7 +196,7 @@ def test_the_outputs_below_come_back(dtype: torch.dtype) -> None:
     beta = torch.tensor([0.9, -0.4, 0.5, 1.1], device=DEVICE)
     options = ProductOptions(epsilon=0.0, residual=FUSED)
     outputs = low_rank_outputs(z, [one, other], beta, below, options)
-    found = low_rank_outputs_below(z, [one, other], beta, outputs, options)
+    found = previous_outputs(z, [one, other], beta, outputs, options)
     for x, y in zip(found, below, strict=True):
         assert (x - y).norm() / y.norm() < 8 * stored(FUSED, dtype)
 
@@ -235,7 +235,7 @@ Found = tuple[Tensor, dict[str, Tensor]]
 
 @torch.no_grad()
 def plan_for_sizes(model: CRNetModel, batch: dict[str, Tensor]) -> None:
-    """Place the anchors as the engine does before its first step: by the sizes of outputs that a pass has noted.
+    """Plan segments as the engine does before its first step: by the norms of outputs that a pass has recorded.
 
     A plan for outputs of equal size lets the error of this model in bf16 pass twice the tolerance, by 1% where numbers
     are rounded to nearest; then the guard gives NaN, as it must.
@@ -243,9 +243,9 @@ def plan_for_sizes(model: CRNetModel, batch: dict[str, Tensor]) -> None:
     betas = {
         group: group.beta for group in model.modules() if isinstance(group, LowRankGroup) and group.beta is not None
     }
-    place_anchors([model.decoder], betas, DEVICE)
+    plan_inverse_segments([model.decoder], betas, DEVICE)
     model.token_losses(batch)
-    place_anchors([model.decoder], betas, DEVICE)
+    plan_inverse_segments([model.decoder], betas, DEVICE)
 
 
 def loss_and_gradients(
@@ -291,7 +291,7 @@ def test_a_model_trains_on_them_and_recomputes_the_same_bits(dtype: str, bound: 
     assert passes["none"] == [1, 1, 0]
     assert passes["full"] == [2, 1, 0]
     assert passes["replay"] == [pytest.approx(5 / 3), 1, 0]
-    # the pass that notes sizes comes before; in bf16 they ask for an anchor, whose outputs are kept
+    # the pass that records norms comes before; in bf16 they ask for a checkpoint, whose outputs are kept
     assert passes["inverse"] == [2, 1, pytest.approx(1 if dtype == "fp32" else 2 / 3)]
 
 
@@ -310,7 +310,7 @@ def test_a_plan_for_outputs_of_equal_size_is_caught_by_the_guard() -> None:
     even = {layer: torch.ones(7) for layer in range(1, config.model.num_layers)}
 
     def equal_sizes(model: CRNetModel, batch: dict[str, Tensor]) -> None:
-        model.decoder.place_anchors(even, even)
+        model.decoder.plan_inverse_segments(even, even)
 
     _, unplanned = loss_and_gradients(inverted, PLAIN, equal_sizes)
     assert not unplanned["embedding.word_embeddings.weight"].isfinite().all()

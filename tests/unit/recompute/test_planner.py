@@ -13,8 +13,10 @@ from megatron_crnet.recompute.planner import (
     amplification_limit,
     cheapest_lengths,
     layer_widths,
-    plan_inverse,
     plan_segments,
+)
+from megatron_crnet.recompute.planner import (
+    plan_inverse_segments as plan_inverse,
 )
 from tests.helpers import tiny_config
 
@@ -81,7 +83,7 @@ def one_position(value: float) -> torch.Tensor:
     return torch.tensor([1.0] * 6 + [value])
 
 
-def test_anchors_are_every_eighth_layer_the_last_one_included() -> None:
+def test_every_eighth_layer_is_checkpointed_the_last_one_included() -> None:
     config = transformer("inverse", {"num_layers": 32})
     assert plan_inverse(config, range(32), even(), even()) == (
         [range(0, 8), range(8, 16), range(16, 24), range(24, 32)],
@@ -89,7 +91,7 @@ def test_anchors_are_every_eighth_layer_the_last_one_included() -> None:
     )
 
 
-def test_an_anchor_is_added_where_the_bound_would_be_passed() -> None:
+def test_a_checkpoint_is_added_where_the_bound_would_be_passed() -> None:
     config = transformer("inverse", {"num_layers": 32})
     for scales, growth in (({20: one_position(1e-5)}, {}), ({}, {20: one_position(1e5)})):
         segments, added = plan_inverse(config, range(32), {**even(), **scales}, {**even(), **growth})
@@ -112,7 +114,7 @@ def test_positions_do_not_pay_for_each_other() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, float("nan"), 1e-30])
-def test_where_nothing_can_be_inverted_every_layer_is_an_anchor(scale: float) -> None:
+def test_where_nothing_can_be_inverted_every_layer_is_checkpointed(scale: float) -> None:
     config = transformer("inverse", {"num_layers": 5})
     segments, added = plan_inverse(config, range(5), even(scale), even())
     assert [len(segment) for segment in segments] == [1] * 5

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_crnet.planning.live_memory import LiveMemory
-from megatron_crnet.recompute.saved_subgraph import Fragment
+from megatron_crnet.recompute.saved_subgraph import SavedSubgraph
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
@@ -24,14 +24,14 @@ def test_gradients_are_those_of_the_call_and_the_inputs_are_not_kept() -> None:
 
     inputs = [leaf.detach().clone() for leaf in leaves]
     gone = [weakref.ref(x.untyped_storage()) for x in inputs]
-    (out,), fragment = Fragment.record(attend, *inputs, keep_outputs=True)
+    (out,), subgraph = SavedSubgraph.record(attend, *inputs, keep_outputs=True)
     assert torch.equal(out, expected)
-    kept = sum(tensor.numel() for tensor in fragment.kept)
+    kept = sum(tensor.numel() for tensor in subgraph.kept)
     assert kept == out.numel() + out.numel() // 8  # the output and its log-sum-exp, nothing twice
     del inputs
     assert all(reference() is None for reference in gone)
 
-    (again,) = fragment.resume(fragment.kept_outputs(), *leaves)
+    (again,) = subgraph.resume(subgraph.kept_outputs(), *leaves)
     assert torch.equal(again, expected)
     for found, gradient in zip(torch.autograd.grad(again, leaves, weight), wanted, strict=True):
         assert torch.equal(found, gradient)
@@ -41,20 +41,20 @@ def test_weights_accumulate_their_gradient() -> None:
     weight, x = nn.Parameter(torch.randn(4, 3)), torch.randn(5, 4, requires_grad=True)
     (x @ weight).sum().backward()
     wanted, weight.grad = weight.grad, None
-    (y,), fragment = Fragment.record(lambda value: (value @ weight,), x.detach())
-    assert fragment.kept == []
-    fragment.resume((y,), x.detach().requires_grad_())[0].sum().backward()
+    (y,), subgraph = SavedSubgraph.record(lambda value: (value @ weight,), x.detach())
+    assert subgraph.kept == []
+    subgraph.resume((y,), x.detach().requires_grad_())[0].sum().backward()
     torch.testing.assert_close(weight.grad, wanted)
 
 
-def test_a_fragment_that_is_dropped_frees_what_it_kept() -> None:
+def test_a_subgraph_that_is_dropped_frees_what_it_kept() -> None:
     inputs = [torch.randn(2, 3, 16, 8) for _ in range(3)]
     gc.disable()  # at once, not when the collector comes by
     try:
         with LiveMemory() as memory:
-            out, fragment = Fragment.record(attend, *inputs, keep_outputs=True)
+            out, subgraph = SavedSubgraph.record(attend, *inputs, keep_outputs=True)
             assert memory.current > 0
-            del out, fragment
+            del out, subgraph
             assert memory.current == 0
     finally:
         gc.enable()

@@ -1,4 +1,4 @@
-"""The states of all random generators that dropout may draw from, so that a recomputation draws the same."""
+"""The states of all random number generators that dropout may use, so that a recomputation draws the same numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class RandomStates:
+class RngStates:
     """The CPU's and the device's generator, Megatron-Core's and DeepSpeed's trackers.
 
     Outside CUDA the device's generator is the CPU's (`distributed/cpu_backend.py`).
@@ -25,7 +25,7 @@ class RandomStates:
     deepspeed: dict[str, Tensor]
 
     @classmethod
-    def capture(cls) -> RandomStates:
+    def capture(cls) -> RngStates:
         """The states of this moment."""
         return cls(
             torch.get_rng_state(),
@@ -52,7 +52,7 @@ class RandomStates:
         }
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> RandomStates:
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> RngStates:
         """The inverse of `tensors`."""
         trackers: dict[str, dict[str, Tensor]] = {"megatron": {}, "deepspeed": {}}
         for name, state in tensors.items():
@@ -62,9 +62,9 @@ class RandomStates:
         return cls(tensors["cpu"], tensors["device"], trackers["megatron"], trackers["deepspeed"])
 
     @contextmanager
-    def replay(self) -> Iterator[None]:
+    def scope(self) -> Iterator[None]:
         """Inside, generators start from these states; afterwards they are where they were."""
-        now = RandomStates.capture()
+        now = RngStates.capture()
         self.restore()
         try:
             yield
