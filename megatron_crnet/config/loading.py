@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -65,8 +65,8 @@ class ConfigParser(ToolParser):
         """Raise what argparse would print and exit with."""
         raise ConfigError(self.refusal(message))
 
-    def read(self, argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
-        """This parser's own options, and the configuration.
+    def read(self, argv: Sequence[str], base: Values | None = None) -> tuple[argparse.Namespace, Config]:
+        """This parser's own options, and the configuration, laid over the values of `base`.
 
         The options have `configuration`: the words of the command line that define it.
 
@@ -80,7 +80,7 @@ class ConfigParser(ToolParser):
             raise ConfigError("no model is named: add --config FILE, such as examples/quickstart.yaml")
         words = [*(("--config", file) for file in options.config), *given]
         options.configuration = [f"{name}={value}" for name, value in words]
-        values: Values = {}
+        values: Values = {} if base is None else base
         for path in options.config:
             _merge_file(values, checked("--config", FilePath, path))
         for option, value in given:
@@ -122,9 +122,22 @@ def read_config(argv: Sequence[str]) -> Config:
     return ConfigParser().read(argv)[1]
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a YAML file with overrides in command-line form."""
-    return read_config([f"--config={path}", *overrides])
+def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a YAML file, or of nested values as one holds them, with overrides.
+
+    Args:
+        source: path of the file, or values by section: `{"model": {"num_layers": 4}}`.
+        overrides: in command-line form: `["--training.train_steps=10"]`.
+
+    Raises:
+        ConfigError: an unknown key, a value outside its type, or sizes that do not fit.
+    """
+    if not isinstance(source, Mapping):
+        return read_config([f"--config={source}", *overrides])
+    values: Values = {}
+    for section, fields in source.items():
+        _merge_section(values, section, fields, "the configuration")
+    return ConfigParser().read(overrides, values)[1]
 
 
 def resolved(config: Config) -> dict[str, Any]:
