@@ -102,6 +102,16 @@ def examine_together(examine: Callable[[], tuple[Found, dict[str, str]]]) -> Fou
     return opened[0]
 
 
+def run_on_all_ranks(action: Callable[[], Found]) -> Found:
+    """Run `action` on every rank and give its own result to each; an error on one is raised on all, as above."""
+    return examine_together(lambda: (action(), {}))
+
+
+def run_on_main(action: Callable[[], Found]) -> Found | None:
+    """Run `action` on rank 0, None on the others; an error is raised on all ranks."""
+    return run_on_all_ranks(lambda: action() if dist.get_rank() == 0 else None)
+
+
 def compare_facts(facts: list[dict[str, str]]) -> None:
     """Raise ConfigError when a rank's facts differ from those of most ranks."""
     for name in facts[0]:

@@ -169,7 +169,7 @@ class TrainEngine:
         self.context.heartbeat.progress()
         self.reduce_gradients()
         loss_sum, count = loss_totals(results, self.context.device, vote)
-        return loss_sum / count if count else math.nan  # a batch without labels: see bad_steps
+        return loss_sum / count if count else math.nan  # a batch without labels: see training/callbacks/faults.py
 
     def accumulate(self, batches: list[Batch], tokens: int) -> list[dict[str, Tensor]]:
         """The passes of one step alone; see `forward_backward` and `run_schedule`."""

@@ -1,7 +1,7 @@
-"""The run itself: what is examined before it starts, and the loop.
+"""The run itself: what is examined before it starts, the loop, and what is done beside its steps.
 
-In: A `Config`.
-Out: Metrics, checkpoints, an exit status.
+In: A `Config`, and callbacks of the caller.
+Out: Metrics, checkpoints, a `TrainResult`.
 May import: checkpoint and the rooms below it.
-Start with trainer.py.
+Start with trainer.py (the loop), then preflight.py and callbacks/base.py (the hooks).
 """

@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, TensorBoard, Weights & Biases, and what a person watches."""
+"""What a run writes beside its checkpoints: metrics.jsonl, TensorBoard, Weights & Biases, run.json and loss.png."""
 
 from __future__ import annotations
 
@@ -6,31 +6,28 @@ import importlib.util
 import json
 import os
 import resource
+import secrets
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
-from megatron_crnet.config.batch import BatchPlan
-from megatron_crnet.config.loading import resolved
-from megatron_crnet.config.model_size import flops_per_token, total_parameters
+from megatron_crnet.checkpoint.manager import saved_facts
+from megatron_crnet.config.loading import resolved, save_config
 from megatron_crnet.config.schema import Config
-from megatron_crnet.utils.duration import spell
+from megatron_crnet.utils.environment import read_run_file, write_run_file
 from megatron_crnet.utils.errors import ConfigError, describe
 from megatron_crnet.utils.files import replace_text, unused_name
 
-PATIENCE, LOOK = 5.0, 1.0
-"""Seconds without a line after which there is a sign of life, the first time; and between two looks at the clock."""
+if TYPE_CHECKING:
+    from megatron_crnet.training.preflight import Preflight
 
 
 def peak_memory_bytes() -> int:
@@ -159,6 +156,39 @@ class MetricsWriter:
         self.close()
 
 
+def open_metrics(preflight: Preflight, loaded_from: dict[str, Any] | None, step: int) -> MetricsWriter:
+    """The first thing that a run writes: config.yaml, run.json and the metrics of the steps after `step`.
+
+    Args:
+        loaded_from: what checkpoint.load gave the run at its step 0.
+
+    Raises:
+        ConfigError: the folder of the run cannot be written.
+    """
+    config, is_main, wandb_id = preflight.config, preflight.context.is_main, None
+    folder = Path(config.logging.output_dir)
+    try:
+        if is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_config(config, folder / "config.yaml")
+            facts: dict[str, Any] = {
+                "checkpoints": saved_facts(config, preflight.step if preflight.checkpoint else None)
+            }
+            if loaded_from:
+                facts["loaded_from"] = loaded_from
+            if config.logging.wandb_project:
+                # a run that goes on is one run there, too
+                before = read_run_file(folder).get("wandb_id") if preflight.checkpoint else None
+                facts["wandb_id"] = wandb_id = before if isinstance(before, str) else secrets.token_hex(8)
+            write_run_file(folder, sys.argv, preflight.context.world_size, **facts)
+        return MetricsWriter(config, is_main, step, wandb_id)
+    except OSError as error:
+        raise ConfigError(
+            f"logging.output_dir {folder} cannot be written ({error.strerror or error}): free some space, correct "
+            "the permissions or choose another folder"
+        ) from error
+
+
 def _keep_earlier(path: Path) -> None:
     """Give the metrics of a run that is not continued another name."""
     if path.exists() and path.stat().st_size:
@@ -167,127 +197,51 @@ def _keep_earlier(path: Path) -> None:
 
 def _drop_lines_after(path: Path, step: int) -> None:
     """Remove lines of steps that the resumed run does again, and a line that was cut short."""
-    if not path.exists():
-        return
-    kept = []
+    if path.exists():
+        kept = [
+            line for line in read_metrics(path) if isinstance(line.get("step"), int | float) and line["step"] <= step
+        ]
+        replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Every whole line of a metrics.jsonl; a line that a crash cut short, or that is none of ours, is left out."""
+    lines = []
     for line in path.read_text(errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError, RecursionError):
-            continue
-    replace_text(path, "".join(kept))
+        with suppress(ValueError, RecursionError):
+            found = json.loads(line)
+            if isinstance(found, dict):
+                lines.append(found)
+    return lines
 
 
-def printable(text: str, stream: TextIO) -> str:
-    """Text with what the stream's encoding does not know written as escapes."""
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+def validated_steps(path: Path) -> set[int]:
+    """Steps whose validation loss stands in a metrics.jsonl."""
+    if not path.is_file():
+        return set()
+    steps = (line.get("step") for line in read_metrics(path) if "validation_loss" in line)
+    return {step for step in steps if isinstance(step, int)}
 
 
-def cost_of_run(config: Config, plan: BatchPlan, world_size: int) -> str:
-    """What all steps take, in a line to be read before they start."""
-    steps, per_step = config.training.train_steps, plan.tokens_per_step
-    tokens, ramp = plan.tokens_of_run(steps), plan.ramp_line()
-    flops = flops_per_token(config.model, plan.seq_length) * tokens
-    return (
-        f"{config.model.variant} of {total_parameters(config.model):,} parameters on {world_size} "
-        f"{'process' if world_size == 1 else 'processes'}: {steps:,} steps x {per_step:,} tokens"
-        f"{f' ({ramp})' if ramp else ''} = {tokens:,} tokens, {flops:.2e} FLOP"
-    )
+def plot_loss(metrics: Path, picture: Path, *, title: str, unigram_entropy: float | None = None) -> None:
+    """Training and validation loss over tokens, with the unigram entropy of the validation tokens as a line."""
+    import matplotlib
 
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
 
-class Progress:
-    """A bar on a terminal, plain lines where the output goes to a file; silent on ranks other than the main one.
-
-    As a context manager it also gives a sign of life while a step takes long, first after 5 seconds without a line.
-
-    Args:
-        total: steps of the run.
-        start: steps that are done.
-    """
-
-    def __init__(self, total: int, start: int, is_main: bool) -> None:
-        self.total, self.is_main = total, is_main
-        self._lines = is_main and not (sys.stdout.isatty() and sys.stderr.isatty())
-        bar = is_main and sys.stderr.isatty()
-        self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True) if bar else None
-        self._step, self._first = start, start
-        self._started = self._after_first = time.monotonic()
-        self._said, self._patience = self._started, PATIENCE
-        self._ended = threading.Event()
-
-    def advance(self, step: int, values: dict[str, Any] | None) -> None:
-        """One step done; `values` are given on logged steps."""
-        self._step = step
-        if step == self._first + 1:  # what starts up is in the first step
-            self._after_first = time.monotonic()
-        if self._bar is not None:
-            with suppress(OSError):  # a terminal that has gone
-                self._bar.update(1)
-                if values:
-                    speed = f"{values['tokens_per_s']:,.0f} tokens/s"
-                    self._bar.set_postfix_str(f"loss {values['loss']:.4f} lr {values['lr']:.2e} {speed}")
-        if values and self._lines:
-            self.line(
-                f"step {step}/{self.total} | loss {values['loss']:.4f} | grad norm {values['grad_norm']:.3f} | "
-                f"lr {values['lr']:.3e} | {values['tokens_per_s']:.0f} tokens/s | "
-                f"{values['step_time_s'] * 1000:.0f} ms | ETA {self.time_left()}"
-            )
-        elif self._lines and time.monotonic() - self._said >= self._patience:
-            self._sign_of_life(f"step {step}/{self.total} | ETA {self.time_left()}")
-
-    def time_left(self) -> str:
-        """By the mean time of all steps but the first, validation and saving included."""
-        done, left = self._step - self._first, self.total - self._step
-        if left <= 0:
-            return spell(0.0)
-        if done < 1:
-            return "?"
-        now = time.monotonic()
-        if done == 1:  # which holds what starts up
-            return f"under {spell(left * (now - self._started))}"
-        return spell(left * (now - self._after_first) / (done - 1))
-
-    def line(self, text: str) -> None:
-        """One line of text that does not break the bar."""
-        if not self.is_main:
-            return
-        self._said = time.monotonic()
-        with suppress(OSError):  # a log file on a full disk, a terminal that has gone
-            if self._bar is not None and not self._lines:
-                self._bar.write(printable(text, sys.stderr))
-            else:
-                print(printable(text, sys.stdout), flush=True)
-
-    def _sign_of_life(self, text: str) -> None:
-        """A line between two logged steps; the more there have been, the rarer they come."""
-        self.line(text)
-        self._patience = min(2 * self._patience, 60.0)
-
-    def _watch(self) -> None:
-        while not self._ended.wait(LOOK):
-            waited = time.monotonic() - self._said
-            if self._bar is not None:
-                self._bar.refresh()
-            elif waited >= self._patience:
-                self._sign_of_life(
-                    f"running for {spell(waited)} since step {self._step}/{self.total} | ETA {self.time_left()}"
-                )
-
-    def __enter__(self) -> Progress:
-        if self.is_main:
-            self._started = self._said = time.monotonic()
-            threading.Thread(target=self._watch, daemon=True, name="progress").start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ended.set()
-
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        self._ended.set()
-        if self._bar is not None:
-            self._bar.close()
+    lines = read_metrics(metrics)
+    training = [(line["tokens"], line["loss"]) for line in lines if "loss" in line]
+    validation = [(line["tokens"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    if training:
+        axes.plot(*zip(*training, strict=True), label="training", color="tab:blue", linewidth=1)
+    if validation:
+        axes.plot(*zip(*validation, strict=True), label="validation", color="tab:orange", marker="o", markersize=4)
+    if unigram_entropy is not None:
+        axes.axhline(unigram_entropy, color="gray", linestyle="--", label="unigram entropy of the validation tokens")
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)

@@ -1,8 +1,10 @@
-"""What a run reads: tokenizer, data, checkpoint. All of it is examined on every rank before anything is written."""
+"""Everything that a run reads, examined on every rank before anything is written."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,9 @@ import torch.distributed as dist
 
 from megatron_crnet.checkpoint.directory import checkpoint_dir, checkpoints, saved_step
 from megatron_crnet.checkpoint.manager import check_resumable, newest_complete, saved_state, tidy
-from megatron_crnet.checkpoint.run_folder import check_remains
+from megatron_crnet.checkpoint.run_folder import RunFolders, check_remains, check_space, hold_run_folders
 from megatron_crnet.checkpoint.train_state import TrainingState
-from megatron_crnet.config.batch import BatchPlan
+from megatron_crnet.config.batch import BatchPlan, check_memory, plan_batches
 from megatron_crnet.config.model_size import remark_on_unused_rows
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.datasets import Datasets, build_datasets, cache_root, data_fingerprint
@@ -22,57 +24,93 @@ from megatron_crnet.data.fingerprint import TrainedOn, digest_of_tokenizer, rema
 from megatron_crnet.data.indexed import check_enough, read_index, sources_of
 from megatron_crnet.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_crnet.data.unigram import entropy_of, label_counts
-from megatron_crnet.distributed.consensus import CHECKPOINT, examine_together, report_together
-from megatron_crnet.training.resumption import remarks
+from megatron_crnet.distributed.consensus import (
+    CHECKPOINT,
+    examine_together,
+    report_together,
+    run_on_all_ranks,
+    run_on_main,
+)
+from megatron_crnet.distributed.process_groups import ParallelContext
+from megatron_crnet.training.metrics import check_sinks, validated_steps
+from megatron_crnet.training.resumption import differences
 from megatron_crnet.training.shared_reads import Known, read_together, view_of
 from megatron_crnet.training.starting_point import StartingPoint, find_starting_point
 from megatron_crnet.utils.errors import ConfigError, DataError, describe
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What was found, the same on every rank.
+class Preflight:
+    """What was found, the same on every rank but for `context` and `folders`.
 
     Attributes:
+        folders: those of the run, held against other writers.
         trained_on: tokenizer and data of this run.
         checkpoint: the newest whole one of this run; None for a new run.
         start: what a new run takes its weights from; None for its seed.
-        saved: its resolved configuration.
-        state: what else it holds beside its tensors.
-        remarks: a line on each thing that is not as it was (warning: ...), or cannot be known (note: ...).
+        saved: resolved configuration of `checkpoint`.
+        state: what else `checkpoint` holds beside its tensors.
         damaged: a line on each newer checkpoint that is damaged.
         test_steps: global batches of the test after the last step; 0 for none.
         entropy: unigram entropy in nats of the very tokens whose loss a validation reports; None without one.
+        validation_due: whether the validation of the checkpoint's step is still to be done.
+        remarks: a line on each thing that is not as it was (warning: ...), or cannot be known (note: ...).
     """
 
+    config: Config
+    context: ParallelContext
+    folders: RunFolders
+    plan: BatchPlan
     tokenizer: Tokenizer
     trained_on: TrainedOn
     checkpoint: Path | None
     start: StartingPoint | None
     saved: dict[str, Any]
     state: dict[str, Any]
-    remarks: list[str]
     damaged: list[str]
     datasets: Datasets
     test_steps: int
     entropy: float | None
+    validation_due: bool = False
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def step(self) -> int:
         """Steps that the checkpoint has done."""
         return saved_step(self.checkpoint) if self.checkpoint else 0
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether an earlier run has done all steps already, and their last validation."""
+        return self.step >= self.config.training.train_steps and not self.validation_due
 
-def examine_inputs(config: Config, plan: BatchPlan, device: torch.device) -> Inputs:
-    """Open everything that `config` names; a collective call.
+    @property
+    def timeout_s(self) -> float:
+        """How long collective calls may wait."""
+        return 60 * self.config.parallel.distributed_timeout_minutes
 
-    Args:
-        device: where this rank computes.
+    def is_validated(self, step: int) -> bool:
+        """Whether there is a validation after `step`."""
+        training = self.config.training
+        interval = training.eval_interval and step % training.eval_interval == 0
+        return self.datasets.valid is not None and bool(interval or step == training.train_steps)
+
+
+@contextmanager
+def run_preflight(config: Config, context: ParallelContext) -> Iterator[Preflight]:
+    """Examine everything that `config` names, and hold the folders of the run for the block; a collective call.
 
     Raises:
-        ConfigError, DataError: something is missing, damaged, or differs between ranks.
+        ConfigError, DataError: something is missing, damaged, in use, or differs between ranks.
         CheckpointError: the checkpoint's configuration cannot be read.
     """
+    with RunFolders() if config.training.eval_only else hold_run_folders(config, context.is_main) as folders:
+        yield _examine_all(config, context, folders)
+
+
+def _examine_all(config: Config, context: ParallelContext, folders: RunFolders) -> Preflight:
+    plan = plan_batches(config, context.world_size)
+    run_on_all_ranks(partial(_examine_machine, config, context))
     if not config.training.eval_only:
         tidy(checkpoint_dir(config))
     tokenizer = examine_together(partial(_examine, config))
@@ -80,27 +118,68 @@ def examine_inputs(config: Config, plan: BatchPlan, device: torch.device) -> Inp
     known = read_together(prefixes, report_together(partial(view_of, prefixes)), cache_root(config, prefixes[0]))
     trained_on = examine_together(partial(_examine_data, config, tokenizer))
     checkpoint, damaged = newest_complete(checkpoint_dir(config))
-    saved, state = examine_together(partial(_examine_checkpoint, config, checkpoint, damaged, trained_on))
-    examine_together(partial(_examine_evaluation, config, checkpoint))
+    saved, state = run_on_all_ranks(partial(_examine_checkpoint, config, checkpoint, damaged, trained_on))
+    run_on_all_ranks(partial(_examine_evaluation, config, checkpoint))
     loads = config.checkpoint.load is not None and (checkpoint is None or config.training.eval_only)
     start = find_starting_point(config, trained_on) if loads else None
-    test_steps, untested = examine_together(partial(_planned_test, config))
+    test_steps, untested = run_on_all_ranks(partial(_planned_test, config))
     datasets = _datasets(config, tokenizer, plan, TrainingState.from_values(state), test_steps, known)
     known.keep()
-    about = [
-        *_about_rows(config, tokenizer),
-        *_about_data(config),
-        *untested,
-        *(start.remarks if start else _about_unread(config)),
-        *(remarks(config, checkpoint, saved, state, trained_on) if checkpoint and not start else []),
+    entropy = _entropy(config, datasets, config.training.eval_steps * plan.global_batch_size, context.device)
+    found = Preflight(
+        config=config,
+        context=context,
+        folders=folders,
+        plan=plan,
+        tokenizer=tokenizer,
+        trained_on=trained_on,
+        checkpoint=checkpoint,
+        start=start,
+        saved=saved,
+        state=state,
+        damaged=damaged,
+        datasets=datasets,
+        test_steps=test_steps,
+        entropy=entropy,
+    )
+    found = replace(found, validation_due=_is_validation_due(found))
+    writes = not (found.is_complete or config.training.eval_only)
+    space = run_on_main(partial(check_space, config, found.step)) if writes else None
+    unread = f"checkpoint.load {config.checkpoint.load} is not read: the run goes on from its own checkpoint"
+    notes = [
+        remark_on_unused_rows(config.model, tokenizer.vocab_size),
+        remark_on_unnamed(prefixes),
+        untested,
+        unread if config.checkpoint.load and start is None else None,
     ]
-    entropy = _entropy(config, datasets, config.training.eval_steps * plan.global_batch_size, device)
-    return Inputs(tokenizer, trained_on, checkpoint, start, saved, state, about, damaged, datasets, test_steps, entropy)
+    remarks = [
+        *(f"warning: {line}" for line in (*damaged, space) if line),
+        *(f"note: {line}" for line in notes if line),
+        *(start.remarks if start else []),
+        *(differences(config, checkpoint, saved, state, trained_on) if checkpoint and not start else []),
+    ]
+    return replace(found, remarks=remarks)
+
+
+def _is_validation_due(found: Preflight) -> bool:
+    """Whether the checkpoint's step is still to be validated, as rank 0's metrics say; a collective call."""
+    metrics = Path(found.config.logging.output_dir) / "metrics.jsonl"
+    reads = found.context.is_main and found.state.get("validation_due")
+    due, *_ = report_together(lambda: bool(reads) and found.step not in validated_steps(metrics))
+    return due and found.is_validated(found.step)
+
+
+def _examine_machine(config: Config, context: ParallelContext) -> None:
+    check_memory(config, context.device)
+    if context.is_main:
+        check_sinks(config)
 
 
 def _examine(config: Config) -> tuple[Tokenizer, dict[str, str]]:
     """Open what this rank can see beside the data, and say what must be the same on all ranks."""
-    tokenizer = _tokenizer(config)
+    if config.data.tokenizer_model is None:
+        raise ConfigError("data.tokenizer_model is not set, but names the tokenizer of the data: give its path")
+    tokenizer = load_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
     check_vocabulary(tokenizer, config.model.vocab_size)
     _check_prompt(config.logging.sample_prompt, tokenizer)
     if not (config.data.data_path or config.data.train_data_path or config.training.eval_only):
@@ -124,31 +203,18 @@ def _prefixes(config: Config) -> list[str]:
     return list(dict.fromkeys(every))
 
 
-Saved = tuple[dict[str, Any], dict[str, Any]]
-"""Configuration and state.json of a checkpoint."""
-
-
 def _examine_checkpoint(
     config: Config, checkpoint: Path | None, damaged: list[str], trained_on: TrainedOn
-) -> tuple[Saved, dict[str, str]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Configuration and state.json of the checkpoint; empty without one."""
     if checkpoint is None:
         if not config.training.eval_only:
             check_remains(config, damaged)
-        return ({}, {}), {}
+        return {}, {}
     saved, state = check_resumable(config, checkpoint), saved_state(checkpoint)
     if before := TrainedOn.from_state(state):
         before.check_tokenizer(checkpoint, trained_on.tokenizer)
-    return (saved, state), {}
-
-
-def _about_rows(config: Config, tokenizer: Tokenizer) -> list[str]:
-    remark = remark_on_unused_rows(config.model, tokenizer.vocab_size)
-    return [f"note: {remark}"] if remark else []
-
-
-def _about_data(config: Config) -> list[str]:
-    remark = remark_on_unnamed(_prefixes(config))
-    return [f"note: {remark}"] if remark else []
+    return saved, state
 
 
 def _check_prompt(prompt: str | None, tokenizer: Tokenizer) -> None:
@@ -162,17 +228,11 @@ def _check_prompt(prompt: str | None, tokenizer: Tokenizer) -> None:
         ) from error
 
 
-def _tokenizer(config: Config) -> Tokenizer:
-    if config.data.tokenizer_model is None:
-        raise ConfigError("data.tokenizer_model is not set, but names the tokenizer of the data: give its path")
-    return load_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
-
-
-def _examine_evaluation(config: Config, checkpoint: Path | None) -> tuple[None, dict[str, str]]:
+def _examine_evaluation(config: Config, checkpoint: Path | None) -> None:
     """What training.eval_only needs."""
     training, found = config.training, sources_of(config.data)
     if not training.eval_only:
-        return None, {}
+        return
     if checkpoint is None and config.checkpoint.load is None:
         raise ConfigError(
             f"training.eval_only needs a checkpoint, but {checkpoint_dir(config)} holds none: set checkpoint.load"
@@ -183,26 +243,20 @@ def _examine_evaluation(config: Config, checkpoint: Path | None) -> tuple[None, 
             "training.eval_only has nothing to measure: set data.valid_data_path or data.test_data_path, and "
             "training.eval_steps above 0"
         )
-    return None, {}
 
 
-def _about_unread(config: Config) -> list[str]:
-    path = config.checkpoint.load
-    return [f"note: checkpoint.load {path} is not read: the run goes on from its own checkpoint"] if path else []
-
-
-def _planned_test(config: Config) -> tuple[tuple[int, list[str]], dict[str, str]]:
+def _planned_test(config: Config) -> tuple[int, str | None]:
     """Global batches of the test, and a note where the test share of data.split is too small for one."""
     wanted, source = config.training.test_steps, sources_of(config.data).get("test")
     if wanted is not None or source is None:  # what is asked for and not there is refused with the datasets
-        return (wanted or 0, []), {}
+        return wanted or 0, None
     if config.data.data_path and config.training.eval_steps:
         try:
             for prefix in source.blend.prefixes:
                 check_enough(read_index(prefix), "test", source.share, config)
         except DataError as error:
-            return (0, [f"note: nothing is tested after the last step: {error}"]), {}
-    return (config.training.eval_steps, []), {}
+            return 0, f"nothing is tested after the last step: {error}"
+    return config.training.eval_steps, None
 
 
 def _datasets(
@@ -227,6 +281,6 @@ def _entropy(config: Config, datasets: Datasets, count: int, device: torch.devic
         return None
     share = range(dist.get_rank(), count, dist.get_world_size())
     samples = (datasets.valid[i] for i in share)
-    counts = examine_together(lambda: (label_counts(samples, config.model.vocab_size), {})).to(device)
+    counts = run_on_all_ranks(lambda: label_counts(samples, config.model.vocab_size)).to(device)
     dist.all_reduce(counts)
     return entropy_of(counts) if counts.any() else None

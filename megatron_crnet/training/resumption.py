@@ -9,12 +9,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.fingerprint import TrainedOn
-from megatron_crnet.utils.versions import library_versions
+from megatron_crnet.model.residual import runs_kernels
+from megatron_crnet.utils.versions import NOT_INSTALLED, library_versions
 
 Values = Mapping[str, Any]
+PYTORCH = "PyTorch's operations"
 
 ORDER = (
     "data.sample_format",
@@ -48,7 +52,7 @@ OF_NO_RESULT = (
 """Fields, by how they begin, that no weight depends on."""
 
 
-def remarks(config: Config, checkpoint: Path, saved: Values, state: Values, trained_on: TrainedOn) -> list[str]:
+def differences(config: Config, checkpoint: Path, saved: Values, state: Values, trained_on: TrainedOn) -> list[str]:
     """What to say at the start of a run that continues `checkpoint`: warnings, then notes.
 
     Args:
@@ -80,7 +84,7 @@ def other_order(saved: Values, now: Values) -> list[str]:
         saved, now: the resolved configurations of the checkpoint and of this run.
     """
     lines = []
-    for key, before, after in _differences(saved, now):
+    for key, before, after in _changes(saved, now):
         if key in ORDER and (key != "data.split" or now["data"]["data_path"]):
             lines.append(
                 f"{key} differs from the checkpoint's ({after} instead of {before}), so the training data may come in "
@@ -116,7 +120,7 @@ def other_place(config: Config, why: str) -> str:
 
 def _other_settings(saved: Values, now: Values) -> Iterator[str]:
     warned = (*ORDER, *(f"data.{name}" for name in DOCUMENTS))
-    for key, before, after in _differences(saved, now):
+    for key, before, after in _changes(saved, now):
         # where it runs is said by `other_place`
         if key not in warned and not key.startswith((*OF_NO_RESULT, "parallel.")):
             yield f"{key} {before} -> {after}"
@@ -129,7 +133,7 @@ def _other_libraries(state: Values) -> Iterator[str]:
             yield f"{library} {version} -> {now[library]}"
 
 
-def _differences(saved: Values, now: Values) -> Iterator[tuple[str, Any, Any]]:
+def _changes(saved: Values, now: Values) -> Iterator[tuple[str, Any, Any]]:
     """`section.field` with both values; a field that the older configuration does not know is not compared."""
     for section, fields in now.items():
         before = saved.get(section) or {}
@@ -137,3 +141,30 @@ def _differences(saved: Values, now: Values) -> Iterator[tuple[str, Any, Any]]:
         for name in names:
             if (name in before or section == "deepspeed") and before.get(name) != fields.get(name):
                 yield f"{section}.{name}", before.get(name), fields.get(name)
+
+
+def residual_in_use(config: Config, device: torch.device) -> str:
+    """The backend of the cross-layer residual: `Triton 3.7.1's kernels` or `PyTorch's operations`."""
+    runs = runs_kernels(device, config.training.cross_layer_fusion)
+    return _kernels(library_versions(("triton",))) if runs else PYTORCH
+
+
+def changed_residual(config: Config, device: torch.device, saved: Values, versions: Mapping[str, str]) -> str | None:
+    """A warning where the residual rounds otherwise than before the checkpoint, else None, as on CPUs.
+
+    Args:
+        saved: its resolved configuration; without `cross_layer_fusion` where it is older than the kernels.
+        versions: of its libraries.
+    """
+    fused = saved.get("training", {}).get("cross_layer_fusion", False) and versions.get("triton") != NOT_INSTALLED
+    before, now = _kernels(versions) if fused else PYTORCH, residual_in_use(config, device)
+    if config.model.variant != "crnet" or device.type != "cuda" or before == now:
+        return None
+    return (
+        f"the residual was computed by {before} until the checkpoint and is by {now} from here, which round "
+        "differently: the losses are the same to rounding, not to the bit"
+    )
+
+
+def _kernels(versions: Mapping[str, str]) -> str:
+    return f"Triton {versions.get('triton', '(unknown version)')}'s kernels"

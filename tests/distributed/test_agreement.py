@@ -12,7 +12,7 @@ from megatron_crnet.checkpoint.manager import Checkpointer
 from megatron_crnet.checkpoint.run_folder import RunFolders
 from megatron_crnet.distributed.consensus import examine_together
 from megatron_crnet.distributed.process_groups import initialize_parallel
-from megatron_crnet.training import trainer
+from megatron_crnet.training import preflight
 from megatron_crnet.utils.errors import CheckpointError, ConfigError, DataError
 from tests.distributed.spawn import run_distributed
 from tests.helpers import tiny_config
@@ -59,9 +59,9 @@ def no_memory_on_one() -> tuple[str, float]:
 
     started = time.monotonic()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "check_memory", check_memory)
+        patch.setattr(preflight, "check_memory", check_memory)
         with pytest.raises(ConfigError) as caught:
-            trainer.Trainer(config, context, None, RunFolders())  # type: ignore[arg-type]
+            preflight._examine_all(config, context, RunFolders())
     context.heartbeat.close()
     return str(caught.value), time.monotonic() - started
 

@@ -154,7 +154,7 @@ from megatron_crnet.training.trainer import Trainer
 def leave(*_):
     raise RuntimeError("as if killed here")
 patch.setattr(manager, "seal", leave)
-patch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)
+patch.setattr(manager.shutil, "rmtree", lambda *_, **__: None)
 """
     options = corpus.options(output, training__train_steps=2, **QUIET)
     first, second = run_commands(tmp_path / "results", [Command(options, killed), Command(options)])
@@ -209,21 +209,22 @@ def test_what_could_not_be_written_at_the_end_is_refused_at_the_start(corpus: Co
 BROKEN = """
 import torch.utils.tensorboard as board
 from megatron_crnet.training import trainer
+from megatron_crnet.training.callbacks import results
 def fail(*_, **__):
     raise ZeroDivisionError("as if something was wrong")
 patch.setattr(trainer.TrainEngine, "evaluation_losses", fail)
-patch.setattr(trainer, "plot_loss", fail)
-patch.setattr(trainer, "continue_text", fail)
+patch.setattr(results, "plot_loss", fail)
+patch.setattr(results, "continue_text", fail)
 patch.setattr(board.SummaryWriter, "add_scalar", fail)
 """
 LOST = """
-from megatron_crnet.training import trainer
-evaluate = trainer.Trainer._evaluate
-def die(self, *arguments, **more):
-    if self.state.step == 6:
+from megatron_crnet.training import evaluation
+evaluate = evaluation.evaluate
+def die(trainer, *arguments, **more):
+    if trainer.state.step == 6:
         raise RuntimeError("as if killed here")
-    return evaluate(self, *arguments, **more)
-patch.setattr(trainer.Trainer, "_evaluate", die)
+    return evaluate(trainer, *arguments, **more)
+patch.setattr(evaluation, "evaluate", die)
 """
 WANDB = """
 import json, pathlib

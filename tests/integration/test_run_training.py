@@ -14,7 +14,8 @@ import torch.distributed as dist
 from megatron_crnet.config.loading import read_config
 from megatron_crnet.distributed import cpu_backend
 from megatron_crnet.engine.engine import TrainEngine
-from megatron_crnet.training.trainer import TrainResult, run_training
+from megatron_crnet.training.callbacks.base import Callback, Step
+from megatron_crnet.training.trainer import Trainer, TrainResult, run_training
 from megatron_crnet.utils.errors import ConfigError
 from megatron_crnet.utils.signals import SIGNALS
 from tests.integration.conftest import Corpus, lines_of
@@ -54,3 +55,43 @@ def test_a_signal_is_reported_by_the_result(corpus: Corpus, tmp_path: Path, monk
     result = run_training(config)
     assert (result.complete, result.checkpoint) == (False, tmp_path / "run" / "checkpoints" / f"step_{result.step:08d}")
     assert process_state() == before
+
+
+class StopsEarly(Callback):
+    """Asks for a checkpoint of each step, and for a stop when it has seen two steps."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, Step]] = []
+        self.called: list[str] = []
+
+    def wants_save(self) -> bool:
+        return True
+
+    def wants_stop(self) -> bool:
+        return len(self.seen) == 2
+
+    def on_start(self, trainer: Trainer) -> None:
+        self.called.append("start")
+
+    def on_step_end(self, trainer: Trainer, step: Step) -> None:
+        self.seen.append((trainer.state.step, step))
+
+    def on_stop(self, trainer: Trainer) -> None:
+        self.called.append("stop")
+
+    def on_complete(self, trainer: Trainer) -> None:
+        self.called.append("complete")
+
+    def on_end(self, trainer: Trainer) -> None:
+        self.called.append("end")
+
+
+def test_a_callback_sees_each_step_and_can_save_and_stop(corpus: Corpus, tmp_path: Path) -> None:
+    callback = StopsEarly()
+    result = run_training(read_config(corpus.options(tmp_path / "run")), callbacks=[callback])
+    assert (result.complete, result.step) == (False, 3)
+    assert callback.called == ["start", "stop", "end"]
+    assert [(number, step.samples, step.tokens) for number, step in callback.seen] == [(n, 4, 128) for n in (1, 2, 3)]
+    assert callback.seen[-1][1].loss == result.train_loss == lines_of(tmp_path / "run", "loss")[3]
+    saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
+    assert saved == [f"step_{step:08d}" for step in (1, 2, 3)]

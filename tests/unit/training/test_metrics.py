@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_crnet.config.schema import Config, LoggingConfig
-from megatron_crnet.training.metrics import MetricsWriter, Progress, peak_memory_bytes
-from megatron_crnet.training.plot import plot_loss
+from megatron_crnet.training.metrics import MetricsWriter, peak_memory_bytes, plot_loss
+from megatron_crnet.training.progress import Progress
 
 
 def _config(folder: Path) -> Config:
@@ -54,7 +54,7 @@ def advance(progress: Progress, step: int) -> None:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [100.0]
-    monkeypatch.setattr("megatron_crnet.training.metrics.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("megatron_crnet.training.progress.time.monotonic", lambda: now[0])
     return now
 
 
@@ -88,8 +88,8 @@ def test_a_step_that_is_not_logged_is_told_when_nothing_was_said_for_long(
 
 @pytest.mark.fault("M11")
 def test_a_long_step_shows_signs_of_life(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("megatron_crnet.training.metrics.PATIENCE", 0.05)
-    monkeypatch.setattr("megatron_crnet.training.metrics.LOOK", 0.02)
+    monkeypatch.setattr("megatron_crnet.training.progress.PATIENCE", 0.05)
+    monkeypatch.setattr("megatron_crnet.training.progress.LOOK", 0.02)
     with Progress(3, 0, is_main=True) as progress, Progress(3, 0, is_main=False):
         time.sleep(0.3)
     count = capsys.readouterr().out.count("since step 0/3 | ETA ?\n")

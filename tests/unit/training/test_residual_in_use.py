@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_crnet.config.loading import resolved
-from megatron_crnet.training.residual_in_use import PYTORCH, changed_residual, residual_in_use
+from megatron_crnet.training.resumption import PYTORCH, changed_residual, residual_in_use
 from megatron_crnet.utils.versions import NOT_INSTALLED, library_versions
 from tests.helpers import tiny_config
 
@@ -43,7 +43,7 @@ def test_the_one_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         (saved(cross_layer_fusion=False), VERSIONS, PYTORCH),
         (saved(), {**VERSIONS, "triton": NOT_INSTALLED}, PYTORCH),
         (saved(), {**VERSIONS, "triton": "2.0.0"}, "Triton 2.0.0's kernels"),
-        (saved(), {}, "Triton (of a version that nobody noted)'s kernels"),
+        (saved(), {}, "Triton (unknown version)'s kernels"),
     ],
 )
 def test_another_one_than_the_checkpoints_is_a_warning_on_cuda(

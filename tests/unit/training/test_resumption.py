@@ -11,7 +11,7 @@ import pytest
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.schema import Config, DataConfig, ModelConfig
 from megatron_crnet.data.fingerprint import TrainedOn
-from megatron_crnet.training.resumption import other_place, remarks
+from megatron_crnet.training.resumption import differences, other_place
 from megatron_crnet.utils.versions import library_versions
 from tests.helpers import tiny_config
 
@@ -21,7 +21,7 @@ CHECKPOINT = Path("step_00000004")
 def remarks_after(config: Config, *, saved: Config | None = None, **state: Any) -> list[str]:
     whole = {"samples": 32, "versions": library_versions(), "trained_on": TrainedOn("a", {"train": "x"}).values()}
     now = TrainedOn("a", {"train": "x"})
-    return remarks(config, CHECKPOINT, resolved(saved or config), {**whole, **state}, now)
+    return differences(config, CHECKPOINT, resolved(saved or config), {**whole, **state}, now)
 
 
 @pytest.mark.fault("L5")
@@ -72,7 +72,7 @@ def test_how_samples_are_masked_is_warned_of_once_and_where_they_lie_is_not() ->
     saved["data"] |= {"eod_mask_loss": True, "cache_path": "elsewhere"}
     saved["data"] |= {"train_data_path": ["moved"], "tokenizer_model": "moved", "split": "1,1", "num_workers": 7}
     state = {"samples": 1, "trained_on": TrainedOn("a").values()}
-    (line,) = remarks(config, CHECKPOINT, saved, state, TrainedOn("a"))
+    (line,) = differences(config, CHECKPOINT, saved, state, TrainedOn("a"))
     assert line.startswith("warning: data.eod_mask_loss differs from the checkpoint's (False instead of True)")
 
 
@@ -87,7 +87,9 @@ def test_other_libraries_are_one_note() -> None:
 def test_a_field_that_an_earlier_version_did_not_know_is_no_change() -> None:
     config, saved = tiny_config(), resolved(tiny_config())
     del saved["training"]["cross_layer_fusion"]
-    assert remarks(config, CHECKPOINT, saved, {"samples": 1, "trained_on": TrainedOn("a").values()}, TrainedOn()) == []
+    assert (
+        differences(config, CHECKPOINT, saved, {"samples": 1, "trained_on": TrainedOn("a").values()}, TrainedOn()) == []
+    )
 
 
 @pytest.mark.fault("B2")

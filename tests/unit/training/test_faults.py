@@ -8,7 +8,7 @@ import pytest
 
 from megatron_crnet.checkpoint.train_state import StepResult, TrainingState
 from megatron_crnet.config.schema import FaultsConfig
-from megatron_crnet.training.bad_steps import losses_to_remember, passed_limit, problem_of_loss
+from megatron_crnet.training.callbacks.faults import detect_anomaly, losses_to_remember, skip_limit_exceeded
 
 GOOD = StepResult(loss=2.0, grad_norm=0.5, lr=1e-3, tokens=100)
 SPIKES = FaultsConfig(spike_deviations=3.0, spike_window=4)
@@ -16,31 +16,31 @@ SPIKES = FaultsConfig(spike_deviations=3.0, spike_window=4)
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite_is_bad_whatever_came_before(loss: float) -> None:
-    assert problem_of_loss(loss, (), FaultsConfig()) == f"the loss is {loss}, but must be finite"
+    assert detect_anomaly(loss, (), FaultsConfig()) == f"the loss is {loss}, but must be finite"
 
 
 def test_a_spike_is_so_many_deviations_above_the_mean_of_a_full_window() -> None:
     recent = (1.0, 3.0, 1.0, 3.0)  # mean 2, deviation 1
-    assert problem_of_loss(4.99, recent, SPIKES) is None
-    assert problem_of_loss(5.01, recent, SPIKES) == (
+    assert detect_anomaly(4.99, recent, SPIKES) is None
+    assert detect_anomaly(5.01, recent, SPIKES) == (
         "the loss is 5.0100, but faults.spike_deviations 3 above the last 4 losses is 5.0000"
     )
-    assert problem_of_loss(99.0, recent[:3], SPIKES) is None
-    assert problem_of_loss(-99.0, recent, SPIKES) is None
-    assert problem_of_loss(99.0, recent, FaultsConfig()) is None
+    assert detect_anomaly(99.0, recent[:3], SPIKES) is None
+    assert detect_anomaly(-99.0, recent, SPIKES) is None
+    assert detect_anomaly(99.0, recent, FaultsConfig()) is None
 
 
 def test_both_limits_count_and_a_good_step_ends_a_row() -> None:
     faults = FaultsConfig(max_skips_in_a_row=2, max_skips=3)
     state = TrainingState().passed_over(8).passed_over(8)
-    assert passed_limit(state, faults) is None
-    assert passed_limit(state.passed_over(8), faults) == (
+    assert skip_limit_exceeded(state, faults) is None
+    assert skip_limit_exceeded(state.passed_over(8), faults) == (
         "step 3 would be skipped step 3 of at most faults.max_skips_in_a_row 2"
     )
     state = state.trained(8, GOOD, 0).passed_over(8)
-    assert passed_limit(state, faults) is None
+    assert skip_limit_exceeded(state, faults) is None
     state = state.trained(8, GOOD, 0).passed_over(8)
-    assert passed_limit(state, faults) == "step 6 would be skipped step 4 of at most faults.max_skips 3"
+    assert skip_limit_exceeded(state, faults) == "step 6 would be skipped step 4 of at most faults.max_skips 3"
     assert state.good_step == 5
     assert (state.step, state.samples, state.tokens, state.skipped, state.skipped_in_a_row) == (6, 48, 200, 4, 1)
 

@@ -1,0 +1,98 @@
+"""The lines of a run: what it starts with, and every `logging.log_interval` steps its loss and speed."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from megatron_crnet.config.model_size import flops_per_token, total_parameters
+from megatron_crnet.training.callbacks.base import Callback, Step
+from megatron_crnet.training.metrics import largest_peak_memory_bytes
+from megatron_crnet.training.preflight import Preflight
+from megatron_crnet.training.resumption import changed_residual, other_place, residual_in_use
+
+if TYPE_CHECKING:
+    from megatron_crnet.training.trainer import Trainer
+
+
+class StepLog(Callback):
+    """Writes metrics and progress."""
+
+    def __init__(self) -> None:
+        self._steps: list[Step] = []
+        self._started = 0.0
+
+    def on_start(self, trainer: Trainer) -> None:
+        """See Callback."""
+        for line in opening_lines(trainer):
+            trainer.progress.line(line)
+
+    def on_step_end(self, trainer: Trainer, step: Step) -> None:
+        """See Callback."""
+        self._steps.append(step)
+        state, values = trainer.state, None
+        due = state.step % trainer.config.logging.log_interval == 0 or state.step == 1 or trainer.is_last_step
+        if due and state.unlogged_steps:
+            values = self._values(trainer)
+            trainer.metrics.write(state.step, values)
+            trainer.state, self._steps, self._started = state.logged(), [], trainer.training_s
+        trainer.progress.advance(state.step, values)
+
+    def _values(self, trainer: Trainer) -> dict[str, Any]:
+        steps, state, config, plan = self._steps, trainer.state, trainer.config, trainer.preflight.plan
+        seconds = trainer.training_s - self._started
+        positions = plan.seq_length * sum(step.samples for step in steps)
+        flops = flops_per_token(config.model, sum(step.context for step in steps) / positions) * positions
+        values = {
+            "tokens": state.tokens,
+            "loss": state.unlogged_loss / state.unlogged_steps,
+            "grad_norm": state.grad_norm,
+            "lr": state.lr,
+            "step_time_s": seconds / len(steps),
+            "tokens_per_s": sum(step.tokens for step in steps) / seconds,
+            "tflops_per_device": flops / seconds / trainer.context.world_size / 1e12,
+            "peak_memory_bytes": largest_peak_memory_bytes(trainer.context.device),
+        }
+        if plan.sizes.has_ramp:
+            values["samples"], values["global_batch_size"] = state.samples, steps[-1].samples
+        if config.recompute.strategy == "inverse":
+            values["num_extra_checkpoints"] = trainer.engine.num_extra_checkpoints
+        if config.faults.on_bad_step == "skip":
+            values["skipped_steps"] = state.skipped
+        return values
+
+
+def opening_lines(trainer: Trainer) -> list[str]:
+    """What is said before the first step."""
+    preflight, config, device = trainer.preflight, trainer.config, trainer.context.device
+    lines = [*preflight.remarks, cost_of_run(preflight)]
+    if preflight.start is not None:
+        lines.append(preflight.start.line)
+    if preflight.checkpoint is not None:
+        lines.append(f"continuing from {preflight.checkpoint}, step {trainer.state.step}")
+        if trainer.state.samples:
+            if trainer.checkpointer.other_place is not None:
+                lines.append(other_place(config, trainer.checkpointer.other_place))
+            changed = changed_residual(config, device, preflight.saved, preflight.state.get("versions", {}))
+            lines += [f"warning: {changed}"] if changed else []
+    if config.model.variant == "crnet":
+        lines.append(f"the residual is computed by {residual_in_use(config, device)}")
+    if preflight.entropy is not None:
+        lines.append(
+            f"unigram entropy of the validation tokens: {preflight.entropy:.4f} nats "
+            f"(perplexity {math.exp(preflight.entropy):.1f}): a loss below it shows that context is used"
+        )
+    return lines
+
+
+def cost_of_run(preflight: Preflight) -> str:
+    """What all steps take, in one line."""
+    config, plan, processes = preflight.config, preflight.plan, preflight.context.world_size
+    steps, ramp = config.training.train_steps, plan.ramp_line()
+    tokens = plan.tokens_of_run(steps)
+    flops = flops_per_token(config.model, plan.seq_length) * tokens
+    return (
+        f"{config.model.variant} of {total_parameters(config.model):,} parameters on {processes} "
+        f"{'process' if processes == 1 else 'processes'}: {steps:,} steps x {plan.tokens_per_step:,} tokens"
+        f"{f' ({ramp})' if ramp else ''} = {tokens:,} tokens, {flops:.2e} FLOP"
+    )
