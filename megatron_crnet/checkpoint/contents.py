@@ -1,4 +1,4 @@
-"""What a checkpoint must hold to be continued. Its checksums do not say: they are right for whatever was sealed."""
+"""Validates the contents of a checkpoint; its checksums are right for whatever was written."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NEEDED = ("step", "tokens", "samples")
 
 
 def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
-    """The checkpoint that a user means, and a line on each newer one that is damaged.
+    """Resolve a path to a checkpoint, with a line on each newer one that is damaged.
 
     Args:
         path: a checkpoint, a folder of checkpoints or the folder of a run; of several the newest whole one counts.
@@ -48,18 +48,18 @@ def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
 
 
 def _problem_of(checkpoint: Path) -> str | None:
-    """As `checkpoint.problem_together`, in one process."""
+    """As `manager.problem_together`, in one process."""
     return damage(checkpoint) or wrong_contents(checkpoint)
 
 
 def wrong_contents(checkpoint: Path) -> str | None:
-    """What is wrong with state, configuration or tensors of a checkpoint whose checksums are right; None if nothing is.
+    """Why the state, configuration or tensors of a checkpoint with right checksums are invalid; None if they are not.
 
     Reads the headers of all files of tensors, not their values.
     """
     try:
         return _wrong_state(checkpoint) or _wrong_tensors(checkpoint)
-    except Exception as error:  # whatever a library raises on what is not its own
+    except Exception as error:  # a library may raise anything on a file of another format
         return f"cannot be read ({describe(error)})"
 
 

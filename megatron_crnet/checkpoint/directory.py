@@ -1,12 +1,12 @@
-"""Checkpoints as folders: which exist, whether one is whole, which go. No tensors in here.
+"""Checkpoint directories: which exist, which are complete, which are pruned. No tensors in here.
 
 DIR/step_00000100/   safetensors of every rank, state.json, config.yaml and, last, manifest.json
 DIR/latest           name of the newest one, for people and scripts
 DIR/.partial_*       one that is being written
-DIR/rejected_*       state before a bad step: kept to look at, never continued from
+DIR/rejected_*       state before a bad step: kept for inspection, never resumed from
 DIR/damaged_*        one that a start has found damaged
 
-Nothing here removes or replaces a state that is set aside, and none is set aside that is the only one.
+Nothing here removes or replaces a quarantined state, and the only state is never quarantined.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def newest_without(problem_of: Callable[[Path], str | None], found: Sequence[Pat
 
 
 def damage(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
-    """What is wrong with a checkpoint, None if nothing is.
+    """Why a checkpoint is not intact, None if it is.
 
     Args:
         share, shares: compare checksums of only this part of the files; sizes of all are compared.
@@ -104,7 +104,7 @@ def damage(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
 
 
 def _listed(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What a manifest says about files, by name.
+    """The entries of a manifest, by file name.
 
     Raises:
         ValueError: it is not what `complete` writes.
@@ -127,7 +127,7 @@ def checksum(path: Path) -> str:
 
 
 def file_entries(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """What the manifest says about files, which are on disk when this returns."""
+    """The manifest entries of files, which are flushed to disk when this returns."""
     entries = {}
     for name in names:
         _to_disk(folder / name)
@@ -136,11 +136,11 @@ def file_entries(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]
 
 
 def seal(partial: Path, target: Path, config: Config, about: Mapping[str, Any], entries: dict[str, Any]) -> None:
-    """Write what a checkpoint holds beside its tensors, and give it its final name.
+    """Write everything but the tensors of a checkpoint, and give it its final name.
 
     Args:
         about: contents of state.json.
-        entries: what the manifest says about the files of tensors.
+        entries: manifest entries of the tensor files.
     """
     (partial / "state.json").write_text(json.dumps(about, indent=1))
     save_config(config, partial / "config.yaml")
@@ -170,7 +170,7 @@ def complete(partial: Path, target: Path, files: dict[str, dict[str, Any]]) -> N
 
 
 def restore_replaced(folder: Path) -> None:
-    """Finish what a process that was killed inside `complete` has left."""
+    """Finish the rename of a process that was killed inside `complete`."""
     for replaced in folder.glob(f"{REPLACED}*"):
         target = folder / replaced.name.removeprefix(REPLACED)
         if target.exists():
@@ -180,7 +180,7 @@ def restore_replaced(folder: Path) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what processes that were killed while saving have left; what cannot be removed stays."""
+    """Remove partial checkpoints of processes that were killed while saving; what cannot be removed stays."""
     for partial in folder.glob(f"{PARTIAL}*"):
         _remove(partial)
 
@@ -199,8 +199,8 @@ def point_latest_at(checkpoint: Path) -> None:
     replace_text(checkpoint.parent / "latest", f"{checkpoint.name}\n")
 
 
-def set_aside(folder: Path, step: int, prefix: str = REJECTED) -> Path | None:
-    """Take checkpoints of `step` and later out of the way of the next start. Returns the newest that is left."""
+def quarantine(folder: Path, step: int, prefix: str = REJECTED) -> Path | None:
+    """Rename checkpoints of `step` and later, so that none is resumed from. Returns the newest that is left."""
     # gone first: on a full disk it may not come back, and must not name a folder that has gone
     with suppress(OSError):
         (folder / "latest").unlink(missing_ok=True)
@@ -214,10 +214,10 @@ def set_aside(folder: Path, step: int, prefix: str = REJECTED) -> Path | None:
     return left[-1] if left else None
 
 
-def superfluous(steps: Sequence[int], keep_last: int | None, keep_every: int | None, good: int) -> list[int]:
-    """Steps whose checkpoints the policy gives up: neither among the last ones nor a multiple of `keep_every`.
+def steps_to_prune(steps: Sequence[int], keep_last: int | None, keep_every: int | None, good: int) -> list[int]:
+    """Steps whose checkpoints the retention policy drops: neither among the last nor a multiple of `keep_every`.
 
-    The last one before step `good` stays as well: a run that stops at a bad step goes back to it.
+    The last one before step `good` is kept as well: a run that stops at a bad step goes back to it.
     """
     if keep_last is None:
         return []
@@ -227,13 +227,13 @@ def superfluous(steps: Sequence[int], keep_last: int | None, keep_every: int | N
 
 
 def prune(folder: Path, keep_last: int | None, keep_every: int | None, good: int) -> None:
-    """Remove what the policy gives up, the oldest first; a folder that cannot be removed stays."""
-    for step in superfluous([saved_step(path) for path in checkpoints(folder)], keep_last, keep_every, good):
+    """Remove what the retention policy drops, oldest first; a folder that cannot be removed stays."""
+    for step in steps_to_prune([saved_step(path) for path in checkpoints(folder)], keep_last, keep_every, good):
         shutil.rmtree(folder / checkpoint_name(step), ignore_errors=True)
 
 
 def unwritable(folder: Path, error: Exception) -> CheckpointError:
-    """The error of a folder that takes no checkpoint."""
+    """The error for a folder that no checkpoint can be written into."""
     reason = (error.strerror if isinstance(error, OSError) else None) or describe(error)
     return CheckpointError(
         f"cannot write a checkpoint into {folder}: {reason}: free some space, correct the permissions or set "

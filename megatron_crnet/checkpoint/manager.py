@@ -1,7 +1,7 @@
-"""A run's whole state on disk, and back into any layout: weights, moments, counters, random states.
+"""Saves the whole state of a run and loads it in any layout: weights, moments, counters, RNG states.
 
-Saving is in two parts: the state is copied to host memory, which training waits for; a thread writes it while
-training goes on. The folder gets its final name when every rank's files are on disk.
+Saving has two parts: the state is copied to host memory, for which training waits; a thread writes it while training
+continues. The folder gets its final name when every rank's files are on disk.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from megatron_crnet.checkpoint.directory import (
     newest_without,
     point_latest_at,
     prune,
+    quarantine,
     remove_partial,
     restore_replaced,
     saved_step,
     seal,
-    set_aside,
     unwritable,
 )
 from megatron_crnet.checkpoint.replicas import Checksums, checksums, copies_differ, describe_drift
@@ -46,7 +46,7 @@ from megatron_crnet.checkpoint.weight_files import ShardReader
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.fingerprint import TrainedOn
-from megatron_crnet.distributed.consensus import examine_together
+from megatron_crnet.distributed.consensus import run_on_all_ranks, run_on_main
 from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.engine.state_kinds import KINDS, MASTER
 from megatron_crnet.engine.zero import Masters
@@ -59,7 +59,7 @@ from megatron_crnet.utils.versions import library_versions
 
 NOT_OF_THE_MODEL = {"beta_init", "init_method_std", "hidden_dropout", "attention_dropout", "max_position_embeddings"}
 WRITING_LIMIT = timedelta(minutes=30)
-"""How long ranks wait for each other's files: a slow file system is no lost peer, so it is not training's limit."""
+"""Timeout of the collective calls of a save, longer than that of training: a slow file system is not a lost rank."""
 Result = TypeVar("Result")
 LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
 
@@ -90,16 +90,15 @@ class Checkpointer:
         self._remarks: list[str] = []
         self.loaded_from: dict[str, Any] | None = None
         """What checkpoint.load gave the run at its step 0, for state.json."""
-        self.other_place: str | None = None
-        """What of devices and layout differs from those of the checkpoint that was loaded, whose random states are
-        of no use then; None if nothing does."""
+        self.changed_layout: str | None = None
+        """How devices or layout differ from those of the loaded checkpoint, whose RNG states are not restored then."""
         self._written: Path | None = None
 
     def save(self, state: TrainingState, aside: bool = False) -> None:
         """Copy the state and write it in the background.
 
         Args:
-            aside: write it to be looked at, not to be continued from.
+            aside: write it for inspection, not to be resumed from.
 
         Raises:
             CheckpointError: the checkpoint before this one could not be written.
@@ -145,7 +144,7 @@ class Checkpointer:
         return {"world_size": dist.get_world_size(), **{name: values[name] for name in LAYOUT}}
 
     def take_remarks(self) -> list[str]:
-        """What was found while writing and has not been asked for yet."""
+        """Remarks of finished saves, each returned once."""
         found, self._remarks = self._remarks, []
         return found
 
@@ -188,7 +187,7 @@ class Checkpointer:
         return {name: entry for files, _ in everyone for name, entry in files.items()}
 
     def _prepare(self, name: str) -> tuple[Path, Path]:
-        """An empty folder to write into, of a name that no rank of an earlier start still writes to, and the final."""
+        """A new empty folder to write into, and its final name; no rank of an earlier start still writes into it."""
         self._may_write()
         self.folder.mkdir(parents=True, exist_ok=True)
         restore_replaced(self.folder)
@@ -209,7 +208,7 @@ class Checkpointer:
             prune(self.folder, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every, state.good_step)
 
     def _on_main(self, action: Callable[[], Result]) -> Result:
-        """Do something on rank 0; every rank learns how it went, whatever went wrong, and gets the result.
+        """Run `action` on rank 0 and return its result on every rank, which also all raise what it raised.
 
         Raises:
             CheckpointError, FolderTakenError: it failed there.
@@ -236,9 +235,9 @@ class Checkpointer:
         Raises:
             CheckpointError: the checkpoint does not fit the model.
         """
-        about, reader = _state_of(checkpoint), shared_reader(checkpoint)
+        about, reader = run_on_all_ranks(lambda: saved_state(checkpoint)), shared_reader(checkpoint)
         fill(reader, self.masters, self.weights, about["adam_steps"])
-        self.other_place = examine_together(lambda: (self._restore_random_states(reader, about), {}))
+        self.changed_layout = run_on_all_ranks(lambda: self._restore_random_states(reader, about))
         self.loaded_from = about.get("loaded_from")
         return TrainingState.from_values(about)
 
@@ -248,11 +247,11 @@ class Checkpointer:
         Raises:
             CheckpointError: the checkpoint does not fit the model.
         """
-        steps = _state_of(checkpoint)["adam_steps"] if optimizer else 0
+        steps = run_on_all_ranks(lambda: saved_state(checkpoint))["adam_steps"] if optimizer else 0
         fill(shared_reader(checkpoint), self.masters, self.weights, steps, KINDS if optimizer else (MASTER,))
 
     def _restore_random_states(self, reader: ShardReader, about: dict[str, Any]) -> str | None:
-        """Put the random generators where they were; else return why that is not possible.
+        """Restore the random generators; else return why that is not possible.
 
         Generators of another kind of device have states of another size, which mean nothing here.
         """
@@ -272,26 +271,26 @@ class Checkpointer:
         RngStates.from_tensors(states).restore()
         return None
 
-    def set_aside(self, step: int, prefix: str = REJECTED) -> Path | None:
-        """Take checkpoints of `step` and later out of the next start's way. Returns the newest that is left."""
-        return self._on_main(lambda: self._set_aside(step, prefix))
+    def quarantine(self, step: int, prefix: str = REJECTED) -> Path | None:
+        """Rename checkpoints of `step` and later, so that none is resumed from. Returns the newest that is left."""
+        return self._on_main(lambda: self._quarantine(step, prefix))
 
-    def _set_aside(self, step: int, prefix: str) -> Path | None:
+    def _quarantine(self, step: int, prefix: str) -> Path | None:
         self._may_write()
-        return set_aside(self.folder, step, prefix)
+        return quarantine(self.folder, step, prefix)
 
     def step_back(self, step: int) -> Path | None:
-        """Let the next start continue from a whole checkpoint before `step`, where there is one.
+        """Let the next start resume from an intact checkpoint before `step`, where there is one.
 
-        Else nothing is set aside: what is whole may be the only good state.
+        Else nothing is quarantined: what is intact may be the only good state.
 
         Returns:
-            The whole checkpoint from which the next start will continue; None if there is none.
+            The checkpoint from which the next start will resume; None if there is none.
         """
         older, _ = newest_complete(self.folder, before=step)
         if older is None:
             return newest_complete(self.folder)[0]
-        self.set_aside(step)
+        self.quarantine(step)
         return older
 
 
@@ -300,7 +299,7 @@ def _random_name(name: str) -> str:
 
 
 def newest_complete(folder: Path, before: int | None = None) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, and a line on each newer one that is damaged; a collective call.
+    """The newest intact checkpoint, and a line on each newer one that is damaged; a collective call.
 
     Args:
         before: look only at checkpoints of earlier steps than this.
@@ -327,7 +326,7 @@ def problem_together(checkpoint: Path) -> str | None:
 
 
 def saved_facts(config: Config, newest: int | None) -> dict[str, Any]:
-    """What run.json says of the checkpoints of a run.
+    """The entry of run.json on the checkpoints of a run.
 
     Args:
         newest: step of the newest that was written or continued; None of a run that has none yet.
@@ -336,25 +335,24 @@ def saved_facts(config: Config, newest: int | None) -> dict[str, Any]:
 
 
 def tidy(folder: Path) -> None:
-    """Finish what a killed run has left in its folder; a collective call, before any rank looks into it.
+    """Finish renames of a killed run in its folder; a collective call, before any rank reads it.
 
     Raises:
         CrnetError: rank 0 cannot write the folder; raised on every rank.
     """
-    examine_together(lambda: _tidy(folder))
+    run_on_main(lambda: _tidy(folder))
 
 
-def _tidy(folder: Path) -> tuple[None, dict[str, str]]:
-    if dist.get_rank() == 0 and folder.is_dir():
-        try:
+def _tidy(folder: Path) -> None:
+    try:
+        if folder.is_dir():
             restore_replaced(folder)
-        except OSError as error:
-            raise unwritable(folder, error) from error
-    return None, {}
+    except OSError as error:
+        raise unwritable(folder, error) from error
 
 
 def saved_state(checkpoint: Path) -> dict[str, Any]:
-    """What a whole checkpoint holds beside its tensors: counters, library versions, what it was trained on.
+    """The state.json of a checkpoint: counters, library versions, what it was trained on.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -365,15 +363,10 @@ def saved_state(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {checkpoint} cannot be read ({describe(error)}): use another one") from error
 
 
-def _state_of(checkpoint: Path) -> dict[str, Any]:
-    """`saved_state` as a collective call, which fails on all ranks where it fails on one."""
-    return examine_together(lambda: (saved_state(checkpoint), {}))
-
-
 def check_resumable(
     config: Config, checkpoint: Path, remedy: str = "use the saved values or another logging.output_dir"
 ) -> dict[str, Any]:
-    """Refuse to continue a checkpoint of another model. Returns its resolved configuration.
+    """Raise for a checkpoint of another model. Returns its resolved configuration.
 
     Raises:
         ConfigError: a field that defines the weights differs; names all that do.

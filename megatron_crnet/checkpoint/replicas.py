@@ -1,4 +1,4 @@
-"""Whether ranks that hold copies of the same weights still hold the same bits.
+"""Detects ranks whose copies of the same weights have drifted apart.
 
 Copies are updated by each rank for itself: weights that tensor parallelism does not cut on every rank of its group,
 under ZeRO stage 0 all weights on every data-parallel rank. A kernel of another version on one node, or a faulty device,

@@ -1,12 +1,11 @@
-"""The two folders that a run writes, `logging.output_dir` and `checkpoint.dir`, before it writes anything into them.
+"""Locks and checks the two folders of a run, `logging.output_dir` and `checkpoint.dir`, before it writes anything.
 
-They are held against other writers, whatever could not be written at the end is refused at the start, and no run starts
+They are locked against other writers, what could not be written at the end is refused at the start, and no run starts
 from random weights where an earlier one has left state.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -27,9 +26,10 @@ from megatron_crnet.checkpoint.directory import (
 )
 from megatron_crnet.config.model_size import total_parameters
 from megatron_crnet.config.schema import Config
-from megatron_crnet.distributed.consensus import examine_together
+from megatron_crnet.distributed.consensus import run_on_all_ranks
 from megatron_crnet.utils.environment import RUN_FILE, read_run_file
 from megatron_crnet.utils.errors import ConfigError
+from megatron_crnet.utils.files import read_json_lines
 from megatron_crnet.utils.folder_lock import LOCK, FolderLock, take
 
 GIB = 2**30
@@ -42,7 +42,7 @@ STATE = ("*.safetensors", "state.json", MANIFEST, "*.pt", "step_*/manifest.json"
 
 
 class RunFolders:
-    """The folders of a run, held until the end of a `with` block; on ranks other than the main one it is empty."""
+    """The locks on the folders of a run, until the end of a `with` block; empty on ranks other than 0."""
 
     def __init__(self) -> None:
         self._locks: list[FolderLock] = []
@@ -75,7 +75,7 @@ class RunFolders:
         return any(lock.taken_by is not None for lock in self._locks)
 
     def close(self) -> None:
-        """Let others have the folders; those that were made for nothing go."""
+        """Release the locks and remove folders that were created and are empty."""
         for lock in self._locks:
             lock.release()
         for folder in sorted(self._made, key=lambda path: -len(path.parts)):
@@ -100,15 +100,15 @@ def _unwritable(field: str, folder: Path, error: Exception) -> ConfigError:
 
 
 def hold_run_folders(config: Config, is_main: bool) -> RunFolders:
-    """Hold both folders for this run and look at what could not be written later; a collective call.
+    """Lock both folders for this run and check that everything can be written later; a collective call.
 
     Raises:
         ConfigError, DataError: another process holds one, or something in it is in the way.
     """
-    return examine_together(partial(_hold, config, is_main))
+    return run_on_all_ranks(partial(_hold, config, is_main))
 
 
-def _hold(config: Config, is_main: bool) -> tuple[RunFolders, dict[str, str]]:
+def _hold(config: Config, is_main: bool) -> RunFolders:
     folders = RunFolders()
     if is_main:
         output, states = Path(config.logging.output_dir), checkpoint_dir(config)
@@ -120,11 +120,11 @@ def _hold(config: Config, is_main: bool) -> tuple[RunFolders, dict[str, str]]:
         except BaseException:
             folders.close()
             raise
-    return folders, {}
+    return folders
 
 
 def _check_files(field: str, folder: Path, files: Sequence[str], folders: Sequence[str]) -> None:
-    """Refuse what would be in the way of a file or a folder that is written later."""
+    """Raise for anything in the place of a file or a folder that is written later."""
     for path in (folder / name for name in (*files, *folders)):
         if path.exists() and path.is_dir() != (path.name in folders):
             found, wanted = ("folder", "file") if path.is_dir() else ("file", "folder")
@@ -186,9 +186,9 @@ def logged_steps(metrics: Path) -> int:
     """The largest step of a metrics.jsonl, 0 where there is none."""
     steps = [0]
     with suppress(OSError):
-        for line in metrics.read_text(errors="replace").splitlines():
-            with suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
-                steps.append(int(json.loads(line)["step"]))
+        for line in read_json_lines(metrics):
+            with suppress(ValueError, KeyError, TypeError, OverflowError):
+                steps.append(int(line["step"]))
     return max(steps)
 
 

@@ -1,4 +1,4 @@
-"""Tensors of a training state by canonical name, to files and back: PyTorch's distributed checkpoint on safetensors.
+"""Reads and writes the tensors of a training state by canonical name: torch.distributed.checkpoint on safetensors.
 
 Each rank writes the boxes of whole tensors that it owns; any rank of any layout reads the boxes that it needs.
 Nothing is unpickled (docs/decisions/checkpoint-format.md).
@@ -6,7 +6,7 @@ Nothing is unpickled (docs/decisions/checkpoint-format.md).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,15 +35,12 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_crnet.checkpoint.weight_files import ShardReader, headers_of
+from megatron_crnet.checkpoint.weight_files import ShardReader, headers_of, portions
 from megatron_crnet.distributed.consensus import report_together
 from megatron_crnet.engine.state_kinds import KINDS
 from megatron_crnet.engine.zero import Masters, local_shape
 from megatron_crnet.model.weights import Weight
 from megatron_crnet.utils.errors import CheckpointError, describe
-
-BYTES_AT_ONCE = 2**30
-"""Host memory for values on their way from files into DeepSpeed's buffers."""
 
 
 class Box:
@@ -60,12 +57,12 @@ class Box:
         self.chunk = ChunkStorageMetadata(torch.Size(offsets), tensor.size())
 
     def write_item(self, name: str) -> WriteItem:
-        """What is written of the whole tensor `name`."""
+        """The write item of this part of the tensor `name`."""
         data = TensorWriteData(self.chunk, TensorProperties.create_from_tensor(self.tensor), self.shape)
         return WriteItem(MetadataIndex(name, self.chunk.offsets), WriteItemType.SHARD, tensor_data=data)
 
     def read_items(self, name: str, saved: TensorStorageMetadata | None) -> list[ReadItem]:
-        """What must be read of the whole tensor `name` as it was saved."""
+        """The read items of this part of the saved tensor `name`."""
         if saved is None:
             raise ValueError(f"{name} is missing")
         if saved.size != self.shape:
@@ -74,7 +71,7 @@ class Box:
 
 
 class LostBox:
-    """A part of a tensor that could not be copied: whoever writes it fails, which every rank learns there.
+    """A part of a tensor that could not be copied: writing it fails, on every rank.
 
     Args:
         error: what went wrong.
@@ -117,7 +114,7 @@ class _LoadPlanner(DefaultLoadPlanner):
 
 
 def whole(tensor: Tensor) -> Box:
-    """A tensor that one rank holds alone."""
+    """The box of a whole tensor, which one rank holds alone."""
     return Box(tensor, tuple(tensor.shape), (0,) * tensor.dim())
 
 
@@ -137,10 +134,10 @@ def by_parameter(weights: list[Weight]) -> dict[nn.Parameter, list[Weight]]:
 
 
 def collect(masters: Masters, weights: list[Weight]) -> dict[str, Box | LostBox]:
-    """Copies in host memory of what this rank will write; a collective call over replicas.
+    """Copy what this rank will write to host memory; a collective call over replicas.
 
-    Every master and moment has one owner among the ranks that hold it, in turn, so that all write alike. What cannot be
-    copied is lost, and said by `write`: here the replicas still wait for this rank's slices.
+    Every master and moment has one owner among the ranks that hold it, in turn, so that all write equally much. What
+    cannot be copied is reported by `write`: here the replicas still wait for this rank's slices.
     """
     dp_rank, dp_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     tp_rank, tp_size = (
@@ -241,7 +238,7 @@ def fill(
     steps: int,
     kinds: Sequence[str] = KINDS,
 ) -> None:
-    """Put masters, moments and weights of this rank where DeepSpeed keeps them; a collective call.
+    """Load masters, moments and weights of this rank into DeepSpeed's buffers; a collective call.
 
     Args:
         steps: Adam's count of updates.
@@ -256,29 +253,17 @@ def fill(
 
 
 def _fill_own(reader: ShardReader, masters: Masters, weights: list[Weight], kinds: Sequence[str]) -> None:
-    for parameters in _portions(by_parameter(weights)):
+    parts = by_parameter(weights)
+    for parameters in portions({p: 4 * len(KINDS) * local_shape(p).numel() for p in parts}):
         values = {p: {kind: torch.zeros(local_shape(p)) for kind in KINDS} for p in parameters}
         read(
             reader,
             {
                 f"{kind}.{weight.name}": _box(weight, weight.local(values[parameter][kind]))
-                for parameter, parts in parameters.items()
-                for weight in parts
+                for parameter in parameters
+                for weight in parts[parameter]
                 for kind in kinds
             },
         )
         for parameter, found in values.items():
             masters.write(parameter, {kind: tensor.to(parameter.device) for kind, tensor in found.items()})
-
-
-def _portions(parameters: dict[nn.Parameter, list[Weight]]) -> Iterator[dict[nn.Parameter, list[Weight]]]:
-    portion: dict[nn.Parameter, list[Weight]] = {}
-    size = 0
-    for parameter, parts in parameters.items():
-        portion[parameter] = parts
-        size += 4 * len(KINDS) * local_shape(parameter).numel()
-        if size >= BYTES_AT_ONCE:
-            yield portion
-            portion, size = {}, 0
-    if portion:
-        yield portion

@@ -1,4 +1,4 @@
-"""The counters of a run: what it needs besides weights, moments and random states to go on."""
+"""The counters of a run: what it needs besides weights, moments and RNG states to resume."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class StepResult:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a run needs besides weights, moments and random states to go on.
+    """What a run needs besides weights, moments and RNG states to resume.
 
     Attributes:
         step: steps done.
         tokens: trained tokens so far.
         samples: sequences drawn from the training data so far: its position in the order that Megatron-Core's
             datasets give all epochs and blended sources.
-        skipped, skipped_in_a_row: bad steps that were passed over, in all and since the last good one.
+        skipped, skipped_in_a_row: bad steps that were skipped, in total and since the last good one.
         unlogged_loss, unlogged_steps: sum of the losses since the last metric line, and of how many good steps.
         grad_norm, lr: of the last good step.
         recent_losses: of the last good steps, for what faults.spike_deviations compares with.
@@ -77,8 +77,8 @@ class TrainingState:
             recent_losses=losses[max(len(losses) - window, 0) :],
         )
 
-    def passed_over(self, samples: int) -> TrainingState:
-        """The state after a step that was skipped: data and schedule have moved on, nothing else has."""
+    def skip_step(self, samples: int) -> TrainingState:
+        """The state after a skipped step: data and schedule have advanced, nothing else has."""
         return replace(
             self,
             step=self.step + 1,
@@ -93,6 +93,6 @@ class TrainingState:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> TrainingState:
-        """What `dataclasses.asdict` gave, after a way through JSON; what an older version did not know is left out."""
+        """Inverse of `asdict`, after a JSON round trip; fields unknown to an older version keep their defaults."""
         known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
         return cls(**{**known, "recent_losses": tuple(known.get("recent_losses", ()))})

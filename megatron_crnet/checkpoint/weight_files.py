@@ -1,4 +1,4 @@
-"""Canonical weights in files, a checkpoint's masters or an export's, and what must hold of them.
+"""Reads canonical weights from the files of a checkpoint or an export, and validates them.
 
 Everything here is one process without Megatron-Core, DeepSpeed or process groups. Nothing is unpickled.
 """
@@ -6,12 +6,13 @@ Everything here is one process without Megatron-Core, DeepSpeed or process group
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -35,14 +36,31 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 Cast = Callable[[str, Tensor], Tensor]
 """A weight, by its name, in the precision in which it is wanted."""
 BYTES_AT_ONCE = 2**30
-"""Host memory for values on their way from one file to another, in bytes."""
+"""Host memory for values that are read at once."""
+
+
+Key = TypeVar("Key")
+
+
+def portions(sizes: Mapping[Key, int]) -> Iterator[list[Key]]:
+    """The keys in their order, as many at once as have about `BYTES_AT_ONCE` bytes."""
+    keys: list[Key] = []
+    waiting = 0
+    for key, size in sizes.items():
+        keys.append(key)
+        waiting += size
+        if waiting >= BYTES_AT_ONCE:
+            yield keys
+            keys, waiting = [], 0
+    if keys:
+        yield keys
 
 
 class WeightSource(ABC):
     """Files that hold whole canonical weights.
 
     Attributes:
-        where: what the files are, for messages.
+        where: names the files in messages.
         shapes: of all weights in them.
         dtypes: of all weights in them, as the files name them.
     """
@@ -81,25 +99,17 @@ class WeightSource(ABC):
                     "that are not quantized"
                 )
 
-    def portions(self, cast: Cast, size: int = BYTES_AT_ONCE) -> Iterator[dict[str, Tensor]]:
-        """All weights as `cast` makes them, in turn, about `size` bytes of fp32 at once.
+    def portions(self, cast: Cast) -> Iterator[dict[str, Tensor]]:
+        """All weights as `cast` makes them, in turn, about `BYTES_AT_ONCE` of fp32 at once.
 
         Raises:
             DataError: see `checked`.
         """
-        names: list[str] = []
-        waiting = 0
-        for name, shape in self.shapes.items():
-            names.append(name)
-            waiting += 4 * torch.Size(shape).numel()
-            if waiting >= size:
-                yield self.checked(names, cast)
-                names, waiting = [], 0
-        if names:
+        for names in portions({name: 4 * math.prod(shape) for name, shape in self.shapes.items()}):
             yield self.checked(names, cast)
 
     def checked(self, names: Iterable[str], cast: Cast) -> dict[str, Tensor]:
-        """As `read`, then `cast`, with a look at every value that comes out.
+        """As `read`, then `cast`, with a check of every value.
 
         Raises:
             DataError: a value is not finite, or a matrix or a norm is zero all over.

@@ -24,7 +24,7 @@ from megatron_crnet.config.loading import resolved, save_config
 from megatron_crnet.config.schema import Config
 from megatron_crnet.utils.environment import read_run_file, write_run_file
 from megatron_crnet.utils.errors import ConfigError, describe
-from megatron_crnet.utils.files import replace_text, unused_name
+from megatron_crnet.utils.files import read_json_lines, replace_text, unused_name
 
 if TYPE_CHECKING:
     from megatron_crnet.training.preflight import Preflight
@@ -199,27 +199,16 @@ def _drop_lines_after(path: Path, step: int) -> None:
     """Remove lines of steps that the resumed run does again, and a line that was cut short."""
     if path.exists():
         kept = [
-            line for line in read_metrics(path) if isinstance(line.get("step"), int | float) and line["step"] <= step
+            line for line in read_json_lines(path) if isinstance(line.get("step"), int | float) and line["step"] <= step
         ]
         replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every whole line of a metrics.jsonl; a line that a crash cut short, or that is none of ours, is left out."""
-    lines = []
-    for line in path.read_text(errors="replace").splitlines():
-        with suppress(ValueError, RecursionError):
-            found = json.loads(line)
-            if isinstance(found, dict):
-                lines.append(found)
-    return lines
 
 
 def validated_steps(path: Path) -> set[int]:
     """Steps whose validation loss stands in a metrics.jsonl."""
     if not path.is_file():
         return set()
-    steps = (line.get("step") for line in read_metrics(path) if "validation_loss" in line)
+    steps = (line.get("step") for line in read_json_lines(path) if "validation_loss" in line)
     return {step for step in steps if isinstance(step, int)}
 
 
@@ -230,7 +219,7 @@ def plot_loss(metrics: Path, picture: Path, *, title: str, unigram_entropy: floa
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines = read_metrics(metrics)
+    lines = read_json_lines(metrics)
     training = [(line["tokens"], line["loss"]) for line in lines if "loss" in line]
     validation = [(line["tokens"], line["validation_loss"]) for line in lines if "validation_loss" in line]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")

@@ -104,7 +104,7 @@ def other_documents(saved: Values, now: Values) -> list[str]:
     ]
 
 
-def other_place(config: Config, why: str) -> str:
+def changed_layout(config: Config, why: str) -> str:
     """The line on a run that goes on elsewhere than where its checkpoint was written.
 
     Args:
@@ -121,7 +121,7 @@ def other_place(config: Config, why: str) -> str:
 def _other_settings(saved: Values, now: Values) -> Iterator[str]:
     warned = (*ORDER, *(f"data.{name}" for name in DOCUMENTS))
     for key, before, after in _changes(saved, now):
-        # where it runs is said by `other_place`
+        # where it runs is said by `changed_layout`
         if key not in warned and not key.startswith((*OF_NO_RESULT, "parallel.")):
             yield f"{key} {before} -> {after}"
 

@@ -66,7 +66,7 @@ def headers_opened(folder: str) -> int:
         found, _ = newest_complete(checkpointer.folder)
         assert found is not None
         checkpointer.load(found)
-    assert checkpointer.other_place is None, "random states were read as well"
+    assert checkpointer.changed_layout is None, "random states were read as well"
     close_engine(engine)
     return opened
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from megatron_crnet.checkpoint import storage
+from megatron_crnet.checkpoint import weight_files
 from megatron_crnet.checkpoint.storage import collect, fill, shared_reader, write
 from megatron_crnet.engine.state_kinds import KINDS
 from megatron_crnet.engine.zero import Masters, local_shape
@@ -61,9 +61,9 @@ def save_and_load(folder: str) -> dict[str, dict[str, Any]]:
         target = Path(folder, name)
         write(target, boxes, dist.new_group(backend="gloo"))
         HuggingFaceStorageReader.read_metadata, opened = counted, 0  # type: ignore[method-assign]
-        portion, storage.BYTES_AT_ONCE = storage.BYTES_AT_ONCE, 1
+        portion, weight_files.BYTES_AT_ONCE = weight_files.BYTES_AT_ONCE, 1
         fill(shared_reader(target), masters, weights, 1)
-        HuggingFaceStorageReader.read_metadata, storage.BYTES_AT_ONCE = read_metadata, portion  # type: ignore[method-assign]
+        HuggingFaceStorageReader.read_metadata, weight_files.BYTES_AT_ONCE = read_metadata, portion  # type: ignore[method-assign]
         found[name] = {
             "parameters": sum(local_shape(parameter).numel() for parameter in masters.slices),
             "sent": counter.total("send").bytes,

@@ -69,7 +69,7 @@ patch.setattr(Heartbeat, "report", lambda *arguments, **more: reports.append((ar
 def fail(*_):
     print("while", reports[-1])
     raise PermissionError(13, "Permission denied")
-patch.setattr(manager, "set_aside", fail)
+patch.setattr(manager, "quarantine", fail)
 """
 
 

@@ -32,7 +32,7 @@ class Checkpoints(Callback):
         """Take damaged checkpoints out of the way."""
         preflight = trainer.preflight
         if preflight.damaged:
-            trainer.checkpointer.set_aside(preflight.step + (preflight.checkpoint is not None), DAMAGED)
+            trainer.checkpointer.quarantine(preflight.step + (preflight.checkpoint is not None), DAMAGED)
         self._saved_at = time.monotonic()
 
     def on_step_end(self, trainer: Trainer, step: Step) -> None:

@@ -62,7 +62,7 @@ class FaultPolicy(Callback):
     def on_bad_step(self, trainer: Trainer, problem: str, lr: float) -> None:
         """See Callback."""
         faults = trainer.config.faults
-        skipped = trainer.state.passed_over(trainer.step_size)
+        skipped = trainer.state.skip_step(trainer.step_size)
         limit = skip_limit_exceeded(skipped, faults)
         if faults.on_bad_step == "stop" or limit is not None:
             _stop(trainer, problem if faults.on_bad_step == "stop" else f"{problem}, and {limit}", lr)

@@ -9,7 +9,7 @@ from megatron_crnet.config.model_size import flops_per_token, total_parameters
 from megatron_crnet.training.callbacks.base import Callback, Step
 from megatron_crnet.training.metrics import largest_peak_memory_bytes
 from megatron_crnet.training.preflight import Preflight
-from megatron_crnet.training.resumption import changed_residual, other_place, residual_in_use
+from megatron_crnet.training.resumption import changed_layout, changed_residual, residual_in_use
 
 if TYPE_CHECKING:
     from megatron_crnet.training.trainer import Trainer
@@ -71,8 +71,8 @@ def opening_lines(trainer: Trainer) -> list[str]:
     if preflight.checkpoint is not None:
         lines.append(f"continuing from {preflight.checkpoint}, step {trainer.state.step}")
         if trainer.state.samples:
-            if trainer.checkpointer.other_place is not None:
-                lines.append(other_place(config, trainer.checkpointer.other_place))
+            if trainer.checkpointer.changed_layout is not None:
+                lines.append(changed_layout(config, trainer.checkpointer.changed_layout))
             changed = changed_residual(config, device, preflight.saved, preflight.state.get("versions", {}))
             lines += [f"warning: {changed}"] if changed else []
     if config.model.variant == "crnet":

@@ -16,10 +16,10 @@ from megatron_crnet.checkpoint.directory import (
     damage,
     file_entries,
     point_latest_at,
+    quarantine,
     remove_partial,
     restore_replaced,
-    set_aside,
-    superfluous,
+    steps_to_prune,
 )
 
 
@@ -36,7 +36,7 @@ def make(folder: Path, step: int, content: str = "weights") -> Path:
     [(None, None, []), (None, 20, []), (2, None, [10, 20, 30]), (2, 20, [10, 30]), (9, None, []), (1, 10, [])],
 )
 def test_what_the_policy_gives_up(keep_last: int | None, keep_every: int | None, expected: list[int]) -> None:
-    assert superfluous([50, 10, 30, 20, 40], keep_last, keep_every, good=51) == expected
+    assert steps_to_prune([50, 10, 30, 20, 40], keep_last, keep_every, good=51) == expected
 
 
 def test_only_whole_folders_with_a_final_name_count(tmp_path: Path) -> None:
@@ -84,19 +84,19 @@ def test_a_kill_while_replacing_leaves_one_whole_checkpoint(tmp_path: Path, kill
 
 
 def test_the_checkpoint_that_a_bad_step_would_go_back_to_stays() -> None:
-    assert superfluous([10, 20, 30], 1, None, good=30) == [10]
+    assert steps_to_prune([10, 20, 30], 1, None, good=30) == [10]
     # 20 and 30 hold the weights of step 18, after which steps were skipped
-    assert superfluous([5, 10, 20, 30], 1, None, good=18) == [5, 20]
-    assert superfluous([10, 20], 1, None, good=10) == [10]
+    assert steps_to_prune([5, 10, 20, 30], 1, None, good=18) == [5, 20]
+    assert steps_to_prune([10, 20], 1, None, good=10) == [10]
 
 
 def test_rejected_checkpoints_are_out_of_the_way_and_latest_goes_back(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         point_latest_at(make(tmp_path, step))
-    assert set_aside(tmp_path, 2) == tmp_path / "step_00000001"
+    assert quarantine(tmp_path, 2) == tmp_path / "step_00000001"
     assert (tmp_path / "latest").read_text() == "step_00000001\n"
     assert (tmp_path / "rejected_step_00000003" / "data").exists()
-    assert set_aside(tmp_path, 1, DAMAGED) is None
+    assert quarantine(tmp_path, 1, DAMAGED) is None
     assert (tmp_path / "damaged_step_00000001" / "data").exists()
     assert not (tmp_path / "latest").exists()
 
@@ -119,7 +119,7 @@ def test_what_was_set_aside_is_never_replaced_or_removed(tmp_path: Path) -> None
     for content in ("first", "second"):
         make(tmp_path, 1, "kept")
         make(tmp_path, 2, content)
-        set_aside(tmp_path, 2)
+        quarantine(tmp_path, 2)
     aside = [tmp_path / f"rejected_step_00000002{suffix}" for suffix in ("", ".2")]
     assert [(path / "data").read_text() for path in aside] == ["first", "second"]
     partial = make(tmp_path, 3).rename(tmp_path / f"{PARTIAL}again")

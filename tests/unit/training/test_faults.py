@@ -32,14 +32,14 @@ def test_a_spike_is_so_many_deviations_above_the_mean_of_a_full_window() -> None
 
 def test_both_limits_count_and_a_good_step_ends_a_row() -> None:
     faults = FaultsConfig(max_skips_in_a_row=2, max_skips=3)
-    state = TrainingState().passed_over(8).passed_over(8)
+    state = TrainingState().skip_step(8).skip_step(8)
     assert skip_limit_exceeded(state, faults) is None
-    assert skip_limit_exceeded(state.passed_over(8), faults) == (
+    assert skip_limit_exceeded(state.skip_step(8), faults) == (
         "step 3 would be skipped step 3 of at most faults.max_skips_in_a_row 2"
     )
-    state = state.trained(8, GOOD, 0).passed_over(8)
+    state = state.trained(8, GOOD, 0).skip_step(8)
     assert skip_limit_exceeded(state, faults) is None
-    state = state.trained(8, GOOD, 0).passed_over(8)
+    state = state.trained(8, GOOD, 0).skip_step(8)
     assert skip_limit_exceeded(state, faults) == "step 6 would be skipped step 4 of at most faults.max_skips 3"
     assert state.good_step == 5
     assert (state.step, state.samples, state.tokens, state.skipped, state.skipped_in_a_row) == (6, 48, 200, 4, 1)

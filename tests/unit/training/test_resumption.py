@@ -11,7 +11,7 @@ import pytest
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.schema import Config, DataConfig, ModelConfig
 from megatron_crnet.data.fingerprint import TrainedOn
-from megatron_crnet.training.resumption import differences, other_place
+from megatron_crnet.training.resumption import changed_layout, differences
 from megatron_crnet.utils.versions import library_versions
 from tests.helpers import tiny_config
 
@@ -95,6 +95,6 @@ def test_a_field_that_an_earlier_version_did_not_know_is_no_change() -> None:
 @pytest.mark.fault("B2")
 def test_dropout_is_mentioned_where_there_is_some() -> None:
     config = tiny_config()
-    assert "dropout" not in other_place(config, "device cpu instead of cuda")
+    assert "dropout" not in changed_layout(config, "device cpu instead of cuda")
     dropping = dataclasses.replace(config, model=ModelConfig(hidden_dropout=0.1))
-    assert other_place(dropping, "x").endswith("not to the bit, and dropout draws other numbers")
+    assert changed_layout(dropping, "x").endswith("not to the bit, and dropout draws other numbers")
