@@ -58,12 +58,7 @@ def run(call: Call) -> int:
         )
     peak = None if args.peak_tflops is None else args.peak_tflops * 1e12
     sections = build_sections(inputs, peak, command_line(call.words))
-    introduction = (
-        f"Made from runs: {len(inputs.runs)}, benchmarks: {len(inputs.benchmarks)}, estimates and simulations: "
-        f"{len(inputs.estimates) + len(inputs.simulations)}, counts of recomputation: {len(inputs.recompute)}."
-    )
-    if inputs.problems:
-        introduction += f" Left out, named at the end: {len(inputs.problems)}."
+    introduction = inputs.summary()
     pages = {markdown: markdown_page, args.output: html_page}
     with atomic_files(*pages, overwrite=args.overwrite) as temporaries:
         for path, write in zip(temporaries, pages.values(), strict=True):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from megatron_crnet.config.loading import parse_arguments
 from megatron_crnet.config.schema import Config
@@ -55,81 +57,66 @@ def parse_row(text: str) -> Row:
 
 
 def sweep_rows(sweep: str, config: Config, processes: int) -> list[Row]:
-    """The rows of a ready-made sweep around `config`; `processes` is the largest world."""
-    return SWEEPS[sweep](config, processes)
-
-
-def _variants(config: Config, processes: int) -> list[Row]:
-    # chains are the variant's own
-    own = ("--model.full_rank_layers", "null")
-    names = ("full_rank", "crnet", "low_rank", "cola")
-    return [Row("variants", name, processes, ("--model.variant", name, *own)) for name in names]
-
-
-def _ranks(config: Config, processes: int) -> list[Row]:
-    h = config.model.hidden_size
-    return [Row("ranks", f"r = h/{part}", processes, ("--model.rank", str(h // part))) for part in (8, 4, 2)]
-
-
-def _recompute(config: Config, processes: int) -> list[Row]:
-    kept = ("--recompute.keep_attention_output", "true")
-    rows = (
-        ("none", ("none",)),
-        ("replay", ("replay",)),
-        ("replay, attention kept", ("replay", *kept)),
-        ("inverse", ("inverse",)),
-        ("full", ("full",)),
-    )
-    return [Row("recompute", name, processes, ("--recompute.strategy", *values)) for name, values in rows]
-
-
-def _layouts(config: Config, processes: int) -> list[Row]:
-    sizes = [(tp, pp) for tp in _powers(processes) for pp in _powers(processes // tp) if processes % (tp * pp) == 0]
+    """The rows of a ready-made sweep around `config`; `processes` is the largest number of ranks."""
     return [
-        Row(
-            "layouts",
-            f"TP {tp} x PP {pp} x DP {processes // (tp * pp)}",
-            processes,
-            (
-                *("--parallel.tensor_model_parallel_size", str(tp)),
-                *("--parallel.pipeline_model_parallel_size", str(pp)),
-                *_batch(config, config.training.global_batch_size, processes // (tp * pp)),
-            ),
-        )
-        for tp, pp in sizes
+        Row(sweep, name, ranks, tuple(options.split())) for name, ranks, options in SWEEPS[sweep](config, processes)
     ]
 
 
-def _strong(config: Config, processes: int) -> list[Row]:
+Options = list[tuple[str, int, str]]
+"""Name, processes and options of rows."""
+
+
+def _variants(config: Config, processes: int) -> Options:
+    own_chains = "--model.full_rank_layers null"
+    names = ("full_rank", "crnet", "low_rank", "cola")
+    return [(name, processes, f"--model.variant {name} {own_chains}") for name in names]
+
+
+def _ranks(config: Config, processes: int) -> Options:
+    return [(f"r = h/{n}", processes, f"--model.rank {config.model.hidden_size // n}") for n in (8, 4, 2)]
+
+
+def _recompute(config: Config, processes: int) -> Options:
+    rows = [(name, processes, f"--recompute.strategy {name}") for name in ("none", "replay", "inverse", "full")]
+    kept = "--recompute.strategy replay --recompute.keep_attention_output true"
+    return [*rows[:2], ("replay, attention kept", processes, kept), *rows[2:]]
+
+
+def _layouts(config: Config, processes: int) -> Options:
+    rows = []
+    for tp, pp in itertools.product(_powers(processes), repeat=2):
+        dp, rest = divmod(processes, tp * pp)
+        if dp and not rest:
+            sizes = f"--parallel.tensor_model_parallel_size {tp} --parallel.pipeline_model_parallel_size {pp}"
+            batch = _batch(config, config.training.global_batch_size, dp)
+            rows.append((f"TP {tp} x PP {pp} x DP {dp}", processes, f"{sizes} {batch}"))
+    return rows
+
+
+def _scaling(config: Config, processes: int, weak: bool) -> Options:
     size = config.training.global_batch_size
-    return [Row("strong", _count(n), n, _batch(config, size, n)) for n in _powers(processes)]
+    return [
+        (f"{n} process{'es' * (n > 1)}", n, _batch(config, size * n if weak else size, n)) for n in _powers(processes)
+    ]
 
 
-def _weak(config: Config, processes: int) -> list[Row]:
-    size = config.training.global_batch_size
-    return [Row("weak", _count(n), n, _batch(config, size * n, n)) for n in _powers(processes)]
-
-
-def _batch(config: Config, global_batch_size: int, replicas: int) -> tuple[str, ...]:
+def _batch(config: Config, global_batch_size: int, replicas: int) -> str:
     """The batch of `replicas` data-parallel ranks; micro-batches as large as asked for, where they fit."""
     micro = max(min(config.training.micro_batch_size, global_batch_size // replicas), 1)
-    return "--training.global_batch_size", str(global_batch_size), "--training.micro_batch_size", str(micro)
-
-
-def _count(processes: int) -> str:
-    return "1 process" if processes == 1 else f"{processes} processes"
+    return f"--training.global_batch_size {global_batch_size} --training.micro_batch_size {micro}"
 
 
 def _powers(largest: int) -> list[int]:
-    return [2**k for k in range(largest.bit_length()) if 2**k <= largest]
+    return [2**k for k in range(largest.bit_length())]
 
 
-SWEEPS: dict[str, Callable[[Config, int], list[Row]]] = {
+SWEEPS: dict[str, Callable[[Config, int], Options]] = {
     "variants": _variants,
     "ranks": _ranks,
     "recompute": _recompute,
     "layouts": _layouts,
-    "strong": _strong,
-    "weak": _weak,
+    "strong": partial(_scaling, weak=False),
+    "weak": partial(_scaling, weak=True),
 }
 """By the names that the command line takes."""

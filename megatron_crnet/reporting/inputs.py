@@ -1,277 +1,27 @@
-"""Reads what a report is made of. What is missing or damaged becomes a line in `problems`, and the rest is read.
-
-Every value has a type that knows its range, so that nothing behind this module meets an infinity, a lone surrogate or
-a number where a mapping belongs. A damaged field that a row can do without is left out of it; a row that lacks what
-every row needs is left out whole.
-"""
+"""Reads what a report is made of into tables. What is missing or damaged is a line in `problems`; the rest is read."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any
 
 import pandas as pd
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, WrapValidator
 
 from megatron_crnet.config.loading import load_config
 from megatron_crnet.config.model_size import flops_per_token
 from megatron_crnet.config.schema import Config
+from megatron_crnet.reporting.records import KINDS, Head, MetricsLine, Row, Strategy, check, parse, printable, reason
 from megatron_crnet.utils.environment import RUN_FILE
 from megatron_crnet.utils.errors import CrnetError
 
 METRICS = "metrics.jsonl"
-LARGEST = 1e30
-"""Beyond every count of bytes, tokens and operations, and small enough that products and sums stay finite."""
-
-
-def _or_nothing(value: Any, check: Any, info: ValidationInfo) -> Any:
-    if value is None:
-        return None
-    try:
-        return check(value)
-    except ValidationError:
-        if isinstance(info.context, list):
-            info.context.append(str(info.field_name))
-        return None
-
-
-T = TypeVar("T")
-
-
-def printable(text: str) -> str:
-    """On one line; what no terminal and no page can show is written as its number."""
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(text.split()))
-
-
-Text = Annotated[str, Field(strict=True), AfterValidator(lambda text: printable(text)[:1000])]
-Name = Annotated[Text, AfterValidator(lambda text: text[:100])]
-Number = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-LARGEST, le=LARGEST)]
-Amount = Annotated[Number, Field(ge=0)]
-Positive = Annotated[Number, Field(ge=1 / LARGEST)]
-Ratio = Annotated[Number, Field(ge=1e-9, le=1e9)]
-Count = Annotated[int, Field(strict=True, ge=1, le=10**7)]
-Perhaps = Annotated[T | None, WrapValidator(_or_nothing)]
-"""None where it is damaged, which the validation's context, a list, is told."""
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class Memory(_Part):
-    """Bytes of a rank by part, of a benchmark's row; they add up to the peak."""
-
-    weights: Amount
-    optimizer: Amount
-    gradients: Amount
-    activations: Amount
-
-    @property
-    def total(self) -> float:
-        """The peak."""
-        return self.weights + self.optimizer + self.gradients + self.activations
-
-
-class FineMemory(_Part):
-    """The finer parts of an estimate or a simulation (`figures.Memory`)."""
-
-    weights: Amount
-    gradients: Amount
-    optimizer: Amount
-    kept: Amount
-    transient: Number
-    buffers: Amount = 0
-    reduction: Amount = 0
-    update: Amount = 0
-
-    @property
-    def parts(self) -> Memory:
-        """As a benchmark splits them: what comes and goes with a step is `activations`, buffers included."""
-        most = max(self.kept + self.transient, self.reduction, self.update)
-        return Memory(
-            weights=self.weights,
-            optimizer=self.optimizer,
-            gradients=self.gradients,
-            activations=self.buffers + most,
-        )
-
-
-class Flow(_Part):
-    """Bytes of one kind of call in one group of ranks."""
-
-    group: Name
-    kind: Name
-    bytes: Amount
-
-
-class Operations(_Part):
-    """Of a rank's step, by formula."""
-
-    passes: Amount
-    recomputation: Amount
-
-
-class Figures(_Part):
-    """One rank, estimated or counted in a simulation."""
-
-    memory: FineMemory
-    operations: Perhaps[Operations] = None
-    flops: Perhaps[Amount] = None
-    flows: Perhaps[list[Flow]] = None
-
-    def traffic(self) -> dict[str, float]:
-        """Bytes by group and kind."""
-        found: dict[str, float] = {}
-        for flow in self.flows or []:
-            found[f"{flow.group} {flow.kind}"] = found.get(f"{flow.group} {flow.kind}", 0) + flow.bytes
-        return found
-
-
-class Step(_Part):
-    """Which step figures are of (`reporting/step_identity.py`)."""
-
-    fingerprint: Name
-    line: Text
-
-
-class Machine(_Part):
-    """That figures were measured on, or are an estimate for."""
-
-    name: Perhaps[Name] = None
-    processor: Perhaps[Name] = None
-    cores: Perhaps[Count] = None
-    gpus: Perhaps[list[Name]] = None
-    load_average: Perhaps[Amount] = None
-    load_average_at_end: Perhaps[Amount] = None
-    peak_flops: Perhaps[Positive] = None
-
-    @property
-    def device(self) -> str:
-        """What computes."""
-        return (self.gpus or [self.processor or ""])[0]
-
-
-class Record(_Part):
-    """What stands at the head of every file of figures."""
-
-    kind: Perhaps[Name] = None
-    command: Perhaps[Text] = None
-    machine: Perhaps[Machine] = None
-    versions: Perhaps[dict[Name, Name]] = None
-    step: Perhaps[Step] = None
-    world_size: Perhaps[Count] = None
-
-
-class Seconds(_Part):
-    """Of an estimate's step."""
-
-    step: Positive
-
-
-class Estimate(Record):
-    """A file of tools/estimate.py."""
-
-    stages: Annotated[list[Figures], Field(min_length=1)]
-    seconds: Perhaps[Seconds] = None
-    tokens_per_second: Perhaps[Positive] = None
-
-
-class Simulation(Record):
-    """A file of tools/simulate.py."""
-
-    rank: Perhaps[Annotated[int, Field(strict=True, ge=0, le=10**7)]] = None
-    counted: Figures
-    estimated: Perhaps[Figures] = None
-
-
-class Rank(_Part):
-    """One rank of a benchmark's row."""
-
-    memory: Memory
-    traffic: dict[Name, Amount]
-    operations: Perhaps[Amount] = None
-
-
-class Row(_Part):
-    """A row of a benchmark that was measured."""
-
-    sweep: Name
-    name: Name
-    processes: Count
-    parameters: Amount
-    flops_per_token: Amount
-    tokens_per_step: Amount
-    median_s: Positive
-    spread: Amount
-    tokens_per_s: Positive
-    peak_bytes: Amount
-    memory: Memory
-    traffic: dict[Name, Amount]
-    speed_of_first: Ratio
-    cpu_speed_of_first: Ratio
-    mfu: Perhaps[Amount] = None
-    mfu_whole_attention: Perhaps[Amount] = None
-    step: Perhaps[Step] = None
-    ranks: Perhaps[list[Rank]] = None
-
-    @property
-    def label(self) -> str:
-        """Its name among rows of other sweeps."""
-        ranks = f", {self.processes} ranks" if self.processes > 1 and "process" not in self.name else ""
-        return f"{self.name}{ranks}" if self.sweep == "variants" else f"{self.sweep}: {self.name}{ranks}"
-
-
-class Benchmark(Record):
-    """A file of tools/benchmark.py, with the rows that were measured and are whole."""
-
-    device: Perhaps[Name] = None
-    complete: Perhaps[Annotated[bool, Field(strict=True)]] = None
-    peak_flops: Perhaps[Positive] = None
-    peak_source: Perhaps[Text] = None
-    rows: list[Row]
-
-    def distinct(self) -> list[Row]:
-        """Without rows that another sweep has measured already, which have the same times to the last digit."""
-        found: dict[tuple[float, float], Row] = {}
-        for row in self.rows:
-            found.setdefault((row.median_s, row.spread), row)
-        return list(found.values())
-
-    def of(self, *sweeps: str) -> list[Row]:
-        """Rows of these sweeps."""
-        return [row for row in self.rows if row.sweep in sweeps]
-
-
-class Strategy(_Part):
-    """A strategy of recomputation, counted."""
-
-    name: Name
-    kept: Amount
-    peak: Amount
-    flops: Amount
-
-
-class Recompute(Record):
-    """A file of tools/measure_recompute.py, with the rows that are whole."""
-
-    rows: list[Strategy]
-
-
-class Line(_Part):
-    """A line of metrics.jsonl."""
-
-    step: Annotated[Amount, Field(le=1e15)]
-    tokens: Perhaps[Amount] = None
-    loss: Perhaps[Number] = None
-    step_time_s: Perhaps[Amount] = None
-    tokens_per_s: Perhaps[Amount] = None
-    tflops_per_device: Perhaps[Amount] = None
-    validation_loss: Perhaps[Number] = None
-    validation_perplexity: Perhaps[Number] = None
+ESTIMATED, SIMULATED, MEASURED = "estimated", "simulated", "measured"
 
 
 @dataclass(frozen=True)
@@ -279,7 +29,7 @@ class Run:
     """A training run.
 
     Attributes:
-        lines: a row for each line of metrics.jsonl, and `seconds` of training so far, validation and saving left out.
+        lines: a row per line of metrics.jsonl, and `seconds` of training so far, validation and saving left out.
         config: None where config.yaml cannot be read.
         facts: of run.json.
     """
@@ -287,7 +37,7 @@ class Run:
     name: str
     lines: pd.DataFrame
     config: Config | None
-    facts: Record
+    facts: dict[str, Any]
 
     def points(self, key: str, over: str = "tokens") -> list[tuple[float, float]]:
         """(tokens or seconds, value) of every line that has both."""
@@ -306,8 +56,8 @@ class Run:
     @cached_property
     def processes(self) -> int | None:
         """As run.json says, else what follows from the two rates of a metrics line."""
-        if self.facts.world_size:
-            return self.facts.world_size
+        if self.facts["world_size"]:
+            return int(self.facts["world_size"])
         tokens, tflops = self.median("tokens_per_s"), self.median("tflops_per_device")
         if self.config is None or not tokens or not tflops:
             return None
@@ -319,20 +69,23 @@ class Run:
 
 @dataclass
 class ReportInputs:
-    """All that could be read, by name, and a line for each thing that could not."""
+    """All that could be read; see `reporting/records.py` for fields.
+
+    Attributes:
+        records: a row per file of figures: its name and head.
+        rows: a row per measured row of a benchmark; `again` where another sweep has measured it already.
+        profiles: a row per rank, or ranks from `first` up to `last`, whose step was estimated, simulated or measured
+            (`way`): memory by part, operations, traffic, times; missing where unknown.
+        strategies: a row per counted strategy of recomputation.
+        problems: a line for each thing that could not be read.
+    """
 
     runs: list[Run] = field(default_factory=list)
-    benchmarks: dict[str, Benchmark] = field(default_factory=dict)
-    estimates: dict[str, Estimate] = field(default_factory=dict)
-    simulations: dict[str, Simulation] = field(default_factory=dict)
-    recompute: dict[str, Recompute] = field(default_factory=dict)
+    records: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    profiles: list[dict[str, Any]] = field(default_factory=list)
+    strategies: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-
-    def records(self) -> Iterator[tuple[str, Record]]:
-        """Everything with a command and a machine."""
-        yield from ((run.name, run.facts) for run in self.runs)
-        for kind in (self.benchmarks, self.estimates, self.simulations, self.recompute):
-            yield from kind.items()
 
     def say(self) -> list[str]:
         """The problems, for a page or a terminal."""
@@ -341,56 +94,73 @@ class ReportInputs:
     @property
     def is_empty(self) -> bool:
         """Whether nothing at all was read."""
-        return not any(True for _ in self.records())
+        return not (self.runs or self.records)
+
+    def of_kind(self, *kinds: str) -> list[dict[str, Any]]:
+        """Files of these kinds."""
+        return [record for record in self.records if record["kind"] in kinds]
+
+    def summary(self) -> str:
+        """How much was read."""
+        left_out = f" Left out, named at the end: {len(self.problems)}." if self.problems else ""
+        return (
+            f"Made from runs: {len(self.runs)}, benchmarks: {len(self.of_kind('benchmark'))}, estimates and "
+            f"simulations: {len(self.of_kind('estimate', 'simulation'))}, counts of recomputation: "
+            f"{len(self.of_kind('recompute'))}.{left_out}"
+        )
+
+    @contextmanager
+    def naming(self, what: object) -> Iterator[list[str]]:
+        """Note in `problems` what the block cannot read, and the fields that it adds to the list."""
+        damaged: list[str] = []
+        try:
+            yield damaged
+        except (OSError, ValueError, RecursionError) as error:  # JSON's and pydantic's are ValueErrors, too
+            self.problems.append(f"{what} {reason(error)}: left out")
+        if damaged:
+            self.problems.append(f"{what}: damaged and left out: {', '.join(dict.fromkeys(damaged))}")
 
 
-def read_inputs(paths: list[Path]) -> ReportInputs:
+def read_inputs(paths: Iterable[Path]) -> ReportInputs:
     """Folders of runs, and files of benchmarks, estimates, simulations and recomputation."""
     found = ReportInputs()
     for path in paths:
+        files = [path]
         if path.is_dir():
-            _read_folder(path, found)
-        elif path.suffix == ".jsonl":
-            read_run(path, found)
-        else:
-            _read_file(path, found)
+            files = sorted(file for file in path.glob("*.json") if file.name != RUN_FILE)
+            if (path / METRICS).exists():
+                files.insert(0, path / METRICS)
+            elif not files:
+                found.problems.append(f"{path} holds no {METRICS} and no JSON file: give the folder of a run")
+        for file in files:
+            (read_run if file.suffix == ".jsonl" else _read_file)(file, found)
     return found
-
-
-def _read_folder(folder: Path, found: ReportInputs) -> None:
-    files = sorted(file for file in folder.glob("*.json") if file.name != RUN_FILE)
-    if (folder / METRICS).exists():
-        read_run(folder / METRICS, found)
-    elif not files:
-        found.problems.append(f"{folder} holds no {METRICS} and no JSON file: give the folder of a run")
-    for file in files:
-        _read_file(file, found)
 
 
 def read_run(path: Path, found: ReportInputs) -> None:
     """Add the run whose metrics.jsonl this is."""
-    text, lines = _text(path, found, errors="replace"), []  # a damaged byte costs its line, not the run
-    damaged: list[int] = []
-    for number, line in enumerate((text or "").splitlines(), 1):
-        notes: list[str] = []
-        try:
-            lines.append(Line.model_validate(_parse(line), context=notes))
-        except (ValueError, RecursionError):  # pydantic's and JSON's errors are ValueErrors
-            notes.append("")
-        damaged += [number] * bool(notes)
-    if damaged:
-        which = f"line {damaged[0]}" if len(damaged) == 1 else f"{len(damaged)} lines, the first of them {damaged[0]},"
-        found.problems.append(f"{path}: {which} cannot be read, or not as a whole: left out")
-    if text is not None and not any(line.tokens is not None and line.loss is not None for line in lines):
-        found.problems.append(f"{path} has no line with tokens and loss: the run is left out")
-    elif text is not None:
-        folder = path.parent
-        frame = _with_seconds(pd.DataFrame([line.model_dump() for line in lines], columns=[*Line.model_fields]))
-        found.runs.append(Run(_short(folder), frame, _config(folder, found), _facts(folder / RUN_FILE, found)))
+    with found.naming(path):
+        lines, damaged = [], []
+        # a damaged byte costs its line, not the run
+        for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
+            notes: list[str] = []
+            try:
+                lines.append(check(MetricsLine, parse(line), notes))
+            except (ValueError, RecursionError):
+                notes.append("")
+            damaged += [number] * bool(notes)
+        if damaged:
+            several = f"{len(damaged)} lines, the first of them {damaged[0]},"
+            which = several if len(damaged) > 1 else f"line {damaged[0]}"
+            found.problems.append(f"{path}: {which} cannot be read, or not as a whole: left out")
+        if any(line["tokens"] is not None and line["loss"] is not None for line in lines):
+            name, config, facts = _short(path.parent), _config(path.parent, found), _facts(path.parent, found)
+            found.runs.append(Run(name, _with_seconds(pd.DataFrame(lines, dtype=float)), config, facts))
+        else:
+            found.problems.append(f"{path} has no line with tokens and loss: the run is left out")
 
 
 def _with_seconds(lines: pd.DataFrame) -> pd.DataFrame:
-    lines = lines.astype(float)
     timed = lines.dropna(subset="step_time_s")
     seconds = (timed["step_time_s"] * timed["step"].diff().fillna(timed["step"]).clip(lower=0)).cumsum()
     return lines.assign(seconds=seconds.reindex(lines.index).ffill().fillna(0.0))
@@ -400,113 +170,121 @@ def _config(folder: Path, found: ReportInputs) -> Config | None:
     try:
         return load_config(folder / "config.yaml")
     except (CrnetError, RecursionError) as error:
-        reason = error if isinstance(error, CrnetError) else "config.yaml nests too deeply"
-        found.problems.append(f"{folder}: no parameters, operations and layout, because {reason}")
+        why = error if isinstance(error, CrnetError) else "config.yaml nests too deeply"
+        found.problems.append(f"{folder}: no parameters, operations and layout, because {why}")
         return None
 
 
-def _facts(path: Path, found: ReportInputs) -> Record:
-    value, notes = _json(path, found), list[str]()
-    try:
-        facts = Record.model_validate({} if value is None else value, context=notes)
-    except ValidationError as error:
-        found.problems.append(f"{path} is damaged ({_reason(error)}): left out")
-        return Record()
-    _name_damage(path, notes, found)
-    return facts
-
-
-def _text(path: Path, found: ReportInputs, errors: str = "strict") -> str | None:
-    try:
-        return path.read_text("utf-8", errors)
-    except (OSError, ValueError) as error:  # also a name with a NUL
-        reason = (error.strerror if isinstance(error, OSError) else None) or "it is no text"
-        found.problems.append(f"{path} cannot be read ({reason}): left out")
-        return None
-
-
-def _parse(text: str) -> Any:
-    """A JSON value; a number that no range holds is infinite, whatever its number of digits."""
-    return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 25 else float(digits))
-
-
-def _json(path: Path, found: ReportInputs) -> Any:
-    text = _text(path, found)
-    try:
-        return None if text is None else _parse(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        place = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ": it nests too deeply"
-        found.problems.append(f"{path} is not valid JSON{place}: left out")
-        return None
+def _facts(folder: Path, found: ReportInputs) -> dict[str, Any]:
+    with found.naming(folder / RUN_FILE) as damaged:
+        return check(Head, parse((folder / RUN_FILE).read_text("utf-8")), damaged)
+    return check(Head, {}, [])
 
 
 def _read_file(path: Path, found: ReportInputs) -> None:
-    known, value = len(found.problems), _json(path, found)
-    if len(found.problems) > known:
-        return
-    kinds: tuple[tuple[str, Any, Any], ...] = (
-        ("benchmark", Benchmark, found.benchmarks),
-        ("recompute", Recompute, found.recompute),
-        ("simulation", Simulation, found.simulations),
-        ("estimate", Estimate, found.estimates),
-    )
-    kind = value.get("kind") if isinstance(value, dict) else None
-    if kind is None and isinstance(value, dict):  # as these tools wrote before they named themselves
-        kind = "simulation" if "counted" in value else "estimate" if "stages" in value else None
-    for name, model, target in kinds:
-        if kind == name:
-            _read_record(path, value, model, target, found)
+    with found.naming(path) as damaged:
+        value = parse(path.read_text("utf-8"))
+        kind = value.get("kind") if isinstance(value, dict) else None
+        if kind is None and isinstance(value, dict):  # as these tools wrote before they named themselves
+            kind = "simulation" if "counted" in value else "estimate" if "stages" in value else None
+        if not isinstance(kind, str) or kind not in KINDS:
+            rule = "holds no benchmark, estimate, simulation or strategies of recomputation"
+            found.problems.append(f"{path} {rule}: left out")
             return
-    found.problems.append(f"{path} holds no benchmark, estimate, simulation or strategies of recomputation: left out")
+        if kind in ("benchmark", "recompute"):
+            value = {**value, "rows": _rows(path, value.get("rows"), kind, found)}
+            if not value["rows"]:
+                found.problems.append(f"{path} has no row that was measured and is whole: left out")
+                return
+        name, known = _short(path.with_suffix("")), {record["name"] for record in found.records}
+        numbered = (f"{name} ({i})" for i in itertools.count(2))
+        name = next(n for n in itertools.chain([name], numbered) if n not in known)
+        record = {**check(KINDS[kind], value, damaged), "name": name, "kind": kind}
+        found.records.append(record)
+        {"benchmark": _add_rows, "recompute": _add_strategies, "estimate": _add_stages, "simulation": _add_ranks}[kind](
+            record, found
+        )
 
 
-def _read_record(path: Path, value: dict[str, Any], model: Any, target: dict[str, Any], found: ReportInputs) -> None:
-    notes, wanted = list[str](), value
-    if "rows" in model.model_fields:
-        row = {Benchmark: Row, Recompute: Strategy}[model]
-        wanted = {**value, "rows": list(_rows(path, value.get("rows"), row, found))}
-        if not wanted["rows"]:
-            found.problems.append(f"{path} has no row that was measured and is whole: left out")
-            return
-    try:
-        record = model.model_validate(wanted, context=notes)
-    except ValidationError as error:
-        found.problems.append(f"{path} is damaged ({_reason(error)}): left out")
-        return
-    _name_damage(path, notes, found)
-    name, again = _short(path.with_suffix("")), 2
-    while name in target:
-        name, again = f"{_short(path.with_suffix(''))} ({again})", again + 1
-    target[name] = record
-
-
-def _rows(path: Path, rows: Any, model: Any, found: ReportInputs) -> Iterator[Any]:
+def _rows(path: Path, rows: Any, kind: str, found: ReportInputs) -> list[dict[str, Any]]:
+    whole = []
     for number, row in enumerate(rows if isinstance(rows, list) else [], 1):
         named = isinstance(row, dict) and isinstance(row.get("name"), str)
-        name, notes = f"row {number}" + (f", {row['name'][:100]}," if named else ""), list[str]()
-        if named and model is Row and "median_s" not in row:
-            reason = row.get("error") or "the run was stopped before its turn"
-            found.problems.append(f"{path}: {name} was not measured: {str(reason)[:300]}")
+        what = f"{path}: row {number}" + (f", {row['name'][:100]}," if named else "")
+        if named and kind == "benchmark" and "median_s" not in row:
+            why = row.get("error") or "the run was stopped before its turn"
+            found.problems.append(f"{what} was not measured: {str(why)[:300]}")
             continue
-        try:
-            yield model.model_validate(row, context=notes)
-        except ValidationError as error:
-            found.problems.append(f"{path}: {name} is damaged ({_reason(error)}): left out")
+        with found.naming(what) as damaged:
+            whole.append(check(Row if kind == "benchmark" else Strategy, row, damaged))
+            if row.get("error"):
+                found.problems.append(f"{what} was measured in part: {str(row['error'])[:300]}")
+    return whole
+
+
+def _add_rows(record: dict[str, Any], found: ReportInputs) -> None:
+    seen: set[tuple[float, float]] = set()
+    for row in record["rows"]:
+        name, count = row["name"], row["processes"]
+        ranks = f", {count} ranks" if count > 1 and "process" not in name else ""
+        label = f"{'' if row['sweep'] == 'variants' else row['sweep'] + ': '}{name}{ranks}"
+        again = (row["median_s"], row["spread"]) in seen  # the same to the last digit
+        seen.add((row["median_s"], row["spread"]))
+        found.rows.append({**row, **row["memory"], "benchmark": record["name"], "label": label, "again": again})
+        if again:
             continue
-        _name_damage(f"{path}: {name}", notes, found)
-        if row.get("error"):
-            found.problems.append(f"{path}: {name} was measured in part: {str(row['error'])[:300]}")
+        times = {"seconds": row["median_s"], "tokens_per_s": row["tokens_per_s"], "device": device(record)}
+        shared = {"way": MEASURED, "source": f"{record['name']}, {label}", "step": row["step"], **times}
+        profiles = [{**rank["memory"], **rank} for rank in row["ranks"] or []]
+        for i, profile in enumerate([*profiles, {}]):  # at last the ranks of which nothing is known
+            last = float("inf") if i == len(profiles) else i + 1
+            found.profiles.append({"name": record["name"], "first": i, "last": last, **shared, **profile})
 
 
-def _reason(error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_input=False)[0]
-    place = ".".join(str(part) for part in first["loc"])[:100]
-    return f"{place}: {first['msg']}" if place else first["msg"]
+def _add_strategies(record: dict[str, Any], found: ReportInputs) -> None:
+    found.strategies += [{**row, "file": record["name"]} for row in record["rows"]]
 
 
-def _name_damage(where: object, fields: list[str], found: ReportInputs) -> None:
-    if fields:
-        found.problems.append(f"{where}: damaged and left out: {', '.join(dict.fromkeys(fields))}")
+def _add_stages(record: dict[str, Any], found: ReportInputs) -> None:
+    world, stages, name = record["world_size"] or 0, record["stages"], record["name"]
+    size = 0 if world % len(stages) else world // len(stages)  # no rank at all where the numbers do not fit
+    machine = (record["machine"] or {}).get("name") or ""
+    times = {"seconds": (record["seconds"] or {}).get("step"), "tokens_per_s": record["tokens_per_second"]}
+    shared = {"way": ESTIMATED, "name": name, "source": f"{name}, for {machine}" if machine else name, **times}
+    for i, stage in enumerate(stages):
+        label = f"{name}, stage {i}" if len(stages) > 1 else name
+        ranks = {"first": i * size, "last": (i + 1) * size, "step": record["step"], "device": machine, "label": label}
+        found.profiles.append({**shared, **ranks, **_columns(stage)})
+
+
+def _add_ranks(record: dict[str, Any], found: ReportInputs) -> None:
+    name, rank = record["name"], record["rank"]
+    ranks = {"first": rank or 0, "last": 0 if rank is None else rank + 1}
+    for way, word in ((SIMULATED, "counted"), (ESTIMATED, "estimated")):
+        if record[word] is not None:
+            shared = {"way": way, "name": name, "source": name, "label": f"{name}, {word}", "step": record["step"]}
+            found.profiles.append({**shared, **ranks, **_columns(record[word]), "spare": way == ESTIMATED})
+
+
+def _columns(profile: dict[str, Any]) -> dict[str, Any]:
+    """Memory split as benchmarks split it: what comes and goes with a step is `activations`, buffers included."""
+    memory, operations, flows = profile["memory"], profile["operations"], profile["flows"]
+    most = max(memory["kept"] + memory["transient"], memory["reduction"], memory["update"])
+    traffic: Counter[str] = Counter()
+    for flow in flows or []:
+        traffic[f"{flow['group']} {flow['kind']}"] += flow["bytes"]
+    return {
+        **{part: memory[part] for part in ("weights", "optimizer", "gradients")},
+        "activations": memory["buffers"] + most,
+        "operations": profile["flops"] if operations is None else sum(operations.values()),
+        "traffic": None if flows is None else dict(traffic),
+    }
+
+
+def device(record: dict[str, Any]) -> str:
+    """What computed."""
+    machine = record["machine"] or {}
+    return str((machine.get("gpus") or [machine.get("processor") or ""])[0])
 
 
 def _short(path: Path) -> str:

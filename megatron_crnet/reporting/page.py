@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from textwrap import indent
 
 import pandas as pd
 
@@ -35,7 +36,8 @@ th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: 
 table:not(.text0) :is(th, td):first-child { min-width: 9rem; white-space: normal; }
 table.words :is(th, td) { text-align: left; white-space: normal; min-width: 6rem; }
 @media (max-width: 30rem) { table:not(.text0) :is(th, td):first-child { min-width: 5.5rem; } }
-TEXT
+table.text1 :is(th, td):first-child, table.text2 :is(th, td):nth-child(-n + 2),
+table.text4 :is(th, td):nth-child(-n + 4) { text-align: left; }
 .title { font-weight: 600; font-size: 0.95rem; margin: 1.2rem 0 0; }
 pre { background: var(--box); padding: 0.6rem; white-space: pre-wrap; font-size: 0.8rem; }
 @media print { :root { color-scheme: light; font-size: 11px; } nav { display: none; }
@@ -45,41 +47,34 @@ pre { background: var(--box); padding: 0.6rem; white-space: pre-wrap; font-size:
   table { font-size: 8.5px; } table:not(.words) :is(th, td) { padding-left: 0.5rem; white-space: normal; }
   table :is(th, td):first-child { padding-left: 0; min-width: 6rem; } * { print-color-adjust: exact; } }
 """
-TEXT_COLUMNS = 4
-"""Of a table, the most columns of words before the numbers begin."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text by column, and above them what they are of.
+    """Rows of text by column, or a frame of them, and above them what they are of.
 
     Attributes:
         text: how many of the first columns are words; the others are numbers.
     """
 
-    rows: Sequence[Mapping[str, str]]
+    rows: pd.DataFrame | Sequence[Mapping[str, str]]
     text: int = 1
     title: str = ""
 
-    @property
-    def frame(self) -> pd.DataFrame:
-        """The table; - where a row lacks a column."""
-        return pd.DataFrame([*self.rows]).fillna("-")
-
     def html(self) -> str:
-        """With its title, in a box that can be moved sideways."""
-        words = "words" if self.text >= len(self.frame.columns) else f"text{self.text}"
+        """With its title, in a box that scrolls sideways."""
+        frame = pd.DataFrame(self.rows)
+        words = "words" if self.text >= len(frame.columns) else f"text{self.text}"
         with pd.option_context("display.max_colwidth", None):
-            content = self.frame.to_html(index=False, border=0, escape=True, classes=words, justify="unset")
+            content = frame.to_html(index=False, border=0, escape=True, classes=words, justify="unset")
         title = f'<p class="title">{escape(self.title)}</p>' if self.title else ""
         return f'{title}<div class="scroll" tabindex="0">{content}</div>'
 
     def markdown(self) -> str:
         """The same."""
-        frame = self.frame
-        rows = [[_plain(cell) for cell in row] for row in frame.itertuples(index=False)]
+        frame = pd.DataFrame(self.rows).map(_plain).rename(columns=_plain)
         title = f"**{_plain(self.title)}**\n\n" if self.title else ""
-        return title + table([_plain(name) for name in frame.columns], rows, self.text)
+        return title + table([*frame.columns], frame.to_numpy().tolist(), self.text)
 
 
 @dataclass
@@ -108,7 +103,6 @@ class Section:
         """The section."""
         figures = "".join(_figure(picture) for picture in self.pictures)
         parts = [f'<section id="s{number}"><h2>{escape(self.title)}</h2><p>{escape(self.text)}</p>']
-        # figures in a headline table come before pictures, which take room
         parts += [f'<div class="charts">{figures}</div>'] if figures else []
         parts += [table.html() for table in self.tables]
         parts += ["<ul>" + "".join(f"<li>{escape(note)}</li>" for note in self.notes) + "</ul>"] if self.notes else []
@@ -118,18 +112,14 @@ class Section:
     def markdown(self) -> str:
         """The same without pictures, whose figures are in the tables."""
         parts = [f"## {self.title}", self.text, *(table.markdown() for table in self.tables)]
-        parts += ["\n".join(f"- {_plain(note)}" for note in self.notes)] if self.notes else []
-        parts += ["\n".join("    " + line for text in self.code for line in text.splitlines())] if self.code else []
+        parts += ["\n".join(f"- {_plain(note)}" for note in self.notes), indent("\n".join(self.code), "    ")]
         return "\n\n".join(part for part in parts if part)
 
 
 def html_page(title: str, introduction: str, sections: Sequence[Section]) -> str:
     """The whole page; it loads nothing and runs no script."""
     links = "".join(f'<li><a href="#s{i}">{escape(section.title)}</a></li>' for i, section in enumerate(sections))
-    text = "\n".join(
-        f"table.text{n} :is(th, td):nth-child(-n + {n}) {{ text-align: left; }}" for n in range(1, TEXT_COLUMNS + 1)
-    )
-    css = CSS.replace("LIGHT", colours(LIGHT)).replace("DARK", colours(DARK)).replace("TEXT", text)
+    css = CSS.replace("LIGHT", colours(LIGHT)).replace("DARK", colours(DARK))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

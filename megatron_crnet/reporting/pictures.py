@@ -1,4 +1,4 @@
-"""Pictures of a report: matplotlib's SVG in the colours of the page, for paper, phones and the dark.
+"""Pictures of a report: matplotlib's SVG in the colours of the page, for paper, phones and dark mode.
 
 Text stays text, in the page's fonts. Series differ by dash and marker, or by hatch, as well as by colour.
 """
@@ -15,6 +15,8 @@ from html import escape
 from typing import Any
 
 import matplotlib
+import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -30,7 +32,6 @@ MARKERS = "os^Dv*XP"
 HATCHES = ("", "///", "\\\\\\", "xxx", "---", "+++", "|||", "//")
 """Of lines: a dot is drawn as a circle, and a page of them had megabytes."""
 STEPS = (1, 2, 2.5, 5, 10)
-FINE = tuple(k / 20 for k in range(20, 200))
 WIDTH = 4.6
 """Inches, at 10 points per letter: readable where the picture has 340 pixels."""
 STYLE = {
@@ -42,29 +43,37 @@ STYLE = {
     "text.parse_math": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.linewidth": 0.7,
     "hatch.linewidth": 0.7,
+}
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "line": {"linewidth": 1.6},
+    "unmarked": {"linewidth": 1.6, "marker": None},
+    "thin": {"linewidth": 0.9},
+    "marks": {"linestyle": "none"},
+    "ideal": {"linewidth": 0.9, "marker": None, "color": TEXT},
 }
 
 
 @dataclass(frozen=True)
 class Series:
-    """A line with marks, or marks alone.
+    """A line with marks, or another one of `KINDS`.
 
     Attributes:
         points: (x, y).
         shape: which colour, dash and marker; series of one thing share it.
-        line: solid, dashed, or no line at all.
-        faint: to compare with, such as the ideal; without marks.
-        thin: a thin line with marks, beside a thick one of the same shape.
     """
 
     name: str
     points: Sequence[tuple[float, float]]
     shape: int = 0
-    line: bool = True
-    marks: bool = True
-    faint: bool = False
-    thin: bool = False
+    kind: str = "line"
 
 
 @dataclass(frozen=True)
@@ -81,13 +90,12 @@ class Lines:
 
 @dataclass(frozen=True)
 class Bars:
-    """Lying bars, one for each row, each of several parts: name and size in each row."""
+    """Horizontal stacked bars: a bar per row of `sizes`, a part per column."""
 
     title: str
     caption: str
     unit: str
-    rows: Sequence[str]
-    parts: Sequence[tuple[str, Sequence[float]]]
+    sizes: pd.DataFrame
 
 
 Picture = Lines | Bars
@@ -105,17 +113,15 @@ def short(value: float, digits: int = 3) -> str:
 
 def different(values: Sequence[float]) -> list[str]:
     """Short numbers with as many digits as it takes to tell them apart."""
+    found: list[str] = []
     for digits in range(3, 16):
         found = [short(value, digits) for value in values]
         if len(set(found)) == len(set(values)):
             break
-    return found if len(values) else []
+    return found
 
 
 class _Numbers(Formatter):
-    def __call__(self, value: float, position: int | None = None) -> str:
-        return short(value)
-
     def format_ticks(self, values: Sequence[float]) -> list[str]:
         return different(values)
 
@@ -130,19 +136,15 @@ def svg(picture: Picture) -> str:
         figure = _lines(picture) if isinstance(picture, Lines) else _bars(picture)
         target = io.StringIO()
         FigureCanvasSVG(figure).print_svg(target, metadata={"Date": None, "Creator": None})
-    return _in_page_colours(target.getvalue(), picture)
-
-
-def _in_page_colours(text: str, picture: Picture) -> str:
-    text = text[text.index("<svg") :]
+    text = target.getvalue()
     for name, colour in (("text", TEXT), ("line", GRID), ("back", BACK), *((f"c{i}", c) for i, c in enumerate(LIGHT))):
         text = text.replace(colour, f"var(--{name})")
     text = re.sub(r' id="[a-zA-Z.]+_[\d.]+"', "", text)  # the same in every picture
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = text.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")  # as wide as what was measured
-    said = f"<title>{escape(picture.title)}</title><desc>{escape(picture.caption)}</desc>"
-    text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg role="img" viewBox="\1">{said}', text, count=1)
-    return text.replace("{said}", said, 1)
+    head, _, body = text[text.index("<svg") :].partition(">")
+    view = re.findall('viewBox="[^"]*"', head)[0]
+    return f'<svg role="img" {view}><title>{escape(picture.title)}</title><desc>{escape(picture.caption)}</desc>{body}'
 
 
 def colours(palette: Sequence[str]) -> str:
@@ -152,12 +154,7 @@ def colours(palette: Sequence[str]) -> str:
 
 def _figure(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    figure.patch.set_visible(False)
-    axes = figure.add_subplot()
-    axes.patch.set_visible(False)
-    axes.grid(True, linewidth=0.7)
-    axes.set_axisbelow(True)
-    return figure, axes
+    return figure, figure.add_subplot()
 
 
 def _legend(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> None:
@@ -168,37 +165,29 @@ def _legend(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> Non
 
 
 def _lines(picture: Lines) -> Figure:
-    kept = [(s, [p for p in s.points if all(map(math.isfinite, p))]) for s in picture.series]
-    kept = [(s, [p for p in points if not picture.logarithmic or min(p) > 0]) for s, points in kept]
+    least = 0.0 if picture.logarithmic else -math.inf
+    kept = [(s, [p for p in s.points if all(least < value < math.inf for value in p)]) for s in picture.series]
     kept = [(s, points) for s, points in kept if points]
     if not kept:
         raise ValueError("nothing to draw")
     figure, axes = _figure(2.9 + 0.2 * len(kept))
     handles: list[Any] = []
     for series, points in kept:
-        colour = GRID if series.faint else LIGHT[series.shape % len(LIGHT)]
-        handles += axes.plot(
-            *zip(*points, strict=True),
-            color=TEXT if series.faint else colour,
-            linewidth=0.9 if series.faint or series.thin else 1.6,
-            linestyle=DASHES[series.shape % len(DASHES)] if series.line else "none",
-            marker=MARKERS[series.shape % len(MARKERS)] if series.marks and not series.faint else None,
-            markersize=4.5,
-            markerfacecolor=BACK if series.shape >= len(MARKERS) else colour,
-        )
+        i, colour = series.shape, LIGHT[series.shape % len(LIGHT)]
+        shape = {"color": colour, "linestyle": DASHES[i % len(DASHES)], "marker": MARKERS[i % len(MARKERS)]}
+        face = {"markersize": 4.5, "markerfacecolor": BACK if i >= len(MARKERS) else colour}
+        handles += axes.plot(*zip(*points, strict=True), **{**shape, **face, **KINDS[series.kind]})
     axes.set(xlabel=picture.x, ylabel=picture.y)
     xs, ys = ([p[i] for _, points in kept for p in points] for i in (0, 1))
     if picture.logarithmic:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
-        axes.set_xticks(sorted(set(xs)))
-        axes.set_xlim(min(xs) / 1.15, max(xs) * 1.15)
-        axes.set_yticks(_log_ticks(ys))
+        axes.set(xticks=sorted(set(xs)), xlim=(min(xs) / 1.15, max(xs) * 1.15), yticks=_log_ticks(ys))
     else:
         axes.set(xlim=_span(xs), ylim=_span(ys))
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(5, steps=STEPS))
     for axis in (axes.xaxis, axes.yaxis):
+        if not picture.logarithmic:
+            axis.set_major_locator(MaxNLocator(5, steps=STEPS))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(_Numbers())
     _legend(figure, handles, [s.name for s, _ in kept])
@@ -214,41 +203,40 @@ def _span(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _log_ticks(values: Sequence[float]) -> list[float]:
-    """Three to eight round numbers around the values, if there are as many."""
+    """Three to eight round numbers around the values."""
     low, high = min(values) / 1.1, max(values) * 1.1
-    powers = [10.0**k for k in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
-    found = []
-    for steps in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 4, 6, 8), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), FINE):
-        found = [power * step for power in powers for step in steps if low <= power * step <= high]
+    powers = 10.0 ** np.arange(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 4, 6, 8), np.arange(1, 10, 0.5), np.arange(1, 10, 0.05)):
+        found = np.multiply.outer(powers, steps).ravel()
+        found = found[(low <= found) & (found <= high)]
         if len(found) >= 3:
             break
-    return found[:: math.ceil(len(found) / 8)]
+    return [float(tick) for tick in found[:: math.ceil(len(found) / 8)]]
 
 
 def _bars(picture: Bars) -> Figure:
-    totals = [sum(sizes[i] for _, sizes in picture.parts) for i in range(len(picture.rows))]
-    if not any(totals):
+    totals = picture.sizes.sum(axis=1)
+    if not totals.any():
         raise ValueError("nothing to draw")
-    labels = [textwrap.fill(f"{name}: {short(total, 4)}", 54) for name, total in zip(picture.rows, totals, strict=True)]
-    parts = [part for part in picture.parts if any(part[1])]
-    places, y = [], 0.0
-    for label in labels:
-        y += 0.16 + 0.16 * (label.count("\n") + 1)
-        places.append(y)
-        y += 0.2
-    figure, axes = _figure(y + 0.8 + 0.1 * (len(parts) + 1))
+    parts = picture.sizes.loc[:, picture.sizes.any()]
+    labels = [textwrap.fill(f"{name}: {short(total, 4)}", 54) for name, total in totals.items()]
+    heights = [0.52 + 0.16 * label.count("\n") for label in labels]
+    places = np.cumsum(heights) - 0.2
+    figure, axes = _figure(sum(heights) + 0.8 + 0.1 * (len(parts.columns) + 1))
     for place, label in zip(places, labels, strict=True):
         axes.text(0, place - 0.06, label, verticalalignment="bottom")
-    start, handles = [0.0] * len(labels), []
-    for i, (_, sizes) in enumerate(parts):
-        colour, hatch = LIGHT[i % len(LIGHT)], HATCHES[i % len(HATCHES)]
-        at = [place + 0.06 for place in places]
-        handles.append(axes.barh(at, sizes, 0.17, start, facecolor=colour, edgecolor=BACK, hatch=hatch, linewidth=0.5))
-        start = [a + b for a, b in zip(start, sizes, strict=True)]
-    axes.set(ylim=(y, 0), xlim=(0, max(totals) * 1.02), xlabel=picture.unit)
-    axes.set_yticks([])
+    start, handles = np.zeros(len(labels)), []
+    for i, (_, sizes) in enumerate(parts.items()):
+        style: dict[str, Any] = {
+            "facecolor": LIGHT[i % len(LIGHT)],
+            "edgecolor": BACK,
+            "hatch": HATCHES[i % len(HATCHES)],
+        }
+        handles.append(axes.barh(places + 0.06, sizes, 0.17, start, linewidth=0.5, **style))
+        start = start + sizes.to_numpy()
+    axes.set(ylim=(sum(heights), 0), xlim=(0, totals.max() * 1.02), xlabel=picture.unit, yticks=[])
     axes.spines["left"].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
     axes.xaxis.set_major_formatter(_Numbers())
-    _legend(figure, handles, [name for name, _ in parts])
+    _legend(figure, handles, [*parts.columns])
     return figure

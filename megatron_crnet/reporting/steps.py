@@ -1,22 +1,22 @@
 """One step, estimated, simulated and measured: the section that sets the figures beside each other.
 
 Figures belong together where their files name the same step (`reporting/step_identity.py`). All are of one rank: a
-benchmark holds those of every rank, an estimate those of every pipeline stage, a simulation those of the rank that it
-was.
+benchmark holds those of every rank, an estimate those of every pipeline stage, a simulation those of its rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
-from megatron_crnet.reporting.inputs import Estimate, Figures, Machine, Memory, ReportInputs, Row, Simulation, Step
+import pandas as pd
+
+from megatron_crnet.reporting.inputs import ESTIMATED, MEASURED, SIMULATED, ReportInputs, Run, device
 from megatron_crnet.reporting.page import Section, Table
 from megatron_crnet.reporting.pictures import Bars
 from megatron_crnet.reporting.step_identity import identify_step
 
-ESTIMATED, SIMULATED, MEASURED = "estimated", "simulated", "measured"
 MIB, GIB = 2.0**20, 2.0**30
 PARTS = {
     "weights": "weights",
@@ -24,214 +24,129 @@ PARTS = {
     "gradients": "gradients",
     "activations": "activations, buffers and temporary",
 }
+"""Columns of memory, and how they are called."""
+COLUMNS = [*PARTS, "name", "way", "source", "first", "last", "step", "spare", "operations", "traffic"]
+COLUMNS += ["seconds", "tokens_per_s", "device"]
 
 
-@dataclass(frozen=True)
-class Side:
-    """What one source says of a rank's step; None where it does not know.
-
-    Attributes:
-        way: estimated, simulated or measured.
-        operations: as PyTorch's counter counts them.
-        traffic: bytes by group of ranks.
-        seconds, tokens_per_s: of the whole run's step.
-        device: that the time is of.
-    """
-
-    way: str
-    source: str
-    memory: Memory | None = None
-    operations: float | None = None
-    traffic: dict[str, float] | None = None
-    seconds: float | None = None
-    tokens_per_s: float | None = None
-    device: str = ""
-
-
-@dataclass
-class SameStep:
-    """All sources of one step.
-
-    Attributes:
-        measured: for each measured source, what it says of a rank.
-    """
-
-    line: str
-    estimates: list[tuple[str, Estimate]] = field(default_factory=list)
-    simulations: list[tuple[str, Simulation]] = field(default_factory=list)
-    measured: list[Callable[[int], Side]] = field(default_factory=list)
-
-
-def steps_section(inputs: ReportInputs) -> Section:
-    """A table and a picture for each rank's step that was found out in two ways at least."""
-    section = Section(
-        "Estimated, simulated, measured",
-        "One step, found out by formulas (tools/estimate.py), by the real code on tensors without memory "
-        "(tools/simulate.py) and in real steps (tools/benchmark.py, runs). Memory, operations and bytes are those of "
-        "one rank: the one that was simulated, or else the fullest. Operations are matrix products and attention "
-        "without its mask, recomputation included. In brackets is the difference from the first measured figure, or "
-        "where nothing was measured from the simulated one; a time is compared only where the estimate is for the "
-        "device that was measured.",
-    )
-    for same in sorted(_steps(inputs), key=lambda same: not same.measured):
-        found = [(rank, _sides(same, rank)) for rank in _ranks(same)]
-        found = [(rank, sides) for rank, sides in found if len({side.way for side in sides}) > 1]
-        for rank, sides in found:
-            section.tables.append(_table(f"{same.line}; rank {rank}", sides))
-            section.pictures += _picture(same.line, rank, sides)
-        if not found and (same.estimates or same.simulations):
-            names = [f"{name} ({ESTIMATED})" for name, _ in same.estimates]
-            names += [f"{name} ({SIMULATED})" for name, _ in same.simulations]
-            inputs.problems.append(f"nothing to compare with {', '.join(names)}: {same.line}")
-    return section
-
-
-def _steps(inputs: ReportInputs) -> list[SameStep]:
-    """By fingerprint. What does not name its step is named in `problems`."""
-    found: dict[str, SameStep] = {}
-    nameless = []
-    for name, estimate in inputs.estimates.items():
-        if estimate.step is None:
-            nameless.append(name)
-        else:
-            found.setdefault(estimate.step.fingerprint, SameStep(estimate.step.line)).estimates.append((name, estimate))
-    for name, simulation in inputs.simulations.items():
-        if simulation.step is None:
-            nameless.append(name)
-        else:
-            same = found.setdefault(simulation.step.fingerprint, SameStep(simulation.step.line))
-            same.simulations.append((name, simulation))
-    for name, benchmark in inputs.benchmarks.items():
-        device = (benchmark.machine or Machine()).device
-        named = [(row, row.step) for row in benchmark.distinct() if row.step is not None]
-        nameless += [] if named else [name]
-        for row, step in named:
-            side = partial(_of_row, row, f"{name}, {row.label}", device)
-            found.setdefault(step.fingerprint, SameStep(step.line)).measured.append(side)
-    for run in inputs.runs:
-        seconds, speed = run.median("step_time_s"), run.median("tokens_per_s")
-        if run.config is not None and run.processes and seconds and speed:
-            step = Step(**identify_step(run.config, run.processes))
-            device = (run.facts.machine or Machine()).device
-            whole = Side(MEASURED, f"run {run.name}", seconds=seconds, tokens_per_s=speed, device=device)
-            found.setdefault(step.fingerprint, SameStep(step.line)).measured.append(partial(_of_run, whole))
-    if nameless:
-        inputs.problems.append(f"made before files named their step, so in no pair: {', '.join(nameless)}")
-    return [*found.values()]
-
-
-def _of_row(row: Row, source: str, device: str, rank: int) -> Side:
-    ranks = row.ranks or []
-    side = Side(MEASURED, source, seconds=row.median_s, tokens_per_s=row.tokens_per_s, device=device)
-    if rank >= len(ranks):
-        return side
-    mine = ranks[rank]
-    return replace(side, memory=mine.memory, operations=mine.operations, traffic=_by_group(mine.traffic))
-
-
-def _of_run(side: Side, _rank: int) -> Side:
-    return side
-
-
-def _stage_ranks(estimate: Estimate) -> int:
-    """Ranks of a pipeline stage; 0 where the estimate's numbers do not fit each other."""
-    world, stages = estimate.world_size or 0, len(estimate.stages)
-    return 0 if world % stages else world // stages
-
-
-def _ranks(same: SameStep) -> list[int]:
-    """Those that were simulated, else the first of the stage that the estimate finds fullest, else the first."""
-    if simulated := sorted({s.rank for _, s in same.simulations if s.rank is not None}):
-        return simulated
-    for _, estimate in same.estimates:
-        if _stage_ranks(estimate):
-            peaks = [stage.memory.parts.total for stage in estimate.stages]
-            return [peaks.index(max(peaks)) * _stage_ranks(estimate)]
-    return [0]
-
-
-def _sides(same: SameStep, rank: int) -> list[Side]:
-    """What all sources say of a rank; the estimate inside of a simulation counts where there is no other."""
-    found = list(_estimated(same, rank))
-    simulations = [(name, s) for name, s in same.simulations if s.rank == rank]
-    if not same.estimates:
-        found += [_of(ESTIMATED, name, s.estimated) for name, s in simulations if s.estimated is not None][:1]
-    found += [_of(SIMULATED, name, s.counted) for name, s in simulations]
-    return found + [side(rank) for side in same.measured]
-
-
-def _estimated(same: SameStep, rank: int) -> Iterator[Side]:
-    for name, estimate in same.estimates:
-        size = _stage_ranks(estimate)
-        if size and rank < (estimate.world_size or 0):
-            machine = (estimate.machine.name if estimate.machine else None) or ""
-            seconds = estimate.seconds.step if estimate.seconds else None
-            source = f"{name}, for {machine}" if machine else name
-            yield _of(ESTIMATED, source, estimate.stages[rank // size], seconds, estimate.tokens_per_second, machine)
-
-
-def _of(
-    way: str, source: str, figures: Figures, seconds: float | None = None, speed: float | None = None, device: str = ""
-) -> Side:
-    operations = figures.flops
-    if figures.operations is not None:
-        operations = figures.operations.passes + figures.operations.recomputation
-    traffic = None if figures.flows is None else _by_group(figures.traffic())
-    return Side(way, source, figures.memory.parts, operations, traffic, seconds, speed, device)
-
-
-def _by_group(kinds: dict[str, float]) -> dict[str, float]:
-    """Bytes by kind and group, named `GROUP kind`, added up over kinds."""
-    found: dict[str, float] = {}
-    for name, size in kinds.items():
-        group = name.rpartition(" ")[0]
-        found[group] = found.get(group, 0) + size
-    return found
-
-
-def unit_of(values: Sequence[float | None], small: tuple[str, float], large: tuple[str, float]) -> tuple[str, float]:
+def unit_of(values: Sequence[float], small: tuple[str, float], large: tuple[str, float]) -> tuple[str, float]:
     """The larger unit where a value has ten of it."""
-    return large if max((v or 0 for v in values), default=0) >= 10 * large[1] else small
+    return large if max((v for v in values if v == v), default=0) >= 10 * large[1] else small
 
 
-def bytes_unit(values: Sequence[float | None]) -> tuple[str, float]:
+def bytes_unit(values: Sequence[float]) -> tuple[str, float]:
     """MiB or GiB."""
     return unit_of(values, ("MiB", MIB), ("GiB", GIB))
 
 
-def _table(title: str, sides: list[Side]) -> Table:
-    peaks = [None if s.memory is None else s.memory.total for s in sides]
-    memory, volume = bytes_unit(peaks), bytes_unit([v for s in sides for v in (s.traffic or {}).values()])
-    operations = unit_of([s.operations for s in sides], ("GFLOP", 1e9), ("TFLOP", 1e12))
-    columns = {f"peak memory, {memory[0]}": _beside(sides, peaks, memory[1])}
-    columns[f"operations, {operations[0]}"] = _beside(sides, [s.operations for s in sides], operations[1])
-    for group in sorted({group for s in sides for group in s.traffic or {}}):
-        sent = [None if s.traffic is None else s.traffic.get(group, 0.0) for s in sides]
-        columns[f"{group}, {volume[0]}"] = _beside(sides, sent, volume[1])
-    columns["ms/step"] = _beside(sides, [s.seconds for s in sides], 1e-3, same_device=True)
-    columns["tokens/s"] = _beside(sides, [s.tokens_per_s for s in sides], 1.0, same_device=True)
-    rows = [
-        {"found out by": f"{side.way}: {side.source}", **{name: cells[i] for name, cells in columns.items()}}
-        for i, side in enumerate(sides)
-    ]
-    return Table(rows, title=title)
+def bars_of(title: str, caption: str, sizes: pd.DataFrame) -> Bars:
+    """Bars of bytes, in the unit that suits the largest."""
+    unit, size = bytes_unit([*sizes.sum(axis=1)])
+    return Bars(title, caption, unit, sizes / size)
 
 
-def _beside(sides: list[Side], values: list[float | None], unit: float, same_device: bool = False) -> list[str]:
-    """Each value beside the first that was measured, or else simulated; times only where the device is the same."""
-    ways = (MEASURED,) if same_device else (MEASURED, SIMULATED)
-    known = [i for way in ways for i, s in enumerate(sides) if s.way == way and values[i] is not None]
-    first = known[0] if known else None
+def steps_section(inputs: ReportInputs) -> Section:
+    """A table and a picture for each rank's step that was found in at least two ways."""
+    section = Section(
+        "Estimated, simulated, measured",
+        "One step by formulas (crnet estimate), by the real code on tensors without memory (crnet simulate) and in "
+        "real steps (crnet benchmark, runs). Memory, operations and bytes are those of one rank: the one that was "
+        "simulated, or else the fullest. Operations are matrix products and attention without its mask, recomputation "
+        "included. In brackets is the difference from the first measured figure, or where nothing was measured from "
+        "the simulated one; a time is compared only where the estimate is for the device that was measured.",
+    )
+    profiles = [*inputs.profiles, *(row for run in inputs.runs for row in _of_run(run))]
+    order = {way: i for i, way in enumerate((ESTIMATED, SIMULATED, MEASURED))}
+    frame = pd.DataFrame(sorted(profiles, key=lambda row: order[row["way"]]), columns=COLUMNS)
+    if nameless := [name for name, rows in frame.groupby("name", sort=False) if rows["step"].isna().all()]:
+        inputs.problems.append(f"made before files named their step, so in no pair: {', '.join(nameless)}")
+    known = frame.dropna(subset="step")
+    groups = [rows for _, rows in known.groupby(known["step"].map(lambda step: step["fingerprint"]), sort=False)]
+    for rows in sorted(groups, key=lambda rows: MEASURED not in {*rows["way"]}):
+        line = rows["step"].iloc[0]["line"]
+        found = [(rank, _sources(rows, rank)) for rank in _ranks(rows)]
+        found = [(rank, sources) for rank, sources in found if sources["way"].nunique() > 1]
+        for rank, sources in found:
+            section.tables.append(_table(f"{line}; rank {rank}", sources))
+            section.pictures += _picture(line, rank, sources)
+        alone = rows[(rows["way"] != MEASURED) & rows["spare"].ne(True)]
+        if not found and len(alone):
+            names = dict.fromkeys(f"{row.name} ({row.way})" for row in alone.itertuples(index=False, name="Profile"))
+            inputs.problems.append(f"nothing to compare with {', '.join(names)}: {line}")
+    return section
+
+
+def _of_run(run: Run) -> list[dict[str, Any]]:
+    seconds, speed = run.median("step_time_s"), run.median("tokens_per_s")
+    if run.config is None or not (run.processes and seconds and speed):
+        return []
+    times = {"seconds": seconds, "tokens_per_s": speed, "device": device(run.facts)}
+    name = f"run {run.name}"
+    known = {"name": name, "source": name, "way": MEASURED, "step": identify_step(run.config, run.processes)}
+    return [{**known, **times, "first": 0, "last": float("inf")}]
+
+
+def _ranks(rows: pd.DataFrame) -> list[int]:
+    """Those that were simulated, else the first of the stage that is estimated to be fullest, else the first."""
+    known = rows[rows["first"] < rows["last"]]
+    if simulated := sorted({*known[known["way"] == SIMULATED]["first"]}):
+        return simulated
+    estimated = known[known["way"] == ESTIMATED]
+    return [0] if estimated.empty else [int(estimated.loc[estimated[[*PARTS]].sum(axis=1).idxmax(), "first"])]
+
+
+def _sources(rows: pd.DataFrame, rank: int) -> pd.DataFrame:
+    """What all sources say of a rank; the estimate inside of a simulation counts where there is no other."""
+    spare = rows["spare"].eq(True)
+    other = ((rows["way"] == ESTIMATED) & ~spare).any()
+    found = rows[(rows["first"] <= rank) & (rank < rows["last"])]
+    spare = found["spare"].eq(True)
+    return found[~spare | (~spare.cumsum().gt(1) & (not other))]
+
+
+def _table(title: str, sources: pd.DataFrame) -> Table:
+    traffic = sources["traffic"].map(_by_group)
+    peaks, operations = sources[[*PARTS]].sum(axis=1, skipna=False), sources["operations"]
+    memory, flop = bytes_unit([*peaks]), unit_of([*operations], ("GFLOP", 1e9), ("TFLOP", 1e12))
+    volume = bytes_unit([size for groups in traffic for size in (groups or {}).values()])
+    figures = {f"peak memory, {memory[0]}": (peaks, memory[1]), f"operations, {flop[0]}": (operations, flop[1])}
+    for group in sorted({group for groups in traffic for group in groups or {}}):
+        sent = traffic.map(lambda groups, group=group: None if groups is None else groups.get(group, 0.0))
+        figures[f"{group}, {volume[0]}"] = (sent.astype(float), volume[1])
+    table = pd.DataFrame({"source": sources["way"] + ": " + sources["source"]})
+    for name, (values, unit) in figures.items():
+        table[name] = _beside(sources, values, unit)
+    for name, key, unit in (("ms/step", "seconds", 1e-3), ("tokens/s", "tokens_per_s", 1.0)):
+        table[name] = _beside(sources, sources[key], unit, same_device=True)
+    return Table(table, title=title)
+
+
+def _by_group(traffic: Any) -> dict[str, float] | None:
+    """Bytes by kind and group, named `GROUP kind`, added up over kinds."""
+    if not isinstance(traffic, dict):
+        return None
+    found: Counter[str] = Counter()
+    for name, size in traffic.items():
+        found[name.rpartition(" ")[0]] += size
+    return dict(found)
+
+
+def _beside(sources: pd.DataFrame, values: pd.Series, unit: float, same_device: bool = False) -> list[str]:
+    """Each value beside the first measured one, or else simulated; times only where the device is the same."""
+    known = sources[values.notna() & (sources["way"].isin([MEASURED] if same_device else [MEASURED, SIMULATED]))]
+    first = None if known.empty else known.sort_values("way", kind="stable").index[0]  # measured, simulated
     cells = []
-    for i, value in enumerate(values):
-        compared = first is not None and i != first and not (same_device and not _same_device(sides[i], sides[first]))
-        cells.append(_cell(value, values[first] if compared and first is not None else None, unit))
+    for index, value in values.items():
+        compared = first is not None and index != first
+        if compared and same_device:
+            compared = _same_device(sources.loc[index], sources.loc[first, "device"])
+        cells.append(_cell(value, values[first] if compared else None, unit))
     return cells
 
 
-def _cell(value: float | None, reference: float | None, unit: float) -> str:
+def _cell(value: float, reference: float | None, unit: float) -> str:
     """A figure and how far it is from the one that it is compared with."""
-    if value is None:
+    if pd.isna(value):
         return "-"
     shown = f"{value / unit:,.0f}" if value / unit >= 1e3 else f"{value / unit:,.2f}"
     if 0 < value / unit < 0.005:
@@ -241,27 +156,19 @@ def _cell(value: float | None, reference: float | None, unit: float) -> str:
     return f"{shown} ({'equal' if value == reference else f'{value / reference - 1:+.1%}'})"
 
 
-def _same_device(side: Side, measured: Side) -> bool:
+def _same_device(source: pd.Series, measured: str) -> bool:
     """Whether a time is of the device that was measured: `h100` is an NVIDIA H100 80GB HBM3."""
-    if side.way == MEASURED:
-        return side.device == measured.device
-    name = side.device.lower().partition("-")[0]
-    return bool(name) and name in measured.device.lower()
+    if source["way"] == MEASURED:
+        return bool(source["device"] == measured)
+    name = source["device"].lower().partition("-")[0] if isinstance(source["device"], str) else ""
+    return bool(name) and name in measured.lower()
 
 
-def _picture(line: str, rank: int, sides: list[Side]) -> list[Bars]:
+def _picture(line: str, rank: int, sources: pd.DataFrame) -> list[Bars]:
     """Bars of memory by part; measured rows that hold the same are drawn once."""
-    kept: list[tuple[Side, Memory]] = []
-    for side in sides:
-        if side.memory is not None and (side.way, side.memory) not in [(s.way, m) for s, m in kept]:
-            kept.append((side, side.memory))
-    ways = [side.way for side, _ in kept]
-    names = [s.way if ways.count(s.way) == 1 else f"{s.way}, {s.source}" for s, _ in kept]
-    return [memory_bars(f"Peak memory of rank {rank}", line, names, [m for _, m in kept])] if kept else []
-
-
-def memory_bars(title: str, caption: str, names: Sequence[str], found: Sequence[Memory]) -> Bars:
-    """Bars of memory by part, in the unit that suits the largest."""
-    unit, size = bytes_unit([memory.total for memory in found])
-    parts = [(text, [getattr(memory, key) / size for memory in found]) for key, text in PARTS.items()]
-    return Bars(title, caption, unit, names, parts)
+    kept = sources.dropna(subset=[*PARTS]).drop_duplicates(["way", *PARTS])
+    if kept.empty:
+        return []
+    names = kept["way"].where(~kept["way"].duplicated(keep=False), kept["way"] + ", " + kept["source"])
+    sizes = kept[[*PARTS]].rename(columns=PARTS).set_axis([*names]).astype(float)
+    return [bars_of(f"Peak memory of rank {rank}", line, sizes)]

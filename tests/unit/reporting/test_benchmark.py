@@ -11,7 +11,7 @@ from megatron_crnet.config.loading import load_config
 from megatron_crnet.reporting import benchmark
 from megatron_crnet.reporting.benchmark import Candidate, Plan
 from megatron_crnet.reporting.benchmark_rows import SWEEPS, Row, parse_row, sweep_rows
-from megatron_crnet.reporting.benchmark_world import Held, Ready, Timed
+from megatron_crnet.reporting.benchmark_workers import PeakMemory, StepTiming, WorkerReady
 from megatron_crnet.reporting.step_identity import identify_step
 from megatron_crnet.utils.environment import command_line
 from megatron_crnet.utils.errors import ConfigError
@@ -22,8 +22,11 @@ OPTIONS = ["--config", str(QUICKSTART)]
 
 def measured(row: Row, times: list[float], options: list[str] = OPTIONS) -> Candidate:
     """A row that took `times`, on two ranks of which the second needs half as long."""
-    steps = [[Timed(s, s / 4, 1.0), Timed(s / 2, s / 4, 1.0)] for s in times]
-    ready = [Ready(Held(4, 3, 2, 1), {"TP all_reduce": 10}, 7), Ready(Held(1, 1, 1, 1), {"PP send": 5}, 8)]
+    steps = [[StepTiming(s, s / 4, 1.0), StepTiming(s / 2, s / 4, 1.0)] for s in times]
+    ready = [
+        WorkerReady(PeakMemory(4, 3, 2, 1), {"TP all_reduce": 10}, 7),
+        WorkerReady(PeakMemory(1, 1, 1, 1), {"PP send": 5}, 8),
+    ]
     return Candidate(row, row.config(options), ready=ready, steps=steps)
 
 

@@ -6,6 +6,7 @@ import re
 from itertools import pairwise
 from xml.etree import ElementTree
 
+import pandas as pd
 import pytest
 
 from megatron_crnet.reporting.pictures import (
@@ -38,7 +39,7 @@ def texts(picture: Picture) -> list[str]:
 
 
 def scaling(*points: tuple[float, float]) -> Lines:
-    ideal = Series("ideal", [(1, 10), (2, 20), (4, 40), (8, 80)], faint=True)
+    ideal = Series("ideal", [(1, 10), (2, 20), (4, 40), (8, 80)], kind="ideal")
     return Lines("A & B", "caption <", "ranks", "tokens/s", [Series("a < b", points), ideal], logarithmic=True)
 
 
@@ -79,7 +80,7 @@ def test_nothing_to_draw_is_said(points: list[tuple[float, float]]) -> None:
     with pytest.raises(ValueError, match="nothing to draw"):
         svg(Lines("t", "c", "x", "y", [Series("a", points)]))
     with pytest.raises(ValueError, match="nothing to draw"):
-        svg(Bars("t", "c", "MiB", ["a"], [("b", [0.0])]))
+        svg(Bars("t", "c", "MiB", pd.DataFrame({"b": [0.0]}, index=["a"])))
 
 
 @pytest.mark.parametrize("values", [[3.0], [0.0, 0.0], [1e-9, 2e-9], [-5.0, 5.0], [1e29, 2e29], [1e-29, 1e29]])
@@ -123,7 +124,7 @@ def test_nothing_is_cut_at_the_right_edge(name: str) -> None:
 
     from megatron_crnet.reporting import pictures
 
-    bars = Bars("t", "c", "MiB", [name], [("weights", [123456.0]), ("x" * 80, [1.0])])
+    bars = Bars("t", "c", "MiB", pd.DataFrame({"weights": [123456.0], "x" * 80: [1.0]}, index=[name]))
     for figure in (pictures._bars(bars), _lines(scaling((1, 10), (2, 123456789)))):
         renderer = FigureCanvasAgg(figure).get_renderer()
         figure.draw(renderer)
@@ -136,7 +137,7 @@ def test_nothing_is_cut_at_the_right_edge(name: str) -> None:
 def test_bars_are_as_long_as_their_parts() -> None:
     from megatron_crnet.reporting import pictures
 
-    bars = Bars("t", "c", "MiB", ["one", "two"], [("a", [10, 20]), ("b", [30, 0]), ("none", [0, 0])])
+    bars = Bars("t", "c", "MiB", pd.DataFrame({"a": [10, 20], "b": [30, 0], "none": [0, 0]}, index=["one", "two"]))
     axes = pictures._bars(bars).axes[0]
     assert [patch.get_width() for patch in axes.patches] == [10, 20, 30, 0]
     assert [patch.get_x() for patch in axes.patches] == [0, 0, 10, 20]

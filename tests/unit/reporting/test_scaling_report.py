@@ -24,6 +24,7 @@ from megatron_crnet.reporting.inputs import read_inputs
 from megatron_crnet.reporting.page import markdown_page
 from megatron_crnet.reporting.scaling_report import build_sections
 from megatron_crnet.reporting.step_identity import identify_step
+from megatron_crnet.reporting.steps import PARTS
 from megatron_crnet.utils.environment import write_run_file
 
 ROOT = Path(__file__).parents[3]
@@ -293,7 +294,7 @@ def test_a_damaged_row_leaves_the_others(tmp_path: Path) -> None:
         row("rows", "died", error="it ended by itself"),
     )
     found = read_inputs([write_benchmark(tmp_path / "b.json", *rows, 7)])  # type: ignore[arg-type]
-    assert [r.name for r in found.benchmarks["b"].rows] == ["whole", "died"]
+    assert [r["name"] for r in found.rows] == ["whole", "died"]
     assert len(found.problems) == 6
     assert "row 6, died, was measured in part: it ended by itself" in found.problems[4]
     assert "row 5, refused, was not measured: rank 0" in found.problems[3]
@@ -306,10 +307,10 @@ def test_losses_over_time_add_up_the_steps(tmp_path: Path) -> None:
 
 
 def test_the_parts_of_a_simulation_add_up_to_its_peak(tmp_path: Path) -> None:
-    figures = read_inputs([write_simulation(tmp_path / "s.json")]).simulations["s"].counted
+    profile = read_inputs([write_simulation(tmp_path / "s.json")]).profiles[0]
     parts = {"weights": 10, "optimizer": 30, "gradients": 20, "activations": 55}
-    assert figures.memory.parts.model_dump() == parts
-    assert figures.traffic() == {"DP all_gather": 2 << 20}
+    assert {part: profile[part] for part in PARTS} == parts
+    assert profile["traffic"] == {"DP all_gather": 2 << 20}
 
 
 STEP = {"fingerprint": "0123456789ab", "line": "crnet of 1M parameters, 2 ranks"}
@@ -389,7 +390,7 @@ def test_figures_of_one_step_stand_beside_each_other(tool: ModuleType, tmp_path:
         write_benchmark(tmp_path / "b.json", measured_row()),
     )
     assert f"**{STEP['line']}; rank 1**" in lines
-    assert "| found out by | peak memory, MiB | operations, GFLOP | PP, MiB | ms/step | tokens/s |" in lines
+    assert "| source | peak memory, MiB | operations, GFLOP | PP, MiB | ms/step | tokens/s |" in lines
     # the rank that was simulated, of the stage that holds it; times of another machine stand alone
     assert "| estimated: e, for h100 | 10.00 (+25.0%) | 5.00 (equal) | 4.00 (equal) | 250.00 | 4,000 |" in lines
     assert "| simulated: s | 10.00 (+25.0%) | 5.00 (equal) | 4.00 (equal) | - | - |" in lines
@@ -493,7 +494,7 @@ def test_whatever_stands_in_a_file_the_rest_is_reported(tmp_path: Path, kind: st
         text = markdown_page("t", "i", sections) + "".join(table.html() for s in sections for table in s.tables)
         text.encode("utf-8", "replace")
         assert found.runs
-        assert sum(len(kind_) for kind_ in (found.benchmarks, found.estimates, found.simulations)) >= 2
+        assert len(found.of_kind("benchmark", "estimate", "simulation")) >= 2
         assert all("\n" not in line for line in found.say())
 
 

@@ -1,7 +1,7 @@
-"""The processes of one row of a benchmark: they train, wait for word, and answer with times and bytes.
+"""The processes of one row of a benchmark: they train when told to, and answer with times and bytes.
 
 Each row has processes of its own, so that rows of any layout are alive side by side and no row's memory hides in
-another's. What waits for its turn does not compute.
+another's. Idle workers block on a pipe.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import multiprocessing as mp
 import os
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -26,8 +26,8 @@ STEP, END = "step", "end"
 
 
 @dataclass(frozen=True)
-class Held:
-    """Bytes of one rank, at the peak of a step. On CPUs bytes of tensors that are alive; on GPUs the allocator's.
+class PeakMemory:
+    """Bytes of one rank at the peak of a step: on CPUs of tensors that are alive, on GPUs the allocator's.
 
     Attributes:
         weights: parameters.
@@ -48,166 +48,154 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Ready:
-    """What a rank says when it has built its model and counted one step.
+class WorkerReady:
+    """A rank has built its model and counted one step.
 
     Attributes:
-        traffic: bytes of this rank's calls by group and kind, as in `planning/communication.py`.
+        traffic: bytes of this rank's calls by group and kind, as in docs/parallelism.md.
         operations: of matrix products and attention, recomputation included, as PyTorch's counter counts them.
     """
 
-    held: Held
+    memory: PeakMemory
     traffic: dict[str, int]
     operations: int
 
 
 @dataclass(frozen=True)
-class Timed:
-    """One step of a rank: seconds by the clock and of its processor, and the loss."""
+class StepTiming:
+    """One step of a rank: wall-clock seconds, seconds of its processor, and the loss."""
 
     seconds: float
     cpu_seconds: float
     loss: float
 
 
-class RowFailed(Exception):  # noqa: N818 - it is no error of the benchmark
+class RowFailed(Exception):  # noqa: N818 - the benchmark itself goes on
     """A row that cannot be measured; the message is for its line in the table."""
 
 
-class World:
+class WorkerGroup:
     """The processes of one row, as the benchmark sees them."""
 
     def __init__(self, config: Config, processes: int, threads: int) -> None:
         context = mp.get_context("spawn")
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if processes > 1 else None
         port = self._store.port if self._store is not None else 0
-        self._processes, self._ends = [], []
+        self._processes, self._pipes = [], []
         for rank in range(processes):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_rank_main, args=(theirs, config, rank, processes, port, threads), daemon=True
-            )
+            arguments = (theirs, config, rank, processes, port, threads)
+            process = context.Process(target=_worker_main, args=arguments, daemon=True)
             with signals_held_back():
                 process.start()
             theirs.close()
             self._processes.append(process)
-            self._ends.append(ours)
+            self._pipes.append(ours)
 
-    def ready(self) -> list[Ready]:
+    def ready(self) -> list[WorkerReady]:
         """Wait until all ranks have built and counted; by rank."""
         return self._answers()
 
-    def step(self) -> list[Timed]:
+    def step(self) -> list[StepTiming]:
         """One training step of all ranks; by rank."""
-        for end in self._ends:
-            with suppress(OSError):  # a process that is gone shows in the answers
-                end.send(STEP)
+        self._send(STEP)
         return self._answers()
+
+    def close(self) -> None:
+        """End the processes."""
+        self._send(END)
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+    def _send(self, word: str) -> None:
+        for pipe in self._pipes:
+            with suppress(OSError):  # a process that is gone shows in the answers
+                pipe.send(word)
 
     def _answers(self) -> list[Any]:
         """One from each rank; the first error ends the row, because the other ranks may wait for that one."""
         found: dict[int, Any] = {}
-        while len(found) < len(self._ends):
-            for end in wait([end for rank, end in enumerate(self._ends) if rank not in found]):
-                rank = self._ends.index(end)  # type: ignore[arg-type]
+        while len(found) < len(self._pipes):
+            for pipe in wait([pipe for rank, pipe in enumerate(self._pipes) if rank not in found]):
+                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
                 try:
-                    found[rank] = self._ends[rank].recv()
+                    found[rank] = self._pipes[rank].recv()
                 except (EOFError, OSError):
                     found[rank] = f"the process of rank {rank} ended by itself{self._status(rank)}"
                 if isinstance(found[rank], str):
                     self.close()
                     raise RowFailed(found[rank])
-        return [found[rank] for rank in range(len(self._ends))]
+        return [found[rank] for rank in range(len(self._pipes))]
 
     def _status(self, rank: int) -> str:
         self._processes[rank].join(timeout=5)
         status = self._processes[rank].exitcode
         return "" if status is None else f" with status {status} (a negative one is the signal, -9 often out of memory)"
 
-    def close(self) -> None:
-        """End the processes."""
-        for end in self._ends:
-            with suppress(OSError):
-                end.send(END)
-        for process in self._processes:
-            process.kill()
-            process.join()
 
-
-def _rank_main(connection: Connection, config: Config, rank: int, processes: int, port: int, threads: int) -> None:
+def _worker_main(pipe: Connection, config: Config, rank: int, processes: int, port: int, threads: int) -> None:
     leave_signals_to_parent()
     os.dup2(2, 1)  # standard output is the table's
     torch.set_num_threads(threads)
     if processes > 1:
-        os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(processes),
-            LOCAL_WORLD_SIZE=str(processes),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-            TORCHELASTIC_USE_AGENT_STORE="True",
-        )
+        mine, size = str(rank), str(processes)
+        os.environ.update(RANK=mine, LOCAL_RANK=mine, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
     status = 0
     try:
-        _serve(connection, config)
+        worker = _Worker(config)
+        pipe.send(worker.counted())
+        while pipe.recv() == STEP:
+            pipe.send(worker.timed())
     except EOFError:
         pass  # the benchmark is gone
     except Exception as error:
         status = error.exit_status if isinstance(error, CrnetError) else 1
         name = "" if isinstance(error, CrnetError) else f"{type(error).__name__}: "
-        connection.send(name + " ".join(str(error).split())[:500])
-    os._exit(status)  # no rank may wait for the others on its way out
+        pipe.send(name + " ".join(str(error).split())[:500])
+    os._exit(status)  # no rank may wait for the others at its end
 
 
-def _serve(connection: Connection, config: Config) -> None:
-    from megatron_crnet.distributed import cpu_backend
-
-    cpu_backend.install()
-    site = _Site(config)
-    connection.send(site.counted())
-    while connection.recv() == STEP:
-        connection.send(site.timed())
-
-
-class _Site:
+class _Worker:
     """A rank with its engine and its part of a batch of random tokens."""
 
     def __init__(self, config: Config) -> None:
         from megatron_crnet.config.batch import plan_batches
+        from megatron_crnet.distributed import cpu_backend
         from megatron_crnet.distributed.launcher import read_launch
         from megatron_crnet.distributed.process_groups import initialize_parallel
         from megatron_crnet.engine.engine import TrainEngine
         from megatron_crnet.model.gpt import build_model_chunks
+        from megatron_crnet.planning.live_memory import LiveMemory
 
+        cpu_backend.install()
         self.plan = plan_batches(config, read_launch().world_size)
-        self.memory = _memory()
+        self.memory: Any = _AllocatorMemory() if torch.cuda.is_available() else LiveMemory()
         with self.memory:
             self.context = initialize_parallel(config)
             self.engine = TrainEngine(config, build_model_chunks(config), self.context)
-        self.batches = self._random_batches(config)
-
-    def _random_batches(self, config: Config) -> list[dict[str, torch.Tensor]]:
         # ranks that share a replica read the same tokens
         generator = torch.Generator().manual_seed(config.training.seed + self.context.dp_rank)
+        count = self.plan.num_microbatches
+        self.batches = [self._random_batch(config.model.vocab_size, generator) for _ in range(count)]
+
+    def _random_batch(self, vocab_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         shape, device = (self.plan.micro_batch_size, self.plan.seq_length), self.context.device
-        batches = []
-        for _ in range(self.plan.num_microbatches):
-            text = torch.randint(config.model.vocab_size, (shape[0], shape[1] + 1), generator=generator).to(device)
-            batches.append(
-                {
-                    "tokens": text[:, :-1].contiguous(),
-                    "labels": text[:, 1:].contiguous(),
-                    "position_ids": torch.arange(shape[1], device=device).expand(shape).contiguous(),
-                    "loss_mask": torch.ones(shape, device=device),
-                }
-            )
-        return batches
+        text = torch.randint(vocab_size, (shape[0], shape[1] + 1), generator=generator).to(device)
+        return {
+            "tokens": text[:, :-1].contiguous(),
+            "labels": text[:, 1:].contiguous(),
+            "position_ids": torch.arange(shape[1], device=device).expand(shape).contiguous(),
+            "loss_mask": torch.ones(shape, device=device),
+        }
 
-    def _passes(self) -> float:
-        return self.engine.forward_backward(self.batches, self.plan.tokens_per_step)
+    def _step(self) -> float:
+        loss = self.engine.forward_backward(self.batches, self.plan.tokens_per_step)
+        self.engine.update()
+        return loss
 
-    def counted(self) -> Ready:
+    def counted(self) -> WorkerReady:
         """Two steps, of which the second is watched: the first one allocates what stays."""
         from megatron_crnet.engine.schedule import loss_totals
         from megatron_crnet.planning.communication import CommunicationCounter
@@ -215,8 +203,7 @@ class _Site:
 
         counter, operations, memory = CommunicationCounter(), OperationCounter(), self.memory
         with memory:
-            self._passes()
-            self.engine.update()
+            self._step()
             memory.reset_peak()
             with counter, operations:
                 results = self.engine.accumulate(self.batches, self.plan.tokens_per_step)
@@ -226,44 +213,24 @@ class _Site:
                 loss_totals(results, self.context.device)
                 self.engine.update()
         gradients = max(after_passes - weights - optimizer - buffers, 0)
-        held = Held(weights, optimizer, gradients, max(memory.peak - weights - optimizer - gradients, 0))
+        peak = PeakMemory(weights, optimizer, gradients, max(memory.peak - weights - optimizer - gradients, 0))
         traffic: Counter[str] = Counter()
         for flow in flows(counter):
             traffic[f"{flow.group} {flow.kind}"] += flow.bytes
-        return Ready(held, dict(traffic), operations.total)
+        return WorkerReady(peak, dict(traffic), operations.total)
 
-    def timed(self) -> Timed:
+    def timed(self) -> StepTiming:
         """One step by the clock."""
-        torch.cuda.synchronize()  # without a GPU it does nothing: cpu_platform
+        torch.cuda.synchronize()  # without a GPU it does nothing: cpu_backend
         started, cpu_started = time.perf_counter(), time.process_time()
-        loss = self._passes()
-        self.engine.update()
+        loss = self._step()
         torch.cuda.synchronize()
-        return Timed(time.perf_counter() - started, time.process_time() - cpu_started, loss)
+        return StepTiming(time.perf_counter() - started, time.process_time() - cpu_started, loss)
 
 
-class _CudaMemory:
-    """CUDA's allocator with the face of `LiveMemory`."""
+class _AllocatorMemory(nullcontext[None]):
+    """CUDA's allocator with the interface of `LiveMemory`."""
 
-    def __enter__(self) -> _CudaMemory:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    @property
-    def current(self) -> int:
-        return int(torch.cuda.memory_allocated())
-
-    @property
-    def peak(self) -> int:
-        return int(torch.cuda.max_memory_allocated())
-
-    def reset_peak(self) -> None:
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _memory() -> Any:
-    from megatron_crnet.planning.live_memory import LiveMemory
-
-    return _CudaMemory() if torch.cuda.is_available() else LiveMemory()
+    current = property(lambda _: torch.cuda.memory_allocated())
+    peak = property(lambda _: torch.cuda.max_memory_allocated())
+    reset_peak = staticmethod(torch.cuda.reset_peak_memory_stats)
