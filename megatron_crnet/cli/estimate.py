@@ -57,8 +57,8 @@ def run(call: Call) -> int:
 
     cpu_backend.install()
     from megatron_crnet.planning.estimate import estimate
-    from megatron_crnet.planning.estimate_report import as_values, estimate_tables, verdict
     from megatron_crnet.planning.machines import find_machine
+    from megatron_crnet.planning.tables import as_values, estimate_tables, verdict
     from megatron_crnet.reporting.step_identity import identify_step
     from megatron_crnet.utils.environment import command_line, versions
 

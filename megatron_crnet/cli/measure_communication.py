@@ -8,7 +8,6 @@ On one process, without parallelism: %(prog)s --config examples/quickstart.yaml
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +39,7 @@ def measure(config: Config) -> dict[str, Any]:
     from megatron_crnet.config.batch import data_parallel_size
     from megatron_crnet.distributed.process_groups import join_processes, shutdown_parallel
     from megatron_crnet.distributed.watchdog import naming_lost_peers
-    from megatron_crnet.planning.communication_report import boundary_traffic, layer_traffic
+    from megatron_crnet.planning.measurements import boundary_traffic, layer_traffic
 
     data_parallel_size(config, read_launch().world_size)
     _, heartbeat = join_processes(config)
@@ -48,10 +47,7 @@ def measure(config: Config) -> dict[str, Any]:
         layers = {variant: layer_traffic(config, variant) for variant in VARIANTS}
         boundaries = boundary_traffic(config) if config.parallel.pipeline_model_parallel_size > 1 else {}
     shutdown_parallel()
-    return {
-        "layers": {variant: dataclasses.asdict(traffic) for variant, traffic in layers.items()},
-        "boundaries": {rank: dataclasses.asdict(traffic) for rank, traffic in boundaries.items()},
-    }
+    return {"layers": layers, "boundaries": boundaries}
 
 
 def figures(config: Config, found: dict[str, Any]) -> str:

@@ -9,7 +9,6 @@ One micro-batch, one rank without parallelism, the decoder's layers alone.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import json
 from functools import partial
@@ -62,11 +61,11 @@ def build_parser(prog: str) -> ConfigParser:
 def measure(config: Config, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One record for each strategy."""
     from megatron_crnet.distributed.process_groups import shutdown_parallel
-    from megatron_crnet.planning.recompute_report import measure_strategies
+    from megatron_crnet.planning.measurements import measure_strategies
 
     found = measure_strategies(config, fake=options.tensors == "fake", segment_length=options.segments)
     shutdown_parallel()
-    return [{**dataclasses.asdict(m), "transient": m.transient} for m in found]
+    return found
 
 
 def figures(config: Config, found: list[dict[str, Any]]) -> str:

@@ -94,9 +94,9 @@ def run(call: Call) -> int:
     cpu_backend.install()
     from tqdm import tqdm
 
-    from megatron_crnet.planning.estimate_report import verdict
     from megatron_crnet.planning.machines import find_machine
     from megatron_crnet.planning.search import RESERVE, explain, search
+    from megatron_crnet.planning.tables import verdict
 
     machine = find_machine(options.gpu)
     found = search(config, gpus, machine, options.gpus_per_node, lambda all_choices: tqdm(all_choices, unit="layouts"))

@@ -85,21 +85,19 @@ def compare(config: Config, world_size: int, rank: int) -> dict[str, Any]:
 
 def tables(found: dict[str, Any]) -> list[str]:
     """Both side by side."""
-    from megatron_crnet.planning.estimate_report import flow_rows, memory_table
+    from megatron_crnet.planning.tables import memory_table, volume_rows
 
     counted, estimated = found["counted"], found["estimated"]
     ratio = estimated.memory.total / counted.memory.total - 1
-    same = sorted((f.group, f.kind, f.bytes) for f in counted.flows) == sorted(
-        (f.group, f.kind, f.bytes) for f in estimated.flows
-    )
     return [
         "memory, GiB",
         *memory_table({"counted": counted.memory, "estimated": estimated.memory}),
         f"  the estimate's peak differs by {ratio:+.1%}",
         f"operations: counted {counted.flops:.6e}, estimated {estimated.operations.total:.6e}",
-        "volume, counted" + (" and estimated alike" if same else ""),
-        *flow_rows(counted.flows),
-        *([] if same else ["volume, estimated", *flow_rows(estimated.flows)]),
+        "volume, counted",
+        *volume_rows(counted.flows),
+        "volume, estimated",
+        *volume_rows(estimated.flows),
     ]
 
 

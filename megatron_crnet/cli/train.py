@@ -46,7 +46,7 @@ def _train(call: Call, interruption: Interruption) -> int:
 
     cpu_backend.install()
     if arguments.dry_run:
-        from megatron_crnet.planning.dry_run import dry_run_report
+        from megatron_crnet.planning.tables import dry_run_report
 
         report = dry_run_report(arguments.config, launch.world_size)
         if launch.rank == 0:

@@ -1,7 +1,7 @@
-"""What a run will need, before it starts: by formulas, and by the real code on tensors without memory.
+"""What a run will need, before it starts: by formula, and by the real code on tensors without memory.
 
 In: A `Config` and a number of GPUs.
 Out: Memory, operations, bytes and time of a rank's step; the fastest layout that fits.
 May import: engine and the rooms below it.
-Start with estimate.py, simulation.py.
+Start with estimate.py (formulas: shards.py, memory.py, volume.py, roofline.py), then simulation.py.
 """

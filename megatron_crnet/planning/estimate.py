@@ -1,23 +1,23 @@
-"""What a configuration needs on every pipeline stage, and how long a step takes on a named machine, from formulas.
+"""What a configuration needs on every pipeline stage, and how long a step takes on a named machine, by formula.
 
-Memory, operations and bytes are checked against `planning/simulation.py` and real runs; the time is a roofline, whose
-assumptions docs/planning.md lists.
+Memory and communication are checked to 10%, operations exactly, against simulated and real ranks
+(`planning/counted_step.py`); the time is a roofline, whose assumptions docs/planning.md lists.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from megatron_crnet.config.batch import BatchPlan, plan_batches
 from megatron_crnet.config.model_size import flops_per_token
 from megatron_crnet.config.schema import Config
-from megatron_crnet.planning.figures import Flow, Memory, node_crossings
 from megatron_crnet.planning.machines import Machine
 from megatron_crnet.planning.memory import estimate_memory
-from megatron_crnet.planning.operations import Operations, estimate_operations
-from megatron_crnet.planning.roofline import StepTime, estimate_time
-from megatron_crnet.planning.shards import LocalModel, build_local_models
-from megatron_crnet.planning.traffic import estimate_flows
+from megatron_crnet.planning.profile import DATA, PIPELINE, TENSOR, CommVolume, Memory
+from megatron_crnet.planning.roofline import Operations, StepTime, estimate_operations, estimate_time
+from megatron_crnet.planning.shards import build_local_models
+from megatron_crnet.planning.volume import estimate_volumes
 
 GPUS_PER_NODE = 8
 
@@ -28,7 +28,7 @@ class StageEstimate:
 
     memory: Memory
     operations: Operations
-    flows: list[Flow]
+    flows: list[CommVolume]
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Estimate:
 
     Attributes:
         stages: by pipeline rank.
-        model_flops: useful operations of a step over all ranks (`arithmetic.flops_per_token`: attention's causal
+        model_flops: useful operations of a step over all ranks (`model_size.flops_per_token`: attention's causal
             half, no recomputation).
-        crossings: of each kind of group, the share of its bytes that leaves a node (`figures.node_crossings`).
-        time: on the machine, where one was named.
+        crossings: of each kind of group, the share of its bytes that leaves a node.
+        time: of the slowest stage on the machine, where one was named.
         dtype: of the products, `training.dtype`.
     """
 
@@ -59,6 +59,11 @@ class Estimate:
         return max(range(len(self.stages)), key=lambda rank: self.stages[rank].memory.total)
 
     @property
+    def peak(self) -> int:
+        """Bytes that it needs."""
+        return self.stages[self.fullest].memory.total
+
+    @property
     def tokens_per_second(self) -> float:
         """Of the whole run."""
         assert self.time is not None
@@ -68,7 +73,7 @@ class Estimate:
         """Model FLOPs utilization: useful operations as a share of what the GPUs could do meanwhile.
 
         Args:
-            whole_attention: see `arithmetic.flops_per_token`.
+            whole_attention: see `model_size.flops_per_token`.
         """
         assert self.time is not None
         useful = self.model_flops_whole_attention if whole_attention else self.model_flops
@@ -85,19 +90,36 @@ def estimate(
     """
     plan = plan_batches(config, world_size)
     models = build_local_models(config)
-    stages = [_stage(model, plan) for model in models]
-    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
-    crossings = node_crossings(tp, pp, plan.dp_size, gpus_per_node)
-    time = None
-    if machine is not None:
-        parts = [(m, stage.memory, stage.operations, stage.flows) for m, stage in zip(models, stages, strict=True)]
-        time = estimate_time(parts, plan, machine, crossings)
+    crossings = node_crossings(models[0].tp, models[0].pp, plan.dp_size, gpus_per_node)
+    stages = [
+        StageEstimate(estimate_memory(m, plan), estimate_operations(m, plan), estimate_volumes(m, plan)) for m in models
+    ]
+    times = [
+        estimate_time(model, plan, machine, stage.memory, stage.operations, stage.flows, crossings)
+        for model, stage in zip(models, stages, strict=True)
+        if machine is not None
+    ]
     useful, whole = (
         flops_per_token(config.model, plan.seq_length, whole_attention) * plan.tokens_per_step
         for whole_attention in (False, True)
     )
-    return Estimate(plan, world_size, stages, useful, whole, crossings, time, config.training.dtype)
+    slowest = max(times, key=lambda time: time.total, default=None)
+    return Estimate(plan, world_size, stages, useful, whole, crossings, slowest, config.training.dtype)
 
 
-def _stage(model: LocalModel, plan: BatchPlan) -> StageEstimate:
-    return StageEstimate(estimate_memory(model, plan), estimate_operations(model, plan), estimate_flows(model, plan))
+@cache  # a search asks for the same layout many times
+def node_crossings(tp: int, pp: int, dp: int, gpus_per_node: int) -> dict[str, float]:
+    """For each kind of group, the share of its rings' edges that lead from one node to another.
+
+    A group's ring goes through its ranks in order and back; ranks count through tp first, then dp, then pp, and fill
+    one node after the other. Every edge of a ring carries the same bytes, so this is also the share of its bytes.
+    """
+
+    def crosses(rank: int, size: int, stride: int) -> bool:
+        position = rank // stride % size
+        following = rank + ((position + 1) % size - position) * stride
+        return rank // gpus_per_node != following // gpus_per_node
+
+    world = tp * pp * dp
+    rings = {TENSOR: (tp, 1), DATA: (dp, tp), PIPELINE: (pp, tp * dp)}
+    return {name: sum(crosses(rank, *ring) for rank in range(world)) / world for name, ring in rings.items()}

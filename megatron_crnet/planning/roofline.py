@@ -1,33 +1,94 @@
 """The time of a step by a roofline: products at a share of the peak, all else at memory's and links' speed, no overlap.
 
-What is left out, so that a real step takes longer: kernel launches, imbalance between ranks, stragglers, data loading,
-evaluation and checkpoints. What would make it shorter: communication that runs beside products.
+Operations are counted as PyTorch's counter does: a product of [m, k] and [k, n] is 2 m k n; backward does two products
+for each of forward; attention counts without the causal mask, 2 products of s x s forward and 5 backward. The
+assumptions are listed in docs/planning.md.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
 from megatron_crnet.config.batch import BatchPlan
-from megatron_crnet.config.deepspeed_rules import zero_stage
-from megatron_crnet.planning.figures import PIPELINE, TENSOR, Flow, Memory
+from megatron_crnet.config.model_size import position_shapes
+from megatron_crnet.config.positions import GROUPS, ROW_GROUPS
 from megatron_crnet.planning.machines import Machine
-from megatron_crnet.planning.memory import grouped, padded
-from megatron_crnet.planning.operations import Operations
+from megatron_crnet.planning.profile import DATA, PIPELINE, TENSOR, CommVolume, Memory
 from megatron_crnet.planning.shards import Chunk, LocalModel
+from megatron_crnet.planning.volume import repeats_outputs
 from megatron_crnet.recompute.planner import layer_widths
 
 ACTIVATION_USES = 4
 """Each activation is written and read in forward, and so is its gradient in backward."""
 LAUNCHES, LAUNCH_SECONDS = 400, 5e-6
-"""Kernels of a layer in one micro-batch's forward and backward pass, and the host's time for each: stated guesses."""
+"""Kernels of a layer in one micro-batch's forward and backward pass, and the host's time for each: assumed."""
 REBUILT_USES, REBUILT_LAUNCHES = 2, LAUNCHES // 3
-"""What a layer adds that backward rebuilds: its activations written and read once more, a forward pass's kernels."""
+"""What a recomputed layer adds: its activations written and read once more, a forward pass's kernels."""
 HOST_ADAM_BANDWIDTH = 20e9
-"""Bytes a second of host memory for each GPU when the optimizer is offloaded: a stated guess."""
+"""Bytes per second of host memory for each GPU when the optimizer is offloaded: assumed."""
 
-Part = tuple[LocalModel, Memory, Operations, list[Flow]]
+
+@dataclass(frozen=True)
+class Operations:
+    """Of one rank and step.
+
+    Attributes:
+        passes: forward and backward.
+        recomputation: what backward does again.
+        attention: how much of both is attention.
+    """
+
+    passes: int
+    recomputation: int
+    attention: int
+
+    @property
+    def total(self) -> int:
+        """What the hardware does."""
+        return self.passes + self.recomputation
+
+
+def estimate_operations(model: LocalModel, plan: BatchPlan) -> Operations:
+    """The step of a rank of this stage."""
+    attention = 4 * model.tokens * plan.seq_length * model.config.model.hidden_size // model.tp
+    passes = again = attended = 0
+    for chunk in model.chunks:
+        for layer in chunk.layers:
+            inputs, outputs = _layer_products(model, layer)
+            passes += 3 * (inputs + outputs) + attention * 7 // 2
+            repeated, with_attention = _repeats(model, chunk, layer)
+            again += repeated[0] * inputs + repeated[1] * outputs + with_attention * attention
+            attended += attention * 7 // 2 + with_attention * attention
+        if chunk.predicts:
+            shape = model.config.model
+            passes += 6 * model.tokens * shape.hidden_size * (shape.vocab_size // model.tp)
+    count = plan.num_microbatches
+    return Operations(passes * count, again * count, attended * count)
+
+
+def _layer_products(model: LocalModel, layer: int) -> tuple[int, int]:
+    """Forward operations for a micro-batch: products with A or full-rank weights, and products with B."""
+    tokens, local, t = model.tokens, model.local_tokens, model.tp
+    shapes, ranks = position_shapes(model.config.model), model.transformer.ranks[layer]
+    if model.transformer.is_full_rank(layer):
+        return sum(2 * tokens * h_in * h_out // t for h_in, h_out in shapes.values()), 0
+    # what is not split over its width is split over the sequence, or done by every rank
+    rows = [p for group in ROW_GROUPS for p in GROUPS[group]]
+    inputs = sum(2 * ranks[p] * (tokens * (n // t) if p in rows else local * n) for p, (n, _) in shapes.items())
+    outputs = sum(2 * ranks[p] * (local * n if p in rows else tokens * (n // t)) for p, (_, n) in shapes.items())
+    return inputs, outputs
+
+
+def _repeats(model: LocalModel, chunk: Chunk, layer: int) -> tuple[tuple[bool, bool], bool]:
+    """Whether backward repeats products with A or full-rank weights, products with B, and attention."""
+    if not chunk.segments:
+        return (False, False), False
+    if model.transformer.recompute_strategy == "full":
+        return (True, True), True
+    again, transformer = repeats_outputs(model, chunk, layer), model.transformer
+    return (again and transformer.is_full_rank(layer), again), not transformer.recompute_keep_attention_output
 
 
 @dataclass(frozen=True)
@@ -35,16 +96,16 @@ class StepTime:
     """Seconds of one step; the parts follow one another.
 
     Attributes:
-        products: matrix products and attention of the slowest stage.
-        element_wise: its norms, activations and residuals, by memory bandwidth.
+        matmul: matrix products and attention of the slowest stage.
+        elementwise: its norms, activations and residuals, by memory bandwidth.
         launches: what the device waits because the host cannot start so many small kernels faster.
         tensor_parallel, pipeline, data_parallel: communication.
         bubble: waiting for other stages at both ends of the schedule.
         update: the optimizer.
     """
 
-    products: float
-    element_wise: float
+    matmul: float
+    elementwise: float
     launches: float
     tensor_parallel: float
     pipeline: float
@@ -55,77 +116,65 @@ class StepTime:
     @property
     def total(self) -> float:
         """The step."""
-        return (
-            self.products
-            + self.element_wise
-            + self.launches
-            + self.tensor_parallel
-            + self.pipeline
-            + self.bubble
-            + self.data_parallel
-            + self.update
-        )
+        return sum(dataclasses.astuple(self))
 
 
-def estimate_time(parts: list[Part], plan: BatchPlan, machine: Machine, crossings: dict[str, float]) -> StepTime:
-    """The step of the stage that takes longest."""
-    return max((_stage_time(part, plan, machine, crossings) for part in parts), key=lambda time: time.total)
+def estimate_time(
+    model: LocalModel,
+    plan: BatchPlan,
+    machine: Machine,
+    memory: Memory,
+    operations: Operations,
+    volumes: list[CommVolume],
+    crossings: dict[str, float],
+) -> StepTime:
+    """The step of a rank of this stage.
 
-
-def _stage_time(part: Part, plan: BatchPlan, machine: Machine, crossings: dict[str, float]) -> StepTime:
-    model, memory, operations, flows = part
-    peak = machine.peak(model.config.training.dtype)
+    Args:
+        crossings: of each kind of group, the share of its bytes that leaves a node.
+    """
     # kernels on GPUs skip the masked half of attention, which the counter counts
-    products = (operations.total - operations.attention / 2) / (peak * machine.product_efficiency)
-    element_wise = plan.num_microbatches * _activation_bytes(model, plan) / machine.memory_bandwidth
-    seconds = dict.fromkeys(("TP", "PP", "rest"), 0.0)
-    for flow in flows:
-        kind = flow.group if flow.group in (TENSOR, PIPELINE) else "rest"
-        seconds[kind] += _flow_time(flow, machine, crossings[flow.group])
-    kernels = sum(len(chunk.layers) * LAUNCHES + len(_rebuilt(chunk)) * REBUILT_LAUNCHES for chunk in model.chunks)
-    launches = max(0.0, plan.num_microbatches * kernels * LAUNCH_SECONDS - products - element_wise)
-    busy = products + element_wise + launches + seconds["TP"] + seconds["PP"]
+    useful = operations.total - operations.attention / 2
+    matmul = useful / (machine.peak(model.config.training.dtype) * machine.product_efficiency)
+    elementwise = plan.num_microbatches * _activation_bytes(model) / machine.memory_bandwidth
+    seconds = dict.fromkeys((TENSOR, PIPELINE, DATA), 0.0)
+    for volume in volumes:
+        seconds[volume.group] += _transfer_time(volume, machine, crossings[volume.group])
+    kernels = sum(LAUNCHES * len(c.layers) + REBUILT_LAUNCHES * sum(map(len, c.segments)) for c in model.chunks)
+    launches = max(0.0, plan.num_microbatches * kernels * LAUNCH_SECONDS - matmul - elementwise)
+    busy = matmul + elementwise + launches + seconds[TENSOR] + seconds[PIPELINE]
     return StepTime(
-        products=products,
-        element_wise=element_wise,
+        matmul=matmul,
+        elementwise=elementwise,
         launches=launches,
-        tensor_parallel=seconds["TP"],
-        pipeline=seconds["PP"],
+        tensor_parallel=seconds[TENSOR],
+        pipeline=seconds[PIPELINE],
         bubble=busy * (model.pp - 1) / (plan.num_microbatches * len(model.chunks)),
-        data_parallel=seconds["rest"],
+        data_parallel=seconds[DATA],
         update=_update_time(model, memory, plan, machine),
     )
 
 
-def _flow_time(flow: Flow, machine: Machine, crossing: float) -> float:
+def _transfer_time(volume: CommVolume, machine: Machine, crossing: float) -> float:
     """What leaves a node is spread over the network ports of the group's ranks there, but for messages."""
-    share = math.ceil(crossing) if flow.kind == "send" else crossing
+    share = math.ceil(crossing) if volume.kind == "send" else crossing
     slowest = max(1 / machine.node_bandwidth, share / machine.network_bandwidth)
-    return flow.wire_bytes * slowest / machine.link_efficiency
+    return volume.wire_bytes * slowest / machine.link_efficiency
 
 
-def _rebuilt(chunk: Chunk) -> list[int]:
-    """The layers that backward computes once more."""
-    return [layer for segment in chunk.segments for layer in segment]
-
-
-def _activation_bytes(model: LocalModel, plan: BatchPlan) -> float:
+def _activation_bytes(model: LocalModel) -> float:
     """What a micro-batch writes and reads, whether or not it is kept."""
-    size = 2 if model.config.training.dtype == "bf16" else 4
-    tokens = plan.micro_batch_size * plan.seq_length
-    local = tokens // model.tp if model.transformer.sequence_parallel else tokens
     uses = [(layer, ACTIVATION_USES) for chunk in model.chunks for layer in chunk.layers]
-    uses += [(layer, REBUILT_USES) for chunk in model.chunks for layer in _rebuilt(chunk)]
+    uses += [(n, REBUILT_USES) for chunk in model.chunks for segment in chunk.segments for n in segment]
     layers = sum(times * layer_widths(model.transformer, layer).activations for layer, times in uses)
-    logits = tokens * model.config.model.vocab_size // model.tp * (size + 4) * ACTIVATION_USES
-    return layers * local * size + (logits if model.chunks[-1].predicts else 0)
+    logits = model.tokens * model.config.model.vocab_size // model.tp * (model.element + 4) * ACTIVATION_USES
+    return layers * model.local_tokens * model.element + (logits if model.chunks[-1].predicts else 0)
 
 
 def _update_time(model: LocalModel, memory: Memory, plan: BatchPlan, machine: Machine) -> float:
     """Moments, masters and gradients are read, and all but the gradients written."""
     if memory.host:
         # gradients down, weights up; masters, moments and gradients read in the host's memory, all but the last written
-        share = sum(padded(group, plan.dp_size, zero_stage(model.config)) for group in grouped(model)) / plan.dp_size
-        moved = share * (4 + 2)
-        return moved / (machine.host_bandwidth * machine.link_efficiency) + 28 * share / HOST_ADAM_BANDWIDTH
+        share = model.numel / plan.dp_size
+        return share * (6 / (machine.host_bandwidth * machine.link_efficiency) + 28 / HOST_ADAM_BANDWIDTH)
     return (2 * memory.optimizer + memory.optimizer / 3 + memory.weights) / machine.memory_bandwidth

@@ -1,30 +1,32 @@
-"""Which parameters and layers one rank holds, from the configuration alone: what `model/gpt.py` builds."""
+"""Which layers and parameters one rank holds, from the configuration alone: what `model/gpt.py` builds."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
 import torch
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_crnet.config.deepspeed_rules import reduce_bucket_size, zero_stage
 from megatron_crnet.config.megatron import CRNetTransformerConfig, build_transformer_config
 from megatron_crnet.config.model_size import position_shapes
-from megatron_crnet.config.positions import GROUPS, POSITIONS
+from megatron_crnet.config.positions import GROUPS, POSITIONS, ROW_GROUPS
 from megatron_crnet.config.schema import Config
 from megatron_crnet.recompute.planner import STRATEGIES, initial_segments, plan_inverse_segments
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A run of layers on one rank.
+    """A model chunk: consecutive layers on one rank.
 
     Attributes:
         layers: numbers from 0 over the whole model.
-        embeds: the embedding is here, too.
-        predicts: final norm, output layer and loss are here, too.
+        embeds: holds the embedding.
+        predicts: holds the final norm, the output layer and the loss.
         segments: layers that are recomputed together; empty without recomputation.
     """
 
@@ -33,32 +35,35 @@ class Chunk:
     predicts: bool
     segments: list[range]
 
+    def keeps_outputs(self, transformer: CRNetTransformerConfig, layer: int) -> bool:
+        """Whether a recomputed layer's outputs are kept, because the next segment starts with them."""
+        return transformer.has_next(layer) and any(layer == segment[-1] for segment in self.segments[:-1])
+
 
 @dataclass(frozen=True)
 class LocalParameter:
     """One parameter tensor of a rank.
 
     Attributes:
-        owner: the module that holds it, such as `3.qkv` in layer 3; `estimate_zero3.visits` names them so, too.
+        layer: -1 for the embedding, the number of layers for final norm and output layer.
         numel: elements on this rank.
-        is_matrix: it is decayed, and in a parameter group of matrices.
         is_partial: its gradient is a partial sum over tensor-parallel ranks.
-        is_beta: it stays fp32 under bf16 (but at ZeRO-3).
     """
 
-    owner: str
+    layer: int
     numel: int
-    is_matrix: bool = True
     is_partial: bool = False
-    is_beta: bool = False
 
 
 @dataclass(frozen=True)
 class LocalModel:
-    """The part of the model of every rank of pipeline stage `pp_rank`; tensor-parallel ranks are alike.
+    """The shard of every rank of pipeline stage `pp_rank`; tensor-parallel ranks are alike.
 
     Attributes:
-        parameters: in the order of PyTorch's `parameters()`.
+        tp, pp: sizes of tensor and pipeline parallelism.
+        stage: of ZeRO.
+        element: bytes of a weight and of an activation.
+        tokens: of one micro-batch; `local_tokens` are this rank's under sequence parallelism.
     """
 
     config: Config
@@ -66,28 +71,46 @@ class LocalModel:
     pp_rank: int
     chunks: list[Chunk]
     parameters: list[LocalParameter]
+    tp: int
+    pp: int
+    stage: int
+    element: int
+    tokens: int
+    local_tokens: int
 
     @property
-    def tp(self) -> int:
-        """Tensor-parallel size."""
-        return self.transformer.tensor_model_parallel_size
+    def bf16(self) -> bool:
+        """Whether weights and activations are bf16."""
+        return self.element == 2
 
-    @property
-    def pp(self) -> int:
-        """Pipeline-parallel size."""
-        return self.transformer.pipeline_model_parallel_size
+    @cached_property
+    def numel(self) -> int:
+        """Elements of all parameters."""
+        return sum(p.numel for p in self.parameters)
+
+    @cached_property
+    def partial_numel(self) -> int:
+        """Those whose gradients are partial sums over tensor-parallel ranks."""
+        return sum(p.numel for p in self.parameters if p.is_partial)
+
+    @cached_property
+    def bucket(self) -> int:
+        """Elements of the buffer in which gradients are reduced."""
+        return reduce_bucket_size(self.config, self.numel)
 
 
 def build_local_models(config: Config) -> list[LocalModel]:
-    """One for each pipeline rank."""
-    transformer = build_transformer_config(config)
-    return [
-        LocalModel(
-            config, transformer, rank, chunks, [p for chunk in chunks for p in _parameters(config, transformer, chunk)]
-        )
-        for rank in range(transformer.pipeline_model_parallel_size)
-        for chunks in [_chunks(transformer, rank)]
-    ]
+    """One per pipeline rank."""
+    transformer, training = build_transformer_config(config), config.training
+    tp, pp = transformer.tensor_model_parallel_size, transformer.pipeline_model_parallel_size
+    tokens, element = training.micro_batch_size * training.seq_length, 2 if training.dtype == "bf16" else 4
+    local, stage = tokens // tp if transformer.sequence_parallel else tokens, zero_stage(config)
+    models = []
+    for rank in range(pp):
+        chunks = _chunks(transformer, rank)
+        parameters = [p for chunk in chunks for p in _parameters(config, transformer, chunk)]
+        models.append(LocalModel(config, transformer, rank, chunks, parameters, tp, pp, stage, element, tokens, local))
+    return models
 
 
 def _chunks(transformer: CRNetTransformerConfig, pp_rank: int) -> list[Chunk]:
@@ -99,44 +122,40 @@ def _chunks(transformer: CRNetTransformerConfig, pp_rank: int) -> list[Chunk]:
         layers = range(first, first + get_num_layers_to_build(transformer, stage, pp_rank))
         segments = initial_segments(transformer, layers, pp_rank)
         if STRATEGIES[transformer.recompute_strategy].inverts:
-            # without what its guard may add: values decide that
+            # without the checkpoints that its guard may add: values decide that
             even = {layer: torch.ones(len(POSITIONS)) for layer in layers}
             segments, _ = plan_inverse_segments(transformer, layers, even, even)
-        chunks.append(
-            Chunk(layers, pp_rank == 0 and chunk == 0, pp_rank == pp - 1 and chunk == (vpp or 1) - 1, segments)
-        )
+        embeds, predicts = pp_rank == chunk == 0, pp_rank == pp - 1 and chunk == (vpp or 1) - 1
+        chunks.append(Chunk(layers, embeds, predicts, segments))
     return chunks
 
 
 def _parameters(config: Config, transformer: CRNetTransformerConfig, chunk: Chunk) -> Iterator[LocalParameter]:
-    h, t, sp = config.model.hidden_size, transformer.tensor_model_parallel_size, transformer.sequence_parallel
-    vocabulary = config.model.vocab_size // t * h
+    h, sp, last = config.model.hidden_size, transformer.sequence_parallel, config.model.num_layers
+    vocabulary = config.model.vocab_size // transformer.tensor_model_parallel_size * h
     if chunk.embeds:
-        yield LocalParameter("embedding.word", vocabulary)
+        yield LocalParameter(-1, vocabulary)
     for layer in chunk.layers:
-        for norm, groups in (("input_norm", ("qkv", "o")), ("mlp_norm", ("gate_up", "down"))):
-            yield LocalParameter(f"{layer}.{norm}", h, False, sp)
-            for group in groups:
-                yield from _group(config, transformer, layer, group)
+        yield from [LocalParameter(layer, h, sp)] * 2
+        for group in GROUPS:
+            yield from (LocalParameter(layer, *found) for found in _group(config, transformer, layer, group))
     if chunk.predicts:
-        yield LocalParameter("final_norm", h, False, sp)
-        yield LocalParameter("output", vocabulary)
+        yield from (LocalParameter(last, h, sp), LocalParameter(last, vocabulary))
 
 
-def _group(config: Config, transformer: CRNetTransformerConfig, layer: int, group: str) -> Iterator[LocalParameter]:
+def _group(config: Config, transformer: CRNetTransformerConfig, layer: int, group: str) -> Iterator[tuple[int, bool]]:
+    """Elements of each parameter, and whether its gradient is partial."""
     shapes, t, sp = position_shapes(config.model), transformer.tensor_model_parallel_size, transformer.sequence_parallel
-    positions, owner = GROUPS[group], f"{layer}.{group}"
-    ranks = [transformer.ranks[layer][p] for p in positions]
-    h_in, widths, is_row = shapes[positions[0]][0], [shapes[p][1] for p in positions], len(positions) == 1
+    positions, is_row = GROUPS[group], group in ROW_GROUPS
+    ranks, widths = [transformer.ranks[layer][p] for p in positions], [shapes[p][1] for p in positions]
+    h_in = shapes[positions[0]][0]
     if transformer.is_full_rank(layer):
-        # held by Megatron-Core's layer inside of the group
-        yield LocalParameter(f"{owner}.linear", h_in * sum(widths) // t)
+        yield h_in * sum(widths) // t, False
         return
-    yield LocalParameter(owner, sum(ranks) * h_in // (t if is_row else 1), True, sp and not is_row)
-    local = widths if is_row else [width // t for width in widths]
+    yield sum(ranks) * h_in // (t if is_row else 1), sp and not is_row
     # stacks of one shape are one parameter
-    for (width, rank), same in groupby(zip(local, ranks, strict=True)):
-        yield LocalParameter(owner, len(list(same)) * width * rank, True, sp and is_row)
+    for (width, rank), same in groupby(zip(widths, ranks, strict=True)):
+        yield len(list(same)) * rank * (width if is_row else width // t), sp and is_row
     if transformer.has_previous(layer):
         # a column group's beta sees only a shard of its outputs even without sequence parallelism
-        yield LocalParameter(owner, len(positions), False, t > 1 and (sp or not is_row), True)
+        yield len(positions), t > 1 and (sp or not is_row)

@@ -27,13 +27,13 @@ from megatron_crnet.config.deepspeed_rules import offloads_optimizer, offloads_p
 from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed.process_groups import initialize_parallel, shutdown_parallel
 from megatron_crnet.planning.counted_step import count_step, ignore
-from megatron_crnet.planning.figures import StepFigures
+from megatron_crnet.planning.profile import StepProfile
 from megatron_crnet.utils.errors import require
 
 LARGEST_WORLD = 4096
 
 
-def simulate(config: Config, world_size: int, rank: int, passed: Callable[[int, int], object] = ignore) -> StepFigures:
+def simulate(config: Config, world_size: int, rank: int, passed: Callable[[int, int], object] = ignore) -> StepProfile:
     """Count a step of rank `rank` of `world_size`. The process must not be part of a world already.
 
     Args:

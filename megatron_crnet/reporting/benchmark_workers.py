@@ -167,7 +167,7 @@ class _Worker:
         from megatron_crnet.distributed.process_groups import initialize_parallel
         from megatron_crnet.engine.engine import TrainEngine
         from megatron_crnet.model.gpt import build_model_chunks
-        from megatron_crnet.planning.live_memory import LiveMemory
+        from megatron_crnet.planning.counters import LiveMemory
 
         cpu_backend.install()
         self.plan = plan_batches(config, read_launch().world_size)
@@ -198,8 +198,8 @@ class _Worker:
     def counted(self) -> WorkerReady:
         """Two steps, of which the second is watched: the first one allocates what stays."""
         from megatron_crnet.engine.schedule import loss_totals
-        from megatron_crnet.planning.communication import CommunicationCounter
-        from megatron_crnet.planning.counted_step import OperationCounter, flows, state_bytes
+        from megatron_crnet.planning.counted_step import comm_volumes, state_bytes
+        from megatron_crnet.planning.counters import CommunicationCounter, OperationCounter
 
         counter, operations, memory = CommunicationCounter(), OperationCounter(), self.memory
         with memory:
@@ -215,7 +215,7 @@ class _Worker:
         gradients = max(after_passes - weights - optimizer - buffers, 0)
         peak = PeakMemory(weights, optimizer, gradients, max(memory.peak - weights - optimizer - gradients, 0))
         traffic: Counter[str] = Counter()
-        for flow in flows(counter):
+        for flow in comm_volumes(counter):
             traffic[f"{flow.group} {flow.kind}"] += flow.bytes
         return WorkerReady(peak, dict(traffic), operations.total)
 

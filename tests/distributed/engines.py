@@ -11,7 +11,7 @@ from megatron_crnet.config.schema import Config, RecomputeConfig
 from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.model.gpt import build_model_chunks
-from megatron_crnet.planning.live_memory import LiveMemory
+from megatron_crnet.planning.counters import LiveMemory
 from tests.distributed.spawn import fresh_world
 from tests.helpers import micro_batches, random_tokens
 

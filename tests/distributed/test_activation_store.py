@@ -11,7 +11,7 @@ import pytest
 from deepspeed.accelerator import get_accelerator
 
 from megatron_crnet.config.schema import RecomputeConfig
-from megatron_crnet.planning.live_memory import LiveMemory
+from megatron_crnet.planning.counters import LiveMemory
 from tests.distributed.engines import build_engine, close_engine, settled
 from tests.distributed.spawn import run_distributed
 from tests.helpers import micro_batches, tiny_config

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_crnet.planning.communication import CommunicationCounter, Traffic
-from megatron_crnet.planning.communication_report import BoundaryTraffic, LayerTraffic, boundary_traffic, layer_traffic
+from megatron_crnet.planning.counters import CommunicationCounter, Traffic
+from megatron_crnet.planning.measurements import boundary_traffic, layer_traffic
 from tests.distributed.spawn import run_distributed
 from tests.helpers import tiny_config
 
@@ -20,7 +19,7 @@ ZERO_1 = {"zero_optimization": {"stage": 1}}
 NO_SP = {**TP2, "sequence_parallel": False}
 
 
-def tensor_parallel_traffic() -> dict[str, LayerTraffic]:
+def tensor_parallel_traffic() -> dict[str, dict[str, float]]:
     with_sp, without = tiny_config(parallel=TP2), tiny_config(parallel=NO_SP)
     found = {variant: layer_traffic(with_sp, variant) for variant in ("crnet", "low_rank", "cola", "full_rank")}
     in_bf16 = tiny_config(
@@ -51,7 +50,7 @@ def counted_calls() -> dict[str, Traffic]:
     return found
 
 
-def pipeline_traffic() -> dict[str, dict[int, BoundaryTraffic]]:
+def pipeline_traffic() -> dict[str, dict[int, dict[str, float]]]:
     rows = {
         "pp": {"pipeline_model_parallel_size": 2},
         "vpp": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
@@ -73,46 +72,48 @@ def pipeline_traffic() -> dict[str, dict[int, BoundaryTraffic]]:
 
 
 @pytest.fixture(scope="module")
-def traffic() -> dict[str, LayerTraffic]:
+def traffic() -> dict[str, dict[str, float]]:
     return run_distributed(tensor_parallel_traffic, 2)[0]
 
 
 @pytest.fixture(scope="module")
-def pipeline() -> dict[str, dict[int, BoundaryTraffic]]:
+def pipeline() -> dict[str, dict[int, dict[str, float]]]:
     return run_distributed(pipeline_traffic, 2)[0]
 
 
 @pytest.mark.parametrize("variant", ["crnet", "low_rank", "cola"])
-def test_a_low_rank_layer_sends_7r_forward_and_19r_a_step(variant: str, traffic: dict[str, LayerTraffic]) -> None:
+def test_a_low_rank_layer_sends_7r_forward_and_19r_a_step(variant: str, traffic: dict[str, dict[str, float]]) -> None:
     r = H // 4
-    assert traffic[variant].forward == 7 * r == 1.75 * H
-    assert traffic[variant].step == 19 * r
+    assert traffic[variant]["forward"] == 7 * r == 1.75 * H
+    assert traffic[variant]["step"] == 19 * r
 
 
-def test_a_full_rank_layer_sends_4h_forward_and_10h_a_step(traffic: dict[str, LayerTraffic]) -> None:
-    assert traffic["full_rank"].forward == 4 * H
-    assert traffic["full_rank"].step == 10 * H
+def test_a_full_rank_layer_sends_4h_forward_and_10h_a_step(traffic: dict[str, dict[str, float]]) -> None:
+    assert traffic["full_rank"]["forward"] == 4 * H
+    assert traffic["full_rank"]["step"] == 10 * H
 
 
-def test_without_sequence_parallelism_a_step_sends_14r(traffic: dict[str, LayerTraffic]) -> None:
+def test_without_sequence_parallelism_a_step_sends_14r(traffic: dict[str, dict[str, float]]) -> None:
     r = H // 4
-    assert traffic["crnet without sp"].forward == 2 * 2 * r  # all-reduce of z of o and down
-    assert traffic["crnet without sp"].step == 2 * 2 * r + 2 * 5 * r  # and of dz of the other five
+    assert traffic["crnet without sp"]["forward"] == 2 * 2 * r  # all-reduce of z of o and down
+    assert traffic["crnet without sp"]["step"] == 2 * 2 * r + 2 * 5 * r  # and of dz of the other five
 
 
-def test_gradients_of_replicated_factors_betas_and_norms_travel_once_a_step(traffic: dict[str, LayerTraffic]) -> None:
+def test_gradients_of_replicated_factors_betas_and_norms_travel_once_a_step(
+    traffic: dict[str, dict[str, float]],
+) -> None:
     r = H // 4
-    assert traffic["crnet"].gradients == 2 * (7 * H * r + 7 + 2 * H)
-    assert traffic["full_rank"].gradients == 2 * 2 * H
+    assert traffic["crnet"]["gradients"] == 2 * (7 * H * r + 7 + 2 * H)
+    assert traffic["full_rank"]["gradients"] == 2 * 2 * H
 
 
-def test_bytes_are_those_of_the_tensors_that_travel(traffic: dict[str, LayerTraffic]) -> None:
-    assert traffic["crnet"].step_bytes == 4 * traffic["crnet"].step
+def test_bytes_are_those_of_the_tensors_that_travel(traffic: dict[str, dict[str, float]]) -> None:
+    assert traffic["crnet"]["step_bytes"] == 4 * traffic["crnet"]["step"]
     bf16 = traffic["crnet in bf16"]
-    assert (bf16.forward_bytes, bf16.step_bytes) == (2 * bf16.forward, 2 * bf16.step)
-    assert (bf16.forward, bf16.step, bf16.gradients) == dataclasses.astuple(traffic["crnet"])[:3]
+    assert (bf16["forward_bytes"], bf16["step_bytes"]) == (2 * bf16["forward"], 2 * bf16["step"])
+    assert all(bf16[name] == traffic["crnet"][name] for name in ("forward", "step", "gradients"))
     # a bf16 model sums its gradients in fp32
-    assert bf16.gradients_bytes == 4 * bf16.gradients
+    assert bf16["gradients_bytes"] == 4 * bf16["gradients"]
 
 
 def test_every_call_counts_all_its_tensors_under_its_kind_or_its_own_name(traffic: dict[str, Any]) -> None:
@@ -140,10 +141,10 @@ BOUNDARIES = {  # elements that pipeline ranks 0 and 1 send forward
 
 @pytest.mark.parametrize("name", BOUNDARIES)
 def test_a_boundary_carries_the_hidden_state_and_seven_outputs_unless_a_chain_starts(
-    name: str, pipeline: dict[str, dict[int, BoundaryTraffic]]
+    name: str, pipeline: dict[str, dict[int, dict[str, float]]]
 ) -> None:
-    assert pipeline[name] == {rank: BoundaryTraffic(n, 4 * n) for rank, n in enumerate(BOUNDARIES[name])}
+    assert pipeline[name] == {rank: {"elements": n, "bytes": 4 * n} for rank, n in enumerate(BOUNDARIES[name])}
 
 
-def test_a_bf16_boundary_has_half_the_bytes(pipeline: dict[str, dict[int, BoundaryTraffic]]) -> None:
-    assert pipeline["bf16"][0] == BoundaryTraffic(WIDTH, 2 * WIDTH)
+def test_a_bf16_boundary_has_half_the_bytes(pipeline: dict[str, dict[int, dict[str, float]]]) -> None:
+    assert pipeline["bf16"][0] == {"elements": WIDTH, "bytes": 2 * WIDTH}

@@ -15,9 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_crnet.config.loading import load_config
 from megatron_crnet.config.schema import Config, RecomputeConfig
 from megatron_crnet.distributed.process_groups import initialize_parallel
-from megatron_crnet.planning.counted_step import OperationCounter, count_step
+from megatron_crnet.planning.counted_step import count_step
+from megatron_crnet.planning.counters import OperationCounter
 from megatron_crnet.planning.estimate import StageEstimate, estimate
-from megatron_crnet.planning.figures import DATA, Flow, Memory, StepFigures
+from megatron_crnet.planning.profile import CommVolume, Memory, StepProfile
 from megatron_crnet.planning.simulation import simulate
 from tests.distributed.spawn import fresh_world, run_distributed
 from tests.helpers import tiny_config
@@ -105,7 +106,7 @@ def rows() -> dict[str, Config]:
     }
 
 
-Found = dict[str, tuple[StepFigures, StageEstimate]]
+Found = dict[str, tuple[StepProfile, StageEstimate]]
 
 
 SOON = (
@@ -123,8 +124,6 @@ SOON = (
 """The others are marked long: every row costs a second on an idle machine, and more where process groups are built."""
 RARE = tuple(name for name in rows() if name not in SOON)
 SIMULATED = tuple(name for name in SOON if "offload" not in name)
-BUCKETED = [(DATA, "all_reduce"), (DATA, "reduce_scatter")]
-"""Gradients travel in as many calls as buckets fill; the estimate counts one for each pass."""
 
 
 def count_rows(names: list[str]) -> Found:
@@ -151,30 +150,41 @@ def counted_rarely() -> list[Found]:
     return run_distributed(count_rows, 2, list(RARE))
 
 
-def volumes(flows: list[Flow]) -> dict[tuple[str, str, int], int]:
+FEW_NUMBERS = 1024
+"""Bytes in a group that the formula leaves out: loss, norm, overflow checks, sizes of outputs."""
+
+
+def volumes(flows: list[CommVolume]) -> dict[tuple[str, str, int], int]:
     return {(flow.group, flow.kind, flow.size): flow.bytes for flow in flows}
 
 
-def calls(flows: list[Flow]) -> dict[tuple[str, str], int]:
-    return {(flow.group, flow.kind): flow.calls for flow in flows if (flow.group, flow.kind) not in BUCKETED}
+def check_volumes(real: StepProfile, expected: StageEstimate) -> None:
+    counted, estimated = volumes(real.flows), volumes(expected.flows)
+    for key in counted | estimated:
+        close = pytest.approx(counted.get(key, 0), rel=0.1, abs=FEW_NUMBERS)
+        assert estimated.get(key, 0) == close, (key, counted, estimated)
 
 
-def in_all(memory: Memory) -> int:
-    """Device and host together: gloo ranks compute on the host."""
-    return memory.total + memory.host
+def check_memory(real: Memory, expected: Memory, rel: float = 0.1) -> None:
+    # device and host together: gloo ranks compute on the host
+    assert expected.total + expected.host == pytest.approx(real.total, rel=rel), (real, expected)
+    if not expected.host:
+        for part in ("weights", "optimizer", "buffers"):
+            assert getattr(expected, part) == pytest.approx(getattr(real, part), rel=0.01), (real, expected)
+        # what is counted as gradients is what nothing else is, the micro-batches' losses for example
+        assert expected.gradients == pytest.approx(real.gradients, rel=0.01, abs=12_000), (real, expected)
 
 
-def check_row(real: StepFigures, expected: StageEstimate) -> None:
-    assert volumes(expected.flows) == volumes(real.flows)
-    assert calls(expected.flows) == calls(real.flows)
+def check_row(real: StepProfile, expected: StageEstimate) -> None:
+    check_volumes(real, expected)
     assert expected.operations.total == real.flops
-    assert in_all(expected.memory) == pytest.approx(real.memory.total, rel=0.1), (real.memory, expected.memory)
+    check_memory(real.memory, expected.memory)
 
 
 @pytest.mark.parametrize("name", SOON)
-def test_bytes_are_those_that_were_intercepted(name: str, counted: list[Found]) -> None:
+def test_volumes_are_within_a_tenth_of_those_that_were_intercepted(name: str, counted: list[Found]) -> None:
     for real, expected in (found[name] for found in counted):
-        assert volumes(expected.flows) == volumes(real.flows)
+        check_volumes(real, expected)
 
 
 @pytest.mark.parametrize("name", SOON)
@@ -184,15 +194,11 @@ def test_operations_are_those_of_the_counter(name: str, counted: list[Found]) ->
 
 
 @pytest.mark.parametrize("name", SOON)
-def test_calls_are_those_that_were_intercepted(name: str, counted: list[Found]) -> None:
+def test_the_peak_is_within_a_tenth_of_what_was_alive_and_the_state_within_a_hundredth(
+    name: str, counted: list[Found]
+) -> None:
     for real, expected in (found[name] for found in counted):
-        assert calls(expected.flows) == calls(real.flows)
-
-
-@pytest.mark.parametrize("name", SOON)
-def test_the_peak_is_within_a_tenth_of_what_was_alive(name: str, counted: list[Found]) -> None:
-    for real, expected in (found[name] for found in counted):
-        assert in_all(expected.memory) == pytest.approx(real.memory.total, rel=0.1), (real.memory, expected.memory)
+        check_memory(real.memory, expected.memory)
 
 
 @pytest.mark.long
@@ -207,8 +213,7 @@ def test_rarer_rows_hold_as_well(name: str, counted_rarely: list[Found]) -> None
 def test_a_simulated_rank_does_exactly_what_the_real_one_does(name: str, counted: list[Found]) -> None:
     real = counted[1][name][0]
     simulated = simulate(rows()[name], 2, 1)
-    assert volumes(simulated.flows) == volumes(real.flows)
-    assert calls(simulated.flows) == calls(real.flows)
+    assert simulated.flows == real.flows  # bytes and calls
     assert simulated.flops == real.flops
     assert simulated.memory.total == pytest.approx(real.memory.total, rel=0.01)
 
@@ -244,10 +249,9 @@ def test_the_large_examples_are_estimated_as_they_are_simulated(name: str) -> No
     example, overrides = LARGE[name]
     config = load_config(f"examples/{example}.yaml", overrides)
     simulated, expected = simulate(config, 8, 0), estimate(config, 8).stages[0]
-    assert volumes(expected.flows) == volumes(simulated.flows)
-    assert calls(expected.flows) == calls(simulated.flows)
+    check_volumes(simulated, expected)
     assert expected.operations.total == simulated.flops
-    assert expected.memory.total == pytest.approx(simulated.memory.total, rel=0.05)
+    check_memory(simulated.memory, expected.memory, rel=0.05)
 
 
 def test_operations_are_counted_as_pytorch_counts_them() -> None:
@@ -267,7 +271,6 @@ def test_a_world_of_thousands_is_one_process() -> None:
     training = dataclasses.replace(config.training, global_batch_size=2048)
     config = dataclasses.replace(config, training=training)
     simulated, expected = simulate(config, 4096, 4095), estimate(config, 4096).stages[1]
-    assert calls(simulated.flows) == calls(expected.flows)
     assert not dist.is_initialized()
-    assert volumes(simulated.flows) == volumes(expected.flows)
+    check_volumes(simulated, expected)
     assert {flow.size for flow in simulated.flows if flow.group == "DP"} == {1024}

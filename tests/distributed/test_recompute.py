@@ -14,8 +14,7 @@ from torch import Tensor
 
 from megatron_crnet.config.schema import Config, RecomputeConfig
 from megatron_crnet.engine.engine import TrainEngine
-from megatron_crnet.planning.communication import CommunicationCounter
-from megatron_crnet.planning.live_memory import LiveMemory
+from megatron_crnet.planning.counters import CommunicationCounter, LiveMemory
 from tests.distributed.engines import INVERSE, INVERSE_TOLERANCE, build_engine, close_engine, run_step, settled
 from tests.distributed.spawn import run_distributed
 from tests.helpers import gradient_of, local_weights, micro_batches, random_tokens, tiny_config

@@ -15,7 +15,7 @@ from megatron_crnet.distributed.process_groups import initialize_parallel, shutd
 from megatron_crnet.model.gpt import build_model_chunks
 from megatron_crnet.model.reference import ReferenceCRNet
 from megatron_crnet.model.weights import canonical_weights, load_canonical
-from megatron_crnet.planning.live_memory import LiveMemory
+from megatron_crnet.planning.counters import LiveMemory
 from tests.helpers import EOD, make_batch, random_tokens, relative_error, tiny_config
 
 PER_POSITION = {"q": [3, 4, 5, 6], "k": 4, "v": 4, "o": 6, "gate": 7, "up": 7, "down": [9, 8, 7, 6]}

@@ -14,7 +14,7 @@ from megatron_crnet.checkpoint import weight_files
 from megatron_crnet.checkpoint.storage import collect, fill, shared_reader, write
 from megatron_crnet.engine.state_kinds import KINDS
 from megatron_crnet.engine.zero import Masters, local_shape
-from megatron_crnet.planning.communication import CommunicationCounter
+from megatron_crnet.planning.counters import CommunicationCounter
 from tests.distributed.engines import build_engine, close_engine, run_step
 from tests.distributed.spawn import run_distributed
 from tests.helpers import local_weights, tiny_config

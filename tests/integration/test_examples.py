@@ -14,8 +14,8 @@ import pytest
 from megatron_crnet.config.loading import load_config, parse_arguments
 from megatron_crnet.config.model_size import total_parameters
 from megatron_crnet.config.schema import Config
-from megatron_crnet.planning.dry_run import dry_run_report
 from megatron_crnet.planning.estimate import estimate
+from megatron_crnet.planning.tables import dry_run_report
 from tests.integration.conftest import LIMIT_S, ROOT, Corpus, lines_of, start
 
 EXAMPLES = sorted((ROOT / "examples").glob("**/*.yaml"))

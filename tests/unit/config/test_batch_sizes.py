@@ -11,7 +11,7 @@ from megatron_crnet.config.batch import plan_batches
 from megatron_crnet.config.batch_sizes import BatchSizes
 from megatron_crnet.config.schema import Config
 from megatron_crnet.engine.optimizer import build_scheduler
-from megatron_crnet.planning.dry_run import dry_run_report
+from megatron_crnet.planning.tables import dry_run_report
 from megatron_crnet.utils.errors import ConfigError
 from tests.helpers import tiny_config
 

@@ -25,7 +25,7 @@ from transformers import (
 
 from megatron_crnet.hf.configuration_crnet import VARIANTS
 from megatron_crnet.hf.modeling_crnet import CRNetConfig, CRNetForCausalLM, CRNetForSequenceClassification
-from megatron_crnet.planning.live_memory import LiveMemory
+from megatron_crnet.planning.counters import LiveMemory
 from tests.unit.export_helpers import SHAPE, write_export
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_crnet.planning.live_memory import LiveMemory
+from megatron_crnet.planning.counters import LiveMemory
 from megatron_crnet.recompute.saved_subgraph import SavedSubgraph
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch._subclasses import FakeTensorMode
 
-from megatron_crnet.planning.live_memory import LiveMemory
+from megatron_crnet.planning.counters import LiveMemory
 
 
 def work(memory: LiveMemory) -> list[int]:

@@ -1,0 +1,121 @@
+"""What `--dry-run`, `estimate`, `simulate` and `plan` print: tables, the verdict, and values for JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import yaml
+
+from megatron_crnet.config.loading import resolved
+from megatron_crnet.config.model_size import parameters_by_part, total_parameters
+from megatron_crnet.config.schema import Config
+from megatron_crnet.planning.estimate import Estimate, estimate
+from megatron_crnet.planning.machines import GIB, Machine
+from megatron_crnet.planning.profile import CommVolume, Memory
+from megatron_crnet.utils.duration import spell
+
+
+def memory_table(columns: dict[str, Memory]) -> list[str]:
+    """Parts as rows, one column per rank or way of counting; GiB."""
+    names = [field.name for field in dataclasses.fields(Memory)]
+    rows = [(name, [getattr(memory, name) for memory in columns.values()]) for name in names]
+    rows = [(name, values) for name, values in rows if name != "host" or any(values)]
+    rows.append(("peak", [memory.total for memory in columns.values()]))
+    return [
+        f"  {'':<12}" + "".join(f"{name:>12}" for name in columns),
+        *(f"  {name:<12}" + "".join(f"{value / GIB:>12.3f}" for value in values) for name, values in rows),
+    ]
+
+
+def volume_rows(volumes: list[CommVolume], crossings: dict[str, float] | None = None) -> list[str]:
+    """A line per kind and group; the links where `crossings` tells them."""
+    rows = []
+    for volume in volumes:
+        share = crossings[volume.group] if crossings else None
+        links = "" if share is None else f"  {100 * share:.3g}% between nodes" if share else "  inside a node"
+        line = f"  {volume.group:<8}{volume.kind:<16}{volume.size:>5} ranks{volume.bytes / GIB:>12.3f} GiB"
+        rows.append(line + links)
+    return rows or ["  nothing"]
+
+
+def verdict(found: Estimate, machine: Machine, train_steps: int) -> str:
+    """In one line whether it fits, how fast it is, and how long the whole run takes."""
+    assert found.time is not None
+    there = machine.memory_bytes
+    room = f"{'fits' if found.peak <= there else 'DOES NOT FIT'}: {found.peak / GIB:,.1f} of {there / GIB:,.1f} GiB"
+    return (
+        f"{room} per {machine.name}; {found.tokens_per_second:,.0f} tokens/s on {found.world_size} "
+        f"(MFU {found.utilization(machine):.1%}, whole {found.utilization(machine, whole_attention=True):.1%}); "
+        f"{train_steps:,} steps in {spell(train_steps * found.time.total)}"
+    )
+
+
+def estimate_tables(found: Estimate, machine: Machine | None) -> list[str]:
+    """The estimate of the first, the fullest and the last stage, and of the time on a machine."""
+    stage, operations = found.stages[found.fullest], found.stages[found.fullest].operations
+    shown = sorted({0, found.fullest, len(found.stages) - 1})
+    lines = [
+        "memory of a rank, GiB (peak: state plus the largest of kept + transient, reduction, update)",
+        *memory_table({f"stage {rank}": found.stages[rank].memory for rank in shown}),
+        f"operations of a step: {found.model_flops:.3e} useful over all ranks; on a rank of stage {found.fullest} "
+        f"{operations.passes:.3e}, recomputation {operations.recomputation:.3e} (attention without the mask)",
+        f"volume of a rank of stage {found.fullest} in a step",
+        *volume_rows(stage.flows, found.crossings),
+    ]
+    if machine is None or found.time is None:
+        return lines
+    peak = f"{machine.peak(found.dtype) / 1e12:.3g} TFLOP/s"
+    return [
+        *lines,
+        f"time of a step on {found.world_size} x {machine.name}, seconds (roofline: {found.dtype} matmul at "
+        f"{machine.product_efficiency:.0%} of {peak}, links at {machine.link_efficiency:.0%}, no overlap)",
+        *(f"  {name:<16}{value:>10.4f}" for name, value in dataclasses.asdict(found.time).items()),
+        f"  {'step':<16}{found.time.total:>10.4f}",
+    ]
+
+
+def as_values(found: Estimate, machine: Machine) -> dict[str, Any]:
+    """Everything as JSON knows it; bytes, operations, seconds."""
+    assert found.time is not None
+    stages = [dataclasses.asdict(stage) for stage in found.stages]
+    for values, stage in zip(stages, found.stages, strict=True):
+        values["memory"]["peak"], values["operations"]["total"] = stage.memory.total, stage.operations.total
+        for entry, volume in zip(values["flows"], stage.flows, strict=True):
+            entry["wire_bytes"] = volume.wire_bytes
+            entry["wire_bytes_between_nodes"] = volume.wire_bytes * found.crossings[volume.group]
+    return {
+        "world_size": found.world_size,
+        "data_parallel_size": found.plan.dp_size,
+        "micro_batches": found.plan.num_microbatches,
+        "machine": dataclasses.asdict(machine),
+        "stages": stages,
+        "model_flops": found.model_flops,
+        "seconds": {**dataclasses.asdict(found.time), "step": found.time.total},
+        "tokens_per_second": found.tokens_per_second,
+        "model_flops_utilization": found.utilization(machine),
+        "fits": found.peak <= machine.memory_bytes,
+    }
+
+
+def dry_run_report(config: Config, world_size: int) -> str:
+    """Configuration, parameters by part, batch arithmetic, and the estimate.
+
+    Raises:
+        ConfigError: the batch or the layout does not fit `world_size` ranks.
+    """
+    found = estimate(config, world_size)
+    plan, model, training = found.plan, config.model, config.training
+    rows = [*parameters_by_part(model).items(), ("total", total_parameters(model))]
+    lines = [
+        yaml.safe_dump(resolved(config), sort_keys=False),
+        f"parameters ({model.variant})",
+        *(f"  {name:<16}{count:>16,}" for name, count in rows),
+        f"batch on {world_size} process{'es' if world_size > 1 else ' (set WORLD_SIZE=N before this command for N)'}",
+        f"  {plan.micro_batch_size} sequences x {plan.num_microbatches} micro-batches x {plan.dp_size} data-parallel "
+        f"ranks = {plan.global_batch_size} sequences = {plan.tokens_per_step:,} tokens per step",
+        *([f"  {ramp}"] if (ramp := plan.ramp_line()) else []),
+        f"  {training.train_steps:,} steps = {plan.tokens_of_run(training.train_steps):,} tokens",
+        *estimate_tables(found, None),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,117 @@
+"""Bytes that one rank sends and receives in a step, by kind of call and group of ranks, to 10%.
+
+Volumes as in `planning/counters.py`: an all-gather's output, a reduce-scatter's input, an all-reduce as both. Derived
+from the code that calls: `model/linear.py`, `model/lowrank.py`, Megatron-Core's parallel layers, DeepSpeed's
+optimizers. Left out are the few numbers of loss, norm and overflow checks.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from megatron_crnet.config.batch import BatchPlan
+from megatron_crnet.config.deepspeed_rules import zero_option
+from megatron_crnet.config.positions import GROUPS, ROW_GROUPS
+from megatron_crnet.model.block import boundary_widths, interleaved_width
+from megatron_crnet.planning.profile import DATA, PIPELINE, TENSOR, CommVolume
+from megatron_crnet.planning.shards import Chunk, LocalModel
+
+CROSS_ENTROPY = 3 * 4
+"""Bytes per token that the cross-entropy all-reduces: maximum, target's logit and sum of exponentials."""
+
+
+def estimate_volumes(model: LocalModel, plan: BatchPlan) -> list[CommVolume]:
+    """What a rank of this stage sends in a step."""
+    found, count = defaultdict[tuple[str, str], float](float), plan.num_microbatches
+    if model.tp > 1:
+        for chunk in model.chunks:
+            for kind, width in _tensor_parallel(model, chunk):
+                factor = 2 if kind == "all_reduce" else 1
+                found[TENSOR, kind] += factor * count * model.tokens * width * model.element
+        shares = plan.dp_size if model.stage >= 2 else 1  # replicas have cut gradients already
+        found[TENSOR, "all_reduce"] += 2 * model.partial_numel * _sum_size(model) / shares
+    if model.pp > 1:
+        found[PIPELINE, "send"] = count * model.local_tokens * model.element * _boundaries(model)
+    if plan.dp_size > 1:
+        found |= {(DATA, kind): volume for kind, volume in _data_parallel(model, count).items()}
+    sizes = {TENSOR: model.tp, PIPELINE: model.pp, DATA: plan.dp_size}
+    return [CommVolume(kind, group, sizes[group], round(n)) for (group, kind), n in sorted(found.items()) if n]
+
+
+def _tensor_parallel(model: LocalModel, chunk: Chunk) -> Iterator[tuple[str, float]]:
+    """Kinds and widths, in elements per token of a micro-batch."""
+    h, transformer = model.config.model.hidden_size, model.transformer
+    sp, full = transformer.sequence_parallel, transformer.recompute_strategy == "full" and bool(chunk.segments)
+    for layer in chunk.layers:
+        if transformer.is_full_rank(layer):
+            # a column layer gathers its input in forward and again for the gradient of its weights
+            times = 2 if full or repeats_outputs(model, chunk, layer) else 1
+            gathered, reduced = (times + 2) * 2 * h, (times + 1) * 2 * h
+        else:
+            ranks, times = transformer.ranks[layer], 2 if full else 1
+            rows = sum(ranks[p] for group in ROW_GROUPS for p in GROUPS[group])
+            columns = sum(ranks.values()) - rows
+            gathered, reduced = (times + 1) * columns + rows, times * rows + columns
+        yield from (("all_gather", gathered), ("reduce_scatter", reduced)) if sp else (("all_reduce", reduced),)
+    if chunk.embeds:
+        yield from (("reduce_scatter", h), ("all_gather", h)) if sp else (("all_reduce", h),)
+    if chunk.predicts:
+        yield from (("all_gather", 2 * h), ("reduce_scatter", h)) if sp else (("all_reduce", h),)
+        yield "all_reduce", CROSS_ENTROPY / model.element
+
+
+def repeats_outputs(model: LocalModel, chunk: Chunk, layer: int) -> bool:
+    """Whether `replay` or `inverse` repeats the products that make a layer's outputs."""
+    segment = next((segment for segment in chunk.segments if layer in segment), None)
+    if segment is not None and model.transformer.recompute_strategy == "inverse" and len(segment) > 1:
+        return layer != segment[0]  # its products with B lead from every layer but the first to the previous one
+    return segment is not None and not chunk.keeps_outputs(model.transformer, layer)
+
+
+def _sum_size(model: LocalModel) -> int:
+    """Bytes of an element of gradients that are summed over ranks."""
+    return 2 if model.bf16 and model.stage == 0 else 4
+
+
+def _boundaries(model: LocalModel) -> int:
+    """Elements per local token: outputs forward from a chunk's end, their gradient from the beginning of the next."""
+    edges = [chunk.layers.stop for chunk in model.chunks if not chunk.predicts]
+    edges += [chunk.layers.start for chunk in model.chunks if not chunk.embeds]
+    width = interleaved_width(model.transformer)
+    return sum(width or sum(boundary_widths(model.transformer, edge)) for edge in edges)
+
+
+def _data_parallel(model: LocalModel, count: int) -> dict[str, float]:
+    if model.stage == 3:
+        gathered, _ = zero3_gathers(model)
+        numel = persistent(model) + count * gathered
+        return {"reduce_scatter": count * 4 * model.numel, "all_gather": numel * model.element}
+    times = count if model.stage == 2 else 1
+    reduced: dict[str, float] = {"all_reduce": 2 * times * model.numel * _sum_size(model)}
+    return {**reduced, "all_gather": model.numel * model.element} if model.stage else reduced
+
+
+def persistent(model: LocalModel) -> int:
+    """Elements of the tensors that ZeRO-3 keeps whole and gathers once per step."""
+    largest = zero_option(model.config, "stage3_param_persistence_threshold", 100_000)
+    return sum(p.numel for p in model.parameters if p.numel <= largest)
+
+
+def zero3_gathers(model: LocalModel) -> tuple[float, float]:
+    """Elements of weights that ZeRO-3 gathers in a micro-batch, and how many are whole at most, persistent ones aside.
+
+    Weights are gathered for every pass but where the backward pass finds whole what the forward pass has used last:
+    as much as DeepSpeed gathers ahead, or what is used again within the reuse distance.
+    """
+    ahead = zero_option(model.config, "stage3_prefetch_bucket_size", 50_000_000)
+    live = zero_option(model.config, "stage3_max_live_parameters", 1_000_000_000) if ahead else 0
+    limit = max(live, zero_option(model.config, "stage3_max_reuse_distance", 1_000_000_000) / 2)
+    numel, gathered, strategy = model.numel - persistent(model), 0.0, model.transformer.recompute_strategy
+    for chunk in model.chunks:
+        for layer in (layer for segment in chunk.segments for layer in segment):
+            # what a recomputed layer has beyond the limit is gathered for each of its passes
+            own, full = sum(p.numel for p in model.parameters if p.layer == layer), strategy == "full"
+            passes = 1 if full or model.transformer.is_full_rank(layer) else 2
+            gathered += passes * max(0, own - limit) * (full or repeats_outputs(model, chunk, layer))
+    return 2 * numel - min(numel, limit) + gathered, min(numel, limit + max(p.numel for p in model.parameters))
