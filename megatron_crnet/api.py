@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from megatron_crnet.hf.generate import OpenModel
     from megatron_crnet.planning.estimate import Estimate
     from megatron_crnet.planning.search import Plan
-    from megatron_crnet.planning.simulation import StepFigures
+    from megatron_crnet.planning.simulation import StepProfile
     from megatron_crnet.training.trainer import TrainResult
 
 PathLike = str | Path
@@ -118,7 +118,7 @@ def plan(config: Config, gpus: int, gpu: str = "h100", *, gpus_per_node: int = 8
     return search(config, gpus, find_machine(gpu), gpus_per_node).ranked()
 
 
-def simulate(config: Config, world_size: int, rank: int = 0) -> StepFigures:
+def simulate(config: Config, world_size: int, rank: int = 0) -> StepProfile:
     """Count a step of one rank of a world of up to 4096, by the real code on tensors without memory.
 
     Raises:

@@ -171,8 +171,12 @@ def check_memory(real: Memory, expected: Memory, rel: float = 0.1) -> None:
     if not expected.host:
         for part in ("weights", "optimizer", "buffers"):
             assert getattr(expected, part) == pytest.approx(getattr(real, part), rel=0.01), (real, expected)
-        # what is counted as gradients is what nothing else is, the micro-batches' losses for example
-        assert expected.gradients == pytest.approx(real.gradients, rel=0.01, abs=12_000), (real, expected)
+
+
+def check_gradients(simulated: Memory, expected: Memory) -> None:
+    # what is counted as gradients is what nothing else is: the micro-batches' losses too, and on real ranks under load
+    # what gloo's threads have not let go of yet
+    assert expected.gradients == pytest.approx(simulated.gradients, rel=0.01, abs=12_000), (simulated, expected)
 
 
 def check_row(real: StepProfile, expected: StageEstimate) -> None:
@@ -216,6 +220,7 @@ def test_a_simulated_rank_does_exactly_what_the_real_one_does(name: str, counted
     assert simulated.flows == real.flows  # bytes and calls
     assert simulated.flops == real.flops
     assert simulated.memory.total == pytest.approx(real.memory.total, rel=0.01)
+    check_gradients(simulated.memory, counted[1][name][1].memory)
 
 
 @pytest.mark.long
@@ -252,6 +257,7 @@ def test_the_large_examples_are_estimated_as_they_are_simulated(name: str) -> No
     check_volumes(simulated, expected)
     assert expected.operations.total == simulated.flops
     check_memory(simulated.memory, expected.memory, rel=0.05)
+    check_gradients(simulated.memory, expected.memory)
 
 
 def test_operations_are_counted_as_pytorch_counts_them() -> None:
