@@ -108,11 +108,11 @@ def run(call: Call) -> int:
     )
     check_record_file(args.json, overwrite=args.overwrite)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the processes, which are not there yet
-    from megatron_crnet.reporting.benchmark import Plan, measure
+    from megatron_crnet.reporting.benchmark import BenchmarkPlan, measure
     from megatron_crnet.utils.environment import command_line
 
     peak = None if args.peak_tflops is None else args.peak_tflops * 1e12
-    plan = Plan(args.repeats, args.warm_up, args.threads, args.seed, peak)
+    plan = BenchmarkPlan(args.repeats, args.warm_up, args.threads, args.seed, peak)
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

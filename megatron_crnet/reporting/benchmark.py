@@ -31,7 +31,7 @@ PRODUCT = 1024
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchmarkPlan:
     """How to measure.
 
     Attributes:
@@ -99,7 +99,7 @@ class Candidate:
 def measure(
     rows: Sequence[Row],
     options: Sequence[str],
-    plan: Plan,
+    plan: BenchmarkPlan,
     say: Callable[[str], None],
     stopped: Callable[[], bool],
 ) -> dict[str, Any]:
@@ -158,7 +158,9 @@ def _candidates(rows: Sequence[Row], options: Sequence[str]) -> list[Candidate]:
     return found
 
 
-def _repeat(measured: list[Candidate], plan: Plan, say: Callable[[str], None], stopped: Callable[[], bool]) -> float:
+def _repeat(
+    measured: list[Candidate], plan: BenchmarkPlan, say: Callable[[str], None], stopped: Callable[[], bool]
+) -> float:
     """Step all rows in turn. Returns the best rate of matrix products seen, operations per second."""
     order, peak, started = random.Random(plan.seed), 0.0, time.monotonic()
     for repeat in range(-plan.warm_up, plan.repeats):

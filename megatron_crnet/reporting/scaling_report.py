@@ -165,7 +165,7 @@ def _speed(inputs: ReportInputs, rows: pd.DataFrame, peak_flops: float | None) -
     for column, title, y in (
         ("tokens_per_s", "Tokens per second", "tokens/s"),
         ("speed_of_first", "Speed-up", "speed of the fewest ranks"),
-        ("mfu", "Model FLOPs utilization", "MFU, percent (causal half of attention)"),
+        ("mfu", "Model FLOPs utilization", "MFU, percent"),
     ):
         series = [Series("runs", sorted(measured[column]), kind="marks")] if measured[column] else []
         for i, (sweep, name, found) in enumerate(scaled, 1):
@@ -173,7 +173,7 @@ def _speed(inputs: ReportInputs, rows: pd.DataFrame, peak_flops: float | None) -
             known[column] *= 100 if column == "mfu" else 1
             series.append(Series(f"{name}, {sweep}", [*known.itertuples(index=False, name=None)], i))
         if any(s.points for s in series):
-            caption = "Level is ideal: each device does as much as it did alone."
+            caption = "With the causal half of attention. Level is ideal: each device does as much as it did alone."
             if column != "mfu":
                 caption = "The gap to the ideal line is what communication, and sharing cores, cost."
                 series.append(_ideal(series))

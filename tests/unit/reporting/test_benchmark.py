@@ -9,7 +9,7 @@ import pytest
 
 from megatron_crnet.config.loading import load_config
 from megatron_crnet.reporting import benchmark
-from megatron_crnet.reporting.benchmark import Candidate, Plan
+from megatron_crnet.reporting.benchmark import BenchmarkPlan, Candidate
 from megatron_crnet.reporting.benchmark_rows import SWEEPS, Row, parse_row, sweep_rows
 from megatron_crnet.reporting.benchmark_workers import PeakMemory, StepTiming, WorkerReady
 from megatron_crnet.reporting.step_identity import identify_step
@@ -106,9 +106,9 @@ def test_equal_rows_are_measured_once() -> None:
 @pytest.mark.parametrize("change", [{"repeats": 0}, {"threads": 0}, {"warm_up": 0}, {"peak_flops": 0.0}])
 def test_plans_that_measure_nothing_are_refused(change: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="must be above 0"):
-        dataclasses.replace(Plan(), **change)
+        dataclasses.replace(BenchmarkPlan(), **change)
     with pytest.raises(ConfigError, match=r"peak_tflops is -1\.0, but"):
-        Plan(peak_flops=-1e12)
+        BenchmarkPlan(peak_flops=-1e12)
 
 
 def test_the_command_names_no_folder_of_this_machine() -> None:
