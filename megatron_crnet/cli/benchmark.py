@@ -41,11 +41,16 @@ def build_parser(prog: str) -> ConfigParser:
     parser = ConfigParser(prog=prog, description=__doc__, needs_model=True)
     parser.add_argument("--sweep", action="append", choices=[*SWEEPS], default=[], help="rows ready made; may repeat")
     parser.add_argument("--row", action="append", default=[], help="'NAME: OPTIONS' or 'NAME xPROCESSES: OPTIONS'")
-    parser.add_argument("--processes", type=int, default=1, help="ranks of a row, and the most of strong and weak")
-    parser.add_argument("--repeats", type=int, default=10, help="measured steps of each row")
-    parser.add_argument("--warm-up", type=int, default=2, help="steps of each row before them")
-    parser.add_argument("--threads", type=int, default=1, help="of each process")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of rows")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="ranks of a row, and the most of strong and weak (default: %(default)s)",
+    )
+    parser.add_argument("--repeats", type=int, default=10, help="measured steps of each row (default: %(default)s)")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps of each row before them (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="of each process (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of rows (default: %(default)s)")
     parser.add_argument("--peak-tflops", type=float, help="of one device; without it matrix products measure it")
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--overwrite", action="store_true", help="replace an older file")

@@ -14,6 +14,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from megatron_crnet.cli.main import Call, run_cli
+from megatron_crnet.utils.errors import require
 from megatron_crnet.utils.signals import INTERRUPTED, Interruption
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def _train(call: Call, interruption: Interruption) -> int:
     from megatron_crnet.config import loading
     from megatron_crnet.distributed.launcher import read_launch, take_local_rank
 
+    require(bool(call.argv), "no configuration is given: add --config FILE, such as examples/quickstart.yaml")
     arguments = loading.parse_arguments(take_local_rank(call.argv), build_parser(call.prog))
     launch = read_launch(dry_run=arguments.dry_run)
     if launch.remark:

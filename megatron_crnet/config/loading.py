@@ -197,7 +197,7 @@ def _merge_section(values: Values, section: Any, fields: Any, source: str) -> No
         return
     known = _fields(section)
     for key, value in (fields or {}).items():
-        require(key in known, f"{source}: unknown key {section}.{key}: {_nearest(key, known)}")
+        require(key in known, f"{source}: unknown key {section}.{key}: {_field_meant(key, known)}")
         values.setdefault(section, {})[key] = value
 
 
@@ -242,6 +242,12 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def _named(key: object) -> str:
     return repr(key) if isinstance(key, str) else shown(key)
+
+
+def _field_meant(key: object, known: Any) -> str:
+    """What to write instead of a key that its section does not have: the same name elsewhere, or a similar one."""
+    elsewhere = [f"{section}.{key}" for section in SECTIONS if key in _fields(section)]
+    return f"did you mean {' or '.join(elsewhere)}?" if elsewhere else _nearest(key, known)
 
 
 def _nearest(name: object, known: Any) -> str:

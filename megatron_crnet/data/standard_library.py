@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_crnet.utils.errors import ConfigError, DataError
-from megatron_crnet.utils.files import atomic_files
+from megatron_crnet.utils.files import atomic_files, exists
 
 ENOUGH_BYTES = 10_000_000
 NOT_THE_LIBRARY = frozenset({"site-packages", "dist-packages", "__pycache__"})
@@ -104,7 +104,10 @@ def write_corpus(folder: Path, valid_fraction: float = 0.05, files: Sequence[Sou
     if _holds(folder, marker, description):
         return f"{summary} (already there)"
     targets = (*(folder / name for name in outputs), marker)
-    with atomic_files(*targets, overwrite=marker.exists()) as temporaries:
+    foreign = [] if marker.exists() else [target for target in targets if exists(target)]
+    if foreign:
+        raise DataError(f"{foreign[0]} exists already and is not of this command: choose another folder")
+    with atomic_files(*targets, overwrite=True) as temporaries:
         for temporary, data in zip(temporaries, outputs.values(), strict=False):
             temporary.write_bytes(data)
         temporaries[-1].write_text(json.dumps(description, indent=1) + "\n")

@@ -210,7 +210,8 @@ def refuse_existing(*targets: Path) -> None:
     """Raise DataError if one of `targets` exists."""
     for target in targets:
         if exists(target):
-            raise DataError(f"{target} exists already: remove it, choose another name, or ask to overwrite it")
+            remedy = "remove it, choose another name, or add --overwrite (overwrite=True in Python)"
+            raise DataError(f"{target} exists already: {remedy}")
 
 
 @contextmanager

@@ -141,3 +141,10 @@ def test_without_the_library_completion_says_what_to_install(
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert main(["completion", "bash"]) == 2
     assert capsys.readouterr().err.endswith("not installed: pip install shtab\n")
+
+
+def test_training_without_a_configuration_names_the_option_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == (
+        "error: no configuration is given: add --config FILE, such as examples/quickstart.yaml\n"
+    )

@@ -42,6 +42,7 @@ def test_dry_run_is_seen(file: Path) -> None:
     ("options", "message"),
     [
         (["--model.rnak", "3"], "unknown key model.rnak: did you mean rank"),
+        (["--training.lr", "3"], r"unknown key training.lr: did you mean optimizer\.lr\?"),
         (["--modle.rank", "3"], "unknown section 'modle': did you mean model"),
         (["--model.num_layers", "many"], "model.num_layers"),
         (["--model.variant", "crnett"], "crnett"),

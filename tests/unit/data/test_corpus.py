@@ -251,7 +251,7 @@ def test_corpus_is_written_again_when_it_is_not_the_same(tmp_path: Path) -> None
 
 def test_corpus_leaves_foreign_files_alone(tmp_path: Path) -> None:
     (tmp_path / "valid.jsonl").write_text("mine")
-    with pytest.raises(DataError, match="exists already"):
+    with pytest.raises(DataError, match="exists already and is not of this command: choose another folder"):
         write_corpus(tmp_path, 0.3, corpus_files(tmp_path / "library"))
     assert (tmp_path / "valid.jsonl").read_text() == "mine"
     assert not (tmp_path / "train.jsonl").exists()

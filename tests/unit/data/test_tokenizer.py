@@ -151,7 +151,7 @@ def test_texts_that_support_fewer_pieces_give_as_many_as_they_do(
 
 def test_training_does_not_overwrite_unasked(tmp_path: Path) -> None:
     (tmp_path / "mine.model").write_text("mine")
-    with pytest.raises(DataError, match="exists already"):
+    with pytest.raises(DataError, match="exists already: remove it, choose another name, or add --overwrite"):
         train_sentencepiece(library_texts(5), tmp_path / "mine", 400)
     assert (tmp_path / "mine.model").read_text() == "mine"
 
