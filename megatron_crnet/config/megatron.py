@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_crnet.config.positions import FULL_RANK, POSITIONS, RankTable, chain_starts, model_ranks
+from megatron_crnet.config.positions import PositionTable, position_table
 from megatron_crnet.config.schema import Config
 from megatron_crnet.config.validation import sequence_parallel
 
@@ -21,10 +21,8 @@ class CRNetTransformerConfig(TransformerConfig):
 
     variant: str = "crnet"
     """`model.variant`."""
-    ranks: RankTable = field(default_factory=list)
-    """Rank of each position of each layer; FULL_RANK marks full-rank maps."""
-    chain_starts: frozenset[int] = frozenset()
-    """Layers (from 0) that use no output of the layer before."""
+    table: PositionTable = field(default_factory=PositionTable)
+    """Positions, ranks, widths and chains."""
     cross_layer_epsilon: float = 1e-6
     """eps of s(b) = sign(b)(|b| + eps)."""
     beta_init: float = 1.0
@@ -48,25 +46,16 @@ class CRNetTransformerConfig(TransformerConfig):
         """Whether training draws random numbers."""
         return self.hidden_dropout > 0 or self.attention_dropout > 0
 
-    def has_previous(self, layer: int) -> bool:
-        """Whether layer `layer` (from 0) adds the outputs of the layer before."""
-        return layer not in self.chain_starts
+    def local_width(self, position: str) -> int:
+        """Elements of an output for each local sequence position.
 
-    def has_next(self, layer: int) -> bool:
-        """Whether the layer above uses the outputs of layer `layer`."""
-        return layer + 1 < self.num_layers and self.has_previous(layer + 1)
-
-    def is_full_rank(self, layer: int) -> bool:
-        """Whether layer `layer` holds full-rank maps."""
-        return self.ranks[layer][POSITIONS[0]] == FULL_RANK
-
-    def width(self, position: str) -> int:
-        """h_out of a position, over all tensor-parallel ranks."""
-        if position in ("gate", "up"):
-            return int(self.ffn_hidden_size)
-        if position in ("k", "v"):
-            return int(self.num_query_groups * self.kv_channels)
-        return int(self.hidden_size)
+        A tensor [s, b, w/t] holds as many elements as [s/t, b, w], so with sequence parallelism, where rows of the
+        residual stream are [s/t, b, h], every output is counted in the second form.
+        """
+        width = self.table.shapes[position][1]
+        if position in self.table.architecture.rows or self.sequence_parallel:
+            return width
+        return width // self.tensor_model_parallel_size
 
 
 def build_transformer_config(config: Config) -> CRNetTransformerConfig:
@@ -76,8 +65,7 @@ def build_transformer_config(config: Config) -> CRNetTransformerConfig:
     dtype = torch.bfloat16 if config.training.dtype == "bf16" else torch.float32
     return CRNetTransformerConfig(
         variant=model.variant,
-        ranks=model_ranks(model),
-        chain_starts=frozenset(chain_starts(model)),
+        table=position_table(model),
         cross_layer_epsilon=model.cross_layer_epsilon,
         beta_init=model.beta_init,
         cross_layer_fusion=config.training.cross_layer_fusion,

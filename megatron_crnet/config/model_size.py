@@ -6,38 +6,32 @@ Symbols: h hidden, f FFN width, L layers, V vocabulary, s sequence, r rank. What
 
 from __future__ import annotations
 
-from megatron_crnet.config.positions import FULL_RANK, POSITIONS, chain_starts, model_ranks
+from megatron_crnet.config.positions import FULL_RANK, PositionTable, position_table
 from megatron_crnet.config.schema import ModelConfig
 
 UNUSED_SHARE = 0.05
 """Share of the parameters from which rows that no token uses are worth a remark; padding to a round number is below."""
 
 
-def position_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(h_in, h_out) of each position."""
-    h, f = model.hidden_size, model.ffn_hidden_size
-    kv = h // model.num_attention_heads * (model.num_query_groups or model.num_attention_heads)
-    return {"q": (h, h), "k": (h, kv), "v": (h, kv), "o": (h, h), "gate": (h, f), "up": (h, f), "down": (f, h)}
-
-
-def linear_parameters(model: ModelConfig, layer: int) -> int:
-    """Weights of the seven linear maps of a layer, without betas: h_in h_out, or r (h_in + h_out)."""
-    shapes, ranks = position_shapes(model), model_ranks(model)[layer]
+def linear_parameters(table: PositionTable, layer: int) -> int:
+    """Weights of the linear maps of a layer, without betas: h_in h_out, or r (h_in + h_out)."""
+    ranks = table.ranks[layer]
     return sum(
-        h_in * h_out if ranks[p] == FULL_RANK else ranks[p] * (h_in + h_out) for p, (h_in, h_out) in shapes.items()
+        h_in * h_out if ranks[p] == FULL_RANK else ranks[p] * (h_in + h_out)
+        for p, (h_in, h_out) in table.shapes.items()
     )
 
 
 def parameters_by_part(model: ModelConfig) -> dict[str, int]:
     """Parameter counts of the whole model: embedding, full-rank and low-rank maps, betas, norms, output."""
-    h, layers = model.hidden_size, range(model.num_layers)
-    full = [layer for layer in layers if model_ranks(model)[layer]["q"] == FULL_RANK]
+    h, layers, table = model.hidden_size, range(model.num_layers), position_table(model)
+    full = [layer for layer in layers if table.is_full_rank(layer)]
     return {
         "embedding": model.vocab_size * h,
-        "full-rank maps": sum(linear_parameters(model, layer) for layer in full),
-        "low-rank maps": sum(linear_parameters(model, layer) for layer in layers if layer not in full),
-        "betas": len(POSITIONS) * (model.num_layers - len(chain_starts(model))),
-        "norms": (2 * model.num_layers + 1) * h,
+        "full-rank maps": sum(linear_parameters(table, layer) for layer in full),
+        "low-rank maps": sum(linear_parameters(table, layer) for layer in layers if layer not in full),
+        "betas": len(table.shapes) * (model.num_layers - len(table.chain_starts)),
+        "norms": (len(table.architecture.norms) * model.num_layers + 1) * h,
         "output layer": model.vocab_size * h,
     }
 
@@ -76,6 +70,7 @@ def flops_per_token(model: ModelConfig, seq_length: float, whole_attention: bool
         whole_attention: count all of the s x s products, 4 s h a layer forward (12 L h s in all), as PaLM,
             torchtitan and nanochat do, to compare utilization with theirs.
     """
-    linear = sum(linear_parameters(model, layer) for layer in range(model.num_layers))
+    table = position_table(model)
+    linear = sum(linear_parameters(table, layer) for layer in range(model.num_layers))
     attention = (4 if whole_attention else 2) * seq_length * model.hidden_size * model.num_layers
     return 3.0 * (2 * (linear + model.hidden_size * model.vocab_size) + attention)

@@ -1,13 +1,16 @@
-"""Which linear map of which layer is full rank, and the rank of every other.
+"""Architectures: which linear maps a layer has; and the table of a model: ranks, widths and chains, resolved once.
 
-The seven positions of a layer are the paper's P = {q, k, v, o, gate, up, down}. A table of ranks is a
-list over layers of mappings from position to rank; rank FULL_RANK marks a full-rank map.
+A linear map of a layer is a *position* (the paper's P). Positions that share an input form a *group*. Everything that
+depends on how many there are, how they are called or how wide they are asks an `Architecture`, or the `PositionTable`
+that a model configuration resolves to; the layer built from it is `model/layer.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from annotated_types import Ge, Le
 
@@ -15,43 +18,172 @@ from megatron_crnet.config.field_types import Rule
 from megatron_crnet.utils.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from megatron_crnet.config.schema import ModelConfig
 
-POSITIONS = ("q", "k", "v", "o", "gate", "up", "down")
-GROUPS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
-"""Positions that share an input, by the name of their group."""
-ROW_GROUPS = ("o", "down")
-"""Groups whose A is split over its inputs under tensor parallelism, as in Megatron-Core's row-parallel layers."""
-MODULE_OF_POSITION = {p: f"self_attn.{p}_proj" if p in "qkvo" else f"mlp.{p}_proj" for p in POSITIONS}
-"""Names of the modules in exports, those of Hugging Face's LLaMA."""
+T = TypeVar("T")
+
 FULL_RANK = 0
+"""Rank that marks a full-rank map."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """One linear map of a layer.
+
+    Attributes:
+        name: in configurations.
+        module: in exports, within a layer.
+        h_in: width of its input: `hidden`, `key_value` or `ffn`.
+        h_out: width of its output, likewise.
+    """
+
+    name: str
+    module: str
+    h_in: str
+    h_out: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Positions that share an input.
+
+    Attributes:
+        is_row: A is split over its inputs under tensor parallelism, as in Megatron-Core's row-parallel layers, and
+            the output is added to the residual stream. Otherwise outputs are split.
+    """
+
+    name: str
+    positions: tuple[Position, ...]
+    is_row: bool = False
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The linear maps of a layer, and what else of it has to be known outside of the layer itself.
+
+    Attributes:
+        groups: in the order of the layer's outputs.
+        norms: by the layer's attribute, the name in exports.
+        attention: position whose input is attention's output.
+        other_activations: what backward of a layer needs beside linear outputs: multiples of the residual stream
+            (`hidden`) and of positions' outputs.
+    """
+
+    groups: tuple[Group, ...]
+    norms: Mapping[str, str]
+    attention: str
+    other_activations: Mapping[str, int]
+
+    @property
+    def positions(self) -> tuple[Position, ...]:
+        """All positions, in the order of a layer's outputs."""
+        return tuple(position for group in self.groups for position in group.positions)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all positions."""
+        return tuple(position.name for position in self.positions)
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Names of the positions of row groups, whose outputs are added to the residual stream."""
+        return tuple(position.name for group in self.groups if group.is_row for position in group.positions)
+
+    def group(self, name: str) -> Group:
+        """The group of this name."""
+        return next(group for group in self.groups if group.name == name)
+
+    def by_group(self, values: Sequence[T]) -> dict[str, tuple[T, ...]]:
+        """One value per position, such as a layer's outputs, by the name of the group."""
+        remaining = iter(values)
+        return {group.name: tuple(islice(remaining, len(group.positions))) for group in self.groups}
+
+
+LLAMA = Architecture(
+    groups=(
+        Group(
+            "qkv",
+            (
+                Position("q", "self_attn.q_proj", "hidden", "hidden"),
+                Position("k", "self_attn.k_proj", "hidden", "key_value"),
+                Position("v", "self_attn.v_proj", "hidden", "key_value"),
+            ),
+        ),
+        Group("o", (Position("o", "self_attn.o_proj", "hidden", "hidden"),), is_row=True),
+        Group(
+            "gate_up",
+            (Position("gate", "mlp.gate_proj", "hidden", "ffn"), Position("up", "mlp.up_proj", "hidden", "ffn")),
+        ),
+        Group("down", (Position("down", "mlp.down_proj", "ffn", "hidden"),), is_row=True),
+    ),
+    norms={"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"},
+    attention="o",
+    # two norms' inputs and outputs; q and k after RoPE and attention's output; silu(gate) and its product with up
+    other_activations={"hidden": 4, "q": 2, "k": 1, "up": 2},
+)
+"""LLaMA-2: q, k, v, o of attention, gate, up, down of SwiGLU, RMSNorm before each."""
 
 RankSize = Annotated[int, Ge(1), Le(2**20)]
 Rank = Annotated[
     RankSize | list[RankSize] | dict[str, RankSize | list[RankSize]],
     Rule(
-        f"a rank from 1 to {2**20}, a list with one per layer, or a mapping of the positions {', '.join(POSITIONS)} to "
-        "either"
+        f"a rank from 1 to {2**20}, a list with one per layer, or a mapping of the positions {', '.join(LLAMA.names)} "
+        "to either"
     ),
 ]
-RankTable = list[dict[str, int]]
 
 
-class LayerOutputs(NamedTuple):
-    """The linear outputs Y^P of a layer, before RoPE, before SiLU.
+@dataclass(frozen=True)
+class PositionTable:
+    """What a model configuration says of every position of every layer.
 
-    q, k, v, gate, up: [s, b, h_out/t]; o, down: [s/t, b, h] with sequence parallelism, [s, b, h] without.
+    Attributes:
+        ranks: by layer, the rank of each position; FULL_RANK in full-rank layers.
+        chain_starts: layers (from 0) that use no output of the previous layer.
+        shapes: (h_in, h_out) of each position, over all tensor-parallel ranks.
     """
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    o: Tensor
-    gate: Tensor
-    up: Tensor
-    down: Tensor
+    architecture: Architecture = LLAMA
+    ranks: tuple[Mapping[str, int], ...] = ()
+    chain_starts: frozenset[int] = frozenset()
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    def has_previous(self, layer: int) -> bool:
+        """Whether layer `layer` (from 0) adds the outputs of the previous layer."""
+        return layer not in self.chain_starts
+
+    def has_next(self, layer: int) -> bool:
+        """Whether the next layer uses the outputs of layer `layer`."""
+        return layer + 1 < len(self.ranks) and self.has_previous(layer + 1)
+
+    def is_full_rank(self, layer: int) -> bool:
+        """Whether layer `layer` holds full-rank maps."""
+        return FULL_RANK in self.ranks[layer].values()
+
+    def input_width(self, weight: str) -> int:
+        """h_in of the position that holds the exported weight of this name."""
+        return next(self.shapes[p.name][0] for p in self.architecture.positions if f".{p.module}." in weight)
+
+
+def position_table(model: ModelConfig) -> PositionTable:
+    """Resolve ranks, chains and widths of a model configuration.
+
+    Raises:
+        ConfigError: `model.rank` or `model.full_rank_layers` does not fit the model.
+    """
+    full = resolve_full_rank_layers(model.variant, model.full_rank_layers, model.num_layers)
+    heads = model.num_attention_heads
+    widths = {
+        "hidden": model.hidden_size,
+        "key_value": model.hidden_size // heads * (model.num_query_groups or heads),
+        "ffn": model.ffn_hidden_size,
+    }
+    return PositionTable(
+        LLAMA,
+        tuple(resolve_ranks(model.rank, model.num_layers, full)),
+        frozenset({0, *full} if model.variant == "crnet" else range(model.num_layers)),
+        {p.name: (widths[p.h_in], widths[p.h_out]) for p in LLAMA.positions},
+    )
 
 
 def resolve_full_rank_layers(variant: str, layers: Sequence[int] | None, num_layers: int) -> list[int]:
@@ -82,22 +214,24 @@ def resolve_full_rank_layers(variant: str, layers: Sequence[int] | None, num_lay
     return sorted(layers)
 
 
-def resolve_ranks(rank: Rank, num_layers: int, full_rank_layers: Sequence[int]) -> RankTable:
+def resolve_ranks(
+    rank: Rank, num_layers: int, full_rank_layers: Sequence[int], names: Sequence[str] = LLAMA.names
+) -> list[dict[str, int]]:
     """The rank of each position of each layer; FULL_RANK in the full-rank layers."""
     if isinstance(rank, Mapping):
-        if unknown := sorted(set(rank) - set(POSITIONS)):
+        if unknown := sorted(set(rank) - set(names)):
             raise ConfigError(
-                f"model.rank names the position {unknown[0]!r}, but the positions are {', '.join(POSITIONS)}: "
+                f"model.rank names the position {unknown[0]!r}, but the positions are {', '.join(names)}: "
                 "correct the name"
             )
-        if missing := [position for position in POSITIONS if position not in rank]:
+        if missing := [position for position in names if position not in rank]:
             raise ConfigError(f"model.rank gives no rank for the position {missing[0]!r}: add it")
-        columns = {p: _per_layer(rank[p], num_layers, f"model.rank.{p}") for p in POSITIONS}
+        columns = {p: _per_layer(rank[p], num_layers, f"model.rank.{p}") for p in names}
     else:
-        columns = dict.fromkeys(POSITIONS, _per_layer(rank, num_layers, "model.rank"))
+        columns = dict.fromkeys(names, _per_layer(rank, num_layers, "model.rank"))
     full = set(full_rank_layers)
     return [
-        dict.fromkeys(POSITIONS, FULL_RANK) if layer in full else {p: columns[p][layer] for p in POSITIONS}
+        dict.fromkeys(names, FULL_RANK) if layer in full else {p: columns[p][layer] for p in names}
         for layer in range(num_layers)
     ]
 
@@ -109,16 +243,3 @@ def _per_layer(rank: int | Sequence[int], num_layers: int, name: str) -> list[in
             f"{name} lists {len(values)} ranks, but model.num_layers is {num_layers}: give one for each layer"
         )
     return values
-
-
-def model_ranks(model: ModelConfig) -> RankTable:
-    """The resolved table of a model configuration."""
-    full = resolve_full_rank_layers(model.variant, model.full_rank_layers, model.num_layers)
-    return resolve_ranks(model.rank, model.num_layers, full)
-
-
-def chain_starts(model: ModelConfig) -> set[int]:
-    """Layers that use no output of the layer before: the first, the full-rank ones, all but crnet's."""
-    if model.variant != "crnet":
-        return set(range(model.num_layers))
-    return {0, *resolve_full_rank_layers(model.variant, model.full_rank_layers, model.num_layers)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron_crnet.config.field_types import MOST
-from megatron_crnet.config.positions import resolve_full_rank_layers, resolve_ranks
+from megatron_crnet.config.positions import position_table
 from megatron_crnet.config.recompute_rules import check_recompute
 from megatron_crnet.utils.errors import require
 
@@ -58,8 +58,7 @@ def check_model(model: ModelConfig) -> None:
         f"model.num_attention_heads {heads} does not divide by model.num_query_groups {groups}: use a divisor of "
         f"{heads}",
     )
-    full = resolve_full_rank_layers(model.variant, model.full_rank_layers, model.num_layers)
-    resolve_ranks(model.rank, model.num_layers, full)
+    position_table(model)
 
 
 def check_data(data: DataConfig) -> None:

@@ -19,27 +19,22 @@ from megatron.core.utils import get_pg_rank, make_viewless_tensor
 from torch import Tensor
 
 from megatron_crnet.config.megatron import CRNetTransformerConfig
-from megatron_crnet.config.positions import LayerOutputs
 from megatron_crnet.data.documents import PackedDocuments
 from megatron_crnet.model.layer import layer_spec
 from megatron_crnet.model.norm import CRNetNorm
 from megatron_crnet.recompute.planner import initial_segments, plan_inverse_segments
 from megatron_crnet.recompute.segment import SEGMENTS, Segment
 from megatron_crnet.recompute.storage import ActivationStore
+from megatron_crnet.recompute.tape import LayerOutputs
 
 
 def boundary_widths(config: CRNetTransformerConfig, layer: int) -> list[int]:
     """Widths, per local sequence position, of what layer `layer` (from 0) receives from the previous one.
 
-    The hidden state, then the seven outputs unless the layer starts a chain. A tensor [s, b, w/t] holds as
-    many elements as [s/t, b, w], so with sequence parallelism every part is counted in the second form.
+    The hidden state, then the previous layer's outputs unless the layer starts a chain.
     """
-    h, t = config.hidden_size, config.tensor_model_parallel_size
-    if not config.has_previous(layer):
-        return [h]
-    shard = 1 if config.sequence_parallel else t
-    sharded = {p: config.width(p) // shard for p in ("q", "k", "v", "gate", "up")}
-    return [h, *(sharded.get(position, h) for position in LayerOutputs._fields)]
+    outputs = config.table.architecture.names if config.table.has_previous(layer) else ()
+    return [config.hidden_size, *(config.local_width(position) for position in outputs)]
 
 
 def interleaved_width(config: CRNetTransformerConfig) -> int | None:
@@ -77,12 +72,12 @@ def unpack(packed: Tensor, config: CRNetTransformerConfig, layer: int) -> tuple[
     local, b = packed.shape[:2]
     parts = packed.flatten().split([local * b * width for width in widths])
     full = local * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
-    lengths = {"o": local, "down": local}
-    outputs = [
-        part.view(lengths.get(position, full), b, -1)
-        for position, part in zip(LayerOutputs._fields, parts[1:], strict=True)
-    ]
-    return parts[0].view(local, b, -1), LayerOutputs(*outputs)
+    architecture = config.table.architecture
+    outputs = tuple(
+        part.view(local if position in architecture.rows else full, b, -1)
+        for position, part in zip(architecture.names, parts[1:], strict=True)
+    )
+    return parts[0].view(local, b, -1), outputs
 
 
 class CRNetTransformerBlock(TransformerBlock):

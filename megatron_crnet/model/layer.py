@@ -1,4 +1,4 @@
-"""One transformer layer: takes the previous layer's seven linear outputs and returns its own."""
+"""One LLaMA-2 layer: takes the previous layer's linear outputs and returns its own."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
 from megatron_crnet.config.megatron import CRNetTransformerConfig
-from megatron_crnet.config.positions import GROUPS, LayerOutputs
 from megatron_crnet.data.documents import PackedDocuments
 from megatron_crnet.model.attention import SDPACoreAttention
 from megatron_crnet.model.linear import LinearGroup, build_group
 from megatron_crnet.model.norm import CRNetNorm
-from megatron_crnet.recompute.tape import LayerTape, Mode
+from megatron_crnet.recompute.tape import LayerOutputs, LayerTape, Mode
 
 
 @dataclass
@@ -53,7 +52,7 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.layer_number = layer_number + get_transformer_layer_offset(config, vp_stage, get_pg_rank(groups.pp))
         layer = self.index = self.layer_number - 1
-        self.returns_outputs = config.has_next(layer)
+        self.returns_outputs = config.table.has_next(layer)
         norm = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
         self.input_layernorm = submodules.norm(**norm)
         self.linear_qkv = build_group(config, "qkv", groups, layer)
@@ -80,17 +79,17 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
         the outputs are returned in any case (`recompute/tape.py`). With `documents`, attention and positions stay
         within them.
         """
-        y, m = context, tape.groups if tape else {}
+        y, m = self._by_group(context), tape.groups if tape else {}
         normed = self.input_layernorm(hidden_states)
-        q, k, v = self.linear_qkv(normed, (y.q, y.k, y.v) if y else None, m.get("qkv"))
+        q, k, v = self.linear_qkv(normed, y["qkv"], m.get("qkv"))
         attention = self.attention(q, k, v, rotary_pos_emb, tape, documents)
-        (o,) = self.linear_o(attention, (y.o,) if y else None, m.get("o"))
+        (o,) = self.linear_o(attention, y["o"], m.get("o"))
         hidden_states = hidden_states + self._dropout(o, "o", tape)
         normed = self.pre_mlp_layernorm(hidden_states)
-        gate, up = self.linear_gate_up(normed, (y.gate, y.up) if y else None, m.get("gate_up"))
-        (down,) = self.linear_down(F.silu(gate) * up, (y.down,) if y else None, m.get("down"))
+        gate, up = self.linear_gate_up(normed, y["gate_up"], m.get("gate_up"))
+        (down,) = self.linear_down(F.silu(gate) * up, y["down"], m.get("down"))
         hidden_states = hidden_states + self._dropout(down, "down", tape)
-        outputs = LayerOutputs(q, k, v, o, gate, up, down)
+        outputs = (q, k, v, o, gate, up, down)
         return hidden_states, outputs if self.returns_outputs or tape else None
 
     def rebuild(
@@ -102,35 +101,39 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
         residual stream, and None stands for the outputs.
         """
         tape.enter(Mode.REBUILD)
+        rows = [group for group in self.groups if group.is_row]
         outputs = None
         if context is None and not self.returns_outputs:
-            for group in (self.linear_o, self.linear_down):
+            for group in rows:
                 group_tape = tape.groups[group.group]
                 group_tape.outputs = group.rebuild(group_tape, None)
         else:
             previous = self._by_group(context)
-            rebuilt = (y for g in self._groups() for y in g.rebuild(tape.groups[g.group], previous[g.group]))
-            outputs = LayerOutputs(*rebuilt)
+            outputs = tuple(y for g in self.groups for y in g.rebuild(tape.groups[g.group], previous[g.group]))
             tape.set_outputs(outputs)
-        for name in ("o", "down"):
-            (y,) = tape.groups[name].outputs or ()
-            hidden_states = hidden_states + self._dropout(y, name, tape)
+        for group in rows:
+            (y,) = tape.groups[group.group].outputs or ()
+            hidden_states = hidden_states + self._dropout(y, group.group, tape)
         return hidden_states, outputs
 
     def invert(self, outputs: LayerOutputs, tape: LayerTape) -> tuple[LayerOutputs, Tensor]:
         """The previous layer's outputs, from this layer's, to rounding, and s(beta) of all positions."""
         tape.enter(Mode.INVERT)
-        y = self._by_group(outputs)
-        pairs = [group.invert(tape.groups[group.group], y[group.group] or ()) for group in self._groups()]
-        return LayerOutputs(*chain.from_iterable(previous for previous, _ in pairs)), torch.cat([s for _, s in pairs])
+        y = self.config.table.architecture.by_group(outputs)
+        pairs = [group.invert(tape.groups[group.group], y[group.group]) for group in self.groups]
+        return tuple(chain.from_iterable(previous for previous, _ in pairs)), torch.cat([s for _, s in pairs])
 
-    def _groups(self) -> tuple[LinearGroup, ...]:
+    @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        """The linear groups, in the order of the architecture."""
         return self.linear_qkv, self.linear_o, self.linear_gate_up, self.linear_down
 
-    def _by_group(self, y: LayerOutputs | None) -> dict[str, tuple[Tensor, ...] | None]:
-        if y is None:
-            return dict.fromkeys(GROUPS)
-        return {"qkv": y[:3], "o": (y.o,), "gate_up": (y.gate, y.up), "down": (y.down,)}
+    def _by_group(self, outputs: LayerOutputs | None) -> dict[str, Any]:
+        """Outputs of each group, None for all of them where a chain starts."""
+        architecture = self.config.table.architecture
+        if outputs is None:
+            return dict.fromkeys(group.name for group in architecture.groups)
+        return architecture.by_group(outputs)
 
     def attention(
         self,

@@ -1,4 +1,4 @@
-"""The linear maps of a layer, grouped by their common input: {q, k, v}, {o}, {gate, up}, {down}.
+"""The linear maps of a layer, grouped by their common input; in LLaMA {q, k, v}, {o}, {gate, up}, {down}.
 
 A group multiplies its input once by all its A (one fused product), and the r-wide result by each B. Under
 tensor parallelism only those r-wide results travel (docs/parallelism.md, "the 7r layout"):
@@ -25,7 +25,6 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from torch import Tensor, nn
 
 from megatron_crnet.config.megatron import CRNetTransformerConfig
-from megatron_crnet.config.positions import GROUPS, ROW_GROUPS
 from megatron_crnet.model.input_product import Reduction, input_product
 from megatron_crnet.model.lowrank import (
     ProductOptions,
@@ -45,7 +44,7 @@ class WeightShard:
     """Where a canonical weight lives on this rank.
 
     Attributes:
-        position: q, k, v, o, gate, up or down.
+        position: name of the position.
         suffix: `weight`, `a.weight`, `b.weight` or `beta`, as in the exported names.
         parameter: the local parameter that holds the shard.
         index: the part of `parameter` that is this weight's shard.
@@ -68,12 +67,13 @@ class LinearGroup(nn.Module):
         super().__init__()
         self.config = config
         self.group = group
-        self.positions = GROUPS[group]
-        self.is_row = group in ROW_GROUPS
+        of_group = config.table.architecture.group(group)
+        self.positions = [position.name for position in of_group.positions]
+        self.is_row = of_group.is_row
         self.tp_group = pg_collection.tp
         self.tp_size = config.tensor_model_parallel_size
-        self.h_in = int(config.ffn_hidden_size if group == "down" else config.hidden_size)
-        self.h_out = [config.width(position) for position in self.positions]
+        self.h_in = config.table.shapes[self.positions[0]][0]
+        self.h_out = [config.table.shapes[position][1] for position in self.positions]
         shards = 1 if self.is_row else self.tp_size
         self.local_out = [width // shards for width in self.h_out]
 
@@ -145,7 +145,7 @@ class LowRankGroup(LinearGroup):
     ) -> None:
         super().__init__(config, group, pg_collection)
         self.layer = layer
-        self.ranks = [config.ranks[layer][position] for position in self.positions]
+        self.ranks = [config.table.ranks[layer][position] for position in self.positions]
         local_in = self.h_in // self.tp_size if self.is_row else self.h_in
         self.a = self._parameter(sum(self.ranks), local_in)
         # B matrices of one shape are one parameter and one batched product
@@ -154,7 +154,7 @@ class LowRankGroup(LinearGroup):
         for index, (shape, count) in enumerate(self.batches):
             self.register_parameter(f"b{index}", self._parameter(count, *shape))
         beta = torch.full((len(self.positions),), config.beta_init, dtype=torch.float32, device=self.a.device)
-        self.beta = nn.Parameter(beta) if config.has_previous(layer) else None
+        self.beta = nn.Parameter(beta) if config.table.has_previous(layer) else None
         fusion = config.cross_layer_fusion and self.beta is not None
         self.residual = choose_residual(self.a, fusion, self.local_out)
         self.beta_fp32: Tensor | None = None
@@ -264,7 +264,7 @@ class LowRankGroup(LinearGroup):
 def build_group(
     config: CRNetTransformerConfig, group: str, pg_collection: ProcessGroupCollection, layer: int
 ) -> LinearGroup:
-    """The full-rank or low-rank form of a group, as the table of ranks says for layer `layer` (from 0)."""
-    if config.is_full_rank(layer):
+    """The full-rank or low-rank form of a group, as the table says for layer `layer` (from 0)."""
+    if config.table.is_full_rank(layer):
         return FullRankGroup(config, group, pg_collection)
     return LowRankGroup(config, group, pg_collection, layer)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_crnet.config.positions import FULL_RANK, MODULE_OF_POSITION, POSITIONS, chain_starts, model_ranks
+from megatron_crnet.config.positions import FULL_RANK, PositionTable, position_table
 from megatron_crnet.config.schema import ModelConfig
 
 
@@ -70,14 +70,12 @@ def apply_rope(x: Tensor, base: float, positions: Tensor | None = None) -> Tenso
 class ReferenceLayer(nn.Module):
     """A LLaMA-2 block whose seven linear maps see the previous layer's seven outputs."""
 
-    def __init__(self, model: ModelConfig, layer: int) -> None:
+    def __init__(self, model: ModelConfig, table: PositionTable, layer: int) -> None:
         super().__init__()
-        ranks, has_previous = model_ranks(model)[layer], layer not in chain_starts(model)
-        h, f, heads = model.hidden_size, model.ffn_hidden_size, model.num_attention_heads
-        self.heads, self.groups, self.rope_base = heads, model.num_query_groups or heads, model.rotary_base
-        kv = h // heads * self.groups
-        shapes = {"q": (h, h), "k": (h, kv), "v": (h, kv), "o": (h, h), "gate": (h, f), "up": (h, f), "down": (f, h)}
-        maps = {p: CrossLayerLinear(*shapes[p], ranks[p], has_previous, model) for p in POSITIONS}
+        ranks, has_previous, h = table.ranks[layer], table.has_previous(layer), model.hidden_size
+        self.heads, self.rope_base = model.num_attention_heads, model.rotary_base
+        self.modules_of_positions = {p.name: p.module for p in table.architecture.positions}
+        maps = {p: CrossLayerLinear(*shape, ranks[p], has_previous, model) for p, shape in table.shapes.items()}
         self.self_attn = nn.ModuleDict({f"{p}_proj": maps[p] for p in "qkvo"})
         self.mlp = nn.ModuleDict({f"{p}_proj": maps[p] for p in ("gate", "up", "down")})
         self.input_layernorm = nn.RMSNorm(h, eps=model.layernorm_epsilon)
@@ -95,7 +93,7 @@ class ReferenceLayer(nn.Module):
         y: dict[str, Tensor] = {}
 
         def linear(position: str, value: Tensor) -> Tensor:
-            y[position] = self.get_submodule(MODULE_OF_POSITION[position])(value, previous.get(position))
+            y[position] = self.get_submodule(self.modules_of_positions[position])(value, previous.get(position))
             return y[position]
 
         normed = self.input_layernorm(x)
@@ -115,10 +113,11 @@ class ReferenceCRNet(nn.Module):
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
+        table = position_table(model)
         self.model = nn.ModuleDict(
             {
                 "embed_tokens": nn.Embedding(model.vocab_size, model.hidden_size),
-                "layers": nn.ModuleList(ReferenceLayer(model, layer) for layer in range(model.num_layers)),
+                "layers": nn.ModuleList(ReferenceLayer(model, table, layer) for layer in range(model.num_layers)),
                 "norm": nn.RMSNorm(model.hidden_size, eps=model.layernorm_epsilon),
             }
         )

@@ -21,12 +21,10 @@ import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
-from megatron_crnet.config.positions import MODULE_OF_POSITION
 from megatron_crnet.utils.errors import CheckpointError
 
 if TYPE_CHECKING:
     from megatron_crnet.model.gpt import CRNetModel
-    from megatron_crnet.model.linear import LinearGroup
 
 
 @dataclass(frozen=True)
@@ -71,14 +69,13 @@ def canonical_weights(model: CRNetModel) -> Iterator[Weight]:
 
 def _layer_weights(layer: Any) -> Iterator[Weight]:
     prefix = f"model.layers.{layer.layer_number - 1}"
-    for name, norm in (
-        ("input_layernorm", layer.input_layernorm),
-        ("post_attention_layernorm", layer.pre_mlp_layernorm),
-    ):
-        yield Weight(f"{prefix}.{name}.weight", norm.weight, (...,), (layer.config.hidden_size,), None)
-    groups: list[LinearGroup] = [layer.linear_qkv, layer.linear_o, layer.linear_gate_up, layer.linear_down]
-    for shard in (shard for group in groups for shard in group.shards()):
-        name = f"{prefix}.{MODULE_OF_POSITION[shard.position]}.{shard.suffix}"
+    architecture = layer.config.table.architecture
+    for attribute, name in architecture.norms.items():
+        norm = getattr(layer, attribute).weight
+        yield Weight(f"{prefix}.{name}.weight", norm, (...,), (layer.config.hidden_size,), None)
+    modules = {position.name: position.module for position in architecture.positions}
+    for shard in (shard for group in layer.groups for shard in group.shards()):
+        name = f"{prefix}.{modules[shard.position]}.{shard.suffix}"
         yield Weight(name, shard.parameter, shard.index, shard.shape, shard.shard_dim)
 
 
@@ -92,8 +89,7 @@ def initial_value(name: str, shape: tuple[int, ...], config: Any, seed: int) -> 
     if name.endswith("a.weight"):
         std = shape[1] ** -0.5
     elif name.endswith("b.weight"):
-        h_in = config.ffn_hidden_size if "down_proj" in name else config.hidden_size
-        std = config.init_method_std * (h_in / shape[1]) ** 0.5
+        std = config.init_method_std * (config.table.input_width(name) / shape[1]) ** 0.5
     generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
     return torch.empty(shape).normal_(std=std, generator=generator)
 

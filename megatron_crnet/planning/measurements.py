@@ -16,7 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch._subclasses import FakeTensorMode
 
 from megatron_crnet.config.megatron import build_transformer_config
-from megatron_crnet.config.positions import POSITIONS, chain_starts, model_ranks
+from megatron_crnet.config.positions import position_table
 from megatron_crnet.config.schema import Config, RecomputeConfig
 from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.engine.engine import TrainEngine
@@ -50,7 +50,7 @@ def boundary_traffic(config: Config) -> dict[int, dict[str, float]]:
 
     Two layers per model chunk, of which the first starts a chain exactly where the chunk's first layer does.
     """
-    parallel, starts = config.parallel, chain_starts(config.model)
+    parallel, starts = config.parallel, position_table(config.model).chain_starts
     pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
     # chunk c of pipeline rank p is the (c pp + p)-th along the model
     chunks = [model.chunks[chunk] for chunk in range(vpp or 1) for model in build_local_models(config)]
@@ -70,8 +70,10 @@ def boundary_traffic(config: Config) -> dict[int, dict[str, float]]:
 def _shortened(config: Config, changes: dict[str, Any], pp: int, vpp: int | None) -> Config:
     """Few layers of the same widths on few tokens; all have the ranks of the last one that is not full rank."""
     tp = config.parallel.tensor_model_parallel_size
-    low = [row for row in model_ranks(config.model) if row["q"]] or [dict.fromkeys(POSITIONS, 1)]
-    model = {"vocab_size": 8 * tp, "max_position_embeddings": None, "rank": dict(low[-1]), **changes}
+    table = position_table(config.model)
+    low = [row for layer, row in enumerate(table.ranks) if not table.is_full_rank(layer)]
+    rank = dict(low[-1] if low else dict.fromkeys(table.shapes, 1))
+    model = {"vocab_size": 8 * tp, "max_position_embeddings": None, "rank": rank, **changes}
     layout: dict[str, Any] = {
         "pipeline_model_parallel_size": pp,
         "virtual_pipeline_model_parallel_size": vpp,
@@ -150,7 +152,7 @@ def _measure(config: Config, fake: bool) -> dict[str, Any]:
             torch.nn.init.normal_(parameter, std=0.02)
             parameter.grad = torch.zeros_like(parameter)
     if transformer.recompute_strategy == "inverse":  # for the first betas and outputs of one size
-        even = {layer: torch.ones(len(POSITIONS)) for layer in block.layer_range}
+        even = {layer: torch.ones(len(block.config.table.shapes)) for layer in block.layer_range}
         block.plan_inverse_segments({layer: transformer.beta_init * ones for layer, ones in even.items()}, even)
     with tensors:
         device, batch = next(block.parameters()).device, (config.training.seq_length, config.training.micro_batch_size)

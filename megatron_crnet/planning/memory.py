@@ -26,7 +26,7 @@ def estimate_memory(model: LocalModel, plan: BatchPlan) -> Memory:
     """The parts of a rank of this stage."""
     state = _offloaded(model, plan) if offloads_optimizer(model.config) else _state(model, plan.dp_size)
     layers = [layer for chunk in model.chunks for layer in chunk.layers]
-    gathers = model.chunks[-1].predicts or any(model.transformer.is_full_rank(layer) for layer in layers)
+    gathers = model.chunks[-1].predicts or any(model.transformer.table.is_full_rank(layer) for layer in layers)
     if model.transformer.sequence_parallel and gathers:
         # Megatron-Core's buffer for the whole sequence, the input of a full-rank column layer
         state["buffers"] += model.tokens * model.config.model.hidden_size * model.element
@@ -90,7 +90,7 @@ def _kept_width(model: LocalModel, chunk: Chunk) -> float:
     if chunk.segments:
         return width
     # outputs of the previous layer arrive with the micro-batch; o and down of the last layer go on, or are not needed
-    chained = transformer.has_previous(last) or transformer.has_next(last)
+    chained = transformer.table.has_previous(last) or transformer.table.has_next(last)
     received = 0 if chunk.embeds else sum(boundary_widths(transformer, chunk.layers.start)) - h
     return width + received - (2 * h if chained else 0)
 
@@ -122,7 +122,7 @@ def _moments(model: LocalModel, plan: BatchPlan, chunk: Chunk) -> Iterator[float
         copies = 6 if model.bf16 and model.stage >= 1 else model.element
         output = model.config.model.vocab_size // model.tp * model.config.model.hidden_size * copies
         yield output + bucket + received - logits - _missing(model, plan)
-    widest = transformer.width("up") / (1 if transformer.sequence_parallel else model.tp)
+    widest = max(transformer.local_width(position) for position in transformer.table.shapes)
     kept = kept_widths(transformer, chunk.layers, chunk.segments)
     for segment in chunk.segments or [range(layer, layer + 1) for layer in chunk.layers]:
         rest = [other for other in chunk.segments if other.start < segment.stop]
@@ -148,7 +148,7 @@ def _missing(model: LocalModel, plan: BatchPlan, layers: float = math.inf) -> fl
 def _rebuilt(model: LocalModel, segment: range, is_recomputed: bool) -> float:
     """Elements per local token of the gradients that enter a segment's last layer, and of what is rebuilt of it."""
     transformer, last, after = model.transformer, layer_widths(model.transformer, segment[-1]), segment.stop
-    chained = after < transformer.num_layers and transformer.has_previous(after)
+    chained = after < transformer.num_layers and transformer.table.has_previous(after)
     entering = layer_widths(transformer, after).start if chained else transformer.hidden_size
     if not is_recomputed:
         return entering

@@ -12,8 +12,6 @@ import math
 from dataclasses import dataclass
 
 from megatron_crnet.config.batch import BatchPlan
-from megatron_crnet.config.model_size import position_shapes
-from megatron_crnet.config.positions import GROUPS, ROW_GROUPS
 from megatron_crnet.planning.machines import Machine
 from megatron_crnet.planning.profile import DATA, PIPELINE, TENSOR, CommVolume, Memory
 from megatron_crnet.planning.shards import Chunk, LocalModel
@@ -71,11 +69,11 @@ def estimate_operations(model: LocalModel, plan: BatchPlan) -> Operations:
 def _layer_products(model: LocalModel, layer: int) -> tuple[int, int]:
     """Forward operations for a micro-batch: products with A or full-rank weights, and products with B."""
     tokens, local, t = model.tokens, model.local_tokens, model.tp
-    shapes, ranks = position_shapes(model.config.model), model.transformer.ranks[layer]
-    if model.transformer.is_full_rank(layer):
+    table = model.transformer.table
+    shapes, ranks, rows = table.shapes, table.ranks[layer], table.architecture.rows
+    if table.is_full_rank(layer):
         return sum(2 * tokens * h_in * h_out // t for h_in, h_out in shapes.values()), 0
     # what is not split over its width is split over the sequence, or done by every rank
-    rows = [p for group in ROW_GROUPS for p in GROUPS[group]]
     inputs = sum(2 * ranks[p] * (tokens * (n // t) if p in rows else local * n) for p, (n, _) in shapes.items())
     outputs = sum(2 * ranks[p] * (local * n if p in rows else tokens * (n // t)) for p, (_, n) in shapes.items())
     return inputs, outputs
@@ -88,7 +86,7 @@ def _repeats(model: LocalModel, chunk: Chunk, layer: int) -> tuple[tuple[bool, b
     if model.transformer.recompute_strategy == "full":
         return (True, True), True
     again, transformer = repeats_outputs(model, chunk, layer), model.transformer
-    return (again and transformer.is_full_rank(layer), again), not transformer.recompute_keep_attention_output
+    return (again and transformer.table.is_full_rank(layer), again), not transformer.recompute_keep_attention_output
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_crnet.config.deepspeed_rules import reduce_bucket_size, zero_stage
 from megatron_crnet.config.megatron import CRNetTransformerConfig, build_transformer_config
-from megatron_crnet.config.model_size import position_shapes
-from megatron_crnet.config.positions import GROUPS, POSITIONS, ROW_GROUPS
+from megatron_crnet.config.positions import Group
 from megatron_crnet.config.schema import Config
 from megatron_crnet.recompute.planner import STRATEGIES, initial_segments, plan_inverse_segments
 
@@ -37,7 +36,7 @@ class Chunk:
 
     def keeps_outputs(self, transformer: CRNetTransformerConfig, layer: int) -> bool:
         """Whether a recomputed layer's outputs are kept, because the next segment starts with them."""
-        return transformer.has_next(layer) and any(layer == segment[-1] for segment in self.segments[:-1])
+        return transformer.table.has_next(layer) and any(layer == segment[-1] for segment in self.segments[:-1])
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def _chunks(transformer: CRNetTransformerConfig, pp_rank: int) -> list[Chunk]:
         segments = initial_segments(transformer, layers, pp_rank)
         if STRATEGIES[transformer.recompute_strategy].inverts:
             # without the checkpoints that its guard may add: values decide that
-            even = {layer: torch.ones(len(POSITIONS)) for layer in layers}
+            even = {layer: torch.ones(len(transformer.table.shapes)) for layer in layers}
             segments, _ = plan_inverse_segments(transformer, layers, even, even)
         embeds, predicts = pp_rank == chunk == 0, pp_rank == pp - 1 and chunk == (vpp or 1) - 1
         chunks.append(Chunk(layers, embeds, predicts, segments))
@@ -136,26 +135,26 @@ def _parameters(config: Config, transformer: CRNetTransformerConfig, chunk: Chun
     if chunk.embeds:
         yield LocalParameter(-1, vocabulary)
     for layer in chunk.layers:
-        yield from [LocalParameter(layer, h, sp)] * 2
-        for group in GROUPS:
-            yield from (LocalParameter(layer, *found) for found in _group(config, transformer, layer, group))
+        yield from [LocalParameter(layer, h, sp)] * len(transformer.table.architecture.norms)
+        for group in transformer.table.architecture.groups:
+            yield from (LocalParameter(layer, *found) for found in _group(transformer, layer, group))
     if chunk.predicts:
         yield from (LocalParameter(last, h, sp), LocalParameter(last, vocabulary))
 
 
-def _group(config: Config, transformer: CRNetTransformerConfig, layer: int, group: str) -> Iterator[tuple[int, bool]]:
+def _group(transformer: CRNetTransformerConfig, layer: int, group: Group) -> Iterator[tuple[int, bool]]:
     """Elements of each parameter, and whether its gradient is partial."""
-    shapes, t, sp = position_shapes(config.model), transformer.tensor_model_parallel_size, transformer.sequence_parallel
-    positions, is_row = GROUPS[group], group in ROW_GROUPS
-    ranks, widths = [transformer.ranks[layer][p] for p in positions], [shapes[p][1] for p in positions]
-    h_in = shapes[positions[0]][0]
-    if transformer.is_full_rank(layer):
+    table, t, sp = transformer.table, transformer.tensor_model_parallel_size, transformer.sequence_parallel
+    positions, is_row = [position.name for position in group.positions], group.is_row
+    ranks, widths = [table.ranks[layer][p] for p in positions], [table.shapes[p][1] for p in positions]
+    h_in = table.shapes[positions[0]][0]
+    if table.is_full_rank(layer):
         yield h_in * sum(widths) // t, False
         return
     yield sum(ranks) * h_in // (t if is_row else 1), sp and not is_row
     # stacks of one shape are one parameter
     for (width, rank), same in groupby(zip(widths, ranks, strict=True)):
         yield len(list(same)) * rank * (width if is_row else width // t), sp and is_row
-    if transformer.has_previous(layer):
+    if table.has_previous(layer):
         # a column group's beta sees only a shard of its outputs even without sequence parallelism
         yield len(positions), t > 1 and (sp or not is_row)

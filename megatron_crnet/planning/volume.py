@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 from megatron_crnet.config.batch import BatchPlan
 from megatron_crnet.config.deepspeed_rules import zero_option
-from megatron_crnet.config.positions import GROUPS, ROW_GROUPS
 from megatron_crnet.model.block import boundary_widths, interleaved_width
 from megatron_crnet.planning.profile import DATA, PIPELINE, TENSOR, CommVolume
 from megatron_crnet.planning.shards import Chunk, LocalModel
@@ -44,13 +43,13 @@ def _tensor_parallel(model: LocalModel, chunk: Chunk) -> Iterator[tuple[str, flo
     h, transformer = model.config.model.hidden_size, model.transformer
     sp, full = transformer.sequence_parallel, transformer.recompute_strategy == "full" and bool(chunk.segments)
     for layer in chunk.layers:
-        if transformer.is_full_rank(layer):
+        if transformer.table.is_full_rank(layer):
             # a column layer gathers its input in forward and again for the gradient of its weights
             times = 2 if full or repeats_outputs(model, chunk, layer) else 1
             gathered, reduced = (times + 2) * 2 * h, (times + 1) * 2 * h
         else:
-            ranks, times = transformer.ranks[layer], 2 if full else 1
-            rows = sum(ranks[p] for group in ROW_GROUPS for p in GROUPS[group])
+            ranks, times = transformer.table.ranks[layer], 2 if full else 1
+            rows = sum(ranks[p] for p in transformer.table.architecture.rows)
             columns = sum(ranks.values()) - rows
             gathered, reduced = (times + 1) * columns + rows, times * rows + columns
         yield from (("all_gather", gathered), ("reduce_scatter", reduced)) if sp else (("all_reduce", reduced),)
@@ -112,6 +111,6 @@ def zero3_gathers(model: LocalModel) -> tuple[float, float]:
         for layer in (layer for segment in chunk.segments for layer in segment):
             # what a recomputed layer has beyond the limit is gathered for each of its passes
             own, full = sum(p.numel for p in model.parameters if p.layer == layer), strategy == "full"
-            passes = 1 if full or model.transformer.is_full_rank(layer) else 2
+            passes = 1 if full or model.transformer.table.is_full_rank(layer) else 2
             gathered += passes * max(0, own - limit) * (full or repeats_outputs(model, chunk, layer))
     return 2 * numel - min(numel, limit) + gathered, min(numel, limit + max(p.numel for p in model.parameters))

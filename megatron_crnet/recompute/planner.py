@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from megatron_crnet.config.megatron import CRNetTransformerConfig
-from megatron_crnet.config.positions import FULL_RANK
 
 INVERSE_SEGMENT_LENGTH = 8
 """The paper keeps Y at L/8 layers: every eighth, the last one included and the first not."""
@@ -56,7 +55,7 @@ class LayerWidths:
         start: the residual stream and the outputs that enter it.
         z: low-rank outputs.
         attention: attention's output.
-        outputs: the residual stream and the seven outputs that a rebuilt layer holds, and z gathered over the sequence.
+        outputs: the residual stream and the outputs that a rebuilt layer holds, and z gathered over the sequence.
         activations: everything that backward needs when nothing is recomputed.
     """
 
@@ -69,24 +68,23 @@ class LayerWidths:
 
 def layer_widths(config: CRNetTransformerConfig, layer: int) -> LayerWidths:
     """The widths of layer `layer` (from 0)."""
-    h, t = config.hidden_size, config.tensor_model_parallel_size
-    split = 1 if config.sequence_parallel else t
-    width = {position: config.width(position) / split for position in ("q", "k", "v", "gate", "up")}
-    all_outputs = sum(width.values()) + 2 * h
-    z = sum(rank for rank in config.ranks[layer].values() if rank != FULL_RANK)
-    chained = config.has_previous(layer) or config.has_next(layer)
+    table, h, t = config.table, config.hidden_size, config.tensor_model_parallel_size
+    architecture, ranks = table.architecture, table.ranks[layer]
+    width = {name: config.local_width(name) for name in architecture.names}
+    all_outputs, residual = sum(width.values()), sum(width[name] for name in architecture.rows)
+    z = sum(ranks.values()) if not table.is_full_rank(layer) else 0
+    chained = table.has_previous(layer) or table.has_next(layer)
     # rebuilding gathers z of the column groups and holds it until the layer's backward
-    gathered = t * sum(config.ranks[layer][p] for p in ("q", "k", "v", "gate", "up")) if z and t > 1 else 0
-    # two norms' inputs and outputs; q and k after RoPE; attention's output; silu(gate) and its product with up
-    inner = 4 * h + width["q"] + width["k"] + h / split + 2 * width["up"]
+    gathered = t * (z - sum(ranks[name] for name in architecture.rows)) if t > 1 else 0
+    inner = sum(count * {"hidden": h, **width}[name] for name, count in architecture.other_activations.items())
     if config.variant == "cola":
         inner += z  # silu(z), beside the z that its gradient takes
     return LayerWidths(
-        start=h + (all_outputs if config.has_previous(layer) else 0),
+        start=h + (all_outputs if table.has_previous(layer) else 0),
         z=z,
-        attention=h / split,
-        outputs=h + (all_outputs + (gathered if config.sequence_parallel else 0) if chained else 2 * h),
-        activations=inner + z + (all_outputs if chained else all_outputs - 2 * h),
+        attention=table.shapes[architecture.attention][0] // (1 if config.sequence_parallel else t),
+        outputs=h + (all_outputs + (gathered if config.sequence_parallel else 0) if chained else residual),
+        activations=inner + z + (all_outputs if chained else all_outputs - residual),
     )
 
 
@@ -138,7 +136,7 @@ def plan_segments(config: CRNetTransformerConfig, layers: range, in_flight: floa
     cuts = set()
     saves_z = STRATEGIES[config.recompute_strategy].saves_z
     if saves_z:
-        cuts = {edge for layer in layers if config.is_full_rank(layer) for edge in (layer, layer + 1)}
+        cuts = {edge for layer in layers if config.table.is_full_rank(layer) for edge in (layer, layer + 1)}
     if config.recompute_segment_length is not None:
         return _equal_segments(layers, config.recompute_segment_length, cuts)
     widths = [layer_widths(config, layer) for layer in layers]
@@ -226,10 +224,10 @@ def plan_inverse_segments(
         if layer == layers.start:
             break
         guarded = False
-        if config.has_previous(layer):
+        if config.table.has_previous(layer):
             errors = errors_of_previous(errors, scales[layer], norm_ratios[layer])
             guarded = not bool((errors <= limit).all())  # NaN is guarded, too
-        if guarded or not config.has_previous(layer) or stop - layer == longest:
+        if guarded or not config.table.has_previous(layer) or stop - layer == longest:
             added += guarded and stop - layer < longest
             segments.append(range(layer, stop))
             stop, errors = layer, torch.zeros(())

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from megatron_crnet.config.megatron import CRNetTransformerConfig
-from megatron_crnet.config.positions import LayerOutputs
+from megatron_crnet.config.positions import Architecture
 from megatron_crnet.recompute.planner import amplification_limit, errors_of_previous
 from megatron_crnet.recompute.rng import RngStates
 from megatron_crnet.recompute.storage import ActivationStore, StoredTensors
-from megatron_crnet.recompute.tape import LayerTape, Mode
+from megatron_crnet.recompute.tape import LayerOutputs, LayerTape, Mode
 
 DRIFT = 2.0
 """How far the estimated error of a pass may exceed the one that its segments were planned for."""
@@ -58,10 +58,18 @@ class Layer(Protocol):
 class Boundary:
     """X, and Y where a chain passes, at the start of a segment: saved once, used by the segments on both sides."""
 
-    def __init__(self, store: ActivationStore, hidden_states: Tensor | None, outputs: LayerOutputs | None) -> None:
-        tensors = {"x": hidden_states, **(outputs._asdict() if outputs is not None else {})}
-        named = {name: x for name, x in tensors.items() if x is not None}
-        self._stored: StoredTensors | None = store.keep(named, replicated=("x", "o", "down"))
+    def __init__(
+        self,
+        architecture: Architecture,
+        store: ActivationStore,
+        hidden_states: Tensor | None,
+        outputs: LayerOutputs | None,
+    ) -> None:
+        self._names = architecture.names if outputs is not None else ()
+        named = dict(zip(self._names, outputs or (), strict=True))
+        if hidden_states is not None:
+            named = {"x": hidden_states, **named}
+        self._stored: StoredTensors | None = store.keep(named, replicated=("x", *architecture.rows))
         self._restored: dict[str, Tensor] = {}
 
     def _restore(self) -> dict[str, Tensor]:
@@ -79,7 +87,7 @@ class Boundary:
     def outputs(self) -> LayerOutputs | None:
         """The outputs Y of the previous layer, None where a chain starts."""
         found = self._restore()
-        return LayerOutputs(*(found[name] for name in LayerOutputs._fields)) if "q" in found else None
+        return tuple(found[name] for name in self._names) or None
 
 
 class Segment(ABC):
@@ -111,7 +119,7 @@ class Segment(ABC):
     def __call__(self, hidden_states: Tensor, context: LayerOutputs | None) -> tuple[Tensor, LayerOutputs | None]:
         """The layers' forward pass; what backward will need is saved."""
         hidden_states, *outputs = _Recompute.apply(self, hidden_states, *(context or ()))
-        return hidden_states, LayerOutputs(*outputs) if outputs else None
+        return hidden_states, tuple(outputs) or None
 
     @property
     def passes_on(self) -> bool:
@@ -240,7 +248,7 @@ class ReplaySegment(TapedSegment):
             entered = hidden_states, context
             if layer is self.layers[-1] and self.end is not None:
                 context = self.end.outputs
-            elif self.config.is_full_rank(layer.index):
+            elif self.config.table.is_full_rank(layer.index):
                 context = None
             else:
                 hidden_states, context = layer.rebuild(hidden_states, context, tape)
@@ -277,7 +285,7 @@ class InverseSegment(TapedSegment):
     def _saved_streams(self, streams: list[Tensor], outputs: LayerOutputs | None) -> list[Tensor]:
         if len(self.layers) > 1 and not self.passes_on:
             # no segment starts with the outputs that are to be inverted
-            self.end = Boundary(self.store, None, outputs)
+            self.end = Boundary(self.config.table.architecture, self.store, None, outputs)
         return streams[1:]
 
     @torch.no_grad()
@@ -324,7 +332,7 @@ def _norms(y: Tensor) -> Tensor:
 
 def _leaves(hidden_states: Tensor, context: LayerOutputs | None) -> tuple[Tensor, LayerOutputs | None]:
     x = hidden_states.detach().requires_grad_()
-    return x, LayerOutputs(*(y.detach().requires_grad_() for y in context)) if context is not None else None
+    return x, tuple(y.detach().requires_grad_() for y in context) if context is not None else None
 
 
 def _differentiate(
@@ -343,9 +351,9 @@ class _Recompute(torch.autograd.Function):
     def forward(ctx: Any, segment: Segment, hidden_states: Tensor, *context: Tensor) -> tuple[Tensor, ...]:
         ctx.segment = segment
         ctx.set_materialize_grads(False)
-        outputs = LayerOutputs(*context) if context else None
+        outputs: LayerOutputs | None = context or None
         with segment.store.forward_pass():
-            segment.start = Boundary(segment.store, hidden_states, outputs)
+            segment.start = Boundary(segment.config.table.architecture, segment.store, hidden_states, outputs)
             hidden_states, outputs = segment.forward(hidden_states, outputs)
         return hidden_states, *(outputs or ())
 

@@ -10,18 +10,22 @@ A segment records one tape per layer without an autograd graph, and plays it in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from itertools import islice
 
 from torch import Tensor
 
 from megatron_crnet.config.megatron import CRNetTransformerConfig
-from megatron_crnet.config.positions import GROUPS
 from megatron_crnet.recompute.rng import RngStates
 from megatron_crnet.recompute.saved_subgraph import SavedSubgraph
+
+LayerOutputs = tuple[Tensor, ...]
+"""The linear outputs Y^P of a layer, one per position of its architecture, before RoPE and activation functions.
+
+Of column groups [s, b, h_out/t]; of row groups [s/t, b, h_out] with sequence parallelism, [s, b, h_out] without.
+"""
 
 
 class Mode(Enum):
@@ -95,7 +99,8 @@ class LayerTape:
 
     def __init__(self, config: CRNetTransformerConfig, *, outputs_known: bool) -> None:
         self.mode = Mode.RECORD
-        self.groups = {name: Tape(saves_graph=outputs_known) for name in GROUPS}
+        self._architecture = config.table.architecture
+        self.groups = {group.name: Tape(saves_graph=outputs_known) for group in self._architecture.groups}
         self.attention = Tape(saves_graph=config.recompute_keep_attention_output)
         self._has_dropout = config.has_dropout
         self._rng: dict[str, RngStates] = {}
@@ -120,8 +125,7 @@ class LayerTape:
         """`Tape.tensors` by the operation's name."""
         return {**{name: group.tensors for name, group in self.groups.items()}, "attention": self.attention.tensors}
 
-    def set_outputs(self, outputs: Sequence[Tensor]) -> None:
-        """Set the outputs of all groups, given in the order of LayerOutputs: no product is repeated."""
-        remaining = iter(outputs)
-        for name, positions in GROUPS.items():
-            self.groups[name].outputs = tuple(islice(remaining, len(positions)))
+    def set_outputs(self, outputs: LayerOutputs) -> None:
+        """Set the outputs of all groups: no product is repeated."""
+        for name, of_group in self._architecture.by_group(outputs).items():
+            self.groups[name].outputs = of_group

@@ -64,8 +64,8 @@ def _observe(section: dict[str, Any]) -> Seen:
         losses.sum().backward()
     get_accelerator().synchronize = original
     tokens, h = batch["tokens"].numel(), config.model.hidden_size
-    ranks = sum(sum(row.values()) for row in block.config.ranks if 0 not in row.values())
-    starts = sum(3 * h if block.config.has_previous(segment.start) else h for segment in block.segments)
+    ranks = sum(sum(row.values()) for row in block.config.table.ranks if 0 not in row.values())
+    starts = sum(3 * h if block.config.table.has_previous(segment.start) else h for segment in block.segments)
     close_engine(engine)
     return Seen(kept, 4 * tokens * (ranks + starts), len(block.segments), count[0], printed.getvalue().splitlines())
 

@@ -4,9 +4,8 @@ import pytest
 
 from megatron_crnet.config.positions import (
     FULL_RANK,
-    POSITIONS,
-    chain_starts,
-    model_ranks,
+    LLAMA,
+    position_table,
     resolve_full_rank_layers,
     resolve_ranks,
 )
@@ -15,13 +14,13 @@ from megatron_crnet.utils.errors import ConfigError
 
 
 def test_one_integer_is_the_rank_of_every_low_rank_map() -> None:
-    table = resolve_ranks(8, 3, [0])
-    assert table == [dict.fromkeys(POSITIONS, FULL_RANK), dict.fromkeys(POSITIONS, 8), dict.fromkeys(POSITIONS, 8)]
+    table, names = resolve_ranks(8, 3, [0]), LLAMA.names
+    assert table == [dict.fromkeys(names, rank) for rank in (FULL_RANK, 8, 8)]
 
 
 def test_a_list_gives_one_rank_a_layer_and_a_mapping_one_a_position() -> None:
     assert [row["q"] for row in resolve_ranks([1, 2, 3], 3, [])] == [1, 2, 3]
-    mapping = {**dict.fromkeys(POSITIONS, 4), "down": [5, 6, 7]}
+    mapping = {**dict.fromkeys(LLAMA.names, 4), "down": [5, 6, 7]}
     table = resolve_ranks(mapping, 3, [1])
     assert [row["down"] for row in table] == [5, FULL_RANK, 7]
     assert [row["up"] for row in table] == [4, FULL_RANK, 4]
@@ -32,7 +31,7 @@ def test_a_list_gives_one_rank_a_layer_and_a_mapping_one_a_position() -> None:
     [
         ([1, 2], "lists 2 ranks, but model.num_layers is 3"),
         ({"q": 1}, "gives no rank for the position 'k'"),
-        ({**dict.fromkeys(POSITIONS, 1), "qk": 1}, "names the position 'qk'"),
+        ({**dict.fromkeys(LLAMA.names, 1), "qk": 1}, "names the position 'qk'"),
     ],
 )
 def test_wrong_ranks_are_refused(rank: object, message: str) -> None:
@@ -55,6 +54,6 @@ def test_wrong_full_rank_layers_are_refused(layers: list[int]) -> None:
 
 
 def test_chains_start_at_the_first_and_at_full_rank_layers_of_crnet_only() -> None:
-    assert chain_starts(ModelConfig(num_layers=4, full_rank_layers=[2])) == {0, 2}
-    assert chain_starts(ModelConfig(num_layers=4, variant="low_rank")) == {0, 1, 2, 3}
-    assert model_ranks(ModelConfig(num_layers=2, rank=7))[1]["o"] == 7
+    assert position_table(ModelConfig(num_layers=4, full_rank_layers=[2])).chain_starts == {0, 2}
+    assert position_table(ModelConfig(num_layers=4, variant="low_rank")).chain_starts == {0, 1, 2, 3}
+    assert position_table(ModelConfig(num_layers=2, rank=7)).ranks[1]["o"] == 7

@@ -20,7 +20,7 @@ from megatron_crnet.checkpoint.contents import find_checkpoint
 from megatron_crnet.checkpoint.directory import MANIFEST, damage
 from megatron_crnet.checkpoint.manager import check_resumable
 from megatron_crnet.checkpoint.weight_files import CheckpointWeights, ExportWeights
-from megatron_crnet.config.positions import POSITIONS
+from megatron_crnet.config.positions import LLAMA
 from megatron_crnet.config.schema import Config, DataConfig
 from megatron_crnet.hf.export import from_hf, saved_config, to_hf
 from megatron_crnet.hf.generate import open_model
@@ -39,7 +39,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def config(tokenizer: str) -> Config:
-    config = tiny_config(model={"vocab_size": 416, "rank": dict.fromkeys(POSITIONS, 8)})
+    config = tiny_config(model={"vocab_size": 416, "rank": dict.fromkeys(LLAMA.names, 8)})
     return dataclasses.replace(config, data=DataConfig(tokenizer_model=tokenizer))
 
 
