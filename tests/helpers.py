@@ -26,6 +26,7 @@ from megatron_crnet.config.schema import (
 from megatron_crnet.data.documents import DOCUMENT_LENGTHS, document_lengths, positions_within
 from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.engine.engine import TrainEngine
+from megatron_crnet.engine.zero import local_shape
 from megatron_crnet.model.gpt import build_model_chunks
 from megatron_crnet.model.reference import ReferenceCRNet
 from megatron_crnet.model.weights import Weight, canonical_weights, initial_value
@@ -187,7 +188,7 @@ def gradient_of(engine: TrainEngine, weight: Weight) -> Tensor:
     parameter = weight.parameter
     whole = parameter.grad if engine.stage == 0 else safe_get_full_grad(parameter)
     assert whole is not None, weight.name
-    return weight.local(whole.view(getattr(parameter, "ds_shape", parameter.shape)))
+    return weight.local(whole.view(local_shape(parameter)))
 
 
 def master_of(engine: TrainEngine, weight: Weight) -> Tensor:
@@ -198,7 +199,7 @@ def master_of(engine: TrainEngine, weight: Weight) -> Tensor:
         masters = {low: high for pair in groups for low, high in zip(*pair, strict=True)}
         return weight.local(masters.get(parameter, parameter).detach())
     whole = safe_get_full_fp32_param(parameter)
-    return weight.local(whole.view(getattr(parameter, "ds_shape", parameter.shape)))
+    return weight.local(whole.view(local_shape(parameter)))
 
 
 def compare_with_reference(config: Config, steps: int = 3) -> Errors:

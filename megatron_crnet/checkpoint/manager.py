@@ -49,7 +49,6 @@ from megatron_crnet.data.fingerprint import TrainedOn
 from megatron_crnet.distributed.consensus import run_on_all_ranks, run_on_main
 from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.engine.state_kinds import KINDS, MASTER
-from megatron_crnet.engine.zero import Masters
 from megatron_crnet.model.weights import canonical_weights
 from megatron_crnet.recompute.rng import RngStates
 from megatron_crnet.utils.environment import note_in_run_file
@@ -81,7 +80,7 @@ class Checkpointer:
     ) -> None:
         self.config, self.folder, self._may_write = config, checkpoint_dir(config), may_write
         self.trained_on = trained_on or TrainedOn()
-        self.masters = Masters(engine.deepspeed, engine.stage)
+        self.zero = engine.zero
         self.weights = [weight for chunk in engine.chunks for weight in canonical_weights(chunk)]
         # of its own, because the thread's calls must not meet those of training
         self._group = dist.new_group(backend="gloo", timeout=WRITING_LIMIT)
@@ -104,15 +103,15 @@ class Checkpointer:
             CheckpointError: the checkpoint before this one could not be written.
         """
         self.wait()
-        copies = checksums(self.weights, self.masters.stage)
-        boxes = collect(self.masters, self.weights)
+        copies = checksums(self.weights, self.zero.stage)
+        boxes = collect(self.zero, self.weights)
         random = RngStates.capture().tensors()
         boxes.update({_random_name(name): whole(tensor.clone()) for name, tensor in random.items()})
         about = {
             **asdict(state),
-            "adam_steps": self.masters.steps,
+            "adam_steps": self.zero.steps,
             "layout": self._layout(),
-            "device": self.masters.device.type,
+            "device": self.zero.device.type,
             "versions": library_versions(),
             "trained_on": self.trained_on.values(),
             "loaded_from": self.loaded_from,
@@ -236,7 +235,7 @@ class Checkpointer:
             CheckpointError: the checkpoint does not fit the model.
         """
         about, reader = run_on_all_ranks(lambda: saved_state(checkpoint)), shared_reader(checkpoint)
-        fill(reader, self.masters, self.weights, about["adam_steps"])
+        fill(reader, self.zero, self.weights, about["adam_steps"])
         self.changed_layout = run_on_all_ranks(lambda: self._restore_random_states(reader, about))
         self.loaded_from = about.get("loaded_from")
         return TrainingState.from_values(about)
@@ -248,7 +247,7 @@ class Checkpointer:
             CheckpointError: the checkpoint does not fit the model.
         """
         steps = run_on_all_ranks(lambda: saved_state(checkpoint))["adam_steps"] if optimizer else 0
-        fill(shared_reader(checkpoint), self.masters, self.weights, steps, KINDS if optimizer else (MASTER,))
+        fill(shared_reader(checkpoint), self.zero, self.weights, steps, KINDS if optimizer else (MASTER,))
 
     def _restore_random_states(self, reader: ShardReader, about: dict[str, Any]) -> str | None:
         """Restore the random generators; else return why that is not possible.
@@ -259,9 +258,9 @@ class Checkpointer:
         if about["layout"] != layout:
             names = [name for name, value in layout.items() if about["layout"].get(name) != value]
             return ", ".join(f"{name} {layout[name]} instead of {about['layout'].get(name)}" for name in names)
-        device = about.get("device", self.masters.device.type)  # earlier versions did not say
-        if device != self.masters.device.type:
-            return f"device {self.masters.device.type} instead of {device}"
+        device = about.get("device", self.zero.device.type)  # earlier versions did not say
+        if device != self.zero.device.type:
+            return f"device {self.zero.device.type} instead of {device}"
         states = {name: torch.empty_like(state) for name, state in RngStates.capture().tensors().items()}
         saved = reader.read_metadata().state_dict_metadata
         for name, state in states.items():

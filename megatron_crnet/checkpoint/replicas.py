@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_crnet.engine.zero import held_partition
 from megatron_crnet.model.weights import Weight
 
 BITS = {2: torch.int16, 4: torch.int32}
@@ -54,7 +55,7 @@ def checksums(weights: Sequence[Weight], stage: int) -> Checksums:
         stage: ZeRO's.
     """
     partitioned = stage == 3
-    tensors = [weight.parameter.ds_tensor if partitioned else weight.local() for weight in weights]  # type: ignore[attr-defined]
+    tensors = [held_partition(weight.parameter) if partitioned else weight.local() for weight in weights]
     sums = _sums(tensors).tolist() if tensors else []
     named = [(weight, value) for weight, value in zip(weights, sums, strict=True)]
     return Checksums(

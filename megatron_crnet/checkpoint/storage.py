@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatron_crnet.checkpoint.weight_files import ShardReader, headers_of, portions
 from megatron_crnet.distributed.consensus import report_together
 from megatron_crnet.engine.state_kinds import KINDS
-from megatron_crnet.engine.zero import Masters, local_shape
+from megatron_crnet.engine.zero import ZeroState, local_shape
 from megatron_crnet.model.weights import Weight
 from megatron_crnet.utils.errors import CheckpointError, describe
 
@@ -133,7 +133,7 @@ def by_parameter(weights: list[Weight]) -> dict[nn.Parameter, list[Weight]]:
     return found
 
 
-def collect(masters: Masters, weights: list[Weight]) -> dict[str, Box | LostBox]:
+def collect(zero: ZeroState, weights: list[Weight]) -> dict[str, Box | LostBox]:
     """Copy what this rank will write to host memory; a collective call over replicas.
 
     Every master and moment has one owner among the ranks that hold it, in turn, so that all write equally much. What
@@ -153,7 +153,7 @@ def collect(masters: Masters, weights: list[Weight]) -> dict[str, Box | LostBox]
                 turn += 1
                 if weight.shard_dim is not None or turn // dp_size % tp_size == tp_rank:
                     owners[weight.name] = turn % dp_size
-            values = masters.read(parameter, kind, {*owners.values()})
+            values = zero.read(parameter, kind, {*owners.values()})
             for weight in parts:
                 if values is not None and owners.get(weight.name) == dp_rank:
                     boxes[f"{kind}.{weight.name}"] = _copied(weight, values)
@@ -233,7 +233,7 @@ def read(reader: ShardReader, boxes: Mapping[str, Box]) -> None:
 
 def fill(
     reader: ShardReader,
-    masters: Masters,
+    zero: ZeroState,
     weights: list[Weight],
     steps: int,
     kinds: Sequence[str] = KINDS,
@@ -247,12 +247,12 @@ def fill(
     Raises:
         CheckpointError: some rank cannot read its part; raised on every rank.
     """
-    masters.begin()
-    report_together(partial(_fill_own, reader, masters, weights, kinds))
-    masters.finish(steps)
+    zero.begin()
+    report_together(partial(_fill_own, reader, zero, weights, kinds))
+    zero.finish(steps)
 
 
-def _fill_own(reader: ShardReader, masters: Masters, weights: list[Weight], kinds: Sequence[str]) -> None:
+def _fill_own(reader: ShardReader, zero: ZeroState, weights: list[Weight], kinds: Sequence[str]) -> None:
     parts = by_parameter(weights)
     for parameters in portions({p: 4 * len(KINDS) * local_shape(p).numel() for p in parts}):
         values = {p: {kind: torch.zeros(local_shape(p)) for kind in KINDS} for p in parameters}
@@ -266,4 +266,4 @@ def _fill_own(reader: ShardReader, masters: Masters, weights: list[Weight], kind
             },
         )
         for parameter, found in values.items():
-            masters.write(parameter, {kind: tensor.to(parameter.device) for kind, tensor in found.items()})
+            zero.write(parameter, {kind: tensor.to(parameter.device) for kind, tensor in found.items()})

@@ -19,10 +19,8 @@ from contextlib import contextmanager
 import deepspeed
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from deepspeed.runtime.activation_checkpointing import checkpointing
 from deepspeed.runtime.utils import clip_grad_norm_
-from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_grad
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
@@ -36,12 +34,11 @@ from megatron_crnet.engine.optimizer import (
     ParamGroup,
     build_adamw,
     build_scheduler,
-    is_partial,
     parameter_groups,
     position,
 )
 from megatron_crnet.engine.schedule import Batch, ScheduledChunk, loss_totals, run_logits, run_schedule
-from megatron_crnet.engine.zero import local_shape
+from megatron_crnet.engine.zero import zero_state
 from megatron_crnet.model.gpt import CRNetModel
 from megatron_crnet.model.linear import LowRankGroup
 from megatron_crnet.recompute.planner import STRATEGIES
@@ -80,12 +77,8 @@ class TrainEngine:
         self.optimizer = self.deepspeed.optimizer
         self.num_extra_checkpoints = 0
         """Checkpointed layers that the guard of `inverse` has added on all pipeline stages."""
-        if self.stage == 0:
-            # DeepSpeed's wrapper has taken a step (with rate 0) to allocate the moments, which counts in Adam's
-            # bias correction
-            self.deepspeed.basic_optimizer.state.clear()
-            for group in self.deepspeed.basic_optimizer.param_groups:
-                group.pop("step", None)  # where Apex's FusedAdam counts
+        self.zero = zero_state(self.deepspeed, self.stage)
+        self.zero.forget_first_step()
         self._on_weights_loaded()
         self.scheduler, self._steps = build_scheduler(config, self.optimizer), 0
         self.last_grad_norm: float | None = None
@@ -118,7 +111,7 @@ class TrainEngine:
         if not inverts and not rounded:
             return
         groups = [group for chunk in self.chunks for group in chunk.modules() if _has_residual(group)]
-        betas = {group: self._exact_beta(group) for group in groups}
+        betas = {group: self.zero.exact(group.beta) for group in groups}
         if rounded:
             for group, beta in betas.items():
                 group.beta_fp32 = beta
@@ -144,10 +137,6 @@ class TrainEngine:
             run_schedule(self.scheduled, few, forward_only=True)
         self._weights_changed()
         self._norms_unknown = False
-
-    def _exact_beta(self, group: LowRankGroup) -> Tensor:
-        assert group.beta is not None
-        return safe_get_full_fp32_param(group.beta) if self.stage == 3 else group.beta.detach()
 
     @contextmanager
     def _accumulating(self) -> Iterator[None]:
@@ -206,23 +195,9 @@ class TrainEngine:
         if is_plain(self.config):
             self.deepspeed.zero_grad()
         else:
-            self._poison_gradients()
+            self.zero.poison_gradients()
             self.deepspeed.step()
         self._advance_schedule()
-
-    def _poison_gradients(self) -> None:
-        if self.stage == 1 and self.config.training.dtype == "bf16":
-            # DeepSpeed's setter fails for a parameter that is cut between ranks under this optimizer
-            for gradient in (gradient for group in self.optimizer.fp32_groups_gradients for gradient in group):
-                gradient.fill_(math.nan)
-            return
-        for parameter in self.deepspeed.module.parameters():
-            if parameter.grad is not None:
-                parameter.grad.fill_(math.nan)
-            else:
-                # ZeRO-3 cuts equal parts for all ranks; what the last one has beyond the parameter must stay 0
-                value = torch.full((local_shape(parameter).numel(),), math.nan, device=self.context.device)
-                safe_set_full_grad(parameter, F.pad(value, (0, self.context.dp_size)))
 
     def _advance_schedule(self, steps: int = 1) -> None:
         before, self._steps = self._steps, self._steps + steps
@@ -278,28 +253,8 @@ class TrainEngine:
     def reduce_gradients(self) -> None:
         """Sum partial gradients over tensor-parallel ranks and average over replicas, where no hook has."""
         if parallel_state.get_tensor_model_parallel_world_size() > 1:
-            _sum_over_tensor_parallel(self._partial_gradients())
-        if self.stage == 1 and self.config.training.dtype == "fp32":
-            self.optimizer.reduce_gradients(pipeline_parallel=True)
-        elif self.stage <= 1:
-            self.deepspeed.allreduce_gradients()
-
-    def _partial_gradients(self) -> list[Tensor]:
-        """Gradients that are partial sums over tensor-parallel ranks, wherever DeepSpeed keeps them.
-
-        Under ZeRO 2 and 3 they are averaged and partitioned already; equal partitions lie on the same
-        data-parallel rank of each tensor-parallel rank, so that they can be summed as they are.
-        """
-        if self.stage >= 2:
-            # by group; under ZeRO-3 by sub-group, a piece of a group of at most sub_group_size elements
-            groups = self.optimizer.fp16_groups if self.stage == 3 else self.optimizer.bit16_groups
-            partial = [i for i, parameters in enumerate(groups) if is_partial(parameters[0])]
-            return [gradient for i in partial for gradient in self.optimizer.averaged_gradients[i]]
-        if self.stage == 1 and self.config.training.dtype == "bf16":
-            both = zip(self.optimizer.bf16_groups, self.optimizer.fp32_groups_gradients, strict=True)
-            return [g for pair in both for p, g in zip(*pair, strict=True) if is_partial(p)]
-        parameters = (p for chunk in self.chunks for p in chunk.parameters() if is_partial(p))
-        return [p.grad for p in parameters if p.grad is not None]
+            _sum_over_tensor_parallel(self.zero.partial_gradients())
+        self.zero.reduce_gradients()
 
 
 def _sum_over_tensor_parallel(gradients: list[Tensor]) -> None:

@@ -1,28 +1,35 @@
-"""fp32 master weights and Adam's moments of whole parameters, wherever DeepSpeed keeps them.
+"""DeepSpeed's private buffers: the only module that reads them, with one small class per ZeRO stage.
 
-A ZeRO stage flattens parameters into buffers, cuts these over data-parallel ranks, and may move them to the host.
-Here each parameter knows its slice of that, so that it can be read and written whole and no checkpoint depends on
-stage, layout or settings of DeepSpeed's buffers.
+fp32 master weights and Adam's moments: a ZeRO stage flattens parameters into buffers, cuts these over data-parallel
+ranks, and may move them to the host. Here each parameter knows its shard of that, so that it can be read and written
+whole and no checkpoint depends on stage, layout or settings of DeepSpeed's buffers.
+
+Gradients: who reduces and divides them, and where they lie after the last backward pass, also depends on the stage.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from deepspeed import DeepSpeedEngine
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_grad
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from megatron_crnet.engine.optimizer import is_partial
 from megatron_crnet.engine.state_kinds import MASTER
 from megatron_crnet.utils.errors import CheckpointError
 
 
 @dataclass(frozen=True)
-class MasterSlice:
+class ParamShard:
     """Elements [offset, offset + numel) of a flattened parameter: elements [start, start + numel) of a master.
 
     Attributes:
@@ -35,11 +42,11 @@ class MasterSlice:
     numel: int
 
     def part(self, tensor: Tensor) -> Tensor:
-        """This slice of the master or of one of its moments; a view."""
+        """This shard of the master or of one of its moments; a view."""
         return tensor.detach().view(-1).narrow(0, self.start, self.numel)
 
     def cut(self, whole: Tensor) -> Tensor:
-        """This slice of the whole parameter's values."""
+        """This shard of the whole parameter's values."""
         return whole.view(-1).narrow(0, self.offset, self.numel)
 
 
@@ -48,72 +55,100 @@ def local_shape(parameter: nn.Parameter) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
-class Masters:
-    """The masters and moments of one DeepSpeed engine.
+def held_partition(parameter: nn.Parameter) -> Tensor:
+    """What this rank holds of a parameter under ZeRO-3."""
+    return parameter.ds_tensor  # type: ignore[attr-defined]
 
-    Args:
-        stage: its ZeRO stage.
+
+class ZeroState:
+    """What one DeepSpeed engine keeps per parameter: gradients, fp32 master weights and Adam's moments.
+
+    This class is stage 0, where DeepSpeed partitions nothing; in bf16 it keeps fp32 copies.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, stage: int) -> None:
-        self.optimizer, self.device, self.stage = engine.optimizer, engine.device, stage
-        self.adam: torch.optim.Optimizer = engine.basic_optimizer if stage == 0 else engine.optimizer.optimizer
-        self.slices = dict(self._slices(engine.module))
+    stage = 0
+
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        self.engine, self.optimizer, self.device = engine, engine.optimizer, engine.device
         self._places: dict[nn.Parameter, list[tuple[int, int] | None]] | None = None
         self.swaps = bool(getattr(self.optimizer, "swap_optimizer", False))
         """State lives on NVMe; DeepSpeed alone can read it."""
 
-    def _slices(self, module: nn.Module) -> Iterator[tuple[nn.Parameter, MasterSlice | None]]:
-        if self.stage == 0:
-            replaced = dict(self._replaced())
-            for parameter in module.parameters():
-                yield parameter, replaced.get(parameter, MasterSlice(parameter, 0, 0, parameter.numel()))
-            return
-        for parameter in module.parameters():
-            yield parameter, self._partition(parameter) if self.stage == 3 else self._fragment(parameter)
+    @property
+    def adam(self) -> torch.optim.Optimizer:
+        """The optimizer inside of DeepSpeed's."""
+        return self.engine.basic_optimizer if self.stage == 0 else self.optimizer.optimizer
 
-    def _replaced(self) -> Iterator[tuple[nn.Parameter, MasterSlice]]:
-        """Stage 0 in bf16 has fp32 copies: one for each parameter, or with Apex one for each group."""
-        low = getattr(self.optimizer, "fp16_groups", [])
+    def forget_first_step(self) -> None:
+        """Undo the step (with rate 0) that DeepSpeed's wrapper has taken to allocate the moments.
+
+        It would count in Adam's bias correction.
+        """
+        self.adam.state.clear()
+        for group in self.adam.param_groups:
+            group.pop("step", None)  # where Apex's FusedAdam counts
+
+    # gradients
+
+    def reduce_gradients(self) -> None:
+        """Average gradients over replicas, where no hook has."""
+        self.engine.allreduce_gradients()
+
+    def partial_gradients(self) -> list[Tensor]:
+        """Gradients that are partial sums over tensor-parallel ranks, wherever DeepSpeed keeps them."""
+        return [p.grad for p in self.engine.module.parameters() if is_partial(p) and p.grad is not None]
+
+    def poison_gradients(self) -> None:
+        """Make all gradients NaN, so that DeepSpeed drops them."""
+        for parameter in self.engine.module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.fill_(math.nan)
+            else:
+                # ZeRO-3 cuts equal parts for all ranks; what the last one has beyond the parameter must stay 0
+                value = torch.full((local_shape(parameter).numel(),), math.nan, device=self.device)
+                safe_set_full_grad(parameter, F.pad(value, (0, parallel_state.get_data_parallel_world_size())))
+
+    # master weights and moments
+
+    def exact(self, parameter: nn.Parameter) -> Tensor:
+        """The whole value of a parameter that is kept in fp32; a collective call over replicas."""
+        return parameter.detach()
+
+    @cached_property
+    def shards(self) -> dict[nn.Parameter, ParamShard | None]:
+        """This rank's shard of every parameter; None where it has none."""
+        return {parameter: self._shard(parameter) for parameter in self.engine.module.parameters()}
+
+    def _shard(self, parameter: nn.Parameter) -> ParamShard | None:
+        return self._fp32_copies.get(parameter, ParamShard(parameter, 0, 0, parameter.numel()))
+
+    @cached_property
+    def _fp32_copies(self) -> dict[nn.Parameter, ParamShard]:
+        """In bf16: one for each parameter, or with Apex one for each group."""
+        low, found = getattr(self.optimizer, "fp16_groups", []), {}
         if hasattr(self.optimizer, "fp32_groups_flat"):
             for parameters, flat in zip(low, self.optimizer.fp32_groups_flat, strict=True):
                 start = 0
                 for parameter in parameters:
-                    yield parameter, MasterSlice(flat, start, 0, parameter.numel())
+                    found[parameter] = ParamShard(flat, start, 0, parameter.numel())
                     start += parameter.numel()
         elif hasattr(self.optimizer, "fp32_groups"):
             for parameters, masters in zip(low, self.optimizer.fp32_groups, strict=True):
                 for parameter, master in zip(parameters, masters, strict=True):
-                    yield parameter, MasterSlice(master, 0, 0, parameter.numel())
-
-    def _fragment(self, parameter: nn.Parameter) -> MasterSlice | None:
-        found = parameter._hp_mapping  # type: ignore[attr-defined]
-        if found is None:
-            return None
-        groups = getattr(self.optimizer, "fp32_groups_flat_partition", None)  # in bf16 at stage 1
-        if groups is None:
-            groups = self.optimizer.single_partition_of_fp32_groups
-        here, there = found.hp_fragment_address, found.lp_fragment_address
-        return MasterSlice(groups[found.param_group_index], here.start, there.start, here.numel)
-
-    def _partition(self, parameter: nn.Parameter) -> MasterSlice | None:
-        group, start, size = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
-        offset = size * dist.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
-        numel = min(size, parameter.ds_numel - offset)  # type: ignore[attr-defined]  # the last partition is padded
-        master = self.optimizer.fp32_partitioned_groups_flat[group]
-        return MasterSlice(master, start, offset, numel) if numel > 0 else None
+                    found[parameter] = ParamShard(master, 0, 0, parameter.numel())
+        return found
 
     def read(self, parameter: nn.Parameter, kind: str, owners: Collection[int] | None = None) -> Tensor | None:
         """The whole fp32 master or moment, of the parameter's local shape; a collective call over replicas.
 
-        Each replica sends its slice to those that are to have the whole, and nothing else travels.
+        Each replica sends its shard to those that are to have the whole, and nothing else travels.
 
         Args:
             owners: data-parallel ranks that get it; the others get None. All of them by default.
         """
         if self.swaps:
             return self.optimizer.get_full_hp_param(parameter, None if kind == MASTER else kind).float()
-        found, rank = self.slices[parameter], parallel_state.get_data_parallel_rank()
+        found, rank = self.shards[parameter], parallel_state.get_data_parallel_rank()
         mine = None if found is None else found.part(self._tensor(found.master, kind)).to(self.device)
         whole = None
         if owners is None or rank in owners:
@@ -127,7 +162,7 @@ class Masters:
     def _exchange(
         self, parameter: nn.Parameter, mine: Tensor | None, whole: Tensor | None, owners: Collection[int] | None
     ) -> None:
-        """Send this replica's slice to the owners, and receive the others' where this is one."""
+        """Send this replica's shard to the owners, and receive the others' where this is one."""
         group = parallel_state.get_data_parallel_group()
         rank, places = dist.get_rank(group), self._places_of_replicas()[parameter]
         peers = [other for other in range(len(places)) if other != rank]
@@ -146,23 +181,25 @@ class Masters:
             call.wait()
 
     def _places_of_replicas(self) -> dict[nn.Parameter, list[tuple[int, int] | None]]:
-        """Offset and size of each replica's slice of each parameter; the first time a collective call over replicas."""
+        """Offset and size of each replica's shard of each parameter; the first time a collective call over replicas."""
         if self._places is None:
-            mine = [None if found is None else (found.offset, found.numel) for found in self.slices.values()]
+            mine = [None if found is None else (found.offset, found.numel) for found in self.shards.values()]
             group = parallel_state.get_data_parallel_group()
             everyone: list[Any] = [None] * dist.get_world_size(group)
             dist.all_gather_object(everyone, mine, group=group)
-            self._places = {parameter: list(places) for parameter, *places in zip(self.slices, *everyone, strict=True)}
+            self._places = {parameter: list(places) for parameter, *places in zip(self.shards, *everyone, strict=True)}
         return self._places
 
     def write(self, parameter: nn.Parameter, values: Mapping[str, Tensor]) -> None:
         """Set master and moments from whole values; the parameter itself follows, under ZeRO-3 with `finish`."""
-        found = self.slices[parameter]
+        found = self.shards[parameter]
         if found is not None:
             for kind, whole in values.items():
                 found.part(self._tensor(found.master, kind)).copy_(found.cut(whole))
-        if self.stage < 3:
-            parameter.detach().copy_(values[MASTER])
+        self._write_parameter(parameter, values[MASTER])
+
+    def _write_parameter(self, parameter: nn.Parameter, whole: Tensor) -> None:
+        parameter.detach().copy_(whole)
 
     def _tensor(self, master: Tensor, kind: str) -> Tensor:
         if kind == MASTER:
@@ -189,8 +226,6 @@ class Masters:
             raise CheckpointError(
                 "offload_optimizer.device is nvme, into which no checkpoint can be loaded: resume with device cpu"
             )
-        if self.stage == 3:
-            self.optimizer.checkpoint_event_prologue()
 
     def finish(self, steps: int) -> None:
         """Complete what `write` has begun; a collective call.
@@ -203,10 +238,147 @@ class Masters:
                 group["step"] = steps
         else:
             fused = any(group.get("fused") for group in self.adam.param_groups)
-            for master in {id(s.master): s.master for s in self.slices.values() if s is not None}.values():
+            for master in {id(s.master): s.master for s in self.shards.values() if s is not None}.values():
                 device = master.device if fused else None
                 self.adam.state[master]["step"] = torch.tensor(float(steps), device=device)
-        if self.stage == 3:
-            for index in range(len(self.optimizer.fp16_groups)):
-                self.optimizer._reassign_or_swap_out_partitioned_parameters(index)
-            self.optimizer.checkpoint_event_epilogue()
+
+    # what a simulated step counts
+
+    def weights(self) -> list[Tensor]:
+        """Every tensor of weights."""
+        return [parameter.data for parameter in self.engine.module.parameters()]
+
+    def state(self) -> list[Tensor]:
+        """Every tensor of master weights and moments, of weights where they are the masters."""
+        moments = [x for state in self.adam.state.values() for x in state.values() if isinstance(x, Tensor)]
+        return [p.data for group in self.adam.param_groups for p in group["params"]] + moments
+
+    def buffers(self) -> Iterator[Tensor]:
+        """Every buffer in which gradients are reduced."""
+        for bucket in getattr(self.optimizer, "ipg_buckets", {}).values():
+            buffer = bucket.buffer
+            yield from [buffer] if isinstance(buffer, Tensor) else [x for x in buffer or () if isinstance(x, Tensor)]
+
+
+class Stage1(ZeroState):
+    """Optimizer state is partitioned; plain autograd accumulates, and everything is reduced once."""
+
+    stage = 1
+
+    def forget_first_step(self) -> None:
+        """DeepSpeed takes none."""
+
+    def reduce_gradients(self) -> None:
+        """Also through a pipeline."""
+        self.optimizer.reduce_gradients(pipeline_parallel=True)
+
+    def _shard(self, parameter: nn.Parameter) -> ParamShard | None:
+        found = parameter._hp_mapping  # type: ignore[attr-defined]
+        if found is None:
+            return None
+        here, there = found.hp_fragment_address, found.lp_fragment_address
+        return ParamShard(self._masters[found.param_group_index], here.start, there.start, here.numel)
+
+    @property
+    def _masters(self) -> list[Tensor]:
+        """This rank's master weights, a flat tensor per parameter group."""
+        return self.optimizer.single_partition_of_fp32_groups
+
+
+class Stage1BF16(Stage1):
+    """DeepSpeed's `BF16_Optimizer`, which keeps gradients in fp32."""
+
+    def reduce_gradients(self) -> None:
+        """By the engine."""
+        self.engine.allreduce_gradients()
+
+    def partial_gradients(self) -> list[Tensor]:
+        """From the fp32 gradients."""
+        both = zip(self.optimizer.bf16_groups, self.optimizer.fp32_groups_gradients, strict=True)
+        return [gradient for pair in both for p, gradient in zip(*pair, strict=True) if is_partial(p)]
+
+    def poison_gradients(self) -> None:
+        """DeepSpeed's setter fails for a parameter that is cut between ranks under this optimizer."""
+        for gradient in (gradient for group in self.optimizer.fp32_groups_gradients for gradient in group):
+            gradient.fill_(math.nan)
+
+    @property
+    def _masters(self) -> list[Tensor]:
+        return self.optimizer.fp32_groups_flat_partition
+
+
+class Stage2(Stage1):
+    """Gradients are partitioned, too: DeepSpeed's hooks reduce them during every backward pass.
+
+    Equal partitions lie on the same data-parallel rank of each tensor-parallel rank, so partial gradients can be
+    summed as they are.
+    """
+
+    stage = 2
+
+    def reduce_gradients(self) -> None:
+        """The hooks have."""
+
+    def partial_gradients(self) -> list[Tensor]:
+        """From groups of parameters with partial gradients (`optimizer.parameter_groups`)."""
+        partial = [i for i, parameters in enumerate(self._groups) if is_partial(parameters[0])]
+        return [gradient for i in partial for gradient in self.optimizer.averaged_gradients[i]]
+
+    @property
+    def _groups(self) -> list[list[nn.Parameter]]:
+        return self.optimizer.bit16_groups
+
+
+class Stage3(Stage2):
+    """Parameters are partitioned, too."""
+
+    stage = 3
+
+    @property
+    def _groups(self) -> list[list[nn.Parameter]]:
+        """By sub-group, a piece of a group of at most sub_group_size elements."""
+        return self.optimizer.fp16_groups
+
+    def exact(self, parameter: nn.Parameter) -> Tensor:
+        """From the master: the parameter itself may be rounded to bf16."""
+        return safe_get_full_fp32_param(parameter)
+
+    def _shard(self, parameter: nn.Parameter) -> ParamShard | None:
+        group, start, size = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+        offset = size * dist.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
+        numel = min(size, parameter.ds_numel - offset)  # type: ignore[attr-defined]  # the last partition is padded
+        return ParamShard(self._masters[group], start, offset, numel) if numel > 0 else None
+
+    @property
+    def _masters(self) -> list[Tensor]:
+        return self.optimizer.fp32_partitioned_groups_flat
+
+    def begin(self) -> None:
+        """Prepare for `write`; see the base."""
+        super().begin()
+        self.optimizer.checkpoint_event_prologue()
+
+    def _write_parameter(self, parameter: nn.Parameter, whole: Tensor) -> None:
+        """`finish` does, for all."""
+
+    def finish(self, steps: int) -> None:
+        """Complete what `write` has begun; see the base."""
+        super().finish(steps)
+        for index in range(len(self.optimizer.fp16_groups)):
+            self.optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        self.optimizer.checkpoint_event_epilogue()
+
+    def weights(self) -> list[Tensor]:
+        """With the partitions."""
+        return [x for p in self.engine.module.parameters() for x in (p.data, held_partition(p))]
+
+    def state(self) -> list[Tensor]:
+        """With the masters: this stage shows Adam one at a time."""
+        return super().state() + self._masters
+
+
+def zero_state(engine: DeepSpeedEngine, stage: int) -> ZeroState:
+    """The class of an engine of this ZeRO stage."""
+    if stage == 1 and hasattr(engine.optimizer, "fp32_groups_gradients"):
+        return Stage1BF16(engine)
+    return (ZeroState, Stage1, Stage2, Stage3)[stage](engine)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed.process_groups import ParallelContext
 from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.engine.schedule import Batch, loss_totals
-from megatron_crnet.engine.zero import Masters
 from megatron_crnet.model.gpt import build_model_chunks
 from megatron_crnet.planning.counters import CommunicationCounter, Counters, LiveMemory, OperationCounter
 from megatron_crnet.planning.profile import (
@@ -135,23 +134,11 @@ class _InFlight:
 
 def state_bytes(engine: TrainEngine) -> tuple[int, int, int]:
     """Bytes of weights, of the optimizer's state and of DeepSpeed's communication buffers."""
-    parameters = list(engine.deepspeed.module.parameters())
-    weights = [x for p in parameters for x in (p.data, getattr(p, "ds_tensor", None)) if x is not None]
+    weights, seen = engine.zero.weights(), set[int]()
     weights += [m.beta_fp32 for m in engine.deepspeed.module.modules() if getattr(m, "beta_fp32", None) is not None]
-    adam = Masters(engine.deepspeed, engine.stage).adam
-    state = [x for values in adam.state.values() for x in values.values() if isinstance(x, Tensor)]
-    state += [p.data for group in adam.param_groups for p in group["params"]]
-    state += getattr(engine.optimizer, "fp32_partitioned_groups_flat", [])  # ZeRO-3 shows Adam one at a time
-    seen: set[int] = set()
-    return _bytes(weights, seen), _bytes(state, seen), _bytes(_buffers(engine.optimizer), seen)
-
-
-def _buffers(optimizer: Any) -> Iterator[Tensor]:
     # where Megatron-Core's column layers gather a sequence
-    yield from parallel_state.get_global_memory_buffer().buffer.values()
-    for bucket in getattr(optimizer, "ipg_buckets", {}).values():
-        buffer = bucket.buffer
-        yield from [buffer] if isinstance(buffer, Tensor) else [x for x in buffer or () if isinstance(x, Tensor)]
+    buffers = [*parallel_state.get_global_memory_buffer().buffer.values(), *engine.zero.buffers()]
+    return _bytes(weights, seen), _bytes(engine.zero.state(), seen), _bytes(buffers, seen)
 
 
 def _bytes(tensors: Iterable[Tensor], seen: set[int]) -> int:

@@ -12,7 +12,7 @@ from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.engine.state_kinds import KINDS
-from megatron_crnet.engine.zero import Masters
+from megatron_crnet.engine.zero import ZeroState
 from megatron_crnet.model.gpt import build_model_chunks
 from tests.distributed.spawn import fresh_world, run_distributed
 from tests.helpers import micro_batches, tiny_config
@@ -45,15 +45,15 @@ def row_config(stage: int, dtype: str = "fp32", parallel: dict[str, Any] | None 
     return tiny_config(None, parallel, {"dtype": dtype}, deepspeed_section=section)
 
 
-def everything(engine: TrainEngine, masters: Masters) -> list[Tensor]:
-    return [masters.read(p, kind).cpu().clone() for p in masters.slices for kind in KINDS]
+def everything(engine: TrainEngine, zero: ZeroState) -> list[Tensor]:
+    return [zero.read(p, kind).cpu().clone() for p in zero.shards for kind in KINDS]
 
 
 def train(config: Config, how: str) -> tuple[bool, list[float], list[Tensor]]:
     """Whether the second step changed nothing; learning rates; weights and moments after the third."""
     context = initialize_parallel(config)
     engine = TrainEngine(config, build_model_chunks(config), context)
-    masters = Masters(engine.deepspeed, engine.stage)
+    zero = engine.zero
     tokens = config.training.global_batch_size * config.training.seq_length
 
     def batches(step: int) -> list[dict[str, Tensor]]:
@@ -61,7 +61,7 @@ def train(config: Config, how: str) -> tuple[bool, list[float], list[Tensor]]:
 
     engine.forward_backward(batches(0), tokens)
     rates = [engine.update()[1]]
-    before = everything(engine, masters)
+    before = everything(engine, zero)
     if how == "none":
         engine.scheduler.step(1)
     else:
@@ -73,10 +73,10 @@ def train(config: Config, how: str) -> tuple[bool, list[float], list[Tensor]]:
             engine.discard()
         else:
             assert not torch.isfinite(torch.tensor(engine.update()[0]))
-    unchanged = all(torch.equal(a, b) for a, b in zip(before, everything(engine, masters), strict=True))
+    unchanged = all(torch.equal(a, b) for a, b in zip(before, everything(engine, zero), strict=True))
     engine.forward_backward(batches(2), tokens)
     rates.append(engine.update()[1])
-    after = everything(engine, masters)
+    after = everything(engine, zero)
     engine.deepspeed.destroy()
     context.heartbeat.close()
     fresh_world()

@@ -69,7 +69,7 @@ def first_loss(config: Config, checkpoint: Path) -> float:
     engine = TrainEngine(config, build_model_chunks(config), context)
     checkpointer = Checkpointer(config, engine)
     state = checkpointer.load(checkpoint)
-    assert (state, checkpointer.masters.steps) == (TrainingState(), 0)
+    assert (state, checkpointer.zero.steps) == (TrainingState(), 0)
     loss = _step(config, engine, context, 9)
     _finish(engine, context, checkpointer, 1)
     return loss

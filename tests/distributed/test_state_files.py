@@ -14,7 +14,6 @@ from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.engine.state_kinds import KINDS
-from megatron_crnet.engine.zero import Masters
 from megatron_crnet.model.gpt import build_model_chunks
 from megatron_crnet.utils.errors import CheckpointError
 from tests.distributed.spawn import fresh_world, run_distributed
@@ -49,17 +48,17 @@ def train(config: Config, load: Path | None = None, save: Path | None = None) ->
     """Loss and gradient norm of each step, from the start or from files; a collective call."""
     context = initialize_parallel(config)
     engine = TrainEngine(config, build_model_chunks(config), context)
-    masters, weights, measured = Masters(engine.deepspeed, engine.stage), local_weights(engine), []
+    zero, weights, measured = engine.zero, local_weights(engine), []
     if load:
-        fill(shared_reader(load), masters, weights, SAVED_AT)
+        fill(shared_reader(load), zero, weights, SAVED_AT)
         engine.restore_schedule(SAVED_AT)
     for step in range(SAVED_AT if load else 0, STEPS):
         batches = micro_batches(config, context.dp_rank, context.world_size, step)
         loss = engine.forward_backward(batches, config.training.global_batch_size * config.training.seq_length)
         measured.append((loss, engine.update()[0]))
         if save and step + 1 == SAVED_AT:
-            assert masters.steps == SAVED_AT
-            write(save, collect(masters, weights), dist.new_group(backend="gloo"))
+            assert zero.steps == SAVED_AT
+            write(save, collect(zero, weights), dist.new_group(backend="gloo"))
     engine.deepspeed.destroy()
     context.heartbeat.close()
     fresh_world()

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from megatron_crnet.checkpoint import weight_files
 from megatron_crnet.checkpoint.storage import collect, fill, shared_reader, write
 from megatron_crnet.engine.state_kinds import KINDS
-from megatron_crnet.engine.zero import Masters, local_shape
+from megatron_crnet.engine.zero import local_shape
 from megatron_crnet.planning.counters import CommunicationCounter
 from tests.distributed.engines import build_engine, close_engine, run_step
 from tests.distributed.spawn import run_distributed
@@ -43,29 +43,29 @@ def save_and_load(folder: str) -> dict[str, dict[str, Any]]:
         engine = build_engine(tiny_config(training={"dtype": row.get("dtype", "fp32")}, deepspeed_section=section))
         run_step(engine)
         engine.update()
-        masters, weights = Masters(engine.deepspeed, engine.stage), local_weights(engine)
-        collect(masters, weights)  # learns once which replica has what
+        zero, weights = engine.zero, local_weights(engine)
+        collect(zero, weights)  # learns once which replica has what
         with CommunicationCounter() as counter:
-            boxes = collect(masters, weights)
+            boxes = collect(zero, weights)
         same = True
-        for parameter in masters.slices:
+        for parameter in zero.shards:
             for kind in KINDS:
-                mine = masters.slices[parameter]
+                mine = zero.shards[parameter]
                 whole = torch.zeros(local_shape(parameter).numel())
                 if mine is not None:
-                    mine.cut(whole).copy_(mine.part(masters._tensor(mine.master, kind)))
+                    mine.cut(whole).copy_(mine.part(zero._tensor(mine.master, kind)))
                 if engine.stage:
                     dist.all_reduce(whole)
-                read = masters.read(parameter, kind)
+                read = zero.read(parameter, kind)
                 same = same and read is not None and torch.equal(read.flatten(), whole)
         target = Path(folder, name)
         write(target, boxes, dist.new_group(backend="gloo"))
         HuggingFaceStorageReader.read_metadata, opened = counted, 0  # type: ignore[method-assign]
         portion, weight_files.BYTES_AT_ONCE = weight_files.BYTES_AT_ONCE, 1
-        fill(shared_reader(target), masters, weights, 1)
+        fill(shared_reader(target), zero, weights, 1)
         HuggingFaceStorageReader.read_metadata, weight_files.BYTES_AT_ONCE = read_metadata, portion  # type: ignore[method-assign]
         found[name] = {
-            "parameters": sum(local_shape(parameter).numel() for parameter in masters.slices),
+            "parameters": sum(local_shape(parameter).numel() for parameter in zero.shards),
             "sent": counter.total("send").bytes,
             "reduced": counter.total("all_reduce", "all_gather").bytes,
             "same": same,
