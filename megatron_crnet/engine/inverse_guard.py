@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_crnet.model.block import CRNetTransformerBlock
 from megatron_crnet.model.linear import LowRankGroup
-from megatron_crnet.model.reference import signed_scale
+from megatron_crnet.model.residual import signed_scale
 
 
 def plan_inverse_segments(

@@ -25,15 +25,15 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from torch import Tensor, nn
 
 from megatron_crnet.config.megatron import CRNetTransformerConfig
-from megatron_crnet.model.input_product import Reduction, input_product
 from megatron_crnet.model.lowrank import (
     ProductOptions,
+    Reduction,
+    gather_sequence,
+    input_product,
     low_rank_outputs,
     previous_outputs,
 )
-from megatron_crnet.model.reference import signed_scale
-from megatron_crnet.model.residual import choose_residual
-from megatron_crnet.model.sequence_shards import gather_sequence
+from megatron_crnet.model.residual import choose_residual, signed_scale
 from megatron_crnet.recompute.tape import Mode, Tape
 
 Outputs = tuple[Tensor, ...]

@@ -1,4 +1,6 @@
-"""Y = s(beta) Y_prev + z B for all positions of a group; the sequence is gathered going in, scattered coming back.
+"""z = X A, and Y = s(beta) Y_prev + z B for all positions of a group, with what tensor parallelism sends between.
+
+A row group reduces z; a column group gathers it along the sequence going in, and scatters its gradient coming back.
 
 Only the sequence shard of z is kept for backward; it is gathered once more there for the gradient of B, which
 costs r-wide traffic and saves (t - 1)/t of z's memory (docs/parallelism.md).
@@ -12,11 +14,80 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_crnet.model.reference import signed_scale
-from megatron_crnet.model.residual import PLAIN, Residual
-from megatron_crnet.model.sequence_shards import gather_sequence, scatter_sequence
+from megatron_crnet.model.residual import EAGER, ResidualOps, signed_scale
+
+
+def gather_sequence(shard: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> tuple[Tensor, Any]:
+    """The shards [s/t, b, .] of every rank as [s, b, .], and the handle to wait for when asynchronous."""
+    out = shard.new_empty((shard.shape[0] * group.size(), *shard.shape[1:]))
+    return out, dist.all_gather_into_tensor(out, shard.contiguous(), group=group, async_op=async_op)
+
+
+def scatter_sequence(partial: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> tuple[Tensor, Any]:
+    """This rank's shard [s/t, b, .] of the sum of [s, b, .] over the group, and the handle as above."""
+    out = partial.new_empty((partial.shape[0] // group.size(), *partial.shape[1:]))
+    return out, dist.reduce_scatter_tensor(out, partial, group=group, async_op=async_op)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How the partial products of a row group become z.
+
+    Attributes:
+        group: the tensor-parallel group.
+        scatter: z is left as sequence shards, [s/t, b, r]; otherwise whole on every rank.
+    """
+
+    group: dist.ProcessGroup
+    scatter: bool
+
+    def __call__(self, partial: Tensor) -> Tensor:
+        """Sum over the group."""
+        if not self.scatter:
+            dist.all_reduce(partial, group=self.group)
+            return partial
+        return scatter_sequence(partial, self.group)[0]
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """Gradient of the partial products: the whole of z's."""
+        if not self.scatter:
+            return grad
+        return gather_sequence(grad, self.group)[0]
+
+
+class _InputProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, reduction: Reduction | None, known: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, a)
+        ctx.reduction = reduction
+        if known is not None:
+            return known.detach()
+        z = F.linear(x, a)
+        return z if reduction is None else reduction(z)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, a = ctx.saved_tensors
+        grad = grads[0] if ctx.reduction is None else ctx.reduction.gradient(grads[0])
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_x = (rows @ a).view(x.shape)
+        return grad_x, rows.t() @ x.reshape(-1, x.shape[-1]), None, None
+
+
+def input_product(x: Tensor, a: Tensor, reduction: Reduction | None, known: Tensor | None = None) -> Tensor:
+    """z = X A^T.
+
+    Args:
+        x: [s, b, h_in], whole or a shard (`model/linear.py`).
+        a: all A of the group, [sum of ranks, h_in].
+        reduction: how partial products are summed; None where x A is z.
+        known: z itself, kept from the forward pass. Then no product is done and nothing is sent; the gradients
+            are those of the product.
+    """
+    return _InputProduct.apply(x, a, reduction, known)
 
 
 @dataclass(frozen=True)
@@ -36,7 +107,7 @@ class ProductOptions:
     gather_group: dist.ProcessGroup | None = None
     overlap: bool = False
     epsilon: float = 1e-6
-    residual: Residual = PLAIN
+    residual: ResidualOps = EAGER
     known: tuple[Tensor, ...] | None = None
     gathered: Tensor | None = None
 
@@ -128,7 +199,7 @@ def _gradient_of_matrices(grads: list[Tensor], matrices: Sequence[Tensor], z: Te
 
 
 def _gradients_of_residual(
-    residual: Residual, grads: Sequence[Tensor], previous: Sequence[Tensor], beta: Tensor | None, epsilon: float
+    residual: ResidualOps, grads: Sequence[Tensor], previous: Sequence[Tensor], beta: Tensor | None, epsilon: float
 ) -> tuple[Tensor | None, list[Tensor]]:
     if beta is None or not previous:
         return None, []

@@ -15,11 +15,7 @@ from torch import Tensor, nn
 
 from megatron_crnet.config.positions import FULL_RANK, PositionTable, position_table
 from megatron_crnet.config.schema import ModelConfig
-
-
-def signed_scale(beta: Tensor, eps: float) -> Tensor:
-    """s(b) = sign(b)(|b| + eps) with sign(0) = +1, so that it can always be inverted; ds/db = 1."""
-    return torch.where(beta < 0, beta - eps, beta + eps)
+from megatron_crnet.model.residual import signed_scale
 
 
 class CrossLayerLinear(nn.Module):
@@ -42,7 +38,7 @@ class CrossLayerLinear(nn.Module):
         self.beta = nn.Parameter(torch.tensor(model.beta_init)) if has_previous else None
 
     def forward(self, x: Tensor, previous: Tensor | None) -> Tensor:
-        """x: [..., h_in]; previous: [..., h_out], the same map's output one layer below."""
+        """x: [..., h_in]; previous: [..., h_out], the same map's output in the previous layer."""
         if hasattr(self, "weight"):
             return F.linear(x, self.weight)
         z = self.a(x)

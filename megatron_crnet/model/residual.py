@@ -21,12 +21,17 @@ from torch._subclasses import FakeTensor
 from megatron_crnet.utils.errors import ConfigError, CrnetError, require
 
 
+def signed_scale(beta: Tensor, eps: float) -> Tensor:
+    """s(b) = sign(b)(|b| + eps) with sign(0) = +1, so that it can always be inverted; ds/db = 1."""
+    return torch.where(beta < 0, beta - eps, beta + eps)
+
+
 def add_previous(update: Tensor, previous: Tensor, scale: Tensor) -> Tensor:
     """s Y_{l-1} + update.
 
     Args:
         update: z B of this layer, [s, b, w].
-        previous: the same position's output one layer below, [s, b, w].
+        previous: the same position's output in the previous layer, [s, b, w].
         scale: s(beta), a scalar in fp32 whatever the other dtypes are.
     """
     if update.dtype == float32:
@@ -50,15 +55,15 @@ def remove_update(output: Tensor, update: Tensor, scale: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Residual:
-    """Who computes the residual: the plain functions, or kernels with the same arguments and meaning."""
+class ResidualOps:
+    """Residual backend: the plain functions, or kernels with the same arguments and meaning."""
 
     add_previous: Callable[[Tensor, Tensor, Tensor], Tensor]
     gradients: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     remove_update: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-PLAIN = Residual(add_previous, gradients, remove_update)
+EAGER = ResidualOps(add_previous, gradients, remove_update)
 
 
 def runs_kernels(device: torch.device, fusion: bool) -> bool:
@@ -70,7 +75,7 @@ def runs_kernels(device: torch.device, fusion: bool) -> bool:
     return fusion and device.type == "cuda" and find_spec("triton") is not None
 
 
-def choose_residual(weight: Tensor, fusion: bool, widths: Iterable[int]) -> Residual:
+def choose_residual(weight: Tensor, fusion: bool, widths: Iterable[int]) -> ResidualOps:
     """The kernels where they are wanted and `weight` lives where they run, else the plain functions.
 
     A group of linear maps asks once, when it is built: the two round differently, and a rebuilt output must be the
@@ -86,13 +91,13 @@ def choose_residual(weight: Tensor, fusion: bool, widths: Iterable[int]) -> Resi
     """
     real = weight.dtype in (float32, bfloat16) and not isinstance(weight, FakeTensor)
     if not real or not runs_kernels(weight.device, fusion):
-        return PLAIN
+        return EAGER
     (kernels,) = {working_kernels(weight.device, weight.dtype, width) for width in widths}
     return kernels
 
 
 @cache
-def working_kernels(device: torch.device, dtype: torch.dtype, width: int) -> Residual:
+def working_kernels(device: torch.device, dtype: torch.dtype, width: int) -> ResidualOps:
     """The kernels, after a try on this device: Triton needs a C compiler, a driver and a folder that it may write.
 
     Raises:
@@ -104,7 +109,7 @@ def working_kernels(device: torch.device, dtype: torch.dtype, width: int) -> Res
     try:
         from megatron_crnet.model import residual_kernels as kernels
 
-        fused = Residual(kernels.add_previous, kernels.gradients, kernels.remove_update)
+        fused = ResidualOps(kernels.add_previous, kernels.gradients, kernels.remove_update)
         agrees = all(_agrees(fused, device, dtype, (rows, width)) for rows in _tried_rows(width))
     except (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError):
         raise
@@ -142,13 +147,13 @@ def _tried_rows(width: int) -> tuple[int, int]:
     return many, many + 1
 
 
-def _agrees(fused: Residual, device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> bool:
+def _agrees(fused: ResidualOps, device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> bool:
     """Whether the kernels give the plain functions' results on inputs of this shape, [rows, width]."""
     values = torch.linspace(-2.0, 2.0, shape[0] * shape[1], device=device).view(shape)
     y, u, scale = values.to(dtype), (values + 0.5).to(dtype), torch.tensor(0.75, device=device)
-    output, grad, _, below = _results(PLAIN, u, y, scale)
+    output, grad, _, previous = _results(EAGER, u, y, scale)
     # of so many terms, fp32 sums in two orders may differ by more than the bound
-    wanted = [output, grad, dot(u.double().flatten(), y.double().flatten()).float(), below]
+    wanted = [output, grad, dot(u.double().flatten(), y.double().flatten()).float(), previous]
     if device.type == "cuda":
         # what went wrong on the device before is not to be taken for Triton's fault
         torch.cuda.synchronize(device)
@@ -157,7 +162,7 @@ def _agrees(fused: Residual, device: torch.device, dtype: torch.dtype, shape: tu
     return all(torch.allclose(x, y, rtol=rounding[y.dtype], atol=rounding[y.dtype]) for x, y in pairs)
 
 
-def _results(residual: Residual, u: Tensor, y: Tensor, scale: Tensor) -> list[Tensor]:
+def _results(residual: ResidualOps, u: Tensor, y: Tensor, scale: Tensor) -> list[Tensor]:
     return [
         residual.add_previous(u, y, scale),
         *residual.gradients(u, y, scale),

@@ -93,7 +93,7 @@ def gradients_kernel(
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["scale"])
 def remove_update_kernel(
-    below: tl.tensor,
+    previous: tl.tensor,
     output: tl.tensor,
     update: tl.tensor,
     scale: tl.tensor,
@@ -109,7 +109,7 @@ def remove_update_kernel(
     y = tl.load(output + row * output_stride + column, mask=inside).to(tl.float32)
     u = tl.load(update + row * update_stride + column, mask=inside).to(tl.float32)
     # `/` would be an approximation
-    tl.store(below + row * width + column, tl.div_rn(y - u, tl.load(scale)), mask=inside)
+    tl.store(previous + row * width + column, tl.div_rn(y - u, tl.load(scale)), mask=inside)
 
 
 def add_previous(update: Tensor, previous: Tensor, scale: Tensor) -> Tensor:
@@ -129,9 +129,9 @@ def gradients(grad: Tensor, previous: Tensor, scale: Tensor) -> tuple[Tensor, Te
 
 def remove_update(output: Tensor, update: Tensor, scale: Tensor) -> Tensor:
     """`cross_layer.remove_update` in one pass."""
-    below = _empty_like(output)
-    _launch(remove_update_kernel, (below,), (output, update), scale)
-    return below
+    previous = _empty_like(output)
+    _launch(remove_update_kernel, (previous,), (output, update), scale)
+    return previous
 
 
 def _launch(kernel: Any, results: tuple[Tensor, ...], inputs: tuple[Tensor, Tensor], scale: Tensor) -> None:

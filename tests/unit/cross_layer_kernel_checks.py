@@ -21,11 +21,11 @@ from megatron_crnet.model import residual_kernels as kernels
 from megatron_crnet.model.gpt import CRNetModel, build_model_chunks
 from megatron_crnet.model.linear import LowRankGroup
 from megatron_crnet.model.lowrank import ProductOptions, low_rank_outputs, previous_outputs
-from megatron_crnet.model.residual import PLAIN, Residual, working_kernels
+from megatron_crnet.model.residual import EAGER, ResidualOps, working_kernels
 from tests.helpers import make_batch, random_tokens, relative_error, tiny_config
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-FUSED = Residual(kernels.add_previous, kernels.gradients, kernels.remove_update)
+FUSED = ResidualOps(kernels.add_previous, kernels.gradients, kernels.remove_update)
 DTYPES = (torch.float32, torch.bfloat16)
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 """Largest relative error of storing a number, to nearest."""
@@ -45,7 +45,7 @@ def scalar(value: float) -> Tensor:
     return torch.tensor([0.0, value], device=DEVICE)[1]
 
 
-def stored(residual: Residual, dtype: torch.dtype) -> float:
+def stored(residual: ResidualOps, dtype: torch.dtype) -> float:
     return CUT if residual is FUSED and DEVICE.type == "cpu" and dtype == torch.bfloat16 else ROUNDING[dtype]
 
 
@@ -55,12 +55,12 @@ def within(found: Tensor, exact: Tensor, slack: Tensor, rounding: float) -> bool
     return found.shape == exact.shape and bool(((found.double() - exact).abs() <= bound).all())
 
 
-@pytest.mark.parametrize("residual", [PLAIN, FUSED], ids=["plain", "fused"])
+@pytest.mark.parametrize("residual", [EAGER, FUSED], ids=["plain", "fused"])
 @pytest.mark.parametrize("size", [1.0, 1e18])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_results_are_exact_but_for_fp32_and_their_own_rounding(
-    shape: tuple[int, ...], dtype: torch.dtype, size: float, residual: Residual
+    shape: tuple[int, ...], dtype: torch.dtype, size: float, residual: ResidualOps
 ) -> None:
     x, y = random(shape, dtype, 0, size), random(shape, dtype, 1, size)
     wide_x, wide_y, rounding = x.double(), y.double(), stored(residual, dtype)
@@ -86,9 +86,9 @@ def test_what_is_not_finite_stays_so(dtype: torch.dtype) -> None:
     y = torch.tensor([largest, -largest, -torch.inf, 1.0, torch.nan], device=DEVICE).to(dtype)
     scale = scalar(1.5)
     pairs = [
-        (FUSED.add_previous(x, y, scale), PLAIN.add_previous(x, y, scale)),
-        (FUSED.remove_update(x, -y, scale), PLAIN.remove_update(x, -y, scale)),
-        *zip(FUSED.gradients(x, y, scale), PLAIN.gradients(x, y, scale), strict=True),
+        (FUSED.add_previous(x, y, scale), EAGER.add_previous(x, y, scale)),
+        (FUSED.remove_update(x, -y, scale), EAGER.remove_update(x, -y, scale)),
+        *zip(FUSED.gradients(x, y, scale), EAGER.gradients(x, y, scale), strict=True),
     ]
     for ours, theirs in pairs:
         assert torch.equal(ours.isnan(), theirs.isnan())
@@ -213,7 +213,7 @@ class Counted:
 
     def __init__(self) -> None:
         self.calls = dict.fromkeys(("add_previous", "gradients", "remove_update"), 0)
-        self.residual = Residual(*(self._counting(name) for name in self.calls))
+        self.residual = ResidualOps(*(self._counting(name) for name in self.calls))
 
     def _counting(self, name: str) -> Callable[..., Any]:
         def call(*args: Tensor) -> Any:
@@ -249,7 +249,7 @@ def plan_for_sizes(model: CRNetModel, batch: dict[str, Tensor]) -> None:
 
 
 def loss_and_gradients(
-    config: Config, residual: Residual, plan: Callable[[CRNetModel, dict[str, Tensor]], None] = plan_for_sizes
+    config: Config, residual: ResidualOps, plan: Callable[[CRNetModel, dict[str, Tensor]], None] = plan_for_sizes
 ) -> Found:
     (model,) = build_model_chunks(config)
     assert isinstance(model, CRNetModel)
@@ -274,9 +274,9 @@ def test_a_model_trains_on_them_and_recomputes_the_same_bits(dtype: str, bound: 
     config = tiny_config(
         training={"dtype": dtype, "global_batch_size": 2}, deepspeed_section={"zero_optimization": {"stage": 1}}
     )
-    plain, found, calls = loss_and_gradients(config, PLAIN), {}, {}
+    plain, found, calls = loss_and_gradients(config, EAGER), {}, {}
     inverted = dataclasses.replace(config, recompute=RecomputeConfig(strategy="inverse"))
-    assert difference(loss_and_gradients(inverted, PLAIN), plain) < bound
+    assert difference(loss_and_gradients(inverted, EAGER), plain) < bound
     for strategy in ("none", "replay", "full", "inverse"):
         counted = Counted()
         recomputed = dataclasses.replace(config, recompute=RecomputeConfig(strategy=strategy))
@@ -312,7 +312,7 @@ def test_a_plan_for_outputs_of_equal_size_is_caught_by_the_guard() -> None:
     def equal_sizes(model: CRNetModel, batch: dict[str, Tensor]) -> None:
         model.decoder.plan_inverse_segments(even, even)
 
-    _, unplanned = loss_and_gradients(inverted, PLAIN, equal_sizes)
+    _, unplanned = loss_and_gradients(inverted, EAGER, equal_sizes)
     assert not unplanned["embedding.word_embeddings.weight"].isfinite().all()
-    _, planned = loss_and_gradients(inverted, PLAIN)
+    _, planned = loss_and_gradients(inverted, EAGER)
     assert all(gradient.isfinite().all() for gradient in planned.values())

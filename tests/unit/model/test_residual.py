@@ -7,8 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_crnet.model.lowrank import low_rank_outputs
-from megatron_crnet.model.reference import signed_scale
-from megatron_crnet.model.residual import add_previous, gradients, remove_update
+from megatron_crnet.model.residual import add_previous, gradients, remove_update, signed_scale
 
 EPS = 1e-6
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 
-from megatron_crnet.model.residual import PLAIN, _tried_rows, choose_residual, runs_kernels, working_kernels
+from megatron_crnet.model.residual import EAGER, _tried_rows, choose_residual, runs_kernels, working_kernels
 from megatron_crnet.utils.errors import ConfigError, CrnetError
 
 triton = pytest.importorskip("triton", reason="Triton has no build for this machine")
@@ -182,16 +182,16 @@ def test_the_plain_functions_are_chosen_where_kernels_cannot_run_or_are_not_want
         fake = torch.nn.Parameter(FakeTensor(mode, torch.empty(2, device="meta"), torch.device("cuda")))
     assert fake.is_cuda
     for weight in (torch.empty(2), torch.empty(2, device="meta"), fake):
-        assert choose_residual(weight, True, [48]) is PLAIN
+        assert choose_residual(weight, True, [48]) is EAGER
 
 
 @pytest.mark.gpu
 def test_the_kernels_are_chosen_on_a_gpu_unless_switched_off() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         weight = torch.empty(2, dtype=dtype, device="cuda")
-        assert choose_residual(weight, True, [48]) is not PLAIN
-        assert choose_residual(weight, False, [48]) is PLAIN
-    assert choose_residual(torch.empty(2, dtype=torch.float64, device="cuda"), True, [48]) is PLAIN
+        assert choose_residual(weight, True, [48]) is not EAGER
+        assert choose_residual(weight, False, [48]) is EAGER
+    assert choose_residual(torch.empty(2, dtype=torch.float64, device="cuda"), True, [48]) is EAGER
 
 
 def test_a_triton_that_does_not_work_is_one_line_with_the_way_out() -> None:
@@ -274,12 +274,12 @@ def test_wrong_numbers_are_refused(monkeypatch: pytest.MonkeyPatch, wrong: int |
         return x * 1.001 if index == wrong else x
 
     def gradients(*args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        grad, grad_beta = PLAIN.gradients(*args)
+        grad, grad_beta = EAGER.gradients(*args)
         return off(1, grad), off(2, grad_beta)
 
-    monkeypatch.setattr(residual_kernels, "add_previous", lambda *args: off(0, PLAIN.add_previous(*args)))
+    monkeypatch.setattr(residual_kernels, "add_previous", lambda *args: off(0, EAGER.add_previous(*args)))
     monkeypatch.setattr(residual_kernels, "gradients", gradients)
-    monkeypatch.setattr(residual_kernels, "remove_update", lambda *args: off(3, PLAIN.remove_update(*args)))
+    monkeypatch.setattr(residual_kernels, "remove_update", lambda *args: off(3, EAGER.remove_update(*args)))
     working_kernels.cache_clear()
     try:
         if wrong is None:
