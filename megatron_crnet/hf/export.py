@@ -45,7 +45,7 @@ from megatron_crnet.utils.errors import DataError
 from megatron_crnet.utils.files import atomic_folder, exists
 from megatron_crnet.utils.versions import library_versions
 
-CODE = ("configuration_crnet.py", "modeling_crnet.py")
+CODE = ("configuration_crnet.py", "linear_crnet.py", "modeling_crnet.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_crnet.CRNetConfig",
     "AutoModel": "modeling_crnet.CRNetModel",

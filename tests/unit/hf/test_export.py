@@ -70,6 +70,7 @@ def test_the_export_holds_every_weight_bit_for_bit(export: Path, weights: Weight
         "config.json",
         "configuration_crnet.py",
         "generation_config.json",
+        "linear_crnet.py",
         "model.safetensors",
         "modeling_crnet.py",
         "tokenization_crnet.py",

@@ -19,12 +19,8 @@ from peft import (
 from torch import Tensor
 
 from megatron_crnet.hf.configuration_crnet import VARIANTS
-from megatron_crnet.hf.modeling_crnet import (
-    CRNetConfig,
-    CRNetForCausalLM,
-    CRNetForSequenceClassification,
-    CrossLayerLinear,
-)
+from megatron_crnet.hf.linear_crnet import CrossLayerLinear
+from megatron_crnet.hf.modeling_crnet import CRNetConfig, CRNetForCausalLM, CRNetForSequenceClassification
 from tests.unit.export_helpers import SHAPE
 
 pytestmark = pytest.mark.fault("4: LoRA")

@@ -230,7 +230,7 @@ def test_damaged_added_tokens_are_named_before_anything_is_written(added: Any, e
 
 
 def test_no_code_of_an_export_runs(export: Path) -> None:
-    for name in ("configuration_crnet.py", "modeling_crnet.py", "tokenization_crnet.py"):
+    for name in ("configuration_crnet.py", "linear_crnet.py", "modeling_crnet.py", "tokenization_crnet.py"):
         (export / name).write_text(f"open({str(export.parent / 'ran')!r}, 'w')\nraise SystemExit(9)\n")
     open_model(export)
     from_hf(export, export.parent / "back")

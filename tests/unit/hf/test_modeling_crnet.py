@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_crnet.data.documents import positions_within
-from megatron_crnet.hf import configuration_crnet, modeling_crnet, tokenization_crnet
+from megatron_crnet.hf import configuration_crnet, linear_crnet, modeling_crnet, tokenization_crnet
 from megatron_crnet.hf.export_config import hugging_face_fields
 from megatron_crnet.hf.modeling_crnet import CRNetConfig, CRNetForCausalLM
 from megatron_crnet.model.reference import ReferenceCRNet
@@ -174,6 +174,7 @@ def test_hidden_states_and_kept_logits() -> None:
 def test_the_files_that_travel_import_nothing_of_this_package() -> None:
     for module, allowed in (
         (configuration_crnet, {"__future__", "typing", "transformers"}),
+        (linear_crnet, {"__future__", "collections", "typing", "torch"}),
         (modeling_crnet, {"__future__", "collections", "typing", "torch", "transformers"}),
         (tokenization_crnet, {"__future__", "itertools", "re", "typing", "transformers"}),
     ):
@@ -183,7 +184,7 @@ def test_the_files_that_travel_import_nothing_of_this_package() -> None:
         names |= {str(node.module) for node in parts if not node.level}
         assert {name.partition(".")[0] for name in names} <= allowed
         # beside it in every export
-        assert {str(node.module) for node in parts if node.level} <= {"configuration_crnet"}
+        assert {str(node.module) for node in parts if node.level} <= {"configuration_crnet", "linear_crnet"}
 
 
 @pytest.mark.fault("documents")
