@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_crnet.config.megatron import build_transformer_config
 from megatron_crnet.data.documents import positions_within
 from megatron_crnet.hf import configuration_crnet, linear_crnet, modeling_crnet, tokenization_crnet
 from megatron_crnet.hf.export_config import hugging_face_fields
@@ -155,7 +156,7 @@ def test_initial_values_are_drawn_as_the_trainer_draws_them() -> None:
     config = tiny_config(model={"hidden_size": 128, "ffn_hidden_size": 192, "rank": 32, "vocab_size": 256})
     model = CRNetForCausalLM(CRNetConfig(**hugging_face_fields(config)))
     for name, value in model.state_dict().items():
-        trainers = initial_value(name, tuple(value.shape), config.model, 1)
+        trainers = initial_value(name, tuple(value.shape), build_transformer_config(config), 1)
         if value.dim() < 2:
             assert torch.equal(value, trainers), name
         else:
