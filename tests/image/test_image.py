@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
 from pathlib import Path
 
@@ -85,8 +84,7 @@ def test_changed_code_does_not_install_the_requirements_again(
     arguments = ["--target=cpu", f"--build-arg=CPU_BASE_IMAGE={base}", "--build-arg=REVISION=changed"]
     printed = podman.build("localhost/megatron_crnet:changed", *arguments, pip=pip)
     podman("rmi", "localhost/megatron_crnet:changed")
-    installed = {name for line in re.findall("Successfully installed (.*)", printed) for name in line.split()}
-    assert {name.rpartition("-")[0] for name in installed} <= {"megatron_crnet"}, "the package itself, nothing else"
+    assert "Successfully installed" not in printed
     dockerfile = (ROOT / "Dockerfile").read_text()
     assert 0 < dockerfile.index("--requirement others.txt") < dockerfile.index("COPY . ./")
 
