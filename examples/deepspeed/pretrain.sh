@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Pre-train with DeepSpeed's own launcher, on machines without a scheduler.
 #
-#   examples/deepspeed/pretrain.sh --training.train_steps 1000      # on every node of HOSTFILE, without ssh
+#   examples/deepspeed/pretrain.sh --training.train_steps 20000      # on every node of HOSTFILE, without ssh
 #   SSH=1 examples/deepspeed/pretrain.sh ...                        # on the first node alone: pdsh starts the others,
 #                                                                   # with NCCL_* of here; GLOO_SOCKET_IFNAME=ib0 and
 #                                                                   # the like go into a file .deepspeed_env, one a line

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Submit a chain of jobs that continue each other, for clusters that do not let jobs requeue themselves.
 #
-#   examples/slurm/chain.sh 5 --nodes=4 --time=12:00:00 examples/slurm/pretrain.sbatch --training.train_steps 1000
+#   examples/slurm/chain.sh 5 --nodes=4 --time=12:00:00 examples/slurm/pretrain.sbatch --training.train_steps 20000
 #
 # The first argument is the number of jobs, the others are sbatch's. Each job starts when the one before has ended
 # well: complete, or saved before its time was over. After a crash, or a start without progress, the rest is cancelled.

@@ -7,6 +7,7 @@
 Takes torchrun's options but --max_restarts (`torchrun --help` lists all of them), then a command of crnet or a program.
 The exit status is that of the first rank that failed (torchrun's own is always 1). SIGTERM, SIGUSR1 and Ctrl-C are
 passed on to the ranks, which save and end themselves; torchrun would kill them after 30 seconds.
+With more than one rank each computes on one CPU thread, unless OMP_NUM_THREADS says otherwise.
 """
 
 from __future__ import annotations

@@ -27,8 +27,11 @@ WARNINGS = (
     # of GPUs before Hopper; docs/cluster.md and examples/slurm set it, and on CPUs it means nothing
     r"When using sequence parallelism it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS",
 )
-LOG_RECORDS = {"DeepSpeed": r"Setting accelerator to CPU"}
-"""By logger: what is meant where there is no GPU."""
+LOG_RECORDS = {
+    "DeepSpeed": r"Setting accelerator to CPU",  # what is meant where there is no GPU
+    "torch.distributed.run": r"Setting OMP_NUM_THREADS",  # five lines; the help of `crnet launch` says it
+}
+"""By logger."""
 PRINTED = re.compile(
     r"(begin|end) bf16_ ?optimizer$|(before|after) initializing group \d+$|MA [\d.]+ GB |CPU Virtual Memory: "
 )

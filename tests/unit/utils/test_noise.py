@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import subprocess
 import sys
 
@@ -49,3 +50,16 @@ def test_lines_are_whole_again_after_an_error() -> None:
             _ = 1 / 0
         print("x")
     assert printed.getvalue() == "half a linex\n"
+
+
+AGENT = """
+import megatron_crnet
+from torch.distributed.run import config_from_args, parse_args
+config_from_args(parse_args(["--nproc_per_node=2", "x.py"]))
+"""
+
+
+def test_the_agent_says_nothing_of_threads() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", AGENT], env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
