@@ -37,9 +37,9 @@ def estimate_memory(model: LocalModel, plan: BatchPlan) -> Memory:
 def _state(model: LocalModel, dp: int) -> dict[str, float]:
     """What exists with the optimizer on the device, and what it takes to reduce gradients and to update.
 
-    Padding to even shares is left out, and so is that betas are fp32.
+    Left out is that betas are fp32 under bf16.
     """
-    stage, bf16, n, size = model.stage, model.bf16, model.numel, model.element
+    stage, bf16, n, size = model.stage, model.bf16, model.padded(dp), model.element
     bucket, tensor = 4 * model.bucket, max(p.numel for p in model.parameters)
     partial = model.partial_numel if stage >= 2 else 0
     share = max(partial, n - partial) / dp  # of the larger parameter group

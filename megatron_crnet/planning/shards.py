@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,12 +47,14 @@ class LocalParameter:
     Attributes:
         layer: -1 for the embedding, the number of layers for final norm and output layer.
         numel: elements on this rank.
+        kind: matrix, norm or beta, which have parameter groups of their own under bf16.
         is_partial: its gradient is a partial sum over tensor-parallel ranks.
     """
 
     layer: int
     numel: int
     is_partial: bool = False
+    kind: str = "matrix"
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,17 @@ class LocalModel:
     def numel(self) -> int:
         """Elements of all parameters."""
         return sum(p.numel for p in self.parameters)
+
+    def padded(self, dp_size: int) -> int:
+        """All, with what DeepSpeed adds to cut them evenly over replicas: groups, at ZeRO-3 single tensors."""
+        if self.stage == 0:
+            return self.numel
+        if self.stage == 3:
+            return sum(-(-p.numel // dp_size) * dp_size for p in self.parameters)
+        groups = Counter[str]()
+        for p in self.parameters:
+            groups[p.kind if self.bf16 or p.kind == "matrix" else "norm"] += p.numel
+        return sum(-(-numel // (2 * dp_size)) * 2 * dp_size for numel in groups.values())
 
     @cached_property
     def partial_numel(self) -> int:
@@ -135,26 +149,26 @@ def _parameters(config: Config, transformer: CRNetTransformerConfig, chunk: Chun
     if chunk.embeds:
         yield LocalParameter(-1, vocabulary)
     for layer in chunk.layers:
-        yield from [LocalParameter(layer, h, sp)] * len(transformer.table.architecture.norms)
+        yield from [LocalParameter(layer, h, sp, "norm")] * len(transformer.table.architecture.norms)
         for group in transformer.table.architecture.groups:
             yield from (LocalParameter(layer, *found) for found in _group(transformer, layer, group))
     if chunk.predicts:
-        yield from (LocalParameter(last, h, sp), LocalParameter(last, vocabulary))
+        yield from (LocalParameter(last, h, sp, "norm"), LocalParameter(last, vocabulary))
 
 
-def _group(transformer: CRNetTransformerConfig, layer: int, group: Group) -> Iterator[tuple[int, bool]]:
-    """Elements of each parameter, and whether its gradient is partial."""
+def _group(transformer: CRNetTransformerConfig, layer: int, group: Group) -> Iterator[tuple[int, bool, str]]:
+    """Elements of each parameter, whether its gradient is partial, and its kind."""
     table, t, sp = transformer.table, transformer.tensor_model_parallel_size, transformer.sequence_parallel
     positions, is_row = [position.name for position in group.positions], group.is_row
     ranks, widths = [table.ranks[layer][p] for p in positions], [table.shapes[p][1] for p in positions]
     h_in = table.shapes[positions[0]][0]
     if table.is_full_rank(layer):
-        yield h_in * sum(widths) // t, False
+        yield h_in * sum(widths) // t, False, "matrix"
         return
-    yield sum(ranks) * h_in // (t if is_row else 1), sp and not is_row
+    yield sum(ranks) * h_in // (t if is_row else 1), sp and not is_row, "matrix"
     # stacks of one shape are one parameter
     for (width, rank), same in groupby(zip(widths, ranks, strict=True)):
-        yield len(list(same)) * rank * (width if is_row else width // t), sp and is_row
+        yield len(list(same)) * rank * (width if is_row else width // t), sp and is_row, "matrix"
     if table.has_previous(layer):
         # a column group's beta sees only a shard of its outputs even without sequence parallelism
-        yield len(positions), t > 1 and (sp or not is_row)
+        yield len(positions), t > 1 and (sp or not is_row), "beta"

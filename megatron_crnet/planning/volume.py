@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import accumulate
 
 from megatron_crnet.config.batch import BatchPlan
 from megatron_crnet.config.deepspeed_rules import zero_option
 from megatron_crnet.model.block import boundary_widths, interleaved_width
 from megatron_crnet.planning.profile import DATA, PIPELINE, TENSOR, CommVolume
-from megatron_crnet.planning.shards import Chunk, LocalModel
+from megatron_crnet.planning.shards import Chunk, LocalModel, LocalParameter
 
 CROSS_ENTROPY = 3 * 4
 """Bytes per token that the cross-entropy all-reduces: maximum, target's logit and sum of exponentials."""
@@ -33,7 +34,7 @@ def estimate_volumes(model: LocalModel, plan: BatchPlan) -> list[CommVolume]:
     if model.pp > 1:
         found[PIPELINE, "send"] = count * model.local_tokens * model.element * _boundaries(model)
     if plan.dp_size > 1:
-        found |= {(DATA, kind): volume for kind, volume in _data_parallel(model, count).items()}
+        found |= {(DATA, kind): volume for kind, volume in _data_parallel(model, plan).items()}
     sizes = {TENSOR: model.tp, PIPELINE: model.pp, DATA: plan.dp_size}
     return [CommVolume(kind, group, sizes[group], round(n)) for (group, kind), n in sorted(found.items()) if n]
 
@@ -81,36 +82,76 @@ def _boundaries(model: LocalModel) -> int:
     return sum(width or sum(boundary_widths(model.transformer, edge)) for edge in edges)
 
 
-def _data_parallel(model: LocalModel, count: int) -> dict[str, float]:
+def _data_parallel(model: LocalModel, plan: BatchPlan) -> dict[str, float]:
+    padded, count = model.padded(plan.dp_size), plan.num_microbatches
     if model.stage == 3:
         gathered, _ = zero3_gathers(model)
-        numel = persistent(model) + count * gathered
-        return {"reduce_scatter": count * 4 * model.numel, "all_gather": numel * model.element}
-    times = count if model.stage == 2 else 1
-    reduced: dict[str, float] = {"all_reduce": 2 * times * model.numel * _sum_size(model)}
-    return {**reduced, "all_gather": model.numel * model.element} if model.stage else reduced
+        return {
+            "reduce_scatter": count * 4 * padded,
+            "all_gather": (persistent(model) + count * gathered) * model.element,
+        }
+    summed = padded if model.stage == 1 and model.bf16 else model.numel  # flat buffers with their padding
+    reduced: dict[str, float] = {"all_reduce": 2 * summed * _sum_size(model) * (count if model.stage == 2 else 1)}
+    return {**reduced, "all_gather": padded * model.element} if model.stage else reduced
 
 
 def persistent(model: LocalModel) -> int:
     """Elements of the tensors that ZeRO-3 keeps whole and gathers once per step."""
+    return model.numel - sum(p.numel for p in partitioned(model))
+
+
+def partitioned(model: LocalModel) -> list[LocalParameter]:
+    """The tensors that ZeRO-3 cuts over replicas between their uses."""
     largest = zero_option(model.config, "stage3_param_persistence_threshold", 100_000)
-    return sum(p.numel for p in model.parameters if p.numel <= largest)
+    return [p for p in model.parameters if p.numel > largest]
 
 
-def zero3_gathers(model: LocalModel) -> tuple[float, float]:
+def zero3_gathers(model: LocalModel) -> tuple[int, int]:
     """Elements of weights that ZeRO-3 gathers in a micro-batch, and how many are whole at most, persistent ones aside.
 
-    Weights are gathered for every pass but where the backward pass finds whole what the forward pass has used last:
-    as much as DeepSpeed gathers ahead, or what is used again within the reuse distance.
+    DeepSpeed gathers ahead in the order of uses until the limit is whole, and keeps what it uses again within the reuse
+    distance.
     """
     ahead = zero_option(model.config, "stage3_prefetch_bucket_size", 50_000_000)
-    live = zero_option(model.config, "stage3_max_live_parameters", 1_000_000_000) if ahead else 0
-    limit = max(live, zero_option(model.config, "stage3_max_reuse_distance", 1_000_000_000) / 2)
-    numel, gathered, strategy = model.numel - persistent(model), 0.0, model.transformer.recompute_strategy
-    for chunk in model.chunks:
-        for layer in (layer for segment in chunk.segments for layer in segment):
-            # what a recomputed layer has beyond the limit is gathered for each of its passes
-            own, full = sum(p.numel for p in model.parameters if p.layer == layer), strategy == "full"
-            passes = 1 if full or model.transformer.table.is_full_rank(layer) else 2
-            gathered += passes * max(0, own - limit) * (full or repeats_outputs(model, chunk, layer))
-    return 2 * numel - min(numel, limit) + gathered, min(numel, limit + max(p.numel for p in model.parameters))
+    limit = zero_option(model.config, "stage3_max_live_parameters", 1_000_000_000) if ahead else 0
+    reuse = zero_option(model.config, "stage3_max_reuse_distance", 1_000_000_000)
+    sizes = [p.numel for p in partitioned(model)]
+    order = list(_uses(model, model.chunks[0]))
+    starts = list(accumulate((sizes[k] for k in order), initial=0))
+    following, seen = [len(order)] * len(order), dict[int, int]()
+    for i in reversed(range(len(order))):
+        following[i] = seen.get(order[i], len(order))
+        seen[order[i]] = i
+    whole, end, held, most, gathered = set[int](), 0, 0, 0, 0
+    for i, k in enumerate(order):
+        while end < len(order) and (end <= i or held < limit):
+            new = 0 if order[end] in whole else sizes[order[end]]
+            whole.add(order[end])
+            gathered, held, end = gathered + new, held + new, end + 1
+        most, after = max(most, held), following[i]
+        if after >= end and (after == len(order) or starts[after] - starts[i + 1] >= reuse):
+            whole.remove(k)
+            held -= sizes[k]
+    return gathered, most
+
+
+def _uses(model: LocalModel, chunk: Chunk) -> Iterator[int]:
+    """Numbers of the partitioned tensors in the order in which a micro-batch uses them, forward and backward."""
+    transformer, layers = model.transformer, [p.layer for p in partitioned(model)]
+    recomputed = transformer.recompute_strategy if chunk.segments else "none"
+    yield from range(len(layers))
+    yield from (k for k in reversed(range(len(layers))) if layers[k] == chunk.layers.stop)
+    for segment in reversed(chunk.segments or [range(layer, layer + 1) for layer in chunk.layers]):
+        own = [k for k in range(len(layers)) if layers[k] in segment]
+        repeated = {layer for layer in segment if recomputed == "full" or repeats_outputs(model, chunk, layer)}
+        low = {layer for layer in segment if not transformer.table.is_full_rank(layer)}
+        if recomputed == "full":
+            yield from own
+        if recomputed == "replay":
+            yield from (k for k in own if layers[k] in repeated & low)  # rebuilds outputs by B
+        for layer in reversed(segment):
+            mine = [k for k in own if layers[k] == layer]
+            if recomputed in ("replay", "inverse") and layer in repeated | low:
+                yield from mine
+            yield from reversed(mine)
+    yield from (k for k in range(len(layers)) if layers[k] < 0)
