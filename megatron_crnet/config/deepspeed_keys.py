@@ -95,7 +95,7 @@ class FlopsProfiler(TypedDict, total=False):
         Off,
         Reason(
             "it measures passes that DeepSpeed starts, which the schedule here does instead: leave it out, and see the "
-            "metrics' MFU and tools/estimate.py"
+            "metrics' MFU and crnet estimate"
         ),
     ]
 

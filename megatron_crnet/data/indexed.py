@@ -95,7 +95,7 @@ def sources_of(data: DataConfig) -> dict[str, Source]:
     """
     separate = {name: paths for name in SPLITS if (paths := getattr(data, f"{name}_data_path"))}
     if not data.data_path and not separate:
-        raise ConfigError("data.data_path is empty: give the prefix of a .bin/.idx pair, made by preprocess_data.py")
+        raise ConfigError("data.data_path is empty: give the prefix of a .bin/.idx pair, made by crnet preprocess")
     if data.data_path and separate:
         name = next(iter(separate))
         raise ConfigError(
@@ -162,7 +162,7 @@ def read_index(prefix: str) -> IndexedFiles:
         if not os.path.isfile(path):
             stem, suffix = os.path.splitext(prefix)
             remedy = f"give the prefix {stem}, without {suffix}" if suffix in (".bin", ".idx") else f"correct {prefix}"
-            raise DataError(f"{path} does not exist: make it with preprocess_data.py, or {remedy}")
+            raise DataError(f"{path} does not exist: make it with crnet preprocess, or {remedy}")
     dtype, sequences, boundaries = _read_header(idx_path)
     if sequences == 0:
         raise DataError(f"{idx_path} holds no document: preprocess text that is not empty")

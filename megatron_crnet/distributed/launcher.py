@@ -1,6 +1,6 @@
 """Which rank the launcher meant this process to be: its variables are read once, and used or refused in one line.
 
-torchrun, tools/launch.py, `deepspeed` and `torch.distributed.launch` set RANK and WORLD_SIZE; srun, mpirun and their
+torchrun, crnet launch, `deepspeed` and `torch.distributed.launch` set RANK and WORLD_SIZE; srun, mpirun and their
 like set names of their own. What is half set, or contradicts itself, would become several runs of one process each.
 """
 
@@ -162,7 +162,7 @@ def _launcher(environment: Mapping[str, str]) -> Launcher | None:
     require(
         "PMIX_RANK" not in environment or TORCHRUN.size in environment,
         f"PMIX_RANK is {environment.get('PMIX_RANK')}, but nothing says how many processes were started: set RANK, "
-        f"WORLD_SIZE and LOCAL_RANK for each, or start them with tools/launch.py; {ALONE}",
+        f"WORLD_SIZE and LOCAL_RANK for each, or start them with crnet launch; {ALONE}",
     )
     return None
 
@@ -183,7 +183,7 @@ def _numbers(launcher: Launcher, environment: Mapping[str, str], dry_run: bool) 
         if name not in environment:
             raise ConfigError(
                 f"{other} is set, but {name} is not, so nothing says which of the processes this is: start them "
-                f"with {launcher.name} or tools/launch.py; {ALONE}"
+                f"with {launcher.name} or crnet launch; {ALONE}"
             )
     size = _whole(environment, size_name, 1)
     rank = _whole(environment, launcher.rank, 0, size, size_name)
@@ -210,14 +210,13 @@ def _meeting(launcher: Launcher, environment: Mapping[str, str], size: int, one_
     if not address:
         raise ConfigError(
             f"{launcher.rank} is set, but MASTER_ADDR is not, so {size} ranks cannot meet: start them with "
-            f"tools/launch.py or torchrun, or set MASTER_ADDR to the name of the first node; {ALONE}"
+            f"crnet launch or torchrun, or set MASTER_ADDR to the name of the first node; {ALONE}"
         )
     if "MASTER_PORT" in environment:
         return address, _whole(environment, "MASTER_PORT", 1, 2**16, "the number of ports")
     require(
         launcher is not TORCHRUN,
-        f"RANK is set, but MASTER_PORT is not, so ranks cannot meet: start them with tools/launch.py or "
-        f"torchrun; {ALONE}",
+        f"RANK is set, but MASTER_PORT is not, so ranks cannot meet: start them with crnet launch or torchrun; {ALONE}",
     )
     names = [*launcher.job, "SLURM_STEP_ID"] if launcher is SRUN else launcher.job
     job = ".".join(environment[name] for name in names if name in environment)
@@ -268,19 +267,19 @@ def _alone(environment: Mapping[str, str]) -> Launch:
     require(
         size == 1,
         f"WORLD_SIZE is {size}, but RANK is not set, so no launcher started {size} processes: start them with "
-        f"tools/launch.py, add --dry-run to plan for {size}, or unset WORLD_SIZE",
+        f"crnet launch, add --dry-run to plan for {size}, or unset WORLD_SIZE",
     )
     if TORCHRUN.rank in environment:
         rank = _whole(environment, TORCHRUN.rank, 0)
         raise ConfigError(
             f"RANK is {rank}, but WORLD_SIZE is not set, so nothing says how many processes there are: start them with "
-            f"tools/launch.py or torchrun; {ALONE}"
+            f"crnet launch or torchrun; {ALONE}"
         )
     local = _whole(environment, "LOCAL_RANK", 0) if "LOCAL_RANK" in environment else 0
     require(
         local == 0,
         f"LOCAL_RANK is {local}, but RANK and WORLD_SIZE are not set, so this process would train alone: start the "
-        f"processes with tools/launch.py or torchrun; {ALONE}",
+        f"processes with crnet launch or torchrun; {ALONE}",
     )
     return Launch(remark=_unused_tasks(environment))
 

@@ -131,7 +131,7 @@ def device_index(launch: Launch, devices: int) -> int:
     require(
         launch.local_rank is not None or launch.world_size == 1 or devices == 1,
         f"LOCAL_RANK is not set, so nothing says which of {devices} GPUs rank {launch.rank} may use: set it to the "
-        "number of the process on its node, or start the processes with tools/launch.py",
+        "number of the process on its node, or start the processes with crnet launch",
     )
     require(
         index < devices,

@@ -214,7 +214,7 @@ def text_documents(
     stats: CorpusStats | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Documents:
-    """The documents of text files, each ended as `preprocess_data.py` ends them, in memory.
+    """The documents of text files, each ended as `crnet preprocess` ends them, in memory.
 
     Args:
         length: tokens of a row.

@@ -1,6 +1,6 @@
 """What layers send and what recomputation keeps, counted in passes of the real layers at a configuration's widths.
 
-Behind tools/measure_communication.py and tools/measure_recompute.py.
+Behind crnet measure-communication and crnet measure-recompute.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def _examine_path(path: Path) -> tuple[Path | None, dict[str, str]]:
             return folder, {f"checkpoint.load {path}": f"checkpoints in {folder}"}
     raise ConfigError(
         f"checkpoint.load {path} holds no checkpoint: give a step_ folder, a folder of them or the folder of a run; "
-        "tools/convert_checkpoint.py from-hf makes one of an export"
+        "crnet convert from-hf makes one of an export"
     )
 
 
