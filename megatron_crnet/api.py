@@ -115,7 +115,10 @@ def plan(config: Config, gpus: int, gpu: str = "h100", *, gpus_per_node: int = 8
     from megatron_crnet.planning.machines import find_machine
     from megatron_crnet.planning.search import search
 
-    return search(config, gpus, find_machine(gpu), gpus_per_node).ranked()
+    found = search(config, gpus, find_machine(gpu), gpus_per_node)
+    if found.stopped:
+        raise KeyboardInterrupt
+    return found.ranked()
 
 
 def simulate(config: Config, world_size: int, rank: int = 0) -> StepProfile:
@@ -191,6 +194,13 @@ def evaluate(
     require(len(given) == 1, f"{len(given)} sources are given, but one is measured: give data, text or validation_of")
     numbers = {"seq_length": seq_length, "batch_size": batch_size, "max_tokens": max_tokens}
     require_positive("evaluation", **{name: value for name, value in numbers.items() if value is not None})
+    if validation_of is not None:
+        require(seq_length is None, "seq_length is the run's own with validation_of: leave it out")
+        require(not padded, "padded is the run's own with validation_of: leave it out")
+    require(
+        not (reset_attention_mask and (padded or validation_of is not None)),
+        "reset_attention_mask is for packed rows of data or text: leave it out",
+    )
     work = rows_to_evaluate(
         model,
         data=data,
@@ -246,7 +256,10 @@ def from_hf(export: PathLike, folder: PathLike, tokenizer: PathLike | None = Non
         ConfigError: the export's sizes contradict each other, or another process writes `folder`.
     """
     from megatron_crnet.hf.export import from_hf as read
+    from megatron_crnet.hf.export_tokenizer import note_on_added_tokens
 
+    if tokenizer is None and (note := note_on_added_tokens(Path(export))):
+        _warn([note])
     return read(Path(export), Path(folder), _text(tokenizer))
 
 

@@ -9,13 +9,11 @@ One process, whatever layout has written the checkpoint or will continue it.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
 from megatron_crnet.cli.main import Call
 from megatron_crnet.config.options import ToolParser
-from megatron_crnet.utils.errors import require
 
 
 def build_parser(prog: str) -> ToolParser:
@@ -50,10 +48,6 @@ def _to_hf(args: argparse.Namespace) -> None:
     from megatron_crnet.checkpoint.contents import find_checkpoint
     from megatron_crnet.hf.export import to_hf
 
-    require(
-        re.fullmatch(r"[1-9]\d{0,8}(KB|MB|GB|TB)", args.shard_size) is not None,
-        f"--shard-size is {args.shard_size}, but must be a number above 0 with KB, MB, GB or TB: write 5GB, say",
-    )
     checkpoint, notes = find_checkpoint(args.checkpoint)
     for note in notes:
         print(f"warning: {note}", file=sys.stderr)

@@ -46,7 +46,7 @@ def run(call: Call) -> int:
         "here: leave it out; the same command goes on from the last checkpoint",
     )
     name = arguments.training_script
-    if name in COMMANDS and not (arguments.module or arguments.no_python or Path(name).exists()):
+    if name in COMMANDS and not (arguments.module or arguments.no_python or Path(name).is_file()):
         arguments.module, arguments.training_script = True, "megatron_crnet"
         arguments.training_script_args = [name, *arguments.training_script_args]
     return run_agent(arguments)

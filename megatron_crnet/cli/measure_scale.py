@@ -41,6 +41,7 @@ def build_parser(prog: str) -> ConfigParser:
         count = partial(positive_integer, name)
         parser.add_argument(name, type=count, default=default, metavar="N", help=f"{text} (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument("--overwrite", action="store_true", help="replace an older file")
     return parser
 
 
@@ -60,7 +61,7 @@ def table(found: list[Figures]) -> str:
 def run(call: Call) -> int:
     """Count and print; returns the exit status."""
     options, _ = build_parser(call.prog).read(call.argv)
-    check_record_file(options.json)
+    check_record_file(options.json, overwrite=options.overwrite)
     from megatron_crnet.reporting.scale import STEPS, measure_scale
 
     with tempfile.TemporaryDirectory() as folder:

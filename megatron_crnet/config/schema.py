@@ -226,8 +226,8 @@ class RecomputeConfig(Section, name="recompute"):
     keep_attention_output: bool = False
     """Keep attention's output (not under full) instead of computing it again; worth it for long sequences."""
     inverse_tolerance: Epsilon | None = None
-    """Relative error up to which rounding may grow on the way down under inverse, by the rule of docs/recomputation.md;
-    null means 1/16 in bf16 and 1e-4 in fp32. Anchors are added where it would be passed."""
+    """Relative error up to which rounding may grow in backward order under inverse, by the rule of
+    docs/recomputation.md; null means 1/16 in bf16 and 1e-4 in fp32. Where it would be passed, a layer is kept."""
 
 
 @dataclass(frozen=True)

@@ -269,8 +269,14 @@ class Stage1(ZeroState):
         """DeepSpeed takes none."""
 
     def reduce_gradients(self) -> None:
-        """Also through a pipeline."""
-        self.optimizer.reduce_gradients(pipeline_parallel=True)
+        """In fp32 as after a pipeline's schedule; in bf16, where the optimizer is offloaded, by the engine.
+
+        In bf16 the former would allocate an fp32 bucket more.
+        """
+        if self.optimizer.dtype == torch.float32:
+            self.optimizer.reduce_gradients(pipeline_parallel=True)
+        else:
+            self.engine.allreduce_gradients()
 
     def _shard(self, parameter: nn.Parameter) -> ParamShard | None:
         found = parameter._hp_mapping  # type: ignore[attr-defined]

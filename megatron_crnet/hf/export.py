@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ from megatron_crnet.data.tokenizer import Tokenizer, TokenizerKind, check_vocabu
 from megatron_crnet.engine.state_kinds import MASTER, MOMENTS
 from megatron_crnet.hf.export_config import hugging_face_fields, read_export_config
 from megatron_crnet.hf.export_tokenizer import tokenizer_of, write_tokenizer
-from megatron_crnet.utils.errors import DataError
+from megatron_crnet.utils.errors import DataError, require
 from megatron_crnet.utils.files import atomic_folder, exists
 from megatron_crnet.utils.versions import library_versions
 
@@ -100,16 +101,23 @@ def to_hf(
         The number of parameters.
 
     Raises:
+        ConfigError: no such `shard_size`.
         DataError: OUT exists or cannot be written, the tokenizer is missing, or a weight is missing, unknown, of
             another shape, not finite or zero all over. Nothing is left behind.
     """
+    require(
+        shard_size > 0
+        if isinstance(shard_size, int)
+        else re.fullmatch(r"[1-9]\d{0,8}(KB|MB|GB|TB)", shard_size) is not None,
+        f"--shard-size is {shard_size}, but must be a number above 0 with KB, MB, GB or TB: write 5GB, say",
+    )
     config = saved_config(checkpoint)
     if tokenizer is not None:
         config = with_tokenizer(config, tokenizer)
     source = CheckpointWeights(checkpoint)
     source.check(canonical_shapes(config.model))
     if exists(out) and overwrite and not _is_export(out):
-        raise DataError(f"{out} is no export, so --overwrite does not replace it: choose another folder")
+        raise DataError(f"{out} is not an export, so --overwrite does not replace it: choose another folder")
     with atomic_folder(out, overwrite) as folder:
         for name in CODE:
             shutil.copyfile(Path(__file__).with_name(name), folder / name)
@@ -253,7 +261,7 @@ def _write_masters(folder: Path, number: int, weights: dict[str, Tensor]) -> str
 
 
 def _fresh_state(trained_on: TrainedOn) -> dict[str, Any]:
-    """state.json before the first step. No rank's random state is in the files: the layout is nobody's."""
+    """state.json before the first step. No rank's random state is in the files: the layout matches no run."""
     return {
         **asdict(TrainingState()),
         "adam_steps": 0,

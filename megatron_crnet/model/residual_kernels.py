@@ -113,14 +113,14 @@ def remove_update_kernel(
 
 
 def add_previous(update: Tensor, previous: Tensor, scale: Tensor) -> Tensor:
-    """`cross_layer.add_previous` in one pass."""
+    """`residual.add_previous` in one pass."""
     output = _empty_like(update)
     _launch(add_previous_kernel, (output,), (update, previous), scale)
     return output
 
 
 def gradients(grad: Tensor, previous: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """`cross_layer.gradients` in one pass, and a sum of one number for each program."""
+    """`residual.gradients` in one pass, and a sum of one number for each program."""
     grad_previous = _empty_like(grad)
     partial_sums = torch.empty(_tiles(grad.shape)[0], dtype=torch.float32, device=grad.device)
     _launch(gradients_kernel, (grad_previous, partial_sums), (grad, previous), scale)
@@ -128,7 +128,7 @@ def gradients(grad: Tensor, previous: Tensor, scale: Tensor) -> tuple[Tensor, Te
 
 
 def remove_update(output: Tensor, update: Tensor, scale: Tensor) -> Tensor:
-    """`cross_layer.remove_update` in one pass."""
+    """`residual.remove_update` in one pass."""
     previous = _empty_like(output)
     _launch(remove_update_kernel, (previous,), (output, update), scale)
     return previous

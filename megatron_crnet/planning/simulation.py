@@ -65,8 +65,8 @@ def check_simulation(config: Config, world_size: int, rank: int) -> None:
     )
     require(
         config.recompute.strategy != "inverse" or config.model.variant != "crnet",
-        "recompute.strategy is inverse, but its anchors follow from values, which a simulation has not: use replay, or "
-        "count with crnet measure-recompute",
+        "recompute.strategy is inverse, but which layers it keeps follows from values, which a simulation does not "
+        "have: use replay, or count with crnet measure-recompute",
     )
     require(
         not offloads_optimizer(config) and not offloads_parameters(config),

@@ -52,7 +52,7 @@ class Trainer:
 
     Attributes:
         state: counters, moved on by each step.
-        stopping: whether the run stops after this step; a callback may set it, on all ranks alike.
+        stopping: whether the run stops after this step; a callback may set it before the last one, on all ranks alike.
         save_due: whether a callback of some rank wants a checkpoint of this step.
         training_s: seconds spent on batches and steps, without what callbacks took.
         losses: the last ones, by the names of TrainResult.
@@ -208,7 +208,7 @@ class TrainResult:
     """What `run_training` returns, the same on every rank.
 
     Attributes:
-        complete: whether all steps are done; False after a signal, whose state is saved.
+        complete: whether all steps are done; False where a signal or a callback stopped the run, whose state is saved.
         step: last step done.
         checkpoint: newest checkpoint of the run, or the one that `training.eval_only` evaluated.
         train_loss: of the last good step of this call, nats per token; None if it took none.

@@ -222,7 +222,7 @@ def test_the_evaluation_harness_measures_what_evaluate_measures(export: Path, tm
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "no checkpoint": (["convert_checkpoint", "to-hf", "absent", "{new}"], "absent holds no checkpoint"),
     "existing": (["convert_checkpoint", "to-hf", "{run}", "{export}"], "exists already"),
-    "no export": (["convert_checkpoint", "to-hf", "{run}", "{run}", "--overwrite"], "is no export"),
+    "no export": (["convert_checkpoint", "to-hf", "{run}", "{run}", "--overwrite"], "is not an export"),
     "tokenizer": (["convert_checkpoint", "to-hf", "{run}", "{new}", "--tokenizer", "absent"], "absent cannot be read"),
     "shard size": (["convert_checkpoint", "to-hf", "{run}", "{new}", "--shard-size", "big"], "--shard-size"),
     "import": (["convert_checkpoint", "from-hf", "{run}", "{new}"], "config.json is not readable"),

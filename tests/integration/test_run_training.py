@@ -95,3 +95,20 @@ def test_a_callback_sees_each_step_and_can_save_and_stop(corpus: Corpus, tmp_pat
     assert callback.seen[-1][1].loss == result.train_loss == lines_of(tmp_path / "run", "loss")[3]
     saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
     assert saved == [f"step_{step:08d}" for step in (1, 2, 3)]
+
+
+class StopsAndFails(Callback):
+    """Stops the run at its first step, and then has a fault of its own."""
+
+    def wants_stop(self) -> bool:
+        return True
+
+    def on_step_end(self, trainer: Trainer, step: Step) -> None:
+        raise RuntimeError("a callback's fault")
+
+
+def test_a_stopped_runs_state_is_saved_before_a_callback_can_fail(corpus: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="a callback's fault"):
+        run_training(read_config(corpus.options(tmp_path / "run")), callbacks=[StopsAndFails()])
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("step_*")
+    assert saved.name == "step_00000001"

@@ -37,7 +37,9 @@ class Callback:
     """Work beside the steps; override the hooks that are needed.
 
     All ranks call every hook in the same order, callback after callback, so a hook may contain collective calls. An
-    exception ends the run: what must not end it goes into `as_warning`.
+    exception ends the run: what must not end it goes into `as_warning`. A CrnetError has to be raised on all ranks
+    alike (`consensus.run_on_all_ranks`, `run_on_main`). Without a step to take, that is under `training.eval_only` and
+    where all steps are done, no hook is called.
     """
 
     def on_start(self, trainer: Trainer) -> None:
@@ -52,7 +54,7 @@ class Callback:
         return False
 
     def on_bad_step(self, trainer: Trainer, problem: str, lr: float) -> None:
-        """A step would do harm and has changed no weight: move `trainer.state` past it, or raise."""
+        """A step would do harm and has changed no weight; the first callback, FaultPolicy, has skipped it or raised."""
 
     def on_step_end(self, trainer: Trainer, step: Step) -> None:
         """`trainer.state` counts the step; `trainer.stopping` says whether the run stops after it."""

@@ -39,8 +39,9 @@ class Checkpoints(Callback):
         """See Callback; comes before the validation, where nothing that goes wrong costs the state."""
         interval = trainer.config.checkpoint.save_interval
         due = trainer.save_due or (interval and trainer.state.step % interval == 0)
-        if not trainer.stopping and (due or trainer.is_last_step):
-            self._save(trainer, at_once=trainer.is_last_step)
+        ends = trainer.stopping or trainer.is_last_step
+        if due or ends:
+            self._save(trainer, at_once=ends)
 
     def on_stop(self, trainer: Trainer) -> None:
         """See Callback."""

@@ -97,7 +97,7 @@ def _stop(trainer: Trainer, problem: str, lr: float) -> None:
         aside, kept = None, f"is lost ({error})"
     norm = "none yet" if trainer.engine.last_grad_norm is None else f"{trainer.engine.last_grad_norm:.4g}"
     skipping = "" if trainer.config.faults.on_bad_step == "skip" else ", or skip such steps (faults.on_bad_step skip)"
-    # a segment that exceeds its tolerance gives NaN (docs/recompute.md)
+    # a segment that exceeds its tolerance gives NaN (docs/recomputation.md)
     inverse = trainer.config.recompute.strategy == "inverse"
     remedy = ", or take recompute.strategy replay, which divides by no beta" if inverse else ""
     raise BadStepError(

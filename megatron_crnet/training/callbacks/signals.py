@@ -31,6 +31,6 @@ class StopOnSignal(Callback):
         if trainer.stopping:
             received = self._interruption.received
             trainer.progress.line(
-                f"stopped by {received.name if received else 'a signal to another rank'} after step "
+                f"stopped by {received.name if received else 'a callback or a signal to another rank'} after step "
                 f"{trainer.state.step}; the same command goes on from {trainer.newest_checkpoint}"
             )

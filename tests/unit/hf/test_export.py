@@ -200,7 +200,7 @@ def test_only_an_older_export_is_overwritten(checkpoint: Path, export: Path, tmp
     assert not (tmp_path / "out" / "stale").exists()
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis").write_text("years of work")
-    with pytest.raises(DataError, match="is no export"):
+    with pytest.raises(DataError, match="is not an export"):
         to_hf(checkpoint, tmp_path / "home", overwrite=True)
     assert (tmp_path / "home" / "thesis").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"out", "home"}
