@@ -204,6 +204,10 @@ class TrainEngine:
         # the scheduler stands at the step to come
         self.scheduler.step(position(self.config, self._steps + 1) - position(self.config, before + 1))
 
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the weights, which would keep the engine, and through it the groups, alive."""
+        self.deepspeed.destroy()
+
     @property
     def current_lr(self) -> float:
         """Learning rate of the next step."""

@@ -279,7 +279,9 @@ def _run(preflight: Preflight, interruption: Interruption, callbacks: Sequence[C
     if config.training.eval_only:
         trainer = Trainer(preflight, ())
         checkpoint = evaluate_checkpoint(trainer)
+        trainer.engine.close()
         return TrainResult(True, trainer.state.step, checkpoint, **trainer.losses)
     trainer = Trainer(preflight, [*default_callbacks(preflight, interruption), *callbacks])
     trainer.run()
+    trainer.engine.close()
     return TrainResult(not trainer.stopping, trainer.state.step, trainer.newest_checkpoint, **trainer.losses)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
 
 from megatron_crnet.config.loading import read_config
 from megatron_crnet.distributed import cpu_backend
@@ -21,6 +23,12 @@ from megatron_crnet.utils.signals import SIGNALS
 from tests.integration.conftest import Corpus, lines_of
 
 
+def engines() -> int:
+    """DeepSpeed's engines that are alive, each with a model, its optimizer and process groups."""
+    gc.collect()
+    return sum(isinstance(found, DeepSpeedEngine) for found in gc.get_objects())
+
+
 def process_state() -> tuple[Any, ...]:
     handlers = [signal.getsignal(number) for number in SIGNALS]
     return handlers, dist.is_initialized(), {thread.name for thread in threading.enumerate()} & {"signals", "heartbeat"}
@@ -28,14 +36,14 @@ def process_state() -> tuple[Any, ...]:
 
 def test_a_run_returns_its_losses_and_gives_groups_signals_and_threads_back(corpus: Corpus, tmp_path: Path) -> None:
     cpu_backend.install()
-    before = process_state()
+    before, held = process_state(), engines()
     output = tmp_path / "run"
     config = read_config(corpus.options(output, data__test_data_path=f"[{corpus.train}]", training__test_steps=1))
     result = run_training(config)
     checkpoint = output / "checkpoints" / "step_00000006"
     losses = [lines_of(output, f"{name}loss")[6] for name in ("", "validation_", "test_")]
     assert result == TrainResult(True, 6, checkpoint, *losses)
-    assert process_state() == before
+    assert (process_state(), engines()) == (before, held)
     assert run_training(config) == TrainResult(True, 6, checkpoint)
     with pytest.raises(ConfigError, match=r"training\.global_batch_size 3 does not divide"):
         run_training(read_config(corpus.options(output, training__global_batch_size=3)))
