@@ -103,8 +103,9 @@ def test_a_rank_that_never_starts_is_named(rank: int, message: str, corpus: Corp
 def test_an_error_that_nobody_foresaw_ends_the_rank_at_once() -> None:
     """A thread that goes on, as that of a collective call would, must not keep the process."""
     program = """
-import runpy, threading, time
+import runpy, sys, threading, time
 from megatron_crnet.config import loading
+sys.argv += ["--config", "examples/quickstart.yaml"]
 threading.Thread(target=time.sleep, args=(3600,)).start()
 def fail(*_):
     raise ZeroDivisionError("nobody foresaw this")
