@@ -50,7 +50,7 @@ test: setup $(VENV)/.triton  ## the whole suite but the long matrices
 test-long: setup  ## the long matrices
 	$(RUN) -m pytest -m long
 
-test-faults: setup  ## kill runs a hundred times at random moments; 20 to 40 minutes (FAULTS_SEED=2)
+test-faults: setup  ## kill runs a hundred times at random moments; 20 to 40 minutes (FAULTS_SEED=2 FAULTS_KILLS=100)
 	$(RUN) -m pytest -m faults -rP
 
 fuzz: setup  ## odd inputs of every kind: FUZZ_CASES=400 (of each), FUZZ_SEED=2

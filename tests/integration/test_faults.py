@@ -105,8 +105,9 @@ def test_a_run_that_is_killed_at_random_ends_like_one_that_is_not(corpus: Corpus
 
 @pytest.mark.faults
 def test_a_hundred_kills(corpus: Corpus, tmp_path: Path) -> None:
-    found = Kills(corpus, tmp_path, seed=int(os.environ.get("FAULTS_SEED", "2")), kills=100).run()
+    seed, kills = int(os.environ.get("FAULTS_SEED", "2")), int(os.environ.get("FAULTS_KILLS", "100"))
+    found = Kills(corpus, tmp_path, seed=seed, kills=kills).run()
     print(json.dumps(found.figures(), indent=1))
-    assert len(found.kills) == 100
+    assert len(found.kills) == kills
     assert {"start-up", "step", "save"} == {kill.moment for kill in found.kills}
     assert found.differences() == []
