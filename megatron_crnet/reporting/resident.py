@@ -16,6 +16,7 @@ from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.model.gpt import build_model_chunks
+from megatron_crnet.planning.counted_step import synthetic_batch
 from megatron_crnet.utils.errors import require
 
 
@@ -39,16 +40,8 @@ def resident_of(config: Config) -> dict[str, Any]:
     """Train two steps on random tokens in this process. Returns its memory before and at the peak."""
     context = initialize_parallel(config)
     engine = TrainEngine(config, build_model_chunks(config), context)
-    training = config.training
-    shape = (training.micro_batch_size, training.seq_length)
-    tokens = torch.randint(config.model.vocab_size, shape, device=context.device)
-    positions = torch.arange(shape[1], device=context.device).expand(shape).contiguous()
-    batch = {
-        "tokens": tokens,
-        "labels": tokens,
-        "position_ids": positions,
-        "loss_mask": torch.ones(shape, device=context.device),
-    }
+    batch = synthetic_batch(config, context.device)
+    batch["tokens"] = batch["labels"] = tokens = torch.randint_like(batch["tokens"], config.model.vocab_size)
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     for _ in range(2):
         engine.forward_backward([batch], tokens.numel())
