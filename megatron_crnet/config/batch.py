@@ -20,7 +20,7 @@ def check_memory(config: Config, device: torch.device) -> None:
     weights = total_parameters(model) // (tp * config.parallel.pipeline_model_parallel_size)
     tokens = training.micro_batch_size * training.seq_length
     activations = tokens * max(model.hidden_size, model.vocab_size) // tp
-    needed = (2 if training.dtype == "bf16" else 4) * (weights + activations)
+    needed = (2 if training.bf16 else 4) * (weights + activations)
     there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else virtual_memory().total
     require(
         needed <= there,

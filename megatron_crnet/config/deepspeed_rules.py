@@ -77,7 +77,7 @@ def check_deepspeed(config: Config) -> None:
     """
     zero, stage = _zero(config), zero_stage(config)
     tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
-    _check_stage(stage, tp, pp, config.training.dtype)
+    _check_stage(stage, tp, pp, config.training.bf16)
     _check_offload(zero, stage, tp, pp)
     require(
         not (offloads_optimizer(config) and config.faults.on_bad_step == "skip"),
@@ -138,7 +138,7 @@ def _check_offload(zero: dict[str, Any], stage: int, tp: int, pp: int) -> None:
         _refuse(zero, key, on_disk, "device nvme needs a folder on a disk: add nvme_path")
 
 
-def _check_stage(stage: int, tp: int, pp: int, dtype: str) -> None:
+def _check_stage(stage: int, tp: int, pp: int, bf16: bool) -> None:
     """The stage suits pipeline, tensor parallelism and precision."""
     require(
         pp == 1 or stage <= 1,
@@ -146,7 +146,7 @@ def _check_stage(stage: int, tp: int, pp: int, dtype: str) -> None:
         "DeepSpeed cannot partition gradients that a pipeline schedule accumulates: use stage 1",
     )
     require(
-        stage > 0 or dtype != "bf16" or tp * pp == 1,
+        stage > 0 or not bf16 or tp * pp == 1,
         f"deepspeed.zero_optimization.stage 0 does not work with training.dtype bf16, tensor_model_parallel_size {tp} "
         f"and pipeline_model_parallel_size {pp}, because DeepSpeed's bf16 wrapper counts only the first "
         "tensor-parallel rank in the gradient norm and hangs between pipeline stages: use stage 1",

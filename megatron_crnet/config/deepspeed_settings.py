@@ -13,7 +13,7 @@ def is_plain(config: Config) -> bool:
 
     Its own clipping is switched off then: it leaves out the parameters of all pipeline stages but the first.
     """
-    return zero_stage(config) == 0 and config.training.dtype == "fp32"
+    return zero_stage(config) == 0 and not config.training.bf16
 
 
 def deepspeed_config(config: Config, dp_size: int, elements: int) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def deepspeed_config(config: Config, dp_size: int, elements: int) -> dict[str, A
     Args:
         elements: parameters of this rank's part of the model, before ZeRO partitions it.
     """
-    bf16, stage = config.training.dtype == "bf16", zero_stage(config)
+    bf16, stage = config.training.bf16, zero_stage(config)
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
         "train_batch_size": config.training.micro_batch_size * dp_size,

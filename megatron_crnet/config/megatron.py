@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_crnet.config.positions import PositionTable, position_table
-from megatron_crnet.config.schema import Config
+from megatron_crnet.config.schema import STRATEGIES, Config, Strategy
 from megatron_crnet.config.validation import sequence_parallel
 
 DEFAULT_INVERSE_TOLERANCE = {"bf16": 2.0**-4, "fp32": 1e-4}
@@ -42,6 +42,11 @@ class CRNetTransformerConfig(TransformerConfig):
     """Largest relative error of an output that `inverse` rebuilds."""
 
     @property
+    def strategy(self) -> Strategy:
+        """What `recompute_strategy` saves."""
+        return STRATEGIES[self.recompute_strategy]
+
+    @property
     def has_dropout(self) -> bool:
         """Whether training draws random numbers."""
         return self.hidden_dropout > 0 or self.attention_dropout > 0
@@ -62,7 +67,7 @@ def build_transformer_config(config: Config) -> CRNetTransformerConfig:
     """The Megatron-Core configuration of a run. Weights are drawn by `model/weights.py`, not by Megatron."""
     model, parallel = config.model, config.parallel
     vpp = parallel.virtual_pipeline_model_parallel_size
-    dtype = torch.bfloat16 if config.training.dtype == "bf16" else torch.float32
+    dtype = torch.bfloat16 if config.training.bf16 else torch.float32
     return CRNetTransformerConfig(
         variant=model.variant,
         table=position_table(model),
@@ -85,7 +90,7 @@ def build_transformer_config(config: Config) -> CRNetTransformerConfig:
         use_cpu_initialization=not torch.cuda.is_available(),
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        bf16=config.training.dtype == "bf16",
+        bf16=config.training.bf16,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=vpp if vpp and vpp > 1 else None,

@@ -19,14 +19,14 @@ def check_recompute(config: Config) -> None:
 
 
 def _check_strategy(recompute: RecomputeConfig) -> None:
-    strategy = recompute.strategy
+    strategy, traits = recompute.strategy, recompute.traits
     require(
-        recompute.inverse_tolerance is None or strategy == "inverse",
+        recompute.inverse_tolerance is None or traits.inverts,
         f"recompute.inverse_tolerance {recompute.inverse_tolerance} is for strategy inverse, not {strategy}: "
         "leave it out",
     )
     require(
-        not recompute.keep_attention_output or strategy in ("replay", "inverse"),
+        not recompute.keep_attention_output or traits.saves_z,
         f"recompute.keep_attention_output is for the strategies replay and inverse, not {strategy}: leave it out or "
         "use replay",
     )
@@ -34,11 +34,11 @@ def _check_strategy(recompute: RecomputeConfig) -> None:
 
 def _check_combinations(config: Config, section: dict[str, Any]) -> None:
     asked = [key for key, value in section.items() if value]
-    strategy, contiguous = config.recompute.strategy, section.get("contiguous_memory_optimization", False)
+    contiguous = section.get("contiguous_memory_optimization", False)
     require(
-        not asked or strategy != "none",
-        f"{SECTION}.{asked[0] if asked else ''} is set, but recompute.strategy none keeps nothing there: set "
-        "recompute.strategy replay, inverse or full, or leave the key out",
+        not asked or config.recompute.traits.recomputes,
+        f"{SECTION}.{asked[0] if asked else ''} is set, but recompute.strategy {config.recompute.strategy} keeps "
+        "nothing there: set recompute.strategy replay, inverse or full, or leave the key out",
     )
     require(
         not contiguous or section.get("partition_activations", False),

@@ -163,6 +163,11 @@ class TrainingConfig(Section, name="training"):
     """Global batches of the test after the last step, of data.test_data_path or of the test share of data.split; null
     means eval_steps where there is enough such data, 0 tests nothing."""
 
+    @property
+    def bf16(self) -> bool:
+        """Whether weights and activations are bf16."""
+        return self.dtype == "bf16"
+
 
 @dataclass(frozen=True)
 class OptimizerConfig(Section, name="optimizer"):
@@ -215,6 +220,35 @@ class ParallelConfig(Section, name="parallel"):
 
 
 @dataclass(frozen=True)
+class Strategy:
+    """What a recomputation strategy saves beside the start of every segment.
+
+    Attributes:
+        recomputes: anything at all.
+        saves_z: the low-rank outputs of every layer, so that no product with A is repeated.
+        inverts: the residual stream that enters every layer, and the outputs at the end of a chain, because outputs
+            are rebuilt by division. Its segments follow from values, so they are planned after every update.
+    """
+
+    recomputes: bool = True
+    saves_z: bool = False
+    inverts: bool = False
+
+    @property
+    def repeats_layers(self) -> bool:
+        """Whether whole layers run again, attention and all."""
+        return self.recomputes and not self.saves_z
+
+
+STRATEGIES = {
+    "none": Strategy(recomputes=False),
+    "full": Strategy(),
+    "replay": Strategy(saves_z=True),
+    "inverse": Strategy(saves_z=True, inverts=True),
+}
+
+
+@dataclass(frozen=True)
 class RecomputeConfig(Section, name="recompute"):
     """Activation recomputation."""
 
@@ -228,6 +262,11 @@ class RecomputeConfig(Section, name="recompute"):
     inverse_tolerance: Epsilon | None = None
     """Relative error up to which rounding may grow in backward order under inverse, by the rule of
     docs/recomputation.md; null means 1/16 in bf16 and 1e-4 in fp32. Where it would be passed, a layer is kept."""
+
+    @property
+    def traits(self) -> Strategy:
+        """What the strategy saves."""
+        return STRATEGIES[self.strategy]
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,6 @@ from megatron_crnet.engine.schedule import Batch, ScheduledChunk, loss_totals, r
 from megatron_crnet.engine.zero import zero_state
 from megatron_crnet.model.gpt import CRNetModel
 from megatron_crnet.model.linear import LowRankGroup
-from megatron_crnet.recompute.planner import STRATEGIES
 from megatron_crnet.recompute.rng import RngStates
 from megatron_crnet.utils.noise import without_memory_lines
 
@@ -60,7 +59,7 @@ class TrainEngine:
         in_fp32: dict[nn.Parameter, Tensor] = {}
         # an fp32 model is not cast, and DeepSpeed keeps the factory, so these values would stay; stage 3 packs all
         # parameters into one buffer of one dtype: see _weights_changed
-        if config.training.dtype == "bf16" and self.stage < 3:
+        if config.training.bf16 and self.stage < 3:
             in_fp32 = {p: p.detach().clone() for p in module.parameters() if p.dtype == torch.float32}
         elements = sum(parameter.numel() for parameter in module.parameters())
         settings = deepspeed_config(config, context.dp_size, elements)
@@ -106,8 +105,8 @@ class TrainEngine:
 
     def _weights_changed(self) -> None:
         """What follows from new betas: fp32 copies under bf16 ZeRO-3, segments under `inverse`. A collective call."""
-        inverts = STRATEGIES[self.config.recompute.strategy].inverts
-        rounded = self.stage == 3 and self.config.training.dtype == "bf16"
+        inverts = self.config.recompute.traits.inverts
+        rounded = self.stage == 3 and self.config.training.bf16
         if not inverts and not rounded:
             return
         groups = [group for chunk in self.chunks for group in chunk.modules() if _has_residual(group)]
@@ -122,7 +121,7 @@ class TrainEngine:
     def _on_weights_loaded(self) -> None:
         """What follows from weights that no pass of this process has seen."""
         self._weights_changed()
-        inverts = STRATEGIES[self.config.recompute.strategy].inverts
+        inverts = self.config.recompute.traits.inverts
         self._norms_unknown = inverts and self.config.model.variant == "crnet"
 
     @torch.no_grad()

@@ -151,7 +151,7 @@ def _measure(config: Config, fake: bool) -> dict[str, Any]:
         for parameter in block.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
             parameter.grad = torch.zeros_like(parameter)
-    if transformer.recompute_strategy == "inverse":  # for the first betas and outputs of one size
+    if transformer.strategy.inverts:  # for the first betas and outputs of one size
         even = {layer: torch.ones(len(block.config.table.shapes)) for layer in block.layer_range}
         block.plan_inverse_segments({layer: transformer.beta_init * ones for layer, ones in even.items()}, even)
     with tensors:

@@ -152,9 +152,8 @@ def _rebuilt(model: LocalModel, segment: range, is_recomputed: bool) -> float:
     entering = layer_widths(transformer, after).start if chained else transformer.hidden_size
     if not is_recomputed:
         return entering
-    if transformer.recompute_strategy == "full":
+    if transformer.strategy.repeats_layers:
         return entering + sum(layer_widths(transformer, layer).activations for layer in segment)
-    # `inverse` rebuilds one layer at a time
-    held = segment[-1:] if transformer.recompute_strategy == "inverse" else segment
+    held = segment[-1:] if transformer.strategy.inverts else segment  # division rebuilds one layer at a time
     inner = max(0, last.activations - last.z - last.outputs)
     return entering + sum(layer_widths(transformer, layer).outputs for layer in held) + inner

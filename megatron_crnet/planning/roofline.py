@@ -83,7 +83,7 @@ def _repeats(model: LocalModel, chunk: Chunk, layer: int) -> tuple[tuple[bool, b
     """Whether backward repeats products with A or full-rank weights, products with B, and attention."""
     if not chunk.segments:
         return (False, False), False
-    if model.transformer.recompute_strategy == "full":
+    if model.transformer.strategy.repeats_layers:
         return (True, True), True
     again, transformer = repeats_outputs(model, chunk, layer), model.transformer
     return (again and transformer.table.is_full_rank(layer), again), not transformer.recompute_keep_attention_output

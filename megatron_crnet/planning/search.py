@@ -97,7 +97,7 @@ def choices(config: Config, gpus: int, gpus_per_node: int) -> list[Choice]:
             micro = [size for size in _powers(max(batch // dp, 1)) if batch % (size * dp) == 0] or [1]
             vpps = [vpp for vpp in (1, 2, 4) if vpp == 1 or pp > 1]
             # stage 0 sums bf16 gradients in bf16: another run, not another layout (docs/parallelism.md)
-            least = 1 if config.training.dtype == "bf16" else 0
+            least = 1 if config.training.bf16 else 0
             zeros = [zero for zero in (0, 1, 2, 3) if zero >= least and (zero < 2 or pp == 1)]
             offloads = (False, True) if tp == pp == 1 else (False,)
             rows = product(vpps, zeros, micro, RECOMPUTATION, offloads)

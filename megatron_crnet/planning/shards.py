@@ -16,7 +16,7 @@ from megatron_crnet.config.deepspeed_rules import reduce_bucket_size, zero_stage
 from megatron_crnet.config.megatron import CRNetTransformerConfig, build_transformer_config
 from megatron_crnet.config.positions import Group
 from megatron_crnet.config.schema import Config
-from megatron_crnet.recompute.planner import STRATEGIES, initial_segments, plan_inverse_segments
+from megatron_crnet.recompute.planner import initial_segments, plan_inverse_segments
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def build_local_models(config: Config) -> list[LocalModel]:
     """One per pipeline rank."""
     transformer, training = build_transformer_config(config), config.training
     tp, pp = transformer.tensor_model_parallel_size, transformer.pipeline_model_parallel_size
-    tokens, element = training.micro_batch_size * training.seq_length, 2 if training.dtype == "bf16" else 4
+    tokens, element = training.micro_batch_size * training.seq_length, 2 if training.bf16 else 4
     local, stage = tokens // tp if transformer.sequence_parallel else tokens, zero_stage(config)
     models = []
     for rank in range(pp):
@@ -134,7 +134,7 @@ def _chunks(transformer: CRNetTransformerConfig, pp_rank: int) -> list[Chunk]:
         first = get_transformer_layer_offset(transformer, stage, pp_rank)
         layers = range(first, first + get_num_layers_to_build(transformer, stage, pp_rank))
         segments = initial_segments(transformer, layers, pp_rank)
-        if STRATEGIES[transformer.recompute_strategy].inverts:
+        if transformer.strategy.inverts:
             # without the checkpoints that its guard may add: values decide that
             even = {layer: torch.ones(len(transformer.table.shapes)) for layer in layers}
             segments, _ = plan_inverse_segments(transformer, layers, even, even)

@@ -64,9 +64,9 @@ def check_simulation(config: Config, world_size: int, rank: int) -> None:
         f"--rank is {rank}, but the ranks of a world of {world_size} are 0 to {world_size - 1}: give one of them",
     )
     require(
-        config.recompute.strategy != "inverse" or config.model.variant != "crnet",
-        "recompute.strategy is inverse, but which layers it keeps follows from values, which a simulation does not "
-        "have: use replay, or count with crnet measure-recompute",
+        not config.recompute.traits.inverts or config.model.variant != "crnet",
+        f"recompute.strategy is {config.recompute.strategy}, but which layers it keeps follows from "
+        "values, which a simulation does not have: use replay, or count with crnet measure-recompute",
     )
     require(
         not offloads_optimizer(config) and not offloads_parameters(config),

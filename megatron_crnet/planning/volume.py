@@ -13,6 +13,7 @@ from itertools import accumulate
 
 from megatron_crnet.config.batch import BatchPlan
 from megatron_crnet.config.deepspeed_rules import zero_option
+from megatron_crnet.config.schema import STRATEGIES
 from megatron_crnet.model.block import boundary_widths, interleaved_width
 from megatron_crnet.planning.profile import DATA, PIPELINE, TENSOR, CommVolume
 from megatron_crnet.planning.shards import Chunk, LocalModel, LocalParameter
@@ -42,7 +43,7 @@ def estimate_volumes(model: LocalModel, plan: BatchPlan) -> list[CommVolume]:
 def _tensor_parallel(model: LocalModel, chunk: Chunk) -> Iterator[tuple[str, float]]:
     """Kinds and widths, in elements per token of a micro-batch."""
     h, transformer = model.config.model.hidden_size, model.transformer
-    sp, full = transformer.sequence_parallel, transformer.recompute_strategy == "full" and bool(chunk.segments)
+    sp, full = transformer.sequence_parallel, transformer.strategy.repeats_layers and bool(chunk.segments)
     for layer in chunk.layers:
         if transformer.table.is_full_rank(layer):
             # a column layer gathers its input in forward and again for the gradient of its weights
@@ -64,7 +65,7 @@ def _tensor_parallel(model: LocalModel, chunk: Chunk) -> Iterator[tuple[str, flo
 def repeats_outputs(model: LocalModel, chunk: Chunk, layer: int) -> bool:
     """Whether `replay` or `inverse` repeats the products that make a layer's outputs."""
     segment = next((segment for segment in chunk.segments if layer in segment), None)
-    if segment is not None and model.transformer.recompute_strategy == "inverse" and len(segment) > 1:
+    if segment is not None and model.transformer.strategy.inverts and len(segment) > 1:
         return layer != segment[0]  # its products with B lead from every layer but the first to the previous one
     return segment is not None and not chunk.keeps_outputs(model.transformer, layer)
 
@@ -138,20 +139,20 @@ def zero3_gathers(model: LocalModel) -> tuple[int, int]:
 def _uses(model: LocalModel, chunk: Chunk) -> Iterator[int]:
     """Numbers of the partitioned tensors in the order in which a micro-batch uses them, forward and backward."""
     transformer, layers = model.transformer, [p.layer for p in partitioned(model)]
-    recomputed = transformer.recompute_strategy if chunk.segments else "none"
+    strategy = transformer.strategy if chunk.segments else STRATEGIES["none"]
     yield from range(len(layers))
     yield from (k for k in reversed(range(len(layers))) if layers[k] == chunk.layers.stop)
     for segment in reversed(chunk.segments or [range(layer, layer + 1) for layer in chunk.layers]):
         own = [k for k in range(len(layers)) if layers[k] in segment]
-        repeated = {layer for layer in segment if recomputed == "full" or repeats_outputs(model, chunk, layer)}
+        repeated = {layer for layer in segment if strategy.repeats_layers or repeats_outputs(model, chunk, layer)}
         low = {layer for layer in segment if not transformer.table.is_full_rank(layer)}
-        if recomputed == "full":
+        if strategy.repeats_layers:
             yield from own
-        if recomputed == "replay":
+        if strategy.saves_z and not strategy.inverts:
             yield from (k for k in own if layers[k] in repeated & low)  # rebuilds outputs by B
         for layer in reversed(segment):
             mine = [k for k in own if layers[k] == layer]
-            if recomputed in ("replay", "inverse") and layer in repeated | low:
+            if strategy.saves_z and layer in repeated | low:
                 yield from mine
             yield from reversed(mine)
     yield from (k for k in range(len(layers)) if layers[k] < 0)

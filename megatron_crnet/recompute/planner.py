@@ -24,30 +24,6 @@ ROUNDING = {"bf16": 2.0**-8, "fp32": 2.0**-24}
 
 
 @dataclass(frozen=True)
-class Strategy:
-    """What a strategy saves beside the start of every segment; `recompute/segment.py` has a class for each.
-
-    Attributes:
-        saves_z: the low-rank outputs of every layer, so that no product with A is repeated.
-        inverts: the residual stream that enters every layer, and the outputs at the end of a chain, because outputs
-            are rebuilt by division. Its segments follow from values, so they are planned after every update.
-        recomputes: anything at all.
-    """
-
-    saves_z: bool = False
-    inverts: bool = False
-    recomputes: bool = True
-
-
-STRATEGIES = {
-    "none": Strategy(recomputes=False),
-    "full": Strategy(),
-    "replay": Strategy(saves_z=True),
-    "inverse": Strategy(saves_z=True, inverts=True),
-}
-
-
-@dataclass(frozen=True)
 class LayerWidths:
     """What one layer costs, in elements for each local sequence position.
 
@@ -98,7 +74,7 @@ def kept_widths(config: CRNetTransformerConfig, layers: range, segments: list[ra
     widths = {layer: layer_widths(config, layer) for layer in layers}
     if not segments:
         return sum(w.activations for w in widths.values())
-    strategy = STRATEGIES[config.recompute_strategy]
+    strategy = config.strategy
     kept = sum(widths[segment.start].start for segment in segments)
     kept += sum(_kept_of_layer(config, w) for w in widths.values())
     if strategy.inverts:
@@ -109,7 +85,7 @@ def kept_widths(config: CRNetTransformerConfig, layers: range, segments: list[ra
 
 def _kept_of_layer(config: CRNetTransformerConfig, widths: LayerWidths) -> float:
     """What is kept of every layer, wherever segments start."""
-    if not STRATEGIES[config.recompute_strategy].saves_z:
+    if not config.strategy.saves_z:
         return 0
     return widths.z + (widths.attention if config.recompute_keep_attention_output else 0)
 
@@ -124,7 +100,7 @@ def micro_batches_in_flight(config: CRNetTransformerConfig, pp_rank: int) -> flo
 
 def initial_segments(config: CRNetTransformerConfig, layers: range, pp_rank: int) -> list[range]:
     """Segments of a chunk's layers by the configuration alone: none yet under `inverse`, where values decide."""
-    strategy = STRATEGIES[config.recompute_strategy]
+    strategy = config.strategy
     if not strategy.recomputes or strategy.inverts:
         return []
     return plan_segments(config, layers, micro_batches_in_flight(config, pp_rank))
@@ -134,7 +110,7 @@ def plan_segments(config: CRNetTransformerConfig, layers: range, in_flight: floa
     """Segments of the layers (numbers from 0) of a stage for the strategies `replay` and `full`."""
     # a full-rank layer cannot be rebuilt from low-rank outputs; alone, its outputs are the next segment's start
     cuts = set()
-    saves_z = STRATEGIES[config.recompute_strategy].saves_z
+    saves_z = config.strategy.saves_z
     if saves_z:
         cuts = {edge for layer in layers if config.table.is_full_rank(layer) for edge in (layer, layer + 1)}
     if config.recompute_segment_length is not None:

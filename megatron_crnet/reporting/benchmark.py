@@ -180,7 +180,7 @@ def _repeat(
 
 def _matmul_rate(measured: list[Candidate], threads: int) -> float:
     """Operations per second of a few matrix products, in the precision of the first row."""
-    bf16 = any(c.config is not None and c.config.training.dtype == "bf16" for c in measured[:1])
+    bf16 = any(c.config is not None and c.config.training.bf16 for c in measured[:1])
     cuda = torch.cuda.is_available()
     torch.set_num_threads(threads)
     size = 8 * PRODUCT if cuda else PRODUCT
