@@ -81,8 +81,9 @@ def data_parallel_size(config: Config, world_size: int) -> int:
     tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
     require(
         world_size % (tp * pp) == 0,
-        f"{world_size} processes do not divide by tensor_model_parallel_size {tp} x pipeline_model_parallel_size "
-        f"{pp}: start a multiple of {tp * pp} processes or lower one of the two",
+        f"world size {world_size} does not divide by tensor_model_parallel_size {tp} x pipeline_model_parallel_size "
+        f"{pp}: use a multiple of {tp * pp} (crnet launch --nproc_per_node={tp * pp}; before a dry run "
+        f"WORLD_SIZE={tp * pp}; --world-size of an estimate), or lower one of the two",
     )
     return world_size // (tp * pp)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +44,7 @@ class ConfigParser(ToolParser):
 
     Args:
         lists_fields: `--help` shows every field of the configuration.
-        needs_model: refuse a command line that names no model: it would silently work on the defaults of `schema.py`,
-            which nobody trains.
+        needs_model: refuse a command line without a model, which would run on the defaults of `schema.py`.
     """
 
     def __init__(self, *, lists_fields: bool = False, needs_model: bool = False, **arguments: Any) -> None:
@@ -75,9 +73,10 @@ class ConfigParser(ToolParser):
         """
         rest, given = _split(argv)
         options = self.parse_args(rest)
-        if self._needs_model and not (options.config or any(name.startswith("--model.") for name, _ in given)):
-            print(f"{self.format_help().strip()}\n", file=sys.stderr)
-            raise ConfigError("no model is named: add --config FILE, such as examples/quickstart.yaml")
+        require(
+            not self._needs_model or bool(options.config) or any(name.startswith("--model.") for name, _ in given),
+            f"no model is given: write {self.prog} --config FILE, such as examples/quickstart.yaml, or see --help",
+        )
         words = [*(("--config", file) for file in options.config), *given]
         options.configuration = [f"{name}={value}" for name, value in words]
         values: Values = {} if base is None else base

@@ -121,7 +121,8 @@ def check_optimizer(optimizer: OptimizerConfig, train_steps: int) -> None:
     warmup = optimizer.lr_warmup_steps
     require(
         warmup < train_steps,
-        f"optimizer.lr_warmup_steps {warmup} is not below training.train_steps {train_steps}: lower it or train more",
+        f"optimizer.lr_warmup_steps {warmup} is not below training.train_steps {train_steps}: set the first to at most "
+        f"{train_steps - 1} or the second to at least {warmup + 1}",
     )
     decay = wsd_decay_steps(optimizer, train_steps)
     require(

@@ -29,14 +29,16 @@ def ended(tool: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> i
 @pytest.mark.fault("M10")
 @pytest.mark.parametrize("arguments", [[], ["--training.seq_length", "64"]])
 @pytest.mark.parametrize("tool", TOOLS)
-def test_without_a_model_a_tool_prints_its_usage(
+def test_without_a_model_a_tool_says_in_one_line_how_to_give_one(
     tool: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert ended(tool, arguments, monkeypatch) == 2
     printed, errors = capsys.readouterr()
     assert printed == ""
-    assert f"tools/{tool}.py --config" in errors
-    assert errors.endswith("error: no model is named: add --config FILE, such as examples/quickstart.yaml\n")
+    call = f"tools/{tool}.py --config FILE, such as examples/quickstart.yaml"
+    assert errors.startswith("error: no model is given: write ")
+    assert errors.endswith(f"{call}, or see --help\n")
+    assert errors.count("\n") == 1
 
 
 @pytest.mark.parametrize("tool", TOOLS)

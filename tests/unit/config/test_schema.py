@@ -32,7 +32,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"training": {"train_steps": 0}}, "training.train_steps is 0"),
     ({"optimizer": {"lr": 0.0}}, "optimizer.lr is 0.0"),
     ({"optimizer": {"adam_beta2": 1.0}}, "optimizer.adam_beta2"),
-    ({"optimizer": {"lr_warmup_steps": 1000}}, "optimizer.lr_warmup_steps 1000"),
+    (
+        {"optimizer": {"lr_warmup_steps": 1000}},
+        r"lr_warmup_steps 1000 is not below .* 1000: set the first to at most 999 or the second to at least 1001",
+    ),
     ({"optimizer": {"lr_decay_style": "wsd", "lr_wsd_decay_steps": -5}}, "optimizer.lr_wsd_decay_steps is -5"),
     ({"optimizer": {"lr_decay_style": "wsd", "lr_wsd_decay_steps": 999}}, "more than training.train_steps"),
     ({"optimizer": {"lr_decay_style": "wsd", "lr_warmup_steps": 950}}, "lr_wsd_decay_steps 100 are more than"),
