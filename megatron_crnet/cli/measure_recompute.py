@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,6 @@ def build_parser(prog: str) -> ConfigParser:
         help="write the figures to the file as well; without a file, print them instead of the table",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an older file")
-    parser.add_argument("--resident-of", help=argparse.SUPPRESS)
     return parser
 
 
@@ -65,6 +65,22 @@ def measure(config: Config, options: argparse.Namespace) -> list[dict[str, Any]]
 
     found = measure_strategies(config, fake=options.tensors == "fake", segment_length=options.segments)
     shutdown_parallel()
+    return found
+
+
+def resident(configuration: Sequence[str], config: Config) -> list[dict[str, Any]]:
+    """Peak resident memory of a process that trains two steps of one micro-batch, for each strategy."""
+    from megatron_crnet.config.loading import parse_arguments
+    from megatron_crnet.reporting.rank_group import RankGroup
+    from megatron_crnet.reporting.training_rank import resident_rank
+
+    found = []
+    for strategy in ("none", "replay", "inverse", "full"):
+        changes = {"recompute.strategy": strategy, "training.global_batch_size": config.training.micro_batch_size}
+        words = [*configuration, *(f"--{name}={value}" for name, value in changes.items())]
+        group = RankGroup(resident_rank, parse_arguments(words).config, threads=None)
+        found += group.answers()
+        group.close()
     return found
 
 
@@ -125,13 +141,9 @@ def run(call: Call) -> int:
     from megatron_crnet.distributed import cpu_backend
 
     cpu_backend.install()
-    from megatron_crnet.reporting.resident import resident, resident_of
     from megatron_crnet.utils.environment import provenance
 
-    if options.resident_of:
-        print(json.dumps(resident_of(config)))
-        return 0
-    found = resident(options.configuration) if options.resident else measure(config, options)
+    found = resident(options.configuration, config) if options.resident else measure(config, options)
     record = {**provenance("resident memory" if options.resident else "recompute", call.words), "rows": found}
     if options.json == "-":
         print(json.dumps(record, indent=1))

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -20,8 +20,9 @@ from megatron_crnet.config.deepspeed_rules import zero_stage
 from megatron_crnet.config.model_size import flops_per_token, total_parameters
 from megatron_crnet.config.schema import Config
 from megatron_crnet.reporting.benchmark_rows import Row
-from megatron_crnet.reporting.benchmark_workers import RowFailed, StepTiming, WorkerGroup, WorkerReady
+from megatron_crnet.reporting.rank_group import RankError, RankGroup
 from megatron_crnet.reporting.step_identity import identify_step
+from megatron_crnet.reporting.training_rank import StepTiming, WorkerReady, benchmark_rank
 from megatron_crnet.utils.duration import spell
 from megatron_crnet.utils.environment import machine, versions
 from megatron_crnet.utils.errors import CrnetError, require_positive
@@ -54,12 +55,9 @@ class BenchmarkPlan:
             require_positive("benchmark", peak_tflops=self.peak_flops / 1e12)
 
 
-T = TypeVar("T")
-
-
 @dataclass
 class Candidate:
-    """A row to be measured: its configuration and workers, what they answered, or why it cannot be measured.
+    """A row to be measured: its configuration and ranks, what they answered, or why it cannot be measured.
 
     Attributes:
         twin: an earlier row with the same configuration, which is measured for both.
@@ -67,7 +65,7 @@ class Candidate:
 
     row: Row
     config: Config | None = None
-    workers: WorkerGroup | None = None
+    ranks: RankGroup | None = None
     ready: list[WorkerReady] = field(default_factory=list)
     steps: list[list[StepTiming]] = field(default_factory=list)
     error: str | None = None
@@ -84,14 +82,14 @@ class Candidate:
         assert self.config is not None
         return self.config.training.global_batch_size * self.config.training.seq_length
 
-    def ask(self, question: Callable[[WorkerGroup], list[T]], say: Callable[[str], None]) -> list[T]:
-        """All workers' answers; empty where the row has failed, now or before."""
-        if self.workers is None:
+    def ask(self, question: Callable[[RankGroup], list[Any]], say: Callable[[str], None]) -> list[Any]:
+        """All ranks' answers; empty where the row has failed, now or before."""
+        if self.ranks is None:
             return []
         try:
-            return question(self.workers)
-        except RowFailed as failure:
-            self.error, self.workers = str(failure), None
+            return question(self.ranks)
+        except RankError as failure:
+            self.error, self.ranks = str(failure), None
             say(f"{self.row.name} cannot be measured: {failure}")
             return []
 
@@ -118,19 +116,19 @@ def measure(
     try:
         say(f"starting the processes of {len(measured)} rows")
         for candidate in measured:
-            assert candidate.config is not None
-            candidate.workers = WorkerGroup(candidate.config, candidate.row.processes, plan.threads)
+            processes = candidate.row.processes
+            candidate.ranks = RankGroup(benchmark_rank, candidate.config, processes=processes, threads=plan.threads)
         for number, candidate in enumerate(measured, 1):
             if stopped():
                 break
-            candidate.ready = candidate.ask(WorkerGroup.ready, say)
+            candidate.ready = candidate.ask(RankGroup.answers, say)
             if candidate.ready:
                 say(f"{number} of {len(measured)} ready: {candidate.row.name}")
         peak = _repeat(measured, plan, say, stopped)
     finally:
         for candidate in measured:
-            if candidate.workers is not None:
-                candidate.workers.close()
+            if candidate.ranks is not None:
+                candidate.ranks.close()
     return {
         "kind": "benchmark",
         "complete": all(len(c.steps) == plan.repeats for c in measured if c.error is None),
@@ -169,7 +167,7 @@ def _repeat(
         for candidate in order.sample(measured, len(measured)):
             if stopped():
                 return peak
-            times = candidate.ask(WorkerGroup.step, say)
+            times = candidate.ask(RankGroup.ask, say)
             if times and repeat >= 0:
                 candidate.steps.append(times)
         done, left = repeat + plan.warm_up + 1, plan.repeats - repeat - 1

@@ -11,8 +11,8 @@ from megatron_crnet.config.loading import load_config
 from megatron_crnet.reporting import benchmark
 from megatron_crnet.reporting.benchmark import BenchmarkPlan, Candidate
 from megatron_crnet.reporting.benchmark_rows import SWEEPS, Row, parse_row, sweep_rows
-from megatron_crnet.reporting.benchmark_workers import PeakMemory, StepTiming, WorkerReady
 from megatron_crnet.reporting.step_identity import identify_step
+from megatron_crnet.reporting.training_rank import PeakMemory, StepTiming, WorkerReady
 from megatron_crnet.utils.environment import command_line
 from megatron_crnet.utils.errors import ConfigError
 

@@ -1,0 +1,152 @@
+"""What a rank of a `RankGroup` does to be measured: training steps on random tokens, counted and timed."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_crnet.config.schema import Config
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """Bytes of one rank at the peak of a step: on CPUs of tensors that are alive, on GPUs the allocator's.
+
+    Attributes:
+        weights: parameters.
+        optimizer: fp32 weights and moments.
+        gradients: what else is there after the passes, before they are reduced, but for buffers of communication.
+        activations: the rest of the peak: activations, logits, those buffers, temporary tensors.
+    """
+
+    weights: int
+    optimizer: int
+    gradients: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return self.weights + self.optimizer + self.gradients + self.activations
+
+
+@dataclass(frozen=True)
+class WorkerReady:
+    """A rank has built its model and counted one step.
+
+    Attributes:
+        traffic: bytes of this rank's calls by group and kind, as in docs/parallelism.md.
+        operations: of matrix products and attention, recomputation included, as PyTorch's counter counts them.
+    """
+
+    memory: PeakMemory
+    traffic: dict[str, int]
+    operations: int
+
+
+@dataclass(frozen=True)
+class StepTiming:
+    """One step of a rank: wall-clock seconds, seconds of its processor, and the loss."""
+
+    seconds: float
+    cpu_seconds: float
+    loss: float
+
+
+def benchmark_rank(config: Config) -> Iterator[WorkerReady | StepTiming]:
+    """The program of a rank: counts a step, then times one after another."""
+    rank = _TrainingRank(config)
+    yield rank.counted()
+    while True:
+        yield rank.timed()
+
+
+def resident_rank(config: Config) -> Iterator[dict[str, Any]]:
+    """The program of a rank: resident KiB of its process before two steps and at the peak."""
+    rank = _TrainingRank(config)
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    rank.step()
+    rank.step()
+    seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield {"name": config.recompute.strategy, "before_kib": before, "peak_kib": peak, "seconds": seconds}
+
+
+class _TrainingRank:
+    """An engine and this rank's part of a batch of random tokens."""
+
+    def __init__(self, config: Config) -> None:
+        from megatron_crnet.config.batch import plan_batches
+        from megatron_crnet.distributed.launcher import read_launch
+        from megatron_crnet.distributed.process_groups import initialize_parallel
+        from megatron_crnet.engine.engine import TrainEngine
+        from megatron_crnet.model.gpt import build_model_chunks
+        from megatron_crnet.planning.counted_step import synthetic_batch
+        from megatron_crnet.planning.counters import LiveMemory
+
+        plan = plan_batches(config, read_launch().world_size)
+        self.tokens = plan.tokens_per_step
+        self.memory: Any = _AllocatorMemory() if torch.cuda.is_available() else LiveMemory()
+        with self.memory:
+            self.context = initialize_parallel(config)
+            self.engine = TrainEngine(config, build_model_chunks(config), self.context)
+        # ranks that share a replica read the same tokens
+        generator = torch.Generator().manual_seed(config.training.seed + self.context.dp_rank)
+        batch = synthetic_batch(config, self.context.device)
+        self.batches = []
+        for _ in range(plan.num_microbatches):
+            tokens = torch.randint(config.model.vocab_size, batch["tokens"].shape, generator=generator)
+            tokens = tokens.to(self.context.device)
+            self.batches.append({**batch, "tokens": tokens, "labels": tokens})
+
+    def step(self) -> float:
+        """Train. Returns the loss."""
+        loss = self.engine.forward_backward(self.batches, self.tokens)
+        self.engine.update()
+        return loss
+
+    def counted(self) -> WorkerReady:
+        """Two steps, of which the second is counted: the first one allocates what stays."""
+        from megatron_crnet.engine.schedule import loss_totals
+        from megatron_crnet.planning.counted_step import comm_volumes, state_bytes
+        from megatron_crnet.planning.counters import CommunicationCounter, OperationCounter
+
+        counter, operations, memory = CommunicationCounter(), OperationCounter(), self.memory
+        with memory:
+            self.step()
+            memory.reset_peak()
+            with counter, operations:
+                results = self.engine.accumulate(self.batches, self.tokens)
+                after_passes = memory.current
+                weights, optimizer, buffers = state_bytes(self.engine)
+                self.engine.reduce_gradients()
+                loss_totals(results, self.context.device)
+                self.engine.update()
+        gradients = max(after_passes - weights - optimizer - buffers, 0)
+        peak = PeakMemory(weights, optimizer, gradients, max(memory.peak - weights - optimizer - gradients, 0))
+        traffic: Counter[str] = Counter()
+        for flow in comm_volumes(counter):
+            traffic[f"{flow.group} {flow.kind}"] += flow.bytes
+        return WorkerReady(peak, dict(traffic), operations.total)
+
+    def timed(self) -> StepTiming:
+        """One step by the clock."""
+        torch.cuda.synchronize()  # without a GPU it does nothing: cpu_backend
+        started, cpu_started = time.perf_counter(), time.process_time()
+        loss = self.step()
+        torch.cuda.synchronize()
+        return StepTiming(time.perf_counter() - started, time.process_time() - cpu_started, loss)
+
+
+class _AllocatorMemory(nullcontext[None]):
+    """CUDA's allocator with the interface of `LiveMemory`."""
+
+    current = property(lambda _: torch.cuda.memory_allocated())
+    peak = property(lambda _: torch.cuda.max_memory_allocated())
+    reset_peak = staticmethod(torch.cuda.reset_peak_memory_stats)
