@@ -39,7 +39,7 @@ def build_parser(prog: str) -> ToolParser:
         "--workers",
         type=int,
         default=available_cpus(),
-        help="processes that tokenize; 0 uses none (default: one for each CPU, here %(default)s)",
+        help="processes that tokenize; 0 uses none (default: one per CPU, here %(default)s)",
     )
     parser.add_argument("--no-append-eod", action="store_true", help="do not end documents with the end token")
     parser.add_argument(
@@ -76,6 +76,6 @@ def run(call: Call) -> int:
         f"{args.output}: {result.documents:,} documents, {result.tokens:,} tokens, {result.text_bytes:,} bytes of text "
         f"in {result.seconds:.1f} s"
     )
-    for line in result.stats.summary():
+    for line in result.summary():
         print(line)
     return 0

@@ -1,9 +1,8 @@
 """Reads documents from files and folders, in two steps that different processes can take.
 
-`read_chunks` opens and decompresses files in a fixed order and hands out chunks of raw bytes;
-`chunk_documents` decodes one chunk. A `.json`, `.jsonl` or `.ndjson` file holds one JSON object a line
-(C4's layout), a `.parquet` file one document in each row; any other file is one document. What is left out is
-counted by file and reason.
+`read_chunks` opens and decompresses files in a fixed order and yields chunks of raw bytes; `chunk_documents` decodes
+one chunk. A `.json`, `.jsonl` or `.ndjson` file holds one JSON object per line (C4's layout), a `.parquet` file one
+document per row; any other file is one document. Skipped documents are counted by file and reason.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_crnet.data.corpus_files import BOM, Format, InputFile, Listing, list_files
+from megatron_crnet.data.corpus_files import BOM, Format, InputFile, Rules, list_files, total_bytes
 from megatron_crnet.data.corpus_stats import CorpusStats, Kind
 from megatron_crnet.data.decompression import DamagedError, decompressed
 from megatron_crnet.data.parquet import parquet_texts
@@ -26,55 +25,26 @@ from megatron_crnet.utils.progress import Progress
 
 CHUNK_BYTES = 1 << 18
 
-
-@dataclass(frozen=True)
-class LineChunk:
-    """Whole lines of one JSON-lines file."""
-
-    source: str
-    first_line: int
-    data: bytes
-    input_bytes: int
-    """Bytes of the file, as it lies on disk, read for this chunk."""
+Document = tuple[str, int, str, int]
+"""Text, its UTF-8 size, its file, and its line or row there, from 1 on; 0 for a whole file."""
 
 
 @dataclass(frozen=True)
-class FileChunk:
-    """Whole text files: names and contents."""
+class Chunk:
+    """Whole lines of one JSON-lines file, rows of one Parquet file, or whole text files.
 
+    Attributes:
+        sources: names of the files; one per content for text files.
+        contents: the lines joined; or one per row, None without text; or one per file. Empty for a file without any.
+        input_bytes: bytes on disk that were read for this chunk.
+        first: number of the first line or row, from 1 on.
+    """
+
+    format: Format
     sources: tuple[str, ...]
-    contents: tuple[bytes, ...]
+    contents: tuple[bytes | None, ...]
     input_bytes: int
-
-
-@dataclass(frozen=True)
-class RowChunk:
-    """Rows of one Parquet file."""
-
-    source: str
-    first_row: int
-    texts: tuple[bytes | None, ...]
-    input_bytes: int
-
-
-Chunk = LineChunk | FileChunk | RowChunk
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How files become documents."""
-
-    text_key: str = "text"
-    """Key of the text in a JSON object, or the column in a Parquet file; `data.text` is the key text in the object
-    data, unless there is a key that holds the dot."""
-    strict: bool = False
-    """Refuse the first unreadable line or file, and broken links, instead of counting them."""
-    format: Format | None = None
-    """How every file is read; None goes by the suffix."""
-
-
-_Decoded = Iterator[tuple[str, int, str, int]]
-"""Text, its UTF-8 size, its file, and its line or row there, from 1 on, or 0 for a whole file."""
+    first: int = 0
 
 
 def iter_documents(
@@ -96,31 +66,19 @@ def iter_documents(
     """
     stats = CorpusStats() if stats is None else stats
     rules = Rules(text_key, strict, file_format)
-    listing = open_corpus(paths, rules, stats)
-    started, input_bytes = time.monotonic(), 0
+    files = list_files(paths, rules, stats)
+    started, input_bytes, total = time.monotonic(), 0, total_bytes(files)
 
     def report() -> None:
         if progress is not None:
-            files, total, seconds = len(listing.files), listing.total_bytes, time.monotonic() - started
-            progress(Progress(stats.documents, stats.text_bytes, 0, input_bytes, total, files, seconds))
+            seconds = time.monotonic() - started
+            progress(Progress(stats.documents, stats.text_bytes, 0, input_bytes, total, len(files), seconds))
 
     report()
-    for chunk in read_chunks(listing.files, text_key=text_key):
-        yield from chunk_documents(chunk, rules, stats)
+    for chunk in read_chunks(files, text_key=text_key):
+        yield from [document[0] for document in chunk_documents(chunk, rules, stats)]
         input_bytes += chunk.input_bytes
         report()
-
-
-def open_corpus(paths: Iterable[str | Path], rules: Rules, stats: CorpusStats) -> Listing:
-    """The files of `paths`; what of folders is none of them is noted in `stats`.
-
-    Raises:
-        DataError: a path is missing, or a file cannot be read.
-    """
-    listing = list_files(paths, rules.text_key, rules.format, rules.strict)
-    stats.passed_over += listing.passed_over
-    stats.remarks += listing.remarks
-    return listing
 
 
 def read_chunks(files: Iterable[InputFile], chunk_bytes: int = CHUNK_BYTES, text_key: str = "text") -> Iterator[Chunk]:
@@ -137,150 +95,7 @@ def read_chunks(files: Iterable[InputFile], chunk_bytes: int = CHUNK_BYTES, text
             yield from _line_chunks(file, chunk_bytes) if kind == "jsonl" else _row_chunks(file, chunk_bytes, text_key)
 
 
-def chunk_documents(chunk: Chunk, rules: Rules, stats: CorpusStats) -> list[str]:
-    """Decode the texts of one chunk, counting into `stats`.
-
-    Raises:
-        DataError: with `rules.strict`, naming file and line of what cannot be decoded.
-    """
-    texts = []
-    for text, size, source, place in _decoded(chunk, rules, stats):
-        if text and not text.isspace():
-            texts.append(text)
-            stats.text_bytes += size
-        else:
-            stats.skip(source, "empty", place)
-    stats.documents += len(texts)
-    return texts
-
-
-def chunk_places(chunk: Chunk, rules: Rules) -> list[tuple[str, int]]:
-    """File and place of each text of `chunk_documents`, by decoding the chunk again.
-
-    Few are asked for: kept beside every text they would slow short documents down.
-    """
-    found = _decoded(chunk, rules, CorpusStats())
-    return [(source, place) for text, _, source, place in found if text and not text.isspace()]
-
-
-def _decoded(chunk: Chunk, rules: Rules, stats: CorpusStats) -> _Decoded:
-    if isinstance(chunk, LineChunk):
-        return _decode_lines(chunk, rules, stats)
-    if isinstance(chunk, RowChunk):
-        return _decode_rows(chunk, rules, stats)
-    return _decode_files(chunk, rules, stats)
-
-
-def _decode_lines(chunk: LineChunk, rules: Rules, stats: CorpusStats) -> _Decoded:
-    source = chunk.source
-    if not chunk.data:
-        stats.skip(source, "empty", 0)
-        return
-    marked = BOM in chunk.data
-    names = {rules.text_key, *rules.text_key.split(".")}
-    decode = json.JSONDecoder(object_pairs_hook=partial(_refuse_two, names)).decode
-    for number, line in enumerate(chunk.data.split(b"\n"), start=chunk.first_line):
-        if marked:
-            line = line.removeprefix(BOM)  # files that were joined may have one anywhere
-        if not line or line.isspace():
-            continue
-        try:
-            text = text_at(decode(line.decode()), rules.text_key)
-            yield text, len(text.encode()), source, number
-        except UnicodeError as error:
-            _skip(stats, rules, "invalid_utf8", source, number, "is not valid UTF-8", error)
-        except _TwoTextsError as error:
-            _skip(stats, rules, "two_texts", source, number, f"has the key {rules.text_key!r} twice", error)
-        except KeyError as error:
-            _skip(stats, rules, "missing_text", source, number, f"has no key {rules.text_key!r}", error)
-        except TypeError as error:
-            what = f"has no string under the key {rules.text_key!r}"
-            _skip(stats, rules, "not_text", source, number, what, error)
-        except (ValueError, RecursionError) as error:
-            _skip(stats, rules, "invalid_json", source, number, "is not a JSON object", error)
-
-
-def _decode_files(chunk: FileChunk, rules: Rules, stats: CorpusStats) -> _Decoded:
-    for source, content in zip(chunk.sources, chunk.contents, strict=True):
-        content = content.removeprefix(BOM)
-        try:
-            text = content.decode()
-        except UnicodeDecodeError as error:
-            line = content.count(b"\n", 0, error.start) + 1
-            _skip(stats, rules, "invalid_utf8", source, 0, "is not valid UTF-8", error, line)
-        else:
-            yield text, len(content), source, 0
-
-
-def _decode_rows(chunk: RowChunk, rules: Rules, stats: CorpusStats) -> _Decoded:
-    if not chunk.texts:
-        stats.skip(chunk.source, "empty", 0)
-    for row, value in enumerate(chunk.texts, start=chunk.first_row):
-        if value is None:
-            what = f"has no text under the key {rules.text_key!r}"
-            _skip(stats, rules, "missing_text", chunk.source, row, what, KeyError(rules.text_key))
-            continue
-        try:
-            text = value.decode()
-        except UnicodeDecodeError as error:
-            _skip(stats, rules, "invalid_utf8", chunk.source, row, "is not valid UTF-8", error)
-        else:
-            yield text, len(value), chunk.source, row
-
-
-class _TwoTextsError(Exception):
-    """An object with the text key, or a part of it, twice, of which JSON readers take the last without a word."""
-
-
-def _refuse_two(names: set[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs) and any([key for key, _ in pairs].count(name) > 1 for name in names):
-        raise _TwoTextsError
-    return found
-
-
-def text_at(value: Any, key: str) -> str:
-    """The string under `key`; `a.b` is the key b in the object under a, unless there is a key "a.b".
-
-    Raises:
-        ValueError: `value` is not an object.
-        KeyError: it has no such key.
-        TypeError: what is there is not a string.
-    """
-    if not isinstance(value, dict):
-        raise ValueError("not an object")
-    for part in (key,) if key in value else key.split("."):
-        if not isinstance(value, dict):
-            raise KeyError(key)
-        value = value[part]
-    if not isinstance(value, str):
-        raise TypeError(key)
-    return value
-
-
-def _skip(
-    stats: CorpusStats,
-    rules: Rules,
-    kind: Kind,
-    source: str,
-    place: int,
-    what: str,
-    error: Exception,
-    line: int | None = None,
-) -> None:
-    """Count a document that cannot be decoded, or refuse it.
-
-    Args:
-        line: where in a file that is one document.
-    """
-    if rules.strict:
-        where = f"{source}:{line or place}"
-        raise DataError(f"{where} {what}: repair it, or leave out --strict to skip it") from error
-    stats.skip(source, kind, place)
-
-
-def _file_chunks(files: Iterable[InputFile], chunk_bytes: int) -> Iterator[FileChunk]:
-    """Gather small files until they are worth a chunk."""
+def _file_chunks(files: Iterable[InputFile], chunk_bytes: int) -> Iterator[Chunk]:
     sources: list[str] = []
     contents: list[bytes] = []
     consumed = size = 0
@@ -291,14 +106,14 @@ def _file_chunks(files: Iterable[InputFile], chunk_bytes: int) -> Iterator[FileC
         consumed += sum(block_consumed for _, block_consumed in blocks)
         size += len(contents[-1])
         if size >= chunk_bytes:
-            yield FileChunk(tuple(sources), tuple(contents), consumed)
+            yield Chunk("text", tuple(sources), tuple(contents), consumed)
             sources, contents, consumed, size = [], [], 0, 0
     if sources:
-        yield FileChunk(tuple(sources), tuple(contents), consumed)
+        yield Chunk("text", tuple(sources), tuple(contents), consumed)
 
 
-def _line_chunks(file: InputFile, chunk_bytes: int) -> Iterator[LineChunk]:
-    """Cut a file at the last line end of each block; a file without any gives an empty chunk."""
+def _line_chunks(file: InputFile, chunk_bytes: int) -> Iterator[Chunk]:
+    """Cut a file at the last line end of each block."""
     line, consumed, empty = 1, 0, True
     parts: list[bytes] = []
     for block, block_consumed in _read_blocks(file, chunk_bytes):
@@ -308,21 +123,20 @@ def _line_chunks(file: InputFile, chunk_bytes: int) -> Iterator[LineChunk]:
             parts.append(block)
             continue
         data = b"".join([*parts, block[:cut]])
-        yield LineChunk(file.name, line, data, consumed)
+        yield Chunk("jsonl", (file.name,), (data,), consumed, line)
         line, consumed, parts, empty = line + data.count(b"\n"), 0, [block[cut:]], False
     if (data := b"".join(parts)) or empty:
-        yield LineChunk(file.name, line, data, consumed)
+        yield Chunk("jsonl", (file.name,), (data,) if data else (), consumed, line)
 
 
-def _row_chunks(file: InputFile, chunk_bytes: int, text_key: str) -> Iterator[RowChunk]:
-    """Gather rows until they are worth a chunk; a file without any gives an empty chunk."""
+def _row_chunks(file: InputFile, chunk_bytes: int, text_key: str) -> Iterator[Chunk]:
     texts: list[bytes | None] = []
     first, size = 0, 0
     rows, batches = parquet_texts(file.path, text_key)
 
-    def chunk() -> RowChunk:
+    def chunk() -> Chunk:
         start, end = ((file.size or 0) * row // max(rows, 1) for row in (first, first + len(texts)))
-        return RowChunk(file.name, first + 1, tuple(texts), end - start)
+        return Chunk("parquet", (file.name,), tuple(texts), end - start, first + 1)
 
     for text in itertools.chain.from_iterable(batches):
         texts.append(text)
@@ -345,10 +159,106 @@ def _read_blocks(file: InputFile, size: int) -> Iterator[tuple[bytes, int]]:
     except DamagedError as error:
         raise DataError(f"{file.name} is truncated or damaged ({error}): fetch it again") from error
     except OSError as error:
-        raise DataError(
-            f"{file.name} cannot be read ({error.strerror or error}): correct path or permissions"
-        ) from error
+        reason = error.strerror or error
+        raise DataError(f"{file.name} cannot be read ({reason}): correct path or permissions") from error
     if file.size is not None and read != file.size:
         raise DataError(
             f"{file.name} had {file.size} bytes and {read} when it was read: wait until nobody writes to it"
         )
+
+
+def chunk_documents(chunk: Chunk, rules: Rules, stats: CorpusStats) -> list[Document]:
+    """Decode the texts of one chunk, counting into `stats`.
+
+    Raises:
+        DataError: with `rules.strict`, naming file and line of what cannot be decoded.
+    """
+    documents = []
+    decode = _json_decoder(rules.text_key) if chunk.format == "jsonl" else _decode
+    if not chunk.contents:
+        stats.skip(chunk.sources[0], "empty", 0)
+    for source, place, content in _entries(chunk):
+        try:
+            text = decode(content)
+            size = len(text.encode())  # refuses the lone surrogates that JSON can hold
+        except UNDECODABLE as error:
+            kind, what = next((kind, what) for types, kind, what in REASONS if isinstance(error, types))
+            if rules.strict:
+                line = place or content.count(b"\n", 0, getattr(error, "start", 0)) + 1
+                what = f"{source}:{line} {what.format(key=rules.text_key)}"
+                raise DataError(f"{what}: repair it, or leave out --strict to skip it") from error
+            stats.skip(source, kind, place)
+            continue
+        if text and not text.isspace():
+            documents.append((text, size, source, place))
+            stats.text_bytes += size
+        else:
+            stats.skip(source, "empty", place)
+    stats.documents += len(documents)
+    return documents
+
+
+def _entries(chunk: Chunk) -> Iterator[tuple[str, int, Any]]:
+    """File, place and bytes of each document of a chunk."""
+    source = chunk.sources[0]
+    if chunk.format == "text":
+        for source, content in zip(chunk.sources, chunk.contents, strict=True):
+            yield source, 0, (content or b"").removeprefix(BOM)
+    elif chunk.format == "parquet":
+        for row, content in enumerate(chunk.contents, start=chunk.first):
+            yield source, row, content
+    else:
+        data = b"".join(filter(None, chunk.contents))
+        marked = BOM in data
+        for number, line in enumerate(data.split(b"\n"), start=chunk.first):
+            if marked:
+                line = line.removeprefix(BOM)  # concatenated files may have one anywhere
+            if line and not line.isspace():
+                yield source, number, line
+
+
+def _decode(content: bytes | None) -> str:
+    if content is None:
+        raise KeyError
+    return content.decode()
+
+
+def _json_decoder(key: str) -> Callable[[bytes], str]:
+    """Text under `key` in one line of JSON; see REASONS for what it raises."""
+    parse = json.JSONDecoder(object_pairs_hook=partial(_refuse_duplicates, {key, *key.split(".")})).decode
+
+    def decode(line: bytes) -> str:
+        value = parse(line.decode())
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+        for part in (key,) if key in value else key.split("."):
+            if not isinstance(value, dict):
+                raise KeyError(key)
+            value = value[part]
+        if not isinstance(value, str):
+            raise TypeError(key)
+        return value
+
+    return decode
+
+
+class _DuplicateKeyError(Exception):
+    """The text key, or a part of it, occurs twice in an object, of which JSON readers silently take the last."""
+
+
+def _refuse_duplicates(names: set[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs) and any([key for key, _ in pairs].count(name) > 1 for name in names):
+        raise _DuplicateKeyError
+    return found
+
+
+UNDECODABLE = (_DuplicateKeyError, KeyError, TypeError, ValueError, RecursionError)
+REASONS: tuple[tuple[tuple[type[Exception], ...], Kind, str], ...] = (
+    ((UnicodeError,), "invalid_utf8", "is not valid UTF-8"),
+    ((_DuplicateKeyError,), "two_texts", "has the key {key!r} twice"),
+    ((KeyError,), "missing_text", "has no text under the key {key!r}"),
+    ((TypeError,), "not_text", "has no string under the key {key!r}"),
+    ((ValueError, RecursionError), "invalid_json", "is not a JSON object"),
+)
+"""Why a document cannot be decoded: exceptions, the most specific first, kind and message."""

@@ -1,18 +1,20 @@
-"""Which files are a corpus, and how each is to be read. What cannot be read is refused by name before any work."""
+"""Which files are a corpus, and how each is read. What cannot be read is refused by name before any work."""
 
 from __future__ import annotations
 
 import codecs
 import errno
+import itertools
 import os
 import re
 import stat
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from megatron_crnet.data.corpus_stats import CorpusStats
 from megatron_crnet.data.decompression import SUFFIXES, Compression, DamagedError, beginning, compression_of
 from megatron_crnet.data.parquet import check_parquet
 from megatron_crnet.utils.errors import DataError
@@ -39,18 +41,33 @@ NAMED_AT_ONCE = 5
 
 
 @dataclass(frozen=True)
+class Rules:
+    """How files become documents.
+
+    Attributes:
+        text_key: key of the text in a JSON object, or column of a Parquet file; `data.text` is the key text in the
+            object data, unless there is a key that holds the dot.
+        strict: refuse the first unreadable line or file, and broken links, instead of counting them.
+        format: how every file is read; None goes by the suffix.
+    """
+
+    text_key: str = "text"
+    strict: bool = False
+    format: Format | None = None
+
+
+@dataclass(frozen=True)
 class InputFile:
-    """A file and how it is read."""
+    """A file and how it is read; `size` is its bytes on disk, None for standard input."""
 
     path: Path
     format: Format
     compression: Compression | None
     size: int | None
-    """Bytes on disk; None for standard input."""
 
     @property
     def name(self) -> str:
-        """What it is called in messages."""
+        """Its name in messages."""
         return "standard input" if self.path == STANDARD_INPUT else str(self.path)
 
     def open(self) -> BinaryIO:
@@ -58,169 +75,122 @@ class InputFile:
         return sys.stdin.buffer if self.path == STANDARD_INPUT else self.path.open("rb")
 
 
-@dataclass
-class Listing:
-    """The files of a corpus, in order, and the entries of folders that are none."""
-
-    files: list[InputFile] = field(default_factory=list)
-    passed_over: list[str] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
-
-    @property
-    def total_bytes(self) -> int | None:
-        """Bytes of all files; None when standard input is among them."""
-        sizes = [file.size for file in self.files if file.size is not None]
-        return sum(sizes) if len(sizes) == len(self.files) else None
+def total_bytes(files: Iterable[InputFile]) -> int | None:
+    """Bytes of all files; None when standard input is among them."""
+    sizes = [file.size for file in files]
+    return None if None in sizes else sum(filter(None, sizes))
 
 
 def list_files(
-    paths: Iterable[str | Path], text_key: str = "text", file_format: Format | None = None, strict: bool = False
-) -> Listing:
+    paths: Iterable[str | Path], rules: Rules | None = None, stats: CorpusStats | None = None
+) -> list[InputFile]:
     """The files of `paths` in order; a folder stands for its files, sorted by their path within it.
 
     In a folder, hidden files and folders are passed over, linked folders are followed, each once, and broken links
-    are named. "-" is standard input.
-
-    Args:
-        text_key: key of the text, which Parquet files must have as a column.
-        file_format: how to read every file; None goes by the suffix.
-        strict: refuse broken links.
+    are passed over; `stats` names them. "-" is standard input.
 
     Raises:
         DataError: a path is neither a file nor a folder, or a file cannot be read in the format that it has.
     """
-    listing = Listing()
+    rules = rules or Rules()
+    stats = CorpusStats() if stats is None else stats
+    files: list[InputFile] = []
     refused: list[str] = []
     for path in map(Path, paths):
-        found = [path]
-        if os.path.isdir(path):
-            folder = _Folder(path, strict)
-            found = folder.files()
-            listing.passed_over += folder.passed_over
-            listing.remarks += folder.remarks
-        for file in found:
+        for file in _files_within(path, rules.strict, stats) if os.path.isdir(path) else [path]:
             try:
-                listing.files.append(_input_file(file, text_key, file_format))
+                files.append(_input_file(file, rules))
             except DataError as error:
                 refused.append(str(error))
     if refused:
         rest = len(refused) - NAMED_AT_ONCE
         raise DataError("; ".join(refused[:NAMED_AT_ONCE]) + (f"; and {rest} more files" if rest > 0 else ""))
-    if [file.path for file in listing.files].count(STANDARD_INPUT) > 1:
+    if [file.path for file in files].count(STANDARD_INPUT) > 1:
         raise DataError("standard input (-) is given twice, but can be read once: give it once")
-    return listing
+    return files
 
 
 def check_outside(targets: Iterable[Path], inputs: Iterable[str | Path]) -> None:
-    """Raise DataError if a file that is written is input, or would be the next time."""
-    for path in map(Path, inputs):
-        for target in targets:
-            resolved = target.resolve()
-            if os.path.isdir(path) and resolved.is_relative_to(path.resolve()):
-                raise DataError(
-                    f"the output {target} lies inside the input folder {path}, where it would be input the next time: "
-                    "choose another folder for it"
-                )
-            if resolved == path.resolve():
-                raise DataError(f"the output {target} is also the input: choose another name")
+    """Raise DataError if an output file is input, or would be the next time."""
+    for path, target in itertools.product(map(Path, inputs), targets):
+        if os.path.isdir(path) and target.resolve().is_relative_to(path.resolve()):
+            raise DataError(
+                f"the output {target} lies inside the input folder {path}, where it would be input the next time: "
+                "choose another folder for it"
+            )
+        if target.resolve() == path.resolve():
+            raise DataError(f"the output {target} is also the input: choose another name")
 
 
-class _Folder:
-    """A walk through a folder, real folders before linked ones."""
-
-    def __init__(self, root: Path, strict: bool) -> None:
-        self.passed_over: list[str] = []
-        self.remarks: list[str] = []
-        self._root = root
-        self._strict = strict
-        self._folders: dict[tuple[int, int], Path] = {}
-        self._files: dict[tuple[int, int], Path] = {}
-        self._linked: list[Path] = []
-
-    def files(self) -> list[Path]:
-        """Its files, sorted by their path within it."""
-        found = list(self._walk(self._root))
-        while self._linked:
-            found += self._walk(self._linked.pop(0))
-        found.sort(key=lambda path: path.relative_to(self._root).as_posix())
-        for path in found:
-            identity = _identity(path.stat())
-            if identity in self._files:
-                self.remarks.append(f"{path} is the same file as {self._files[identity]}; both were read")
-            self._files.setdefault(identity, path)
-        return found
-
-    def _walk(self, folder: Path) -> Iterator[Path]:
-        identity = _identity(folder.stat())
-        if identity in self._folders:
-            self.passed_over.append(f"{folder} (the same folder as {self._folders[identity]})")
-            return
-        self._folders[identity] = folder
+def _files_within(root: Path, strict: bool, stats: CorpusStats) -> list[Path]:
+    """The files of a folder, sorted by their path within it; real folders are visited before linked ones."""
+    found, kept = list[Path](), list[Path]()
+    files, folders = dict[tuple[int, int], Path](), dict[tuple[int, int], Path]()
+    pending = [root]
+    while pending:
+        for name, subfolders, names in os.walk(pending.pop(0), onerror=_refuse_folder):
+            folder, real = Path(name), list[str]()
+            first = folders.setdefault(_identity(folder), folder)
+            if first != folder:
+                stats.passed_over.append(f"{folder} (the same folder as {first})")
+                names, subfolders[:] = [], []
+            for path in (folder / entry for entry in sorted([*names, *subfolders])):
+                if path.name.startswith("."):
+                    stats.passed_over.append(f"{path} (hidden)")
+                elif path.name in WITHOUT_ROWS:
+                    stats.passed_over.append(f"{path} (holds no rows)")
+                elif path.name not in subfolders:
+                    found.append(path)
+                elif path.is_symlink():
+                    pending.append(path)
+                else:
+                    real.append(path.name)
+            subfolders[:] = real
+    for path in sorted(found, key=lambda path: path.relative_to(root).as_posix()):
         try:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            same = files.setdefault(_identity(path), path)
         except OSError as error:
-            raise DataError(f"{folder} cannot be read ({error.strerror}): correct its permissions") from error
-        for entry in entries:
-            path = Path(entry.path)
-            if entry.name.startswith("."):
-                self.passed_over.append(f"{path} (hidden)")
-                continue
-            if entry.name in WITHOUT_ROWS:
-                self.passed_over.append(f"{path} (holds no rows)")
-                continue
-            try:
-                mode = path.stat().st_mode
-            except OSError as error:
-                self._broken(path, error)
-                continue
-            if stat.S_ISDIR(mode) and entry.is_symlink():
-                self._linked.append(path)
-            elif stat.S_ISDIR(mode):
-                yield from self._walk(path)
-            else:
-                yield path
-
-    def _broken(self, path: Path, error: OSError) -> None:
-        if not path.is_symlink() or self._strict:
-            raise DataError(f"{path} cannot be read ({error.strerror}): correct or remove it") from error
-        self.passed_over.append(f"{path} (a broken link to {os.readlink(path)})")
+            if strict or not path.is_symlink():
+                raise DataError(f"{path} cannot be read ({error.strerror}): correct or remove it") from error
+            stats.passed_over.append(f"{path} (a broken link to {os.readlink(path)})")
+            continue
+        kept.append(path)
+        if same != path:
+            stats.remarks.append(f"{path} is the same file as {same}; both were read")
+    return kept
 
 
-def _identity(status: os.stat_result) -> tuple[int, int]:
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
     return status.st_dev, status.st_ino
 
 
-def _input_file(path: Path, text_key: str, file_format: Format | None) -> InputFile:
-    """Look at a file and its first bytes.
+def _refuse_folder(error: OSError) -> None:
+    raise DataError(f"{error.filename} cannot be read ({error.strerror}): correct its permissions") from error
 
-    Raises:
-        DataError: it cannot be read.
-    """
-    if path == STANDARD_INPUT:
-        if file_format is None or file_format == "parquet":
-            raise DataError("standard input (-) has no suffix that says what it holds: give --format jsonl or text")
-        head = _peek_standard_input()
-        file = InputFile(path, file_format, compression_of(head), None)
-    else:
-        size, head = _peek(path)
-        file = InputFile(path, file_format or _format(path, head), compression_of(head), size)
-    if file_format is None:
-        _refuse_other_kinds(path)
+
+def _input_file(path: Path, rules: Rules) -> InputFile:
+    """Look at a file and its first bytes; raise DataError if it cannot be read."""
+    by_suffix = rules.format is None
+    size, head = (None, _peek_standard_input(rules)) if path == STANDARD_INPUT else _peek(path)
+    file = InputFile(path, rules.format or _format(path, head), compression_of(head), size)
     if file.format == "parquet":
-        check_parquet(path, text_key)
+        check_parquet(path, rules.text_key)
         return file
     suffix = path.suffix.lower()
-    if suffix in SUFFIXES and file.compression is None and head:
-        raise DataError(f"{path} is truncated or damaged (not {SUFFIXES[suffix]}): fetch it again")
     try:
+        if suffix in SUFFIXES and file.compression is None and head:
+            raise DamagedError(f"not {SUFFIXES[suffix]}")
         text = beginning(head, file.compression)
     except DamagedError as error:
         raise DataError(f"{file.name} is truncated or damaged ({error}): fetch it again") from error
-    _refuse_other_text(file, text, text_key, by_suffix=file_format is None)
+    _check_text(file, text, rules.text_key, by_suffix)
     return file
 
 
-def _peek_standard_input() -> bytes:
+def _peek_standard_input(rules: Rules) -> bytes:
+    if rules.format in (None, "parquet"):
+        raise DataError("standard input (-) has no suffix that says what it holds: give --format jsonl or text")
     try:
         if not sys.stdin:  # it is None if it was closed when Python began
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
@@ -247,29 +217,24 @@ def _peek(path: Path) -> tuple[int, bytes]:
 
 
 def _suffixes(path: Path) -> list[str]:
-    """The suffixes of a name in lower case, without the one of its compression."""
+    """The suffixes of a name in lower case, without that of its compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     return suffixes[:-1] if suffixes and suffixes[-1] in SUFFIXES else suffixes
 
 
 def _format(path: Path, head: bytes) -> Format:
-    if head.startswith(b"PAR1"):
-        return "parquet"
+    """The format of a file by its first bytes and its suffix; raise DataError for what is not text."""
+    suffix = (_suffixes(path) or [""])[-1]
     if head.startswith(b"MMIDIDX"):
         raise DataError(f"{path} is an index of tokens, not text: give the text that they were made of")
-    suffixes = _suffixes(path)
-    return FORMATS.get(suffixes[-1], "text") if suffixes else "text"
-
-
-def _refuse_other_kinds(path: Path) -> None:
-    suffixes = _suffixes(path)
     for what, refused in REFUSED.items():
-        if suffixes and suffixes[-1] in refused:
+        if suffix in refused:
             raise DataError(f"{path} is {what}")
+    return "parquet" if head.startswith(b"PAR1") else FORMATS.get(suffix, "text")
 
 
-def _refuse_other_text(file: InputFile, text: bytes, text_key: str, by_suffix: bool) -> None:
-    """Refuse what would be read as something that it is not."""
+def _check_text(file: InputFile, text: bytes, text_key: str, by_suffix: bool) -> None:
+    """Refuse a file that would be read as something that it is not."""
     if text.startswith(OTHER_BOMS):
         raise DataError(f"{file.name} is not UTF-8 but UTF-16 or UTF-32: convert it, with iconv -t UTF-8 say")
     line = text.removeprefix(BOM).lstrip().partition(b"\n")[0].strip()
@@ -277,10 +242,12 @@ def _refuse_other_text(file: InputFile, text: bytes, text_key: str, by_suffix: b
         raise DataError(f"{file.name} holds a JSON array, not one object per line: convert it with jq -c '.[]'")
     if file.format == "jsonl" and line == b"{":
         raise DataError(f"{file.name} holds an object over several lines, not one per line: convert it with jq -c .")
-    if by_suffix and file.format == "text" and FORMATS.keys() & _suffixes(file.path) and not _is_text(text):
+    if file.format == "jsonl" or not by_suffix:
+        return
+    if FORMATS.keys() & _suffixes(file.path) and not _is_text(text):
         raise DataError(f"{file.name} is not text, and its last suffix says nothing: decompress or rename it")
     key = re.escape(text_key.rpartition(".")[2].encode())
-    if by_suffix and file.format == "text" and re.match(rb'\{.*"' + key + rb'"\s*:', line):
+    if re.match(rb'\{.*"' + key + rb'"\s*:', line):
         raise DataError(
             f"{file.name} seems to hold JSON lines, but its name does not end in .jsonl: say --format jsonl, or "
             "--format text if it is one document"

@@ -1,7 +1,7 @@
 """Reads gzip, zstd, bzip2 and xz, member by member.
 
-The libraries' own file readers lose data without a word: zstd's takes a cut frame for a whole one, those of bzip2 and
-xz pass over whatever follows the first stream and is damaged. Here all of a file is decompressed, or it is an error.
+The libraries' own file readers silently lose data: zstd's takes a cut frame for a whole one, those of bzip2 and xz
+ignore damaged data after the first stream. Here all of a file is decompressed, or it is an error.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import bz2
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, BinaryIO, Literal
 
 Compression = Literal["gzip", "zstd", "bzip2", "xz"]
@@ -34,7 +34,7 @@ ZSTD_WINDOW = 1 << 31
 
 
 class DamagedError(Exception):
-    """A compressed stream that is cut or is not what it begins as."""
+    """A compressed stream is cut or damaged."""
 
 
 def compression_of(head: bytes) -> Compression | None:
@@ -43,61 +43,50 @@ def compression_of(head: bytes) -> Compression | None:
 
 
 def decompressed(raw: BinaryIO, compression: Compression | None, size: int) -> Iterator[tuple[bytes, int]]:
-    """Blocks of the contents, each with the bytes of `raw` that were read for it.
-
-    Args:
-        raw: a file, or a pipe.
-        compression: how all its members are compressed; None means not at all.
-        size: bytes that are read at once.
+    """Blocks of the contents of `raw`, read `size` bytes at a time, each with the number of bytes read for it.
 
     Raises:
         DamagedError: a member is cut or damaged.
         OSError: `raw` cannot be read.
     """
-    if compression is None:
-        while block := raw.read(size):
-            yield block, len(block)
-        return
-    new, member = _decompressor(compression), None
+    member = None
     while data := raw.read(size):
-        block, member = _decompress(data, member, new)
+        block, member = _decompress(data, compression, member)
         yield block, len(data)
     if member is not None:
         raise DamagedError("the end is missing")
 
 
 def beginning(head: bytes, compression: Compression | None) -> bytes:
-    """What can be decompressed of the first bytes of a file.
-
-    Raises:
-        DamagedError: they are damaged.
-    """
-    return head if compression is None else _decompress(head, None, _decompressor(compression))[0]
+    """What can be decompressed of the first bytes of a file; raises DamagedError if they are damaged."""
+    return _decompress(head, compression, None)[0]
 
 
-def _decompress(data: bytes, member: Any, new: Callable[[], Any]) -> tuple[bytes, Any]:
-    """The contents of `data`, and the decompressor of the member that it ends within, if it does."""
+def _decompress(data: bytes, compression: Compression | None, member: Any) -> tuple[bytes, Any]:
+    """The contents of `data`, and the decompressor of an unfinished last member."""
+    if compression is None:
+        return data, None
     blocks = []
     while data:
         if member is None:
             data = data.lstrip(b"\0")  # members may be padded
             if not data:
                 break
-            member = new()
+            member = _new_member(compression)
         try:
             blocks.append(member.decompress(data))
-        except Exception as error:  # zlib.error, OSError, LZMAError, ZstdError: of the data, nothing is read here
+        except Exception as error:  # zlib.error, OSError, LZMAError, ZstdError: nothing is read here
             raise DamagedError(str(error)) from error
         data = member.unused_data if member.eof else b""
         member = None if member.eof else member
     return b"".join(blocks), member
 
 
-def _decompressor(compression: Compression) -> Callable[[], Any]:
+def _new_member(compression: Compression) -> Any:
     if compression == "zstd":
         import zstandard
 
-        return zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW).decompressobj
+        return zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW).decompressobj()
     if compression == "gzip":
-        return lambda: zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
-    return bz2.BZ2Decompressor if compression == "bzip2" else lzma.LZMADecompressor
+        return zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+    return bz2.BZ2Decompressor() if compression == "bzip2" else lzma.LZMADecompressor()

@@ -1,4 +1,4 @@
-"""Text columns of Parquet files, a few rows at a time. pyarrow, which takes a while to import, is imported at need."""
+"""Text columns of Parquet files. pyarrow, whose import is slow, is imported at need."""
 
 from __future__ import annotations
 
@@ -14,34 +14,31 @@ ROWS = 1024
 
 def check_parquet(path: Path, text_key: str) -> None:
     """Raise DataError unless `path` is a whole Parquet file with text under `text_key`."""
-    with _opened(path) as file:
-        _check_column(path, file, text_key)
+    _open(path, text_key).close()
 
 
 def parquet_texts(path: Path, text_key: str) -> tuple[int, Iterator[list[bytes | None]]]:
-    """The number of rows of a file, and its texts in their order.
+    """The number of rows of a file, and batches of its texts: undecoded bytes, None for a missing one.
 
     Args:
         text_key: a column, or a field in structs: `data.text`. A column whose name holds the dots comes first.
 
-    Returns:
-        Texts as they lie in the file, not decoded, None for a missing one; in batches of a few rows.
-
     Raises:
         DataError: the file is damaged, or has no text of that name.
     """
-    file = _opened(path)
-    _check_column(path, file, text_key)
+    file = _open(path, text_key)
     return file.metadata.num_rows, _batches(path, file, text_key)
 
 
 def _batches(path: Path, file: Any, text_key: str) -> Iterator[list[bytes | None]]:
     import pyarrow as pa
+    import pyarrow.compute as pc
 
+    first, *inner = [text_key] if text_key in file.schema_arrow.names else text_key.split(".")
     with file:
         try:
             for batch in file.iter_batches(ROWS, columns=[text_key], use_threads=False):
-                column = _field(batch, text_key)
+                column = pc.struct_field(batch.column(first), inner) if inner else batch.column(first)
                 if pa.types.is_dictionary(column.type):
                     column = column.dictionary_decode()
                 yield column.cast(pa.large_binary()).to_pylist()
@@ -49,7 +46,8 @@ def _batches(path: Path, file: Any, text_key: str) -> Iterator[list[bytes | None
             raise _damaged(path, error) from error
 
 
-def _opened(path: Path) -> Any:
+def _open(path: Path, text_key: str) -> Any:
+    """A ParquetFile whose text key leads to strings or bytes."""
     try:
         import pyarrow.parquet as pq
     except ImportError as error:
@@ -57,23 +55,12 @@ def _opened(path: Path) -> Any:
     import pyarrow as pa
 
     try:
-        return pq.ParquetFile(path)
+        file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path} is truncated or damaged, or not Parquet ({error}): fetch it again")
-
-
-def _check_column(path: Path, file: Any, text_key: str) -> None:
-    """Raise DataError unless the text key leads to strings or bytes."""
-    import pyarrow as pa
-
     schema = file.schema_arrow
-    parts = [text_key] if text_key in schema.names else text_key.split(".")
     found: Any = pa.struct(list(schema))
-    for part in parts:
+    for part in [text_key] if text_key in schema.names else text_key.split("."):
         if not pa.types.is_struct(found) or found.get_field_index(part) < 0:
             names = ", ".join(schema.names[:10])
             raise DataError(f"{path} has no column {text_key!r}, but {names}: name the one of the text with --text-key")
@@ -82,12 +69,8 @@ def _check_column(path: Path, file: Any, text_key: str) -> None:
     tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
     if not any(test(value) for test in tests):
         raise DataError(f"{path} has {found} in the column {text_key!r}, not text: name the one of the text")
+    return file
 
 
-def _field(batch: Any, text_key: str) -> Any:
-    import pyarrow.compute as pc
-
-    if text_key in batch.schema.names:
-        return batch.column(text_key)
-    first, *inner = text_key.split(".")
-    return pc.struct_field(batch.column(first), inner)
+def _damaged(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path} is truncated or damaged, or not Parquet ({error}): fetch it again")

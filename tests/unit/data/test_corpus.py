@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megatron_crnet.data.corpus import FileChunk, LineChunk, iter_documents, read_chunks
+from megatron_crnet.data.corpus import iter_documents, read_chunks
 from megatron_crnet.data.corpus_files import list_files
 from megatron_crnet.data.corpus_stats import CorpusStats, Skipped
 from megatron_crnet.data.standard_library import SourceFile, split_files, standard_library_files, write_corpus
@@ -94,7 +94,7 @@ def test_what_cannot_be_read_is_counted(tmp_path: Path) -> None:
         (b'{"text": "\xff"}', "not valid UTF-8"),
         (b'{"text": "\\ud800"}', "not valid UTF-8"),
         (b'{"text": ', "not a JSON object"),
-        (b'{"body": 1}', "has no key 'text'"),
+        (b'{"body": 1}', "has no text under the key 'text'"),
         (b'{"text": 1}', "no string under the key 'text'"),
     ],
 )
@@ -124,20 +124,22 @@ def test_another_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [1, 7, 64, 1 << 20])
 def test_chunks_hold_whole_lines_and_know_their_number(tmp_path: Path, size: int) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    chunks = [chunk for chunk in read_chunks(list_files([path]).files, size) if isinstance(chunk, LineChunk)]
-    assert b"".join(chunk.data for chunk in chunks) == path.read_bytes()
+    chunks = list(read_chunks(list_files([path]), size))
+    assert b"".join(data or b"" for chunk in chunks for data in chunk.contents) == path.read_bytes()
     assert sum(chunk.input_bytes for chunk in chunks) == path.stat().st_size
     line = 1
     for chunk in chunks:
-        assert chunk.first_line == line
-        assert chunk.data.endswith(b"\n")
-        line += chunk.data.count(b"\n")
+        (data,) = chunk.contents
+        assert chunk.first == line
+        assert data is not None
+        assert data.endswith(b"\n")
+        line += data.count(b"\n")
 
 
 def test_small_files_travel_together(tmp_path: Path) -> None:
     for i in range(100):
         (tmp_path / f"{i:02}.txt").write_text("x" * 100)
-    chunks = [chunk for chunk in read_chunks(list_files([tmp_path]).files, 1000) if isinstance(chunk, FileChunk)]
+    chunks = list(read_chunks(list_files([tmp_path]), 1000))
     assert [len(chunk.contents) for chunk in chunks] == [10] * 10
 
 

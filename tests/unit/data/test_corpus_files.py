@@ -77,7 +77,7 @@ def test_every_compression_is_read_in_one_member_and_in_several(tmp_path: Path, 
         path = tmp_path / name
         path.write_bytes(content)
         assert read(path) == (TEXTS, []), name
-        assert sum(chunk.input_bytes for chunk in read_chunks(list_files([path]).files)) == len(content)
+        assert sum(chunk.input_bytes for chunk in read_chunks(list_files([path]))) == len(content)
 
 
 @pytest.mark.fault("D3")
@@ -313,7 +313,7 @@ def test_what_is_not_a_file_is_refused_and_nothing_waits_for_it(tmp_path: Path, 
 
 def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    files = list_files([path]).files
+    files = list_files([path])
     with path.open("a") as stream:
         stream.write('{"text": "half')
     with pytest.raises(DataError, match=r"a\.jsonl had 55 bytes and 69 when it was read"):
@@ -369,7 +369,7 @@ def test_parquet_is_read_in_order_over_row_groups(tmp_path: Path) -> None:
         tmp_path / "a.parquet", [{"id": i, "text": t} for i, t in enumerate(texts)], row_group_size=700
     )
     assert read(path) == (texts, [])
-    chunks = list(read_chunks(list_files([path]).files, 10_000))
+    chunks = list(read_chunks(list_files([path]), 10_000))
     assert len(chunks) > 3
     assert sum(chunk.input_bytes for chunk in chunks) == path.stat().st_size
     (tmp_path / "copy").write_bytes(path.read_bytes())

@@ -94,6 +94,6 @@ def test_damaged_corpora(model: str, tmp_path: Path, name: str) -> None:
         elif result is not None:
             read += 1
             assert len(read_indexed(output)) == result.documents
-            counted = sum(int(line.split()[1].replace(",", "").rstrip(":")) for line in result.stats.summary()[:1])
+            counted = sum(int(line.split()[1].replace(",", "").rstrip(":")) for line in result.summary()[:1])
             assert counted == result.skipped
     assert refused + read == CASES // len(FILES)

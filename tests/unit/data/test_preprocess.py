@@ -23,7 +23,7 @@ from sentencepiece import SentencePieceTrainer
 from megatron_crnet.data.corpus_stats import Skipped
 from megatron_crnet.data.preprocess import PreprocessResult, preprocess
 from megatron_crnet.data.tokenizer import load_tokenizer
-from megatron_crnet.data.worker_pool import OrderedPool
+from megatron_crnet.data.worker_pool import ordered_map
 from megatron_crnet.utils.errors import ConfigError, CrnetError, DataError
 from megatron_crnet.utils.files import atomic_files
 from megatron_crnet.utils.progress import Progress, ProgressPrinter
@@ -65,7 +65,7 @@ def test_texts_of_which_the_tokenizer_leaves_nothing_count_for_nothing(tmp_path:
         (tmp_path / "in" / name).write_text(text)
     result = preprocess([tmp_path / "in"], tmp_path / "out", "sentencepiece", str(tmp_path / "t.model"), workers=0)
     assert (result.documents, result.text_bytes) == (3, 12)
-    assert result.stats.by_file == {
+    assert result.by_file == {
         (str(lines), "empty"): Skipped(3, 2),
         (str(tmp_path / "in" / "c.txt"), "empty"): Skipped(1, 0),
     }
@@ -85,7 +85,7 @@ def test_the_files_hold_every_document_and_its_end(corpus: Path, model: str, tmp
     assert data.document_indices.tolist() == list(range(len(texts) + 1))
     assert (result.documents, result.tokens) == (len(texts), int(data.sequence_lengths.sum()))
     assert result.text_bytes == sum(len(text.encode()) for text in texts)
-    assert [result.stats.count(kind) for kind in ("empty", "invalid_utf8", "invalid_json", "missing_text")] == [29] * 4
+    assert [result.count(kind) for kind in ("empty", "invalid_utf8", "invalid_json", "missing_text")] == [29] * 4
     assert result.skipped == 4 * 29
 
 
@@ -213,8 +213,8 @@ def worker_task(mode: str, job: int) -> tuple[int, int]:
 
 
 def test_pool_keeps_the_order_and_uses_every_worker() -> None:
-    with OrderedPool(2, partial(worker_task, "work")) as pool:
-        results = list(pool.map(range(200)))
+    with ordered_map(2, range(200), partial(worker_task, "work")) as found:
+        results = list(found)
     assert [job for job, _ in results] == list(range(200))
     assert len({process for _, process in results}) == 2
 
@@ -223,15 +223,16 @@ def test_pool_keeps_the_order_and_uses_every_worker() -> None:
     ("mode", "kind", "message"), [("die", CrnetError, "exit code -9"), ("raise", RuntimeError, "ZeroDivisionError")]
 )
 def test_pool_reports_a_bad_end(mode: str, kind: type[Exception], message: str) -> None:
-    with pytest.raises(kind, match=message), OrderedPool(2, partial(worker_task, mode)) as pool:
-        list(pool.map(range(10)))
+    with pytest.raises(kind, match=message), ordered_map(2, range(10), partial(worker_task, mode)) as found:
+        list(found)
 
 
 def test_workers_end_with_a_killed_parent() -> None:
     program = (
-        "import time; from megatron_crnet.data.worker_pool import OrderedPool\n"
-        "pool = OrderedPool(2, abs); print(*[w.process.pid for w in pool._workers], flush=True)\n"
-        "time.sleep(600)"
+        "import multiprocessing, time; from megatron_crnet.data.worker_pool import ordered_map\n"
+        "with ordered_map(2, [], abs):\n"
+        "    print(*[child.pid for child in multiprocessing.active_children()], flush=True)\n"
+        "    time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
