@@ -70,7 +70,7 @@ def measure(config: Config, options: argparse.Namespace) -> list[dict[str, Any]]
 
 def resident(configuration: Sequence[str], config: Config) -> list[dict[str, Any]]:
     """Peak resident memory of a process that trains two steps of one micro-batch, for each strategy."""
-    from megatron_crnet.config.loading import parse_arguments
+    from megatron_crnet.config.loading import read_config
     from megatron_crnet.reporting.rank_group import RankGroup
     from megatron_crnet.reporting.training_rank import resident_rank
 
@@ -78,7 +78,7 @@ def resident(configuration: Sequence[str], config: Config) -> list[dict[str, Any
     for strategy in ("none", "replay", "inverse", "full"):
         changes = {"recompute.strategy": strategy, "training.global_batch_size": config.training.micro_batch_size}
         words = [*configuration, *(f"--{name}={value}" for name, value in changes.items())]
-        group = RankGroup(resident_rank, parse_arguments(words).config, threads=None)
+        group = RankGroup(resident_rank, read_config(words), threads=None)
         found += group.answers()
         group.close()
     return found

@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 
 def build_parser(prog: str) -> ConfigParser:
     """The options."""
-    from megatron_crnet.config.loading import train_parser
+    from megatron_crnet.config.loading import ConfigParser
 
-    return train_parser(prog=prog, description=__doc__)
+    parser = ConfigParser(lists_fields=True, prog=prog, description=__doc__)
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
+    return parser
 
 
 def run(call: Call) -> int:
@@ -35,25 +37,24 @@ def run(call: Call) -> int:
 
 
 def _train(call: Call, interruption: Interruption) -> int:
-    from megatron_crnet.config import loading
     from megatron_crnet.distributed.launcher import read_launch, take_local_rank
 
     require(bool(call.argv), "no configuration is given: add --config FILE, such as examples/quickstart.yaml")
-    arguments = loading.parse_arguments(take_local_rank(call.argv), build_parser(call.prog))
-    launch = read_launch(dry_run=arguments.dry_run)
+    options, config = build_parser(call.prog).read(take_local_rank(call.argv))
+    launch = read_launch(dry_run=options.dry_run)
     if launch.remark:
         print(launch.remark, file=sys.stderr)
     # libraries that take seconds to import come after everything that can be refused at once
     from megatron_crnet.distributed import cpu_backend
 
     cpu_backend.install()
-    if arguments.dry_run:
+    if options.dry_run:
         from megatron_crnet.planning.tables import dry_run_report
 
-        report = dry_run_report(arguments.config, launch.world_size)
+        report = dry_run_report(config, launch.world_size)
         if launch.rank == 0:
             print(report)
         return 0
     from megatron_crnet.training.trainer import run_training
 
-    return 0 if run_training(arguments.config, interruption=interruption).complete else INTERRUPTED
+    return 0 if run_training(config, interruption=interruption).complete else INTERRUPTED

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import types
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -135,7 +136,9 @@ def checked(name: str, kind: Any, value: Any, remedy: str = "correct it") -> Any
     except ValidationError as error:
         own = [found["ctx"]["error"] for found in error.errors() if found["type"] == "value_error"]
         reasons = [note for note in get_args(kind)[1:] if isinstance(note, Reason)]
-        rule = f"{[*reasons, *own, ''][0]}" or f"must be {describe(kind)}: {_near(kind, value) or remedy}"
+        choices = [text for part in _alternatives(kind) for text in get_args(part) if get_origin(part) is Literal]
+        remedy = nearest(value, choices, remedy) if isinstance(value, str) else remedy
+        rule = next(iter([*reasons, *own]), f"must be {describe(kind)}: {remedy}")
         raise ConfigError(f"{name} is {shown(value)}, but {rule}") from error
 
 
@@ -147,28 +150,27 @@ def remedy_of(field: dataclasses.Field[Any]) -> str:
     return f"correct it, or leave it out for {shown(default)}"
 
 
-def _near(kind: Any, value: Any) -> str:
-    choices = [choice for choice in _choices(kind) if isinstance(choice, str)]
-    close = difflib.get_close_matches(value, choices, n=1) if isinstance(value, str) else []
-    return f"did you mean {close[0]}?" if close else ""
+def nearest(name: object, known: Iterable[str], otherwise: str = "") -> str:
+    """The remedy for an unknown name: a similar known one; where there is none, `otherwise`, or the list of them."""
+    names = list(known)
+    close = difflib.get_close_matches(str(name), names, n=1)
+    return f"did you mean {close[0]}?" if close else otherwise or f"choose one of {', '.join(names)}"
 
 
-def _choices(kind: Any) -> tuple[Any, ...]:
-    if get_origin(kind) is Literal:
-        return get_args(kind)
-    if get_origin(kind) in (Union, types.UnionType):
-        return tuple(choice for part in get_args(kind) for choice in _choices(part))
-    return ()
+def _alternatives(kind: Any) -> Iterator[Any]:
+    """The types of a union, without their ranges."""
+    if get_origin(kind) is Annotated:
+        yield from _alternatives(get_args(kind)[0])
+    elif get_origin(kind) in (Union, types.UnionType):
+        for part in get_args(kind):
+            yield from _alternatives(part)
+    else:
+        yield kind
 
 
 def is_text(kind: Any) -> bool:
     """Whether all values are text (or null), so that a YAML scalar such as 2024 is meant as it is written."""
-    if get_origin(kind) is Annotated:
-        return is_text(get_args(kind)[0])
-    if get_origin(kind) in (Union, types.UnionType):
-        parts = [part for part in get_args(kind) if part is not type(None)]
-        return all(is_text(part) for part in parts)
-    return kind is str
+    return all(part in (str, type(None)) for part in _alternatives(kind))
 
 
 def describe(kind: Any) -> str:
@@ -182,7 +184,7 @@ def describe(kind: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(describe(part) for part in parts)
     if origin is Literal:
-        return ("one of " if len(parts) > 1 else "") + ", ".join(_plain(choice) for choice in parts)
+        return ("one of " if len(parts) > 1 else "") + ", ".join(c if isinstance(c, str) else shown(c) for c in parts)
     if origin is list:
         return f"a list whose entries are {describe(parts[0])}"
     if origin is dict:
@@ -206,10 +208,6 @@ def _range(notes: tuple[Any, ...]) -> str:
 
 def _number(value: Any) -> str:
     return str(value) if isinstance(value, int) else f"{value:g}"
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else shown(value)
 
 
 def shown(value: Any, limit: int = 80) -> str:

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
-from megatron_crnet.config.field_types import FilePath, checked, is_text, shown, types_of
+from megatron_crnet.config.field_types import FilePath, checked, is_text, nearest, shown, types_of
 from megatron_crnet.config.options import ToolParser
 from megatron_crnet.config.positions import resolve_full_rank_layers
 from megatron_crnet.config.schema import Config
 from megatron_crnet.config.validation import sequence_parallel
-from megatron_crnet.utils.errors import ConfigError, require
+from megatron_crnet.utils.errors import require
 from megatron_crnet.utils.files import replace_text
 from megatron_crnet.utils.yaml_files import read_file, read_text
 
@@ -29,14 +27,6 @@ SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.field
 DEEPSPEED = "deepspeed"
 
 Values = dict[str, dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """The parsed command line of `crnet train`."""
-
-    config: Config
-    dry_run: bool
 
 
 class ConfigParser(ToolParser):
@@ -58,10 +48,6 @@ class ConfigParser(ToolParser):
             metavar="FILE",
             help="YAML file; later ones go field by field",
         )
-
-    def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print and exit with."""
-        raise ConfigError(self.refusal(message))
 
     def read(self, argv: Sequence[str], base: Values | None = None) -> tuple[argparse.Namespace, Config]:
         """This parser's own options, and the configuration, laid over the values of `base`.
@@ -95,28 +81,11 @@ class ConfigParser(ToolParser):
         return "\n".join([super().format_help(), *help_lines()])
 
 
-def train_parser(**arguments: Any) -> ConfigParser:
-    """The options of `crnet train`."""
-    parser = ConfigParser(lists_fields=True, **arguments)
-    parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
-    return parser
-
-
-def parse_arguments(argv: Sequence[str], parser: ConfigParser | None = None) -> Arguments:
-    """The command line of `crnet train`.
-
-    Raises:
-        ConfigError: an unknown key, a value outside its type, or sizes that do not fit.
-    """
-    options, config = (parser or train_parser()).read(argv)
-    return Arguments(config, options.dry_run)
-
-
 def read_config(argv: Sequence[str]) -> Config:
-    """The configuration that a tool's command line defines, without the tool's own options.
+    """The configuration that a command line of configuration options defines.
 
     Raises:
-        ConfigError: as `parse_arguments`; `--dry-run` and the like are unknown options here.
+        ConfigError: an unknown option or key, a value outside its type, or sizes that do not fit.
     """
     return ConfigParser().read(argv)[1]
 
@@ -186,7 +155,7 @@ def _merge_file(values: Values, path: str) -> None:
 
 def _merge_section(values: Values, section: Any, fields: Any, source: str) -> None:
     """Lay the fields of a section over what is there; an empty section changes nothing."""
-    require(section in SECTIONS, f"{source}: unknown section {_named(section)}: {_nearest(section, SECTIONS)}")
+    require(section in SECTIONS, f"{source}: unknown section {_named(section)}: {nearest(section, SECTIONS)}")
     require(
         fields is None or isinstance(fields, dict),
         f"{source}: section {section} is {shown(fields)}, but must be a mapping: write its fields",
@@ -246,12 +215,7 @@ def _named(key: object) -> str:
 def _field_meant(key: object, known: Any) -> str:
     """What to write instead of a key that its section does not have: the same name elsewhere, or a similar one."""
     elsewhere = [f"{section}.{key}" for section in SECTIONS if key in _fields(section)]
-    return f"did you mean {' or '.join(elsewhere)}?" if elsewhere else _nearest(key, known)
-
-
-def _nearest(name: object, known: Any) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"did you mean {close[0]}?" if close else f"choose one of {', '.join(known)}"
+    return f"did you mean {' or '.join(elsewhere)}?" if elsewhere else nearest(key, known)
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -269,18 +233,14 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
             continue
         if not equals and words and not words[0].startswith("--"):
             value = words.pop(0)
-        elif not equals and name == "--deepspeed":
-            _require_deepspeed_file(names)
+        elif not equals and name == "--deepspeed":  # DeepSpeed's own flag, which goes with --deepspeed_config
+            require(
+                "--deepspeed_config" in names,
+                "--deepspeed has no value, but DeepSpeed is always on here: leave it out, or give its settings as "
+                "--deepspeed FILE, --deepspeed_config FILE or --deepspeed.zero_optimization.stage 1",
+            )
             continue
-        elif not equals:
-            raise ConfigError(f"{name} has no value: write {name} VALUE")
+        else:
+            require(bool(equals), f"{name} has no value: write {name} VALUE")
         given.append((name, value))
     return rest, given
-
-
-def _require_deepspeed_file(names: Sequence[str]) -> None:
-    require(
-        "--deepspeed_config" in names,
-        "--deepspeed has no value, but DeepSpeed is always on here: leave it out, or give its settings as --deepspeed "
-        "FILE, --deepspeed_config FILE or --deepspeed.zero_optimization.stage 1",
-    )

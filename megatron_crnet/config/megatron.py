@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -65,7 +64,7 @@ class CRNetTransformerConfig(TransformerConfig):
 
 def build_transformer_config(config: Config) -> CRNetTransformerConfig:
     """The Megatron-Core configuration of a run. Weights are drawn by `model/weights.py`, not by Megatron."""
-    model, parallel = config.model, config.parallel
+    model, parallel, recompute = config.model, config.parallel, config.recompute
     vpp = parallel.virtual_pipeline_model_parallel_size
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
     return CRNetTransformerConfig(
@@ -98,7 +97,10 @@ def build_transformer_config(config: Config) -> CRNetTransformerConfig:
         num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
         overlap_tp_communication=parallel.overlap_tp_communication,
-        **_recompute_fields(config),
+        recompute_strategy=recompute.strategy,
+        recompute_segment_length=None if recompute.segment_length == "auto" else recompute.segment_length,
+        recompute_keep_attention_output=recompute.keep_attention_output,
+        recompute_inverse_tolerance=recompute.inverse_tolerance or DEFAULT_INVERSE_TOLERANCE[config.training.dtype],
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -107,14 +109,3 @@ def build_transformer_config(config: Config) -> CRNetTransformerConfig:
         deterministic_mode=config.training.deterministic,
         batch_p2p_comm=torch.cuda.is_available(),
     )
-
-
-def _recompute_fields(config: Config) -> dict[str, Any]:
-    recompute = config.recompute
-    tolerance = recompute.inverse_tolerance or DEFAULT_INVERSE_TOLERANCE[config.training.dtype]
-    return {
-        "recompute_strategy": recompute.strategy,
-        "recompute_segment_length": None if recompute.segment_length == "auto" else recompute.segment_length,
-        "recompute_keep_attention_output": recompute.keep_attention_output,
-        "recompute_inverse_tolerance": tolerance,
-    }

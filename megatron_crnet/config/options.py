@@ -16,35 +16,20 @@ MOST = 2**20
 """Largest number of ranks, rows or layers that a command takes."""
 
 
-class Version(argparse.Action):
-    """Prints the versions and ends, as `--version` does everywhere."""
-
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(nargs=0, **arguments)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        """Print; the libraries are asked for their versions, not imported."""
-        print(version_line())
-        parser.exit()
-
-
 class ToolParser(argparse.ArgumentParser):
     """A command line: its documentation as it stands, `--version`, and one line for a mistake."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **arguments)
         self.register("type", Path, _path_argument)
-        self.add_argument("--version", action=Version, help="print the versions of this project and its libraries")
+        versions = "print the versions of this project and its libraries"
+        self.add_argument("--version", action="version", version=version_line(), help=versions)
 
     def error(self, message: str) -> NoReturn:
-        """End with status 2 and one line, without argparse's usage."""
-        self.exit(2, f"error: {self.refusal(message)}\n")
-
-    @staticmethod
-    def refusal(message: str) -> str:
-        """argparse's message in one line of a length that can be read, with a remedy."""
+        """Raise argparse's message as ConfigError: one line of a length that can be read, with a remedy."""
         words = " ".join(message.split()).encode("utf-8", "backslashreplace").decode()
-        return f"{words if len(words) <= LONGEST else words[:LONGEST] + '...'}: correct the command line, or see --help"
+        words = words if len(words) <= LONGEST else f"{words[:LONGEST]}..."
+        raise ConfigError(f"{words}: correct the command line, or see --help")
 
 
 def _path_argument(text: str) -> Path:

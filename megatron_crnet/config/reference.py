@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple, get_type_hints, is_typeddict
+from typing import Any, NamedTuple
 
 import docstring_parser
 
-from megatron_crnet.config.deepspeed_keys import DeepSpeedSection
+from megatron_crnet.config.deepspeed_keys import DEEPSPEED_KEYS
 from megatron_crnet.config.field_types import Reason, describe, shown, types_of
 from megatron_crnet.config.schema import Config
 
@@ -53,10 +53,10 @@ def deepspeed_meaning() -> str:
     return next(" ".join((p.description or "").split()) for p in documented.params if p.arg_name == "deepspeed")
 
 
-def deepspeed_keys(kind: Any = DeepSpeedSection, prefix: str = "deepspeed") -> Iterator[tuple[str, str]]:
+def deepspeed_keys(kinds: dict[str, Any] = DEEPSPEED_KEYS, prefix: str = "deepspeed") -> Iterator[tuple[str, str]]:
     """Each key of the `deepspeed` section that takes more than DeepSpeed's default, and its values in words."""
-    for key, inner in get_type_hints(kind, include_extras=True).items():
-        if is_typeddict(inner):
+    for key, inner in kinds.items():
+        if isinstance(inner, dict):
             yield from deepspeed_keys(inner, f"{prefix}.{key}")
         elif not any(isinstance(note, Reason) for note in getattr(inner, "__metadata__", ())):
             yield f"{prefix}.{key}", describe(inner)

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 
+from megatron_crnet.config.deepspeed import check_deepspeed
 from megatron_crnet.config.deepspeed_keys import checked_deepspeed
-from megatron_crnet.config.deepspeed_rules import check_deepspeed
 from megatron_crnet.config.field_types import (
     SMALLEST,
     Count,

@@ -1,7 +1,7 @@
 """What must hold between the fields of a configuration; messages name value, rule and remedy.
 
-The `deepspeed` section is in `config/deepspeed_rules.py`, `recompute` in `config/recompute_rules.py`; checks that need
-the number of ranks are in `config/batch.py`, those of files and tokenizer in `data/indexed.py`.
+The `deepspeed` section is in `config/deepspeed.py`; checks that need the number of ranks are in `config/batch.py`,
+those of files and tokenizer in `data/indexed.py`.
 """
 
 from __future__ import annotations
@@ -10,36 +10,30 @@ from typing import TYPE_CHECKING
 
 from megatron_crnet.config.field_types import MOST
 from megatron_crnet.config.positions import position_table
-from megatron_crnet.config.recompute_rules import check_recompute
 from megatron_crnet.utils.errors import require
 
 if TYPE_CHECKING:
-    from megatron_crnet.config.schema import (
-        Config,
-        DataConfig,
-        ModelConfig,
-        OptimizerConfig,
-        ParallelConfig,
-        TrainingConfig,
-    )
+    from megatron_crnet.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig
 
 
 def check_config(config: Config) -> None:
-    """Every rule of the other sections, in an order in which each may rely on those before it.
+    """Every rule but those of `deepspeed`, in an order in which each may rely on those before it.
 
     Raises:
         ConfigError: the first rule that does not hold.
     """
-    check_model(config.model)
-    check_data(config.data)
-    check_training(config)
-    check_optimizer(config.optimizer, config.training.train_steps)
-    check_parallel(config)
-    check_pipeline(config)
-    check_recompute(config)
+    _check_model(config.model)
+    _check_data(config)
+    _check_training(config)
+    _check_ramp(config)
+    _check_optimizer(config)
+    _check_parallel(config)
+    _check_pipeline(config)
+    _check_recompute(config)
+    _check_kept_tensors(config)
 
 
-def check_model(model: ModelConfig) -> None:
+def _check_model(model: ModelConfig) -> None:
     """The model's sizes agree with each other, and rank resolves to a table."""
     h, heads = model.hidden_size, model.num_attention_heads
     require(
@@ -61,8 +55,9 @@ def check_model(model: ModelConfig) -> None:
     position_table(model)
 
 
-def check_data(data: DataConfig) -> None:
+def _check_data(config: Config) -> None:
     """What is said of documents makes sense for the kind of samples."""
+    data = config.data
     for name in ("reset_attention_mask", "reset_position_ids", "eod_mask_loss"):
         require(
             not getattr(data, name) or data.sample_format == "packed",
@@ -76,7 +71,7 @@ def check_data(data: DataConfig) -> None:
     )
 
 
-def check_training(config: Config) -> None:
+def _check_training(config: Config) -> None:
     """Lengths and the number of samples that indices can count."""
     training = config.training
     for name in ("train_steps", "eval_steps", "test_steps"):
@@ -87,7 +82,6 @@ def check_training(config: Config) -> None:
             f"training.{name} {steps} x global_batch_size {training.global_batch_size} is {samples} samples, but the "
             f"index of a data set holds at most {MOST}: lower one of the two",
         )
-    check_ramp(training)
     require(
         config.checkpoint.load is not None or not config.checkpoint.load_optimizer,
         "checkpoint.load_optimizer is true, but checkpoint.load names no checkpoint: set it, or leave the first out",
@@ -100,8 +94,9 @@ def check_training(config: Config) -> None:
     )
 
 
-def check_ramp(training: TrainingConfig) -> None:
+def _check_ramp(config: Config) -> None:
     """A ramp of the batch size ends at the global batch size."""
+    training = config.training
     ramp, full = training.rampup_batch_size, training.global_batch_size
     if ramp is None:
         return
@@ -116,8 +111,9 @@ def check_ramp(training: TrainingConfig) -> None:
     )
 
 
-def check_optimizer(optimizer: OptimizerConfig, train_steps: int) -> None:
+def _check_optimizer(config: Config) -> None:
     """The schedule's parts fit the run."""
+    optimizer, train_steps = config.optimizer, config.training.train_steps
     warmup = optimizer.lr_warmup_steps
     require(
         warmup < train_steps,
@@ -137,7 +133,7 @@ def wsd_decay_steps(optimizer: OptimizerConfig, train_steps: int) -> int:
     return optimizer.lr_wsd_decay_steps or max(1, train_steps // 10)
 
 
-def check_parallel(config: Config) -> None:
+def _check_parallel(config: Config) -> None:
     """Widths divide by the tensor-parallel size, layers by the pipeline's."""
     parallel, model = config.parallel, config.model
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -169,7 +165,7 @@ def check_parallel(config: Config) -> None:
     )
 
 
-def check_pipeline(config: Config) -> None:
+def _check_pipeline(config: Config) -> None:
     """Layers can be spread over stages and virtual stages as asked."""
     parallel, layers = config.parallel, config.model.num_layers
     pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
@@ -199,6 +195,54 @@ def check_pipeline(config: Config) -> None:
         f"model.num_layers {layers} leaves {rest} layers for {stages} pipeline stages of {vpp} virtual ones: use "
         f"{layers - rest + max(rest // unit, 1) * unit} or {layers - rest + max(rest // unit + 1, 1) * unit} layers, "
         "or set parallel.num_layers_in_first_pipeline_stage",
+    )
+
+
+def _check_recompute(config: Config) -> None:
+    """What belongs to which strategy."""
+    recompute = config.recompute
+    strategy, traits = recompute.strategy, recompute.traits
+    require(
+        recompute.inverse_tolerance is None or traits.inverts,
+        f"recompute.inverse_tolerance {recompute.inverse_tolerance} is for strategy inverse, not {strategy}: "
+        "leave it out",
+    )
+    require(
+        not recompute.keep_attention_output or traits.saves_z,
+        f"recompute.keep_attention_output is for the strategies replay and inverse, not {strategy}: leave it out or "
+        "use replay",
+    )
+
+
+def _check_kept_tensors(config: Config) -> None:
+    """Where kept tensors live: `recompute` and DeepSpeed's `activation_checkpointing` belong together."""
+    name = "deepspeed.activation_checkpointing"
+    section = config.deepspeed.get("activation_checkpointing", {})
+    asked = [key for key, value in section.items() if value]
+    contiguous = section.get("contiguous_memory_optimization", False)
+    require(
+        not asked or config.recompute.traits.recomputes,
+        f"{name}.{asked[0] if asked else ''} is set, but recompute.strategy {config.recompute.strategy} keeps "
+        "nothing there: set recompute.strategy replay, inverse or full, or leave the key out",
+    )
+    require(
+        not contiguous or section.get("partition_activations", False),
+        f"{name}.contiguous_memory_optimization needs partition_activations in DeepSpeed: set both",
+    )
+    require(
+        not contiguous or section.get("number_checkpoints", 0) > 0,
+        f"{name}.contiguous_memory_optimization needs number_checkpoints above 0, not "
+        f"{section.get('number_checkpoints')}: give the number of segments of a pipeline stage",
+    )
+    require(
+        not (contiguous and config.recompute.keep_attention_output and config.data.reset_attention_mask),
+        f"{name}.contiguous_memory_optimization with recompute.keep_attention_output would need buffers for every "
+        "length that a document can have under data.reset_attention_mask: leave one of the three out",
+    )
+    require(
+        contiguous or "number_checkpoints" not in section,
+        f"{name}.number_checkpoints {section.get('number_checkpoints')} is the size of the buffers of "
+        "contiguous_memory_optimization, which is off: leave it out or switch that on",
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from megatron_crnet.config.batch_sizes import BatchSizes
+from megatron_crnet.config.batch import BatchSizes
 from megatron_crnet.data.documents import DOCUMENT_LENGTHS
 from megatron_crnet.utils.errors import ConfigError, DataError
 from megatron_crnet.utils.signals import leave_signals_to_parent

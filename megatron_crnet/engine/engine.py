@@ -24,8 +24,7 @@ from deepspeed.runtime.utils import clip_grad_norm_
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from megatron_crnet.config.deepspeed_rules import offloads_optimizer, zero_stage
-from megatron_crnet.config.deepspeed_settings import deepspeed_config, is_plain
+from megatron_crnet.config.deepspeed import deepspeed_config, is_plain, offloads_optimizer, zero_stage
 from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed.consensus import Vote
 from megatron_crnet.distributed.process_groups import MegatronMpu, NormMpu, ParallelContext

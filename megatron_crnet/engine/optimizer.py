@@ -9,7 +9,7 @@ import torch
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
 
-from megatron_crnet.config.batch_sizes import BatchSizes
+from megatron_crnet.config.batch import BatchSizes
 from megatron_crnet.config.schema import Config, OptimizerConfig
 from megatron_crnet.config.validation import wsd_decay_steps
 

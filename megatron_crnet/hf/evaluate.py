@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_crnet.config.batch_sizes import BatchSizes
+from megatron_crnet.config.batch import BatchSizes
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.corpus import iter_documents
 from megatron_crnet.data.corpus_stats import CorpusStats

@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_crnet.config.batch import plan_batches
-from megatron_crnet.config.deepspeed_rules import zero_stage
+from megatron_crnet.config.deepspeed import zero_stage
 from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed.process_groups import ParallelContext
 from megatron_crnet.engine.engine import TrainEngine

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from annotated_types import Ge, Le
 
-from megatron_crnet.config.field_types import SMALLEST, Name, Section
+from megatron_crnet.config.field_types import SMALLEST, Name, Section, nearest
 from megatron_crnet.utils.errors import require
 from megatron_crnet.utils.yaml_files import read_file
 
@@ -78,9 +77,7 @@ def find_machine(name: str) -> Machine:
     require(isinstance(values, dict), f"--gpu {name} is not a mapping: write the fields of a machine in it")
     fields = {field.name: field for field in dataclasses.fields(Machine)}
     for key in values:
-        close = difflib.get_close_matches(str(key), list(fields), n=1)
-        remedy = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(fields)}"
-        require(key in fields, f"--gpu {name}: unknown field {key!r}: {remedy}")
+        require(key in fields, f"--gpu {name}: unknown field {key!r}: {nearest(key, fields)}")
     given = {"name": path.stem, **values}
     missing = [key for key, field in fields.items() if field.default is dataclasses.MISSING and key not in given]
     require(not missing, f"--gpu {name} has no {', '.join(missing)}: add it")

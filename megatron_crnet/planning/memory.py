@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 
 from megatron_crnet.config.batch import BatchPlan
-from megatron_crnet.config.deepspeed_rules import DEFAULT_BUCKET, offloads_optimizer, zero_option
+from megatron_crnet.config.deepspeed import DEFAULT_BUCKET, offloads_optimizer, zero_option
 from megatron_crnet.model.block import boundary_widths
 from megatron_crnet.planning.profile import Memory
 from megatron_crnet.planning.shards import Chunk, LocalModel

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from megatron_crnet.config.deepspeed_rules import keys_for_stage
+from megatron_crnet.config.deepspeed import keys_for_stage
 from megatron_crnet.config.schema import Config
 from megatron_crnet.planning.estimate import Estimate, estimate
 from megatron_crnet.planning.machines import Machine

@@ -12,7 +12,7 @@ import torch
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_crnet.config.deepspeed_rules import reduce_bucket_size, zero_stage
+from megatron_crnet.config.deepspeed import reduce_bucket_size, zero_stage
 from megatron_crnet.config.megatron import CRNetTransformerConfig, build_transformer_config
 from megatron_crnet.config.positions import Group
 from megatron_crnet.config.schema import Config

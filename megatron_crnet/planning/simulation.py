@@ -23,7 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_crnet.config.batch import plan_batches
-from megatron_crnet.config.deepspeed_rules import offloads_optimizer, offloads_parameters
+from megatron_crnet.config.deepspeed import offloads_optimizer, offloads_parameters
 from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed.process_groups import initialize_parallel, shutdown_parallel
 from megatron_crnet.planning.counted_step import count_step, ignore

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from itertools import accumulate
 
 from megatron_crnet.config.batch import BatchPlan
-from megatron_crnet.config.deepspeed_rules import zero_option
+from megatron_crnet.config.deepspeed import zero_option
 from megatron_crnet.config.schema import STRATEGIES
 from megatron_crnet.model.block import boundary_widths, interleaved_width
 from megatron_crnet.planning.profile import DATA, PIPELINE, TENSOR, CommVolume

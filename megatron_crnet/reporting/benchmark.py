@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from megatron_crnet.config.deepspeed_rules import zero_stage
+from megatron_crnet.config.deepspeed import zero_stage
 from megatron_crnet.config.model_size import flops_per_token, total_parameters
 from megatron_crnet.config.schema import Config
 from megatron_crnet.reporting.benchmark_rows import Row

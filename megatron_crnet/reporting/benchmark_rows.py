@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from megatron_crnet.config.loading import parse_arguments
+from megatron_crnet.config.loading import read_config
 from megatron_crnet.config.schema import Config
 from megatron_crnet.utils.errors import ConfigError, require
 
@@ -35,7 +35,7 @@ class Row:
 
     def config(self, options: Sequence[str]) -> Config:
         """The configuration; ConfigError names what is wrong with it."""
-        return parse_arguments([*options, *self.overrides]).config
+        return read_config([*options, *self.overrides])
 
 
 def parse_row(text: str) -> Row:

@@ -9,7 +9,7 @@ import hashlib
 import json
 from typing import Any
 
-from megatron_crnet.config.deepspeed_rules import zero_stage
+from megatron_crnet.config.deepspeed import zero_stage
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.model_size import total_parameters
 from megatron_crnet.config.schema import Config

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron_crnet.checkpoint.directory import checkpoint_dir, checkpoint_name
 from megatron_crnet.checkpoint.manager import Checkpointer
 from megatron_crnet.checkpoint.train_state import StepResult, TrainingState
-from megatron_crnet.config.batch_sizes import BatchSizes
+from megatron_crnet.config.batch import BatchSizes
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.documents import to_device
 from megatron_crnet.data.loader import global_batches

@@ -13,6 +13,7 @@ LIBRARIES = ("torch", "triton", "megatron-core", "deepspeed", "apex", "transform
 NOT_INSTALLED = "not installed"
 
 
+@functools.cache
 def version_line() -> str:
     """This project, Python and the libraries that training depends on, in one line."""
     libraries = [f"{name} {_version(name)}" for name in ("torch", "megatron-core", "deepspeed")]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_crnet.config.loading import load_config, parse_arguments
+from megatron_crnet.config.loading import load_config, read_config
 from megatron_crnet.config.model_size import total_parameters
 from megatron_crnet.config.schema import Config
 from megatron_crnet.planning.estimate import estimate
@@ -53,7 +53,7 @@ def gpus_of(path: Path) -> int:
 
 
 def config_of(path: Path) -> Config:
-    return parse_arguments([f"--config={file}" for file in files_of(path)]).config
+    return read_config([f"--config={file}" for file in files_of(path)])
 
 
 def test_there_are_examples() -> None:

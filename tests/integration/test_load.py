@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from megatron_crnet.config.loading import parse_arguments
+from megatron_crnet.config.loading import read_config
 from megatron_crnet.data.train_tokenizer import train_sentencepiece
 from megatron_crnet.hf.export import from_hf, to_hf
 from megatron_crnet.training.preflight import _examine
@@ -191,7 +191,7 @@ def test_a_run_is_measured_beside_its_own_training(other: Path, corpus: Corpus, 
 
     def what_ranks_compare() -> list[dict[str, str]]:
         return [
-            *(_examine(parse_arguments(options).config)[1] for options in (training, measuring)),
+            *(_examine(read_config(options))[1] for options in (training, measuring)),
             _examine_path(output)[1],
         ]
 

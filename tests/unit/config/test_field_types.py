@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from megatron_crnet.config.field_types import describe, is_text, types_of
-from megatron_crnet.config.loading import SECTIONS, load_config, parse_arguments
+from megatron_crnet.config.loading import SECTIONS, load_config, read_config
 from megatron_crnet.config.schema import Config
 from megatron_crnet.model.weights import initial_value
 from megatron_crnet.utils.errors import ConfigError
@@ -50,7 +50,7 @@ WRONG: dict[str, Any] = {
 def refusal(options: list[str]) -> str:
     """The one line of a configuration that is refused; empty where it is not."""
     try:
-        parse_arguments(options)
+        read_config(options)
     except ConfigError as error:
         return str(error)
     return ""
@@ -137,7 +137,7 @@ def test_sizes_are_judged_before_anything_is_built(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=message):
-        parse_arguments([f"--{option}"])
+        read_config([f"--{option}"])
     assert main([f"--{option}"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_crnet.config.loading import load_config, parse_arguments, resolved, save_config
+from megatron_crnet.cli.train import build_parser
+from megatron_crnet.config.loading import load_config, read_config, resolved, save_config
 from megatron_crnet.config.schema import Config
 from megatron_crnet.utils.errors import ConfigError
 
@@ -34,8 +35,9 @@ def test_deepspeed_keys_nest_to_any_depth(file: Path) -> None:
 
 
 def test_dry_run_is_seen(file: Path) -> None:
-    assert parse_arguments(["--config", str(file), "--dry-run"]).dry_run
-    assert not parse_arguments(["--config", str(file)]).dry_run
+    parser = build_parser("crnet train")
+    assert parser.read(["--config", str(file), "--dry-run"])[0].dry_run
+    assert not parser.read(["--config", str(file)])[0].dry_run
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,7 @@ def test_dry_run_is_seen(file: Path) -> None:
 )
 def test_mistakes_on_the_command_line_name_value_and_remedy(file: Path, options: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        parse_arguments(["--config", str(file), *options])
+        read_config(["--config", str(file), *options])
     assert "\n" not in str(caught.value)
 
 
@@ -98,7 +100,7 @@ def write(folder: Path, *texts: str) -> list[str]:
 def test_several_files_are_merged_field_by_field_in_every_section(tmp_path: Path) -> None:
     first = "model: {rank: 16}\ndeepspeed: {zero_optimization: {stage: 1, reduce_bucket_size: 4}}\n"
     second = "model: {num_layers: 4}\ndeepspeed: {wall_clock_breakdown: true, zero_optimization: {stage: 2}}\n"
-    config = parse_arguments(write(tmp_path, first, second)).config
+    config = read_config(write(tmp_path, first, second))
     assert (config.model.rank, config.model.num_layers) == (16, 4)
     assert config.deepspeed == {
         "zero_optimization": {"stage": 2, "reduce_bucket_size": 4},
@@ -106,13 +108,13 @@ def test_several_files_are_merged_field_by_field_in_every_section(tmp_path: Path
     }
     later = "deepspeed: {wall_clock_breakdown: null, zero_optimization: {reduce_bucket_size: null}}"
     options = write(tmp_path, first, second, later)
-    assert parse_arguments(options).config.deepspeed == {"zero_optimization": {"stage": 2}}
-    assert parse_arguments([*options, "--deepspeed.zero_optimization=null"]).config.deepspeed == {}
+    assert read_config(options).deepspeed == {"zero_optimization": {"stage": 2}}
+    assert read_config([*options, "--deepspeed.zero_optimization=null"]).deepspeed == {}
 
 
 @pytest.mark.fault("L9")
 def test_the_command_line_overrides_files_wherever_it_stands(file: Path) -> None:
-    assert parse_arguments(["--model.rank", "3", "--config", str(file)]).config.model.rank == 3
+    assert read_config(["--model.rank", "3", "--config", str(file)]).model.rank == 3
 
 
 @pytest.mark.fault("L10")
@@ -127,43 +129,43 @@ def test_the_command_line_overrides_files_wherever_it_stands(file: Path) -> None
 )
 def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        parse_arguments(write(tmp_path, text))
+        read_config(write(tmp_path, text))
 
 
 @pytest.mark.fault("M6")
 @pytest.mark.parametrize("text", ["", "optimizer:\n", "optimizer: {}\n", "deepspeed:\n", "# nothing\n", "---\n"])
 def test_an_empty_section_changes_nothing(tmp_path: Path, text: str) -> None:
-    assert parse_arguments(write(tmp_path, text)).config == Config()
+    assert read_config(write(tmp_path, text)) == Config()
     filled = "optimizer: {lr: 2e-3}\ndeepspeed: {zero_optimization: {stage: 1}}\n"
-    assert parse_arguments(write(tmp_path, filled, text)).config == parse_arguments(write(tmp_path, filled)).config
+    assert read_config(write(tmp_path, filled, text)) == read_config(write(tmp_path, filled))
 
 
 @pytest.mark.fault("M7")
 def test_help_shows_every_field_and_nothing_that_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        parse_arguments(["--help"])
+        build_parser("crnet train").read(["--help"])
     shown = capsys.readouterr().out
     assert ended.value.code == 0
     assert "--model.num_layers VALUE\n      Transformer layers.\n      an integer from 1 to 1000; default 8" in shown
     assert "--training.seed VALUE" in shown
     assert "+ " not in shown.replace(" + ", "")
     with pytest.raises(ConfigError, match=r"unknown key data.train_data_path\+: did you mean train_data_path"):
-        parse_arguments(["--data.train_data_path+", "x"])
+        read_config(["--data.train_data_path+", "x"])
 
 
 @pytest.mark.fault("D7", "B17")
 def test_weights_and_prefixes_are_told_apart_from_both_ways_in(tmp_path: Path) -> None:
     blend = "[0.3, a, 7e-1, b]"
     for config in (
-        parse_arguments(["--data.train_data_path", blend]).config,
-        parse_arguments(write(tmp_path, f"data: {{train_data_path: {blend}}}")).config,
+        read_config(["--data.train_data_path", blend]),
+        read_config(write(tmp_path, f"data: {{train_data_path: {blend}}}")),
     ):
         assert config.data.train_data_path == [0.3, "a", 0.7, "b"]
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml").data.train_data_path == [0.3, "a", 0.7, "b"]
     for options in (["--data.data_path", "[-1, a]"], write(tmp_path, "data: {data_path: [-1, a]}")):
         with pytest.raises(ConfigError, match=r"data.data_path is .*, but must be a list of prefixes, or of a weight"):
-            parse_arguments(options)
+            read_config(options)
 
 
 @pytest.mark.parametrize(
@@ -178,27 +180,27 @@ def test_weights_and_prefixes_are_told_apart_from_both_ways_in(tmp_path: Path) -
     ],
 )
 def test_text_stays_as_it_is_spelt(tmp_path: Path, text: str, value: str) -> None:
-    named = parse_arguments(write(tmp_path, f"logging: {{output_dir: {text}}}")).config
+    named = read_config(write(tmp_path, f"logging: {{output_dir: {text}}}"))
     assert named.logging.output_dir == value
-    assert parse_arguments(["--logging.output_dir", text]).config == named
+    assert read_config(["--logging.output_dir", text]) == named
 
 
 def test_a_prompt_may_look_like_yaml() -> None:
     for prompt in ("Hello: world", "[x", "# no comment", "5", "- a", "{"):
-        assert parse_arguments(["--logging.sample_prompt", prompt]).config.logging.sample_prompt == prompt
+        assert read_config(["--logging.sample_prompt", prompt]).logging.sample_prompt == prompt
 
 
 @pytest.mark.parametrize(("text", "value"), [("010", 10), ("1_000", 1000), ("+5", 5)])
 def test_integers_are_decimal(tmp_path: Path, text: str, value: int) -> None:
-    assert parse_arguments(write(tmp_path, f"training: {{seed: {text}}}")).config.training.seed == value
-    assert parse_arguments(["--training.seed", text]).config.training.seed == value
+    assert read_config(write(tmp_path, f"training: {{seed: {text}}}")).training.seed == value
+    assert read_config(["--training.seed", text]).training.seed == value
 
 
 @pytest.mark.parametrize("text", ["1:30", "0x10", "0b1", "2024-01-02", "inf", "1,000"])
 def test_what_only_some_yaml_calls_a_number_is_refused(tmp_path: Path, text: str) -> None:
     for options in (write(tmp_path, f"training: {{seed: '{text}'}}"), ["--training.seed", text]):
         with pytest.raises(ConfigError, match=r"training.seed is .*, but must be an integer"):
-            parse_arguments(options)
+            read_config(options)
 
 
 @pytest.mark.fault("F13")
@@ -225,7 +227,7 @@ def test_what_only_some_yaml_calls_a_number_is_refused(tmp_path: Path, text: str
 )
 def test_files_that_are_no_configuration_end_in_one_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        parse_arguments(write(tmp_path, text))
+        read_config(write(tmp_path, text))
     assert len(str(caught.value)) < 600
 
 
@@ -253,7 +255,7 @@ def test_a_byte_order_mark_is_read(tmp_path: Path) -> None:
 def test_deepspeeds_own_file_is_read(tmp_path: Path, options: list[str]) -> None:
     path = tmp_path / "ds.json"
     path.write_text('{\n\t"zero_optimization": {"stage": 2, "reduce_bucket_size": 500}\n}')
-    config = parse_arguments([option.replace("FILE", str(path)) for option in options]).config
+    config = read_config([option.replace("FILE", str(path)) for option in options])
     assert config.deepspeed == {"zero_optimization": {"stage": 2, "reduce_bucket_size": 500}}
 
 
@@ -273,13 +275,13 @@ def test_a_deepspeed_file_that_cannot_be_used_is_refused(tmp_path: Path, text: s
     if text is not None:
         path.write_text(text)
     with pytest.raises(ConfigError, match=message):
-        parse_arguments(["--deepspeed", str(path)])
+        read_config(["--deepspeed", str(path)])
 
 
 @pytest.mark.fault("M5")
 def test_deepspeed_as_a_bare_flag_is_explained() -> None:
     with pytest.raises(ConfigError, match="DeepSpeed is always on here: leave it out, or give its settings"):
-        parse_arguments(["--deepspeed", "--model.rank", "3"])
+        read_config(["--deepspeed", "--model.rank", "3"])
 
 
 def test_ranks_of_single_positions_can_be_given(file: Path) -> None:
@@ -289,6 +291,6 @@ def test_ranks_of_single_positions_can_be_given(file: Path) -> None:
 
 def test_versions_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        parse_arguments(["--version"])
+        read_config(["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out.startswith("megatron_crnet ")

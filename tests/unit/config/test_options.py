@@ -58,7 +58,7 @@ def test_a_count_of_a_tool_has_a_range(text: str) -> None:
 
 
 @pytest.mark.fault("L11")
-def test_paths_of_tools_stand_for_what_they_do_in_the_configuration(monkeypatch: Any, capsys: Any) -> None:
+def test_paths_of_tools_stand_for_what_they_do_in_the_configuration(monkeypatch: Any) -> None:
     monkeypatch.setenv("SCRATCH", "/scratch/me")
     monkeypatch.setenv("HOME", "/home/me")
     parser = ToolParser(description="a tool")
@@ -66,8 +66,7 @@ def test_paths_of_tools_stand_for_what_they_do_in_the_configuration(monkeypatch:
     assert parser.parse_args(["--json=~/x.json"]).json == Path("/home/me/x.json")
     assert file_path("--output", "$SCRATCH/plan.yaml") == Path("/scratch/me/plan.yaml")
     for wrong in ("$UNSET_X/a", "x" * 300, "a\0b", ""):
-        with pytest.raises(SystemExit):
+        with pytest.raises(ConfigError, match=r"argument --json: it is .*: correct the command line, or see --help"):
             parser.parse_args([f"--json={wrong}"])
-        assert capsys.readouterr().err.count("\n") == 1
         with pytest.raises(ConfigError, match="--output is "):
             file_path("--output", wrong)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_crnet.config.loading import parse_arguments
+from megatron_crnet.config.loading import read_config
 from megatron_crnet.reporting.step_identity import identify_step
 
 
 def fingerprint(*options: str, world_size: int = 4) -> str:
-    return identify_step(parse_arguments(options).config, world_size)["fingerprint"]
+    return identify_step(read_config(options), world_size)["fingerprint"]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_what_does_not_decide_a_step_leaves_it(options: str, same: str) -> None:
 
 def test_the_line_says_model_batch_and_layout() -> None:
     options = ["--parallel.tensor_model_parallel_size", "2", "--recompute.strategy", "replay"]
-    assert identify_step(parse_arguments(options).config, 4)["line"] == (
+    assert identify_step(read_config(options), 4)["line"] == (
         "crnet of 21.55M parameters, 8 x 256 tokens per step in micro-batches of 8, fp32, recomputation by replay, "
         "4 ranks: TP 2 x PP 1 x DP 2, ZeRO-0"
     )
