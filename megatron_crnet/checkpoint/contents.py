@@ -5,51 +5,34 @@ from __future__ import annotations
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 import yaml
-from annotated_types import Ge
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, create_model
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_crnet.checkpoint.directory import FINAL, MANIFEST, checkpoints, damage, newest_without, saved_step
+from megatron_crnet.checkpoint.directory import FINAL, checkpoints_at, damage, newest_without, saved_step
 from megatron_crnet.checkpoint.train_state import TrainingState
 from megatron_crnet.checkpoint.weight_files import canonical_shapes, headers_of
 from megatron_crnet.config.schema import ModelConfig
 from megatron_crnet.engine.state_kinds import KINDS
 from megatron_crnet.utils.errors import DataError, describe
 
-Natural = Annotated[int, Ge(0)]
 NEEDED = ("step", "tokens", "samples")
 """Counters without which a run cannot go on; earlier versions did not write all of the others."""
 
 
 def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
-    """Resolve a path to a checkpoint, with a line on each newer one that is damaged.
-
-    Args:
-        path: a checkpoint, a folder of checkpoints or the folder of a run; of several the newest whole one counts.
+    """The newest whole checkpoint of a path (`checkpoints_at`), with a line on each newer one that is damaged.
 
     Raises:
         DataError: there is none.
     """
-    if (path / MANIFEST).is_file() or (path / "state.json").is_file():
-        if problem := _problem_of(path):
-            raise DataError(f"checkpoint {path} {problem}: use another one")
-        return path, []
-    found = checkpoints(path) or checkpoints(path / "checkpoints")
-    if not found:
-        raise DataError(f"{path} holds no checkpoint: give a step_ folder, a folder of them, or the folder of a run")
-    newest, skipped = newest_without(_problem_of, found)
+    newest, skipped = newest_without(lambda found: damage(found) or wrong_contents(found), checkpoints_at(path))
     if newest is None:
-        raise DataError(f"{path} has no whole checkpoint ({skipped[0]}): use another folder")
+        raise DataError(f"{path} has no whole checkpoint ({skipped[0]}): use another")
     return newest, skipped
-
-
-def _problem_of(checkpoint: Path) -> str | None:
-    """As `manager.problem_together`, in one process."""
-    return damage(checkpoint) or wrong_contents(checkpoint)
 
 
 def wrong_contents(checkpoint: Path) -> str | None:
@@ -83,13 +66,13 @@ def _saved_state() -> type[BaseModel]:
     hints = get_type_hints(TrainingState)
     counters: dict[str, Any] = {
         field.name: (
-            Natural if hints[field.name] is int else hints[field.name],
+            NonNegativeInt if hints[field.name] is int else hints[field.name],
             ... if field.name in NEEDED else field.default,
         )
         for field in fields(TrainingState)
     }
     rest: dict[str, Any] = {
-        "adam_steps": (Natural, ...),
+        "adam_steps": (NonNegativeInt, ...),
         "layout": (dict[str, Any], ...),
         "versions": (dict[str, str], {}),
     }

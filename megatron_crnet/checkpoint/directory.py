@@ -17,14 +17,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from megatron_crnet.config.loading import save_config
 from megatron_crnet.config.schema import Config
-from megatron_crnet.utils.errors import CheckpointError, describe
+from megatron_crnet.utils.errors import CheckpointError, DataError, describe
 from megatron_crnet.utils.files import replace_text, unused_name
 
 PREFIX = "step_"
@@ -58,11 +58,27 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in found if path.is_dir()), key=saved_step)
 
 
+def checkpoints_at(path: Path) -> list[Path]:
+    """The checkpoint at `path`, else those in this folder of checkpoints or run, the oldest first.
+
+    Raises:
+        DataError: there is none.
+    """
+    if (path / MANIFEST).is_file() or (path / "state.json").is_file():
+        return [path]
+    if found := checkpoints(path) or checkpoints(path / "checkpoints"):
+        return found
+    raise DataError(
+        f"{path} holds no checkpoint: give a step_ folder, a folder of them or the folder of a run; crnet convert "
+        "from-hf makes one of an export"
+    )
+
+
 def newest_without(problem_of: Callable[[Path], str | None], found: Sequence[Path]) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint with which nothing is wrong, and a line on each newer one.
+    """The newest usable checkpoint, and a line on each newer one.
 
     Args:
-        problem_of: what is wrong with a checkpoint, None if nothing is.
+        problem_of: why a checkpoint is unusable, None if it is not.
         found: checkpoints, the oldest first.
     """
     skipped: list[str] = []
@@ -186,7 +202,6 @@ def remove_partial(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder, or what else carries its name."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -239,6 +254,17 @@ def unwritable(folder: Path, error: Exception) -> CheckpointError:
         f"cannot write a checkpoint into {folder}: {reason}: free some space, correct the permissions or set "
         "checkpoint.dir; earlier checkpoints are untouched"
     )
+
+
+@contextmanager
+def writing_into(folder: Path) -> Iterator[None]:
+    """Turn any other exception than a CheckpointError into `unwritable`."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise unwritable(folder, error) from error
 
 
 def _to_disk(path: Path) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -37,22 +37,22 @@ from megatron_crnet.checkpoint.directory import (
     restore_replaced,
     saved_step,
     seal,
-    unwritable,
+    writing_into,
 )
-from megatron_crnet.checkpoint.replicas import Checksums, checksums, copies_differ, describe_drift
+from megatron_crnet.checkpoint.replicas import Checksums, checksums, compare_copies
 from megatron_crnet.checkpoint.storage import Box, LostBox, collect, fill, read, shared_reader, whole, write
 from megatron_crnet.checkpoint.train_state import TrainingState
 from megatron_crnet.checkpoint.weight_files import ShardReader
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.fingerprint import TrainedOn
-from megatron_crnet.distributed.consensus import run_on_all_ranks, run_on_main
+from megatron_crnet.distributed.consensus import gather, report_together, run_on_all_ranks, run_on_main
 from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.engine.state_kinds import KINDS, MASTER
 from megatron_crnet.model.weights import canonical_weights
 from megatron_crnet.recompute.rng import RngStates
 from megatron_crnet.utils.environment import note_in_run_file
-from megatron_crnet.utils.errors import CheckpointError, ConfigError, FolderTakenError, describe
+from megatron_crnet.utils.errors import CheckpointError, ConfigError, describe
 from megatron_crnet.utils.files import unused_name
 from megatron_crnet.utils.versions import library_versions
 
@@ -84,14 +84,13 @@ class Checkpointer:
         self.weights = [weight for chunk in engine.chunks for weight in canonical_weights(chunk)]
         # of its own, because the thread's calls must not meet those of training
         self._group = dist.new_group(backend="gloo", timeout=WRITING_LIMIT)
-        self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Future[Path] | None = None
         self._remarks: list[str] = []
         self.loaded_from: dict[str, Any] | None = None
         """What checkpoint.load gave the run at its step 0, for state.json."""
         self.changed_layout: str | None = None
         """How devices or layout differ from those of the loaded checkpoint, whose RNG states are not restored then."""
-        self._written: Path | None = None
 
     def save(self, state: TrainingState, aside: bool = False) -> None:
         """Copy the state and write it in the background.
@@ -119,8 +118,7 @@ class Checkpointer:
         name = checkpoint_name(state.step)
         if aside:
             name = f"{REJECTED}{name}.from_{checkpoint_name(state.step + 1)}"
-        self._thread = threading.Thread(target=self._write, args=(name, state, boxes, about, copies), name="checkpoint")
-        self._thread.start()
+        self._saving = self._writer.submit(self._write, name, state, boxes, about, copies)
 
     def wait(self) -> Path | None:
         """Return when the last checkpoint is on disk: its folder, or None if there was nothing to wait for.
@@ -129,14 +127,8 @@ class Checkpointer:
             CheckpointError: it could not be written; earlier ones are untouched.
             FolderTakenError: another process writes this folder now.
         """
-        written = None
-        if self._thread is not None:
-            self._thread.join()
-            self._thread, written = None, self._written
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
-        return written
+        saving, self._saving = self._saving, None
+        return saving.result() if saving else None
 
     def _layout(self) -> dict[str, Any]:
         values = resolved(self.config)["parallel"]
@@ -147,47 +139,28 @@ class Checkpointer:
         found, self._remarks = self._remarks, []
         return found
 
-    def _compare_copies(self, copies: Checksums) -> None:
-        digests: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(digests, copies.digest, group=self._group)
-        if copies_differ(digests):  # known to all ranks alike
-            everyone: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, copies, group=self._group)
-            self._remarks.append(describe_drift(everyone))
-
     def _write(
         self, name: str, state: TrainingState, boxes: dict[str, Box | LostBox], about: dict[str, Any], copies: Checksums
-    ) -> None:
+    ) -> Path:
         partial: Path | None = None
         try:
-            self._compare_copies(copies)
+            if drift := compare_copies(copies, self._group):
+                self._remarks.append(drift)
             partial, target = self._on_main(lambda: self._prepare(name))
             own = write(partial, boxes, self._group)
             boxes.clear()
-            entries = self._entries_of_all(partial, own)
+            with writing_into(self.folder):
+                files = report_together(lambda: file_entries(partial, own), self._group)
+            entries = {name: entry for mine in files for name, entry in mine.items()}
             self._on_main(lambda: self._finish(partial, target, state, entries, about))
-            self._written = target
-        except BaseException as error:  # for the training thread to raise
+        except BaseException:
             if dist.get_rank() == 0 and partial is not None:
                 shutil.rmtree(partial, ignore_errors=True)
-            self._failure = error
-
-    def _entries_of_all(self, partial: Path, own: list[str]) -> dict[str, Any]:
-        mine, problem = {}, None
-        try:
-            mine = file_entries(partial, own)
-        except Exception as error:
-            problem = str(unwritable(self.folder, error))
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (mine, problem), group=self._group)
-        problems = [problem for _, problem in everyone if problem]
-        if problems:
-            raise CheckpointError(problems[0])
-        return {name: entry for files, _ in everyone for name, entry in files.items()}
+            raise
+        return target
 
     def _prepare(self, name: str) -> tuple[Path, Path]:
         """A new empty folder to write into, and its final name; no rank of an earlier start still writes into it."""
-        self._may_write()
         self.folder.mkdir(parents=True, exist_ok=True)
         restore_replaced(self.folder)
         remove_partial(self.folder)
@@ -199,7 +172,6 @@ class Checkpointer:
     def _finish(
         self, partial: Path, target: Path, state: TrainingState, entries: dict[str, Any], about: dict[str, Any]
     ) -> None:
-        self._may_write()
         seal(partial, target, self.config, about, entries)
         note_in_run_file(Path(self.config.logging.output_dir), checkpoints=saved_facts(self.config, state.step))
         if not target.name.startswith(REJECTED):
@@ -207,24 +179,18 @@ class Checkpointer:
             prune(self.folder, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every, state.good_step)
 
     def _on_main(self, action: Callable[[], Result]) -> Result:
-        """Run `action` on rank 0 and return its result on every rank, which also all raise what it raised.
+        """Run `action`, which writes, on rank 0. Returns its result on every rank.
 
         Raises:
-            CheckpointError, FolderTakenError: it failed there.
+            CheckpointError, FolderTakenError: it failed there; raised on every rank.
         """
-        outcome: list[Any] = [None, None]
-        cause: Exception | None = None
-        if dist.get_rank() == 0:
-            try:
-                outcome[0] = action()
-            except FolderTakenError as error:
-                outcome[1], cause = error, error
-            except Exception as error:
-                outcome[1], cause = unwritable(self.folder, error), error
-        dist.broadcast_object_list(outcome, src=0, group=self._group)
-        if outcome[1] is not None:
-            raise outcome[1] from cause
-        return outcome[0]
+
+        def act() -> Result:
+            with writing_into(self.folder):
+                self._may_write()
+                return action()
+
+        return run_on_main(act, self._group)
 
     def load(self, checkpoint: Path) -> TrainingState:
         """Fill engine and optimizer, and in the same layout on the same kind of device the random generators.
@@ -272,11 +238,7 @@ class Checkpointer:
 
     def quarantine(self, step: int, prefix: str = REJECTED) -> Path | None:
         """Rename checkpoints of `step` and later, so that none is resumed from. Returns the newest that is left."""
-        return self._on_main(lambda: self._quarantine(step, prefix))
-
-    def _quarantine(self, step: int, prefix: str) -> Path | None:
-        self._may_write()
-        return quarantine(self.folder, step, prefix)
+        return self._on_main(lambda: quarantine(self.folder, step, prefix))
 
     def step_back(self, step: int) -> Path | None:
         """Let the next start resume from an intact checkpoint before `step`, where there is one.
@@ -286,9 +248,10 @@ class Checkpointer:
         Returns:
             The checkpoint from which the next start will resume; None if there is none.
         """
-        older, _ = newest_complete(self.folder, before=step)
+        found = checkpoints(self.folder)
+        older, _ = newest_complete([path for path in found if saved_step(path) < step])
         if older is None:
-            return newest_complete(self.folder)[0]
+            return newest_complete(found)[0]
         self.quarantine(step)
         return older
 
@@ -297,31 +260,21 @@ def _random_name(name: str) -> str:
     return f"random.{dist.get_rank():05d}.{name}"
 
 
-def newest_complete(folder: Path, before: int | None = None) -> tuple[Path | None, list[str]]:
-    """The newest intact checkpoint, and a line on each newer one that is damaged; a collective call.
+def newest_complete(found: Sequence[Path]) -> tuple[Path | None, list[str]]:
+    """The newest intact checkpoint of rank 0's list, and a line on each newer one that is damaged; a collective call.
+
+    In a folder that is being written, or through a file server's cache, another rank may see other names.
 
     Args:
-        before: look only at checkpoints of earlier steps than this.
+        found: checkpoints, the oldest first.
     """
-    # of rank 0: in a folder that is being written, or through a file server's cache, another may see other names
-    found = [[path for path in checkpoints(folder) if before is None or saved_step(path) < before]]
-    dist.broadcast_object_list(found, src=0)
-    return newest_without(problem_together, found[0])
+    return newest_without(_problem_together, run_on_main(lambda: found))
 
 
-def problem_together(checkpoint: Path) -> str | None:
-    """What is wrong with files or contents of a checkpoint, None if nothing is; a collective call.
-
-    Ranks share the work of comparing checksums.
-    """
-    rank, everyone = dist.get_rank(), [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, damage(checkpoint, rank, len(everyone)))
-    problem = next(filter(None, everyone), None)
-    if problem is None:
-        contents = [wrong_contents(checkpoint) if rank == 0 else None]
-        dist.broadcast_object_list(contents, src=0)
-        (problem,) = contents
-    return problem
+def _problem_together(checkpoint: Path) -> str | None:
+    """Why files or contents of a checkpoint are unusable; ranks share the work of comparing checksums."""
+    problems = gather(damage(checkpoint, dist.get_rank(), dist.get_world_size()))
+    return next(filter(None, problems), None) or run_on_main(lambda: wrong_contents(checkpoint))
 
 
 def saved_facts(config: Config, newest: int | None) -> dict[str, Any]:
@@ -339,15 +292,12 @@ def tidy(folder: Path) -> None:
     Raises:
         CrnetError: rank 0 cannot write the folder; raised on every rank.
     """
-    run_on_main(lambda: _tidy(folder))
 
-
-def _tidy(folder: Path) -> None:
-    try:
-        if folder.is_dir():
+    def finish() -> None:
+        with writing_into(folder):
             restore_replaced(folder)
-    except OSError as error:
-        raise unwritable(folder, error) from error
+
+    run_on_main(finish)
 
 
 def saved_state(checkpoint: Path) -> dict[str, Any]:

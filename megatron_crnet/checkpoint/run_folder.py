@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 
 from megatron_crnet.checkpoint.directory import (
     DAMAGED,
@@ -35,13 +34,17 @@ from megatron_crnet.utils.folder_lock import LOCK, FolderLock, take
 GIB = 2**30
 BYTES_PER_PARAMETER = 12
 """Of a checkpoint: the fp32 master and two moments."""
-FILES = ("metrics.jsonl", "config.yaml", RUN_FILE, "loss.png")
 FOLDERS = ("tensorboard", "stacks")
+WRITTEN = {
+    "logging.output_dir": ("metrics.jsonl", "config.yaml", RUN_FILE, "loss.png", *FOLDERS),
+    "checkpoint.dir": ("latest",),
+}
+"""Names that a run writes."""
 STATE = ("*.safetensors", "state.json", MANIFEST, "*.pt", "step_*/manifest.json")
 """What a folder below checkpoint.dir holds when it is, or holds, the state of a run."""
 
 
-class RunFolders:
+class RunFolders(AbstractContextManager["RunFolders"]):
     """The locks on the folders of a run, until the end of a `with` block; empty on ranks other than 0."""
 
     def __init__(self) -> None:
@@ -55,9 +58,9 @@ class RunFolders:
             ConfigError: it cannot be made or written, or another process holds it.
         """
         try:
-            above = [path for path in (folder, *folder.parents) if not path.exists()]
+            missing = [path for path in (folder, *folder.parents) if not path.exists()]
             folder.mkdir(parents=True, exist_ok=True)
-            self._made += above
+            self._made += missing
             lock = take(folder / LOCK, f"{field} {folder}")
         except (OSError, ValueError) as error:
             raise _unwritable(field, folder, error) from error
@@ -82,20 +85,14 @@ class RunFolders:
             with suppress(OSError):  # it is not empty
                 folder.rmdir()
 
-    def __enter__(self) -> RunFolders:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 def _unwritable(field: str, folder: Path, error: Exception) -> ConfigError:
-    reason = getattr(error, "strerror", None) or error
     return ConfigError(
-        f"{field} {folder} cannot be written ({reason}): free some space, correct the permissions or choose another "
-        "folder"
+        f"{field} {folder} cannot be written ({getattr(error, 'strerror', None) or error}): free some space, correct "
+        "the permissions or choose another folder"
     )
 
 
@@ -111,22 +108,22 @@ def hold_run_folders(config: Config, is_main: bool) -> RunFolders:
 def _hold(config: Config, is_main: bool) -> RunFolders:
     folders = RunFolders()
     if is_main:
-        output, states = Path(config.logging.output_dir), checkpoint_dir(config)
+        places = {"logging.output_dir": Path(config.logging.output_dir), "checkpoint.dir": checkpoint_dir(config)}
         try:
-            folders.hold("logging.output_dir", output)
-            folders.hold("checkpoint.dir", states)
-            _check_files("logging.output_dir", output, FILES, FOLDERS)
-            _check_files("checkpoint.dir", states, ("latest",), ())
+            for field, folder in places.items():
+                folders.hold(field, folder)
+            for field, folder in places.items():
+                _check_files(field, folder)
         except BaseException:
             folders.close()
             raise
     return folders
 
 
-def _check_files(field: str, folder: Path, files: Sequence[str], folders: Sequence[str]) -> None:
+def _check_files(field: str, folder: Path) -> None:
     """Raise for anything in the place of a file or a folder that is written later."""
-    for path in (folder / name for name in (*files, *folders)):
-        if path.exists() and path.is_dir() != (path.name in folders):
+    for path in (folder / name for name in WRITTEN[field]):
+        if path.exists() and path.is_dir() != (path.name in FOLDERS):
             found, wanted = ("folder", "file") if path.is_dir() else ("file", "folder")
             raise ConfigError(
                 f"{field} {folder} holds a {found} {path.name}, where the run writes a {wanted} of that name: remove "
@@ -156,7 +153,7 @@ def check_remains(config: Config, damaged: Sequence[str]) -> None:
             f"{f' ({damaged[0]})' if damaged else ''}: rename a whole one to {PREFIX}N, where N is the step in its "
             "state.json, to continue from it, or move the folder away to start from random weights"
         )
-    steps = logged_steps(output / "metrics.jsonl")
+    steps = _logged_steps(output / "metrics.jsonl")
     if steps and not nothing_saved:
         where = str(before.get("dir", folder)) if isinstance(before, dict) else str(folder)
         elsewhere = f" (those of that run are in {where})" if Path(where).resolve() != folder.resolve() else ""
@@ -173,16 +170,15 @@ def states_in(folder: Path) -> list[str]:
         return []
     prefixes = (PREFIX, REJECTED, DAMAGED, PARTIAL, REPLACED)
     below = sorted(path for path in folder.iterdir() if path.is_dir())
-    found = [path.name for path in below if path.name.startswith(prefixes) or any(_matches(path))]
+    found = [
+        path.name
+        for path in below
+        if path.name.startswith(prefixes) or any(next(path.glob(pattern), None) for pattern in STATE)
+    ]
     return ([folder.name] if any((folder / name).is_file() for name in ("state.json", MANIFEST)) else []) + found
 
 
-def _matches(folder: Path) -> Iterator[Path]:
-    for pattern in STATE:
-        yield from folder.glob(pattern)
-
-
-def logged_steps(metrics: Path) -> int:
+def _logged_steps(metrics: Path) -> int:
     """The largest step of a metrics.jsonl, 0 where there is none."""
     steps = [0]
     with suppress(OSError):
@@ -209,17 +205,13 @@ def check_space(config: Config, step: int) -> str | None:
             f"checkpoint.dir {folder} has {free / GIB:,.2f} GiB free, but {one}: free some space or choose another "
             "folder"
         )
-    count = _more_checkpoints(config, step, len(checkpoints(folder)))
+    section, steps = config.checkpoint, config.training.train_steps - step
+    count = max(1, -(-steps // section.save_interval)) if section.save_interval else 1
+    if section.keep_last is not None:  # one is written before an older one goes
+        count = min(count, max(section.keep_last - len(checkpoints(folder)), 0) + 1)
     if free >= count * size:
         return None
     return (
         f"checkpoint.dir {folder} has {free / GIB:,.2f} GiB free, but {one}, and this run writes up to {count} more at "
         "a time: set checkpoint.keep_last, or free some space"
     )
-
-
-def _more_checkpoints(config: Config, step: int, there: int) -> int:
-    """How many more there may be at once than there are now; one is written before an older one goes."""
-    section, steps = config.checkpoint, config.training.train_steps - step
-    saves = max(1, -(-steps // section.save_interval)) if section.save_interval else 1
-    return saves if section.keep_last is None else min(saves, max(section.keep_last - there, 0) + 1)

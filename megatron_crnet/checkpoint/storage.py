@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_crnet.checkpoint.weight_files import ShardReader, headers_of, portions
-from megatron_crnet.distributed.consensus import report_together
+from megatron_crnet.distributed.consensus import run_on_all_ranks, run_on_main
 from megatron_crnet.engine.state_kinds import KINDS
 from megatron_crnet.engine.zero import ZeroState, local_shape
 from megatron_crnet.model.weights import Weight
@@ -198,16 +198,14 @@ def shared_reader(folder: Path) -> ShardReader:
     Raises:
         CheckpointError: rank 0 cannot read them; raised on every rank.
     """
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
+
+    def headers() -> Metadata:
         try:
-            outcome[0] = headers_of(folder)
+            return headers_of(folder)
         except Exception as error:
-            outcome[1] = f"checkpoint {folder} cannot be read ({describe(error)}): use another one"
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise CheckpointError(outcome[1])
-    return ShardReader(folder, outcome[0])
+            raise CheckpointError(f"checkpoint {folder} cannot be read ({describe(error)}): use another one") from error
+
+    return ShardReader(folder, run_on_main(headers))
 
 
 def read(reader: ShardReader, boxes: Mapping[str, Box]) -> None:
@@ -248,7 +246,7 @@ def fill(
         CheckpointError: some rank cannot read its part; raised on every rank.
     """
     zero.begin()
-    report_together(partial(_fill_own, reader, zero, weights, kinds))
+    run_on_all_ranks(partial(_fill_own, reader, zero, weights, kinds))
     zero.finish(steps)
 
 

@@ -1,15 +1,15 @@
-"""What all ranks must agree on: at start-up that they mean the same run, in training whether to stop or save.
+"""Agreement between ranks: at start-up on configuration and files, in training on stopping and saving.
 
-A rank that sees another file or another option would train on, or hang, far from the cause. Here every rank
-learns what every other found, also that it failed, and all of them stop with the same line. The configuration
-comes first, before it decides who is in a collective call with whom.
+A rank with another file or option would train on, or hang, far from the cause. So every rank learns what every other
+found, failures included, and all stop with one line. The configuration comes first, because the groups of collective
+calls follow from it.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -41,6 +41,18 @@ def configuration_facts(config: Config) -> dict[str, str]:
     return {**facts, **{f"version of {library}": version for library, version in versions.items()}}
 
 
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """The values of all ranks; a collective call of `group`, by default of all ranks."""
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, value, group)
+    return everyone
+
+
+def digest_of(values: Mapping[str, Any]) -> bytes:
+    """A digest of named values, whatever their order."""
+    return hashlib.sha256(repr(sorted(values.items())).encode()).digest()
+
+
 def agree_on_configuration(config: Config) -> None:
     """Compare configuration and libraries with all other ranks; a collective call that no setting changes.
 
@@ -48,68 +60,64 @@ def agree_on_configuration(config: Config) -> None:
         ConfigError: ranks differ; names a rank, the fact and both values.
     """
     facts = configuration_facts(config)
-    everyone: list[Any] = [None] * dist.get_world_size()
     # all facts of all ranks only where a digest differs
-    dist.all_gather_object(everyone, hashlib.sha256(repr(sorted(facts.items())).encode()).digest())
-    if len(set(everyone)) > 1:
-        dist.all_gather_object(everyone, facts)
-        compare_facts(everyone)
+    if len(set(gather(digest_of(facts)))) > 1:
+        compare_facts(gather(facts))
 
 
-def report_together(examine: Callable[[], Found]) -> list[Found]:
-    """Run `examine` on every rank. Returns what each of them found; a collective call.
+def run_on_all_ranks(action: Callable[[], Found], group: dist.ProcessGroup | None = None) -> Found:
+    """Run `action` on every rank. Returns this rank's own result; a collective call.
 
     Raises:
-        CrnetError: `examine` raised on some rank; every rank raises the same kind, naming it. A defect, which is any
-            other exception, is raised as it is where it happened.
+        CrnetError: `action` raised on some rank; every rank raises the same kind, naming it. A defect, which is any
+            other exception, is raised as it is where it happened, and as DataError elsewhere.
     """
-    found: Any = None
     problem: Exception | None = None
     try:
-        found = examine()
+        found = action()
     except Exception as error:  # also a defect must reach the ranks that wait below
         problem = error
-    everyone: list[Any] = [None] * dist.get_world_size()
     kind = type(problem) if isinstance(problem, CrnetError) else DataError
-    dist.all_gather_object(everyone, (found, (kind, describe(problem)) if problem else None))
+    failures = gather((kind, describe(problem)) if problem else None, group)
     if problem is not None:
         raise problem
-    for rank, (_, failure) in enumerate(everyone):
+    for rank, failure in enumerate(failures):
         if failure:
-            raise failure[0](f"rank {rank} stopped at start: {failure[1]}")
-    return [found for found, _ in everyone]
+            raise failure[0](f"rank {rank} failed: {failure[1]}")
+    return found
+
+
+def report_together(examine: Callable[[], Found], group: dist.ProcessGroup | None = None) -> list[Found]:
+    """As `run_on_all_ranks`, with the results of all ranks."""
+    return gather(run_on_all_ranks(examine, group), group)
 
 
 def examine_together(examine: Callable[[], tuple[Found, dict[str, str]]]) -> Found:
-    """Run `examine` on every rank and compare what it found; a collective call.
-
-    Args:
-        examine: opens this rank's input; gives what it opened and facts that must be equal everywhere.
+    """As `run_on_all_ranks`, where `examine` also gives facts that must be equal on all ranks.
 
     Raises:
-        CrnetError: `examine` raised on some rank; every rank raises, naming it. A defect, which is any other
-            exception, is raised as it is where it happened.
         ConfigError: ranks differ; names a rank, the fact and both values.
     """
-    opened: list[Found] = []
-
-    def facts_of_opened() -> dict[str, str]:
-        found, facts = examine()
-        opened.append(found)
-        return facts
-
-    compare_facts(report_together(facts_of_opened))
-    return opened[0]
+    found, facts = run_on_all_ranks(examine)
+    compare_facts(gather(facts))
+    return found
 
 
-def run_on_all_ranks(action: Callable[[], Found]) -> Found:
-    """Run `action` on every rank and give its own result to each; an error on one is raised on all, as above."""
-    return examine_together(lambda: (action(), {}))
-
-
-def run_on_main(action: Callable[[], Found]) -> Found | None:
-    """Run `action` on rank 0, None on the others; an error is raised on all ranks."""
-    return run_on_all_ranks(lambda: action() if dist.get_rank() == 0 else None)
+def run_on_main(action: Callable[[], Found], group: dist.ProcessGroup | None = None) -> Found:
+    """Run `action` on rank 0. Returns its result on every rank; a collective call. Errors as in `run_on_all_ranks`."""
+    outcome: list[Any] = [None, None]
+    problem: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except Exception as error:
+            problem = error
+            outcome[1] = error if isinstance(error, CrnetError) else DataError(f"rank 0 failed: {describe(error)}")
+    dist.broadcast_object_list(outcome, src=0, group=group)
+    if problem := problem or outcome[1]:
+        raise problem
+    found: Found = outcome[0]
+    return found
 
 
 def compare_facts(facts: list[dict[str, str]]) -> None:

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ SILENT_STORE = "the process that holds the ranks' store (rank 0 or the launcher)
 REMEDY = "look at the log of that rank, then start all ranks again"
 
 
-def ranks_line(ranks: Sequence[int]) -> str:
+def ranks_line(ranks: Collection[int]) -> str:
     """`rank 0, 3-7`: runs of more than two are drawn together, because a thousand may be meant."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):

@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_crnet.checkpoint.directory import MANIFEST, checkpoints
-from megatron_crnet.checkpoint.manager import check_resumable, newest_complete, problem_together, saved_state
+from megatron_crnet.checkpoint.directory import checkpoints_at
+from megatron_crnet.checkpoint.manager import check_resumable, newest_complete, saved_state
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.fingerprint import SHOWN, TrainedOn
 from megatron_crnet.distributed.consensus import examine_together
-from megatron_crnet.utils.errors import ConfigError
+from megatron_crnet.utils.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -49,31 +49,23 @@ def find_starting_point(config: Config, trained_on: TrainedOn) -> StartingPoint:
         ConfigError: there is no whole checkpoint, or it is of another model.
     """
     path = Path(config.checkpoint.load or "")
-    folder = examine_together(partial(_examine_path, path))
-    if folder is None:
-        checkpoint: Path | None = path
-        problem = problem_together(path)
-        damaged = [f"checkpoint {path} {problem}"] if problem else []
-    else:
-        checkpoint, damaged = newest_complete(folder)
-    if checkpoint is None or (folder is None and damaged):
+    found = examine_together(partial(_examine_path, path))
+    checkpoint, damaged = newest_complete(found)
+    if checkpoint is None:
         raise ConfigError(f"checkpoint.load {path} holds no whole checkpoint ({damaged[0]}): give another")
     state, remarks = examine_together(partial(_examine_state, config, checkpoint, trained_on))
     lines = (*(f"warning: {line}" for line in damaged), *remarks)
     return StartingPoint(checkpoint, state, config.checkpoint.load_optimizer, lines)
 
 
-def _examine_path(path: Path) -> tuple[Path | None, dict[str, str]]:
-    """The folder of checkpoints at `path`, None where `path` is a checkpoint itself."""
-    if (path / MANIFEST).is_file():
-        return None, {f"checkpoint.load {path}": "a checkpoint"}
-    for folder in (path, path / "checkpoints"):
-        if checkpoints(folder):  # not their names: its run may be writing more of them
-            return folder, {f"checkpoint.load {path}": f"checkpoints in {folder}"}
-    raise ConfigError(
-        f"checkpoint.load {path} holds no checkpoint: give a step_ folder, a folder of them or the folder of a run; "
-        "crnet convert from-hf makes one of an export"
-    )
+def _examine_path(path: Path) -> tuple[list[Path], dict[str, str]]:
+    try:
+        found = checkpoints_at(path)
+    except DataError as error:
+        raise ConfigError(f"checkpoint.load {error}") from error
+    # not all names: its run may be writing more of them
+    what = "a checkpoint" if found == [path] else f"checkpoints in {found[0].parent}"
+    return found, {f"checkpoint.load {path}": what}
 
 
 def _examine_state(

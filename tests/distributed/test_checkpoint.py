@@ -187,7 +187,7 @@ def test_the_policy_keeps_the_last_and_every_tenth_and_a_failed_save_harms_nothi
 def choose(folder: str) -> tuple[str, list[str]]:
     initialize_parallel(tiny_config()).heartbeat.close()
     tidy(Path(folder))
-    found, damaged = newest_complete(Path(folder))
+    found, damaged = newest_complete(checkpoints(Path(folder)))
     fresh_world()
     return found.name if found else "none", damaged
 

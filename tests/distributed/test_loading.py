@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from megatron_crnet.checkpoint import storage
+from megatron_crnet.checkpoint.directory import checkpoints
 from megatron_crnet.checkpoint.manager import Checkpointer, newest_complete
 from megatron_crnet.checkpoint.train_state import TrainingState
 from megatron_crnet.config.schema import CheckpointConfig
@@ -63,7 +64,7 @@ def headers_opened(folder: str) -> int:
     checkpointer.wait()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(HuggingFaceStorageReader, "read_metadata", counted)
-        found, _ = newest_complete(checkpointer.folder)
+        found, _ = newest_complete(checkpoints(checkpointer.folder))
         assert found is not None
         checkpointer.load(found)
     assert checkpointer.changed_layout is None, "random states were read as well"
@@ -111,7 +112,7 @@ def test_what_one_rank_cannot_read_is_an_error_on_every_rank(tmp_path: Path) -> 
         assert (kind, own_kind) == ("CheckpointError", "CheckpointError"), name
         file = "state.json" if name.startswith("state") else "shard-00002"
         assert own_message.endswith(f"Permission denied: '{file}'): use another one"), own_message
-        assert message == f"rank 1 stopped at start: {own_message}", name
+        assert message == f"rank 1 failed: {own_message}", name
         assert waited < 60, name
 
 
@@ -135,7 +136,7 @@ def save_with_one_rank_that_cannot(folder: str) -> tuple[str, float]:
     waited = time.monotonic() - started
     checkpointer.save(TrainingState(2))
     checkpointer.wait()
-    found, _ = newest_complete(Path(folder))
+    found, _ = newest_complete(checkpoints(Path(folder)))
     assert found == Path(folder, "step_00000002")
     close_engine(engine)
     return str(caught.value), waited

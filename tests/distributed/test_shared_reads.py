@@ -92,7 +92,7 @@ def test_damage_that_one_rank_finds_stops_all(tmp_path: Path) -> None:
         file.write((10**12).to_bytes(8, "little"))
     first, second = run_distributed(fails_on_the_first_rank, 2, damaged, whole, str(tmp_path / "cache"))
     assert "damaged.idx gives document" in first
-    assert second == f"rank 0 stopped at start: {first}"
+    assert second == f"rank 0 failed: {first}"
 
 
 class Drawn:

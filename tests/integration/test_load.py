@@ -103,7 +103,7 @@ def test_what_does_not_fit_is_one_line_and_nothing_is_written(other: Path, corpu
         ({"checkpoint__load": corpus.train.parent}, "holds no checkpoint: give a step_ folder"),
         ({"checkpoint__load": damaged}, "holds no whole checkpoint (checkpoint "),
         ({"checkpoint__load": damaged / "step_00000006"}, "holds no whole checkpoint (checkpoint "),
-        ({"checkpoint__load": renamed}, "step_00000005 has step 6 in its state.json and another in its name): give"),
+        ({"checkpoint__load": renamed}, "step_00000005 has step 6 in its state.json and another in its name: skipped"),
         ({"checkpoint__load_optimizer": "true"}, "checkpoint.load names no checkpoint"),
         ({"training__eval_only": "true"}, "training.eval_only needs a checkpoint, but "),
         (
