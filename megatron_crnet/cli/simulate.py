@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from megatron_crnet.cli.main import Call
 from megatron_crnet.config.loading import ConfigParser
 from megatron_crnet.config.options import positive_integer
-from megatron_crnet.utils.duration import signs_of_life, spell
 from megatron_crnet.utils.errors import require
+from megatron_crnet.utils.progress import format_duration, periodic_lines
 
 if TYPE_CHECKING:
     from megatron_crnet.config.schema import Config
@@ -59,11 +59,11 @@ class Progress:
     def line(self, seconds: float) -> str:
         """For a person who waits, `seconds` after the start."""
         if not self.total:
-            return f"building the model: {spell(seconds)}"
+            return f"building the model: {format_duration(seconds)}"
         left = (time.monotonic() - self._started) * (self.total - self.done) / max(self.done - 1, 1)
-        ends = "time left not known yet" if self.done < 2 else f"about {spell(left)} left"
+        ends = "time left not known yet" if self.done < 2 else f"about {format_duration(left)} left"
         ends = "the update follows" if self.done == self.total else ends
-        return f"pass {self.done} of {self.total} of two steps, {spell(seconds)}; {ends}"
+        return f"pass {self.done} of {self.total} of two steps, {format_duration(seconds)}; {ends}"
 
 
 def compare(config: Config, world_size: int, rank: int) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def compare(config: Config, world_size: int, rank: int) -> dict[str, Any]:
     # ranks count through tensor and data parallelism before they reach the next stage
     stage = expected.stages[rank // (world_size // len(expected.stages))]
     progress = Progress()
-    with contextlib.redirect_stdout(sys.stderr), signs_of_life(progress.line):  # DeepSpeed may print
+    with contextlib.redirect_stdout(sys.stderr), periodic_lines(progress.line):  # DeepSpeed may print
         return {"counted": simulate(config, world_size, rank, progress.count), "estimated": stage}
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_crnet.utils.errors import ConfigError, DataError
 from megatron_crnet.utils.files import atomic_files, output_files
-from megatron_crnet.utils.progress import duration
+from megatron_crnet.utils.progress import format_duration
 
 BLOCK_CHARACTERS = 1000
 SMALLEST_VOCABULARY = 300
@@ -72,7 +72,7 @@ def train_sentencepiece(
         blocks = sample_blocks(texts, (sample_bytes or 512 * vocab_size) // BLOCK_CHARACTERS + 1)
         if say is not None:
             characters = sum(map(len, blocks))
-            cost = duration(SECONDS_PER_CHARACTER * characters)
+            cost = format_duration(SECONDS_PER_CHARACTER * characters)
             say(f"training up to {vocab_size:,} pieces on {characters:,} characters, roughly {cost} of CPU time")
         temporary.write_bytes(_train(blocks, vocab_size, num_threads))
     return target

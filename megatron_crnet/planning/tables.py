@@ -13,7 +13,7 @@ from megatron_crnet.config.schema import Config
 from megatron_crnet.planning.estimate import Estimate, estimate
 from megatron_crnet.planning.machines import GIB, Machine
 from megatron_crnet.planning.profile import CommVolume, Memory
-from megatron_crnet.utils.duration import spell
+from megatron_crnet.utils.progress import format_duration
 
 
 def memory_table(columns: dict[str, Memory]) -> list[str]:
@@ -47,7 +47,7 @@ def verdict(found: Estimate, machine: Machine, train_steps: int) -> str:
     return (
         f"{room} per {machine.name}; {found.tokens_per_second:,.0f} tokens/s on {found.world_size} "
         f"(MFU {found.utilization(machine):.1%}, whole {found.utilization(machine, whole_attention=True):.1%}); "
-        f"{train_steps:,} steps in {spell(train_steps * found.time.total)}"
+        f"{train_steps:,} steps in {format_duration(train_steps * found.time.total)}"
     )
 
 

@@ -23,9 +23,9 @@ from megatron_crnet.reporting.benchmark_rows import Row
 from megatron_crnet.reporting.rank_group import RankError, RankGroup
 from megatron_crnet.reporting.step_identity import identify_step
 from megatron_crnet.reporting.training_rank import StepTiming, WorkerReady, benchmark_rank
-from megatron_crnet.utils.duration import spell
 from megatron_crnet.utils.environment import machine, versions
 from megatron_crnet.utils.errors import CrnetError, require_positive
+from megatron_crnet.utils.progress import format_duration
 
 PRODUCT = 1024
 """Rows and columns of the matrix products that measure the peak."""
@@ -171,7 +171,7 @@ def _repeat(
             if times and repeat >= 0:
                 candidate.steps.append(times)
         done, left = repeat + plan.warm_up + 1, plan.repeats - repeat - 1
-        time_left = spell((time.monotonic() - started) * left / done)
+        time_left = format_duration((time.monotonic() - started) * left / done)
         say(f"{f'repeat {repeat + 1} of {plan.repeats}' if repeat >= 0 else 'warm-up'}, about {time_left} left")
     return peak
 

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from megatron_crnet.utils.duration import spell
+from megatron_crnet.utils.progress import format_duration
 
 PATIENCE, LOOK = 5.0, 1.0
 """Seconds without a line after which there is a sign of life, the first time; and between two looks at the clock."""
@@ -67,13 +67,13 @@ class Progress:
         """By the mean time of all steps but the first, validation and saving included."""
         done, left = self._step - self._first, self.total - self._step
         if left <= 0:
-            return spell(0.0)
+            return format_duration(0.0)
         if done < 1:
             return "?"
         now = time.monotonic()
         if done == 1:  # which holds what starts up
-            return f"under {spell(left * (now - self._started))}"
-        return spell(left * (now - self._after_first) / (done - 1))
+            return f"under {format_duration(left * (now - self._started))}"
+        return format_duration(left * (now - self._after_first) / (done - 1))
 
     def line(self, text: str) -> None:
         """One line of text that does not break the bar."""
@@ -97,9 +97,8 @@ class Progress:
             if self._bar is not None:
                 self._bar.refresh()
             elif waited >= self._patience:
-                self._sign_of_life(
-                    f"running for {spell(waited)} since step {self._step}/{self.total} | ETA {self.time_left()}"
-                )
+                since = f"running for {format_duration(waited)} since step {self._step}/{self.total}"
+                self._sign_of_life(f"{since} | ETA {self.time_left()}")
 
     def __enter__(self) -> Progress:
         if self.is_main:

@@ -261,7 +261,7 @@ def test_progress_prints_plain_lines_without_a_terminal(capsys: pytest.CaptureFi
         show(PART)
     assert capsys.readouterr().err.splitlines() == [
         "reading 3 files, 0.0 MB",
-        "25.0% read, 50 documents, 9,000 tokens, 0 documents/s, 0.02 MB/s, about 5.0 min and 27,000 tokens to go",
+        "25.0% read, 50 documents, 9,000 tokens, 0 documents/s, 0.02 MB/s, about 5 min 0 s and 27,000 tokens to go",
     ]
 
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from megatron_crnet.utils.duration import signs_of_life, spell
+from megatron_crnet.utils.progress import format_duration, periodic_lines
 
 
 @pytest.mark.parametrize(
@@ -22,13 +22,13 @@ from megatron_crnet.utils.duration import signs_of_life, spell
     ],
 )
 def test_a_duration_has_two_units(seconds: float, text: str) -> None:
-    assert spell(seconds) == text
+    assert format_duration(seconds) == text
 
 
 @pytest.mark.fault("M11")
-def test_signs_of_life_end_with_what_they_are_of() -> None:
+def test_periodic_lines_end_with_their_block() -> None:
     found: list[str] = []
-    with signs_of_life(lambda seconds: f"{seconds:.0f}", interval=0.02, write=found.append):
+    with periodic_lines(lambda seconds: f"{seconds:.0f}", interval=0.02, write=found.append):
         time.sleep(0.15)
     count = len(found)
     assert count >= 2
