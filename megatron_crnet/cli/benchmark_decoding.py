@@ -9,18 +9,14 @@ busy the machine was. A row's time holds the pass over the prompt.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from megatron_crnet.cli.main import Call
 from megatron_crnet.config.options import ToolParser
 from megatron_crnet.utils.errors import require_positive
 from megatron_crnet.utils.record_file import check_record_file, write_record
 from megatron_crnet.utils.tables import table
-
-if TYPE_CHECKING:
-    from megatron_crnet.reporting.decoding import Row
 
 VARIANTS = ("crnet", "low_rank", "cola", "full_rank")
 
@@ -41,28 +37,18 @@ def build_parser(prog: str) -> ToolParser:
     return parser
 
 
-def figures(rows: list[Row]) -> str:
+def figures(rows: list[dict[str, Any]]) -> str:
     """The figures as a table."""
     from megatron_crnet.reporting.decoding import of_full_rank
 
     header = ("variant", "cache", "parameters", "tokens/s", "spread", "tokens/s of CPU", "spread", "of full rank")
-    return table(
-        header,
-        [
-            (
-                row.variant,
-                "yes" if row.cache else "no",
-                f"{row.parameters / 1e6:.1f}M",
-                f"{row.tokens_per_s:.1f}",
-                f"{row.spread:.0%}",
-                f"{row.tokens_per_cpu_s:.1f}",
-                f"{row.cpu_spread:.0%}",
-                of_full_rank(row, rows),
-            )
-            for row in rows
-        ],
-        text_columns=2,
-    )
+    form = "{parameters:.1f}M {tokens_per_s:.1f} {spread:.0%} {tokens_per_cpu_s:.1f} {cpu_spread:.0%}"
+    millions = [{**row, "parameters": row["parameters"] / 1e6} for row in rows]
+    cells = [
+        [row["variant"], "yes" if row["cache"] else "no", *form.format(**row).split(), of_full_rank(row, rows)]
+        for row in millions
+    ]
+    return table(header, cells, text_columns=2)
 
 
 def run(call: Call) -> int:
@@ -90,6 +76,5 @@ def run(call: Call) -> int:
     print(figures(rows))
     if args.json is not None:
         about = {name: str(value) for name, value in vars(args).items()}
-        measured = {"arguments": about, "rows": [asdict(row) for row in rows]}
-        write_record(args.json, {**provenance("decoding", call.words), **measured})
+        write_record(args.json, {**provenance("decoding", call.words), "arguments": about, "rows": rows})
     return 0

@@ -17,6 +17,7 @@ from megatron_crnet.cli.main import Call
 from megatron_crnet.config.options import ToolParser
 from megatron_crnet.utils.environment import available_cpus
 from megatron_crnet.utils.record_file import check_record_file, write_record
+from megatron_crnet.utils.tables import table
 
 
 def build_parser(prog: str) -> ToolParser:
@@ -39,17 +40,22 @@ def build_parser(prog: str) -> ToolParser:
     return parser
 
 
-def print_table(results: list[dict[str, Any]]) -> None:
-    """One line per run of each kind."""
-    print(f"{'':12} {'MB':>7} {'documents':>10} {'seconds':>8} {'documents/s':>12} {'MB/s':>7} {'speed-up':>9}")
-    for result in results:
-        for name, speedup in (("loop", ""), ("preprocess", f"{result['speedup']:.2f}x")):
-            seconds = result["median_seconds"][name]
-            documents, megabytes = result["documents"], result["megabytes"]
-            print(
-                f"{name:12} {megabytes:7.1f} {documents:10,} {seconds:8.2f} {documents / seconds:12,.0f} "
-                f"{megabytes / seconds:7.2f} {speedup:>9}"
-            )
+def figures(results: list[dict[str, Any]]) -> str:
+    """A row per kind and number of copies."""
+    rows = [
+        (
+            name,
+            f"{result['megabytes']:.1f}",
+            f"{result['documents']:,}",
+            f"{seconds:.2f}",
+            f"{result['documents_per_second'][name]:,.0f}",
+            f"{result['megabytes_per_second'][name]:.2f}",
+            f"{result['median_seconds']['loop'] / seconds:.2f}x",
+        )
+        for result in results
+        for name, seconds in result["median_seconds"].items()
+    ]
+    return table(("", "MB", "documents", "seconds", "documents/s", "MB/s", "speed-up"), rows)
 
 
 def run(call: Call) -> int:
@@ -69,7 +75,7 @@ def run(call: Call) -> int:
             repeats=args.repeats,
             copies=args.copies,
         )
-    print_table(results)
+    print(figures(results))
     if args.json is not None:
         record = {**provenance("preprocessing", call.words), "workers": args.workers, "rows": results}
         write_record(args.json, record)

@@ -3,8 +3,8 @@
     %(prog)s runs/quickstart benchmark.json -o report.html
 
 Takes folders of runs (metrics.jsonl, config.yaml, run.json, and any JSON file beside them), files of crnet benchmark,
-and JSON of crnet measure-recompute, of estimates and of simulations. The page is self-contained; the same in Markdown
-lies beside it. What is missing or damaged is named in a line, on the page as well, and the rest is reported.
+and JSON of estimates and of simulations. The page is self-contained; the same in Markdown lies beside it. What is
+missing or damaged is named in a line, on the page as well, and the rest is reported.
 Exit status: 0 a report was made, 2 nothing at all could be read, or the report cannot be written.
 """
 

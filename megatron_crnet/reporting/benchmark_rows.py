@@ -58,29 +58,20 @@ def parse_row(text: str) -> Row:
 
 def sweep_rows(sweep: str, config: Config, processes: int) -> list[Row]:
     """The rows of a ready-made sweep around `config`; `processes` is the largest number of ranks."""
-    return [
-        Row(sweep, name, ranks, tuple(options.split())) for name, ranks, options in SWEEPS[sweep](config, processes)
-    ]
+    return [Row(sweep, name, ranks, tuple(words.split())) for name, ranks, words in SWEEPS[sweep](config, processes)]
 
 
 Options = list[tuple[str, int, str]]
 """Name, processes and options of rows."""
 
 
-def _variants(config: Config, processes: int) -> Options:
-    own_chains = "--model.full_rank_layers null"
-    names = ("full_rank", "crnet", "low_rank", "cola")
-    return [(name, processes, f"--model.variant {name} {own_chains}") for name in names]
+def _each(words: dict[str, str]) -> Callable[[Config, int], Options]:
+    """A row for each name, with its options."""
+    return lambda _, processes: [(name, processes, options) for name, options in words.items()]
 
 
 def _ranks(config: Config, processes: int) -> Options:
     return [(f"r = h/{n}", processes, f"--model.rank {config.model.hidden_size // n}") for n in (8, 4, 2)]
-
-
-def _recompute(config: Config, processes: int) -> Options:
-    rows = [(name, processes, f"--recompute.strategy {name}") for name in ("none", "replay", "inverse", "full")]
-    kept = "--recompute.strategy replay --recompute.keep_attention_output true"
-    return [*rows[:2], ("replay, attention kept", processes, kept), *rows[2:]]
 
 
 def _layouts(config: Config, processes: int) -> Options:
@@ -111,10 +102,19 @@ def _powers(largest: int) -> list[int]:
     return [2**k for k in range(largest.bit_length())]
 
 
+VARIANTS = ("full_rank", "crnet", "low_rank", "cola")
 SWEEPS: dict[str, Callable[[Config, int], Options]] = {
-    "variants": _variants,
+    "variants": _each({name: f"--model.variant {name} --model.full_rank_layers null" for name in VARIANTS}),
     "ranks": _ranks,
-    "recompute": _recompute,
+    "recompute": _each(
+        {
+            "none": "--recompute.strategy none",
+            "replay": "--recompute.strategy replay",
+            "replay, attention kept": "--recompute.strategy replay --recompute.keep_attention_output true",
+            "inverse": "--recompute.strategy inverse",
+            "full": "--recompute.strategy full",
+        }
+    ),
     "layouts": _layouts,
     "strong": partial(_scaling, weak=False),
     "weak": partial(_scaling, weak=True),

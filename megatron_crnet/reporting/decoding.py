@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -17,30 +18,6 @@ from megatron_crnet.hf.modeling_crnet import CRNetConfig, CRNetForCausalLM
 from megatron_crnet.utils.errors import require_positive
 
 
-@dataclass(frozen=True)
-class Row:
-    """One variant with or without the cache.
-
-    Attributes:
-        seconds: of each repeat, by the clock.
-        cpu_seconds: of each repeat, over all threads of this process.
-        tokens_per_s: median over the repeats, all sequences of the batch together.
-        tokens_per_cpu_s: the same by CPU time.
-        spread: (slowest - fastest repeat) / median, by the clock.
-        cpu_spread: the same by CPU time.
-    """
-
-    variant: str
-    cache: bool
-    parameters: int
-    seconds: list[float]
-    cpu_seconds: list[float]
-    tokens_per_s: float
-    tokens_per_cpu_s: float
-    spread: float
-    cpu_spread: float
-
-
 def measure_decoding(
     config: Config,
     variants: Sequence[Variant],
@@ -50,21 +27,36 @@ def measure_decoding(
     new_tokens: int,
     repeats: int,
     dtype: Dtype,
-) -> list[Row]:
-    """A row for each variant with and without the cache, in turn in each repeat, after one to warm up."""
+) -> list[dict[str, Any]]:
+    """A row for each variant with and without the cache, in turn in each repeat, after one to warm up.
+
+    Returns:
+        Of each row: `seconds` and `cpu_seconds` (over all threads) of each repeat; tokens per second of the clock and
+        of the CPU, medians over the repeats, all sequences together; and their spread, (slowest - fastest) / median.
+    """
     require_positive(
         "benchmark", batch_size=batch_size, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats
     )
     models = {variant: random_model(config, variant, dtype) for variant in variants}
     prompt = torch.randint(config.model.vocab_size, (batch_size, prompt_tokens), device=default_device())
-    rows = [(variant, cache) for variant in variants for cache in (True, False)]
-    times: dict[tuple[str, bool], list[tuple[float, float]]] = {row: [] for row in rows}
-    for repeat in range(repeats + 1):
-        for row in rows:
-            elapsed = decode(models[row[0]], prompt, new_tokens, row[1])
-            if repeat:  # the first one warms up
-                times[row].append(elapsed)
-    return [finished(row, models[row[0]], times[row], batch_size * new_tokens) for row in rows]
+    rows: list[dict[str, Any]] = [
+        {"variant": variant, "cache": cache, "parameters": models[variant].num_parameters()}
+        for variant in variants
+        for cache in (True, False)
+    ]
+    times = [
+        [decode(models[row["variant"]], prompt, new_tokens, row["cache"]) for row in rows] for _ in range(repeats + 1)
+    ]
+    tokens = batch_size * new_tokens
+    for row, found in zip(rows, zip(*times[1:], strict=True), strict=True):
+        clock, cpu = ([*seconds] for seconds in zip(*found, strict=True))
+        row |= {"seconds": clock, "tokens_per_s": tokens / statistics.median(clock), "spread": _spread(clock)}
+        row |= {"cpu_seconds": cpu, "tokens_per_cpu_s": tokens / statistics.median(cpu), "cpu_spread": _spread(cpu)}
+    return rows
+
+
+def _spread(seconds: list[float]) -> float:
+    return (max(seconds) - min(seconds)) / statistics.median(seconds)
 
 
 def random_model(config: Config, variant: Variant, dtype: Dtype) -> CRNetForCausalLM:
@@ -94,20 +86,11 @@ def decode(model: CRNetForCausalLM, prompt: torch.Tensor, new_tokens: int, cache
     return time.perf_counter() - started, time.process_time() - cpu_started
 
 
-def finished(row: tuple[str, bool], model: CRNetForCausalLM, times: list[tuple[float, float]], tokens: int) -> Row:
-    """The figures of one row."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    clock, cpu = ([pair[i] for pair in times] for i in (0, 1))
-    medians = statistics.median(clock), statistics.median(cpu)
-    spreads = [(max(values) - min(values)) / middle for values, middle in zip((clock, cpu), medians, strict=True)]
-    return Row(*row, parameters, clock, cpu, tokens / medians[0], tokens / medians[1], *spreads)
-
-
-def of_full_rank(row: Row, rows: list[Row]) -> str:
+def of_full_rank(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """How many times as fast as full rank, by CPU time where that is what computes."""
     kind = "seconds" if torch.cuda.is_available() else "cpu_seconds"
     for other in rows:
-        if (other.variant, other.cache) == ("full_rank", row.cache):
-            pairs = zip(getattr(other, kind), getattr(row, kind), strict=True)
+        if (other["variant"], other["cache"]) == ("full_rank", row["cache"]):
+            pairs = zip(other[kind], row[kind], strict=True)
             return f"{statistics.median(theirs / ours for theirs, ours in pairs):.2f}"
     return "-"

@@ -7,16 +7,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from megatron_crnet.config.loading import load_config
-from megatron_crnet.config.model_size import flops_per_token
 from megatron_crnet.config.schema import Config
-from megatron_crnet.reporting.records import KINDS, Head, MetricsLine, Row, Strategy, check, parse, printable, reason
+from megatron_crnet.reporting.records import KINDS, Head, MetricsLine, Row, check, parse, printable, reason
+from megatron_crnet.reporting.step_identity import identify_step
 from megatron_crnet.utils.environment import RUN_FILE
 from megatron_crnet.utils.errors import CrnetError
 
@@ -53,18 +52,10 @@ class Run:
         found = self.lines[key].dropna()
         return None if found.empty else float((found.iloc[1:] if len(found) > 1 else found).median())
 
-    @cached_property
+    @property
     def processes(self) -> int | None:
-        """As run.json says, else what follows from the two rates of a metrics line."""
-        if self.facts["world_size"]:
-            return int(self.facts["world_size"])
-        tokens, tflops = self.median("tokens_per_s"), self.median("tflops_per_device")
-        if self.config is None or not tokens or not tflops:
-            return None
-        found = flops_per_token(self.config.model, self.config.training.seq_length) * tokens / (tflops * 1e12)
-        near = round(found)
-        # padded samples count fewer tokens than positions, and then this rule does not hold
-        return near if near > 0 and abs(found / near - 1) < 0.02 else None
+        """As run.json says."""
+        return self.facts["world_size"]  # type: ignore[no-any-return]
 
 
 @dataclass
@@ -76,7 +67,6 @@ class ReportInputs:
         rows: a row per measured row of a benchmark; `again` where another sweep has measured it already.
         profiles: a row per rank, or ranks from `first` up to `last`, whose step was estimated, simulated or measured
             (`way`): memory by part, operations, traffic, times; missing where unknown.
-        strategies: a row per counted strategy of recomputation.
         problems: a line for each thing that could not be read.
     """
 
@@ -84,7 +74,6 @@ class ReportInputs:
     records: list[dict[str, Any]] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
     profiles: list[dict[str, Any]] = field(default_factory=list)
-    strategies: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     def say(self) -> list[str]:
@@ -105,8 +94,7 @@ class ReportInputs:
         left_out = f" Left out, named at the end: {len(self.problems)}." if self.problems else ""
         return (
             f"Made from runs: {len(self.runs)}, benchmarks: {len(self.of_kind('benchmark'))}, estimates and "
-            f"simulations: {len(self.of_kind('estimate', 'simulation'))}, counts of recomputation: "
-            f"{len(self.of_kind('recompute'))}.{left_out}"
+            f"simulations: {len(self.of_kind('estimate', 'simulation'))}.{left_out}"
         )
 
     @contextmanager
@@ -122,7 +110,7 @@ class ReportInputs:
 
 
 def read_inputs(paths: Iterable[Path]) -> ReportInputs:
-    """Folders of runs, and files of benchmarks, estimates, simulations and recomputation."""
+    """Folders of runs, and files of benchmarks, estimates and simulations."""
     found = ReportInputs()
     for path in paths:
         files = [path]
@@ -155,7 +143,15 @@ def read_run(path: Path, found: ReportInputs) -> None:
             found.problems.append(f"{path}: {which} cannot be read, or not as a whole: left out")
         if any(line["tokens"] is not None and line["loss"] is not None for line in lines):
             name, config, facts = _short(path.parent), _config(path.parent, found), _facts(path.parent, found)
-            found.runs.append(Run(name, _with_seconds(pd.DataFrame(lines, dtype=float)), config, facts))
+            run = Run(name, _with_seconds(pd.DataFrame(lines, dtype=float)), config, facts)
+            found.runs.append(run)
+            seconds, speed = run.median("step_time_s"), run.median("tokens_per_s")
+            if config is not None and run.processes and seconds and speed:
+                step = {"step": identify_step(config, run.processes), "first": 0, "last": float("inf")}
+                times = {"seconds": seconds, "tokens_per_s": speed, "device": device(facts)}
+                found.profiles.append(
+                    {**dict.fromkeys(("name", "source"), f"run {name}"), "way": MEASURED, **step, **times}
+                )
         else:
             found.problems.append(f"{path} has no line with tokens and loss: the run is left out")
 
@@ -185,38 +181,32 @@ def _read_file(path: Path, found: ReportInputs) -> None:
     with found.naming(path) as damaged:
         value = parse(path.read_text("utf-8"))
         kind = value.get("kind") if isinstance(value, dict) else None
-        if kind is None and isinstance(value, dict):  # as these tools wrote before they named themselves
-            kind = "simulation" if "counted" in value else "estimate" if "stages" in value else None
         if not isinstance(kind, str) or kind not in KINDS:
-            rule = "holds no benchmark, estimate, simulation or strategies of recomputation"
-            found.problems.append(f"{path} {rule}: left out")
+            found.problems.append(f"{path} holds no benchmark, estimate or simulation: left out")
             return
-        if kind in ("benchmark", "recompute"):
-            value = {**value, "rows": _rows(path, value.get("rows"), kind, found)}
+        if kind == "benchmark":
+            value = {**value, "rows": _rows(path, value.get("rows"), found)}
             if not value["rows"]:
                 found.problems.append(f"{path} has no row that was measured and is whole: left out")
                 return
         name, known = _short(path.with_suffix("")), {record["name"] for record in found.records}
-        numbered = (f"{name} ({i})" for i in itertools.count(2))
-        name = next(n for n in itertools.chain([name], numbered) if n not in known)
-        record = {**check(KINDS[kind], value, damaged), "name": name, "kind": kind}
+        names = itertools.chain([name], (f"{name} ({i})" for i in itertools.count(2)))
+        record = {**check(KINDS[kind], value, damaged), "name": next(n for n in names if n not in known), "kind": kind}
         found.records.append(record)
-        {"benchmark": _add_rows, "recompute": _add_strategies, "estimate": _add_stages, "simulation": _add_ranks}[kind](
-            record, found
-        )
+        {"benchmark": _add_rows, "estimate": _add_stages, "simulation": _add_rank}[kind](record, found)
 
 
-def _rows(path: Path, rows: Any, kind: str, found: ReportInputs) -> list[dict[str, Any]]:
+def _rows(path: Path, rows: Any, found: ReportInputs) -> list[dict[str, Any]]:
     whole = []
     for number, row in enumerate(rows if isinstance(rows, list) else [], 1):
         named = isinstance(row, dict) and isinstance(row.get("name"), str)
         what = f"{path}: row {number}" + (f", {row['name'][:100]}," if named else "")
-        if named and kind == "benchmark" and "median_s" not in row:
+        if named and "median_s" not in row:
             why = row.get("error") or "the run was stopped before its turn"
             found.problems.append(f"{what} was not measured: {str(why)[:300]}")
             continue
         with found.naming(what) as damaged:
-            whole.append(check(Row if kind == "benchmark" else Strategy, row, damaged))
+            whole.append(check(Row, row, damaged))
             if row.get("error"):
                 found.problems.append(f"{what} was measured in part: {str(row['error'])[:300]}")
     return whole
@@ -241,10 +231,6 @@ def _add_rows(record: dict[str, Any], found: ReportInputs) -> None:
             found.profiles.append({"name": record["name"], "first": i, "last": last, **shared, **profile})
 
 
-def _add_strategies(record: dict[str, Any], found: ReportInputs) -> None:
-    found.strategies += [{**row, "file": record["name"]} for row in record["rows"]]
-
-
 def _add_stages(record: dict[str, Any], found: ReportInputs) -> None:
     world, stages, name = record["world_size"] or 0, record["stages"], record["name"]
     size = 0 if world % len(stages) else world // len(stages)  # no rank at all where the numbers do not fit
@@ -257,13 +243,10 @@ def _add_stages(record: dict[str, Any], found: ReportInputs) -> None:
         found.profiles.append({**shared, **ranks, **_columns(stage)})
 
 
-def _add_ranks(record: dict[str, Any], found: ReportInputs) -> None:
-    name, rank = record["name"], record["rank"]
-    ranks = {"first": rank or 0, "last": 0 if rank is None else rank + 1}
-    for way, word in ((SIMULATED, "counted"), (ESTIMATED, "estimated")):
-        if record[word] is not None:
-            shared = {"way": way, "name": name, "source": name, "label": f"{name}, {word}", "step": record["step"]}
-            found.profiles.append({**shared, **ranks, **_columns(record[word]), "spare": way == ESTIMATED})
+def _add_rank(record: dict[str, Any], found: ReportInputs) -> None:
+    rank, shared = record["rank"], dict.fromkeys(("name", "source", "label"), record["name"])
+    ranks = {"way": SIMULATED, "first": rank or 0, "last": 0 if rank is None else rank + 1, "step": record["step"]}
+    found.profiles.append({**shared, **ranks, **_columns(record["counted"])})
 
 
 def _columns(profile: dict[str, Any]) -> dict[str, Any]:

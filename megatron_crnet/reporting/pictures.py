@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import Any, ClassVar
 
 import matplotlib
 import numpy as np
@@ -20,7 +20,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import Formatter, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
 TEXT, GRID, BACK = "#010203", "#010204", "#010205"
 """Stand for the page's colours until the SVG is written; so do those of `LIGHT`."""
@@ -101,29 +101,13 @@ class Bars:
 Picture = Lines | Bars
 
 
-def short(value: float, digits: int = 3) -> str:
-    """A short number: 1,500, 12k, 3.4M, 0.05."""
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= size * (1 - 0.5 * 10.0**-digits):  # what rounds up to the next unit is written in it
-            return f"{value / (1e3 if unit == 'k' else size):.{digits}g}{unit}"
-    if abs(value) >= 1000:
-        return f"{value:,.{max(digits - 4, 0)}f}"
-    return f"{value:.{digits}g}"
+class _Short(EngFormatter):
+    """12k, 3.4M, 0.05: the prefixes of large numbers alone."""
+
+    ENG_PREFIXES: ClassVar[dict[int, str]] = {0: "", 3: "k", 6: "M", 9: "G", 12: "T"}
 
 
-def different(values: Sequence[float]) -> list[str]:
-    """Short numbers with as many digits as it takes to tell them apart."""
-    found: list[str] = []
-    for digits in range(3, 16):
-        found = [short(value, digits) for value in values]
-        if len(set(found)) == len(set(values)):
-            break
-    return found
-
-
-class _Numbers(Formatter):
-    def format_ticks(self, values: Sequence[float]) -> list[str]:
-        return different(values)
+short = _Short(sep="").format_data
 
 
 def svg(picture: Picture) -> str:
@@ -189,7 +173,7 @@ def _lines(picture: Lines) -> Figure:
         if not picture.logarithmic:
             axis.set_major_locator(MaxNLocator(5, steps=STEPS))
         axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(_Numbers())
+        axis.set_major_formatter(_Short(sep=""))
     _legend(figure, handles, [s.name for s, _ in kept])
     return figure
 
@@ -219,7 +203,7 @@ def _bars(picture: Bars) -> Figure:
     if not totals.any():
         raise ValueError("nothing to draw")
     parts = picture.sizes.loc[:, picture.sizes.any()]
-    labels = [textwrap.fill(f"{name}: {short(total, 4)}", 54) for name, total in totals.items()]
+    labels = [textwrap.fill(f"{name}: {short(total)}", 54) for name, total in totals.items()]
     heights = [0.52 + 0.16 * label.count("\n") for label in labels]
     places = np.cumsum(heights) - 0.2
     figure, axes = _figure(sum(heights) + 0.8 + 0.1 * (len(parts.columns) + 1))
@@ -227,16 +211,12 @@ def _bars(picture: Bars) -> Figure:
         axes.text(0, place - 0.06, label, verticalalignment="bottom")
     start, handles = np.zeros(len(labels)), []
     for i, (_, sizes) in enumerate(parts.items()):
-        style: dict[str, Any] = {
-            "facecolor": LIGHT[i % len(LIGHT)],
-            "edgecolor": BACK,
-            "hatch": HATCHES[i % len(HATCHES)],
-        }
-        handles.append(axes.barh(places + 0.06, sizes, 0.17, start, linewidth=0.5, **style))
+        style: dict[str, Any] = {"facecolor": LIGHT[i % len(LIGHT)], "hatch": HATCHES[i % len(HATCHES)]}
+        handles.append(axes.barh(places + 0.06, sizes, 0.17, start, edgecolor=BACK, linewidth=0.5, **style))
         start = start + sizes.to_numpy()
     axes.set(ylim=(sum(heights), 0), xlim=(0, totals.max() * 1.02), xlabel=picture.unit, yticks=[])
     axes.spines["left"].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
-    axes.xaxis.set_major_formatter(_Numbers())
+    axes.xaxis.set_major_formatter(_Short(sep=""))
     _legend(figure, handles, [*parts.columns])
     return figure

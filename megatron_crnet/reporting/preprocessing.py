@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,48 +34,6 @@ def straightforward(corpus: Path, out_prefix: Path, tokenizer_model: str) -> Non
                 ids = [*processor.encode(text), processor.eos_id()]
                 builder.add_document(ids, [len(ids)])
     builder.finalize(f"{out_prefix}.idx")
-
-
-def measure(corpus: Path, folder: Path, model: str, workers: int, repeats: int) -> dict[str, Any]:
-    """Median seconds and rates of both.
-
-    Raises:
-        DataError: their outputs differ.
-    """
-    # also imports Megatron-Core, which the measured runs then find loaded
-    counts = preprocess([corpus], folder / "warm", "sentencepiece", model, workers=workers, overwrite=True)
-
-    def ours() -> None:
-        preprocess([corpus], folder / "ours", "sentencepiece", model, workers=workers, overwrite=True)
-
-    def loop() -> None:
-        straightforward(corpus, folder / "loop", model)
-
-    seconds: dict[str, list[float]] = {"loop": [], "preprocess": []}
-    for _ in range(repeats):
-        seconds["loop"].append(timed(loop))
-        seconds["preprocess"].append(timed(ours))
-    for suffix in ("bin", "idx"):
-        if (folder / f"ours.{suffix}").read_bytes() != (folder / f"loop.{suffix}").read_bytes():
-            raise DataError(f"the two wrote different .{suffix} files: this is a defect, report it")
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    return {
-        "documents": counts.documents,
-        "megabytes": counts.text_bytes / 1e6,
-        "tokens": counts.tokens,
-        "seconds": seconds,
-        "median_seconds": medians,
-        "documents_per_second": {name: counts.documents / median for name, median in medians.items()},
-        "megabytes_per_second": {name: counts.text_bytes / 1e6 / median for name, median in medians.items()},
-        "speedup": medians["loop"] / medians["preprocess"],
-    }
-
-
-def timed(function: Callable[[], None]) -> float:
-    """Seconds of one call."""
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
 
 
 def measure_preprocessing(
@@ -104,5 +64,32 @@ def measure_preprocessing(
     for count in copies:
         repeated = folder / f"copies-{count}.jsonl"
         repeated.write_bytes(data * count)
-        results.append({"copies": count, **measure(repeated, folder, model, workers, repeats)})
+        results.append({"copies": count, **_measure(repeated, folder, model, workers, repeats)})
     return results
+
+
+def _measure(corpus: Path, folder: Path, model: str, workers: int, repeats: int) -> dict[str, Any]:
+    """Median seconds and rates of both, which take turns."""
+    ours = partial(preprocess, [corpus], folder / "ours", "sentencepiece", model, workers=workers, overwrite=True)
+    programs = {"loop": partial(straightforward, corpus, folder / "loop", model), "preprocess": ours}
+    counts = ours()  # also imports Megatron-Core, which the measured runs then find loaded
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(repeats):
+        for name, program in programs.items():
+            started = time.perf_counter()
+            program()
+            seconds[name].append(time.perf_counter() - started)
+    for suffix in ("bin", "idx"):
+        if not filecmp.cmp(folder / f"ours.{suffix}", folder / f"loop.{suffix}", shallow=False):
+            raise DataError(f"the two wrote different .{suffix} files: this is a defect, report it")
+    medians, megabytes = {name: statistics.median(values) for name, values in seconds.items()}, counts.text_bytes / 1e6
+    return {
+        "documents": counts.documents,
+        "megabytes": megabytes,
+        "tokens": counts.tokens,
+        "seconds": seconds,
+        "median_seconds": medians,
+        "documents_per_second": {name: counts.documents / median for name, median in medians.items()},
+        "megabytes_per_second": {name: megabytes / median for name, median in medians.items()},
+        "speedup": medians["loop"] / medians["preprocess"],
+    }

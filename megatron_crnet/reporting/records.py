@@ -98,21 +98,17 @@ Row = model(
     {"mfu mfu_whole_attention": Amount, "step": Step, "ranks": many(Rank)},
 )
 """A measured row of a benchmark."""
-Strategy = model("Strategy", {"name": Name, "kept peak flops": Amount})
-"""A counted strategy of recomputation."""
 Rates = {"tokens step_time_s tokens_per_s tflops_per_device": Amount}
 Losses = {"loss validation_loss validation_perplexity": Number}
 MetricsLine = model("MetricsLine", {"step": Annotated[Amount, Field(le=1e15)]}, {**Rates, **Losses})
 Peak = {"peak_flops": Positive, "peak_source": Text}
 Speed = {"seconds": model("Seconds", {"step": Positive}), "tokens_per_second": Positive}
-Rows = {"rows": many(Any)}
 KINDS = {
-    "benchmark": model("Benchmark", Rows, {"device": Name, "complete": Flag, **Peak}, Head),
+    "benchmark": model("Benchmark", {"rows": many(Any)}, {"device": Name, "complete": Flag, **Peak}, Head),
     "estimate": model("Estimate", {"stages": Annotated[many(Profile), Field(min_length=1)]}, Speed, Head),
-    "simulation": model("Simulation", {"counted": Profile}, {"rank": Index, "estimated": Profile}, Head),
-    "recompute": model("Recompute", Rows, base=Head),
+    "simulation": model("Simulation", {"counted": Profile}, {"rank": Index}, Head),
 }
-"""Files of figures by kind; their rows are checked one by one, as `Row` or `Strategy`."""
+"""Files of figures by kind; the rows of a benchmark are checked one by one, as `Row`."""
 
 
 def check(kind: Any, value: Any, damaged: list[str]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from megatron_crnet.config.model_size import flops_per_token, total_parameters
 from megatron_crnet.reporting.inputs import MEASURED, ReportInputs, Run
 from megatron_crnet.reporting.page import Section, Table
 from megatron_crnet.reporting.pictures import Lines, Series
-from megatron_crnet.reporting.records import KINDS, Row, Strategy
-from megatron_crnet.reporting.steps import GIB, MIB, PARTS, bars_of, steps_section
+from megatron_crnet.reporting.records import KINDS, Row
+from megatron_crnet.reporting.steps import GIB, MIB, PARTS, bars_of, steps_section, unit_of
 
 TEXT_ONLY = 99
 WHOLE = "MFU, whole attention"
@@ -42,7 +42,8 @@ def build_sections(inputs: ReportInputs, peak_flops: float | None, command: str)
     """
     rows = pd.DataFrame(inputs.rows, columns=[*Row.model_fields, *PARTS, "benchmark", "label", "again"])
     once = rows[~rows["again"].astype(bool)]
-    profiles = [profile for profile in inputs.profiles if profile["way"] != MEASURED]
+    profiles = pd.DataFrame(inputs.profiles, columns=["way", "label", *PARTS, "traffic"])
+    profiles = profiles[profiles["way"] != MEASURED]
     sections = [
         _headlines(inputs, rows, peak_flops),
         _loss(inputs),
@@ -153,40 +154,41 @@ def _speed(inputs: ReportInputs, rows: pd.DataFrame, peak_flops: float | None) -
         "logarithmic, so that ideal scaling is a straight line. Runs were not measured side by side: on a shared "
         "machine believe the benchmark's figures and not theirs.",
     )
-    runs = [(run.processes, run.median("tokens_per_s"), run.median("tflops_per_device")) for run in inputs.runs]
+    rates = [(run.processes, run.median("tokens_per_s"), run.median("tflops_per_device")) for run in inputs.runs]
+    runs = pd.DataFrame(rates, columns=["processes", "tokens_per_s", "mfu"], dtype=float)
+    runs["mfu"] *= 1e12 / peak_flops if peak_flops else float("nan")
     scaled = [*_by_sweep(rows, ("strong", "weak"))]
-    if not scaled and len({n for n, speed, _ in runs if n and speed}) < 2:
+    if not scaled and runs.dropna(subset=["processes", "tokens_per_s"])["processes"].nunique() < 2:
         return section
-    measured = {
-        "tokens_per_s": [(n, speed) for n, speed, _ in runs if n and speed],
-        "speed_of_first": [],
-        "mfu": [(n, 1e14 * rate / peak_flops) for n, _, rate in runs if n and rate and peak_flops],
-    }
     for column, title, y in (
         ("tokens_per_s", "Tokens per second", "tokens/s"),
         ("speed_of_first", "Speed-up", "speed of the fewest ranks"),
         ("mfu", "Model FLOPs utilization", "MFU, percent"),
     ):
-        series = [Series("runs", sorted(measured[column]), kind="marks")] if measured[column] else []
-        for i, (sweep, name, found) in enumerate(scaled, 1):
-            known = found[["processes", column]].dropna().astype(float).sort_values("processes")
-            known[column] *= 100 if column == "mfu" else 1
-            series.append(Series(f"{name}, {sweep}", [*known.itertuples(index=False, name=None)], i))
-        if any(s.points for s in series):
+        size = 100 if column == "mfu" else 1
+        series = [
+            Series(f"{name}, {sweep}", _points(found, column, size), i)
+            for i, (sweep, name, found) in enumerate(scaled, 1)
+        ]
+        series += [Series("runs", _points(runs, column, size), kind="marks")] if column in runs else []
+        series = [one for one in series if one.points]
+        if series:
             caption = "With the causal half of attention. Level is ideal: each device does as much as it did alone."
             if column != "mfu":
                 caption = "The gap to the ideal line is what communication, and sharing cores, cost."
-                series.append(_ideal(series))
+                ranks, speed = series[0].points[0]
+                seen = sorted({n for one in series for n, _ in one.points})
+                series.append(Series("ideal", [(n, speed * n / ranks) for n in seen], kind="ideal"))
             section.pictures.append(Lines(title, caption, "ranks", y, series, logarithmic=True))
     for sweep, name, found in scaled:
         section.tables.append(Table(_scaling(found), text=0, title=f"{sweep.capitalize()} scaling, {name}"))
     return section
 
 
-def _ideal(series: Sequence[Series]) -> Series:
-    ranks, speed = next(s for s in [*series[1:], *series] if s.points).points[0]
-    seen = sorted({n for s in series for n, _ in s.points})
-    return Series("ideal", [(n, speed * n / ranks) for n in seen], kind="ideal")
+def _points(rows: pd.DataFrame, column: str, size: float) -> list[tuple[float, float]]:
+    """(ranks, value) of the rows that have both."""
+    known = rows[["processes", column]].dropna().astype(float).sort_values("processes")
+    return [*zip(known["processes"], known[column] * size, strict=True)]
 
 
 def _scaling(rows: pd.DataFrame) -> pd.DataFrame:
@@ -226,70 +228,61 @@ def _sweeps(inputs: ReportInputs, rows: pd.DataFrame) -> Section:
         }
         section.tables.append(Table(_cells(cells), title=f"{SWEEPS[sweep]}, {name}"))
         if sweep == "recompute":
-            axes = "peak memory, MiB", f"time, in units of {found['name'].iloc[0]}"
             points = zip(found["name"], found["peak_bytes"] / MIB, 1 / found["speed_of_first"], strict=True)
-            section.pictures.append(_marks(f"Memory against time, {name}", *axes, [*points]))
-    strategies = pd.DataFrame(inputs.strategies, columns=[*Strategy.model_fields, "file"])
-    for name, found in strategies.groupby("file", sort=False):
-        axes = "kept and transient, MiB", "GFLOP, forward and backward"
-        kept, peak, flop = found["kept"] / MIB, found["peak"] / MIB, found["flops"] / 1e9
-        points = zip(found["name"], peak, flop, strict=True)
-        section.pictures.append(_marks(f"Memory against operations, counted, {name}", *axes, [*points]))
-        cells = {"strategy": (found["name"], "{}"), "kept, MiB": (kept, "{:,.1f}")}
-        cells |= {"peak, MiB": (peak, "{:,.1f}"), "GFLOP": (flop, "{:,.1f}")}
-        section.tables.append(Table(_cells(cells), title=f"Recomputation, counted on the layers alone, {name}"))
+            series = [Series(name, [(a, b)], i, "marks") for i, (name, a, b) in enumerate(points)]
+            axes, caption = (
+                f"time, in units of {found['name'].iloc[0]}",
+                "Each mark is a strategy; left and low is better.",
+            )
+            picture = Lines(f"Memory against time, {name}", caption, "peak memory, MiB", axes, series)
+            section.pictures.append(picture)
     return section
 
 
-def _marks(title: str, x: str, y: str, points: Sequence[tuple[str, float, float]]) -> Lines:
-    series = [Series(name, [(a, b)], i, "marks") for i, (name, a, b) in enumerate(points)]
-    return Lines(title, "Each mark is a strategy; left and low is better.", x, y, series)
-
-
-def _add_bars(section: Section, title: str, caption: str, sizes: pd.DataFrame) -> None:
-    """Bytes by part, a bar and a line per row, those of 10 GiB or more in a picture and a table of their own."""
-    sizes = sizes.astype(float).fillna(0.0)
-    large = sizes.sum(axis=1) >= 10 * GIB
-    for words, found in ((title, sizes[~large]), (f"{title}, large", sizes[large])):
-        if len(found):
-            bars = bars_of(words, caption, found.loc[:, found.any()])
-            section.pictures.append(bars)
-            shown = bars.sizes.assign(all=bars.sizes.sum(axis=1)).map("{:,.2f}".format)
-            shown.columns = [f"{part}, {bars.unit}" for part in shown.columns]
-            section.tables.append(Table(shown.rename_axis("row").reset_index(), title=words))
-
-
-def _memory(rows: pd.DataFrame, profiles: list[dict[str, Any]]) -> Section:
+def _memory(rows: pd.DataFrame, profiles: pd.DataFrame) -> Section:
+    """A bar and a line per row, those of 10 GiB or more in a picture and a table of their own."""
     section = Section(
         "Memory by part",
         "Bytes at the peak of a step on the fullest rank: a benchmark counts them (on CPUs bytes of tensors that are "
         "alive, on GPUs the allocator's), estimates and simulations come from their own commands.",
     )
-    for name, found in rows.groupby("benchmark", sort=False):
-        sizes = found.set_index("label")[[*PARTS]].rename(columns=PARTS)
-        _add_bars(section, f"Memory, measured, {name}", "A bar is a rank.", sizes)
-    sizes = pd.DataFrame(profiles, columns=["label", *PARTS]).set_index("label").rename(columns=PARTS)
-    _add_bars(section, "Memory, estimated and simulated", "A bar is a rank.", sizes)
+    for name, found in _with_profiles(rows, profiles):
+        sizes = found.set_index("label")[[*PARTS]].rename(columns=PARTS).astype(float)
+        large = sizes.sum(axis=1) >= 10 * GIB
+        for title, part in ((f"Memory, {name}", sizes[~large]), (f"Memory, {name}, large", sizes[large])):
+            if len(part):
+                section.pictures.append(bars_of(title, "A bar is a rank.", part.loc[:, part.any()]))
+                section.tables.append(_bytes_table(title, part))
     return section
 
 
-def _traffic(rows: pd.DataFrame, profiles: list[dict[str, Any]]) -> Section:
+def _traffic(rows: pd.DataFrame, profiles: pd.DataFrame) -> Section:
     section = Section(
         "Traffic by kind",
         "Bytes of a step by group of ranks and kind of call. A benchmark's rows count all ranks together, estimates "
         "and simulations one rank. The volume of an all-gather is its output, of a reduce-scatter its input, an "
         "all-reduce counts as both.",
     )
-    groups = {
-        f"Traffic, counted, {name}": [*zip(found["label"], found["traffic"], strict=True)]
-        for name, found in rows.groupby("benchmark", sort=False)
-    }
-    groups["Traffic of a rank, estimated and simulated"] = [(row["label"], row["traffic"] or {}) for row in profiles]
-    for title, found in groups.items():
-        sent = [(label, traffic) for label, traffic in found if any(traffic.values())]
-        sizes = pd.DataFrame([traffic for _, traffic in sent], index=[label for label, _ in sent])
-        _add_bars(section, title, "A bar is one step.", sizes.sort_index(axis=1))
+    for name, found in _with_profiles(rows, profiles):
+        sizes = pd.DataFrame([traffic or {} for traffic in found["traffic"]], index=found["label"])
+        sizes = sizes.sort_index(axis=1).fillna(0.0)
+        if len(sent := sizes[sizes.any(axis=1)]):
+            section.tables.append(_bytes_table(f"Traffic, {name}", sent))
     return section
+
+
+def _with_profiles(rows: pd.DataFrame, profiles: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The rows of each benchmark, and what was not measured."""
+    return [
+        *((f"measured, {name}", found) for name, found in rows.groupby("benchmark", sort=False)),
+        ("estimated and simulated", profiles),
+    ]
+
+
+def _bytes_table(title: str, sizes: pd.DataFrame) -> Table:
+    unit, size = unit_of(sizes.sum(axis=1))
+    shown = sizes.loc[:, sizes.any()].assign(all=sizes.sum(axis=1)).div(size).map("{:,.2f}".format)
+    return Table(shown.add_suffix(f", {unit}").rename_axis("row").reset_index(), title=title)
 
 
 def _origins(inputs: ReportInputs, rows: pd.DataFrame, command: str) -> Section:

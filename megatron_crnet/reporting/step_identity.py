@@ -45,13 +45,13 @@ def _plain(value: Any) -> Any:
 
 
 def _line(config: Config, world_size: int) -> str:
-    model, training, parallel, strategy = config.model, config.training, config.parallel, config.recompute.strategy
+    model, training, parallel = config.model, config.training, config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     vpp = parallel.virtual_pipeline_model_parallel_size or 1
     return (
         f"{model.variant} of {total_parameters(model) / 1e6:,.2f}M parameters, {training.global_batch_size} x "
         f"{training.seq_length} tokens per step in micro-batches of {training.micro_batch_size}, {training.dtype}, "
-        f"{'no recomputation' if strategy == 'none' else f'recomputation by {strategy}'}, "
+        f"recomputation {config.recompute.strategy}, "
         f"{world_size} rank{'s' * (world_size != 1)}: TP {tp} x PP {pp}{f' x VPP {vpp}' if vpp > 1 else ''} x "
         f"DP {world_size // (tp * pp)}, ZeRO-{zero_stage(config)}"
     )

@@ -6,16 +6,13 @@ benchmark holds those of every rank, an estimate those of every pipeline stage, 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 
-from megatron_crnet.reporting.inputs import ESTIMATED, MEASURED, SIMULATED, ReportInputs, Run, device
+from megatron_crnet.reporting.inputs import ESTIMATED, MEASURED, SIMULATED, ReportInputs
 from megatron_crnet.reporting.page import Section, Table
 from megatron_crnet.reporting.pictures import Bars
-from megatron_crnet.reporting.step_identity import identify_step
 
 MIB, GIB = 2.0**20, 2.0**30
 PARTS = {
@@ -25,23 +22,19 @@ PARTS = {
     "activations": "activations, buffers and temporary",
 }
 """Columns of memory, and how they are called."""
-COLUMNS = [*PARTS, "name", "way", "source", "first", "last", "step", "spare", "operations", "traffic"]
+COLUMNS = [*PARTS, "name", "way", "source", "first", "last", "step", "operations", "traffic"]
 COLUMNS += ["seconds", "tokens_per_s", "device"]
+Unit = tuple[str, float]
 
 
-def unit_of(values: Sequence[float], small: tuple[str, float], large: tuple[str, float]) -> tuple[str, float]:
-    """The larger unit where a value has ten of it."""
-    return large if max((v for v in values if v == v), default=0) >= 10 * large[1] else small
-
-
-def bytes_unit(values: Sequence[float]) -> tuple[str, float]:
-    """MiB or GiB."""
-    return unit_of(values, ("MiB", MIB), ("GiB", GIB))
+def unit_of(values: Any, small: Unit = ("MiB", MIB), large: Unit = ("GiB", GIB)) -> Unit:
+    """The larger unit where a value of the Series or DataFrame has ten of it."""
+    return large if (values >= 10 * large[1]).to_numpy().any() else small
 
 
 def bars_of(title: str, caption: str, sizes: pd.DataFrame) -> Bars:
     """Bars of bytes, in the unit that suits the largest."""
-    unit, size = bytes_unit([*sizes.sum(axis=1)])
+    unit, size = unit_of(sizes.sum(axis=1))
     return Bars(title, caption, unit, sizes / size)
 
 
@@ -55,35 +48,24 @@ def steps_section(inputs: ReportInputs) -> Section:
         "included. In brackets is the difference from the first measured figure, or where nothing was measured from "
         "the simulated one; a time is compared only where the estimate is for the device that was measured.",
     )
-    profiles = [*inputs.profiles, *(row for run in inputs.runs for row in _of_run(run))]
-    order = {way: i for i, way in enumerate((ESTIMATED, SIMULATED, MEASURED))}
-    frame = pd.DataFrame(sorted(profiles, key=lambda row: order[row["way"]]), columns=COLUMNS)
+    order = (ESTIMATED, SIMULATED, MEASURED).index
+    frame = pd.DataFrame(sorted(inputs.profiles, key=lambda row: order(row["way"])), columns=COLUMNS)
     if nameless := [name for name, rows in frame.groupby("name", sort=False) if rows["step"].isna().all()]:
         inputs.problems.append(f"made before files named their step, so in no pair: {', '.join(nameless)}")
     known = frame.dropna(subset="step")
     groups = [rows for _, rows in known.groupby(known["step"].map(lambda step: step["fingerprint"]), sort=False)]
     for rows in sorted(groups, key=lambda rows: MEASURED not in {*rows["way"]}):
         line = rows["step"].iloc[0]["line"]
-        found = [(rank, _sources(rows, rank)) for rank in _ranks(rows)]
+        found = [(rank, rows[(rows["first"] <= rank) & (rank < rows["last"])]) for rank in _ranks(rows)]
         found = [(rank, sources) for rank, sources in found if sources["way"].nunique() > 1]
         for rank, sources in found:
             section.tables.append(_table(f"{line}; rank {rank}", sources))
             section.pictures += _picture(line, rank, sources)
-        alone = rows[(rows["way"] != MEASURED) & rows["spare"].ne(True)]
+        alone = rows[rows["way"] != MEASURED]
         if not found and len(alone):
             names = dict.fromkeys(f"{row.name} ({row.way})" for row in alone.itertuples(index=False, name="Profile"))
             inputs.problems.append(f"nothing to compare with {', '.join(names)}: {line}")
     return section
-
-
-def _of_run(run: Run) -> list[dict[str, Any]]:
-    seconds, speed = run.median("step_time_s"), run.median("tokens_per_s")
-    if run.config is None or not (run.processes and seconds and speed):
-        return []
-    times = {"seconds": seconds, "tokens_per_s": speed, "device": device(run.facts)}
-    name = f"run {run.name}"
-    known = {"name": name, "source": name, "way": MEASURED, "step": identify_step(run.config, run.processes)}
-    return [{**known, **times, "first": 0, "last": float("inf")}]
 
 
 def _ranks(rows: pd.DataFrame) -> list[int]:
@@ -95,40 +77,21 @@ def _ranks(rows: pd.DataFrame) -> list[int]:
     return [0] if estimated.empty else [int(estimated.loc[estimated[[*PARTS]].sum(axis=1).idxmax(), "first"])]
 
 
-def _sources(rows: pd.DataFrame, rank: int) -> pd.DataFrame:
-    """What all sources say of a rank; the estimate inside of a simulation counts where there is no other."""
-    spare = rows["spare"].eq(True)
-    other = ((rows["way"] == ESTIMATED) & ~spare).any()
-    found = rows[(rows["first"] <= rank) & (rank < rows["last"])]
-    spare = found["spare"].eq(True)
-    return found[~spare | (~spare.cumsum().gt(1) & (not other))]
-
-
 def _table(title: str, sources: pd.DataFrame) -> Table:
-    traffic = sources["traffic"].map(_by_group)
+    known = sources["traffic"].dropna()
+    # by kind and group, named `GROUP kind`; added up over kinds, and missing where it is unknown
+    volumes = pd.DataFrame([*known], index=known.index, dtype=float).T
+    volumes = volumes.groupby(lambda name: name.rpartition(" ")[0]).sum().T.reindex(sources.index)
     peaks, operations = sources[[*PARTS]].sum(axis=1, skipna=False), sources["operations"]
-    memory, flop = bytes_unit([*peaks]), unit_of([*operations], ("GFLOP", 1e9), ("TFLOP", 1e12))
-    volume = bytes_unit([size for groups in traffic for size in (groups or {}).values()])
-    figures = {f"peak memory, {memory[0]}": (peaks, memory[1]), f"operations, {flop[0]}": (operations, flop[1])}
-    for group in sorted({group for groups in traffic for group in groups or {}}):
-        sent = traffic.map(lambda groups, group=group: None if groups is None else groups.get(group, 0.0))
-        figures[f"{group}, {volume[0]}"] = (sent.astype(float), volume[1])
+    memory, flop, volume = unit_of(peaks), unit_of(operations, ("GFLOP", 1e9), ("TFLOP", 1e12)), unit_of(volumes)
     table = pd.DataFrame({"source": sources["way"] + ": " + sources["source"]})
-    for name, (values, unit) in figures.items():
-        table[name] = _beside(sources, values, unit)
-    for name, key, unit in (("ms/step", "seconds", 1e-3), ("tokens/s", "tokens_per_s", 1.0)):
-        table[name] = _beside(sources, sources[key], unit, same_device=True)
+    table[f"peak memory, {memory[0]}"] = _beside(sources, peaks, memory[1])
+    table[f"operations, {flop[0]}"] = _beside(sources, operations, flop[1])
+    for group, sizes in volumes.items():
+        table[f"{group}, {volume[0]}"] = _beside(sources, sizes, volume[1])
+    table["ms/step"] = _beside(sources, sources["seconds"], 1e-3, same_device=True)
+    table["tokens/s"] = _beside(sources, sources["tokens_per_s"], 1.0, same_device=True)
     return Table(table, title=title)
-
-
-def _by_group(traffic: Any) -> dict[str, float] | None:
-    """Bytes by kind and group, named `GROUP kind`, added up over kinds."""
-    if not isinstance(traffic, dict):
-        return None
-    found: Counter[str] = Counter()
-    for name, size in traffic.items():
-        found[name.rpartition(" ")[0]] += size
-    return dict(found)
 
 
 def _beside(sources: pd.DataFrame, values: pd.Series, unit: float, same_device: bool = False) -> list[str]:

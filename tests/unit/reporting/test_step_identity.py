@@ -63,6 +63,6 @@ def test_what_does_not_decide_a_step_leaves_it(options: str, same: str) -> None:
 def test_the_line_says_model_batch_and_layout() -> None:
     options = ["--parallel.tensor_model_parallel_size", "2", "--recompute.strategy", "replay"]
     assert identify_step(read_config(options), 4)["line"] == (
-        "crnet of 21.55M parameters, 8 x 256 tokens per step in micro-batches of 8, fp32, recomputation by replay, "
+        "crnet of 21.55M parameters, 8 x 256 tokens per step in micro-batches of 8, fp32, recomputation replay, "
         "4 ranks: TP 2 x PP 1 x DP 2, ZeRO-0"
     )
