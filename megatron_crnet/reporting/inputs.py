@@ -55,7 +55,7 @@ class Run:
     @property
     def processes(self) -> int | None:
         """As run.json says."""
-        return self.facts["world_size"]  # type: ignore[no-any-return]
+        return self.facts["world_size"]
 
 
 @dataclass

@@ -10,9 +10,10 @@ import math
 import re
 import textwrap
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from html import escape
-from typing import Any, ClassVar
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -101,13 +102,10 @@ class Bars:
 Picture = Lines | Bars
 
 
-class _Short(EngFormatter):
-    """12k, 3.4M, 0.05: the prefixes of large numbers alone."""
-
-    ENG_PREFIXES: ClassVar[dict[int, str]] = {0: "", 3: "k", 6: "M", 9: "G", 12: "T"}
-
-
-short = _Short(sep="").format_data
+numbers = EngFormatter(sep="")
+"""12k, 3.4M, 0.05: the prefixes of large numbers alone."""
+numbers.ENG_PREFIXES = {0: "", 3: "k", 6: "M", 9: "G", 12: "T"}
+short = numbers.format_data
 
 
 def svg(picture: Picture) -> str:
@@ -173,7 +171,7 @@ def _lines(picture: Lines) -> Figure:
         if not picture.logarithmic:
             axis.set_major_locator(MaxNLocator(5, steps=STEPS))
         axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(_Short(sep=""))
+        axis.set_major_formatter(copy(numbers))
     _legend(figure, handles, [s.name for s, _ in kept])
     return figure
 
@@ -217,6 +215,6 @@ def _bars(picture: Bars) -> Figure:
     axes.set(ylim=(sum(heights), 0), xlim=(0, totals.max() * 1.02), xlabel=picture.unit, yticks=[])
     axes.spines["left"].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
-    axes.xaxis.set_major_formatter(_Short(sep=""))
+    axes.xaxis.set_major_formatter(copy(numbers))
     _legend(figure, handles, [*parts.columns])
     return figure

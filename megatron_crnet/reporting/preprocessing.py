@@ -6,7 +6,7 @@ import filecmp
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,10 @@ def measure_preprocessing(
 def _measure(corpus: Path, folder: Path, model: str, workers: int, repeats: int) -> dict[str, Any]:
     """Median seconds and rates of both, which take turns."""
     ours = partial(preprocess, [corpus], folder / "ours", "sentencepiece", model, workers=workers, overwrite=True)
-    programs = {"loop": partial(straightforward, corpus, folder / "loop", model), "preprocess": ours}
+    programs: dict[str, Callable[[], object]] = {
+        "loop": partial(straightforward, corpus, folder / "loop", model),
+        "preprocess": ours,
+    }
     counts = ours()  # also imports Megatron-Core, which the measured runs then find loaded
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(repeats):
