@@ -1,4 +1,4 @@
-"""How figures came about: the command, the machine and the versions, written beside them."""
+"""Run metadata: the command, the machine and the versions that figures were measured with."""
 
 from __future__ import annotations
 
@@ -19,11 +19,7 @@ RUN_FILE = "run.json"
 
 
 def command_line(argv: list[str]) -> str:
-    """The command as it can be pasted into a shell from the repository's root.
-
-    Args:
-        argv: `sys.argv`.
-    """
+    """The command of `sys.argv` as it can be pasted into a shell from the repository's root."""
     program = Path(argv[0])
     if program.name == "crnet":
         return shlex.join(["crnet", *argv[1:]])
@@ -35,8 +31,8 @@ def command_line(argv: list[str]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, memory, GPUs and how busy the machine is at this moment; no names of hosts or users."""
-    import torch  # takes seconds, and command lines are needed without
+    """Processor, memory, GPUs and current load; no names of hosts or users."""
+    import torch  # takes seconds, which `command_line` does not need
 
     return {
         "processor": _processor(),
@@ -49,35 +45,23 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of this project and of the libraries that decide how fast it is."""
+    """Versions of Python, of this project and of the libraries that decide its speed."""
     return {"python": platform.python_version(), **library_versions((*LIBRARIES, "numpy"))}
 
 
 def provenance(kind: str, argv: list[str]) -> dict[str, Any]:
-    """What stands at the head of figures that were measured or counted on this machine.
-
-    Args:
-        kind: of the figures, by which `crnet report` knows them.
-        argv: `sys.argv`.
-    """
+    """The head of a file of figures; `crnet report` recognizes them by `kind`."""
     return {"kind": kind, "command": command_line(argv), "machine": machine(), "versions": versions()}
 
 
 def write_run_file(folder: Path, argv: list[str], world_size: int, **more: Any) -> None:
-    """Write what a report needs to know of a run beside its metrics; the newest start of a run counts.
-
-    Args:
-        more: what the next start needs to know, see `training/trainer.py`.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
+    """Write RUN_FILE for reports, and `more` for the next start; raises OSError if the folder cannot be written."""
     facts = {**provenance("run", argv), "world_size": world_size, **more}
     replace_text(folder / RUN_FILE, json.dumps(facts, indent=1) + "\n")
 
 
 def read_run_file(folder: Path) -> dict[str, Any]:
-    """What `write_run_file` wrote, as far as it can be read."""
+    """The contents of RUN_FILE; empty if it cannot be read."""
     try:
         facts = json.loads((folder / RUN_FILE).read_text())
     except (OSError, ValueError, RecursionError):
@@ -86,10 +70,9 @@ def read_run_file(folder: Path) -> dict[str, Any]:
 
 
 def note_in_run_file(folder: Path, **facts: Any) -> None:
-    """Change facts of a run's file, where there is one; no error of the disk is one of the run."""
+    """Update RUN_FILE, if there is one; errors of the disk are ignored."""
     with suppress(OSError):
-        known = read_run_file(folder)
-        if known:
+        if known := read_run_file(folder):
             replace_text(folder / RUN_FILE, json.dumps({**known, **facts}, indent=1) + "\n")
 
 

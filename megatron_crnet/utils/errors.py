@@ -1,15 +1,14 @@
 """The exceptions a user can meet.
 
-Every message names the value, the rule that it breaks and the remedy, in one line. The command-line
-entry points print that line and end with `exit_status`; anything else is a defect of this code and
-shows its traceback.
+Every message names the value, the rule that it breaks and the remedy, in one line. Commands print that line and end
+with `exit_status`; any other exception is a defect of this code and shows its traceback.
 """
 
 from __future__ import annotations
 
 
 class CrnetError(Exception):
-    """Base of this project's exceptions."""
+    """Base of this project's exceptions; whitespace in messages becomes single spaces."""
 
     exit_status = 1
 

@@ -1,10 +1,10 @@
 """One writer per folder: a lock file that names its owner, on any file system that processes and hosts share.
 
-The file is created with O_EXCL, which is atomic where flock is missing or local (NFS, Lustre, FUSE), and lies in the
-folder itself, so that another name of the folder finds it as well. Its owner touches it every few seconds. An owner of
-this boot and process namespace has ended when no process of its number and start time runs. Of any other, whose
-processes cannot be seen from here, only a file that was watched for `STALE_S` without being touched shows that; clocks
-of different hosts are not compared. An owner that was suspended for so long finds out before it writes again (`check`).
+The file is created with O_EXCL, which is atomic where flock is missing or local (NFS, Lustre, FUSE), in the folder
+itself, so that another name of the folder finds it as well. Its owner touches it every few seconds. An owner of this
+boot and process namespace has ended when no process of its number and start time runs; any other, when its file was
+watched for `STALE_S` without being touched, so clocks of hosts are not compared. An owner that was suspended for so
+long finds out before it writes again (`check`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_crnet.utils.errors import ConfigError, FolderTakenError
 LOCK = "in_use.lock"
 BEAT_S = 10.0
 STALE_S = 120.0
-"""Twelve missed beats: longer than a file server takes to recover, and than Python waits for a library's C code."""
+"""Longer than a file server takes to recover, and than C code of a library keeps Python's threads waiting."""
 POLL_S = 0.5
 
 
@@ -35,9 +35,9 @@ class Owner:
     """A process that holds a lock.
 
     Attributes:
-        kernel: boot and process namespace, inside which process numbers mean the same.
-        started: clock ticks from boot to the start of the process, which tell it from a later one of its number.
-        token: of this one lock.
+        kernel: boot and process namespace, inside which process numbers are unique.
+        started: clock ticks from boot to the start of the process, as process numbers are used again.
+        token: unique to this lock.
     """
 
     host: str
@@ -64,7 +64,7 @@ def _kernel() -> str:
 
 
 def start_ticks(pid: int) -> int | None:
-    """Start time of a process that runs; None of one that does not."""
+    """Start time of a running process; None if there is none."""
     try:
         # the name in parentheses may hold anything
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
@@ -83,21 +83,17 @@ class FolderLock:
     def __init__(self, file: Path, owner: Owner, what: str) -> None:
         self.file, self.owner, self.what = file, owner, what
         self.taken_by: Owner | None = None
-        """Who has taken the folder over, as far as the last beat knows."""
+        """The process that has taken the folder over, as of the last heartbeat."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="folder lock")
         self._thread.start()
 
     def check(self) -> None:
-        """To be called before something is written that another writer must not meet.
-
-        Raises:
-            FolderTakenError: another process holds the folder now.
-        """
+        """Raise FolderTakenError if another process holds the folder now; called before each write."""
         self._touch()
         if self.taken_by is not None:
             raise FolderTakenError(
-                f"{self.what} was taken over by {self.taken_by} while this process stood still for more than "
+                f"{self.what} was taken over by {self.taken_by} while this process was suspended for more than "
                 f"{STALE_S:g} s: nothing more is written here; continue with that one"
             )
 
@@ -111,7 +107,7 @@ class FolderLock:
             if found is None:  # removed by hand
                 with suppress(FileExistsError):
                     _create(self.file, self.owner)
-            elif found.owner is not None and found.owner.token != self.owner.token:
+            elif found.owner is not None and found.token != self.owner.token:
                 self.taken_by = found.owner
             else:
                 os.utime(self.file)
@@ -125,7 +121,7 @@ class FolderLock:
         HELD.pop(self.owner.token, None)
         with suppress(OSError):
             found = _read(self.file)
-            if found is not None and found.owner is not None and found.owner.token == self.owner.token:
+            if found is not None and found.token == self.owner.token:
                 self.file.unlink()
 
 
@@ -140,6 +136,10 @@ class _Found:
     content: bytes
     touched: int
     owner: Owner | None
+
+    @property
+    def token(self) -> str | None:
+        return self.owner.token if self.owner else None
 
 
 def _read(file: Path) -> _Found | None:
@@ -170,12 +170,12 @@ def _create(file: Path, owner: Owner) -> None:
 
 
 def take(file: Path, what: str, stale_s: float = STALE_S) -> FolderLock | None:
-    """Take a lock, also from an owner that has ended; None where this process holds it already.
+    """Take a lock, also from an owner that has ended; None if this process holds it already.
 
     Args:
         file: the lock; its folder exists.
         what: the folder as the user knows it, for messages.
-        stale_s: how long a lock of another host is watched for a sign of life.
+        stale_s: how long a lock of another host is watched for a heartbeat.
 
     Raises:
         ConfigError: another process holds it.
@@ -187,27 +187,23 @@ def take(file: Path, what: str, stale_s: float = STALE_S) -> FolderLock | None:
             _create(file, owner)
         except FileExistsError:
             found = _read(file)
-            if found is not None and found.owner is not None and _is_own(found.owner):
+            if found is not None and found.token in HELD and found.owner is not None and found.owner.pid == os.getpid():
                 return None
-            if found is not None:
-                _clear(file, _stale(file, found, what, stale_s), what)
+            if found is not None and (stale := _wait_until_stale(file, found, what, stale_s)):
+                _clear(file, stale, what)
             continue
         lock = HELD[owner.token] = FolderLock(file, owner, what)
         return lock
 
 
-def _is_own(owner: Owner) -> bool:
-    return owner.token in HELD and owner.pid == os.getpid()
-
-
-def _stale(file: Path, found: _Found, what: str, stale_s: float) -> _Found | None:
-    """Wait until it is certain that a lock's owner has ended; None where the lock has gone meanwhile.
+def _wait_until_stale(file: Path, found: _Found, what: str, stale_s: float) -> _Found | None:
+    """Wait until it is certain that a lock's owner has ended; None if the lock is gone meanwhile.
 
     Raises:
         ConfigError: the owner lives.
     """
-    first, kernel, said = found, _kernel(), False
-    started = time.monotonic()
+    first, kernel, started = found, _kernel(), time.monotonic()
+    announced = False
     while True:
         if found.owner is not None and found.owner.kernel == kernel:
             if start_ticks(found.owner.pid) == found.owner.started:
@@ -218,14 +214,10 @@ def _stale(file: Path, found: _Found, what: str, stale_s: float) -> _Found | Non
         waited = time.monotonic() - started
         if waited >= stale_s:
             return found
-        if not said and waited >= 2 * POLL_S:  # a lock that is being written is whole by then
-            said = True
-            print(
-                f"{what} was last used by {found.owner or 'an unknown process'}: waiting up to {stale_s:g} s for a "
-                "sign of life",
-                file=sys.stderr,
-                flush=True,
-            )
+        if not announced and waited >= 2 * POLL_S:  # a lock that is being written is whole by then
+            announced, by = True, found.owner or "an unknown process"
+            line = f"{what} was last used by {by}: waiting up to {stale_s:g} s for a heartbeat"
+            print(line, file=sys.stderr, flush=True)
         time.sleep(POLL_S)
         again = _read(file)
         if again is None:
@@ -240,19 +232,17 @@ def _in_use(file: Path, owner: Owner | None, what: str) -> ConfigError:
     )
 
 
-def _clear(file: Path, stale: _Found | None, what: str) -> None:
-    """Remove a stale lock, and no other that has come into its place."""
-    if stale is None:
-        return
+def _clear(file: Path, stale: _Found, what: str) -> None:
+    """Remove a stale lock, but not one that has replaced it."""
     aside = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
     try:
-        file.rename(aside)  # of several processes one alone succeeds
+        file.rename(aside)  # succeeds in one of several processes
     except FileNotFoundError:
         return
     if aside.read_bytes() == stale.content:
         print(f"{what} was left by {stale.owner or 'a process'}, which has ended: taken over", file=sys.stderr)
     else:
-        with suppress(OSError):  # where it cannot be put back its owner does so with the next beat
+        with suppress(OSError):  # otherwise its owner restores it with its next heartbeat
             os.link(aside, file)
     aside.unlink()
 

@@ -1,7 +1,4 @@
-"""Messages of libraries that a user of this project can do nothing about, kept from the terminal; all others pass.
-
-Each is named by its own words. What is not listed here, a warning of the same library included, is shown as it comes.
-"""
+"""Silences messages of libraries that a user can do nothing about, each by its words; all others are shown."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from typing import TextIO
 
 WARNINGS = (
@@ -22,7 +20,7 @@ WARNINGS = (
     r".*is deprecated. Please use",
     # a checkpoint is read by each rank for itself, as intended (checkpoint/storage.py)
     r"torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to load in a single process",
-    # DeepSpeed compares addresses of tensors, which fake ones have not; a simulation asks for no values
+    # DeepSpeed compares addresses of tensors, which fake ones do not have; a simulation needs no values
     r"Accessing the data pointer of FakeTensor is deprecated",
     # of GPUs before Hopper; docs/cluster.md and examples/slurm set it, and on CPUs it means nothing
     r"When using sequence parallelism it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS",
@@ -39,25 +37,20 @@ PRINTED = re.compile(
 
 
 def silence_libraries() -> None:
-    """Filter the messages above; nothing is imported, so it can come before the libraries."""
+    """Filter the messages above; imports none of the libraries."""
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     for name, pattern in LOG_RECORDS.items():
-        logging.getLogger(name).addFilter(_Without(pattern))
+        logging.getLogger(name).addFilter(partial(_differs, pattern))
 
 
-class _Without(logging.Filter):
-    def __init__(self, pattern: str) -> None:
-        super().__init__()
-        self._pattern = re.compile(pattern)
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not self._pattern.search(record.getMessage())
+def _differs(pattern: str, record: logging.LogRecord) -> bool:
+    return re.search(pattern, record.getMessage()) is None
 
 
 @contextmanager
 def without_memory_lines() -> Iterator[None]:
-    """Standard output without the lines of `PRINTED`, while DeepSpeed builds its optimizer."""
+    """Drop the lines of `PRINTED` from standard output, while DeepSpeed builds its optimizer."""
     with redirect_stdout(_Sieve(sys.stdout)) as sieve:
         try:
             yield

@@ -1,4 +1,4 @@
-"""The file in which a tool records what it found: refused before anything is measured, figures written whole."""
+"""The JSON file of a tool's figures: checked before anything is measured, and written whole."""
 
 from __future__ import annotations
 
@@ -12,15 +12,10 @@ from megatron_crnet.utils.files import atomic_files
 
 
 def check_record_file(path: Path | None, option: str = "--json", overwrite: bool = False) -> None:
-    """Refuse a file that could not be written, while nothing has been spent on what it is to hold.
-
-    Args:
-        path: None where no file was asked for.
-        option: which names it.
-        overwrite: an older file may be replaced.
+    """Refuse a file that could not be written; None is no file.
 
     Raises:
-        ConfigError: it is there already, is a folder, or lies in one that is not there or cannot be written.
+        ConfigError: it exists and `overwrite` is false, is a folder, or lies in one that is missing or not writable.
     """
     if path is None:
         return
@@ -35,10 +30,6 @@ def check_record_file(path: Path | None, option: str = "--json", overwrite: bool
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write the figures; an older file is there until they are whole.
-
-    Raises:
-        DataError: the disk is full, or the folder can no longer be written.
-    """
+    """Replace `path` by the figures, whole; raises DataError if it cannot be written."""
     with atomic_files(path, overwrite=True) as (temporary,):
         temporary.write_text(json.dumps(record, indent=1) + "\n")

@@ -1,8 +1,8 @@
-"""A warning that this process will soon be ended: SIGTERM, SIGUSR1 (SLURM's choice), or Ctrl-C.
+"""Signals that announce the end of this process: SIGTERM, SIGUSR1 (SLURM's choice), or Ctrl-C.
 
-Before training there is nothing to lose, and the first signal ends the process. In training it is noted, the step is
-finished and the state saved; a second signal ends the process at once. A thread decides this, because the main thread
-may be inside a collective call that does not return, where Python runs no signal handler.
+Before training the first signal ends the process. In training it is noted, the step is finished and the state saved; a
+second signal ends the process at once. A thread decides this, because the main thread may be inside a collective call
+that does not return, where Python runs no signal handler.
 """
 
 from __future__ import annotations
@@ -14,32 +14,27 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
 
 INTERRUPTED = 75
 """Exit status of a run that ended on a signal with its state saved: start it again (sysexits.h, EX_TEMPFAIL)."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 REPEAT_SECONDS = 2.0
-"""Signals this close to the first are the same warning: it comes from the launcher and to the process group as well."""
+"""Signals this close to the first count as the same: a launcher and the process group both get it."""
 CLOSE = 0
 
 
 class SignalListener:
-    """Hands signals to a thread until it is closed; to be made in the main thread.
-
-    Args:
-        take: called with each signal.
-    """
+    """Calls `take` with each signal, in a thread, until it is closed; to be made in the main thread."""
 
     def __init__(self, take: Callable[[signal.Signals], object]) -> None:
         self._take = take
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        # Python itself writes the number of each signal that has a handler, whatever the main thread does
+        # Python writes the number of each signal that has a handler, whatever the main thread does
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._handlers = {number: signal.signal(number, _do_nothing) for number in SIGNALS}
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         for number in SIGNALS:
-            signal.siginterrupt(number, False)  # libraries' system calls go on as if nothing had happened
+            signal.siginterrupt(number, False)  # system calls of libraries are restarted
         self._thread = threading.Thread(target=self._listen, daemon=True, name="signals")
         self._thread.start()
 
@@ -85,8 +80,8 @@ class Interruption:
     def arm(self) -> None:
         """From now on the first signal requests a graceful stop: it is kept in `received`.
 
-        It stays armed until it is closed: a launcher that ends all ranks when the first has ended must not cut off
-        the last lines and files of the others.
+        It stays armed until it is closed: a launcher that ends all ranks after the first must not cut off the last
+        lines and files of the others.
         """
         if self._listener is None and threading.current_thread() is threading.main_thread():
             self._listener = SignalListener(self._take)
@@ -110,17 +105,15 @@ class Interruption:
     def __enter__(self) -> Interruption:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 @contextmanager
 def signals_held_back() -> Iterator[None]:
-    """While helpers are started: a process that still imports must not answer Ctrl-C with a traceback.
+    """Block the signals while helper processes start, which must not answer Ctrl-C with a traceback of an import.
 
-    They inherit that the signals wait, until `leave_signals_to_parent`; this process has a thread that takes them.
+    Helpers inherit the mask until `leave_signals_to_parent`; a thread of this process takes the signals.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
@@ -130,14 +123,14 @@ def signals_held_back() -> Iterator[None]:
 
 
 def leave_signals_to_parent(_worker: int = 0) -> None:
-    """Let a helper process take signals from its parent alone, which finishes a step with it and ends it then.
+    """Ignore signals in a helper process, but for SIGTERM of its parent.
 
-    A launcher, SLURM or the terminal signal every process. SIGTERM from the parent ends the helper: so the parent ends
-    one that is stuck, at its own end as well, where Python waits for its helpers without a limit.
+    A launcher, SLURM or the terminal signal every process, and the parent finishes its step with the helper. The
+    parent's SIGTERM ends a helper that is stuck, for which Python would wait without a limit at its own end.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    # a signal that is ignored is not waited for: SIGTERM is kept back instead, in all threads that come from this one
+    # sigwaitinfo does not see ignored signals: SIGTERM is blocked instead, in all threads started from this one
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True, name="signals").start()
@@ -147,10 +140,6 @@ def _end_with_parent(parent: int) -> None:
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
         pass
     os._exit(128 + signal.SIGTERM)
-
-
-def _do_nothing(_number: int, _frame: FrameType | None) -> None:
-    pass
 
 
 def _say(line: str) -> None:

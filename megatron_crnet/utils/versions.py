@@ -1,4 +1,4 @@
-"""Installed versions, asked of the package metadata: nothing is imported."""
+"""Installed versions, from package metadata: nothing is imported."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def version_line() -> str:
 
 
 def own_version() -> str:
-    """Of the source tree that runs, which need not be what is installed."""
+    """The version of the source tree that runs, which need not be the installed one."""
     project = Path(__file__).parents[2] / "pyproject.toml"
     if project.is_file():
         return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])
@@ -35,7 +35,7 @@ def library_versions(libraries: Sequence[str] = LIBRARIES) -> dict[str, str]:
 
 @functools.cache
 def _packages() -> Mapping[str, list[str]]:
-    """Packages by module; to find them the list of files of every one is read, some megabytes."""
+    """Packages by module; reads the file lists of all packages, some megabytes."""
     return importlib.metadata.packages_distributions()
 
 
