@@ -1,10 +1,11 @@
 """Training data: Megatron-Core's datasets for a configuration.
 
-Order of use: `build_datasets` once on every rank, then `global_batches` for each split.
+Call `build_datasets` once on every rank, then `loader.global_batches` for each split.
 """
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,17 +19,16 @@ from megatron_crnet.data.fingerprint import check_tokenizer_of_data, digest_of_b
 from megatron_crnet.data.index_cache import DatasetBuilder, PackedDataset
 from megatron_crnet.data.indexed import (
     SPLITS,
+    WHOLE,
     Blend,
     IdRange,
     IndexedFiles,
-    Source,
-    check_cache_folder,
+    blends_of,
     check_ends,
     check_enough,
     check_index,
     check_token_ids,
     read_index,
-    sources_of,
 )
 from megatron_crnet.data.padded_dataset import PaddedDocumentDataset
 from megatron_crnet.data.tokenizer import Tokenizer, check_vocabulary
@@ -37,7 +37,7 @@ from megatron_crnet.utils.errors import ConfigError
 
 @dataclass(frozen=True)
 class Datasets:
-    """One map-style dataset a split, None where no sample was asked for.
+    """One map-style dataset per split, None if no sample was asked for.
 
     A sample is a dict with int64 `tokens`, `labels`, `position_ids` [s] and float32 `loss_mask` [s]; with
     data.reset_attention_mask also `document_lengths`; samples of a blend also have `dataset_id`.
@@ -56,14 +56,14 @@ def build_datasets(
     num_test_samples: int = 0,
     known_ids: Mapping[str, IdRange] | None = None,
 ) -> Datasets:
-    """Build the datasets of a run: at least the given number of samples each, over several epochs if need be.
+    """Build datasets of at least the given numbers of samples, over several epochs if need be.
 
-    With torch.distributed, every rank calls this; rank 0 writes the index caches, the others read them.
-    Everything is checked before, and in the same way on every rank, so a mistake in the configuration raises
-    everywhere and no rank waits for another.
+    With torch.distributed, every rank calls this; rank 0 writes the index caches, the others read them. Everything is
+    checked before, in the same way on every rank, so a mistake in the configuration raises everywhere and no rank
+    waits for another.
 
     Args:
-        known_ids: `id_range` of prefixes whose files have been looked through already.
+        known_ids: `id_range` of prefixes whose files have been checked already.
 
     Raises:
         ConfigError: the data section contradicts itself, or the vocabulary does not fit the model.
@@ -71,15 +71,23 @@ def build_datasets(
     """
     check_vocabulary(tokenizer, config.model.vocab_size)
     sizes = dict(zip(SPLITS, (num_train_samples, num_valid_samples, num_test_samples), strict=True))
-    sources = _wanted(sources_of(config.data), sizes)
-    if not sources:
+    blends = blends_of(config.data)
+    for split, size in sizes.items():
+        if size and split not in blends:
+            raise ConfigError(
+                f"{size} {split} samples are wanted, but the data section gives the {split} split nothing: "
+                f"raise its part of data.split or set data.{split}_data_path"
+            )
+    # A split without samples is not built: one without documents would send Megatron-Core into an endless loop.
+    blends = {split: blend for split, blend in blends.items() if sizes[split]}
+    if not blends:
         return Datasets(None, None, None)
-    files = _checked_files(config, tokenizer, sources, known_ids or {})
+    files = _checked_files(config, tokenizer, blends, known_ids or {})
     builder = DatasetBuilder(
         PaddedDocumentDataset if config.data.sample_format == "padded" else PackedDataset,
         list(sizes.values()),
         lambda: True,
-        _dataset_config(config, tokenizer, sources, files),
+        _dataset_config(config, tokenizer, blends, files),
     )
     with warnings.catch_warnings():
         # A tokenizer without padding gives eod for it, which Megatron-Core would not mask. Neither do the two classes.
@@ -87,107 +95,91 @@ def build_datasets(
         return Datasets(*builder.build())
 
 
-def _wanted(sources: dict[str, Source], sizes: dict[str, int]) -> dict[str, Source]:
-    """The sources of the splits that samples are asked of; each must have one."""
-    for split, size in sizes.items():
-        if size and split not in sources:
-            raise ConfigError(
-                f"{size} {split} samples are wanted, but the data section gives the {split} split nothing: "
-                f"raise its part of data.split or set data.{split}_data_path"
-            )
-    return {split: source for split, source in sources.items() if sizes[split]}
-
-
 def _checked_files(
-    config: Config, tokenizer: Tokenizer, sources: dict[str, Source], known_ids: Mapping[str, IdRange]
+    config: Config, tokenizer: Tokenizer, blends: dict[str, Blend], known_ids: Mapping[str, IdRange]
 ) -> dict[str, IndexedFiles]:
     """All .bin/.idx pairs by prefix, after every check."""
-    prefixes = dict.fromkeys(prefix for source in sources.values() for prefix in source.blend.prefixes)
+    prefixes = dict.fromkeys(prefix for blend in blends.values() for prefix in blend.prefixes)
     files = {prefix: read_index(prefix) for prefix in prefixes}
-    for pair in files.values():
-        if pair.prefix not in known_ids:
+    for prefix, pair in files.items():
+        if prefix not in known_ids:
             check_index(pair)
-        check_token_ids(pair, tokenizer, known_ids.get(pair.prefix))
-        check_tokenizer_of_data(pair.prefix, tokenizer)
+        check_token_ids(pair, tokenizer, known_ids.get(prefix))
+        check_tokenizer_of_data(prefix, tokenizer)
         if config.data.reset_attention_mask or config.data.eod_mask_loss:
             check_ends(pair, tokenizer.eod)
-    for split, source in sources.items():
-        for prefix in source.blend.prefixes:
-            check_enough(files[prefix], split, source.share, config)
+    for split, blend in blends.items():
+        for prefix in blend.prefixes:
+            check_enough(files[prefix], split, blend.share, config)
     return files
 
 
 def _dataset_config(
-    config: Config, tokenizer: Tokenizer, sources: dict[str, Source], files: dict[str, IndexedFiles]
+    config: Config, tokenizer: Tokenizer, blends: dict[str, Blend], files: dict[str, IndexedFiles]
 ) -> GPTDatasetConfig:
-    blends = [
-        (blend.prefixes, _weights(blend, files, config.data.sample_format))
-        if (blend := sources[split].blend if split in sources else None)
-        else None
-        for split in SPLITS
-    ]
-    together = bool(config.data.data_path)
+    data, found = config.data, [blends.get(split) for split in SPLITS]
+    weighted = [(blend.prefixes, _weights(blend, files, data.sample_format)) if blend else None for blend in found]
+    together = bool(data.data_path)
     dataset_config = GPTDatasetConfig(
         random_seed=config.training.seed,
         sequence_length=config.training.seq_length,
-        blend=next(filter(None, blends)) if together else None,
-        blend_per_split=None if together else blends,
-        split=config.data.split if together else None,
+        blend=next(filter(None, weighted)) if together else None,
+        blend_per_split=None if together else weighted,
+        split=data.split if together else None,
         path_to_cache=_cache_folder(config, files),
         tokenizer=tokenizer,
-        reset_position_ids=config.data.reset_position_ids,
-        reset_attention_mask=config.data.reset_attention_mask,
-        eod_mask_loss=config.data.eod_mask_loss,
+        reset_position_ids=data.reset_position_ids,
+        reset_attention_mask=data.reset_attention_mask,
+        eod_mask_loss=data.eod_mask_loss,
         create_attention_mask=False,
     )
     if together:
-        # A split without samples is not built: one without documents would send Megatron-Core into an endless loop.
-        dataset_config.split_matrix = [sources[split].share if split in sources else None for split in SPLITS]
+        dataset_config.split_matrix = [blend.share if blend else None for blend in found]
     return dataset_config
 
 
 def _weights(blend: Blend, files: dict[str, IndexedFiles], sample_format: str) -> list[float] | None:
-    """The weights of a blend; by size where none are given, so that each document is seen equally often.
+    """The weights of a blend; by size if none are given, so that each document is seen equally often.
 
-    Left to itself Megatron-Core draws from an unweighted blend for one epoch and then stops.
+    Megatron-Core itself draws from an unweighted blend for one epoch and then stops.
     """
     if blend.weights is not None or len(blend.prefixes) == 1:
         return blend.weights
-    everything = (0.0, 1.0)
-    if sample_format == "padded":
-        return [float(files[prefix].documents) for prefix in blend.prefixes]
-    return [float(files[prefix].tokens_in(everything)) for prefix in blend.prefixes]
+    pairs = [files[prefix] for prefix in blend.prefixes]
+    return [float(pair.documents if sample_format == "padded" else pair.tokens_in(WHOLE)) for pair in pairs]
 
 
 def _cache_folder(config: Config, files: dict[str, IndexedFiles]) -> str:
-    """Where the index caches go: a folder named after the contents of the files.
+    """The folder of the index caches, named after the contents of the files.
 
-    Megatron-Core names a cache by the path of the data, not by its content: data that is preprocessed again
-    under the same prefix would be read through the old index.
+    Megatron-Core names a cache by the path of the data: data that is preprocessed again under the same prefix would be
+    read through the old index.
     """
     folder = cache_root(config, next(iter(files))) / digest_of_blend(sorted(files), None)[:16]
-    check_cache_folder(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise ConfigError(f"data.cache_path {folder} cannot be written: set data.cache_path to a folder that can")
     return str(folder)
 
 
 def cache_root(config: Config, first: str) -> Path:
-    """The folder of everything that is kept of data, by content.
-
-    Args:
-        first: the prefix beside which it lies unless `data.cache_path` is set.
-    """
+    """The folder of all caches of data: `data.cache_path`, or beside the prefix `first`."""
     return Path(config.data.cache_path) if config.data.cache_path else Path(first).parent / "cache"
 
 
 def data_fingerprint(config: Config) -> dict[str, str]:
-    """A digest of the data of each split that `config` names, by its name; paths do not count, order and weights do.
+    """A digest of the data of each split that `config` names; paths do not count, order and weights do.
 
     Raises:
         ConfigError, DataError: the data section contradicts itself; a file is missing or damaged.
     """
     found = {}
-    for split, source in sources_of(config.data).items():
-        for prefix in source.blend.prefixes:
+    for split, blend in blends_of(config.data).items():
+        for prefix in blend.prefixes:
             read_index(prefix)
-        found[split] = digest_of_blend(source.blend.prefixes, source.blend.weights)
+        found[split] = digest_of_blend(blend.prefixes, blend.weights)
     return found

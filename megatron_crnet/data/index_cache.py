@@ -1,23 +1,21 @@
 """Megatron-Core's datasets, with their index caches read without pickle.
 
-Megatron-Core loads its caches with `np.load(allow_pickle=True)`, which runs whatever a file tells it to. The classes
-here build the same arrays through Megatron-Core's code, in memory, and store and load them themselves: plain numbers
-only, checked, and whole or absent, because they are renamed into place.
+Megatron-Core loads its caches with `np.load(allow_pickle=True)`, which can run code from the file. The classes here
+build the same arrays through Megatron-Core's code, in memory, and store and load them themselves: plain numbers only,
+checked, and whole or absent.
 """
 
 from __future__ import annotations
 
 import copy
-import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch.distributed as dist
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -25,13 +23,12 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from torch import Tensor
 
 from megatron_crnet.data.documents import DOCUMENT_LENGTHS, document_lengths
+from megatron_crnet.data.indexed import Array, blocks
 
-Arrays = tuple[npt.NDArray[Any], ...]
+Arrays = tuple[Array, ...]
 
 NO_TOKEN = -1
 """Padding id of samples that have no padding: no token has it, so none is masked."""
-CHECKED_AT_ONCE = 1 << 20
-"""Entries of an index that are checked together, which bounds the memory that it takes."""
 
 
 class PackedDataset(GPTDataset):
@@ -42,7 +39,7 @@ class PackedDataset(GPTDataset):
         self._pad_token_id = NO_TOKEN
 
     def __getitem__(self, idx: int | None) -> dict[str, Tensor]:
-        """See GPTDataset. Where attention stays within documents, the lengths of these stand for its s x s mask."""
+        """See GPTDataset; with data.reset_attention_mask, document lengths replace its s x s mask."""
         sample: dict[str, Tensor] = super().__getitem__(idx)
         if self.config.reset_attention_mask:
             sample[DOCUMENT_LENGTHS] = document_lengths(sample["tokens"], self.config.tokenizer.eod)
@@ -55,7 +52,7 @@ class PackedDataset(GPTDataset):
         return _stored(self, names, build, self._belong_here)
 
     def _belong_here(self, arrays: Arrays, values: bool) -> bool:
-        """Whether arrays can be this dataset's; with `values`, every entry is looked at."""
+        """Whether arrays can be this dataset's; with `values`, every entry is checked."""
         documents, samples, order = arrays
         form = (
             documents.ndim == order.ndim == 1
@@ -75,13 +72,13 @@ class PackedDataset(GPTDataset):
                 (part[:, 1] >= 0).all()
                 and (part[:, 1] <= lengths[documents[part[:, 0]]]).all()
                 and (np.diff(part[:, 0]) >= 0).all()
-                for part in _parts(samples)
+                for part in blocks(samples)
             )
         )
 
 
 class StoredBlend(BlendedDataset):
-    """A blend whose order is stored as the other indices are."""
+    """A blend whose order is stored as the other indices."""
 
     def _build_indices(self) -> Arrays:
         base = f"{self.unique_description_hash}-{type(self).__name__}-{self.split.name}"
@@ -95,19 +92,18 @@ class StoredBlend(BlendedDataset):
             return form
         sizes = np.array([len(dataset) for dataset in self.datasets])
         return _within(which, 0, len(sizes) - 1) and all(
-            (part >= 0).all() and (part < sizes[which[start : start + len(part)]]).all()
-            for start, part in zip(range(0, len(samples), CHECKED_AT_ONCE), _parts(samples), strict=True)
+            (numbers >= 0).all() and (numbers < sizes[datasets]).all()
+            for datasets, numbers in zip(blocks(which), blocks(samples), strict=True)
         )
 
 
 class DatasetBuilder(BlendedMegatronDatasetBuilder):
-    """Megatron-Core's builder with StoredBlend for BlendedDataset, which it names itself."""
+    """Megatron-Core's builder, with StoredBlend in place of BlendedDataset."""
 
     @staticmethod
     def build_generic_dataset(cls: Any, *args: Any) -> Any:
         """See BlendedMegatronDatasetBuilder."""
-        cls = StoredBlend if cls is BlendedDataset else cls
-        return BlendedMegatronDatasetBuilder.build_generic_dataset(cls, *args)
+        return BlendedMegatronDatasetBuilder.build_generic_dataset(StoredBlend if cls is BlendedDataset else cls, *args)
 
 
 def _stored(
@@ -116,9 +112,9 @@ def _stored(
     build: Callable[[], Arrays],
     belong_here: Callable[[Arrays, bool], bool],
 ) -> Arrays:
-    """Arrays from the cache folder; those that are missing or damaged are built, and stored by rank 0.
+    """Arrays from the cache folder; missing or damaged ones are built by every rank and stored by rank 0.
 
-    Every rank can build them alone, so a folder that fails costs memory and time, not the run.
+    A folder that fails costs memory and time, not the run.
     """
     folder = dataset.config.path_to_cache
     if not folder:
@@ -142,7 +138,7 @@ def _stored(
 
 
 def _load(paths: Sequence[Path]) -> Arrays | None:
-    """The arrays, mapped; None if one is missing, or not an array of integers. Nothing is unpickled."""
+    """The arrays, mapped; None if one is missing or not an array of integers. Nothing is unpickled."""
     if not all(path.is_file() for path in paths):  # opening a FIFO would wait
         return None
     try:
@@ -152,7 +148,7 @@ def _load(paths: Sequence[Path]) -> Arrays | None:
     return arrays if all(isinstance(array, np.ndarray) and array.dtype.kind in "iu" for array in arrays) else None
 
 
-def _save(path: Path, array: npt.NDArray[Any]) -> None:
+def _save(path: Path, array: Array) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as stream:
@@ -164,34 +160,15 @@ def _save(path: Path, array: npt.NDArray[Any]) -> None:
 
 
 def _in_memory(dataset: PackedDataset | StoredBlend, build: Callable[[], Arrays]) -> Arrays:
-    """What Megatron-Core builds when it has no folder for caches."""
+    """Build as Megatron-Core does without a cache folder."""
     config = dataset.config
     dataset.config = copy.copy(config)
     dataset.config.path_to_cache = ""
     try:
-        with _without_warnings(GPTDataset, BlendedDataset):
-            return build()
+        return build()
     finally:
         dataset.config = config
 
 
-@contextmanager
-def _without_warnings(*classes: type) -> Iterator[None]:
-    """Megatron-Core warns that it stores nothing, which is what it was told."""
-    loggers = [logging.getLogger(cls.__module__) for cls in classes]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _parts(array: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
-    return (array[start : start + CHECKED_AT_ONCE] for start in range(0, len(array), CHECKED_AT_ONCE))
-
-
-def _within(array: npt.NDArray[Any], low: int, high: int) -> bool:
-    return all(low <= part.min() and part.max() <= high for part in _parts(array))
+def _within(array: Array, low: int, high: int) -> bool:
+    return all(low <= part.min() and part.max() <= high for part in blocks(array))

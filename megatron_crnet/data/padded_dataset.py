@@ -1,11 +1,9 @@
-"""One document a row, cut or padded to the sequence length: the protocol of GaLore, CoLA and CR-Net.
+"""One document per row, cut or padded to the sequence length: the protocol of GaLore, CoLA and CR-Net.
 
-Packing (Megatron-Core's GPTDataset) wastes nothing; this exists to compare with the published figures.
+Packing (Megatron-Core's GPTDataset) wastes nothing; this allows comparison with the published figures.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,15 +16,11 @@ from torch import Tensor
 
 
 class PaddedDocumentDataset(MegatronDataset):
-    """Rows of tokens from documents, in a new order each epoch.
+    """Rows of tokens from documents, in a new order each epoch; built by Megatron-Core's builder like GPTDataset.
 
-    Row i of a document d with n tokens: tokens d[0:s], labels d[1:s+1], and beyond the document's end
-    the padding id with loss mask 0. It goes through Megatron-Core's builder in GPTDataset's place, so
-    splits and blends are the same.
+    The row of a document d: tokens d[0:s], labels d[1:s+1], and beyond its end the padding id with loss mask 0.
 
     Args:
-        dataset: the token ids of all documents.
-        dataset_path: their prefix.
         indices: documents of the split, [n]; those of less than two tokens are passed over.
         num_samples: rows wanted; None means one epoch. The length is rounded up to whole epochs.
         index_split: which split; its order is independent of the others'.
@@ -69,7 +63,8 @@ class PaddedDocumentDataset(MegatronDataset):
             raise IndexError(f"row {idx} of {len(self)}")
         length = self.config.sequence_length
         epoch, row = divmod(int(idx), len(self.indices))
-        ids = self.row_ids(int(self._shuffled(epoch)[row]))
+        document = int(self._shuffled(epoch)[row])
+        ids = self.dataset.get(document, length=min(int(self.dataset.sequence_lengths[document]), length + 1))
         text = np.full(length + 1, self._pad, dtype=np.int64)
         text[: len(ids)] = ids
         loss_mask = torch.zeros(length)
@@ -81,12 +76,6 @@ class PaddedDocumentDataset(MegatronDataset):
             "loss_mask": loss_mask,
             "position_ids": torch.arange(length),
         }
-
-    def row_ids(self, document: int) -> npt.NDArray[Any]:
-        """The ids of a document that its row uses: at most s + 1, the last one a label only."""
-        available = int(self.dataset.sequence_lengths[document])
-        ids: npt.NDArray[Any] = self.dataset.get(document, length=min(available, self.config.sequence_length + 1))
-        return ids
 
     def _shuffled(self, epoch: int) -> npt.NDArray[np.int32]:
         """The documents in the order of `epoch`; only the latest order is kept."""

@@ -21,7 +21,7 @@ from megatron_crnet.config.model_size import remark_on_unused_rows
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.datasets import Datasets, build_datasets, cache_root, data_fingerprint
 from megatron_crnet.data.fingerprint import TrainedOn, digest_of_tokenizer, remark_on_unnamed
-from megatron_crnet.data.indexed import check_enough, read_index, sources_of
+from megatron_crnet.data.indexed import blends_of, check_enough, read_index
 from megatron_crnet.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_crnet.data.unigram import entropy_of, label_counts
 from megatron_crnet.distributed.consensus import (
@@ -199,7 +199,7 @@ def _examine_data(config: Config, tokenizer: Tokenizer) -> tuple[TrainedOn, dict
 
 def _prefixes(config: Config) -> list[str]:
     """Every prefix that the data section names, once."""
-    every = (prefix for source in sources_of(config.data).values() for prefix in source.blend.prefixes)
+    every = (prefix for blend in blends_of(config.data).values() for prefix in blend.prefixes)
     return list(dict.fromkeys(every))
 
 
@@ -230,7 +230,7 @@ def _check_prompt(prompt: str | None, tokenizer: Tokenizer) -> None:
 
 def _examine_evaluation(config: Config, checkpoint: Path | None) -> None:
     """What training.eval_only needs."""
-    training, found = config.training, sources_of(config.data)
+    training, found = config.training, blends_of(config.data)
     if not training.eval_only:
         return
     if checkpoint is None and config.checkpoint.load is None:
@@ -247,13 +247,13 @@ def _examine_evaluation(config: Config, checkpoint: Path | None) -> None:
 
 def _planned_test(config: Config) -> tuple[int, str | None]:
     """Global batches of the test, and a note where the test share of data.split is too small for one."""
-    wanted, source = config.training.test_steps, sources_of(config.data).get("test")
-    if wanted is not None or source is None:  # what is asked for and not there is refused with the datasets
+    wanted, blend = config.training.test_steps, blends_of(config.data).get("test")
+    if wanted is not None or blend is None:  # what is asked for and not there is refused with the datasets
         return wanted or 0, None
     if config.data.data_path and config.training.eval_steps:
         try:
-            for prefix in source.blend.prefixes:
-                check_enough(read_index(prefix), "test", source.share, config)
+            for prefix in blend.prefixes:
+                check_enough(read_index(prefix), "test", blend.share, config)
         except DataError as error:
             return 0, f"nothing is tested after the last step: {error}"
     return config.training.eval_steps, None

@@ -27,6 +27,9 @@ WARNINGS = (
 )
 LOG_RECORDS = {
     "DeepSpeed": r"Setting accelerator to CPU",  # what is meant where there is no GPU
+    # data/index_cache.py saves them itself
+    "megatron.core.datasets.blended_dataset": r"Cannot save the \w+ indexes because path_to_cache is None",
+    "megatron.core.datasets.gpt_dataset": r"Unable to save \w+ indexes because path_to_cache is None",
     "torch.distributed.run": r"Setting OMP_NUM_THREADS",  # five lines; the help of `crnet launch` says it
 }
 """By logger."""
