@@ -48,8 +48,6 @@ def build_parser(prog: str) -> ConfigParser:
 
 def table(plans: list[Any]) -> list[str]:
     """The plans in their order, one a line."""
-    from megatron_crnet.planning.search import peak
-
     lines = [
         f"{'':>3}{'TP':>4}{'PP':>4}{'VPP':>4}{'DP':>5}{'ZeRO':>5}{'micro':>6}  {'recompute':<24}{'offload':<8}"
         f"{'GiB':>7}{'s/step':>9}{'tokens/s':>12}"
@@ -59,7 +57,7 @@ def table(plans: list[Any]) -> list[str]:
         lines.append(
             f"{number:>3}{c.tp:>4}{c.pp:>4}{c.vpp:>4}{e.plan.dp_size:>5}{c.zero:>5}{c.micro_batch:>6}  "
             f"{c.recompute:<24}{'cpu' if c.offload else '-':<8}"
-            f"{peak(plan) / GIB:>7.1f}{e.time.total:>9.3f}{e.tokens_per_second:>12,.0f}"
+            f"{e.peak / GIB:>7.1f}{e.time.total:>9.3f}{e.tokens_per_second:>12,.0f}"
         )
     return lines
 
@@ -70,16 +68,14 @@ def none_fits(found: Any, gpus: str) -> int:
     Raises:
         ConfigError: the search went to its end.
     """
-    from megatron_crnet.planning.search import peak
-
     if found.stopped:
         print("stopped before a layout that fits was found: nothing written", file=sys.stderr)
         return INTERRUPTED
     if found.least is None:
         raise ConfigError(f"no layout is allowed on {gpus}; of the simplest the rules say: {found.refusal}")
     raise ConfigError(
-        f"no layout fits {gpus}, the smallest needs {peak(found.least) / GIB:.1f} GiB: use more GPUs, GPUs with more "
-        "memory, or shorter sequences"
+        f"no layout fits {gpus}, the smallest needs {found.least.estimate.peak / GIB:.1f} GiB: use more GPUs, ones with "
+        "more memory, or shorter sequences"
     )
 
 

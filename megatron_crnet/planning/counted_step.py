@@ -9,7 +9,8 @@ from __future__ import annotations
 import gc
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,17 +38,12 @@ from megatron_crnet.planning.profile import (
     StepProfile,
 )
 
+Progress = Callable[[int, int], object]
+"""Told after each forward pass of a micro-batch how many there have been and how many there will be."""
 
-def ignore(_done: int, _total: int) -> None:
-    """A progress callback that does nothing."""
 
-
-def count_step(config: Config, context: ParallelContext, passed: Callable[[int, int], object] = ignore) -> StepProfile:
-    """Build this rank's model and count its second step, which finds everything allocated; a collective call.
-
-    Args:
-        passed: told after each forward pass of a micro-batch how many there have been and how many there will be.
-    """
+def count_step(config: Config, context: ParallelContext, passed: Progress = lambda *_: None) -> StepProfile:
+    """Build this rank's model and count its second step, which finds everything allocated; a collective call."""
     plan, memory = plan_batches(config, context.world_size), LiveMemory()
     with Counters(memory) as counters:
         engine = TrainEngine(config, build_model_chunks(config), context)
@@ -82,9 +78,9 @@ def _counted(
     before, operations, traffic = memory.current, OperationCounter(), CommunicationCounter()
     counters.counters += [operations, traffic]
     memory.reset_peak()
-    with _InFlight(engine, memory) as passes:
+    with _activations_in_flight(engine, memory) as alive:
         results = engine.accumulate(batches, tokens)
-    kept, peak, after = passes.kept - before, memory.peak, memory.current
+    kept, peak, after = alive[0] - before, memory.peak, memory.current
     weights, optimizer, buffers = state_bytes(engine)
     memory.reset_peak()
     engine.reduce_gradients()
@@ -106,30 +102,23 @@ def _counted(
     return StepProfile(counted, comm_volumes(traffic), operations.total)
 
 
-class _InFlight:
-    """Notes what is alive when the last forward pass before the first backward pass ends: the most that is kept.
+@contextmanager
+def _activations_in_flight(engine: TrainEngine, memory: LiveMemory) -> Iterator[list[int]]:
+    """One entry: bytes alive when the last forward pass before the first backward pass ends, the most that is kept.
 
     Under 1F1B and the interleaved schedule no more micro-batches than then are ever in flight.
     """
+    alive, backward = [0], list[bool]()
 
-    def __init__(self, engine: TrainEngine, memory: LiveMemory) -> None:
-        self.memory, self.kept, self._ended = memory, 0, False
-        self._hooks = [chunk.register_forward_hook(self._forward) for chunk in engine.scheduled]
+    def forward(_module: Any, _arguments: Any, output: Tensor) -> None:
+        if not backward:
+            alive[0] = memory.current
+            output.register_hook(lambda _: backward.append(True))
 
-    def _forward(self, _module: Any, _arguments: Any, output: Tensor) -> None:
-        if not self._ended:
-            self.kept = self.memory.current
-            output.register_hook(self._backward)
-
-    def _backward(self, _gradient: Tensor) -> None:
-        self._ended = True
-
-    def __enter__(self) -> _InFlight:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
+    hooks = [chunk.register_forward_hook(forward) for chunk in engine.scheduled]
+    yield alive
+    for hook in hooks:
+        hook.remove()
 
 
 def state_bytes(engine: TrainEngine) -> tuple[int, int, int]:

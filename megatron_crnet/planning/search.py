@@ -7,7 +7,7 @@ A candidate is a configuration: the rules of `config/schema.py` and `config/batc
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -77,20 +77,14 @@ class Search:
 
     def ranked(self) -> list[Plan]:
         """The fastest first; of equally fast ones that with the lowest peak."""
-        return sorted(self.fitting, key=lambda plan: (-plan.estimate.tokens_per_second, peak(plan)))
-
-
-def peak(plan: Plan) -> int:
-    """Bytes of the fullest rank."""
-    return plan.estimate.stages[plan.estimate.fullest].memory.total
+        return sorted(self.fitting, key=lambda plan: (-plan.estimate.tokens_per_second, plan.estimate.peak))
 
 
 def choices(config: Config, gpus: int, gpus_per_node: int) -> list[Choice]:
     """Every combination that could make sense, allowed or not."""
     layers, batch = config.model.num_layers, config.training.global_batch_size
-    tps = [tp for tp in _powers(gpus_per_node) if gpus % tp == 0]
-    found = []
-    for tp in tps:
+    found: list[Choice] = []
+    for tp in (tp for tp in _powers(gpus_per_node) if gpus % tp == 0):
         for pp in (pp for pp in range(1, min(layers, gpus // tp) + 1) if gpus // tp % pp == 0):
             dp = gpus // tp // pp
             # where no size divides the batch, a rule is to say so
@@ -105,11 +99,9 @@ def choices(config: Config, gpus: int, gpus_per_node: int) -> list[Choice]:
     return found
 
 
-def _powers(limit: int) -> Iterator[int]:
-    value = 1
-    while value <= limit:
-        yield value
-        value *= 2
+def _powers(limit: int) -> list[int]:
+    """Powers of two up to `limit`."""
+    return [2**exponent for exponent in range(limit.bit_length())]
 
 
 def uneven_stages(layers: int, pp: int, vpp: int) -> tuple[int | None, int | None]:
@@ -176,29 +168,23 @@ def search(
     limit = machine.memory_bytes * (1 - RESERVE)
     try:
         for choice in progress(candidates):
-            _try(config, choice, gpus, machine, gpus_per_node, limit, found)
+            found.tried += 1
+            try:
+                candidate = configure(config, choice)
+                plan = Plan(choice, candidate, estimate(candidate, gpus, machine, gpus_per_node))
+            except ConfigError as error:
+                found.refused += 1
+                found.refusal = found.refusal or str(error)
+                continue
+            if found.least is None or plan.estimate.peak < found.least.estimate.peak:
+                found.least = plan
+            if plan.estimate.peak > limit:
+                found.too_large += 1
+            else:
+                found.fitting.append(plan)
     except KeyboardInterrupt:
         found.stopped = True
     return found
-
-
-def _try(
-    config: Config, choice: Choice, gpus: int, machine: Machine, gpus_per_node: int, limit: float, found: Search
-) -> None:
-    found.tried += 1
-    try:
-        candidate = configure(config, choice)
-        plan = Plan(choice, candidate, estimate(candidate, gpus, machine, gpus_per_node))
-    except ConfigError as error:
-        found.refused += 1
-        found.refusal = found.refusal or str(error)
-        return
-    if found.least is None or peak(plan) < peak(found.least):
-        found.least = plan
-    if peak(plan) > limit:
-        found.too_large += 1
-    else:
-        found.fitting.append(plan)
 
 
 def explain(found: Search) -> list[str]:
@@ -215,7 +201,7 @@ def explain(found: Search) -> list[str]:
         share = rival.estimate.tokens_per_second / speed
         why = f"the best with another value ({getattr(rival.choice, name)}) "
         if share > EQUAL:
-            more = (peak(rival) - peak(best)) / GIB
+            more = (rival.estimate.peak - best.estimate.peak) / GIB
             why += f"is as fast and needs {abs(more):.1f} GiB {'more' if more >= 0 else 'less'}"
         else:
             why += f"reaches {share:.1%} of its tokens/s{_slower_by(best, rival)}"

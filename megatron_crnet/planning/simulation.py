@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -26,18 +26,15 @@ from megatron_crnet.config.batch import plan_batches
 from megatron_crnet.config.deepspeed import offloads_optimizer, offloads_parameters
 from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed.process_groups import initialize_parallel, shutdown_parallel
-from megatron_crnet.planning.counted_step import count_step, ignore
+from megatron_crnet.planning.counted_step import Progress, count_step
 from megatron_crnet.planning.profile import StepProfile
 from megatron_crnet.utils.errors import require
 
 LARGEST_WORLD = 4096
 
 
-def simulate(config: Config, world_size: int, rank: int, passed: Callable[[int, int], object] = ignore) -> StepProfile:
+def simulate(config: Config, world_size: int, rank: int, passed: Progress = lambda *_: None) -> StepProfile:
     """Count a step of rank `rank` of `world_size`. The process must not be part of a world already.
-
-    Args:
-        passed: told after each forward pass how many there have been and how many there will be.
 
     Raises:
         ConfigError: the world does not fit the configuration, or values that do not exist would decide something.
@@ -77,24 +74,19 @@ def check_simulation(config: Config, world_size: int, rank: int) -> None:
 
 @contextmanager
 def _without_memory() -> Iterator[None]:
-    with ExitStack() as stack:
-        for seam in _seams():
-            stack.enter_context(seam)
-        for mode in (FakeTensorMode(allow_non_fake_inputs=True), _Lists(), _Scalars()):
-            stack.enter_context(mode)
-        yield
-
-
-def _seams() -> list[Any]:
-    """Three places where libraries insist on more than shapes, and the variable that a launcher would set."""
+    """Fake tensors, three places where libraries insist on more than shapes, and the variable that a launcher sets."""
     coordinator = importlib.import_module("deepspeed.runtime.zero.partitioned_param_coordinator")
-    return [
+    with (
         # the model is where it belongs already, but PyTorch refuses to move a fake parameter that a counter watches
         patch.object(nn.Module, "to", lambda module, *_, **__: module),
         # ZeRO-3 compares the order of its parameters with rank 0's, once; here no other rank exists
         patch.object(coordinator, "assert_ints_same_as_other_ranks", lambda _: None),
         patch.dict(os.environ, {"LOCAL_RANK": "0"}),
-    ]
+        FakeTensorMode(allow_non_fake_inputs=True),
+        _Lists(),
+        _Scalars(),
+    ):
+        yield
 
 
 class _Scalars(TorchDispatchMode):

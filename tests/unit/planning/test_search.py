@@ -21,7 +21,6 @@ from megatron_crnet.planning.search import (
     choices,
     configure,
     explain,
-    peak,
     search,
     uneven_stages,
 )
@@ -66,11 +65,11 @@ def test_stage_0_is_tried_where_it_sums_in_fp32() -> None:
 def test_the_fastest_is_first_and_everything_fits(found: Search) -> None:
     speeds = [plan.estimate.tokens_per_second for plan in found.ranked()]
     assert speeds == sorted(speeds, reverse=True)
-    assert all(peak(plan) <= (1 - RESERVE) * H100.memory_bytes for plan in found.fitting)
+    assert all(plan.estimate.peak <= (1 - RESERVE) * H100.memory_bytes for plan in found.fitting)
 
 
 def test_what_does_not_fit_is_dropped(config: Config, found: Search) -> None:
-    sizes = sorted(peak(plan) for plan in found.fitting)
+    sizes = sorted(plan.estimate.peak for plan in found.fitting)
     small: Machine = dataclasses.replace(H100, memory_bytes=sizes[len(sizes) // 2] / (1 - RESERVE) + 1)
     less = search(config, 4, small, 2)
     assert 0 < len(less.fitting) < len(found.fitting)
@@ -78,7 +77,7 @@ def test_what_does_not_fit_is_dropped(config: Config, found: Search) -> None:
     none = search(config, 4, dataclasses.replace(H100, memory_bytes=1), 2)
     assert not none.fitting
     assert none.least is not None
-    assert peak(none.least) == sizes[0]
+    assert none.least.estimate.peak == sizes[0]
 
 
 def test_the_first_choice_is_explained_in_every_dimension(found: Search) -> None:
