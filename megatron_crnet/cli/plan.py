@@ -74,8 +74,8 @@ def none_fits(found: Any, gpus: str) -> int:
     if found.least is None:
         raise ConfigError(f"no layout is allowed on {gpus}; of the simplest the rules say: {found.refusal}")
     raise ConfigError(
-        f"no layout fits {gpus}, the smallest needs {found.least.estimate.peak / GIB:.1f} GiB: use more GPUs, ones with "
-        "more memory, or shorter sequences"
+        f"no layout fits {gpus}, the smallest needs {found.least.estimate.peak / GIB:.1f} GiB: use more GPUs, GPUs "
+        "with more memory, or shorter sequences"
     )
 
 

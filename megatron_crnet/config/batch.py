@@ -16,8 +16,8 @@ from megatron_crnet.utils.errors import require
 def check_memory(config: Config, device: torch.device) -> None:
     """Raise ConfigError where what a rank cannot do without is more than all memory, before any of it is asked for."""
     model, training = config.model, config.training
-    tp = config.parallel.tensor_model_parallel_size
-    weights = total_parameters(model) // (tp * config.parallel.pipeline_model_parallel_size)
+    tp, pp, _ = config.parallel.sizes
+    weights = total_parameters(model) // (tp * pp)
     tokens = training.micro_batch_size * training.seq_length
     activations = tokens * max(model.hidden_size, model.vocab_size) // tp
     needed = (2 if training.bf16 else 4) * (weights + activations)
@@ -147,7 +147,7 @@ def data_parallel_size(config: Config, world_size: int) -> int:
     Raises:
         ConfigError: the world does not divide by the model-parallel size.
     """
-    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+    tp, pp, _ = config.parallel.sizes
     require(
         world_size % (tp * pp) == 0,
         f"world size {world_size} does not divide by tensor_model_parallel_size {tp} x pipeline_model_parallel_size "
@@ -173,7 +173,7 @@ def plan_batches(config: Config, world_size: int) -> BatchPlan:
         f"{training.micro_batch_size} x {dp} data-parallel ranks: use {near}, or another "
         "micro_batch_size",
     )
-    pp, vpp = config.parallel.pipeline_model_parallel_size, config.parallel.virtual_pipeline_model_parallel_size or 1
+    _, pp, vpp = config.parallel.sizes
     require(
         vpp == 1 or count % pp == 0,
         f"{count} micro-batches a step do not divide by pipeline_model_parallel_size {pp}, which virtual pipeline "

@@ -5,6 +5,7 @@ Which keys there are, and of which type, is in `config/deepspeed_keys.py`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from megatron_crnet.config.deepspeed_keys import DEEPSPEED_KEYS
@@ -75,81 +76,74 @@ def check_deepspeed(config: Config) -> None:
     Raises:
         ConfigError: the first rule that does not hold.
     """
-    zero, stage = _zero(config), zero_stage(config)
-    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
-    _check_stage(stage, tp, pp, config.training.bf16)
-    _check_offload(zero, stage, tp, pp)
-    require(
-        not (offloads_optimizer(config) and config.faults.on_bad_step == "skip"),
-        "faults.on_bad_step is skip, but deepspeed.zero_optimization.offload_optimizer is on, under which DeepSpeed "
-        "keeps dropped gradients and drops the step after them, too: use on_bad_step stop, or no offload",
-    )
-    _refuse(
-        zero,
-        "overlap_comm",
-        bool(zero.get("overlap_comm")) and stage <= 1,
-        f"gradients of stage {stage} are reduced once after the last backward pass, beside which nothing can run: "
-        "leave it out, or use stage 2 or 3",
-    )
-    for key in ONLY_STAGE_3 - {"offload_param"}:
-        _refuse(zero, key, key in zero and stage < 3, f"stage {stage} does not read it: use stage 3 or leave it out")
-    _refuse(
-        zero,
-        "zero_hpz_partition_size",
-        zero.get("zero_hpz_partition_size", 1) != 1 and tp > 1,
-        "DeepSpeed builds its secondary groups of consecutive ranks, which hold different shards under "
-        f"tensor_model_parallel_size {tp}: use tensor_model_parallel_size 1, or leave it out",
-    )
-
-
-def _refuse(zero: dict[str, Any], key: str, broken: bool, why: str) -> None:
-    require(not broken, f"deepspeed.zero_optimization.{key} is {shown(zero.get(key))}, but {why}")
-
-
-def _check_offload(zero: dict[str, Any], stage: int, tp: int, pp: int) -> None:
-    """What is moved to the host can be moved in this layout."""
-    moves = _device(zero, "offload_optimizer") != "none"
-    _refuse(
-        zero,
-        "offload_param",
-        _device(zero, "offload_param") != "none" and stage < 3,
-        f"only stage 3 partitions parameters, not stage {stage}: use stage 3 or offload_optimizer",
-    )
-    for broken, why in (
-        (stage == 0, "stage 0 partitions nothing that could be moved: use stage 1, 2 or 3"),
-        (
-            tp > 1,
-            "DeepSpeed moves gradients to the host before they can be summed over the tensor-parallel ranks of "
-            f"tensor_model_parallel_size {tp}: use tensor_model_parallel_size 1, or leave offload_optimizer out",
-        ),
-        (
-            pp > 1,
-            f"DeepSpeed's host copies are filled by hooks that the schedule of pipeline_model_parallel_size {pp} does "
-            "not run: use pipeline_model_parallel_size 1, or leave offload_optimizer out",
-        ),
-        (
-            _device(zero, "offload_optimizer") == "nvme" and stage < 3,
-            f"DeepSpeed keeps the state of stage {stage} in host memory without saying so: use stage 3, or device cpu",
-        ),
-    ):
-        _refuse(zero, "offload_optimizer", moves and broken, why)
-    for key in ("offload_param", "offload_optimizer"):
-        on_disk = _device(zero, key) == "nvme" and "nvme_path" not in zero[key]
-        _refuse(zero, key, on_disk, "device nvme needs a folder on a disk: add nvme_path")
-
-
-def _check_stage(stage: int, tp: int, pp: int, bf16: bool) -> None:
-    """The stage suits pipeline, tensor parallelism and precision."""
+    stage, (tp, pp, _) = zero_stage(config), config.parallel.sizes
     require(
         pp == 1 or stage <= 1,
         f"deepspeed.zero_optimization.stage {stage} does not work with pipeline_model_parallel_size {pp}, because "
         "DeepSpeed cannot partition gradients that a pipeline schedule accumulates: use stage 1",
     )
     require(
-        stage > 0 or not bf16 or tp * pp == 1,
+        stage > 0 or not config.training.bf16 or tp * pp == 1,
         f"deepspeed.zero_optimization.stage 0 does not work with training.dtype bf16, tensor_model_parallel_size {tp} "
         f"and pipeline_model_parallel_size {pp}, because DeepSpeed's bf16 wrapper counts only the first "
         "tensor-parallel rank in the gradient norm and hangs between pipeline stages: use stage 1",
+    )
+    for key, broken, why in _zero_rules(config, stage, tp, pp):
+        value = shown(_zero(config).get(key))
+        require(not broken, f"deepspeed.zero_optimization.{key} is {value}, but {why}")
+    require(
+        not (offloads_optimizer(config) and config.faults.on_bad_step == "skip"),
+        "faults.on_bad_step is skip, but deepspeed.zero_optimization.offload_optimizer is on, under which DeepSpeed "
+        "keeps dropped gradients and drops the step after them, too: use on_bad_step stop, or no offload",
+    )
+
+
+def _zero_rules(config: Config, stage: int, tp: int, pp: int) -> Iterator[tuple[str, bool, str]]:
+    """A key of `zero_optimization`, whether it breaks a rule, and the rule with its remedy."""
+    zero, on_host = _zero(config), offloads_optimizer(config)
+    yield (
+        "offload_param",
+        offloads_parameters(config) and stage < 3,
+        f"only stage 3 partitions parameters, not stage {stage}: use stage 3 or offload_optimizer",
+    )
+    yield (
+        "offload_optimizer",
+        on_host and stage == 0,
+        "stage 0 partitions nothing that could be moved: use stage 1, 2 or 3",
+    )
+    yield (
+        "offload_optimizer",
+        on_host and tp > 1,
+        "DeepSpeed moves gradients to the host before they can be summed over the tensor-parallel ranks of "
+        f"tensor_model_parallel_size {tp}: use tensor_model_parallel_size 1, or leave offload_optimizer out",
+    )
+    yield (
+        "offload_optimizer",
+        on_host and pp > 1,
+        f"DeepSpeed's host copies are filled by hooks that the schedule of pipeline_model_parallel_size {pp} does "
+        "not run: use pipeline_model_parallel_size 1, or leave offload_optimizer out",
+    )
+    yield (
+        "offload_optimizer",
+        _device(zero, "offload_optimizer") == "nvme" and stage < 3,
+        f"DeepSpeed keeps the state of stage {stage} in host memory without saying so: use stage 3, or device cpu",
+    )
+    for key in ("offload_param", "offload_optimizer"):
+        on_disk = _device(zero, key) == "nvme" and "nvme_path" not in zero[key]
+        yield key, on_disk, "device nvme needs a folder on a disk: add nvme_path"
+    yield (
+        "overlap_comm",
+        bool(zero.get("overlap_comm")) and stage <= 1,
+        f"gradients of stage {stage} are reduced once after the last backward pass, beside which nothing can run: "
+        "leave it out, or use stage 2 or 3",
+    )
+    for key in ONLY_STAGE_3 - {"offload_param"}:
+        yield key, key in zero and stage < 3, f"stage {stage} does not read it: use stage 3 or leave it out"
+    yield (
+        "zero_hpz_partition_size",
+        zero.get("zero_hpz_partition_size", 1) != 1 and tp > 1,
+        "DeepSpeed builds its secondary groups of consecutive ranks, which hold different shards under "
+        f"tensor_model_parallel_size {tp}: use tensor_model_parallel_size 1, or leave it out",
     )
 
 

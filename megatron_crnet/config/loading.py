@@ -18,7 +18,6 @@ from megatron_crnet.config.field_types import FilePath, checked, is_text, neares
 from megatron_crnet.config.options import ToolParser
 from megatron_crnet.config.positions import resolve_full_rank_layers
 from megatron_crnet.config.schema import Config
-from megatron_crnet.config.validation import sequence_parallel
 from megatron_crnet.utils.errors import require
 from megatron_crnet.utils.files import replace_text
 from megatron_crnet.utils.yaml_files import read_file, read_text
@@ -117,8 +116,8 @@ def resolved(config: Config) -> dict[str, Any]:
     )
     values["model"]["num_query_groups"] = model.num_query_groups or model.num_attention_heads
     values["model"]["max_position_embeddings"] = model.max_position_embeddings or config.training.seq_length
-    values["parallel"]["virtual_pipeline_model_parallel_size"] = parallel.virtual_pipeline_model_parallel_size or 1
-    values["parallel"]["sequence_parallel"] = sequence_parallel(parallel)
+    values["parallel"]["virtual_pipeline_model_parallel_size"] = parallel.sizes[2]
+    values["parallel"]["sequence_parallel"] = parallel.shards_sequence
     values["checkpoint"]["dir"] = config.checkpoint.dir or str(Path(config.logging.output_dir) / "checkpoints")
     return values
 

@@ -9,7 +9,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_crnet.config.positions import PositionTable, position_table
 from megatron_crnet.config.schema import STRATEGIES, Config, Strategy
-from megatron_crnet.config.validation import sequence_parallel
 
 DEFAULT_INVERSE_TOLERANCE = {"bf16": 2.0**-4, "fp32": 1e-4}
 
@@ -65,7 +64,7 @@ class CRNetTransformerConfig(TransformerConfig):
 def build_transformer_config(config: Config) -> CRNetTransformerConfig:
     """The Megatron-Core configuration of a run. Weights are drawn by `model/weights.py`, not by Megatron."""
     model, parallel, recompute = config.model, config.parallel, config.recompute
-    vpp = parallel.virtual_pipeline_model_parallel_size
+    tp, pp, vpp = parallel.sizes
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
     return CRNetTransformerConfig(
         variant=model.variant,
@@ -90,10 +89,10 @@ def build_transformer_config(config: Config) -> CRNetTransformerConfig:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=config.training.bf16,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=vpp if vpp and vpp > 1 else None,
-        sequence_parallel=sequence_parallel(parallel),
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
+        sequence_parallel=parallel.shards_sequence,
         num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
         overlap_tp_communication=parallel.overlap_tp_communication,

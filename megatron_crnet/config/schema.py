@@ -218,6 +218,17 @@ class ParallelConfig(Section, name="parallel"):
     distributed_timeout_minutes: Minutes = 10.0
     """How long a rank waits for its peers before the run is stopped."""
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Ranks of a tensor-parallel group, pipeline stages, and virtual stages of each."""
+        virtual = self.virtual_pipeline_model_parallel_size or 1
+        return self.tensor_model_parallel_size, self.pipeline_model_parallel_size, virtual
+
+    @property
+    def shards_sequence(self) -> bool:
+        """Whether the residual stream is sharded along the sequence."""
+        return self.tensor_model_parallel_size > 1 if self.sequence_parallel is None else self.sequence_parallel
+
 
 @dataclass(frozen=True)
 class Strategy:

@@ -13,7 +13,7 @@ from megatron_crnet.config.positions import position_table
 from megatron_crnet.utils.errors import require
 
 if TYPE_CHECKING:
-    from megatron_crnet.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig
+    from megatron_crnet.config.schema import Config, ModelConfig, OptimizerConfig
 
 
 def check_config(config: Config) -> None:
@@ -136,8 +136,7 @@ def wsd_decay_steps(optimizer: OptimizerConfig, train_steps: int) -> int:
 def _check_parallel(config: Config) -> None:
     """Widths divide by the tensor-parallel size, layers by the pipeline's."""
     parallel, model = config.parallel, config.model
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    vpp = parallel.virtual_pipeline_model_parallel_size or 1
+    tp, pp, vpp = parallel.sizes
     groups = model.num_query_groups or model.num_attention_heads
     for section, name, value in (
         ("model", "num_attention_heads", model.num_attention_heads),
@@ -146,10 +145,8 @@ def _check_parallel(config: Config) -> None:
         ("model", "vocab_size", model.vocab_size),
         ("training", "seq_length", config.training.seq_length),
     ):
-        if name == "seq_length" and not sequence_parallel(parallel):
-            continue
         require(
-            value % tp == 0,
+            value % tp == 0 or (name == "seq_length" and not parallel.shards_sequence),
             f"{section}.{name} {value} does not divide by parallel.tensor_model_parallel_size {tp}: "
             f"use {value // tp * tp or tp} or {(value // tp + 1) * tp}, or another tensor-parallel size",
         )
@@ -168,7 +165,7 @@ def _check_parallel(config: Config) -> None:
 def _check_pipeline(config: Config) -> None:
     """Layers can be spread over stages and virtual stages as asked."""
     parallel, layers = config.parallel, config.model.num_layers
-    pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
+    _, pp, vpp = parallel.sizes
     uneven = {
         name: value
         for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
@@ -244,10 +241,3 @@ def _check_kept_tensors(config: Config) -> None:
         f"{name}.number_checkpoints {section.get('number_checkpoints')} is the size of the buffers of "
         "contiguous_memory_optimization, which is off: leave it out or switch that on",
     )
-
-
-def sequence_parallel(parallel: ParallelConfig) -> bool:
-    """Whether the residual stream is sharded along the sequence."""
-    if parallel.sequence_parallel is None:
-        return parallel.tensor_model_parallel_size > 1
-    return parallel.sequence_parallel

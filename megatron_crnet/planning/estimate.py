@@ -37,21 +37,16 @@ class Estimate:
 
     Attributes:
         stages: by pipeline rank.
-        model_flops: useful operations of a step over all ranks (`model_size.flops_per_token`: attention's causal
-            half, no recomputation).
         crossings: of each kind of group, the share of its bytes that leaves a node.
         time: of the slowest stage on the machine, where one was named.
-        dtype: of the products, `training.dtype`.
     """
 
+    config: Config
     plan: BatchPlan
     world_size: int
     stages: list[StageEstimate]
-    model_flops: float
-    model_flops_whole_attention: float
     crossings: dict[str, float]
     time: StepTime | None
-    dtype: str
 
     @property
     def fullest(self) -> int:
@@ -69,15 +64,15 @@ class Estimate:
         assert self.time is not None
         return self.plan.tokens_per_step / self.time.total
 
-    def utilization(self, machine: Machine, whole_attention: bool = False) -> float:
-        """Model FLOPs utilization: useful operations as a share of what the GPUs could do meanwhile.
+    def model_flops(self, whole_attention: bool = False) -> float:
+        """Useful operations of a step over all ranks: without recomputation; attention's causal half or the whole."""
+        return flops_per_token(self.config.model, self.plan.seq_length, whole_attention) * self.plan.tokens_per_step
 
-        Args:
-            whole_attention: see `model_size.flops_per_token`.
-        """
+    def utilization(self, machine: Machine, whole_attention: bool = False) -> float:
+        """Model FLOPs utilization: useful operations as a share of what the GPUs could do meanwhile."""
         assert self.time is not None
-        useful = self.model_flops_whole_attention if whole_attention else self.model_flops
-        return useful / (self.time.total * self.world_size * machine.peak(self.dtype))
+        possible = self.time.total * self.world_size * machine.peak(self.config.training.dtype)
+        return self.model_flops(whole_attention) / possible
 
 
 def estimate(
@@ -99,12 +94,8 @@ def estimate(
         for model, stage in zip(models, stages, strict=True)
         if machine is not None
     ]
-    useful, whole = (
-        flops_per_token(config.model, plan.seq_length, whole_attention) * plan.tokens_per_step
-        for whole_attention in (False, True)
-    )
     slowest = max(times, key=lambda time: time.total, default=None)
-    return Estimate(plan, world_size, stages, useful, whole, crossings, slowest, config.training.dtype)
+    return Estimate(config, plan, world_size, stages, crossings, slowest)
 
 
 @cache  # a search asks for the same layout many times

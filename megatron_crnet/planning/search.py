@@ -15,13 +15,13 @@ from typing import Any
 from megatron_crnet.config.deepspeed import keys_for_stage
 from megatron_crnet.config.schema import Config
 from megatron_crnet.planning.estimate import Estimate, estimate
-from megatron_crnet.planning.machines import Machine
+from megatron_crnet.planning.machines import GIB, Machine
 from megatron_crnet.utils.errors import ConfigError
 
 RESERVE = 0.1
 """Share of device memory left for what the estimate does not see: the CUDA context, NCCL, fragmentation."""
 
-EQUAL, GIB = 0.9995, 2**30
+EQUAL = 0.9995
 """Share of the first plan's tokens/s above which another is as fast in words."""
 
 RECOMPUTATION: dict[str, dict[str, Any]] = {

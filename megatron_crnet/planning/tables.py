@@ -58,17 +58,18 @@ def estimate_tables(found: Estimate, machine: Machine | None) -> list[str]:
     lines = [
         "memory of a rank, GiB (peak: state plus the largest of kept + transient, reduction, update)",
         *memory_table({f"stage {rank}": found.stages[rank].memory for rank in shown}),
-        f"operations of a step: {found.model_flops:.3e} useful over all ranks; on a rank of stage {found.fullest} "
+        f"operations of a step: {found.model_flops():.3e} useful over all ranks; on a rank of stage {found.fullest} "
         f"{operations.passes:.3e}, recomputation {operations.recomputation:.3e} (attention without the mask)",
         f"volume of a rank of stage {found.fullest} in a step",
         *volume_rows(stage.flows, found.crossings),
     ]
     if machine is None or found.time is None:
         return lines
-    peak = f"{machine.peak(found.dtype) / 1e12:.3g} TFLOP/s"
+    dtype = found.config.training.dtype
+    peak = f"{machine.peak(dtype) / 1e12:.3g} TFLOP/s"
     return [
         *lines,
-        f"time of a step on {found.world_size} x {machine.name}, seconds (roofline: {found.dtype} matmul at "
+        f"time of a step on {found.world_size} x {machine.name}, seconds (roofline: {dtype} matmul at "
         f"{machine.product_efficiency:.0%} of {peak}, links at {machine.link_efficiency:.0%}, no overlap)",
         *(f"  {name:<16}{value:>10.4f}" for name, value in dataclasses.asdict(found.time).items()),
         f"  {'step':<16}{found.time.total:>10.4f}",
@@ -90,7 +91,7 @@ def as_values(found: Estimate, machine: Machine) -> dict[str, Any]:
         "micro_batches": found.plan.num_microbatches,
         "machine": dataclasses.asdict(machine),
         "stages": stages,
-        "model_flops": found.model_flops,
+        "model_flops": found.model_flops(),
         "seconds": {**dataclasses.asdict(found.time), "step": found.time.total},
         "tokens_per_second": found.tokens_per_second,
         "model_flops_utilization": found.utilization(machine),

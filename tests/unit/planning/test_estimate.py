@@ -210,7 +210,7 @@ def test_products_in_fp32_take_the_peak_of_fp32() -> None:
     assert bf16.time is not None
     assert fp32.time is not None
     assert fp32.time.matmul == pytest.approx(bf16.time.matmul * 989 / 67)
-    assert fp32.utilization(machine) == pytest.approx(fp32.model_flops / fp32.time.total / 67e12)
+    assert fp32.utilization(machine) == pytest.approx(fp32.model_flops() / fp32.time.total / 67e12)
     assert "fp32 matmul at 60% of 67 TFLOP/s" in "\n".join(estimate_tables(fp32, machine))
 
 
