@@ -59,7 +59,7 @@ def run(call: Call) -> int:
 
     from megatron_crnet.config.loading import load_config
     from megatron_crnet.reporting.decoding import measure_decoding
-    from megatron_crnet.utils.environment import provenance
+    from megatron_crnet.utils.environment import run_metadata
 
     if args.threads is not None:
         require_positive("benchmark", threads=args.threads)
@@ -76,5 +76,5 @@ def run(call: Call) -> int:
     print(figures(rows))
     if args.json is not None:
         about = {name: str(value) for name, value in vars(args).items()}
-        write_record(args.json, {**provenance("decoding", call.words), "arguments": about, "rows": rows})
+        write_record(args.json, {**run_metadata("decoding", call.words), "arguments": about, "rows": rows})
     return 0

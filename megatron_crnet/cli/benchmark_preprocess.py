@@ -63,7 +63,7 @@ def run(call: Call) -> int:
     args = build_parser(call.prog).parse_args(call.argv)
     check_record_file(args.json, overwrite=args.overwrite)
     from megatron_crnet.reporting.preprocessing import measure_preprocessing
-    from megatron_crnet.utils.environment import provenance
+    from megatron_crnet.utils.environment import run_metadata
 
     with tempfile.TemporaryDirectory() as folder:
         results = measure_preprocessing(
@@ -77,6 +77,6 @@ def run(call: Call) -> int:
         )
     print(figures(results))
     if args.json is not None:
-        record = {**provenance("preprocessing", call.words), "workers": args.workers, "rows": results}
+        record = {**run_metadata("preprocessing", call.words), "workers": args.workers, "rows": results}
         write_record(args.json, record)
     return 0

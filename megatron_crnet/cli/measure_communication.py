@@ -38,12 +38,12 @@ def measure(config: Config) -> dict[str, Any]:
     cpu_backend.install()
     from megatron_crnet.config.batch import data_parallel_size
     from megatron_crnet.distributed.process_groups import join_processes, shutdown_parallel
-    from megatron_crnet.distributed.watchdog import naming_lost_peers
+    from megatron_crnet.distributed.watchdog import report_lost_ranks
     from megatron_crnet.planning.measurements import boundary_traffic, layer_traffic
 
     data_parallel_size(config, read_launch().world_size)
     _, heartbeat = join_processes(config)
-    with heartbeat, naming_lost_peers(heartbeat, config.parallel.distributed_timeout_minutes):
+    with heartbeat, report_lost_ranks(heartbeat, config.parallel.distributed_timeout_minutes):
         layers = {variant: layer_traffic(config, variant) for variant in VARIANTS}
         boundaries = boundary_traffic(config) if config.parallel.pipeline_model_parallel_size > 1 else {}
     shutdown_parallel()
@@ -89,7 +89,7 @@ def run(call: Call) -> int:
     if is_first:
         print(figures(config, found))
     if target is not None:
-        from megatron_crnet.utils.environment import provenance
+        from megatron_crnet.utils.environment import run_metadata
 
-        write_record(target, {**provenance("communication", call.words), **found})
+        write_record(target, {**run_metadata("communication", call.words), **found})
     return 0

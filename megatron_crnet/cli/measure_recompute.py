@@ -141,10 +141,10 @@ def run(call: Call) -> int:
     from megatron_crnet.distributed import cpu_backend
 
     cpu_backend.install()
-    from megatron_crnet.utils.environment import provenance
+    from megatron_crnet.utils.environment import run_metadata
 
     found = resident(options.configuration, config) if options.resident else measure(config, options)
-    record = {**provenance("resident memory" if options.resident else "recompute", call.words), "rows": found}
+    record = {**run_metadata("resident memory" if options.resident else "recompute", call.words), "rows": found}
     if options.json == "-":
         print(json.dumps(record, indent=1))
         return 0

@@ -78,7 +78,7 @@ def run(call: Call) -> int:
         found = measure_scale(options.ranks, words, options.port)
     print(table(found))
     if options.json is not None:
-        from megatron_crnet.utils.environment import provenance
+        from megatron_crnet.utils.environment import run_metadata
 
-        write_record(options.json, {**provenance("scale", call.words), "ranks": found})
+        write_record(options.json, {**run_metadata("scale", call.words), "ranks": found})
     return 0

@@ -109,10 +109,10 @@ def run(call: Call) -> int:
         print("\n".join(tables(found)))
         return 0
     from megatron_crnet.reporting.step_identity import identify_step
-    from megatron_crnet.utils.environment import provenance
+    from megatron_crnet.utils.environment import run_metadata
 
     record = {
-        **provenance("simulation", call.words),
+        **run_metadata("simulation", call.words),
         "step": identify_step(config, options.world_size),
         "world_size": options.world_size,
         "rank": options.rank,

@@ -5,7 +5,7 @@
     crnet launch --nproc_per_node=2 train --config examples/quickstart.yaml --training.micro_batch_size 4
 
 Exit status: 0 done, 75 stopped by a signal with the state saved (the same command goes on), 2 a mistake in
-configuration or data, 3 a loss that is not finite or a spike, 4 another rank that died or stands still, 1 all else.
+configuration or data, 3 a loss that is not finite or a spike, 4 another rank that died or stalled, 1 all else.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""torchrun's agent, whose status is the ranks' own and who passes signals on to them."""
+"""torchrun's agent with the ranks' own exit status, which forwards signals to them."""
 
 from __future__ import annotations
 
@@ -17,41 +17,27 @@ from torch.distributed.run import parse_args, run
 from megatron_crnet.utils.signals import INTERRUPTED, SignalListener
 
 OWN_SIGNALS = "SIGHUP,SIGQUIT"
-"""At these the agent itself ends its ranks."""
+"""Signals on which the agent itself ends its ranks."""
 
 
-class Warnings:
-    """Passes signals on to the ranks; before there are any, a signal ends this agent.
-
-    Taken by a thread, because the agent's main thread may wait for other nodes where Python runs no handler.
-    """
-
-    def __init__(self) -> None:
-        self.passed: set[int] = set()
-        self._listener = SignalListener(self._pass_on)
-
-    def _pass_on(self, number: signal.Signals) -> None:
-        ranks = psutil.Process().children()
-        if not ranks:
-            print(f"{number.name} before a rank was started: nothing to save", file=sys.stderr, flush=True)
-            os._exit(INTERRUPTED)
-        self.passed.add(number)
-        for rank in ranks:
-            with suppress(psutil.NoSuchProcess):
-                rank.send_signal(number)
+def _forward(number: signal.Signals, forwarded: set[int]) -> None:
+    ranks = psutil.Process().children()
+    if not ranks:
+        print(f"{number.name} before a rank was started: nothing to save", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
+    forwarded.add(number)
+    for rank in ranks:
+        with suppress(psutil.NoSuchProcess):
+            rank.send_signal(number)
 
 
-def status_of(error: ChildFailedError, passed: set[int]) -> int:
-    """The exit status of the first rank that failed.
-
-    Args:
-        passed: signals that were passed on: a rank that had not yet learnt to take one has lost nothing by it.
-    """
+def _status_of(error: ChildFailedError, forwarded: set[int]) -> int:
+    """The exit status of the first rank that failed; one that a forwarded signal ended had no handler for it yet."""
     rank, failure = error.get_first_failure()
     code = int(failure.exitcode)
     if code < 0:
         print(f"rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
-        return INTERRUPTED if -code in passed else 128 - code
+        return INTERRUPTED if -code in forwarded else 128 - code
     print(f"rank {rank} ended with status {code}", file=sys.stderr, flush=True)
     return code
 
@@ -65,11 +51,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def run_agent(arguments: argparse.Namespace) -> int:
     """Start the ranks and wait for them. Returns the exit status."""
     arguments.signals_to_handle = OWN_SIGNALS
-    # which process failed and who was ended because of it: the ranks say so themselves, and `status_of`
+    # the ranks and `_status_of` report which process failed
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
-    warnings = Warnings()
+    forwarded: set[int] = set()
+    # on a thread: the main thread may wait for other nodes where Python runs no handler
+    SignalListener(lambda number: _forward(number, forwarded))
     try:
         run(arguments)
     except ChildFailedError as error:
-        return status_of(error, warnings.passed)
+        return _status_of(error, forwarded)
     return 0

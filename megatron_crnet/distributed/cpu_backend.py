@@ -1,8 +1,7 @@
-"""Lets Megatron-Core and DeepSpeed run where there is no CUDA device. The only patches of this project.
+"""Patches that let Megatron-Core and DeepSpeed run without a CUDA device; with one they are not applied.
 
-Megatron-Core asks `torch.cuda` for the current device, for random states, and builds a few tensors on
-"cuda" by name; its fusions and DeepSpeed's CPU back end bring compilers along that nothing here uses.
-With a CUDA device this module does nothing at all.
+Megatron-Core asks `torch.cuda` for the current device and for random states, and creates some tensors on "cuda" by
+name; its fusions and DeepSpeed's CPU back end load compilers that nothing here uses.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from megatron_crnet.utils.noise import silence_libraries
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Turns `device="cuda"` into "cpu" (pipeline_parallel/schedules.py creates its counters so)."""
+    """Turns `device="cuda"` into "cpu", as for the counters of pipeline_parallel/schedules.py."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -34,7 +33,7 @@ _mode: _CudaMeansCpu | None = None
 
 
 def quiet_libraries() -> None:
-    """Tell DeepSpeed where it is before it looks, and keep the messages of `utils/noise.py` out of the log."""
+    """Set DeepSpeed's accelerator before it probes for one, and filter the messages of `utils/noise.py`."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
     silence_libraries()
@@ -55,7 +54,7 @@ def install() -> None:
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
     with _without_a_compiler():
         _install_rng()
-    _skip_shared_memory_operator()
+    _preset_operators()
     _mode = _CudaMeansCpu()
     _mode.__enter__()
 
@@ -85,8 +84,8 @@ def _install_rng() -> None:
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
 
 
-def _skip_shared_memory_operator() -> None:
+def _preset_operators() -> None:
     import deepspeed
 
-    # said before DeepSpeed asks, because it would find out by running a compiler for every operator it has
+    # preset, because DeepSpeed probes by compiling every operator
     deepspeed.ops.__compatible_ops__ = defaultdict(bool)

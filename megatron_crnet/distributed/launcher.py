@@ -1,7 +1,7 @@
-"""Which rank the launcher meant this process to be: its variables are read once, and used or refused in one line.
+"""Rank and number of processes, from the launcher's environment variables.
 
-torchrun, crnet launch, `deepspeed` and `torch.distributed.launch` set RANK and WORLD_SIZE; srun, mpirun and their
-like set names of their own. What is half set, or contradicts itself, would become several runs of one process each.
+torchrun, crnet launch, `deepspeed` and `torch.distributed.launch` set RANK and WORLD_SIZE; srun, mpirun and others have
+names of their own. Variables that are half set or contradict each other are refused: each process would train alone.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Launch:
     """This process among those that were started together.
 
     Attributes:
-        local_rank: among those on this node; None where nothing says it.
-        address, port: where the processes meet; None for a process that is alone.
-        binds_devices: the launcher may show each process its own device alone.
-        remark: a line for the user, on what was not used; empty if there is none.
+        local_rank: among those on this node; None if unknown.
+        address, port: where the processes meet; None for a single process.
+        binds_devices: the launcher may show each process its own device only.
+        remark: a line for the user on variables that were not used, or "".
     """
 
     rank: int = 0
@@ -43,7 +43,7 @@ class Launch:
     remark: str = ""
 
     def export(self) -> None:
-        """Tell libraries, which read the variables of torchrun alone."""
+        """Set torchrun's variables, which libraries read."""
         os.environ["LOCAL_RANK"] = str(self.local_rank or 0)  # DeepSpeed insists on it
         if self.world_size > 1:
             os.environ.update(
@@ -56,11 +56,11 @@ class Launch:
 
 @dataclass(frozen=True)
 class Launcher:
-    """The variables of one launcher, in the order in which it may use them.
+    """The environment variables of one launcher; of several names the first that is set counts.
 
     Attributes:
-        rank, size: both are set by it, or it did not start this process.
-        job: what all its processes share and another job does not.
+        rank, size: it sets both.
+        job: their values identify a job.
     """
 
     name: str
@@ -105,13 +105,13 @@ SRUN = Launcher("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ("SLURM_LOCALID"
 
 
 def read_launch(environment: Mapping[str, str] = os.environ, dry_run: bool = False) -> Launch:
-    """What the launcher's variables say.
+    """Read the launcher's variables.
 
     Args:
-        dry_run: WORLD_SIZE may stand alone, for processes that are not there, and nobody has to meet.
+        dry_run: WORLD_SIZE may be set alone, and no address is needed.
 
     Raises:
-        ConfigError: they are half set, no numbers, out of range, or contradict each other.
+        ConfigError: they are half set, not numbers, out of range, or contradict each other.
     """
     launcher = _launcher(environment)
     ours = [name for name in (TORCHRUN.rank, TORCHRUN.size) if name in environment]
@@ -151,7 +151,7 @@ def take_local_rank(argv: Sequence[str]) -> list[str]:
 
 
 def _launcher(environment: Mapping[str, str]) -> Launcher | None:
-    """Who started this process together with others, by its own variables."""
+    """The launcher that started this process with others, by its own variables."""
     for launcher in LAUNCHERS:
         if launcher.rank in environment or launcher.size in environment:
             return launcher
@@ -168,9 +168,9 @@ def _launcher(environment: Mapping[str, str]) -> Launcher | None:
 
 
 def _is_task_of_srun(environment: Mapping[str, str]) -> bool:
-    """Whether srun started this process; a batch script and salloc's shell have SLURM's variables, too.
+    """Whether srun started this process.
 
-    Those are process 0 without a step, or in a step with one of the numbers that SLURM keeps for them.
+    A batch script and salloc's shell have SLURM's variables, too: as process 0 without a step, or in a reserved step.
     """
     step = environment.get("SLURM_STEP_ID", "")
     in_a_step = step.isascii() and step.isdigit() and int(step) < FIRST_STEP_OF_SLURM
@@ -231,9 +231,9 @@ def first_host(nodes: str) -> str:
 
 
 def _check_against(launcher: Launcher | None, environment: Mapping[str, str]) -> None:
-    """Refuse a RANK that was set once, before srun or mpirun started several processes which all have it now.
+    """Refuse a RANK that was set before srun or mpirun started the processes, so that all have the same.
 
-    An agent such as torchrun gives numbers of its own to the processes that it starts below.
+    An agent below them, such as torchrun, numbers its processes itself.
     """
     if launcher is None or {"TORCHELASTIC_RUN_ID", "CROSS_RANK", "GROUP_RANK"} & set(environment):
         return

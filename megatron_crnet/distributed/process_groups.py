@@ -1,4 +1,4 @@
-"""Process groups: one process or many, Megatron-Core's groups, and the view of them that DeepSpeed wants."""
+"""Process groups: one process or many, Megatron-Core's groups, and the interface to them that DeepSpeed needs."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from megatron_crnet.distributed import cpu_backend
 from megatron_crnet.distributed.consensus import agree_on_configuration
 from megatron_crnet.distributed.launcher import Launch, read_launch
 from megatron_crnet.distributed.rendezvous import shared_store, wait_for_all
-from megatron_crnet.distributed.watchdog import MARGIN_SECONDS, Heartbeat, naming_lost_peers
+from megatron_crnet.distributed.watchdog import MARGIN_SECONDS, Heartbeat, report_lost_ranks
 from megatron_crnet.utils.errors import require
 
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """Where this process stands.
+    """This process among all.
 
     Attributes:
         rank, world_size: among all processes.
         dp_rank, dp_size: among the replicas of this part of the model.
         device: where this rank computes.
-        heartbeat: tells the other ranks where this one stands.
+        heartbeat: tells the other ranks what this one is doing.
     """
 
     rank: int
@@ -53,8 +53,17 @@ def initialize_parallel(config: Config) -> ParallelContext:
         PeerLostError: another rank died or did not arrive.
     """
     device, heartbeat = join_processes(config)
-    with naming_lost_peers(heartbeat, config.parallel.distributed_timeout_minutes):
-        _build_groups(config)
+    parallel = config.parallel
+    vpp = parallel.virtual_pipeline_model_parallel_size
+    with report_lost_ranks(heartbeat, parallel.distributed_timeout_minutes):
+        data_parallel_size(config, dist.get_world_size())
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=vpp if vpp and vpp > 1 else None,
+            distributed_timeout_minutes=collective_timeout(config) / timedelta(minutes=1),
+            create_gloo_process_groups=False,  # second groups on the host, which nothing here uses
+        )
     seed_random_states(config.training.seed)
     return ParallelContext(
         rank=dist.get_rank(),
@@ -63,19 +72,6 @@ def initialize_parallel(config: Config) -> ParallelContext:
         dp_size=parallel_state.get_data_parallel_world_size(),
         device=device,
         heartbeat=heartbeat,
-    )
-
-
-def _build_groups(config: Config) -> None:
-    data_parallel_size(config, dist.get_world_size())
-    parallel = config.parallel
-    vpp = parallel.virtual_pipeline_model_parallel_size
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=vpp if vpp and vpp > 1 else None,
-        distributed_timeout_minutes=collective_limit(config) / timedelta(minutes=1),
-        create_gloo_process_groups=False,  # second groups on the host, which nothing here uses
     )
 
 
@@ -120,7 +116,7 @@ def _device() -> torch.device:
 
 
 def device_index(launch: Launch, devices: int) -> int:
-    """Which of the GPUs that this process sees is its own.
+    """Index of this process's GPU among those that it sees.
 
     Raises:
         ConfigError: none of them, or nothing says which.
@@ -151,23 +147,20 @@ def _join(config: Config) -> Heartbeat:
     # a connection of its own: a collective call that waits holds the other one
     own = store.clone()  # type: ignore[attr-defined]  # missing in the stubs
     heartbeat = Heartbeat(own, launch.rank, launch.world_size)
-    with naming_lost_peers(heartbeat, limit):
+    with report_lost_ranks(heartbeat, limit):
         dist.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo",
             store=dist.PrefixStore("groups", store),
             rank=launch.rank,
             world_size=launch.world_size,
-            timeout=collective_limit(config),
+            timeout=collective_timeout(config),
         )
         agree_on_configuration(config)
     return heartbeat
 
 
-def collective_limit(config: Config) -> timedelta:
-    """Time limit of collective calls.
-
-    NCCL ends the process at this limit without a word on who is missing: the heartbeat's watch comes before it.
-    """
+def collective_timeout(config: Config) -> timedelta:
+    """Timeout of collective calls; on NCCL, which ends the process without naming ranks, after the watchdog's."""
     limit = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     return limit + timedelta(seconds=2 * MARGIN_SECONDS) if torch.cuda.is_available() else limit
 

@@ -1,7 +1,7 @@
-"""How the processes of a run find each other: a key-value store that one of them, or the launcher, holds.
+"""Rendezvous: the processes of a run meet in a key-value store that rank 0 or the launcher holds.
 
-PyTorch's own start-up (env://) does the same, but prints pages of its C++ stack where a name does not resolve, waits
-for ever for a program that listens without an answer, and cannot say which ranks are missing.
+PyTorch's own (env://) prints its C++ stack where a name does not resolve, waits for ever for a program that listens
+without answering, and does not name missing ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_crnet.distributed.watchdog import REMEDY, ranks_line
 from megatron_crnet.utils.errors import ConfigError, PeerLostError, require
 
 RESOLVING_SECONDS = 10.0
-"""A name may be a little younger than the process that asks for it."""
+"""The name of a node may become known a little after its processes have started."""
 LONGEST_PAUSE_SECONDS = 0.5
 OUTCOME, COMPLETE = "start", "complete"
 
@@ -35,20 +35,21 @@ def shared_store(launch: Launch, limit_minutes: float) -> dist.Store:
     """
     if launch.world_size == 1:
         return dist.HashStore()
-    assert launch.address is not None
-    assert launch.port is not None
-    raise_descriptor_limit()
+    address, port = launch.address, launch.port
+    assert address is not None
+    assert port is not None
+    _raise_descriptor_limit()
     deadline = time.monotonic() + 60 * limit_minutes
-    _resolve(launch.address, min(deadline, time.monotonic() + RESOLVING_SECONDS))
+    _resolve(address, min(deadline, time.monotonic() + RESOLVING_SECONDS))
     if launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return _held_here(launch, limit_minutes)
-    where = f"{launch.address}:{launch.port} (MASTER_ADDR:MASTER_PORT)"
-    if not _answers(launch.address, launch.port, deadline):
+        return _own_store(address, port, launch.world_size, limit_minutes)
+    where = f"{address}:{port} (MASTER_ADDR:MASTER_PORT)"
+    if not _answers(address, port, deadline):
         raise PeerLostError(
             f"rank 0 or the launcher did not answer at {where} within parallel.distributed_timeout_minutes "
             f"{limit_minutes:g}: {REMEDY}"
         )
-    store = _connected(launch, deadline)
+    store = _connected(address, port, launch.world_size, deadline)
     if store is None:
         raise PeerLostError(
             f"what answers at {where} is not the store of these ranks: another program may use the port; set "
@@ -59,7 +60,7 @@ def shared_store(launch: Launch, limit_minutes: float) -> dist.Store:
     return store if attempt == "0" else dist.PrefixStore(f"attempt {attempt}", store)
 
 
-def raise_descriptor_limit() -> None:
+def _raise_descriptor_limit() -> None:
     """Raise the soft limit of open files to the hard one: rank 0 has a connection to every rank."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
@@ -81,30 +82,25 @@ def _resolve(address: str, deadline: float) -> None:
         time.sleep(0.5)
 
 
-def _held_here(launch: Launch, limit_minutes: float) -> dist.Store:
-    assert launch.address is not None
-    assert launch.port is not None
+def _own_store(address: str, port: int, world_size: int, limit_minutes: float) -> dist.Store:
     try:
-        store = _tcp_store(LOOPBACK, launch, True, timedelta(minutes=limit_minutes))
+        store = _tcp_store(LOOPBACK, port, world_size, True, timedelta(minutes=limit_minutes))
     except dist.DistError as error:
         raise ConfigError(
-            f"MASTER_PORT {launch.port} cannot be opened on {socket.gethostname()} ({_reason(error)}): set MASTER_PORT "
+            f"MASTER_PORT {port} cannot be opened on {socket.gethostname()} ({_reason(error)}): set MASTER_PORT "
             "to a free port"
         ) from error
-    if not _answers(launch.address, launch.port, time.monotonic() + min(RESOLVING_SECONDS, 60 * limit_minutes)):
+    if not _answers(address, port, time.monotonic() + min(RESOLVING_SECONDS, 60 * limit_minutes)):
         raise ConfigError(
-            f"MASTER_ADDR {launch.address} does not lead to {socket.gethostname()}, where rank 0 is: set it to the "
+            f"MASTER_ADDR {address} does not lead to {socket.gethostname()}, where rank 0 is: set it to the "
             "name or address of this node"
         )
     return store
 
 
-def _tcp_store(address: str, launch: Launch, holds: bool, limit: timedelta) -> dist.Store:
-    assert launch.port is not None
-    # it would wait for the others without a word on who is missing
-    return dist.TCPStore(
-        address, launch.port, launch.world_size, holds, limit, wait_for_workers=False, multi_tenant=True
-    )
+def _tcp_store(address: str, port: int, world_size: int, holds: bool, limit: timedelta) -> dist.Store:
+    # by itself it would wait for the others, and not name those that are missing
+    return dist.TCPStore(address, port, world_size, holds, limit, wait_for_workers=False, multi_tenant=True)
 
 
 def _reason(error: dist.DistError) -> str:
@@ -113,7 +109,7 @@ def _reason(error: dist.DistError) -> str:
 
 
 def _answers(address: str, port: int, deadline: float) -> bool:
-    """Whether somebody accepts connections before the deadline."""
+    """Whether connections are accepted before the deadline."""
     while (left := deadline - time.monotonic()) > 0:
         with suppress(OSError), socket.create_connection((address, port), timeout=min(left, RESOLVING_SECONDS)):
             return True
@@ -121,14 +117,14 @@ def _answers(address: str, port: int, deadline: float) -> bool:
     return False
 
 
-def _connected(launch: Launch, deadline: float) -> dist.Store | None:
-    """The store; None if what listens there is none. By a thread, because that may keep a client for ever."""
+def _connected(address: str, port: int, world_size: int, deadline: float) -> dist.Store | None:
+    """The store; None if another program listens there, which may keep the thread that asks for ever."""
     found: list[dist.Store] = []
     limit = timedelta(seconds=max(deadline - time.monotonic(), 1.0))
 
     def connect() -> None:
         with suppress(RuntimeError):
-            found.append(_tcp_store(str(launch.address), launch, False, limit))
+            found.append(_tcp_store(address, port, world_size, False, limit))
 
     thread = threading.Thread(target=connect, daemon=True, name="store")
     thread.start()
@@ -152,9 +148,10 @@ def wait_for_all(store: dist.Store, rank: int, world_size: int, limit_minutes: f
             store.set(OUTCOME, COMPLETE)
         while not store.check([OUTCOME]):
             if time.monotonic() >= deadline:
+                missing = [other for other in range(world_size) if not store.check([f"arrived/{other}"])]
                 raise PeerLostError(
-                    f"{_missing(store, world_size)} within parallel.distributed_timeout_minutes {limit_minutes:g}: "
-                    f"{REMEDY}"
+                    f"{ranks_line(missing)} of {world_size} did not arrive within "
+                    f"parallel.distributed_timeout_minutes {limit_minutes:g}: {REMEDY}"
                 )
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS, max(deadline - time.monotonic(), 0.001))
@@ -165,8 +162,3 @@ def wait_for_all(store: dist.Store, rank: int, world_size: int, limit_minutes: f
         outcome == COMPLETE,
         f"{outcome}: give each process of a start a rank of its own, and each start a MASTER_PORT of its own",
     )
-
-
-def _missing(store: dist.Store, world_size: int) -> str:
-    missing = [rank for rank in range(world_size) if not store.check([f"arrived/{rank}"])]
-    return f"{ranks_line(missing)} of {world_size} did not arrive"

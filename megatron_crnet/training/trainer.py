@@ -25,7 +25,7 @@ from megatron_crnet.data.documents import to_device
 from megatron_crnet.data.loader import global_batches
 from megatron_crnet.distributed.consensus import Vote, run_on_all_ranks
 from megatron_crnet.distributed.process_groups import initialize_parallel, seed_random_states, shutdown_parallel
-from megatron_crnet.distributed.watchdog import naming_lost_peers
+from megatron_crnet.distributed.watchdog import report_lost_ranks
 from megatron_crnet.engine.determinism import deterministic_algorithms
 from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.engine.schedule import Batch, GlobalWork, global_work, loss_totals
@@ -240,7 +240,7 @@ def run_training(
     Raises:
         ConfigError, DataError: the input cannot be used; nothing has been written.
         CheckpointError: the saved state does not fit, or the last one cannot be written.
-        PeerLostError: another rank died or stands still.
+        PeerLostError: another rank died or is stalled.
         BadStepError: a loss is not finite or a spike; the state before it is saved.
     """
     owns_groups = not dist.is_initialized()
@@ -253,7 +253,7 @@ def run_training(
             limit = config.parallel.distributed_timeout_minutes
             with (
                 context.heartbeat,
-                naming_lost_peers(context.heartbeat, limit),
+                report_lost_ranks(context.heartbeat, limit),
                 run_preflight(config, context) as preflight,
             ):
                 result = _run(preflight, signals, callbacks)

@@ -49,14 +49,14 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **library_versions((*LIBRARIES, "numpy"))}
 
 
-def provenance(kind: str, argv: list[str]) -> dict[str, Any]:
+def run_metadata(kind: str, argv: list[str]) -> dict[str, Any]:
     """The head of a file of figures; `crnet report` recognizes them by `kind`."""
     return {"kind": kind, "command": command_line(argv), "machine": machine(), "versions": versions()}
 
 
 def write_run_file(folder: Path, argv: list[str], world_size: int, **more: Any) -> None:
     """Write RUN_FILE for reports, and `more` for the next start; raises OSError if the folder cannot be written."""
-    facts = {**provenance("run", argv), "world_size": world_size, **more}
+    facts = {**run_metadata("run", argv), "world_size": world_size, **more}
     replace_text(folder / RUN_FILE, json.dumps(facts, indent=1) + "\n")
 
 

@@ -142,6 +142,6 @@ def test_a_rank_that_dies_or_stands_still_does_not_leave_the_other_hanging(
     assert message in error
     assert "this is rank 0 at step" in error
     stacks = output / "stacks" / "rank_00000.txt"
-    assert error.endswith(f"{stacks} says where its threads stand")
+    assert error.endswith(f"{stacks} holds the stacks of its threads")
     assert "training/trainer.py" in stacks.read_text()
     assert "in _train" in stacks.read_text()

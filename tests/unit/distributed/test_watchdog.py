@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_crnet.distributed import watchdog
 from megatron_crnet.distributed.rendezvous import wait_for_all
-from megatron_crnet.distributed.watchdog import Heartbeat, naming_lost_peers, ranks_line
+from megatron_crnet.distributed.watchdog import Heartbeat, ranks_line, report_lost_ranks
 from megatron_crnet.utils.errors import PeerLostError
 
 LIMIT_S = 60.0
@@ -77,7 +77,7 @@ def test_a_rank_that_no_longer_reports_is_named_gone_and_the_others_where_they_a
     for heartbeat, doing in zip(world.ranks, ("step 7", "the checkpoint of step 6", "step 7"), strict=True):
         heartbeat.report(doing)
     world.end(2)
-    line = world.ranks[0].whereabouts()
+    line = world.ranks[0].describe_peers()
     assert line == "gone: rank 2; this is rank 0 at step 7; rank 1 at the checkpoint of step 6"
 
 
@@ -130,7 +130,7 @@ def test_a_failed_call_is_named_when_the_host_of_the_store_has_vanished(monkeypa
     with (
         Heartbeat(store, 1, 2) as heartbeat,
         pytest.raises(PeerLostError, match=r"holds the ranks' store .* is gone or does not answer"),
-        naming_lost_peers(heartbeat, 3),
+        report_lost_ranks(heartbeat, 3),
     ):
         raise dist.DistStoreError("wait timeout after 3 ms")
 
@@ -228,10 +228,10 @@ def test_a_failed_collective_call_becomes_a_line_and_another_error_stays(start: 
     world.end(1)
     with (
         pytest.raises(PeerLostError, match="minutes 3: gone: rank 1; this is rank 0 at starting"),
-        naming_lost_peers(first, 3),
+        report_lost_ranks(first, 3),
     ):
         raise dist.DistStoreError("wait timeout after 3 ms")
-    with pytest.raises(RuntimeError, match="shapes"), naming_lost_peers(first, 3):
+    with pytest.raises(RuntimeError, match="shapes"), report_lost_ranks(first, 3):
         raise RuntimeError("shapes do not match")
 
 
