@@ -18,7 +18,6 @@ import argparse
 import itertools
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_crnet.cli.main import Call
@@ -26,7 +25,7 @@ from megatron_crnet.config.loading import ConfigParser
 from megatron_crnet.distributed.launcher import read_launch
 from megatron_crnet.reporting.benchmark_rows import SWEEPS, Row, parse_row, sweep_rows
 from megatron_crnet.utils.errors import require, require_positive
-from megatron_crnet.utils.record_file import check_record_file, write_record
+from megatron_crnet.utils.record_file import add_record_options, check_record_file, write_record
 from megatron_crnet.utils.signals import INTERRUPTED, Interruption
 from megatron_crnet.utils.tables import table
 
@@ -52,8 +51,7 @@ def build_parser(prog: str) -> ConfigParser:
     parser.add_argument("--threads", type=int, default=1, help="of each process (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of rows (default: %(default)s)")
     parser.add_argument("--peak-tflops", type=float, help="of one device; without it matrix products measure it")
-    parser.add_argument("--json", type=Path, help="file for all figures")
-    parser.add_argument("--overwrite", action="store_true", help="replace an older file")
+    add_record_options(parser)
     return parser
 
 
@@ -127,8 +125,7 @@ def run(call: Call) -> int:
         record = measure(rows, args.configuration, plan, say, lambda: interruption.received is not None)
     record = {"kind": record.pop("kind"), "command": command_line(call.words), **record}
     print(tables(record))
-    if args.json is not None:
-        write_record(args.json, record)
+    write_record(args.json, record)
     if interruption.received is not None:
         say(f"stopped by {interruption.received.name}: the table holds what was measured so far")
         return INTERRUPTED

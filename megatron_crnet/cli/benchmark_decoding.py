@@ -9,13 +9,12 @@ busy the machine was. A row's time holds the pass over the prompt.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from megatron_crnet.cli.main import Call
 from megatron_crnet.config.options import ToolParser
 from megatron_crnet.utils.errors import require_positive
-from megatron_crnet.utils.record_file import check_record_file, write_record
+from megatron_crnet.utils.record_file import add_record_options, check_record_file, write_record
 from megatron_crnet.utils.tables import table
 
 VARIANTS = ("crnet", "low_rank", "cola", "full_rank")
@@ -32,8 +31,7 @@ def build_parser(prog: str) -> ToolParser:
     parser.add_argument("--repeats", type=int, default=5, help="after one to warm up (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of PyTorch (default: its own choice)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    parser.add_argument("--overwrite", action="store_true", help="replace an older file")
+    add_record_options(parser)
     return parser
 
 
@@ -74,7 +72,6 @@ def run(call: Call) -> int:
         dtype=args.dtype,
     )
     print(figures(rows))
-    if args.json is not None:
-        about = {name: str(value) for name, value in vars(args).items()}
-        write_record(args.json, {**run_metadata("decoding", call.words), "arguments": about, "rows": rows})
+    about = {name: str(value) for name, value in vars(args).items()}
+    write_record(args.json, {**run_metadata("decoding", call.words), "arguments": about, "rows": rows})
     return 0

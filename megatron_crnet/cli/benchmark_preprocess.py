@@ -16,7 +16,7 @@ from typing import Any
 from megatron_crnet.cli.main import Call
 from megatron_crnet.config.options import ToolParser
 from megatron_crnet.utils.environment import available_cpus
-from megatron_crnet.utils.record_file import check_record_file, write_record
+from megatron_crnet.utils.record_file import add_record_options, check_record_file, write_record
 from megatron_crnet.utils.tables import table
 
 
@@ -35,8 +35,7 @@ def build_parser(prog: str) -> ToolParser:
         default=[1, 8],
         help="how often the corpus is repeated; more copies make the workers' start weigh less (default: 1 8)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    parser.add_argument("--overwrite", action="store_true", help="replace an older file")
+    add_record_options(parser)
     return parser
 
 
@@ -76,7 +75,5 @@ def run(call: Call) -> int:
             copies=args.copies,
         )
     print(figures(results))
-    if args.json is not None:
-        record = {**run_metadata("preprocessing", call.words), "workers": args.workers, "rows": results}
-        write_record(args.json, record)
+    write_record(args.json, {**run_metadata("preprocessing", call.words), "workers": args.workers, "rows": results})
     return 0

@@ -13,9 +13,11 @@ With more than one rank each computes on one CPU thread, unless OMP_NUM_THREADS 
 from __future__ import annotations
 
 import argparse
+from importlib import import_module
 from pathlib import Path
 
 from megatron_crnet.cli.main import COMMANDS, Call
+from megatron_crnet.config.loading import ConfigParser
 from megatron_crnet.config.options import ToolParser
 from megatron_crnet.utils.errors import require
 
@@ -47,6 +49,23 @@ def run(call: Call) -> int:
     )
     name = arguments.training_script
     if name in COMMANDS and not (arguments.module or arguments.no_python or Path(name).is_file()):
+        _check(name, arguments)
         arguments.module, arguments.training_script = True, "megatron_crnet"
         arguments.training_script_args = [name, *arguments.training_script_args]
     return run_agent(arguments)
+
+
+def _check(name: str, arguments: argparse.Namespace) -> None:
+    """Refuse a mistake once, before there are ranks that would each print it."""
+    from torch.distributed.run import determine_local_world_size, parse_min_max_nnodes
+
+    from megatron_crnet.config.batch import plan_batches
+
+    parser = import_module(f"megatron_crnet.cli.{COMMANDS[name][0]}").build_parser(f"crnet {name}")
+    if not isinstance(parser, ConfigParser):
+        parser.parse_args(arguments.training_script_args)
+        return
+    _, config = parser.read(arguments.training_script_args)
+    least, most = parse_min_max_nnodes(arguments.nnodes)
+    if least == most:
+        plan_batches(config, most * determine_local_world_size(arguments.nproc_per_node))

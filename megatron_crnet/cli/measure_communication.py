@@ -8,13 +8,12 @@ On one process, without parallelism: %(prog)s --config examples/quickstart.yaml
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_crnet.cli.main import Call
 from megatron_crnet.config.loading import ConfigParser
 from megatron_crnet.distributed.launcher import read_launch, take_local_rank
-from megatron_crnet.utils.record_file import check_record_file, write_record
+from megatron_crnet.utils.record_file import add_record_options, check_record_file, write_record
 from megatron_crnet.utils.tables import table
 
 if TYPE_CHECKING:
@@ -26,8 +25,7 @@ VARIANTS = ("crnet", "low_rank", "cola", "full_rank")
 def build_parser(prog: str) -> ConfigParser:
     """The options."""
     parser = ConfigParser(prog=prog, description=__doc__, needs_model=True)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    parser.add_argument("--overwrite", action="store_true", help="replace an older file")
+    add_record_options(parser)
     return parser
 
 
@@ -83,13 +81,11 @@ def run(call: Call) -> int:
     """Count and write."""
     options, config = build_parser(call.prog).read(take_local_rank(call.argv))
     is_first = read_launch().rank == 0
-    target = options.json if is_first else None
-    check_record_file(target, overwrite=options.overwrite)
+    check_record_file(options.json if is_first else None, overwrite=options.overwrite)
     found = measure(config)
     if is_first:
-        print(figures(config, found))
-    if target is not None:
         from megatron_crnet.utils.environment import run_metadata
 
-        write_record(target, {**run_metadata("communication", call.words), **found})
+        print(figures(config, found))
+        write_record(options.json, {**run_metadata("communication", call.words), **found})
     return 0

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from megatron_crnet.cli.main import Call
 from megatron_crnet.config.loading import ConfigParser
-from megatron_crnet.config.options import file_path, positive_integer
+from megatron_crnet.config.options import positive_integer
 from megatron_crnet.utils.errors import require
-from megatron_crnet.utils.record_file import check_record_file, write_record
+from megatron_crnet.utils.record_file import add_record_options, check_record_file, write_record
 from megatron_crnet.utils.tables import table
 
 if TYPE_CHECKING:
@@ -47,14 +46,7 @@ def build_parser(prog: str) -> ConfigParser:
         help="run real training steps, one process for each strategy, and report peak resident memory (of the host; on "
         "CPUs that is where activations are)",
     )
-    parser.add_argument(
-        "--json",
-        nargs="?",
-        const="-",
-        metavar="FILE",
-        help="write the figures to the file as well; without a file, print them instead of the table",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an older file")
+    add_record_options(parser)
     return parser
 
 
@@ -136,19 +128,14 @@ def run(call: Call) -> int:
         "the configuration asks for tensor or pipeline parallelism, but this command counts one rank without: set "
         "both sizes to 1",
     )
-    target = file_path("--json", options.json) if options.json not in (None, "-") else None
-    check_record_file(target, overwrite=options.overwrite)
+    check_record_file(options.json, overwrite=options.overwrite)
     from megatron_crnet.distributed import cpu_backend
 
     cpu_backend.install()
     from megatron_crnet.utils.environment import run_metadata
 
     found = resident(options.configuration, config) if options.resident else measure(config, options)
-    record = {**run_metadata("resident memory" if options.resident else "recompute", call.words), "rows": found}
-    if options.json == "-":
-        print(json.dumps(record, indent=1))
-        return 0
     print(resident_figures(found) if options.resident else figures(config, found))
-    if target is not None:
-        write_record(target, record)
+    kind = "resident memory" if options.resident else "recompute"
+    write_record(options.json, {**run_metadata(kind, call.words), "rows": found})
     return 0

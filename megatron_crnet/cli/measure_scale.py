@@ -13,13 +13,13 @@ from __future__ import annotations
 import statistics
 import tempfile
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_crnet.cli.main import Call
 from megatron_crnet.config.loading import ConfigParser
 from megatron_crnet.config.options import positive_integer
-from megatron_crnet.utils.record_file import check_record_file, write_record
+from megatron_crnet.utils.record_file import add_record_options, check_record_file, write_record
+from megatron_crnet.utils.tables import table
 
 if TYPE_CHECKING:
     from megatron_crnet.reporting.scale import Figures
@@ -40,22 +40,18 @@ def build_parser(prog: str) -> ConfigParser:
     for name, default, text in (("--ranks", 8, "processes"), ("--port", 29511, "where they meet")):
         count = partial(positive_integer, name)
         parser.add_argument(name, type=count, default=default, metavar="N", help=f"{text} (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    parser.add_argument("--overwrite", action="store_true", help="replace an older file")
+    add_record_options(parser)
     return parser
 
 
-def table(found: list[Figures]) -> str:
-    """The figures as Markdown: rank 0's, the median and the largest of the others."""
-    lines = [
-        f"| of each of {len(found)} ranks | rank 0 | median of the others | largest |",
-        "| --- | --- | --- | --- |",
-    ]
+def figures(found: list[Figures]) -> str:
+    """Those of rank 0, the median and the largest of the others."""
+    rows = []
     for key, name in FIGURES.items():
-        first, *others = [figures[key] for figures in found]
+        first, *others = [counts[key] for counts in found]
         others = others or [first]
-        lines.append(f"| {name} | {first:,} | {statistics.median_low(others):,} | {max(others):,} |")
-    return "\n".join(lines)
+        rows.append((name, f"{first:,}", f"{statistics.median_low(others):,}", f"{max(others):,}"))
+    return table((f"of each of {len(found)} ranks", "rank 0", "median of the others", "largest"), rows)
 
 
 def run(call: Call) -> int:
@@ -63,6 +59,7 @@ def run(call: Call) -> int:
     options, _ = build_parser(call.prog).read(call.argv)
     check_record_file(options.json, overwrite=options.overwrite)
     from megatron_crnet.reporting.scale import STEPS, measure_scale
+    from megatron_crnet.utils.environment import run_metadata
 
     with tempfile.TemporaryDirectory() as folder:
         changes = {
@@ -76,9 +73,6 @@ def run(call: Call) -> int:
         }
         words = [*options.configuration, *(f"--{name}={value}" for name, value in changes.items())]
         found = measure_scale(options.ranks, words, options.port)
-    print(table(found))
-    if options.json is not None:
-        from megatron_crnet.utils.environment import run_metadata
-
-        write_record(options.json, {**run_metadata("scale", call.words), "ranks": found})
+    print(figures(found))
+    write_record(options.json, {**run_metadata("scale", call.words), "ranks": found})
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from pathlib import Path
@@ -9,6 +10,12 @@ from typing import Any
 
 from megatron_crnet.utils.errors import require
 from megatron_crnet.utils.files import atomic_files
+
+
+def add_record_options(parser: argparse.ArgumentParser) -> None:
+    """`--json FILE` and `--overwrite`."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument("--overwrite", action="store_true", help="replace an older file")
 
 
 def check_record_file(path: Path | None, option: str = "--json", overwrite: bool = False) -> None:
@@ -31,5 +38,7 @@ def check_record_file(path: Path | None, option: str = "--json", overwrite: bool
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Replace `path` by the figures, whole; raises DataError if it cannot be written."""
+    if path is None:
+        return
     with atomic_files(path, overwrite=True) as (temporary,):
         temporary.write_text(json.dumps(record, indent=1) + "\n")

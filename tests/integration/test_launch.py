@@ -76,3 +76,20 @@ def test_ranks_that_have_saved_are_not_started_again(tmp_path: Path) -> None:
     _, printed = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 2
     assert printed.startswith("error: --max_restarts is 1, but ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--config", "absent.yaml"], "absent.yaml cannot be read"),
+        (["--training.global_batch_size=8", "--training.micro_batch_size=8"], "training.global_batch_size 8 does not"),
+    ],
+)
+def test_a_mistake_of_all_ranks_is_one_line(options: list[str], message: str) -> None:
+    command = ["tools/launch.py", "--standalone", "--nproc_per_node=2", "train", *options]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=LIMIT_S
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {message}")
