@@ -1,8 +1,7 @@
 """Documents of packed samples: where they begin, so that attention and positions stay within them.
 
-A document ends with the tokenizer's end-of-document token (EOD), which is its last token, as Megatron-Core has it. What
-stands before the first EOD of a sample, or behind its last, is the part of a document that was cut there, and counts as
-a document of its own.
+A document ends with the tokenizer's end-of-document token (EOD), as in Megatron-Core. The parts of cut documents at the
+two ends of a sample count as documents.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 DOCUMENT_LENGTHS = "document_lengths"
-"""Key of a sample's or micro-batch's document lengths, row by row; they stay on the host. Absent where attention
-reaches over whole rows."""
+"""Key of the document lengths of a sample or micro-batch, on the host; absent if attention covers whole rows."""
 
 
 def document_lengths(tokens: Tensor, eod: int) -> Tensor:
@@ -27,12 +25,12 @@ def document_lengths(tokens: Tensor, eod: int) -> Tensor:
 
 
 def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """A micro-batch on `device`, but for the lengths, which the host works with."""
+    """A micro-batch on `device`, but for the document lengths."""
     return {k: x if k == DOCUMENT_LENGTHS else x.to(device, non_blocking=True) for k, x in batch.items()}
 
 
 def positions_within(lengths: Tensor) -> Tensor:
-    """Positions that start anew with each document, [sum of lengths]."""
+    """Positions that restart with each document, [sum of lengths]."""
     starts = lengths.cumsum(0) - lengths
     return torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths)
 
@@ -44,7 +42,7 @@ class PackedDocuments:
     Attributes:
         rows: lengths of the documents of each row; each row adds up to s.
         position_ids: position of every token, [b, s], for the rotary embedding.
-        offsets: where documents start and the last one ends in the rows laid end to end, int32 [documents + 1], on the
+        offsets: starts of the documents and end of the last in the concatenated rows, int32 [documents + 1], on the
             device; for kernels of variable length.
         rotation: cosines and sines of the rotary embedding by `position_ids`, [s, b, 1, d]; see `rotated_by`.
     """
@@ -83,7 +81,7 @@ class PackedDocuments:
 
 
 def documents_of(batch: Mapping[str, Tensor]) -> PackedDocuments | None:
-    """The documents of a micro-batch; None where every row is one, and plain causal attention does the same."""
+    """The documents of a micro-batch; None if every row is one, where plain causal attention does the same."""
     lengths = batch.get(DOCUMENT_LENGTHS)
     if lengths is None:
         return None

@@ -1,8 +1,8 @@
-"""What a run was trained on, in a few digests: the tokenizer, and the token files of each split.
+"""Digests of the tokenizer and of the token files of each split.
 
-`preprocess` leaves them beside the data (PREFIX.fingerprint.json), every checkpoint holds them (state.json). So token
-ids are never read by another tokenizer than the one that made them, and a resumed run says what has changed.
-Nothing in here imports torch or Megatron-Core.
+`preprocess` writes them beside the data (PREFIX.fingerprint.json), every checkpoint holds them (state.json). So token
+ids are never read by another tokenizer than the one that made them, and a resumed run names what has changed.
+Imports neither torch nor Megatron-Core.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from megatron_crnet.utils.errors import ConfigError, DataError
 
 FORMAT = 1
 WHOLE_BYTES = 1 << 20
-"""A file up to this size is read whole, of a larger one BLOCKS blocks of BLOCK_BYTES."""
+"""A file up to this size is read whole; of a larger one, BLOCKS blocks of BLOCK_BYTES."""
 BLOCKS, BLOCK_BYTES = 64, 4096
 SHOWN = 12
-"""Hexadecimal digits of a digest that a message shows."""
+"""Hexadecimal digits of a digest in messages."""
 
 
 def sidecar(prefix: str | Path) -> Path:
-    """The file that says what PREFIX.bin was made with."""
+    """The file that names the tokenizer of PREFIX.bin."""
     return Path(f"{prefix}.fingerprint.json")
 
 
 def digest_of_files(bin_path: str | Path, idx_path: str | Path) -> str:
     """A digest of a .bin/.idx pair, 32 hexadecimal digits, from its sizes and blocks spread over both files.
 
-    A corpus is too large to be read at each start. Text that changes also changes lengths of documents, and the
-    index holds their sums: each of its blocks depends on all documents before it. Blocks of the .bin tell apart
-    tokens that changed under equal lengths, such as those of another tokenizer; a few changed tokens are not found.
+    A corpus is too large to be read at each start. Changed text changes the lengths of documents, and each block of
+    the index depends on all lengths before it. Blocks of the .bin show tokens that changed under equal lengths, such as
+    those of another tokenizer; a few changed tokens are not found.
     """
     known = known_digests((str(bin_path), str(idx_path)))
     return hashlib.sha256(b"".join(digest for _, _, digest in known.values())).hexdigest()[:32]
@@ -49,7 +49,7 @@ _known: dict[str, FileDigest] = {}
 
 
 def known_digests(paths: Iterable[str]) -> dict[str, FileDigest]:
-    """The digest of each file; read only if it is another one than at the last call."""
+    """The digest of each file, which is read only if it has changed since the last call."""
     for path in paths:
         status = os.stat(path)
         if _known.get(path, ())[:2] != (status.st_size, status.st_mtime_ns):
@@ -58,7 +58,7 @@ def known_digests(paths: Iterable[str]) -> dict[str, FileDigest]:
 
 
 def learn_digests(digests: Mapping[str, FileDigest]) -> None:
-    """Take digests that another process has found in the very same files."""
+    """Add digests that another process has found in the same files."""
     _known.update(digests)
 
 
@@ -86,12 +86,7 @@ def digest_of_blend(prefixes: Iterable[str], weights: Iterable[float] | None) ->
 
 
 def write_sidecar(path: Path, bin_path: Path, idx_path: Path, tokenizer: Tokenizer, append_eod: bool) -> None:
-    """Write what a finished .bin/.idx pair was made with.
-
-    Args:
-        path: where; the pair may have temporary names still.
-        append_eod: whether each document ends with the tokenizer's `eod`.
-    """
+    """Write to `path` what a finished .bin/.idx pair, which may have temporary names, was made with."""
     about = {
         "format": FORMAT,
         "data": digest_of_files(bin_path, idx_path),
@@ -102,25 +97,18 @@ def write_sidecar(path: Path, bin_path: Path, idx_path: Path, tokenizer: Tokeniz
 
 
 def tokenizer_of_data(prefix: str) -> str | None:
-    """Digest of the tokenizer that made PREFIX.bin; None where nothing beside it says so of this very content."""
+    """Digest of the tokenizer that made PREFIX.bin; None unless the sidecar names it, for these contents."""
     try:
         about = json.loads(sidecar(prefix).read_text())
-        named = about["tokenizer"]["sha256"], about["data"], about["format"]
+        digest, data, version = about["tokenizer"]["sha256"], about["data"], about["format"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    digest, data, version = named
-    # of another version of this project, or left from data that another tool has replaced since
-    if version != FORMAT or not isinstance(digest, str) or data != digest_of_prefix(prefix):
-        return None
-    return digest
+    # the sidecar may be of another version of this project, or of data that another tool has replaced since
+    return digest if version == FORMAT and isinstance(digest, str) and data == digest_of_prefix(prefix) else None
 
 
 def check_tokenizer_of_data(prefix: str, tokenizer: Tokenizer) -> None:
-    """Refuse data that says that another tokenizer made it; data that says nothing is taken as it is.
-
-    Raises:
-        DataError: names both tokenizers by their digests.
-    """
+    """Raise DataError if the sidecar names another tokenizer; data without a sidecar is accepted."""
     made_with, given = tokenizer_of_data(prefix), digest_of_tokenizer(tokenizer)
     if made_with and given and made_with != given:
         raise DataError(
@@ -131,9 +119,8 @@ def check_tokenizer_of_data(prefix: str, tokenizer: Tokenizer) -> None:
 
 
 def remark_on_unnamed(prefixes: Iterable[str]) -> str | None:
-    """A line on the token files that do not say which tokenizer made them; None if all do."""
-    every = list(prefixes)
-    unnamed = [prefix for prefix in every if tokenizer_of_data(prefix) is None]
+    """A line on the token files whose tokenizer is not known; None if there are none."""
+    unnamed = [prefix for prefix in prefixes if tokenizer_of_data(prefix) is None]
     if not unnamed:
         return None
     rest = f" and {len(unnamed) - 1} more" if len(unnamed) > 1 else ""
@@ -144,18 +131,13 @@ def remark_on_unnamed(prefixes: Iterable[str]) -> str | None:
 
 
 def digest_of_tokenizer(tokenizer: Tokenizer) -> str:
-    """SHA-256 of what makes its ids, "" if it does not say; see `Tokenizer.unique_identifiers`."""
+    """SHA-256 of what decides its ids, "" if unknown; see `Tokenizer.unique_identifiers`."""
     return tokenizer.unique_identifiers.get("sha256", "")
 
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """What the weights of a checkpoint have seen.
-
-    Attributes:
-        tokenizer: its digest; "" where it is not known.
-        data: a digest of the files of each split that the run uses, by the split's name.
-    """
+    """What a checkpoint was trained on: the tokenizer's digest, "" if unknown, and a digest of the files per split."""
 
     tokenizer: str = ""
     data: dict[str, str] = field(default_factory=dict)
@@ -166,18 +148,14 @@ class TrainedOn:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> TrainedOn | None:
-        """What state.json says; None in a checkpoint of a version that did not say it."""
+        """Inverse of `values`; None for a checkpoint of an older version."""
         found = state.get("trained_on")
         if not isinstance(found, dict) or not isinstance(found.get("data"), dict):
             return None
         return cls(str(found.get("tokenizer", "")), {str(key): str(value) for key, value in found["data"].items()})
 
     def check_tokenizer(self, checkpoint: Path, given: str) -> None:
-        """Refuse to go on with another tokenizer: its ids mean other text, which the weights have not learnt.
-
-        Raises:
-            ConfigError: names both by their digests.
-        """
+        """Raise ConfigError if the run's tokenizer is another one, whose ids mean other text."""
         if self.tokenizer and given and self.tokenizer != given:
             raise ConfigError(
                 f"checkpoint {checkpoint} was trained with the tokenizer {self.tokenizer[:SHOWN]}, but "
@@ -186,7 +164,7 @@ class TrainedOn:
             )
 
     def other_data(self, now: TrainedOn) -> list[str]:
-        """A line on each split whose files have another content, order or weight than those the weights have seen."""
+        """A line per split whose files have other contents, order or weights than at the checkpoint."""
         consequence = {"train": "the run goes on with samples of the new data, from the same position"}
         return [
             f"the {split} data are not those of the checkpoint: "

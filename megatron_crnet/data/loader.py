@@ -8,7 +8,6 @@ micro-batch. G is the same for all steps, or grows on a ramp.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -24,37 +23,6 @@ from megatron_crnet.utils.signals import leave_signals_to_parent
 SAMPLE_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
 Batch = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class MicroBatchIndices:
-    """Iterates over the sample numbers of each micro-batch of one rank."""
-
-    first_sample: int
-    num_steps: int
-    sizes: BatchSizes
-    micro_batch_size: int
-    dp_rank: int
-    dp_size: int
-
-    def __iter__(self) -> Iterator[list[int]]:
-        stride = self.micro_batch_size * self.dp_size
-        offset = self.first_sample + self.dp_rank * self.micro_batch_size
-        # every size is a multiple of the stride, so the steps follow each other without a gap
-        for start in range(offset, offset + self._samples, stride):
-            yield list(range(start, start + self.micro_batch_size))
-
-    def __len__(self) -> int:
-        return self._samples // (self.micro_batch_size * self.dp_size)
-
-    @property
-    def _samples(self) -> int:
-        return self.sizes.after(self.num_steps, self.first_sample) - self.first_sample
-
-    def per_step(self) -> Iterator[int]:
-        """Micro-batches of this rank in each step."""
-        for size in self.sizes.steps(self.first_sample, self.num_steps):
-            yield size // (self.micro_batch_size * self.dp_size)
 
 
 def global_batches(
@@ -76,7 +44,7 @@ def global_batches(
         first_sample: samples that earlier steps used.
         num_workers: processes that read ahead; they end with the iterator.
         num_steps: steps to yield; None means as many as the dataset holds.
-        sizes: of the steps, where they are not all of `global_batch_size`; then `num_steps` must be given.
+        sizes: of the steps, if not all `global_batch_size`; needs `num_steps`.
 
     Returns:
         An iterator over lists of dicts of tensors [micro_batch_size, s]; document lengths are joined, [documents].
@@ -99,23 +67,25 @@ def global_batches(
             f"{steps} steps of {global_batch_size} samples from sample {first_sample} on need {needed} samples, but "
             f"the dataset holds {len(dataset)}: build it for more samples"
         )
-    indices = MicroBatchIndices(first_sample, steps, sizes, micro_batch_size, dp_rank, dp_size)
-    return _grouped(dataset, indices, num_workers)
+    stride, batch_sizes = micro_batch_size * dp_size, sizes.steps(first_sample, steps)
 
+    def batches() -> Iterator[list[Batch]]:
+        # every size is a multiple of the stride, so the steps follow each other without a gap
+        starts = range(first_sample + dp_rank * micro_batch_size, needed, stride)
+        loader = DataLoader(
+            dataset,
+            batch_sampler=(list(range(start, start + micro_batch_size)) for start in starts),
+            num_workers=num_workers,
+            collate_fn=_collate,
+            worker_init_fn=leave_signals_to_parent,
+            pin_memory=torch.cuda.is_available(),  # copies to the GPU are asynchronous only from pinned memory
+            generator=torch.Generator(),  # else the loader draws a seed from the global state, which dropout shares
+        )
+        micro_batches = iter(loader)
+        for size in batch_sizes:
+            yield list(islice(micro_batches, size // stride))
 
-def _grouped(dataset: Any, indices: MicroBatchIndices, num_workers: int) -> Iterator[list[Batch]]:
-    loader = DataLoader(
-        dataset,
-        batch_sampler=indices,
-        num_workers=num_workers,
-        collate_fn=_collate,
-        worker_init_fn=leave_signals_to_parent,
-        pin_memory=torch.cuda.is_available(),  # a copy to the GPU waits for no other memory
-        generator=torch.Generator(),  # else the loader draws a seed from the global state, which dropout shares
-    )
-    batches = iter(loader)
-    for count in indices.per_step():
-        yield list(islice(batches, count))
+    return batches()
 
 
 def _collate(samples: Sequence[Mapping[str, Tensor]]) -> Batch:

@@ -5,28 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import sysconfig
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_crnet.utils.errors import ConfigError, DataError
+from megatron_crnet.utils.errors import DataError, require
 from megatron_crnet.utils.files import atomic_files, exists
 
 ENOUGH_BYTES = 10_000_000
 NOT_THE_LIBRARY = frozenset({"site-packages", "dist-packages", "__pycache__"})
 TESTS = frozenset({"test", "tests", "idle_test"})
 
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A file and its name within the corpus: the path from the library's root, with forward slashes."""
-
-    name: str
-    path: Path
+SourceFiles = Mapping[str, Path]
+"""Files by their names within the corpus: the path from the library's root, with forward slashes."""
 
 
-def standard_library_files(root: Path | None = None, enough_bytes: int = ENOUGH_BYTES) -> list[SourceFile]:
+def standard_library_files(root: Path | None = None, enough_bytes: int = ENOUGH_BYTES) -> SourceFiles:
     """The `.py` files of the standard library, sorted by name.
 
     Tests are left out, unless the library is below `enough_bytes` without them: distributions split
@@ -34,15 +28,16 @@ def standard_library_files(root: Path | None = None, enough_bytes: int = ENOUGH_
 
     Args:
         root: folder of the library; None asks the running Python.
-        enough_bytes: what the files must come to.
+        enough_bytes: required size of all files.
 
     Raises:
         DataError: even with the tests there is less than `enough_bytes`.
     """
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
+    found = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py") if path.is_file()}
     for excluded in (NOT_THE_LIBRARY | TESTS, NOT_THE_LIBRARY):
-        files = _python_files(root, excluded)
-        size = sum(file.path.stat().st_size for file in files)
+        files = {name: found[name] for name in sorted(found) if not excluded.intersection(name.split("/")[:-1])}
+        size = sum(path.stat().st_size for path in files.values())
         if size >= enough_bytes:
             return files
     raise DataError(
@@ -51,19 +46,16 @@ def standard_library_files(root: Path | None = None, enough_bytes: int = ENOUGH_
     )
 
 
-def split_files(files: Sequence[SourceFile], valid_fraction: float) -> tuple[list[SourceFile], list[SourceFile]]:
-    """Split into training and validation files, each in the given order.
-
-    A file's side depends on its name alone, so files that come or go move no other file.
+def split_files(files: SourceFiles, valid_fraction: float) -> tuple[SourceFiles, SourceFiles]:
+    """Split into training and validation files by a hash of each name, so other files do not matter.
 
     Raises:
         ConfigError: `valid_fraction` is not between 0 and 1.
         DataError: one side is empty.
     """
-    if not 0 < valid_fraction < 1:
-        raise ConfigError(f"valid_fraction is {valid_fraction}, but must lie between 0 and 1: use 0.05, say")
-    train = [file for file in files if _position(file.name) >= valid_fraction]
-    valid = [file for file in files if _position(file.name) < valid_fraction]
+    require(0 < valid_fraction < 1, f"valid_fraction is {valid_fraction}, but must lie between 0 and 1: use 0.05, say")
+    valid = {name: path for name, path in files.items() if _position(name) < valid_fraction}
+    train = {name: path for name, path in files.items() if name not in valid}
     if not train or not valid:
         raise DataError(
             f"valid_fraction {valid_fraction} splits {len(files)} files into {len(train)} for training and "
@@ -72,14 +64,18 @@ def split_files(files: Sequence[SourceFile], valid_fraction: float) -> tuple[lis
     return train, valid
 
 
-def write_corpus(folder: Path, valid_fraction: float = 0.05, files: Sequence[SourceFile] | None = None) -> str:
-    """Write FOLDER/train.jsonl and FOLDER/valid.jsonl, one document a file, and corpus.json, which describes them.
+def _position(name: str) -> float:
+    """A fixed number in [0, 1) for each name."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
 
-    Does nothing when corpus.json says that the folder holds this already; a corpus that it describes is
-    replaced when the files have changed. Files that are not UTF-8 are left out, which the line says.
+
+def write_corpus(folder: Path, valid_fraction: float = 0.05, files: SourceFiles | None = None) -> str:
+    """Write FOLDER/train.jsonl and FOLDER/valid.jsonl, one document per file, and corpus.json, which describes them.
+
+    Does nothing if corpus.json describes this very corpus; another corpus that it describes is replaced. Files that are
+    not UTF-8 are left out.
 
     Args:
-        folder: made if need be.
         valid_fraction: share of the files for validation.
         files: what to write; None takes `standard_library_files()`.
 
@@ -91,55 +87,43 @@ def write_corpus(folder: Path, valid_fraction: float = 0.05, files: Sequence[Sou
     """
     parts = split_files(standard_library_files() if files is None else files, valid_fraction)
     left_out: list[str] = []
-    names = ("train.jsonl", "valid.jsonl")
-    outputs = {name: _json_lines(part, left_out) for name, part in zip(names, parts, strict=True)}
+    outputs = [_json_lines(part, left_out) for part in parts]
+    train, valid, marker = targets = [folder / name for name in ("train.jsonl", "valid.jsonl", "corpus.json")]
     description = {
-        name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "documents": data.count(b"\n")}
-        for name, data in outputs.items()
+        path.name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "documents": data.count(b"\n")}
+        for path, data in zip((train, valid), outputs, strict=True)
     }
-    marker = folder / "corpus.json"
     summary = ", ".join(f"{folder / name}: {d['documents']} documents" for name, d in description.items())
     if left_out:
         summary += f"; left out {len(left_out)} that are not UTF-8: {', '.join(left_out)}"
-    if _holds(folder, marker, description):
+    if _holds(marker, description):
         return f"{summary} (already there)"
-    targets = (*(folder / name for name in outputs), marker)
-    foreign = [] if marker.exists() else [target for target in targets if exists(target)]
-    if foreign:
-        raise DataError(f"{foreign[0]} exists already and is not of this command: choose another folder")
+    for target in [] if marker.exists() else targets:
+        if exists(target):
+            raise DataError(f"{target} exists already and is not of this command: choose another folder")
     with atomic_files(*targets, overwrite=True) as temporaries:
-        for temporary, data in zip(temporaries, outputs.values(), strict=False):
+        for temporary, data in zip(temporaries, outputs, strict=False):
             temporary.write_bytes(data)
         temporaries[-1].write_text(json.dumps(description, indent=1) + "\n")
     return summary
 
 
-def _json_lines(files: Sequence[SourceFile], left_out: list[str]) -> bytes:
+def _json_lines(files: SourceFiles, left_out: list[str]) -> bytes:
     lines = []
-    for file in files:
+    for name, path in files.items():
         try:
-            text = file.path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            left_out.append(file.name)
+            left_out.append(name)
             continue
-        lines.append(json.dumps({"name": file.name, "text": text}, ensure_ascii=False) + "\n")
+        lines.append(json.dumps({"name": name, "text": text}, ensure_ascii=False) + "\n")
     return "".join(lines).encode()
 
 
-def _holds(folder: Path, marker: Path, description: dict[str, Any]) -> bool:
+def _holds(marker: Path, description: dict[str, Any]) -> bool:
     try:
+        sizes = {name: (marker.parent / name).stat().st_size for name in description}
         described = json.loads(marker.read_text()) == description
-        return described and all((folder / name).stat().st_size == d["bytes"] for name, d in description.items())
     except (OSError, ValueError):
         return False
-
-
-def _python_files(root: Path, excluded: Iterable[str]) -> list[SourceFile]:
-    found = [SourceFile(path.relative_to(root).as_posix(), path) for path in root.rglob("*.py") if path.is_file()]
-    kept = [file for file in found if not set(excluded).intersection(file.name.split("/")[:-1])]
-    return sorted(kept, key=lambda file: file.name)
-
-
-def _position(name: str) -> float:
-    """A fixed number in [0, 1) for each name."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
+    return described and sizes == {name: about["bytes"] for name, about in description.items()}

@@ -1,7 +1,7 @@
-"""Tokenizers: what Megatron-Core's GPTDataset asks of one, over SentencePiece or Hugging Face.
+"""Tokenizers for Megatron-Core's GPTDataset, over SentencePiece or Hugging Face.
 
-Megatron-Core's own classes import torch and want a metadata file beside the model; these start in a
-fraction of a second, which the worker processes of `data/preprocess.py` need, and know batches.
+Megatron-Core's own classes import torch and need a metadata file beside the model; these start in a fraction of a
+second, which the worker processes of `data/preprocess.py` need, and tokenize batches.
 """
 
 from __future__ import annotations
@@ -17,24 +17,30 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from megatron_crnet.utils.errors import ConfigError, DataError
+from megatron_crnet.utils.errors import ConfigError, DataError, require
 
 TokenizerKind = Literal["sentencepiece", "huggingface"]
 Ids = npt.NDArray[np.int32]
 
 VOCAB_MULTIPLE = 128
-"""Sizes that divide by it suit tensor parallelism and the matrix units of GPUs."""
+"""Multiples of it suit tensor parallelism and the matrix units of GPUs."""
+NOT_RULES = ("version", "truncation", "padding", "post_processor")
+"""Parts of tokenizer.json that no document's ids depend on: special tokens are added by `preprocess`."""
+PROBE = (
+    "The quick brown fox, 1234567890 times:\n\n    def f(x): return x**2  # tab\there\r\n",
+    " Éa \u00a0 漢字 😀 \ufb01 e\u0301 <s></s> Straße İ ὈΔΥΣΣΕΎΣ don't I'LL 3.14e-10",
+)
 
 
 class Tokenizer(ABC):
     """Text to token ids and back.
 
     Attributes:
-        vocab_size: the largest token id plus one. Ids below it may be missing: then it is more than there are tokens.
+        vocab_size: the largest token id plus one; ids below it may be unused.
         eod: id that ends a document, the model's end-of-sentence piece.
-        pad: id of padding; `eod` when the model has none.
-        unique_identifiers: goes into the names of Megatron-Core's index caches, and beside the data. It holds a
-            digest of what decides the ids, not a path: a moved tokenizer is the same, a changed one is not.
+        pad: id of padding; `eod` if the model has none.
+        unique_identifiers: for the names of Megatron-Core's index caches, and beside the data: the class, and a digest
+            of what decides the ids, so that a moved tokenizer is the same and a changed one is not.
     """
 
     vocab_size: int
@@ -55,7 +61,7 @@ class Tokenizer(ABC):
         return ids
 
     def detokenize(self, ids: Iterable[int]) -> str:
-        """Text of token ids. Special tokens, and ids that a padded embedding has beyond the vocabulary, add nothing."""
+        """Text of token ids; special tokens, and ids beyond the vocabulary (of a padded embedding), add nothing."""
         return self._decode([int(i) for i in ids if int(i) < self.vocab_size])
 
 
@@ -69,20 +75,20 @@ class SentencePieceTokenizer(Tokenizer):
             model = Path(path).read_bytes()
             if not model:
                 raise DataError(f"tokenizer {path} is empty: give a .model file")
-            self._processor = SentencePieceProcessor(model_proto=model, num_threads=1)
-            self._processor.id_to_piece(list(range(self._processor.vocab_size())))
+            self._processor = processor = SentencePieceProcessor(model_proto=model, num_threads=1)
+            self.vocab_size = processor.vocab_size()
+            processor.id_to_piece(list(range(self.vocab_size)))
         except OSError as error:
             raise DataError(f"tokenizer {path} cannot be read ({error.strerror}): correct the path") from error
         except (RuntimeError, UnicodeError) as error:  # UnicodeError: a piece, or a message that shows one
             raise DataError(f"tokenizer {path} is not a SentencePiece model, or damaged: give a .model file") from error
-        self.vocab_size = self._processor.vocab_size()
-        if self.vocab_size == 0 or self._processor.eos_id() < 0:
+        if self.vocab_size == 0 or processor.eos_id() < 0:
             raise DataError(
                 f"tokenizer {path} has no end-of-sentence piece, which ends documents: train it with an eos_id"
             )
-        self.eod = self._processor.eos_id()
-        self.pad = self._processor.pad_id() if self._processor.pad_id() >= 0 else self.eod
-        self.unique_identifiers = _identifiers("sentencepiece", hashlib.sha256(model).hexdigest())
+        self.eod = processor.eos_id()
+        self.pad = processor.pad_id() if processor.pad_id() >= 0 else self.eod
+        self.unique_identifiers = _identifiers("sentencepiece", model)
 
     def tokenize_batch(self, texts: Sequence[str]) -> list[Ids]:
         """See Tokenizer. One call into C++, one thread."""
@@ -97,21 +103,34 @@ class HuggingFaceTokenizer(Tokenizer):
     """A folder that `transformers.AutoTokenizer` can read; nothing is downloaded."""
 
     def __init__(self, path: str) -> None:
-        self._tokenizer = _load_auto_tokenizer(path)
-        if self._tokenizer.eos_token_id is None:
-            raise DataError(
-                f"tokenizer {path} has no eos_token, which ends documents: name one in its tokenizer_config.json"
-            )
+        if not Path(path).is_dir():
+            raise DataError(f"tokenizer {path} is not a folder: give the folder that holds tokenizer.json")
         try:
+            from transformers import AutoTokenizer
+        except ImportError as error:
+            raise DataError(
+                "data.tokenizer_type huggingface needs the package transformers, which is not installed: "
+                "run pip install transformers"
+            ) from error
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            eos, pad = self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
+            if eos is None:
+                raise DataError(
+                    f"tokenizer {path} has no eos_token, which ends documents: name one in its tokenizer_config.json"
+                )
             self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
-            self.eod = int(self._tokenizer.eos_token_id)
-            pad = self._tokenizer.pad_token_id
+            self.eod = int(eos)
             self.pad = self.eod if pad is None else int(pad)
             probe = [ids.tolist() for ids in self.tokenize_batch(PROBE)]
             self.detokenize(ids for row in probe for ids in row)
-        except Exception as error:  # a damaged file may show only when it is used
-            raise _unloadable(path, error) from error
-        self.unique_identifiers = _identifiers("huggingface", _digest_folder(Path(path), self._tokenizer, probe))
+        except DataError:
+            raise
+        except Exception as error:  # of many types, even bare Exceptions; some damage shows only in use
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            message = f"tokenizer {path} cannot be loaded ({reason}): give a folder with tokenizer.json"
+            raise DataError(message) from error
+        self.unique_identifiers = _identifiers("huggingface", _ids_decided_by(Path(path), self._tokenizer, probe))
 
     def tokenize_batch(self, texts: Sequence[str]) -> list[Ids]:
         """See Tokenizer. The spelling of a special token inside a text stays text."""
@@ -151,51 +170,29 @@ def load_tokenizer(kind: TokenizerKind, path: str) -> Tokenizer:
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raise ConfigError when the model's embedding is smaller than the tokenizer."""
-    if tokenizer.vocab_size > vocab_size:
-        enough = -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-        raise ConfigError(
-            f"model.vocab_size is {vocab_size}, but the tokenizer has ids up to {tokenizer.vocab_size - 1}: "
-            f"set model.vocab_size to {enough}"
-        )
-
-
-def _identifiers(kind: str, digest: str) -> OrderedDict[str, str]:
-    return OrderedDict([("class", kind), ("sha256", digest)])
-
-
-def _load_auto_tokenizer(path: str) -> Any:
-    """`transformers.AutoTokenizer`, its many ways to fail turned into one."""
-    if not Path(path).is_dir():
-        raise DataError(f"tokenizer {path} is not a folder: give the folder that holds tokenizer.json")
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise DataError(
-            "data.tokenizer_type huggingface needs the package transformers, which is not installed: "
-            "run pip install transformers"
-        ) from error
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the library raises OSError, ValueError, KeyError, JSONDecodeError and bare Exceptions
-        raise _unloadable(path, error) from error
-
-
-def _unloadable(path: str, error: Exception) -> DataError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return DataError(f"tokenizer {path} cannot be loaded ({reason}): give a folder with tokenizer.json")
+    enough = -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    require(
+        tokenizer.vocab_size <= vocab_size,
+        f"model.vocab_size is {vocab_size}, but the tokenizer has ids up to {tokenizer.vocab_size - 1}: "
+        f"set model.vocab_size to {enough}",
+    )
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of a folder that make its Hugging Face tokenizer; weights beside them are none."""
+    """The files of a folder that make its Hugging Face tokenizer, without weights."""
     prefixes = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "sentencepiece")
     files = (file for file in sorted(folder.iterdir()) if file.is_file())
     return [file for file in files if file.name.startswith(prefixes) or file.suffix == ".model"]
 
 
-def _digest_folder(folder: Path, tokenizer: Any, probe: list[list[int]]) -> str:
-    """SHA-256 over what decides the ids of a text: vocabulary, rules of tokenizer.json, end, and the ids of a probe.
+def _identifiers(kind: str, content: bytes) -> OrderedDict[str, str]:
+    return OrderedDict([("class", kind), ("sha256", hashlib.sha256(content).hexdigest())])
 
-    Chat templates, padding and the like do not count. What tokenizer_config.json changes in the rules shows in the
+
+def _ids_decided_by(folder: Path, tokenizer: Any, probe: list[list[int]]) -> bytes:
+    """What decides the ids of a text: vocabulary, rules of tokenizer.json, end, and the ids of a probe.
+
+    Chat templates, padding and the like do not count; what tokenizer_config.json changes in the rules shows in the
     probe.
     """
     rules: list[Any] = []
@@ -206,12 +203,4 @@ def _digest_folder(folder: Path, tokenizer: Any, probe: list[list[int]]) -> str:
         elif file.suffix != ".json":
             rules.append(hashlib.sha256(file.read_bytes()).hexdigest())
     facts = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id, rules, probe]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-NOT_RULES = ("version", "truncation", "padding", "post_processor")
-"""Parts of tokenizer.json that no document's ids depend on: special tokens are added by `preprocess`."""
-PROBE = (
-    "The quick brown fox, 1234567890 times:\n\n    def f(x): return x**2  # tab\there\r\n",
-    " Éa \u00a0 漢字 😀 \ufb01 e\u0301 <s></s> Straße İ ὈΔΥΣΣΕΎΣ don't I'LL 3.14e-10",
-)
+    return json.dumps(facts, sort_keys=True).encode()

@@ -1,8 +1,8 @@
-"""Trains a SentencePiece model whose tokens give back any text exactly, as source code needs it.
+"""Trains a SentencePiece model that encodes any text without loss, as source code needs it.
 
-Pieces and ids as T5 has them: pad 0, eos 1, unk 2. Text is not normalized, no space is added or dropped,
-runs of spaces are pieces, and what the vocabulary lacks is spelled in bytes. SentencePiece writes a space as U+2581
-and would read that character as a space: the model holds a rule that escapes it before and one that restores it after.
+Special ids are T5's: pad 0, eos 1, unk 2. Text is not normalized, no space is added or dropped, runs of spaces are
+pieces, and characters outside the vocabulary are encoded as bytes. SentencePiece writes a space as U+2581 and would
+decode that character to a space: the model holds one rule that escapes it and one that restores it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from megatron_crnet.utils.errors import ConfigError, DataError
+from megatron_crnet.utils.errors import ConfigError, DataError, require
 from megatron_crnet.utils.files import atomic_files, output_files
 from megatron_crnet.utils.progress import format_duration
 
@@ -23,11 +23,11 @@ SMALLEST_VOCABULARY = 300
 """256 byte pieces, 3 special ones, and a few characters."""
 LARGEST_VOCABULARY = 1 << 20
 SECONDS_PER_CHARACTER = 2e-6
-"""CPU time of training, measured on source code: 1.1 to 2.9 millionths of a second."""
+"""CPU time of training, measured on source code: 1.1e-6 to 2.9e-6."""
 MOST_THREADS = 1024
 """SentencePiece's own limit."""
 ESCAPES = {"\u2581": "\x10_", "\x10": "\x10\x10"}
-"""How SentencePiece's sign for a space is written inside the model, and the character that escapes it."""
+"""How SentencePiece's sign for a space, and the character that escapes it, are written inside the model."""
 
 
 def train_sentencepiece(
@@ -42,31 +42,33 @@ def train_sentencepiece(
 ) -> Path:
     """Train a unigram model on a sample of `texts` and write OUT_PREFIX.model.
 
-    The same texts, sizes and number of threads give the same file; another number of threads sums
-    in another order and may differ in the scores.
+    The same texts, sizes and number of threads give the same file; another number of threads sums in another order.
 
     Args:
-        texts: documents; read once, never held together.
-        vocab_size: pieces of the model, bytes and special ones included. Texts that do not support so many give as
-            many as they support.
+        texts: documents; read once, never all in memory.
+        vocab_size: pieces of the model, bytes and special ones included; fewer if the texts do not support so many.
         num_threads: threads of SentencePiece's trainer.
-        sample_bytes: roughly how many characters to train on; None takes 512 for each piece, beyond which
-            tokens got less than 1% longer on source code while time grew in proportion.
-        say: takes a line that tells what training begins and how long it may take.
+        sample_bytes: approximate characters to train on; None takes 512 per piece, beyond which tokens got less than
+            1% longer on source code while time grew in proportion.
+        say: called with a line on what training begins and how long it may take.
 
     Raises:
         ConfigError: `vocab_size` is too small for the alphabet or beyond sense, or so are the other numbers.
         DataError: no text, or the output exists or has no name.
     """
-    if not SMALLEST_VOCABULARY <= vocab_size <= LARGEST_VOCABULARY:
-        raise ConfigError(
-            f"vocab_size is {vocab_size}, but 256 bytes, 3 special pieces and an alphabet must fit, and training must "
-            f"end: use {SMALLEST_VOCABULARY} to {LARGEST_VOCABULARY}"
-        )
-    if not 1 <= num_threads <= MOST_THREADS:
-        raise ConfigError(f"num_threads is {num_threads}, but must be 1 to {MOST_THREADS}: use one per CPU")
-    if sample_bytes is not None and sample_bytes < 1:
-        raise ConfigError(f"sample_bytes is {sample_bytes}, but must be positive: leave it out for a good default")
+    require(
+        SMALLEST_VOCABULARY <= vocab_size <= LARGEST_VOCABULARY,
+        f"vocab_size is {vocab_size}, but 256 bytes, 3 special pieces and an alphabet must fit, and training must "
+        f"end: use {SMALLEST_VOCABULARY} to {LARGEST_VOCABULARY}",
+    )
+    require(
+        1 <= num_threads <= MOST_THREADS,
+        f"num_threads is {num_threads}, but must be 1 to {MOST_THREADS}: use one per CPU",
+    )
+    require(
+        sample_bytes is None or sample_bytes > 0,
+        f"sample_bytes is {sample_bytes}, but must be positive: leave it out for a good default",
+    )
     (target,) = output_files(out_prefix, ".model")
     with atomic_files(target, overwrite=overwrite) as (temporary,):
         blocks = sample_blocks(texts, (sample_bytes or 512 * vocab_size) // BLOCK_CHARACTERS + 1)
@@ -93,7 +95,7 @@ def sample_blocks(texts: Iterable[str], count: int) -> list[str]:
 def split_blocks(text: str) -> Iterator[str]:
     """Cut at line ends into blocks of at most BLOCK_CHARACTERS; a longer line is cut inside.
 
-    Blocks of several lines, rather than lines, let newline and indentation become pieces together.
+    Blocks of several lines let a newline and indentation become one piece.
     """
     block = ""
     for line in text.splitlines(keepends=True):
@@ -133,27 +135,31 @@ def _train(blocks: list[str], vocab_size: int, num_threads: int) -> bytes:
                 remove_extra_whitespaces=False,
                 allow_whitespace_only_pieces=True,
                 max_sentence_length=8 * BLOCK_CHARACTERS,
-                # Fewer candidates and larger pruning steps than the default: a third of the time, the same tokens per
-                # byte.
+                # fewer candidates and larger pruning steps than the default: a third of the time for the same tokens
                 seed_sentencepiece_size=25 * vocab_size,
                 shrinking_factor=0.6,
                 num_threads=num_threads,
                 minloglevel=2,
             )
     except RuntimeError as error:
-        raise _explained(error, vocab_size) from error
+        message = f"SentencePiece cannot train vocab_size {vocab_size} on these texts: {error}: change one"
+        if found := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
+            message = (
+                f"vocab_size is {vocab_size}, but the alphabet of the texts alone needs {found[1]} pieces: use more"
+            )
+        raise ConfigError(message) from error
     return _without_paths(model.getvalue())
 
 
 def _rules(path: Path, rules: dict[str, str]) -> str:
-    """Write replacements as SentencePiece reads them: code points in hexadecimal."""
+    """Write replacements in SentencePiece's format: code points in hexadecimal."""
     lines = ("\t".join(" ".join(f"{ord(letter):X}" for letter in side) for side in rule) for rule in rules.items())
     path.write_text("".join(f"{line}\n" for line in lines))
     return str(path)
 
 
 def _without_paths(model: bytes) -> bytes:
-    """The model without the names of the files that its rules came from, which it holds compiled."""
+    """The model without the file names of its rules, which it holds compiled."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()
@@ -162,13 +168,3 @@ def _without_paths(model: bytes) -> bytes:
         spec.ClearField("normalization_rule_tsv")
     content: bytes = proto.SerializeToString()
     return content
-
-
-def _explained(error: RuntimeError, vocab_size: int) -> ConfigError:
-    """SentencePiece's way to refuse a vocabulary size, with the size that works."""
-    message = str(error)
-    if found := re.search(r"required_chars\. \d+ vs (\d+)", message):
-        return ConfigError(
-            f"vocab_size is {vocab_size}, but the alphabet of the texts alone needs {found[1]} pieces: use more"
-        )
-    return ConfigError(f"SentencePiece cannot train vocab_size {vocab_size} on these texts: {message}: change one")

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_crnet.data import fingerprint
 from megatron_crnet.data.datasets import Datasets
-from megatron_crnet.data.unigram import unigram_entropy
+from megatron_crnet.data.unigram import entropy_of, label_counts
 from megatron_crnet.distributed.consensus import report_together
 from megatron_crnet.training import preflight, shared_reads
 from megatron_crnet.utils.errors import DataError
@@ -110,7 +110,7 @@ class Drawn:
 def entropy_and_draws() -> tuple[float | None, list[int], float]:
     valid = Drawn()
     entropy = preflight._entropy(data_config(), Datasets(None, valid, None), SAMPLES, torch.device("cpu"))
-    alone = unigram_entropy([Drawn()[i] for i in range(SAMPLES)], VOCAB)
+    alone = entropy_of(label_counts([Drawn()[i] for i in range(SAMPLES)], VOCAB))
     return entropy, valid.numbers, alone
 
 

@@ -15,20 +15,20 @@ from torch import Tensor
 
 from megatron_crnet.config.schema import Config, DataConfig, ModelConfig, TrainingConfig
 from megatron_crnet.data.datasets import Datasets, build_datasets
-from megatron_crnet.data.standard_library import SourceFile, standard_library_files
+from megatron_crnet.data.standard_library import standard_library_files
 from megatron_crnet.data.tokenizer import Ids, Tokenizer
 from megatron_crnet.data.train_tokenizer import train_sentencepiece
 
 
 @functools.cache
-def _library() -> list[SourceFile]:
-    return standard_library_files()
+def _library() -> list[Path]:
+    return list(standard_library_files().values())
 
 
 def library_texts(count: int) -> list[str]:
     """Some real source files."""
     files = _library()
-    return [file.path.read_text(encoding="utf-8") for file in files[:: len(files) // count]][:count]
+    return [path.read_text(encoding="utf-8") for path in files[:: len(files) // count]][:count]
 
 
 def train_small_tokenizer(folder: Path, vocab_size: int = 600) -> str:

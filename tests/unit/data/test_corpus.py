@@ -13,7 +13,7 @@ import zstandard
 from megatron_crnet.data.corpus import iter_documents, read_chunks
 from megatron_crnet.data.corpus_files import list_files
 from megatron_crnet.data.corpus_stats import CorpusStats, Skipped
-from megatron_crnet.data.standard_library import SourceFile, split_files, standard_library_files, write_corpus
+from megatron_crnet.data.standard_library import split_files, standard_library_files, write_corpus
 from megatron_crnet.utils.errors import ConfigError, DataError
 from tests.unit.data_helpers import write_jsonl
 
@@ -161,11 +161,10 @@ def test_missing_path(tmp_path: Path) -> None:
 
 def test_standard_library_is_large_enough_sorted_and_without_tests() -> None:
     files = standard_library_files()
-    names = [file.name for file in files]
-    assert names == sorted(names)
-    assert sum(file.path.stat().st_size for file in files) >= 10_000_000
-    assert {"argparse.py", "json/decoder.py"} <= set(names)
-    folders = {part for name in names for part in name.split("/")[:-1]}
+    assert [*files] == sorted(files)
+    assert sum(path.stat().st_size for path in files.values()) >= 10_000_000
+    assert {"argparse.py", "json/decoder.py"} <= set(files)
+    folders = {part for name in files for part in name.split("/")[:-1]}
     assert not folders & {"site-packages", "dist-packages", "__pycache__"}
 
 
@@ -186,8 +185,8 @@ def small_library(root: Path) -> Path:
 
 def test_standard_library_takes_tests_only_when_needed(tmp_path: Path) -> None:
     root = small_library(tmp_path)
-    assert [file.name for file in standard_library_files(root, 200)] == ["a/x.py", "b.py"]
-    assert [file.name for file in standard_library_files(root, 201)] == [
+    assert [*standard_library_files(root, 200)] == ["a/x.py", "b.py"]
+    assert [*standard_library_files(root, 201)] == [
         "a/tests/u.py",
         "a/x.py",
         "b.py",
@@ -199,11 +198,12 @@ def test_standard_library_takes_tests_only_when_needed(tmp_path: Path) -> None:
 
 
 def test_split_depends_on_names_alone(tmp_path: Path) -> None:
-    files = [SourceFile(f"{i}.py", tmp_path) for i in range(1000)]
+    files = {f"{i}.py": tmp_path for i in range(1000)}
     train, valid = split_files(files, 0.1)
-    assert sorted(train + valid, key=files.index) == files
+    assert {**train, **valid} == files
+    assert len(train) + len(valid) == 1000
     assert 70 < len(valid) < 130
-    fewer_train, fewer_valid = split_files(files[::3], 0.1)
+    fewer_train, fewer_valid = split_files({f"{i}.py": tmp_path for i in range(0, 1000, 3)}, 0.1)
     assert set(fewer_train) < set(train)
     assert set(fewer_valid) < set(valid)
 
@@ -211,19 +211,19 @@ def test_split_depends_on_names_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fraction", [0, 1, -0.5])
 def test_split_refuses_a_fraction_out_of_range(tmp_path: Path, fraction: float) -> None:
     with pytest.raises(ConfigError, match="between 0 and 1"):
-        split_files([SourceFile("a", tmp_path)], fraction)
+        split_files({"a": tmp_path}, fraction)
 
 
 def test_split_refuses_an_empty_side(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="each needs one"):
-        split_files([SourceFile("a", tmp_path)], 0.5)
+        split_files({"a": tmp_path}, 0.5)
 
 
-def corpus_files(root: Path, count: int = 20) -> list[SourceFile]:
+def corpus_files(root: Path, count: int = 20) -> dict[str, Path]:
     root.mkdir(exist_ok=True)
-    files = [SourceFile(f"{i}.py", root / f"{i}.py") for i in range(count)]
-    for file in files:
-        file.path.write_text(f"# {file.name}\n")
+    files = {f"{i}.py": root / f"{i}.py" for i in range(count)}
+    for name, path in files.items():
+        path.write_text(f"# {name}\n")
     return files
 
 
@@ -232,7 +232,7 @@ def test_corpus_is_written_once(tmp_path: Path) -> None:
     (tmp_path / "library" / "0.py").write_bytes(b"\xff")
     assert write_corpus(folder, 0.3, files).endswith("; left out 1 that are not UTF-8: 0.py")
     train, valid = (list(iter_documents([folder / name])) for name in ("train.jsonl", "valid.jsonl"))
-    assert sorted(train + valid) == sorted(f"# {file.name}\n" for file in files[1:])
+    assert sorted(train + valid) == sorted(f"# {name}\n" for name in files if name != "0.py")
     written = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert set(written) == {"train.jsonl", "valid.jsonl", "corpus.json"}
     assert "already there" in write_corpus(folder, 0.3, files)

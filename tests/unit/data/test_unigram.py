@@ -5,11 +5,15 @@ import math
 import pytest
 import torch
 
-from megatron_crnet.data.unigram import unigram_entropy
+from megatron_crnet.data.unigram import entropy_of, label_counts
 
 
 def _sample(labels: list[int], mask: list[int]) -> dict[str, torch.Tensor]:
     return {"labels": torch.tensor(labels), "loss_mask": torch.tensor(mask, dtype=torch.float32)}
+
+
+def unigram_entropy(samples: list[dict[str, torch.Tensor]], vocab_size: int) -> float:
+    return entropy_of(label_counts(samples, vocab_size))
 
 
 def test_it_is_the_entropy_of_the_labels_over_all_samples() -> None:
