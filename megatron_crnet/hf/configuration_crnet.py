@@ -129,7 +129,7 @@ class CRNetConfig(PretrainedConfig):
         return self.ranks(position)[layer]
 
     def has_previous(self, layer: int) -> bool:
-        """Whether the outputs of the layer below join those of layer `layer`."""
+        """Whether the previous layer's outputs are added to those of layer `layer`."""
         return self.variant == "crnet" and layer > 0 and layer not in self.full_rank_layers
 
 

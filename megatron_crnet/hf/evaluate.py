@@ -1,7 +1,7 @@
 """Loss and perplexity of a model over text or token files.
 
 The loss is the mean over all tokens. Scripts derived from GaLore's divide the sum of the batches' mean losses by their
-number plus one, so that their perplexities come out low: that figure stands beside, under its own name.
+number plus one, which gives too low perplexities; that figure has its own name here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from megatron_crnet.utils.errors import DataError, require
 from megatron_crnet.utils.progress import Progress
 
 LONGEST = 2**20
-"""Tokens in a row, where rows may be longer than the model was made for."""
+"""Most tokens in a row."""
 Ids = npt.NDArray[np.integer[Any]]
 Row = Mapping[str, Tensor]
 """int64 tokens and labels [s], and loss_mask [s], 1 where a label counts: as the trainer's datasets give them. With
@@ -91,15 +91,13 @@ def evaluate(
     if not tokens:
         raise DataError("the data holds no token whose loss can be measured: give at least two tokens of text")
     loss, compatible = total / tokens, sum(means) / (len(means) + 1)
-    return Evaluation(tokens, len(means), loss, _perplexity(loss), compatible, _perplexity(compatible))
+    # e^700 is the largest power a float holds
+    perplexities = [math.exp(min(value, 700.0)) for value in (loss, compatible)]
+    return Evaluation(tokens, len(means), loss, perplexities[0], compatible, perplexities[1])
 
 
 def check_memory(model: Any, rows: int, length: int) -> None:
-    """Refuse a batch whose logits alone, in the model's precision and in fp32, pass the free memory of its device.
-
-    Raises:
-        ConfigError: it does.
-    """
+    """Raise ConfigError where the logits, in the model's precision and in fp32, exceed the device's free memory."""
     vocabulary, width = model.config.vocab_size, 4 + model.dtype.itemsize
     needed = rows * length * vocabulary * width
     cuda = model.device.type == "cuda"
@@ -118,10 +116,6 @@ def _positions(rows: list[Row], device: torch.device) -> dict[str, Tensor]:
     return {"position_ids": torch.stack([positions_within(row[DOCUMENT_LENGTHS]) for row in rows]).to(device)}
 
 
-def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))  # e^700 is the largest power a float holds
-
-
 def packed_rows(documents: Iterable[Ids], length: int) -> Iterator[Row]:
     """Documents joined and cut: every token but the very first is a label once. The last row is padded."""
     rest = np.empty(0, dtype=np.int64)
@@ -135,7 +129,7 @@ def packed_rows(documents: Iterable[Ids], length: int) -> Iterator[Row]:
 
 
 def padded_rows(documents: Iterable[Ids], length: int, pad: int) -> Iterator[Row]:
-    """One document a row, cut or padded: the papers' protocol. The first token of each is never a label."""
+    """One document per row, cut or padded: the papers' protocol. The first token of each is never a label."""
     for document in documents:
         if len(document) > 1:
             yield _row(document[: length + 1].astype(np.int64), length, pad)
@@ -171,8 +165,8 @@ class Documents:
     """Token ids of documents.
 
     Attributes:
-        ids: of all documents, one after the other, [n].
-        bounds: where each begins in them, and where the last one ends, [documents + 1].
+        ids: of all documents, [n].
+        bounds: start of each in `ids`, and end of the last, [documents + 1].
     """
 
     ids: Ids
@@ -219,7 +213,7 @@ def text_documents(
     Args:
         length: tokens of a row.
         enough: labels after which no more is read, of each document as many as a row holds; None reads all.
-        stats: what was passed over is counted and named here.
+        stats: counts and names what was skipped.
 
     Raises:
         DataError: a file is missing or damaged.
@@ -235,7 +229,7 @@ def text_documents(
 
 
 def validation_rows(config: Config, tokenizer: Tokenizer) -> Iterator[Row]:
-    """The very samples whose loss a run with this configuration reports as validation_loss.
+    """The samples whose loss a run with this configuration reports as validation_loss.
 
     Raises:
         ConfigError, DataError: as for the run.
@@ -253,7 +247,7 @@ def validation_rows(config: Config, tokenizer: Tokenizer) -> Iterator[Row]:
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be measured: `count` rows of `length` tokens, with `labels` that count."""
+    """`count` rows of `length` tokens, with `labels` that count."""
 
     rows: Iterator[Row]
     length: int
@@ -275,12 +269,7 @@ def rows_to_evaluate(
     stats: CorpusStats | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Work:
-    """Rows of one source; the rest is as in `megatron_crnet.evaluate`.
-
-    Args:
-        stats: what was left out of text is counted here.
-        progress: told how far the text is read.
-    """
+    """Rows of one source; arguments as in `megatron_crnet.evaluate`, and as in `text_documents`."""
     if validation_of is not None:
         training = validation_of.training
         length, count = training.seq_length, training.eval_steps * training.global_batch_size
@@ -313,6 +302,6 @@ def _check_length(length: int, opened: OpenModel, allow_longer: bool) -> None:
 
 
 def evaluate_rows(model: Any, work: Work, batch_size: int, progress: Callable[[int], None] | None = None) -> Evaluation:
-    """As `evaluate`, after a look at whether a batch has room (`check_memory`)."""
+    """As `evaluate`, if a batch fits into memory (`check_memory`)."""
     check_memory(model, min(batch_size, work.count), work.length)
     return evaluate(model, work.rows, batch_size, progress)

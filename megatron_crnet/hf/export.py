@@ -1,4 +1,4 @@
-"""Weights out, as a folder that Hugging Face transformers opens, and back into a checkpoint of any layout."""
+"""Checkpoints as folders that Hugging Face transformers opens, and back."""
 
 from __future__ import annotations
 
@@ -106,9 +106,7 @@ def to_hf(
             another shape, not finite or zero all over. Nothing is left behind.
     """
     require(
-        shard_size > 0
-        if isinstance(shard_size, int)
-        else re.fullmatch(r"[1-9]\d{0,8}(KB|MB|GB|TB)", shard_size) is not None,
+        shard_size > 0 if isinstance(shard_size, int) else bool(re.fullmatch(r"[1-9]\d{0,8}[KMGT]B", shard_size)),
         f"--shard-size is {shard_size}, but must be a number above 0 with KB, MB, GB or TB: write 5GB, say",
     )
     config = saved_config(checkpoint)
@@ -161,7 +159,12 @@ def _plan_files(source: WeightSource, dtype: Dtype, shard_size: int | str) -> St
 def _write_descriptions(config: Config, folder: Path, dtype: Dtype) -> None:
     """config.json, generation_config.json and the tokenizer."""
     fields = hugging_face_fields(config)
-    tokenizer = _export_tokenizer(config, folder, fields["max_position_embeddings"])
+    kind, path = config.data.tokenizer_type, _tokenizer_path(config)
+    try:
+        tokenizer = write_tokenizer(kind, path, folder, fields["max_position_embeddings"])
+    except DataError as error:
+        raise DataError(f"{error}, or give another with --tokenizer") from error
+    check_vocabulary(tokenizer, config.model.vocab_size)
     ends = {"eos_token_id": tokenizer.eod, "pad_token_id": tokenizer.pad}
     about = {
         "architectures": ["CRNetForCausalLM"],
@@ -191,16 +194,6 @@ def named_tokenizer(config: Config) -> Tokenizer:
         ConfigError: it has more tokens than the model.
     """
     tokenizer = load_tokenizer(config.data.tokenizer_type, _tokenizer_path(config))
-    check_vocabulary(tokenizer, config.model.vocab_size)
-    return tokenizer
-
-
-def _export_tokenizer(config: Config, folder: Path, max_length: int) -> Tokenizer:
-    path = _tokenizer_path(config)
-    try:
-        tokenizer = write_tokenizer(config.data.tokenizer_type, path, folder, max_length)
-    except DataError as error:
-        raise DataError(f"{error}, or give another with --tokenizer") from error
     check_vocabulary(tokenizer, config.model.vocab_size)
     return tokenizer
 

@@ -1,6 +1,6 @@
-"""A trained model in one process: opens a checkpoint or an export, continues prompts.
+"""Opens a checkpoint or an export in one process and continues prompts with transformers' `generate`.
 
-Generation is transformers' own. No code of an export runs: the model is this package's modeling_crnet.
+No code of an export runs: the model is this package's modeling_crnet.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,20 @@ from megatron_crnet.hf.export import DTYPES, Dtype, cast, named_tokenizer, saved
 from megatron_crnet.hf.export_config import hugging_face_fields, read_export_config
 from megatron_crnet.hf.export_tokenizer import note_on_added_tokens, tokenizer_of
 from megatron_crnet.hf.modeling_crnet import CRNetConfig, CRNetForCausalLM
-from megatron_crnet.utils.errors import ConfigError, DataError
+from megatron_crnet.utils.errors import DataError, require
 from megatron_crnet.utils.progress import CountPrinter
 
 TEMPERATURES = 1e-4, 1e4
-"""What logits may be divided by without leaving the range of fp32."""
+"""Range of temperatures by which logits stay within fp32."""
 
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model that can be asked.
+    """An opened model.
 
     Attributes:
         config: its model section, and for a checkpoint all others.
-        notes: lines on newer checkpoints that were passed over.
+        notes: lines on newer checkpoints that were skipped.
     """
 
     model: CRNetForCausalLM
@@ -45,7 +46,7 @@ class OpenModel:
 
     @property
     def longest(self) -> int:
-        """Tokens that the model was made for."""
+        """Most tokens of a sequence."""
         return int(self.model.config.max_position_embeddings)
 
 
@@ -67,19 +68,14 @@ class Sampling:
 
     def __post_init__(self) -> None:
         low, high = TEMPERATURES
-        rules = (
-            (
-                self.temperature == 0 or low <= self.temperature <= high,
-                f"--temperature is {self.temperature}, but must be 0 or from {low} to {high:.0f}: use 0 for the "
-                "likeliest token",
-            ),
-            (self.top_k >= 0, f"--top-k is {self.top_k}, but must not be negative: use 0 for all tokens"),
-            (0 < self.top_p <= 1, f"--top-p is {self.top_p}, but must lie in (0, 1]: use 1 for all tokens"),
-            (-(2**63) <= self.seed < 2**64, f"--seed is {self.seed}, but must fit 64 bits: use a smaller one"),
+        require(
+            self.temperature == 0 or low <= self.temperature <= high,
+            f"--temperature is {self.temperature}, but must be 0 or from {low} to {high:.0f}: use 0 for the likeliest "
+            "token",
         )
-        for holds, message in rules:
-            if not holds:
-                raise ConfigError(message)
+        require(self.top_k >= 0, f"--top-k is {self.top_k}, but must not be negative: use 0 for all tokens")
+        require(0 < self.top_p <= 1, f"--top-p is {self.top_p}, but must lie in (0, 1]: use 1 for all tokens")
+        require(-(2**63) <= self.seed < 2**64, f"--seed is {self.seed}, but must fit 64 bits: use a smaller one")
 
 
 def default_device() -> torch.device:
@@ -110,27 +106,18 @@ def open_model(
         config, source = saved_config(checkpoint), CheckpointWeights(checkpoint)
         config = with_tokenizer(config, tokenizer) if tokenizer else config
     own = named_tokenizer(config)
-    model = build_model(config, source, dtype).to(device or default_device())
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = own.eod, own.pad
-    return OpenModel(model, own, config, notes)
-
-
-def build_model(config: Config, source: WeightSource, dtype: Dtype = "fp32") -> CRNetForCausalLM:
-    """The model with checked weights, in host memory.
-
-    Raises:
-        DataError: a weight is missing, unknown, of another shape, not finite or zero all over.
-    """
     source.check(canonical_shapes(config.model))
     with torch.device("meta"):
         model = CRNetForCausalLM(CRNetConfig(**hugging_face_fields(config), dtype=DTYPES[dtype]))
     for weights in source.portions(partial(cast, dtype)):
         model.load_state_dict(weights, strict=False, assign=True)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False).to(device or default_device())
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = own.eod, own.pad
+    return OpenModel(model, own, config, notes)
 
 
-class _Watched(StoppingCriteria):
-    """Stops nothing: looks at how long the texts are, which transformers shows nobody else of a batch."""
+class _Progress(StoppingCriteria):
+    """Never stops: prints the number of new tokens, which transformers' streamers do not see of a batch."""
 
     def __init__(self, width: int, new: int) -> None:
         self._width, self._show = width, CountPrinter("new tokens", new)
@@ -138,51 +125,6 @@ class _Watched(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         self._show(input_ids.shape[1] - self._width)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-def continue_prompts(
-    opened: OpenModel, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling, use_cache: bool = True
-) -> list[list[int]]:
-    """New token ids after each prompt, up to the end of the document, which is left out.
-
-    Prompts are one batch, padded on the left. An empty one begins a document.
-
-    Args:
-        use_cache: keep keys and values; else all tokens are computed again for each new one.
-
-    Raises:
-        ConfigError: a prompt and its continuation are longer than the model was made for.
-        DataError: a prompt is not text.
-    """
-    for number, prompt in enumerate(prompts, start=1):
-        if any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise DataError(f"prompt {number} is not valid UTF-8: give text")
-    eod, pad = opened.tokenizer.eod, opened.tokenizer.pad
-    rows = [opened.tokenizer.tokenize(prompt) or [eod] for prompt in prompts]
-    width = max(map(len, rows))
-    if max_new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens is {max_new_tokens}, but must be positive: use 1 or more")
-    if width + max_new_tokens > opened.longest:
-        raise ConfigError(
-            f"a prompt of {width} tokens and {max_new_tokens} new ones pass the model's max_position_embeddings "
-            f"{opened.longest}: shorten the prompt or lower --max-new-tokens"
-        )
-    device = opened.model.device
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    how: dict[str, Any] = {"do_sample": False}
-    if sampling.temperature > 0:
-        how = {
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-        }
-    torch.manual_seed(sampling.seed)
-    how["stopping_criteria"] = StoppingCriteriaList([_Watched(width, max_new_tokens)])
-    found = opened.model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, use_cache=use_cache, **how)
-    new: list[list[int]] = found[:, width:].tolist()
-    return [row[: row.index(eod)] if eod in row else row for row in new]
 
 
 @dataclass(frozen=True)
@@ -202,7 +144,7 @@ def generate(
     *,
     use_cache: bool = True,
 ) -> list[Continuation]:
-    """Continue prompts as one batch.
+    """Continue prompts up to the end of the document, as one batch, padded on the left.
 
     Args:
         model: from `load_pretrained`.
@@ -212,10 +154,34 @@ def generate(
         use_cache: keep keys and values; else all tokens are computed again for each new one.
 
     Raises:
-        ConfigError: a prompt and its continuation are longer than the model was made for.
+        ConfigError: a prompt and its continuation exceed the model's max_position_embeddings.
         DataError: a prompt is not text.
     """
-    found = continue_prompts(model, prompts, max_new_tokens, sampling or Sampling(), use_cache)
-    return [
-        Continuation(prompt, model.tokenizer.detokenize(ids), ids) for prompt, ids in zip(prompts, found, strict=True)
-    ]
+    sampling, tokenizer = sampling or Sampling(), model.tokenizer
+    for number, prompt in enumerate(prompts, start=1):
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise DataError(f"prompt {number} is not valid UTF-8: give text")
+    rows = [tokenizer.tokenize(prompt) or [tokenizer.eod] for prompt in prompts]
+    width = max(map(len, rows))
+    require(max_new_tokens > 0, f"--max-new-tokens is {max_new_tokens}, but must be positive: use 1 or more")
+    require(
+        width + max_new_tokens <= model.longest,
+        f"a prompt of {width} tokens and {max_new_tokens} new ones exceed the model's max_position_embeddings "
+        f"{model.longest}: shorten the prompt or lower --max-new-tokens",
+    )
+    ids = torch.tensor([[tokenizer.pad] * (width - len(row)) + row for row in rows], device=model.model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=ids.device)
+    how: dict[str, Any] = {"do_sample": sampling.temperature > 0}
+    if how["do_sample"]:
+        how |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    torch.manual_seed(sampling.seed)
+    found = model.model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        use_cache=use_cache,
+        stopping_criteria=StoppingCriteriaList([_Progress(width, max_new_tokens)]),
+        **how,
+    )
+    new = [list(takewhile(lambda token: token != tokenizer.eod, row)) for row in found[:, width:].tolist()]
+    return [Continuation(prompt, tokenizer.detokenize(row), row) for prompt, row in zip(prompts, new, strict=True)]

@@ -16,7 +16,7 @@ from .configuration_crnet import CRNetConfig
 
 
 class Factor(nn.Module):
-    """A or B of a low-rank map. It is no nn.Linear, so that `target_modules="all-linear"` adapts whole maps.
+    """A or B of a low-rank map. Not an nn.Linear, so that `target_modules="all-linear"` adapts whole maps.
 
     Args:
         std: of its initial values.
@@ -33,10 +33,10 @@ class Factor(nn.Module):
 
 
 class NoDenseWeight:
-    """Stands where tools look for the matrix of an nn.Linear: they learn its device, dtype and shape, and no value.
+    """In place of an nn.Linear's matrix: device, dtype and shape, but no values.
 
     Raises:
-        AttributeError: a tool reads or writes values, to merge, quantize or decompose what is not there.
+        AttributeError: a tool reads or writes values, to merge, quantize or decompose the matrix.
     """
 
     def __init__(self, a: Tensor, shape: tuple[int, int]) -> None:
@@ -52,8 +52,8 @@ class NoDenseWeight:
 class CrossLayerLinear(nn.Linear):
     """One low-rank linear map of one layer: s(beta) Y_previous + X A B, X A B, or B silu(X A).
 
-    An nn.Linear to those who wrap linear maps, as peft does: what is added to its output is handed on to the next
-    layer like the output itself.
+    An nn.Linear for libraries that wrap linear maps, such as peft: what they add to its output goes to the next layer
+    with it.
     """
 
     def __init__(self, config: CRNetConfig, layer: int, position: str, h_in: int, h_out: int) -> None:
@@ -71,7 +71,7 @@ class CrossLayerLinear(nn.Linear):
 
     @property  # type: ignore[override]
     def weight(self) -> NoDenseWeight:
-        """What there is instead of a dense matrix."""
+        """In place of a dense matrix."""
         return NoDenseWeight(self.a.weight, (self.out_features, self.in_features))
 
     @weight.setter
@@ -109,7 +109,7 @@ class CrossLayerLinear(nn.Linear):
 
 
 class FullRankLinear(nn.Linear):
-    """X W, which takes no notice of the layer below."""
+    """X W, which ignores the previous layer."""
 
     def forward(self, x: Tensor, previous: Tensor | None = None) -> Tensor:
         """x: [b, s, h_in]. Returns [b, s, h_out]."""

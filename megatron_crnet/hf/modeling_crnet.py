@@ -1,11 +1,11 @@
 """CR-Net (arXiv 2509.18993) and its comparisons for Hugging Face transformers. Travels with every export.
 
 This file needs configuration_crnet.py, linear_crnet.py, torch and transformers alone. Weights have the names of LLaMA;
-in a layer above the first a linear map holds `a`, `b` and `beta` in `weight`'s place:
+in a layer that continues a chain a linear map holds `a`, `b` and `beta` in `weight`'s place:
 
     Y_l = s(beta) Y_{l-1} + X_l A B,    s(beta) = sign(beta) (|beta| + eps)
 
-Y_{l-1} is the same token's output one layer below: decoding keeps nothing across tokens but keys and values.
+Y_{l-1} is the same token's output in the previous layer: decoding keeps only keys and values across tokens.
 
 Shapes: b batch, s new tokens, t all tokens so far, h hidden, f feed-forward, n heads, d head width.
 """
@@ -44,11 +44,11 @@ def rotary_embedding(position_ids: Tensor, head_width: int, base: float, dtype: 
 
 
 class CRNetAttention(nn.Module):
-    """Causal attention whose four linear maps see those of the layer below."""
+    """Causal attention whose four linear maps take the outputs of the previous layer's."""
 
     def __init__(self, config: CRNetConfig, layer: int) -> None:
         super().__init__()
-        # names that transformers' attention functions look for
+        # names that transformers' attention functions read
         self.config, self.layer_idx, self.is_causal = config, layer, True
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
@@ -84,7 +84,7 @@ class CRNetAttention(nn.Module):
 
 
 class CRNetMLP(nn.Module):
-    """SwiGLU whose three linear maps see those of the layer below."""
+    """SwiGLU whose three linear maps take the outputs of the previous layer's."""
 
     def __init__(self, config: CRNetConfig, layer: int) -> None:
         super().__init__()
