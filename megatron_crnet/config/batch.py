@@ -1,4 +1,4 @@
-"""How many sequences a step takes, and how they are cut into micro-batches over data-parallel ranks."""
+"""Sequences of each optimizer step, and their split into micro-batches over data-parallel ranks."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from megatron_crnet.utils.errors import require
 
 
 def check_memory(config: Config, device: torch.device) -> None:
-    """Raise ConfigError where what a rank cannot do without is more than all memory, before any of it is asked for."""
+    """Raise ConfigError if weights and one activation of a rank alone exceed the memory of `device`."""
     model, training = config.model, config.training
     tp, pp, _ = config.parallel.sizes
     weights = total_parameters(model) // (tp * pp)
     tokens = training.micro_batch_size * training.seq_length
     activations = tokens * max(model.hidden_size, model.vocab_size) // tp
     needed = (2 if training.bf16 else 4) * (weights + activations)
-    there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else virtual_memory().total
+    is_cuda = device.type == "cuda"
+    available = torch.cuda.get_device_properties(device).total_memory if is_cuda else virtual_memory().total
     require(
-        needed <= there,
+        needed <= available,
         f"{weights} weights of a rank and the activations of training.micro_batch_size {training.micro_batch_size} x "
         f"seq_length {training.seq_length} tokens need more than {needed / 2**30:,.0f} GiB, but {device} has "
-        f"{there / 2**30:,.0f} GiB: make the model or the micro-batch smaller, or use more tensor- or "
+        f"{available / 2**30:,.0f} GiB: make the model or the micro-batch smaller, or use more tensor- or "
         "pipeline-parallel ranks",
     )
 
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """Sequences of each optimizer step: the global batch, or on the way to it a ramp of Megatron's form.
+    """Sequences per optimizer step: the global batch size, or Megatron's ramp up to it.
 
-    `training.rampup_batch_size` [start, increment, samples]: from `start` on, `increment` more after each equal part of
-    the first `samples` sequences, until global_batch_size. A step's size follows from the sequences seen before it, so
-    that a resumed run goes on with the size that it would have had.
+    `training.rampup_batch_size` [start, increment, samples]: the size grows from `start` by `increment` in equal parts
+    of the first `samples` sequences. It is a function of the sequences seen, so a resumed run continues the ramp.
 
     Attributes:
         full: the global batch size, after the ramp.
@@ -53,13 +53,13 @@ class BatchSizes:
 
     @classmethod
     def of(cls, training: TrainingConfig) -> BatchSizes:
-        """The sizes of a configuration, which has been checked."""
+        """The sizes of a valid configuration."""
         full, ramp = training.global_batch_size, training.rampup_batch_size
         return cls(full, *ramp) if ramp else cls(full, full)
 
     @property
     def has_ramp(self) -> bool:
-        """Whether the size changes in the course of a run."""
+        """Whether the size changes during a run."""
         return self.start < self.full and self.samples > 0
 
     def at(self, seen: int) -> int:
@@ -90,10 +90,10 @@ class BatchSizes:
         return sum(steps for _, steps in self._ramp(0))
 
     def _ramp(self, seen: int) -> Iterator[tuple[int, int]]:
-        """Levels below the global batch after `seen` sequences: size, and steps of that size."""
+        """Remaining levels of the ramp after `seen` sequences: size, and steps of that size."""
         while (size := self.at(seen)) < self.full:
             levels = (self.full - self.start) // self.increment
-            # the first sequence at which the size is another
+            # the first sequence of the next level
             end = -(-((size - self.start) // self.increment + 1) * self.samples // levels)
             steps = -(-(end - seen) // size)
             yield size, steps
@@ -130,7 +130,7 @@ class BatchPlan:
         return self.sizes.after(steps) * self.seq_length
 
     def ramp_line(self) -> str | None:
-        """How the batch size grows, in words; None where it does not."""
+        """A line that describes the ramp; None without one."""
         sizes = self.sizes
         if not sizes.has_ramp:
             return None
@@ -142,10 +142,10 @@ class BatchPlan:
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
-    """Ranks left over for data parallelism.
+    """The data-parallel size.
 
     Raises:
-        ConfigError: the world does not divide by the model-parallel size.
+        ConfigError: the world size does not divide by the model-parallel size.
     """
     tp, pp, _ = config.parallel.sizes
     require(
@@ -176,7 +176,7 @@ def plan_batches(config: Config, world_size: int) -> BatchPlan:
     _, pp, vpp = config.parallel.sizes
     require(
         vpp == 1 or count % pp == 0,
-        f"{count} micro-batches a step do not divide by pipeline_model_parallel_size {pp}, which virtual pipeline "
+        f"{count} micro-batches per step do not divide by pipeline_model_parallel_size {pp}, which virtual pipeline "
         f"stages need: use global_batch_size {(count // pp + 1) * pp * samples} or fewer virtual stages",
     )
     sizes = BatchSizes.of(training)
@@ -185,14 +185,8 @@ def plan_batches(config: Config, world_size: int) -> BatchPlan:
 
 
 def _check_ramp(sizes: BatchSizes, unit: int) -> None:
-    """Every size of the ramp can be cut into micro-batches.
-
-    Args:
-        unit: what each size has to be a multiple of.
-    """
-    if not sizes.has_ramp:
-        return
-    for name, value in (("start", sizes.start), ("increment", sizes.increment)):
+    """Every size of the ramp is a multiple of `unit`."""
+    for name, value in (("start", sizes.start), ("increment", sizes.increment)) if sizes.has_ramp else ():
         require(
             value % unit == 0,
             f"training.rampup_batch_size has the {name} {value}, which does not divide by {unit}, the sequences of a "

@@ -1,6 +1,6 @@
-"""The `deepspeed` section: what it says about ZeRO, what the layout asks of it, and the JSON that DeepSpeed is given.
+"""The `deepspeed` section: its ZeRO settings, the combinations that are refused, and the JSON for DeepSpeed.
 
-Which keys there are, and of which type, is in `config/deepspeed_keys.py`.
+The keys and their types are in `config/deepspeed_keys.py`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ ONLY_STAGE_3 = {
 
 
 def zero_stage(config: Config) -> int:
-    """DeepSpeed's ZeRO stage, 0 when the section does not say."""
+    """DeepSpeed's ZeRO stage, by default 0."""
     return int(_zero(config).get("stage", 0))
 
 
 def keys_for_stage(section: dict[str, Any], stage: int) -> dict[str, Any]:
-    """A `zero_optimization` mapping at another stage: without the keys that stage refuses whatever their value."""
+    """`zero_optimization` at another stage, without the keys that this stage refuses."""
     unread = (ONLY_STAGE_3 if stage < 3 else set()) | ({"overlap_comm"} if stage < 2 else set())
     return {key: value for key, value in section.items() if key not in unread} | {"stage": stage}
 
@@ -43,7 +43,7 @@ def zero_option(config: Config, key: str, default: int) -> int:
 
 
 def reduce_bucket_size(config: Config, elements: int) -> int:
-    """Elements of the buffer in which ZeRO sums gradients: never more than a rank has parameters, unless it is given.
+    """Elements of the buffer in which ZeRO reduces gradients; by default at most the parameters of the rank.
 
     Args:
         elements: parameters of this rank's part of the model, before ZeRO partitions it.
@@ -148,9 +148,9 @@ def _zero_rules(config: Config, stage: int, tp: int, pp: int) -> Iterator[tuple[
 
 
 def is_plain(config: Config) -> bool:
-    """Whether DeepSpeed runs the bare optimizer, without a wrapper that knows the gradient norm.
+    """Whether DeepSpeed runs the bare optimizer, without a wrapper that computes the gradient norm.
 
-    Its own clipping is switched off then: it leaves out the parameters of all pipeline stages but the first.
+    Its own clipping is off then, because it leaves out the parameters of all pipeline stages but the first.
     """
     return zero_stage(config) == 0 and not config.training.bf16
 

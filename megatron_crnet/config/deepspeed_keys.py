@@ -1,7 +1,7 @@
 """The keys of the `deepspeed` section that are allowed, and their types; in which layout: `config/deepspeed.py`.
 
-DeepSpeed ignores keys that it does not know and misreads many combinations without a word, so that only what is known
-to work here is allowed. Reasons stand where a key's absence would make a user wonder.
+DeepSpeed silently ignores unknown keys and misreads many combinations, so only keys that work here are allowed. A key
+that a user may expect is refused with a reason.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ OWNED_BY_OTHER_SECTIONS = {
 
 
 def _integer(lower: int, upper: int, *notes: Any) -> Any:
-    """The type of integers in a range; DeepSpeed's own spelling 5e8 is one."""
+    """The type of integers in a range; 5e8, as DeepSpeed's documentation writes them, is one."""
 
     def as_integer(value: Any) -> Any:
         return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -61,7 +61,7 @@ def _integer(lower: int, upper: int, *notes: Any) -> Any:
 
 
 def _only(wanted: bool | None, reason: str) -> Any:
-    """The type of a key that takes DeepSpeed's default alone (None: is never given), and why."""
+    """The type of a key that takes only DeepSpeed's default (None: must not be set), with the reason."""
 
     def check(value: Any) -> Any:
         if value is not wanted:
@@ -194,7 +194,7 @@ def allowed(name: str, types: dict[str, Any], values: Any) -> dict[str, Any]:
     require(isinstance(values, dict), f"{name} is {shown(values)}, but must be a mapping: write its keys below it")
     found: dict[str, Any] = {}
     for written, value in values.items():
-        # DeepSpeed knows the keys of stage 3 without their prefix, too
+        # DeepSpeed also takes the keys of stage 3 without their prefix
         key = f"stage3_{written}" if f"stage3_{written}" in types else written
         require(key not in found, f"{name}.{written} and {name}.{key} are both set, but mean the same: remove one")
         require(key in types, f"unknown key {name}.{key}: {nearest(key, types)}")

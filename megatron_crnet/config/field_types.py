@@ -1,8 +1,7 @@
-"""Types of configuration fields: each knows its range, and one message says what breaks it.
+"""Types of configuration fields with their ranges, and the message for a value outside them.
 
-A field is annotated with one of these types, for example `lr: Annotated[float, Ge(SMALLEST), Le(1000)]`. Every section
-derives from `Section`, which checks all fields when it is made, whether its values come from YAML, from the command
-line or from Python. A new field needs its type and nothing else.
+A field is annotated with one of these types, such as `lr: Annotated[float, Ge(SMALLEST), Le(1000)]`. `Section` checks
+all fields of a section when it is created, from YAML, the command line or Python.
 """
 
 from __future__ import annotations
@@ -33,15 +32,15 @@ PART_BYTES, PATH_BYTES = 255, 4095
 
 
 class Rule(str):
-    """Metadata of a type: the words for it in a message, where its structure does not give them."""
+    """Metadata of a type: its description in messages, where `describe` cannot derive it."""
 
 
 class Reason(str):
-    """Metadata of a type: why it has no other value and what to do, in place of the rule and the remedy."""
+    """Metadata of a type: why other values are refused, and the remedy."""
 
 
 def _expanded(path: str) -> str:
-    """`~`, `~user`, `$NAME` and `${NAME}` replaced; ValueError says what cannot be."""
+    """Expand `~`, `~user`, `$NAME` and `${NAME}`; ValueError if one is unknown."""
     found = os.path.expandvars(os.path.expanduser(path))
     if match := re.search(r"\$(\w+|\{[^}]*\})", found):
         raise ValueError(f"the environment variable {match[0]} is not set: set it, or write the path out")
@@ -58,7 +57,7 @@ def _expanded(path: str) -> str:
 
 def _no_nul(text: str) -> str:
     if "\0" in text:
-        raise ValueError("text here holds no NUL character: remove it")
+        raise ValueError("text must not contain a NUL character: remove it")
     return text
 
 
@@ -105,7 +104,7 @@ class Section:
         cls.section = name
 
     def __post_init__(self) -> None:
-        """Check every field, and put what its type makes of the value in its place."""
+        """Check every field and store the converted value."""
         made: Any = type(self)
         hints = types_of(made)
         for field in dataclasses.fields(made):
@@ -126,7 +125,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def checked(name: str, kind: Any, value: Any, remedy: str = "correct it") -> Any:
-    """The value as its type has it: a whole number for a float becomes one, a path is expanded.
+    """The value converted to its type: an integer to a float, a path expanded.
 
     Raises:
         ConfigError: it is not of the type.
@@ -143,7 +142,7 @@ def checked(name: str, kind: Any, value: Any, remedy: str = "correct it") -> Any
 
 
 def remedy_of(field: dataclasses.Field[Any]) -> str:
-    """What to do about a value that is wrong: the default is never wrong."""
+    """The remedy for an invalid value, with the default."""
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     if default is dataclasses.MISSING:
         return "correct it"
@@ -151,7 +150,7 @@ def remedy_of(field: dataclasses.Field[Any]) -> str:
 
 
 def nearest(name: object, known: Iterable[str], otherwise: str = "") -> str:
-    """The remedy for an unknown name: a similar known one; where there is none, `otherwise`, or the list of them."""
+    """The remedy for an unknown name: a similar known one, else `otherwise` or the list of all."""
     names = list(known)
     close = difflib.get_close_matches(str(name), names, n=1)
     return f"did you mean {close[0]}?" if close else otherwise or f"choose one of {', '.join(names)}"
@@ -169,12 +168,12 @@ def _alternatives(kind: Any) -> Iterator[Any]:
 
 
 def is_text(kind: Any) -> bool:
-    """Whether all values are text (or null), so that a YAML scalar such as 2024 is meant as it is written."""
+    """Whether the type is text (or null), so that a YAML scalar such as 2024 stays text."""
     return all(part in (str, type(None)) for part in _alternatives(kind))
 
 
 def describe(kind: Any) -> str:
-    """The rule of a type in words."""
+    """The description of a type, with its range."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Annotated:
         for note in parts[1:]:
@@ -216,7 +215,7 @@ def shown(value: Any, limit: int = 80) -> str:
         return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
     try:
         text = json.dumps(value, default=repr, ensure_ascii=False)
-    except (ValueError, TypeError, RecursionError):  # one that holds itself, keys that are no names, too deep
+    except (ValueError, TypeError, RecursionError):  # recursive, too deep, or keys that are not text
         text = f"a {type(value).__name__}"
     text = text.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= limit else f"{text[:limit]}..."

@@ -1,7 +1,7 @@
-"""Reads a configuration: YAML files, then `--section.field value` on the command line; writes it back resolved.
+"""Reads a configuration from YAML files and `--section.field value` options; writes it back resolved.
 
-Files and command line become one nested mapping, from which `Config` is made: its types and rules say what is wrong, in
-the same words wherever a value stands. Every command that takes configuration options goes this way (`ConfigParser`).
+Files and options are merged into one nested mapping, from which `Config` is created, so errors read the same wherever a
+value comes from. Every command with configuration options uses `ConfigParser`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ConfigParser(ToolParser):
         )
 
     def read(self, argv: Sequence[str], base: Values | None = None) -> tuple[argparse.Namespace, Config]:
-        """This parser's own options, and the configuration, laid over the values of `base`.
+        """This parser's own options, and the configuration, with `base` as defaults.
 
         The options have `configuration`: the words of the command line that define it.
 
@@ -72,7 +72,7 @@ class ConfigParser(ToolParser):
         return options, build(values)
 
     def format_help(self) -> str:
-        """With every field of the configuration where they are listed; argparse itself reads none of them."""
+        """With every field of the configuration, if they are listed; argparse itself does not parse them."""
         if not self._lists_fields:
             return super().format_help()
         from megatron_crnet.config.reference import help_lines
@@ -90,10 +90,10 @@ def read_config(argv: Sequence[str]) -> Config:
 
 
 def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a YAML file, or of nested values as one holds them, with overrides.
+    """The configuration of a YAML file or of nested values, with overrides.
 
     Args:
-        source: path of the file, or values by section: `{"model": {"num_layers": 4}}`.
+        source: path of the file, or nested values: `{"model": {"num_layers": 4}}`.
         overrides: in command-line form: `["--training.train_steps=10"]`.
 
     Raises:
@@ -108,7 +108,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
 
 
 def resolved(config: Config) -> dict[str, Any]:
-    """The configuration as plain values, with everything that defaults depend on filled in."""
+    """The configuration as plain values, with derived defaults filled in."""
     values = dataclasses.asdict(config)
     model, parallel = config.model, config.parallel
     values["model"]["full_rank_layers"] = resolve_full_rank_layers(
@@ -123,12 +123,12 @@ def resolved(config: Config) -> dict[str, Any]:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the resolved configuration, which `--config` reads back."""
+    """Write the resolved configuration as YAML."""
     replace_text(path, yaml.safe_dump(resolved(config), sort_keys=False))
 
 
 def build(values: Values) -> Config:
-    """The configuration of nested values whose keys exist; a section that says nothing has its defaults."""
+    """The configuration of nested values with known keys."""
     sections = {name: make(**values.get(name, {})) for name, make in SECTIONS.items() if name != DEEPSPEED}
     return Config(**sections, deepspeed=values.get(DEEPSPEED, {}))
 
@@ -146,14 +146,14 @@ def _merge_file(values: Values, path: str) -> None:
     found = read_file(path, _wants_text)
     require(
         found is None or isinstance(found, dict),
-        f"{path} holds no mapping of sections: write sections such as model: and data: in it",
+        f"{path} is not a mapping of sections: write sections such as model: and data:",
     )
     for section, fields in (found or {}).items():
         _merge_section(values, section, fields, path)
 
 
 def _merge_section(values: Values, section: Any, fields: Any, source: str) -> None:
-    """Lay the fields of a section over what is there; an empty section changes nothing."""
+    """Override fields of a section; an empty section changes nothing."""
     require(section in SECTIONS, f"{source}: unknown section {_named(section)}: {nearest(section, SECTIONS)}")
     require(
         fields is None or isinstance(fields, dict),
@@ -174,7 +174,7 @@ def _merge_option(values: Values, option: str, text: str) -> None:
     if section in (DEEPSPEED, "deepspeed_config") and not keys:
         is_mapping = text.lstrip().startswith("{")
         found = read_text(text, option) if is_mapping else read_file(checked(option, FilePath, text), _wants_text)
-        require(isinstance(found, dict), f"{option} {text} holds no mapping: give a file with DeepSpeed's settings")
+        require(isinstance(found, dict), f"{option} {text} is not a mapping: give a file with DeepSpeed's settings")
         _merge_section(values, DEEPSPEED, found, source)
         return
     as_written = _wants_text((section, *keys)) and text != "null"
@@ -193,7 +193,7 @@ def _nested(keys: Sequence[str], value: Any) -> Any:
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid over `base`, mapping by mapping; null in `over` takes a key out of `base`."""
+    """`base` updated with `over`, recursively; null in `over` removes a key."""
     found = dict(base)
     for key, value in over.items():
         laid = value
@@ -212,13 +212,13 @@ def _named(key: object) -> str:
 
 
 def _field_meant(key: object, known: Any) -> str:
-    """What to write instead of a key that its section does not have: the same name elsewhere, or a similar one."""
+    """The remedy for an unknown key: the field of that name in another section, or a similar one."""
     elsewhere = [f"{section}.{key}" for section in SECTIONS if key in _fields(section)]
     return f"did you mean {' or '.join(elsewhere)}?" if elsewhere else nearest(key, known)
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """The command line without the configuration's fields, and these with their values in their order."""
+    """The command line without configuration fields, and these with their values, in order."""
     rest: list[str] = []
     given: list[tuple[str, str]] = []
     words = list(argv)

@@ -1,4 +1,4 @@
-"""The bridge from this project's configuration to Megatron-Core's `TransformerConfig`."""
+"""Megatron-Core's `TransformerConfig` of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DEFAULT_INVERSE_TOLERANCE = {"bf16": 2.0**-4, "fp32": 1e-4}
 
 @dataclass
 class CRNetTransformerConfig(TransformerConfig):
-    """Megatron-Core's configuration and what CR-Net adds to it."""
+    """Megatron-Core's configuration with CR-Net's fields."""
 
     variant: str = "crnet"
     """`model.variant`."""
@@ -26,18 +26,18 @@ class CRNetTransformerConfig(TransformerConfig):
     beta_init: float = 1.0
     """Initial value of every beta."""
     cross_layer_fusion: bool = True
-    """The cross-layer residual by Triton's kernels (CUDA only)."""
+    """Compute the cross-layer residual by Triton kernels (CUDA only)."""
     overlap_tp_communication: bool = True
-    """Run the backward's gathers and scatters beside independent products (CUDA only)."""
+    """Overlap the backward's gathers and scatters with independent products (CUDA only)."""
 
     recompute_strategy: str = "none"
     """`recompute.strategy`. (Megatron-Core's own `recompute_*` fields stay unset.)"""
     recompute_segment_length: int | None = None
     """Layers in a segment; None chooses."""
     recompute_keep_attention_output: bool = False
-    """Attention is not computed again."""
+    """Keep attention's output instead of recomputing it."""
     recompute_inverse_tolerance: float = 0.0
-    """Largest relative error of an output that `inverse` rebuilds."""
+    """Largest relative error of an output rebuilt by `inverse`."""
 
     @property
     def strategy(self) -> Strategy:
@@ -46,11 +46,11 @@ class CRNetTransformerConfig(TransformerConfig):
 
     @property
     def has_dropout(self) -> bool:
-        """Whether training draws random numbers."""
+        """Whether dropout is on."""
         return self.hidden_dropout > 0 or self.attention_dropout > 0
 
     def local_width(self, position: str) -> int:
-        """Elements of an output for each local sequence position.
+        """Elements of an output per local sequence position.
 
         A tensor [s, b, w/t] holds as many elements as [s/t, b, w], so with sequence parallelism, where rows of the
         residual stream are [s/t, b, h], every output is counted in the second form.

@@ -1,7 +1,6 @@
 """Parameters and useful floating-point operations of the whole model, from formulas.
 
-Symbols: h hidden, f FFN width, L layers, V vocabulary, s sequence, r rank. What one rank holds, does and sends is in
-`estimate.py`.
+Symbols: h hidden, f FFN width, L layers, V vocabulary, s sequence, r rank. For one rank: `planning/estimate.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from megatron_crnet.config.positions import FULL_RANK, PositionTable, position_t
 from megatron_crnet.config.schema import ModelConfig
 
 UNUSED_SHARE = 0.05
-"""Share of the parameters from which rows that no token uses are worth a remark; padding to a round number is below."""
+"""Share of the parameters above which unused rows are reported; padding to a round number stays below."""
 
 
 def linear_parameters(table: PositionTable, layer: int) -> int:
@@ -42,7 +41,7 @@ def total_parameters(model: ModelConfig) -> int:
 
 
 def remark_on_unused_rows(model: ModelConfig, tokens: int) -> str:
-    """What rows of embedding and output layer beyond the tokenizer's ids cost; empty where they are few.
+    """A remark on rows of embedding and output layer that no token uses; empty if they are few.
 
     Args:
         tokens: the tokenizer's largest id plus one. Rows beyond it are never trained on a token.
@@ -60,15 +59,13 @@ def remark_on_unused_rows(model: ModelConfig, tokens: int) -> str:
 def flops_per_token(model: ModelConfig, seq_length: float, whole_attention: bool = False) -> float:
     """Floating-point operations of forward and backward for one token.
 
-    Where attention stays within documents of lengths n, the mean length of a token's document, sum(n^2) / sum(n), takes
-    the place of `seq_length`.
-
-    Two for each weight of a matrix product forward, twice that backward; causal attention counts the half
-    of the s x s products that is needed: 2 s h a layer forward. Element-wise work is left out.
+    Matrix products count 2 per weight forward and 4 backward, causal attention 2 s h per layer forward. Element-wise
+    operations are left out.
 
     Args:
-        whole_attention: count all of the s x s products, 4 s h a layer forward (12 L h s in all), as PaLM,
-            torchtitan and nanochat do, to compare utilization with theirs.
+        seq_length: where attention stays within documents of lengths n: sum(n^2) / sum(n).
+        whole_attention: count attention without the causal mask, 4 s h per layer forward (12 L h s in all), as PaLM,
+            torchtitan and nanochat do.
     """
     table = position_table(model)
     linear = sum(linear_parameters(table, layer) for layer in range(model.num_layers))

@@ -1,4 +1,4 @@
-"""Command lines: options of a command's own, of which `loading.ConfigParser` makes those with a configuration."""
+"""Command-line parsers; `loading.ConfigParser` adds the configuration."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from megatron_crnet.utils.errors import ConfigError, require
 from megatron_crnet.utils.versions import version_line
 
 LONGEST = 300
-"""Characters of a message that are printed."""
+"""Characters of a message."""
 MOST = 2**20
-"""Largest number of ranks, rows or layers that a command takes."""
+"""Largest count of an option."""
 
 
 class ToolParser(argparse.ArgumentParser):
-    """A command line: its documentation as it stands, `--version`, and one line for a mistake."""
+    """An ArgumentParser with `--version`, an unwrapped description and errors of one line."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **arguments)
@@ -40,21 +40,21 @@ def _path_argument(text: str) -> Path:
 
 
 def file_path(name: str, text: str) -> Path:
-    """The path that an option names, `~` and environment variables replaced as in the configuration.
+    """The path of an option, with `~` and environment variables expanded.
 
     Raises:
         ConfigError: it cannot be a path.
     """
     if not text.isascii() and text.encode("utf-8", "ignore").decode() != text:
-        return Path(text)  # bytes that are not UTF-8 are a name on Linux, though not text
+        return Path(text)  # a file name on Linux may be bytes that are not UTF-8
     return Path(checked(name, FilePath, text))
 
 
 def positive_integer(name: str, text: str) -> int:
-    """The value of an option that counts something.
+    """The value of an option that is a count.
 
     Raises:
-        ConfigError: it is no integer above 0.
+        ConfigError: it is not an integer above 0.
     """
     value = int(text) if text.isdecimal() and len(text) <= len(str(MOST)) else 0
     require(0 < value <= MOST, f"{name} is {text[:80]}, but must be an integer above 0, at most {MOST}: correct it")

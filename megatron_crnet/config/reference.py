@@ -1,7 +1,6 @@
-"""Every field of the configuration with meaning, range and default, from the schema itself.
+"""The reference of configuration fields, generated from the schema.
 
-`--help` prints it as text, docs/reference.md holds it as Markdown: `python -m megatron_crnet.config.reference` (or
-`make reference`) writes the latter, and a test compares it.
+`--help` prints it as text; `make reference` writes docs/reference.md, and a test checks that it is current.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ Generated from the schema by `make reference`; a test keeps it current. How valu
 
 
 class FieldText(NamedTuple):
-    """What a user needs to know of a field."""
+    """A field of the configuration."""
 
     name: str
     meaning: str
@@ -32,7 +31,7 @@ class FieldText(NamedTuple):
 
 
 def sections() -> Iterator[tuple[str, str, list[FieldText]]]:
-    """Each section but `deepspeed`: its name, its meaning, its fields."""
+    """Name, meaning and fields of each section but `deepspeed`."""
     for field in dataclasses.fields(Config):
         make: Any = field.default_factory
         if make is dict:
@@ -48,13 +47,13 @@ def sections() -> Iterator[tuple[str, str, list[FieldText]]]:
 
 
 def deepspeed_meaning() -> str:
-    """What the `deepspeed` section is."""
+    """The meaning of the `deepspeed` section."""
     documented = docstring_parser.parse_from_object(Config)
     return next(" ".join((p.description or "").split()) for p in documented.params if p.arg_name == "deepspeed")
 
 
 def deepspeed_keys(kinds: dict[str, Any] = DEEPSPEED_KEYS, prefix: str = "deepspeed") -> Iterator[tuple[str, str]]:
-    """Each key of the `deepspeed` section that takes more than DeepSpeed's default, and its values in words."""
+    """Each key of the `deepspeed` section that can be set, and its values."""
     for key, inner in kinds.items():
         if isinstance(inner, dict):
             yield from deepspeed_keys(inner, f"{prefix}.{key}")

@@ -1,8 +1,7 @@
-"""The whole configuration: one frozen dataclass per section. A field's type knows its range (`config/field_types.py`).
+"""The configuration: one frozen dataclass per section, with ranges in the types (`config/field_types.py`).
 
-What must hold between the fields is in `config/validation.py`. Field names are Megatron-Core's where it has one; the
-`deepspeed` section is DeepSpeed's own JSON.
-Checks that need the number of ranks live in `config/batch.py`, checks that need the tokenizer in `data/datasets.py`.
+Field names are Megatron-Core's where it has one; the `deepspeed` section is DeepSpeed's JSON. Rules between fields are
+in `config/validation.py`, those that need the number of ranks in `config/batch.py`.
 """
 
 from __future__ import annotations
@@ -62,13 +61,13 @@ class ModelConfig(Section, name="model"):
     num_attention_heads: Parallelism = 8
     """Query heads; hidden_size must divide by it."""
     num_query_groups: Parallelism | None = None
-    """Key-value heads (grouped-query attention); null means one for each query head."""
+    """Key-value heads (grouped-query attention); null means one per query head."""
     vocab_size: Annotated[int, Ge(1), Le(2**24)] = 32000
     """Rows of the embedding and of the output layer; at least the tokenizer's size."""
     max_position_embeddings: PositiveCount | None = None
-    """Longest sequence the model is meant for, written into exports; null means training.seq_length."""
+    """Longest sequence of the model, written into exports; null means training.seq_length."""
     rank: Rank = 128
-    """Rank r of the low-rank maps: an integer, a list with one for each layer, or a mapping of the
+    """Rank r of the low-rank maps: an integer, a list with one per layer, or a mapping of the
     positions q, k, v, o, gate, up, down to either."""
     full_rank_layers: list[Count] | None = None
     """Layers (from 0) with full-rank weights, which start a new cross-layer chain. null means [0] for
@@ -91,7 +90,7 @@ class ModelConfig(Section, name="model"):
 
 @dataclass(frozen=True)
 class DataConfig(Section, name="data"):
-    """Where the tokens come from."""
+    """Training, validation and test data."""
 
     data_path: DataPaths = field(default_factory=list)
     """Prefixes of Megatron .bin/.idx pairs, split by `split`; or weight prefix weight prefix ..., such as
@@ -105,8 +104,8 @@ class DataConfig(Section, name="data"):
     split: Name = "969,30,1"
     """Relative sizes of train, validation and test when they come from the same data_path."""
     sample_format: Literal["packed", "padded"] = "packed"
-    """packed: documents joined and cut at seq_length (Megatron's GPTDataset). padded: one document a
-    row, truncated or padded, padding not trained on (the papers' protocol)."""
+    """packed: documents joined and cut at seq_length (Megatron's GPTDataset). padded: one document per
+    row, truncated or padded, padding masked (the papers' protocol)."""
     reset_attention_mask: bool = False
     """Packed samples: attention stays within documents, which end with the tokenizer's EOD token. false, Megatron's
     default: it reaches over the whole sample, as in most published runs (docs/decisions/documents.md)."""
@@ -114,7 +113,7 @@ class DataConfig(Section, name="data"):
     """Positions start anew with each document; needs reset_attention_mask. Rotary embeddings are relative, so within
     documents this changes rounding alone."""
     eod_mask_loss: bool = False
-    """Packed samples: the token after an EOD, which nothing before it can tell, is not trained. EOD itself is."""
+    """Packed samples: mask the loss of the token after an EOD. EOD itself is trained."""
     tokenizer_type: Literal["sentencepiece", "huggingface"] = "sentencepiece"
     """How tokenizer_model is read."""
     tokenizer_model: FilePath | None = None
@@ -122,12 +121,12 @@ class DataConfig(Section, name="data"):
     cache_path: FilePath | None = None
     """Folder of Megatron's index caches; null means a folder `cache` beside the first .bin."""
     num_workers: Annotated[int, Ge(0), Le(1024)] = 0
-    """Processes that read ahead, for each rank; 0 reads in the training process."""
+    """Worker processes per rank that prefetch; 0 reads in the training process."""
 
 
 @dataclass(frozen=True)
 class TrainingConfig(Section, name="training"):
-    """How long, how much at once, in which precision."""
+    """Length, batch size and precision of training."""
 
     train_steps: PositiveCount = 1000
     """Optimizer steps of the whole run."""
@@ -154,7 +153,7 @@ class TrainingConfig(Section, name="training"):
     eval_interval: Count = 100
     """Steps between validations; 0 validates only at the end."""
     eval_steps: Count = 10
-    """Global batches in one validation; 0 switches validation off."""
+    """Global batches per validation; 0 disables validation."""
     eval_only: bool = False
     """Only measure the validation loss, and the test loss if there are such data, of checkpoint.load or else of the
     run's newest checkpoint: no step, no training state. Printed, and a line of evaluations.jsonl in
@@ -171,7 +170,7 @@ class TrainingConfig(Section, name="training"):
 
 @dataclass(frozen=True)
 class OptimizerConfig(Section, name="optimizer"):
-    """AdamW and the learning rate over time."""
+    """AdamW and the learning-rate schedule."""
 
     lr: LearningRate = 1e-3
     """Peak learning rate."""
@@ -194,29 +193,29 @@ class OptimizerConfig(Section, name="optimizer"):
     weight_decay: Annotated[float, Ge(0), Le(1000)] = 0.1
     """Decoupled weight decay of matrices; beta and norm weights get none."""
     clip_grad: NonNegative = 1.0
-    """Largest global gradient norm; 0 switches clipping off."""
+    """Largest global gradient norm; 0 disables clipping."""
 
 
 @dataclass(frozen=True)
 class ParallelConfig(Section, name="parallel"):
-    """How the model is spread over ranks; what is left over is data parallelism."""
+    """Model parallelism; the remaining factor of the world size is data parallelism."""
 
     tensor_model_parallel_size: Parallelism = 1
-    """Ranks that share each layer."""
+    """Ranks over which each layer is sharded."""
     pipeline_model_parallel_size: Parallelism = 1
-    """Groups of layers on different ranks."""
+    """Pipeline stages."""
     virtual_pipeline_model_parallel_size: Parallelism | None = None
-    """Groups of layers on each pipeline rank (interleaved schedule); null or 1 means one."""
+    """Virtual stages per pipeline rank (interleaved schedule); null or 1 means one."""
     sequence_parallel: bool | None = None
     """Shard the residual stream along the sequence; null means on when tensor parallelism is."""
     num_layers_in_first_pipeline_stage: Layers | None = None
-    """Layers of the first pipeline rank, where layers are not spread evenly."""
+    """Layers of the first pipeline rank, if layers are not distributed evenly."""
     num_layers_in_last_pipeline_stage: Layers | None = None
-    """Layers of the last pipeline rank, where layers are not spread evenly."""
+    """Layers of the last pipeline rank, if layers are not distributed evenly."""
     overlap_tp_communication: bool = True
-    """On CUDA, run the gathers and scatters of the low-rank products' backward beside independent work."""
+    """On CUDA, overlap the gathers and scatters of the low-rank products' backward with independent work."""
     distributed_timeout_minutes: Minutes = 10.0
-    """How long a rank waits for its peers before the run is stopped."""
+    """Time that a rank waits for its peers before the run is stopped."""
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -264,12 +263,12 @@ class RecomputeConfig(Section, name="recompute"):
     """Activation recomputation."""
 
     strategy: Literal["none", "replay", "inverse", "full"] = "none"
-    """none keeps every activation. replay keeps low-rank outputs and segment starts and rebuilds the rest, exactly.
+    """none keeps every activation. replay keeps low-rank outputs and segment starts and recomputes the rest, exactly.
     inverse is the paper's: it divides by s(beta) and is exact to inverse_tolerance. full runs the layers again."""
     segment_length: Layers | Literal["auto"] = "auto"
     """Layers in a segment; under inverse, at most. auto takes the least memory (inverse: 8)."""
     keep_attention_output: bool = False
-    """Keep attention's output (not under full) instead of computing it again; worth it for long sequences."""
+    """Keep attention's output (not under full) instead of recomputing it; pays off for long sequences."""
     inverse_tolerance: Epsilon | None = None
     """Relative error up to which rounding may grow in backward order under inverse, by the rule of
     docs/recomputation.md; null means 1/16 in bf16 and 1e-4 in fp32. Where it would be passed, a layer is kept."""
@@ -282,7 +281,7 @@ class RecomputeConfig(Section, name="recompute"):
 
 @dataclass(frozen=True)
 class CheckpointConfig(Section, name="checkpoint"):
-    """When and where training state is saved."""
+    """When and where checkpoints are saved."""
 
     dir: FilePath | None = None
     """Folder of the checkpoints; null means `checkpoints` inside logging.output_dir."""
@@ -295,46 +294,46 @@ class CheckpointConfig(Section, name="checkpoint"):
     save_interval: Count = 0
     """Steps between checkpoints; 0 saves only at the end (and on a signal)."""
     save_interval_minutes: Annotated[float, Ge(0), Le(525600)] = 0.0
-    """Minutes after the last checkpoint at which the next step is saved, beside save_interval; 0 does not look at
-    the clock."""
+    """Save the first step that ends this many minutes after the last checkpoint, besides save_interval; 0: by steps
+    alone."""
     keep_last: PositiveCount | None = None
-    """Newest checkpoints that are kept: older ones are removed when a new one is whole. null keeps all."""
+    """Number of newest checkpoints to keep; older ones are removed when a new one is complete. null keeps all."""
     keep_every: PositiveCount | None = None
-    """Checkpoints of steps that are multiples of this are kept for ever, whatever keep_last says."""
+    """Keep checkpoints of steps that are multiples of this, regardless of keep_last."""
 
 
 @dataclass(frozen=True)
 class FaultsConfig(Section, name="faults"):
-    """What happens when a step would do harm: its loss or gradient norm is not finite, its loss is a spike, or no token
-    of its batch counts."""
+    """Handling of bad steps: a loss or gradient norm that is not finite, a loss spike, or a batch without trained
+    tokens."""
 
     on_bad_step: Literal["stop", "skip"] = "stop"
-    """stop ends the run with status 3. skip passes over the step's samples without changing a weight, and counts."""
+    """stop ends the run with status 3. skip leaves the weights unchanged, counts the step and goes on."""
     spike_deviations: Positive | None = None
     """A loss is a spike when it is this many standard deviations above the mean of the last spike_window good steps;
-    null takes no finite loss for a spike."""
+    null detects no spikes."""
     spike_window: Annotated[int, Ge(2), Le(10**6)] = 128
-    """Good steps whose losses are looked at; before there are so many no loss is a spike."""
+    """Good steps whose losses are compared; no spikes are detected before there are that many."""
     max_skips_in_a_row: Count = 10
-    """Bad steps one after the other that are skipped; one more stops the run."""
+    """Consecutive bad steps that are skipped; one more stops the run."""
     max_skips: Count = 100
     """Bad steps that are skipped in the whole run; one more stops it."""
 
 
 @dataclass(frozen=True)
 class LoggingConfig(Section, name="logging"):
-    """What a run leaves behind."""
+    """Logs and outputs of a run."""
 
     output_dir: FilePath = "runs/default"
     """Folder of metrics.jsonl, config.yaml, TensorBoard files and loss.png."""
     log_interval: PositiveCount = 10
     """Steps between metric lines."""
     wandb_project: Name | None = None
-    """Weights & Biases project; null switches it off."""
+    """Weights & Biases project; null disables it."""
     sample_prompt: Text | None = None
-    """Text that is continued and printed at the end of training; null prints none."""
+    """Prompt of a sample that is printed at the end of training; null prints none."""
     sample_tokens: Annotated[int, Ge(0), Le(2**20)] = 64
-    """Tokens of that continuation."""
+    """Tokens of that sample."""
 
 
 @dataclass(frozen=True)
@@ -351,10 +350,10 @@ class Config:
     faults: FaultsConfig = field(default_factory=FaultsConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    """DeepSpeed's JSON as it stands; keys that the other sections own are refused."""
+    """DeepSpeed's JSON; keys that the other sections decide are refused."""
 
     def __post_init__(self) -> None:
-        """Check what must hold between fields; each section has checked its own."""
+        """Check the rules between fields; each section has checked its own."""
         for entry in fields(self):
             section, kind = getattr(self, entry.name), entry.default_factory
             require(

@@ -1,4 +1,4 @@
-"""What must hold between the fields of a configuration; messages name value, rule and remedy.
+"""Rules between the fields of a configuration.
 
 The `deepspeed` section is in `config/deepspeed.py`; checks that need the number of ranks are in `config/batch.py`,
 those of files and tokenizer in `data/indexed.py`.
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def check_config(config: Config) -> None:
-    """Every rule but those of `deepspeed`, in an order in which each may rely on those before it.
+    """Check all rules but those of `deepspeed`; each may rely on those before it.
 
     Raises:
-        ConfigError: the first rule that does not hold.
+        ConfigError: for the first rule that is broken.
     """
     _check_model(config.model)
     _check_data(config)
@@ -34,7 +34,7 @@ def check_config(config: Config) -> None:
 
 
 def _check_model(model: ModelConfig) -> None:
-    """The model's sizes agree with each other, and rank resolves to a table."""
+    """Heads and ranks fit the model's widths and layers."""
     h, heads = model.hidden_size, model.num_attention_heads
     require(
         h % heads == 0,
@@ -56,7 +56,7 @@ def _check_model(model: ModelConfig) -> None:
 
 
 def _check_data(config: Config) -> None:
-    """What is said of documents makes sense for the kind of samples."""
+    """Options on documents fit the format of samples."""
     data = config.data
     for name in ("reset_attention_mask", "reset_position_ids", "eod_mask_loss"):
         require(
@@ -152,8 +152,8 @@ def _check_parallel(config: Config) -> None:
         )
     require(
         not (parallel.sequence_parallel and tp == 1),
-        "parallel.sequence_parallel is true with tensor_model_parallel_size 1, but there is nobody to share "
-        "the sequence with: leave it out or raise tensor_model_parallel_size",
+        "parallel.sequence_parallel is true with tensor_model_parallel_size 1, but one rank "
+        "has no sequence to shard: leave it out or raise tensor_model_parallel_size",
     )
     require(
         vpp == 1 or pp > 1,
@@ -196,7 +196,7 @@ def _check_pipeline(config: Config) -> None:
 
 
 def _check_recompute(config: Config) -> None:
-    """What belongs to which strategy."""
+    """Options fit the strategy."""
     recompute = config.recompute
     strategy, traits = recompute.strategy, recompute.traits
     require(

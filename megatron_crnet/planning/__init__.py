@@ -1,4 +1,4 @@
-"""What a run will need, before it starts: by formula, and by the real code on tensors without memory.
+"""What a run will need: by formula, and by running the real code on fake tensors.
 
 In: A `Config` and a number of GPUs.
 Out: Memory, operations, bytes and time of a rank's step; the fastest layout that fits.

@@ -1,7 +1,6 @@
-"""One training step of this rank, counted while it happens: bytes alive, collective calls, operations.
+"""Counts one training step of this rank: live bytes, collective calls, operations.
 
-The same code counts real ranks and simulated ones (`planning/simulation.py`). It observes every operation of PyTorch,
-so a counted step is slow.
+For real and simulated ranks (`planning/simulation.py`). It intercepts every operation of PyTorch, so it is slow.
 """
 
 from __future__ import annotations
@@ -39,17 +38,17 @@ from megatron_crnet.planning.profile import (
 )
 
 Progress = Callable[[int, int], object]
-"""Told after each forward pass of a micro-batch how many there have been and how many there will be."""
+"""Called after each forward pass of a micro-batch with the number of passes done and their total."""
 
 
 def count_step(config: Config, context: ParallelContext, passed: Progress = lambda *_: None) -> StepProfile:
-    """Build this rank's model and count its second step, which finds everything allocated; a collective call."""
+    """Build this rank's model and count its second step, when everything is allocated; a collective call."""
     plan, memory = plan_batches(config, context.world_size), LiveMemory()
     with Counters(memory) as counters:
         engine = TrainEngine(config, build_model_chunks(config), context)
         batch = synthetic_batch(config, context.device)
-        # virtual stages need as many micro-batches as there are stages; ZeRO-3 learns the order of its modules in the
-        # first and decides in the second what it will keep between their uses
+        # virtual stages need a micro-batch per stage; ZeRO-3 records the order of modules in the first micro-batch and
+        # decides in the second what it keeps between uses
         needed = max(config.parallel.pipeline_model_parallel_size, 2 if zero_stage(config) == 3 else 1)
         few = min(plan.num_microbatches, needed)
         done, total = itertools.count(1), (few + plan.num_microbatches) * len(engine.scheduled)
@@ -64,7 +63,7 @@ def count_step(config: Config, context: ParallelContext, passed: Progress = lamb
 
 
 def synthetic_batch(config: Config, device: torch.device) -> Batch:
-    """One micro-batch of rising token ids, all of them trained."""
+    """One micro-batch of ascending token ids, none of them masked."""
     shape = config.training.micro_batch_size, config.training.seq_length
     positions = torch.arange(shape[1], device=device).expand(shape).contiguous()
     tokens = positions % config.model.vocab_size
@@ -104,9 +103,9 @@ def _counted(
 
 @contextmanager
 def _activations_in_flight(engine: TrainEngine, memory: LiveMemory) -> Iterator[list[int]]:
-    """One entry: bytes alive when the last forward pass before the first backward pass ends, the most that is kept.
+    """One entry: live bytes at the end of the last forward pass before the first backward pass.
 
-    Under 1F1B and the interleaved schedule no more micro-batches than then are ever in flight.
+    Under 1F1B and the interleaved schedule most micro-batches are in flight then.
     """
     alive, backward = [0], list[bool]()
 
@@ -122,26 +121,26 @@ def _activations_in_flight(engine: TrainEngine, memory: LiveMemory) -> Iterator[
 
 
 def state_bytes(engine: TrainEngine) -> tuple[int, int, int]:
-    """Bytes of weights, of the optimizer's state and of DeepSpeed's communication buffers."""
+    """Bytes of weights, optimizer state and communication buffers."""
     weights, seen = engine.zero.weights(), set[int]()
     weights += [m.beta_fp32 for m in engine.deepspeed.module.modules() if getattr(m, "beta_fp32", None) is not None]
-    # where Megatron-Core's column layers gather a sequence
+    # Megatron-Core's column layers gather sequences in a global buffer
     buffers = [*parallel_state.get_global_memory_buffer().buffer.values(), *engine.zero.buffers()]
     return _bytes(weights, seen), _bytes(engine.zero.state(), seen), _bytes(buffers, seen)
 
 
 def _bytes(tensors: Iterable[Tensor], seen: set[int]) -> int:
-    """Bytes of the storages behind the tensors, each once, without those in `seen`, which grows."""
+    """Bytes of the storages of the tensors that are not in `seen`, which is updated."""
     storages = {id(s): s for tensor in tensors if id(s := tensor.untyped_storage()) not in seen}
     seen |= set(storages)
     return sum(storage.nbytes() for storage in storages.values())
 
 
 def comm_volumes(counter: CommunicationCounter) -> list[CommVolume]:
-    """What a counter has seen in groups of several ranks, by the groups' names; needs Megatron-Core's groups."""
+    """The counted traffic by name of group; needs Megatron-Core's groups."""
     pp, found = parallel_state.get_pipeline_model_parallel_world_size(), defaultdict[tuple[str, str, int], Any](list)
     for (kind, ranks), traffic in counter.traffic.items():
-        # Megatron-Core may send between two stages through the group of all ranks
+        # Megatron-Core may send between stages through the group of all ranks
         group, size = (PIPELINE, pp) if kind == "send" else (_group_name(ranks), len(ranks))
         if kind != "recv_" and size > 1:  # the other side of a peer's `send`
             found[group, kind, size].append(traffic)
@@ -152,7 +151,7 @@ def comm_volumes(counter: CommunicationCounter) -> list[CommVolume]:
 
 
 def _group_name(ranks: tuple[int, ...]) -> str:
-    """Name of the smallest of Megatron-Core's groups with these ranks; groups may be the same ranks."""
+    """Name of the first of Megatron-Core's groups with these ranks."""
     groups = {
         TENSOR: parallel_state.get_tensor_model_parallel_group(),
         PIPELINE: parallel_state.get_pipeline_model_parallel_group(),

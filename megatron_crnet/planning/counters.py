@@ -1,8 +1,7 @@
-"""Counters of a step that really runs, or runs on fake tensors: bytes alive, calls, floating-point operations.
+"""Counters of live bytes, communication and floating-point operations, for real and fake tensors.
 
-Conventions for communication, as in docs/parallelism.md: the volume of an all-gather is its output, that of a
-reduce-scatter its input, an all-reduce counts as both. What a rank puts on the wire is (t - 1)/t of that for a group of
-t ranks.
+Communication volume, as in docs/parallelism.md: the output of an all-gather, the input of a reduce-scatter, both for an
+all-reduce. A rank of a group of t ranks sends (t - 1)/t of that.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ KINDS = {
     "broadcast_": "broadcast",
     "send": "send",
 }
-"""Kinds of PyTorch's operations; others count under their own names."""
+"""Kinds of PyTorch's operations; others keep their names."""
 
 
 class Counter(TorchDispatchMode):
-    """Observes every operation while it is active."""
+    """Intercepts every operation while it is active."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -42,26 +41,26 @@ class Counter(TorchDispatchMode):
         return out
 
     def observe(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Take note of an operation that has run."""
+        """Process an operation after it has run."""
         raise NotImplementedError
 
 
 class Counters(Counter):
-    """Several counters behind one mode: each mode of its own would cost every operation a turn in Python."""
+    """Several counters in one dispatch mode, which is faster than a mode for each."""
 
     def __init__(self, *counters: Counter) -> None:
         super().__init__()
         self.counters = list(counters)
 
     def observe(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Pass it on."""
-        if func is not torch.ops.prim.device.default:  # half of what a simulation dispatches, and does nothing
+        """Forward to each counter."""
+        if func is not torch.ops.prim.device.default:  # a query, half of the calls of a simulation
             for counter in self.counters:
                 counter.observe(func, args, kwargs, out)
 
 
 class LiveMemory(Counter):
-    """Follows the storages that operations create until they are freed.
+    """Tracks the storages that operations create until they are freed.
 
     Attributes:
         current: bytes alive now.
@@ -74,16 +73,16 @@ class LiveMemory(Counter):
         self._known: dict[int, Any] = {}
 
     def reset_peak(self) -> None:
-        """Start a new peak from what is alive now."""
+        """Reset the peak to the current value."""
         self.peak = self.current
 
     def observe(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Follow what an operation has created."""
-        # an operation may return its input, which is followed already or was there before this counter
+        """Track new storages."""
+        # an operation may return its input
         before = {id(x.untyped_storage()) for x in tensors_in((args, kwargs))}
         for tensor in tensors_in(out):
             storage = tensor.untyped_storage()
-            # DeepSpeed notes shapes in tensors on "meta", which have a size and no memory
+            # DeepSpeed keeps shapes as "meta" tensors, which have no memory
             if id(storage) not in before and tensor.device.type != "meta":
                 self._follow(storage)
 
@@ -103,7 +102,7 @@ class LiveMemory(Counter):
 
 @dataclass
 class Traffic:
-    """Calls of one kind in one group; `elements` and `bytes` are volumes by the conventions above."""
+    """Calls of one kind in one group, and their volumes."""
 
     calls: int = 0
     elements: int = 0
@@ -122,7 +121,7 @@ class CommunicationCounter(Counter):
         if func.namespace != "c10d":
             return
         kind = KINDS.get(func._opname, func._opname)
-        # an argument is a tensor, a list of them, or for each of them a list by rank: the larger of output and input
+        # arguments are tensors or nested lists of them: the larger of output and input counts
         counted = max((list(tensors_in(value)) for value in args), key=lambda side: sum(t.numel() for t in side))
         factor = 2 if kind == "all_reduce" else 1
         entry = self.traffic[kind, _ranks(args)]
@@ -142,12 +141,12 @@ def _ranks(args: Any) -> tuple[int, ...]:
             try:
                 return tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(value)))
             except (RuntimeError, TypeError):
-                continue  # the reduction's operator
+                continue  # not a group
     return ()
 
 
 def flop_counter() -> FlopCounterMode:
-    """PyTorch's counter with the CPU's attention kernels, of the same shapes as CUDA's, which alone it counts."""
+    """PyTorch's counter, extended by the CPU's attention kernels."""
 
     def forward(q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
         return sdpa_flop_count(q, k, v)
@@ -164,7 +163,7 @@ def flop_counter() -> FlopCounterMode:
 
 
 class OperationCounter(Counter):
-    """Counts what `flop_counter` counts, without keeping alive what passes through modules."""
+    """Counts like `flop_counter`, without keeping the inputs of modules alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,14 +171,14 @@ class OperationCounter(Counter):
         self._formulas = flop_counter().flop_registry
 
     def observe(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Count an operation that PyTorch has a formula for."""
+        """Count an operation with a known formula."""
         formula = self._formulas.get(func._overloadpacket)
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=out)
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors among an operation's arguments or results, in lists, tuples and dictionaries as they come."""
+    """The tensors in nested lists, tuples and dictionaries."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, list | tuple):

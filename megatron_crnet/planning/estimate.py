@@ -1,7 +1,7 @@
-"""What a configuration needs on every pipeline stage, and how long a step takes on a named machine, by formula.
+"""Memory, operations and traffic of every pipeline stage, and the time of a step, by formula.
 
-Memory and communication are checked to 10%, operations exactly, against simulated and real ranks
-(`planning/counted_step.py`); the time is a roofline, whose assumptions docs/planning.md lists.
+Checked against simulated and real ranks (`planning/counted_step.py`): memory and communication to 10%, operations
+exactly. The time is a roofline; docs/planning.md lists its assumptions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GPUS_PER_NODE = 8
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """One rank of a pipeline stage; its tensor- and data-parallel peers are alike."""
+    """One rank of a pipeline stage; its tensor- and data-parallel peers are equal."""
 
     memory: Memory
     operations: Operations
@@ -33,12 +33,12 @@ class StageEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A whole run's step.
+    """A step of a run.
 
     Attributes:
         stages: by pipeline rank.
-        crossings: of each kind of group, the share of its bytes that leaves a node.
-        time: of the slowest stage on the machine, where one was named.
+        crossings: by kind of group, the share of bytes that crosses nodes.
+        time: of the slowest stage, if a machine was given.
     """
 
     config: Config
@@ -55,21 +55,21 @@ class Estimate:
 
     @property
     def peak(self) -> int:
-        """Bytes that it needs."""
+        """Peak bytes of that rank."""
         return self.stages[self.fullest].memory.total
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the whole run."""
+        """Tokens per second over all ranks."""
         assert self.time is not None
         return self.plan.tokens_per_step / self.time.total
 
     def model_flops(self, whole_attention: bool = False) -> float:
-        """Useful operations of a step over all ranks: without recomputation; attention's causal half or the whole."""
+        """Useful operations of a step over all ranks; see `flops_per_token`."""
         return flops_per_token(self.config.model, self.plan.seq_length, whole_attention) * self.plan.tokens_per_step
 
     def utilization(self, machine: Machine, whole_attention: bool = False) -> float:
-        """Model FLOPs utilization: useful operations as a share of what the GPUs could do meanwhile."""
+        """Model FLOPs utilization."""
         assert self.time is not None
         possible = self.time.total * self.world_size * machine.peak(self.config.training.dtype)
         return self.model_flops(whole_attention) / possible
@@ -78,7 +78,7 @@ class Estimate:
 def estimate(
     config: Config, world_size: int, machine: Machine | None = None, gpus_per_node: int = GPUS_PER_NODE
 ) -> Estimate:
-    """The figures of a step on `world_size` ranks.
+    """Estimate a step on `world_size` ranks.
 
     Raises:
         ConfigError: the batch or the layout does not fit `world_size` ranks.
@@ -100,10 +100,9 @@ def estimate(
 
 @cache  # a search asks for the same layout many times
 def node_crossings(tp: int, pp: int, dp: int, gpus_per_node: int) -> dict[str, float]:
-    """For each kind of group, the share of its rings' edges that lead from one node to another.
+    """By kind of group, the share of ring edges, and so of bytes, between nodes.
 
-    A group's ring goes through its ranks in order and back; ranks count through tp first, then dp, then pp, and fill
-    one node after the other. Every edge of a ring carries the same bytes, so this is also the share of its bytes.
+    Rings follow the order of ranks, which vary in tp first, then dp, then pp, and fill the nodes in order.
     """
 
     def crosses(rank: int, size: int, stride: int) -> bool:

@@ -1,4 +1,4 @@
-"""What a GPU and its links can do, by data sheet; a file with the same fields describes another machine."""
+"""Rates of GPUs and their links from data sheets, or from a file with the same fields."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ MACHINES = {
 
 
 def find_machine(name: str) -> Machine:
-    """A known machine, or one read from a YAML file with the fields of `Machine`.
+    """A known machine, or one from a YAML file with the fields of `Machine`.
 
     Raises:
-        ConfigError: neither; names what is wrong.
+        ConfigError: it is neither, or a field is invalid.
     """
     if name in MACHINES:
         return MACHINES[name]

@@ -1,6 +1,6 @@
-"""What layers send and what recomputation keeps, counted in passes of the real layers at a configuration's widths.
+"""Traffic of layers and memory of recomputation, counted in passes of the real layers.
 
-Behind crnet measure-communication and crnet measure-recompute.
+For crnet measure-communication and crnet measure-recompute.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from megatron_crnet.recompute.planner import kept_widths
 
 
 def layer_traffic(config: Config, variant: str) -> dict[str, float]:
-    """Tensor-parallel volume of a layer: per token in `forward` and in a `step`'s passes, of `gradients` per step.
+    """Tensor-parallel volume of a layer: per token of `forward` and of a `step`; per step of `gradients`.
 
-    As the difference between three and two layers, in elements and in bytes; a collective call.
+    The difference between three and two layers, in elements and bytes; a collective call.
     """
     two, three = dict[str, float](), dict[str, float]()
     for layers, found in ((2, two), (3, three)):
@@ -48,7 +48,7 @@ def layer_traffic(config: Config, variant: str) -> dict[str, float]:
 def boundary_traffic(config: Config) -> dict[int, dict[str, float]]:
     """Elements and bytes that each pipeline rank sends forward per token; a collective call.
 
-    Two layers per model chunk, of which the first starts a chain exactly where the chunk's first layer does.
+    Counted with two layers per model chunk; the first starts a chain if the chunk's first layer does.
     """
     parallel, starts = config.parallel, position_table(config.model).chain_starts
     pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
@@ -68,7 +68,7 @@ def boundary_traffic(config: Config) -> dict[int, dict[str, float]]:
 
 
 def _shortened(config: Config, changes: dict[str, Any], pp: int, vpp: int | None) -> Config:
-    """Few layers of the same widths on few tokens; all have the ranks of the last one that is not full rank."""
+    """Few layers of the same widths on few tokens, with the ranks of the last low-rank layer."""
     tp = config.parallel.tensor_model_parallel_size
     table = position_table(config.model)
     low = [row for layer, row in enumerate(table.ranks) if not table.is_full_rank(layer)]
@@ -90,12 +90,12 @@ def _shortened(config: Config, changes: dict[str, Any], pp: int, vpp: int | None
         model=dataclasses.replace(config.model, **model),
         training=dataclasses.replace(config.training, **batch),
         parallel=dataclasses.replace(config.parallel, **layout),
-        deepspeed={"zero_optimization": {"stage": 1}},  # has every layout and dtype, and sends the same
+        deepspeed={"zero_optimization": {"stage": 1}},  # takes every layout and dtype
     )
 
 
 def _count(config: Config) -> tuple[CommunicationCounter, CommunicationCounter, CommunicationCounter, int]:
-    """Counters of a forward pass, of a step's passes and of its gradient reduction, and this rank's tokens."""
+    """Counters of a forward pass, of a step and of its gradient reduction; tokens of this rank."""
     context = initialize_parallel(config)
     engine = TrainEngine(config, build_model_chunks(config), context)
     count = config.training.global_batch_size // context.dp_size
@@ -123,11 +123,11 @@ STRATEGIES = {
 
 
 def measure_strategies(config: Config, *, fake: bool, segment_length: int | None = None) -> list[dict[str, Any]]:
-    """Every strategy on a micro-batch of the decoder's layers, in one process without parallelism.
+    """Measure every strategy on one micro-batch of the decoder layers, in one process.
 
     Args:
-        fake: count on fake tensors, which have shapes and no memory; otherwise the pass really runs.
-        segment_length: also measure `replay` and `full` with segments of this length.
+        fake: use fake tensors.
+        segment_length: also measure `replay` and `full` with it.
     """
     single, strategies = dataclasses.replace(config, parallel=type(config.parallel)(), deepspeed={}), dict(STRATEGIES)
     if segment_length:
@@ -143,7 +143,7 @@ def measure_strategies(config: Config, *, fake: bool, segment_length: int | None
 
 
 def _measure(config: Config, fake: bool) -> dict[str, Any]:
-    """Bytes kept for backward (also by formula) and most alive in it, weights and their gradients aside; operations."""
+    """Bytes kept for backward (also by formula), their peak without weights and gradients, and operations."""
     transformer, groups = build_transformer_config(config), ProcessGroupCollection.use_mpu_process_groups()
     tensors = FakeTensorMode() if fake else nullcontext()
     with tensors:
@@ -151,7 +151,7 @@ def _measure(config: Config, fake: bool) -> dict[str, Any]:
         for parameter in block.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
             parameter.grad = torch.zeros_like(parameter)
-    if transformer.strategy.inverts:  # for the first betas and outputs of one size
+    if transformer.strategy.inverts:  # for initial betas and equal norms
         even = {layer: torch.ones(len(block.config.table.shapes)) for layer in block.layer_range}
         block.plan_inverse_segments({layer: transformer.beta_init * ones for layer, ones in even.items()}, even)
     with tensors:
@@ -159,12 +159,12 @@ def _measure(config: Config, fake: bool) -> dict[str, Any]:
         hidden = torch.randn(*batch, config.model.hidden_size, dtype=transformer.params_dtype, device=device)
         hidden.requires_grad_()
         rotary = torch.randn(batch[0], 1, 1, transformer.kv_channels, device=device)
-        # a pass of its own, because PyTorch's counter holds on to what passes through modules
+        # in a separate pass, because PyTorch's counter keeps the inputs of modules alive
         with flop_counter() as flops:
             block(hidden, rotary_pos_emb=rotary).sum().backward()
         hidden.grad = torch.zeros_like(hidden)
         with LiveMemory() as memory:
-            # what leaves, and its gradient, do not count
+            # the output and its gradient do not count
             out = block(hidden, rotary_pos_emb=rotary)
             size = out.untyped_storage().nbytes()
             kept = memory.current - size

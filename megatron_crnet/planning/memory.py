@@ -1,8 +1,7 @@
-"""Bytes that one rank holds at the peak of a step, by formula: the state exactly, the peak to 10%.
+"""Peak bytes of one rank in a step, by formula: state to 1%, peak to 10%.
 
-What is allocated follows from DeepSpeed's optimizers (`bf16_optimizer.py`, `zero/stage_1_and_2.py`, `zero/stage3.py`)
-and from this project's layers; sizes of activations are those of `recompute/planner.py`. The table of the state and
-the measured differences are in docs/planning.md.
+Derived from DeepSpeed's optimizers (`bf16_optimizer.py`, `zero/stage_1_and_2.py`, `zero/stage3.py`) and this project's
+layers, whose activations `recompute/planner.py` sizes. docs/planning.md has the table of the state.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from megatron_crnet.planning.volume import persistent, zero3_gathers
 from megatron_crnet.recompute.planner import kept_widths, layer_widths, micro_batches_in_flight
 
 SUB_GROUP = 1_000_000_000
-"""DeepSpeed's default of `sub_group_size`: elements of a rank's share that stage 3 updates at once."""
+"""DeepSpeed's default of `sub_group_size`: elements that stage 3 updates at once."""
 
 
 def estimate_memory(model: LocalModel, plan: BatchPlan) -> Memory:
-    """The parts of a rank of this stage."""
+    """The memory of a rank of this stage."""
     state = _offloaded(model, plan) if offloads_optimizer(model.config) else _state(model, plan.dp_size)
     layers = [layer for chunk in model.chunks for layer in chunk.layers]
     gathers = model.chunks[-1].predicts or any(model.transformer.table.is_full_rank(layer) for layer in layers)
@@ -35,10 +34,7 @@ def estimate_memory(model: LocalModel, plan: BatchPlan) -> Memory:
 
 
 def _state(model: LocalModel, dp: int) -> dict[str, float]:
-    """What exists with the optimizer on the device, and what it takes to reduce gradients and to update.
-
-    Left out is that betas are fp32 under bf16.
-    """
+    """State with the optimizer on the device, and memory for reduction and update; betas count as bf16."""
     stage, bf16, n, size = model.stage, model.bf16, model.padded(dp), model.element
     bucket, tensor = 4 * model.bucket, max(p.numel for p in model.parameters)
     partial = model.partial_numel if stage >= 2 else 0
@@ -60,14 +56,13 @@ def _state(model: LocalModel, dp: int) -> dict[str, float]:
 
 
 def _offloaded(model: LocalModel, plan: BatchPlan) -> dict[str, float]:
-    """The same with the optimizer on the host: masters, moments and fp32 gradients are there."""
+    """The same with the optimizer, and so fp32 weights, moments and gradients, on the host."""
     stage, bf16, n, size, share = model.stage, model.bf16, model.numel, model.element, model.numel / plan.dp_size
     bucket, tensor = 4 * model.bucket if stage == 1 else 0, size * max(p.numel for p in model.parameters)
     state = _state(model, plan.dp_size) | {"optimizer": 0, "update": 0, "gradients": 0}
     if stage == 3:
         return {**state, "host": 20 * share}
-    # in bf16 gradients accumulate on the device, in fp32 on the host; updated weights and one tensor's gradient pass
-    # through memory of their own
+    # bf16 gradients accumulate on the device, fp32 ones on the host; weights and a gradient are copied through buffers
     on_host = 0 if bf16 or stage == 1 or plan.num_microbatches == 1 else size * share
     gradients = (4 * share if bf16 else 0) + (size * n if stage == 1 else 0)
     host = (16 + size) * share + tensor + on_host
@@ -75,7 +70,7 @@ def _offloaded(model: LocalModel, plan: BatchPlan) -> dict[str, float]:
 
 
 def _kept(model: LocalModel, plan: BatchPlan) -> float:
-    """Activations of all micro-batches in flight, and on the last stage what norm and cross-entropy keep."""
+    """Bytes saved for backward by all micro-batches in flight, norm and cross-entropy included."""
     transformer, last, h = model.transformer, model.chunks[-1], model.config.model.hidden_size
     flight = min(micro_batches_in_flight(transformer, model.pp_rank), plan.num_microbatches)
     width = flight * sum(_kept_width(model, chunk) for chunk in model.chunks)
@@ -84,39 +79,39 @@ def _kept(model: LocalModel, plan: BatchPlan) -> float:
 
 
 def _kept_width(model: LocalModel, chunk: Chunk) -> float:
-    """Elements per local token that one micro-batch leaves in a chunk's layers."""
+    """Elements per local token that one micro-batch saves in the layers of a chunk."""
     transformer, h, last = model.transformer, model.config.model.hidden_size, chunk.layers[-1]
     width = kept_widths(transformer, chunk.layers, chunk.segments)
     if chunk.segments:
         return width
-    # outputs of the previous layer arrive with the micro-batch; o and down of the last layer go on, or are not needed
+    # the previous chunk's outputs are received; o and down of the last layer are sent, or not needed
     chained = transformer.table.has_previous(last) or transformer.table.has_next(last)
     received = 0 if chunk.embeds else sum(boundary_widths(transformer, chunk.layers.start)) - h
     return width + received - (2 * h if chained else 0)
 
 
 def _logits(model: LocalModel, chunk: Chunk) -> float:
-    """Exponentials of the logits in fp32, which the cross-entropy keeps."""
+    """The fp32 exponentials of the logits that the cross-entropy keeps."""
     return model.tokens * model.config.model.vocab_size // model.tp * 4 if chunk.predicts else 0
 
 
 def _transient(model: LocalModel, plan: BatchPlan) -> float:
-    """The most beyond what is kept, over the moments of a backward pass."""
+    """The peak beyond `kept` in a backward pass."""
     most = max(moment for chunk in model.chunks for moment in _moments(model, plan, chunk))
     return most + (zero3_gathers(model)[1] * model.element if model.stage == 3 else 0)
 
 
 def _moments(model: LocalModel, plan: BatchPlan, chunk: Chunk) -> Iterator[float]:
-    """Bytes beyond `kept` when the loss, the output layer's weights and each segment are differentiated."""
+    """Bytes beyond `kept` in the backward of the loss, of the output layer's weights and of each segment."""
     transformer, logits, size = model.transformer, _logits(model, chunk), model.local_tokens * model.element
     first, bucket = model.chunks[0], model.bucket * model.element if model.stage == 2 else 0
     received = 0.0
     if not (first.embeds or plan.num_microbatches == 1 or len(model.chunks) > 1):
-        # under 1F1B what came from the previous stage, and its gradient, outlive their micro-batch
+        # under 1F1B the received tensors and their gradients outlive their micro-batch
         received = sum(boundary_widths(transformer, first.layers.start)) * size
     yield -_missing(model, plan)
     if chunk.predicts and model.bf16:
-        # the gradient beside that of the fp32 logits, which takes the exponentials' place
+        # the bf16 gradient of the logits; the fp32 one replaces the exponentials
         yield logits / 2 + 2 * received - _missing(model, plan)
     if chunk.predicts:
         copies = 6 if model.bf16 and model.stage >= 1 else model.element
@@ -129,14 +124,14 @@ def _moments(model: LocalModel, plan: BatchPlan, chunk: Chunk) -> Iterator[float
         width = kept_widths(transformer, range(chunk.layers.start, segment.stop), rest) - kept + widest
         width += _rebuilt(model, segment, bool(chunk.segments))
         moment = bucket + received - logits - _missing(model, plan, segment.stop)
-        # computing the gradient of the widest output takes in bf16 two fp32 tensors and the residual's result
+        # the gradient of the widest output takes in bf16 two fp32 tensors and the residual's result
         yield moment + (width + widest * (5 if model.bf16 else 2)) * size
         if model.stage >= 2 and sum(p.numel for p in model.parameters if p.layer >= segment.start) >= model.bucket:
             yield moment + width * size + 4 * model.bucket  # the fp32 copy of a full bucket
 
 
 def _missing(model: LocalModel, plan: BatchPlan, layers: float = math.inf) -> float:
-    """Bytes of `gradients` that the only micro-batch has not made yet when `layers` are left."""
+    """Bytes of `gradients` that a single micro-batch has not allocated when `layers` are left."""
     preallocated = model.stage == 3 or (model.stage == 1 and model.bf16) or offloads_optimizer(model.config)
     if plan.num_microbatches > 1 or preallocated:
         return 0.0
@@ -146,7 +141,7 @@ def _missing(model: LocalModel, plan: BatchPlan, layers: float = math.inf) -> fl
 
 
 def _rebuilt(model: LocalModel, segment: range, is_recomputed: bool) -> float:
-    """Elements per local token of the gradients that enter a segment's last layer, and of what is rebuilt of it."""
+    """Elements per local token of the gradients that enter a segment and of what is recomputed of it."""
     transformer, last, after = model.transformer, layer_widths(model.transformer, segment[-1]), segment.stop
     chained = after < transformer.num_layers and transformer.table.has_previous(after)
     entering = layer_widths(transformer, after).start if chained else transformer.hidden_size

@@ -1,8 +1,7 @@
-"""The time of a step by a roofline: products at a share of the peak, all else at memory's and links' speed, no overlap.
+"""The time of a step by a roofline without overlap, and the operations it is based on.
 
-Operations are counted as PyTorch's counter does: a product of [m, k] and [k, n] is 2 m k n; backward does two products
-for each of forward; attention counts without the causal mask, 2 products of s x s forward and 5 backward. The
-assumptions are listed in docs/planning.md.
+Operations are those of PyTorch's counter: 2 m k n for a product of [m, k] and [k, n], twice that in backward; attention
+without the causal mask, 2 products of s x s forward and 5 backward. docs/planning.md lists the assumptions.
 """
 
 from __future__ import annotations
@@ -19,23 +18,22 @@ from megatron_crnet.planning.volume import repeats_outputs
 from megatron_crnet.recompute.planner import layer_widths
 
 ACTIVATION_USES = 4
-"""Each activation is written and read in forward, and so is its gradient in backward."""
+"""Reads and writes of an activation and its gradient."""
 LAUNCHES, LAUNCH_SECONDS = 400, 5e-6
-"""Kernels of a layer in one micro-batch's forward and backward pass, and the host's time for each: assumed."""
+"""Kernels per layer and micro-batch, and the launch time of one: assumed."""
 REBUILT_USES, REBUILT_LAUNCHES = 2, LAUNCHES // 3
-"""What a recomputed layer adds: its activations written and read once more, a forward pass's kernels."""
+"""The same for what a recomputed layer adds."""
 HOST_ADAM_BANDWIDTH = 20e9
-"""Bytes per second of host memory for each GPU when the optimizer is offloaded: assumed."""
+"""Bytes per second of host memory per GPU when the optimizer is offloaded: assumed."""
 
 
 @dataclass(frozen=True)
 class Operations:
-    """Of one rank and step.
+    """Floating-point operations of one rank in a step.
 
     Attributes:
-        passes: forward and backward.
-        recomputation: what backward does again.
-        attention: how much of both is attention.
+        passes: forward and backward without recomputation.
+        attention: share of attention in both.
     """
 
     passes: int
@@ -44,12 +42,12 @@ class Operations:
 
     @property
     def total(self) -> int:
-        """What the hardware does."""
+        """All operations."""
         return self.passes + self.recomputation
 
 
 def estimate_operations(model: LocalModel, plan: BatchPlan) -> Operations:
-    """The step of a rank of this stage."""
+    """Operations of a rank of this stage."""
     attention = 4 * model.tokens * plan.seq_length * model.config.model.hidden_size // model.tp
     passes = again = attended = 0
     for chunk in model.chunks:
@@ -67,20 +65,20 @@ def estimate_operations(model: LocalModel, plan: BatchPlan) -> Operations:
 
 
 def _layer_products(model: LocalModel, layer: int) -> tuple[int, int]:
-    """Forward operations for a micro-batch: products with A or full-rank weights, and products with B."""
+    """Forward operations per micro-batch: products with A or full-rank weights, and with B."""
     tokens, local, t = model.tokens, model.local_tokens, model.tp
     table = model.transformer.table
     shapes, ranks, rows = table.shapes, table.ranks[layer], table.architecture.rows
     if table.is_full_rank(layer):
         return sum(2 * tokens * h_in * h_out // t for h_in, h_out in shapes.values()), 0
-    # what is not split over its width is split over the sequence, or done by every rank
+    # split over the width, else over the sequence if that is sharded
     inputs = sum(2 * ranks[p] * (tokens * (n // t) if p in rows else local * n) for p, (n, _) in shapes.items())
     outputs = sum(2 * ranks[p] * (local * n if p in rows else tokens * (n // t)) for p, (_, n) in shapes.items())
     return inputs, outputs
 
 
 def _repeats(model: LocalModel, chunk: Chunk, layer: int) -> tuple[tuple[bool, bool], bool]:
-    """Whether backward repeats products with A or full-rank weights, products with B, and attention."""
+    """Whether backward repeats products with A or full-rank weights, with B, and attention."""
     if not chunk.segments:
         return (False, False), False
     if model.transformer.strategy.repeats_layers:
@@ -94,11 +92,11 @@ class StepTime:
     """Seconds of one step; the parts follow one another.
 
     Attributes:
-        matmul: matrix products and attention of the slowest stage.
-        elementwise: its norms, activations and residuals, by memory bandwidth.
-        launches: what the device waits because the host cannot start so many small kernels faster.
+        matmul: matrix products and attention.
+        elementwise: norms, activations and residuals, by memory bandwidth.
+        launches: time that kernel launches take beyond matmul and elementwise.
         tensor_parallel, pipeline, data_parallel: communication.
-        bubble: waiting for other stages at both ends of the schedule.
+        bubble: idle time of the pipeline schedule.
         update: the optimizer.
     """
 
@@ -113,7 +111,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """The step."""
+        """Seconds of the step."""
         return sum(dataclasses.astuple(self))
 
 
@@ -126,12 +124,8 @@ def estimate_time(
     volumes: list[CommVolume],
     crossings: dict[str, float],
 ) -> StepTime:
-    """The step of a rank of this stage.
-
-    Args:
-        crossings: of each kind of group, the share of its bytes that leaves a node.
-    """
-    # kernels on GPUs skip the masked half of attention, which the counter counts
+    """The time of a step on a rank of this stage; `crossings` as in `node_crossings`."""
+    # kernels on GPUs skip the masked half of attention
     useful = operations.total - operations.attention / 2
     matmul = useful / (machine.peak(model.config.training.dtype) * machine.product_efficiency)
     elementwise = plan.num_microbatches * _activation_bytes(model) / machine.memory_bandwidth
@@ -154,14 +148,14 @@ def estimate_time(
 
 
 def _transfer_time(volume: CommVolume, machine: Machine, crossing: float) -> float:
-    """What leaves a node is spread over the network ports of the group's ranks there, but for messages."""
+    """Traffic between nodes uses the ports of all ranks of the group on a node; a message that of its rank."""
     share = math.ceil(crossing) if volume.kind == "send" else crossing
     slowest = max(1 / machine.node_bandwidth, share / machine.network_bandwidth)
     return volume.wire_bytes * slowest / machine.link_efficiency
 
 
 def _activation_bytes(model: LocalModel) -> float:
-    """What a micro-batch writes and reads, whether or not it is kept."""
+    """Bytes of activations that a micro-batch reads and writes."""
     uses = [(layer, ACTIVATION_USES) for chunk in model.chunks for layer in chunk.layers]
     uses += [(n, REBUILT_USES) for chunk in model.chunks for segment in chunk.segments for n in segment]
     layers = sum(times * layer_widths(model.transformer, layer).activations for layer, times in uses)
@@ -170,9 +164,9 @@ def _activation_bytes(model: LocalModel) -> float:
 
 
 def _update_time(model: LocalModel, memory: Memory, plan: BatchPlan, machine: Machine) -> float:
-    """Moments, masters and gradients are read, and all but the gradients written."""
+    """fp32 weights, moments and gradients are read; weights and moments are written."""
     if memory.host:
-        # gradients down, weights up; masters, moments and gradients read in the host's memory, all but the last written
+        # gradients and weights are copied; the state is read and written in the host's memory
         share = model.numel / plan.dp_size
         return share * (6 / (machine.host_bandwidth * machine.link_efficiency) + 28 / HOST_ADAM_BANDWIDTH)
     return (2 * memory.optimizer + memory.optimizer / 3 + memory.weights) / machine.memory_bandwidth

@@ -1,7 +1,6 @@
-"""Which layout is fastest on N GPUs among those that fit, by the estimate.
+"""Searches the fastest layout on N GPUs among those that fit, by the estimate.
 
-A candidate is a configuration: the rules of `config/schema.py` and `config/batch.py` say which are allowed,
-`estimate.py` says what each needs and how long a step takes.
+Every candidate is a configuration, checked by the rules of `config/` and rated by `estimate.py`.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from megatron_crnet.planning.machines import GIB, Machine
 from megatron_crnet.utils.errors import ConfigError
 
 RESERVE = 0.1
-"""Share of device memory left for what the estimate does not see: the CUDA context, NCCL, fragmentation."""
+"""Share of device memory reserved for the CUDA context, NCCL and fragmentation."""
 
 EQUAL = 0.9995
-"""Share of the first plan's tokens/s above which another is as fast in words."""
+"""Share of the best tokens/s above which a plan is reported as equally fast."""
 
 RECOMPUTATION: dict[str, dict[str, Any]] = {
     "none": {"strategy": "none", "keep_attention_output": False, "inverse_tolerance": None},
@@ -34,7 +33,7 @@ RECOMPUTATION: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Choice:
-    """What the search decides; the field names are for reports."""
+    """A candidate layout; reports use the names of the fields."""
 
     tp: int
     pp: int
@@ -47,7 +46,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """A choice that is allowed, its configuration and its estimate."""
+    """An allowed choice with its configuration and estimate."""
 
     choice: Choice
     config: Config
@@ -56,14 +55,14 @@ class Plan:
 
 @dataclass
 class Search:
-    """What a search has found so far.
+    """The state of a search.
 
     Attributes:
-        fitting: plans that fit, in the order in which they were tried; `ranked` puts the fastest first.
-        tried: candidates looked at; `total` of all.
-        refused: not allowed by the configuration's rules; `refusal` is the first one's message, that of the simplest.
-        too_large: allowed, but above the memory.
-        least: the allowed one with the lowest peak.
+        total: number of candidates, of which `tried` have been rated.
+        refused: candidates that the configuration's rules refuse; `refusal` is the first message.
+        too_large: candidates that exceed the memory.
+        fitting: plans that fit, in the order of candidates.
+        least: the allowed plan with the lowest peak.
     """
 
     total: int = 0
@@ -76,21 +75,21 @@ class Search:
     stopped: bool = False
 
     def ranked(self) -> list[Plan]:
-        """The fastest first; of equally fast ones that with the lowest peak."""
+        """Plans that fit, by tokens per second, then by peak memory."""
         return sorted(self.fitting, key=lambda plan: (-plan.estimate.tokens_per_second, plan.estimate.peak))
 
 
 def choices(config: Config, gpus: int, gpus_per_node: int) -> list[Choice]:
-    """Every combination that could make sense, allowed or not."""
+    """Every combination to try, allowed or not."""
     layers, batch = config.model.num_layers, config.training.global_batch_size
     found: list[Choice] = []
     for tp in (tp for tp in _powers(gpus_per_node) if gpus % tp == 0):
         for pp in (pp for pp in range(1, min(layers, gpus // tp) + 1) if gpus // tp % pp == 0):
             dp = gpus // tp // pp
-            # where no size divides the batch, a rule is to say so
+            # if none divides the batch, the rules refuse 1 with a message
             micro = [size for size in _powers(max(batch // dp, 1)) if batch % (size * dp) == 0] or [1]
             vpps = [vpp for vpp in (1, 2, 4) if vpp == 1 or pp > 1]
-            # stage 0 sums bf16 gradients in bf16: another run, not another layout (docs/parallelism.md)
+            # stage 0 sums bf16 gradients in bf16, which changes the results (docs/parallelism.md)
             least = 1 if config.training.bf16 else 0
             zeros = [zero for zero in (0, 1, 2, 3) if zero >= least and (zero < 2 or pp == 1)]
             offloads = (False, True) if tp == pp == 1 else (False,)
@@ -105,9 +104,9 @@ def _powers(limit: int) -> list[int]:
 
 
 def uneven_stages(layers: int, pp: int, vpp: int) -> tuple[int | None, int | None]:
-    """Layers of the first and the last stage where `pp` does not divide `layers`; None where all have the same.
+    """Layers of the first and the last stage if `pp` does not divide `layers`, else None.
 
-    The ends have the embedding and the loss besides, so where they cannot have the same they have fewer.
+    They have fewer than the others, because they also hold the embedding and the loss.
     """
     if pp == 1 or vpp > 1 or layers % pp == 0 or layers < pp:
         return None, None
@@ -121,10 +120,10 @@ def uneven_stages(layers: int, pp: int, vpp: int) -> tuple[int | None, int | Non
 
 
 def configure(config: Config, choice: Choice) -> Config:
-    """The configuration of a choice; everything it does not decide stays.
+    """The configuration of a choice; other fields stay.
 
     Raises:
-        ConfigError: the rules do not allow it.
+        ConfigError: the rules refuse it.
     """
     deepspeed = dict(config.deepspeed)
     zero = keys_for_stage(deepspeed.get("zero_optimization", {}), choice.zero)
@@ -132,7 +131,7 @@ def configure(config: Config, choice: Choice) -> Config:
     if choice.offload:
         zero["offload_optimizer"] = given if given and given.get("device") == "cpu" else {"device": "cpu"}
     if choice.recompute == "none":
-        deepspeed.pop("activation_checkpointing", None)  # of what is kept for recomputation
+        deepspeed.pop("activation_checkpointing", None)
     first, last = uneven_stages(config.model.num_layers, choice.pp, choice.vpp)
     return dataclasses.replace(
         config,
@@ -158,10 +157,10 @@ def search(
     gpus_per_node: int,
     progress: Callable[[list[Choice]], Any] = iter,
 ) -> Search:
-    """Try every choice; Ctrl-C ends the search with what was found so far.
+    """Rate every candidate; Ctrl-C ends the search early.
 
     Args:
-        progress: wraps the list of choices and shows how far the search is.
+        progress: wraps the list of candidates, such as tqdm.
     """
     candidates = choices(config, gpus, gpus_per_node)
     found = Search(total=len(candidates))
@@ -188,7 +187,7 @@ def search(
 
 
 def explain(found: Search) -> list[str]:
-    """Why the first plan is the first: for each thing that was decided, what the best plan with another value gives."""
+    """For each field of the best choice, how the best plan with another value compares."""
     best, *others = found.ranked()
     speed = best.estimate.tokens_per_second
     lines = []
@@ -210,15 +209,15 @@ def explain(found: Search) -> list[str]:
 
 
 def _slower_by(best: Plan, rival: Plan) -> str:
-    """The part of the step that costs the rival most, and the one that saves it most, if that counts."""
+    """The part of the step that costs the rival most and, if relevant, the one that saves it most."""
     assert best.estimate.time is not None
     assert rival.estimate.time is not None
     mine, theirs = dataclasses.asdict(best.estimate.time), dataclasses.asdict(rival.estimate.time)
     more = {name.replace("_", " "): theirs[name] - mine[name] for name in mine}
     cost, saving = max(more, key=lambda name: more[name]), min(more, key=lambda name: more[name])
     if more[cost] <= 1.05 * sum(more.values()):
-        return f", most of it by {cost}: {_seconds(more[cost])} more a step"
-    return f": {_seconds(more[cost])} more a step by {cost}, {_seconds(-more[saving])} less by {saving}"
+        return f", most of it by {cost}: {_seconds(more[cost])} more per step"
+    return f": {_seconds(more[cost])} more per step by {cost}, {_seconds(-more[saving])} less by {saving}"
 
 
 def _seconds(value: float) -> str:

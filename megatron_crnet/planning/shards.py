@@ -1,4 +1,4 @@
-"""Which layers and parameters one rank holds, from the configuration alone: what `model/gpt.py` builds."""
+"""Layers and parameters of one rank, as `model/gpt.py` builds them, from the configuration alone."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Chunk:
 
     Attributes:
         layers: numbers from 0 over the whole model.
-        embeds: holds the embedding.
-        predicts: holds the final norm, the output layer and the loss.
+        embeds: has the embedding.
+        predicts: has the final norm, the output layer and the loss.
         segments: layers that are recomputed together; empty without recomputation.
     """
 
@@ -36,18 +36,18 @@ class Chunk:
     segments: list[range]
 
     def keeps_outputs(self, transformer: CRNetTransformerConfig, layer: int) -> bool:
-        """Whether a recomputed layer's outputs are kept, because the next segment starts with them."""
+        """Whether a recomputed layer's outputs are kept as the start of the next segment."""
         return transformer.table.has_next(layer) and any(layer == segment[-1] for segment in self.segments[:-1])
 
 
 @dataclass(frozen=True)
 class LocalParameter:
-    """One parameter tensor of a rank.
+    """A parameter tensor of a rank.
 
     Attributes:
-        layer: -1 for the embedding, the number of layers for final norm and output layer.
+        layer: -1 for the embedding, num_layers for final norm and output layer.
         numel: elements on this rank.
-        kind: matrix, norm or beta, which have parameter groups of their own under bf16.
+        kind: matrix, norm or beta, which are separate parameter groups in bf16.
         is_partial: its gradient is a partial sum over tensor-parallel ranks.
     """
 
@@ -59,13 +59,13 @@ class LocalParameter:
 
 @dataclass(frozen=True)
 class LocalModel:
-    """The shard of every rank of pipeline stage `pp_rank`; tensor-parallel ranks are alike.
+    """The model of every rank of pipeline stage `pp_rank`.
 
     Attributes:
-        tp, pp: sizes of tensor and pipeline parallelism.
-        stage: of ZeRO.
+        tp, pp: tensor- and pipeline-parallel sizes.
+        stage: ZeRO stage.
         element: bytes of a weight and of an activation.
-        tokens: of one micro-batch; `local_tokens` are this rank's under sequence parallelism.
+        tokens: per micro-batch; `local_tokens` are those of this rank under sequence parallelism.
     """
 
     config: Config
@@ -91,7 +91,7 @@ class LocalModel:
         return sum(p.numel for p in self.parameters)
 
     def padded(self, dp_size: int) -> int:
-        """All, with what DeepSpeed adds to cut them evenly over replicas: groups, at ZeRO-3 single tensors."""
+        """Elements with DeepSpeed's padding for even shards of groups, or of tensors at ZeRO-3."""
         if self.stage == 0:
             return self.numel
         if self.stage == 3:
@@ -103,7 +103,7 @@ class LocalModel:
 
     @cached_property
     def partial_numel(self) -> int:
-        """Those whose gradients are partial sums over tensor-parallel ranks."""
+        """Elements whose gradients are partial sums over tensor-parallel ranks."""
         return sum(p.numel for p in self.parameters if p.is_partial)
 
     @cached_property
@@ -135,7 +135,7 @@ def _chunks(transformer: CRNetTransformerConfig, pp_rank: int) -> list[Chunk]:
         layers = range(first, first + get_num_layers_to_build(transformer, stage, pp_rank))
         segments = initial_segments(transformer, layers, pp_rank)
         if transformer.strategy.inverts:
-            # without the checkpoints that its guard may add: values decide that
+            # without the checkpoints that depend on values
             even = {layer: torch.ones(len(transformer.table.shapes)) for layer in layers}
             segments, _ = plan_inverse_segments(transformer, layers, even, even)
         embeds, predicts = pp_rank == chunk == 0, pp_rank == pp - 1 and chunk == (vpp or 1) - 1
@@ -170,5 +170,5 @@ def _group(transformer: CRNetTransformerConfig, layer: int, group: Group) -> Ite
     for (width, rank), same in groupby(zip(widths, ranks, strict=True)):
         yield len(list(same)) * rank * (width if is_row else width // t), sp and is_row, "matrix"
     if table.has_previous(layer):
-        # a column group's beta sees only a shard of its outputs even without sequence parallelism
+        # outputs of a column group are sharded even without sequence parallelism
         yield len(positions), t > 1 and (sp or not is_row), "beta"

@@ -1,8 +1,7 @@
-"""One rank of a large world in one process: the real model, schedule and optimizer on tensors without memory.
+"""Simulates one rank of a world in one process: the real model, schedule and optimizer on fake tensors.
 
-PyTorch's `FakeTensorMode` gives tensors shapes and no values, its "fake" process group answers every collective call
-at once. What is simulated is therefore shapes, lifetimes and calls. Values do not exist; where the code asks for one
-on the host (a loss, a norm, whether a gradient is finite) it is told 1, or 0 for integers and flags.
+PyTorch's `FakeTensorMode` tracks shapes without values, and its "fake" process group completes every collective at
+once, so shapes, lifetimes and calls are real. A value read on the host (a loss, a norm) is 1, an integer or flag 0.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def simulate(config: Config, world_size: int, rank: int, passed: Progress = lamb
 
 
 def check_simulation(config: Config, world_size: int, rank: int) -> None:
-    """Refuse what would be simulated wrongly."""
+    """Raise ConfigError for what cannot be simulated correctly."""
     require(
         1 <= world_size <= LARGEST_WORLD,
         f"--world-size is {world_size}, but worlds of 1 to {LARGEST_WORLD} ranks are simulated: give one of them",
@@ -74,12 +73,12 @@ def check_simulation(config: Config, world_size: int, rank: int) -> None:
 
 @contextmanager
 def _without_memory() -> Iterator[None]:
-    """Fake tensors, three places where libraries insist on more than shapes, and the variable that a launcher sets."""
+    """Fake tensors, and patches where libraries need more than shapes."""
     coordinator = importlib.import_module("deepspeed.runtime.zero.partitioned_param_coordinator")
     with (
-        # the model is where it belongs already, but PyTorch refuses to move a fake parameter that a counter watches
+        # PyTorch refuses to move a fake parameter under a counter; the model is on its device already
         patch.object(nn.Module, "to", lambda module, *_, **__: module),
-        # ZeRO-3 compares the order of its parameters with rank 0's, once; here no other rank exists
+        # ZeRO-3 compares the order of its parameters with rank 0
         patch.object(coordinator, "assert_ints_same_as_other_ranks", lambda _: None),
         patch.dict(os.environ, {"LOCAL_RANK": "0"}),
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -90,7 +89,7 @@ def _without_memory() -> Iterator[None]:
 
 
 class _Scalars(TorchDispatchMode):
-    """Answers for single values, and for the device, which is asked for as often as anything is computed."""
+    """Answers reads of scalars, and quickly those of devices."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:
@@ -101,7 +100,7 @@ class _Scalars(TorchDispatchMode):
 
 
 class _Lists(TorchFunctionMode):
-    """Answers for lists of values, which PyTorch reads without an operation."""
+    """Answers `tolist`, which is not an operation."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.tolist:

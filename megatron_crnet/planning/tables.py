@@ -1,4 +1,4 @@
-"""What `--dry-run`, `estimate`, `simulate` and `plan` print: tables, the verdict, and values for JSON."""
+"""Output of `--dry-run`, `estimate`, `simulate` and `plan`: tables, the verdict, and values for JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_crnet.utils.progress import format_duration
 
 
 def memory_table(columns: dict[str, Memory]) -> list[str]:
-    """Parts as rows, one column per rank or way of counting; GiB."""
+    """Parts of memory as rows in GiB, with a column per rank or method."""
     names = [field.name for field in dataclasses.fields(Memory)]
     rows = [(name, [getattr(memory, name) for memory in columns.values()]) for name in names]
     rows = [(name, values) for name, values in rows if name != "host" or any(values)]
@@ -29,7 +29,7 @@ def memory_table(columns: dict[str, Memory]) -> list[str]:
 
 
 def volume_rows(volumes: list[CommVolume], crossings: dict[str, float] | None = None) -> list[str]:
-    """A line per kind and group; the links where `crossings` tells them."""
+    """A line per kind and group, with the share between nodes if `crossings` are given."""
     rows = []
     for volume in volumes:
         share = crossings[volume.group] if crossings else None
@@ -40,7 +40,7 @@ def volume_rows(volumes: list[CommVolume], crossings: dict[str, float] | None = 
 
 
 def verdict(found: Estimate, machine: Machine, train_steps: int) -> str:
-    """In one line whether it fits, how fast it is, and how long the whole run takes."""
+    """One line: whether it fits, tokens per second, time of the whole run."""
     assert found.time is not None
     there = machine.memory_bytes
     room = f"{'fits' if found.peak <= there else 'DOES NOT FIT'}: {found.peak / GIB:,.1f} of {there / GIB:,.1f} GiB"
@@ -52,7 +52,7 @@ def verdict(found: Estimate, machine: Machine, train_steps: int) -> str:
 
 
 def estimate_tables(found: Estimate, machine: Machine | None) -> list[str]:
-    """The estimate of the first, the fullest and the last stage, and of the time on a machine."""
+    """Memory of the first, the fullest and the last stage, operations, volume, and time on a machine."""
     stage, operations = found.stages[found.fullest], found.stages[found.fullest].operations
     shown = sorted({0, found.fullest, len(found.stages) - 1})
     lines = [
@@ -77,7 +77,7 @@ def estimate_tables(found: Estimate, machine: Machine | None) -> list[str]:
 
 
 def as_values(found: Estimate, machine: Machine) -> dict[str, Any]:
-    """Everything as JSON knows it; bytes, operations, seconds."""
+    """The estimate for JSON, in bytes, operations and seconds."""
     assert found.time is not None
     stages = [dataclasses.asdict(stage) for stage in found.stages]
     for values, stage in zip(stages, found.stages, strict=True):

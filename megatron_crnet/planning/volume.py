@@ -1,8 +1,7 @@
-"""Bytes that one rank sends and receives in a step, by kind of call and group of ranks, to 10%.
+"""Communication volume of one rank in a step by kind of call and group, to 10%.
 
-Volumes as in `planning/counters.py`: an all-gather's output, a reduce-scatter's input, an all-reduce as both. Derived
-from the code that calls: `model/linear.py`, `model/lowrank.py`, Megatron-Core's parallel layers, DeepSpeed's
-optimizers. Left out are the few numbers of loss, norm and overflow checks.
+Conventions as in `planning/counters.py`. Derived from `model/linear.py`, `model/lowrank.py`, Megatron-Core's parallel
+layers and DeepSpeed's optimizers; scalars (loss, norm, overflow) are left out.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ from megatron_crnet.planning.profile import DATA, PIPELINE, TENSOR, CommVolume
 from megatron_crnet.planning.shards import Chunk, LocalModel, LocalParameter
 
 CROSS_ENTROPY = 3 * 4
-"""Bytes per token that the cross-entropy all-reduces: maximum, target's logit and sum of exponentials."""
+"""Bytes per token that cross-entropy all-reduces: maximum, target's logit, sum of exponentials."""
 
 
 def estimate_volumes(model: LocalModel, plan: BatchPlan) -> list[CommVolume]:
-    """What a rank of this stage sends in a step."""
+    """The volumes of a rank of this stage."""
     found, count = defaultdict[tuple[str, str], float](float), plan.num_microbatches
     if model.tp > 1:
         for chunk in model.chunks:
             for kind, width in _tensor_parallel(model, chunk):
                 factor = 2 if kind == "all_reduce" else 1
                 found[TENSOR, kind] += factor * count * model.tokens * width * model.element
-        shares = plan.dp_size if model.stage >= 2 else 1  # replicas have cut gradients already
+        shares = plan.dp_size if model.stage >= 2 else 1  # gradients are sharded over replicas already
         found[TENSOR, "all_reduce"] += 2 * model.partial_numel * _sum_size(model) / shares
     if model.pp > 1:
         found[PIPELINE, "send"] = count * model.local_tokens * model.element * _boundaries(model)
@@ -41,12 +40,12 @@ def estimate_volumes(model: LocalModel, plan: BatchPlan) -> list[CommVolume]:
 
 
 def _tensor_parallel(model: LocalModel, chunk: Chunk) -> Iterator[tuple[str, float]]:
-    """Kinds and widths, in elements per token of a micro-batch."""
+    """Kinds of calls and their elements per token."""
     h, transformer = model.config.model.hidden_size, model.transformer
     sp, full = transformer.sequence_parallel, transformer.strategy.repeats_layers and bool(chunk.segments)
     for layer in chunk.layers:
         if transformer.table.is_full_rank(layer):
-            # a column layer gathers its input in forward and again for the gradient of its weights
+            # a column layer gathers its input in forward and for the weights' gradient
             times = 2 if full or repeats_outputs(model, chunk, layer) else 1
             gathered, reduced = (times + 2) * 2 * h, (times + 1) * 2 * h
         else:
@@ -63,20 +62,20 @@ def _tensor_parallel(model: LocalModel, chunk: Chunk) -> Iterator[tuple[str, flo
 
 
 def repeats_outputs(model: LocalModel, chunk: Chunk, layer: int) -> bool:
-    """Whether `replay` or `inverse` repeats the products that make a layer's outputs."""
+    """Whether `replay` or `inverse` repeats the products that compute a layer's outputs."""
     segment = next((segment for segment in chunk.segments if layer in segment), None)
     if segment is not None and model.transformer.strategy.inverts and len(segment) > 1:
-        return layer != segment[0]  # its products with B lead from every layer but the first to the previous one
+        return layer != segment[0]  # only the first layer of a segment has its outputs
     return segment is not None and not chunk.keeps_outputs(model.transformer, layer)
 
 
 def _sum_size(model: LocalModel) -> int:
-    """Bytes of an element of gradients that are summed over ranks."""
+    """Bytes of a gradient element when it is reduced."""
     return 2 if model.bf16 and model.stage == 0 else 4
 
 
 def _boundaries(model: LocalModel) -> int:
-    """Elements per local token: outputs forward from a chunk's end, their gradient from the beginning of the next."""
+    """Elements per local token: outputs sent from a chunk's end, gradients from its start."""
     edges = [chunk.layers.stop for chunk in model.chunks if not chunk.predicts]
     edges += [chunk.layers.start for chunk in model.chunks if not chunk.embeds]
     width = interleaved_width(model.transformer)
@@ -91,27 +90,27 @@ def _data_parallel(model: LocalModel, plan: BatchPlan) -> dict[str, float]:
             "reduce_scatter": count * 4 * padded,
             "all_gather": (persistent(model) + count * gathered) * model.element,
         }
-    summed = padded if model.stage == 1 and model.bf16 else model.numel  # flat buffers with their padding
+    summed = padded if model.stage == 1 and model.bf16 else model.numel  # flat buffers are padded
     reduced: dict[str, float] = {"all_reduce": 2 * summed * _sum_size(model) * (count if model.stage == 2 else 1)}
     return {**reduced, "all_gather": padded * model.element} if model.stage else reduced
 
 
 def persistent(model: LocalModel) -> int:
-    """Elements of the tensors that ZeRO-3 keeps whole and gathers once per step."""
+    """Elements of the tensors that ZeRO-3 does not partition, gathered once per step."""
     return model.numel - sum(p.numel for p in partitioned(model))
 
 
 def partitioned(model: LocalModel) -> list[LocalParameter]:
-    """The tensors that ZeRO-3 cuts over replicas between their uses."""
+    """The tensors that ZeRO-3 partitions between uses."""
     largest = zero_option(model.config, "stage3_param_persistence_threshold", 100_000)
     return [p for p in model.parameters if p.numel > largest]
 
 
 def zero3_gathers(model: LocalModel) -> tuple[int, int]:
-    """Elements of weights that ZeRO-3 gathers in a micro-batch, and how many are whole at most, persistent ones aside.
+    """Elements that ZeRO-3 gathers per micro-batch, and the most that are gathered at once, without persistent ones.
 
-    DeepSpeed gathers ahead in the order of uses until the limit is whole, and keeps what it uses again within the reuse
-    distance.
+    DeepSpeed prefetches in the order of uses up to `max_live_parameters`, and keeps what is used again within
+    `max_reuse_distance`.
     """
     ahead = zero_option(model.config, "stage3_prefetch_bucket_size", 50_000_000)
     limit = zero_option(model.config, "stage3_max_live_parameters", 1_000_000_000) if ahead else 0
@@ -137,7 +136,7 @@ def zero3_gathers(model: LocalModel) -> tuple[int, int]:
 
 
 def _uses(model: LocalModel, chunk: Chunk) -> Iterator[int]:
-    """Numbers of the partitioned tensors in the order in which a micro-batch uses them, forward and backward."""
+    """Indices of the partitioned tensors in the order of their uses, forward and backward."""
     transformer, layers = model.transformer, [p.layer for p in partitioned(model)]
     strategy = transformer.strategy if chunk.segments else STRATEGIES["none"]
     yield from range(len(layers))
@@ -149,7 +148,7 @@ def _uses(model: LocalModel, chunk: Chunk) -> Iterator[int]:
         if strategy.repeats_layers:
             yield from own
         if strategy.saves_z and not strategy.inverts:
-            yield from (k for k in own if layers[k] in repeated & low)  # rebuilds outputs by B
+            yield from (k for k in own if layers[k] in repeated & low)  # recomputes outputs by B
         for layer in reversed(segment):
             mine = [k for k in own if layers[k] == layer]
             if strategy.saves_z and layer in repeated | low:

@@ -239,7 +239,7 @@ IMPOSSIBLE = {
     "bf16 without ZeRO under tensor parallelism": (Layout(tp=2, dtype="bf16"), "use stage 1"),
     "bf16 without ZeRO under a pipeline": (Layout(pp=2, dtype="bf16"), "use stage 1"),
     "virtual stages without a pipeline": (Layout(vpp=2), "pipeline_model_parallel_size above 1"),
-    "sequence parallelism alone": (Layout(sp=True), "nobody to share"),
+    "sequence parallelism alone": (Layout(sp=True), "has no sequence to shard"),
     "fewer key-value groups than ranks": (Layout(tp=4, model={"num_query_groups": 2}), "model.num_query_groups 2"),
     "layers that do not divide": (Layout(pp=2, model={"num_layers": 5}), "model.num_layers 5 leaves 5 layers"),
     "layers over virtual stages": (Layout(pp=2, vpp=4), "model.num_layers 4"),

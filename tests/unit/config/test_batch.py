@@ -38,7 +38,7 @@ def test_a_world_that_does_not_divide_is_refused() -> None:
 def test_virtual_stages_need_micro_batches_in_multiples_of_the_stages() -> None:
     parallel = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
     config = tiny_config(parallel=parallel, training={"global_batch_size": 6})
-    with pytest.raises(ConfigError, match="3 micro-batches a step do not divide"):
+    with pytest.raises(ConfigError, match="3 micro-batches per step do not divide"):
         plan_batches(config, world_size=2)
 
 

@@ -124,7 +124,7 @@ def test_every_number_has_a_range(section: str, name: str, kind: Any) -> None:
         ("model.num_layers=1000000", "must be an integer from 1 to 1000"),
         ("logging.output_dir=" + "x" * 300, "each of its parts at most 255"),
         ("checkpoint.dir=" + "x/" * 2100, "a path has at most 4095 bytes"),
-        ("logging.output_dir=a\0b", "holds no NUL character"),
+        ("logging.output_dir=a\0b", "must not contain a NUL character"),
         ("training.seed=4294967296", "must be an integer from 0 to 4294967295"),
         ("training.seed=-1", "must be an integer from 0 to 4294967295"),
         ("optimizer.adam_eps=.inf", "optimizer.adam_eps is .inf, but must be a finite number above 0 and up to 1"),

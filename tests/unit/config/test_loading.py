@@ -66,7 +66,7 @@ def test_mistakes_on_the_command_line_name_value_and_remedy(file: Path, options:
         ("model: {hidden: 3}", "unknown key model.hidden: did you mean hidden_size"),
         ("trainning: {seed: 3}", "unknown section 'trainning': did you mean training"),
         ("model: 3", "section model is 3, but must be a mapping"),
-        ("- 3", "holds no mapping"),
+        ("- 3", "is not a mapping"),
         ("model: {rank: [1", "is not valid YAML"),
     ],
 )
@@ -264,7 +264,7 @@ def test_deepspeeds_own_file_is_read(tmp_path: Path, options: list[str]) -> None
     ("text", "message"),
     [
         ('{"zero_optimization": {"stage": 1, "stage": 2}}', "has the key stage twice"),
-        ("[1]", "holds no mapping"),
+        ("[1]", "is not a mapping"),
         ("{", "is not valid JSON"),
         ("[" * 10**5, "is not valid JSON"),
         (None, "cannot be read"),

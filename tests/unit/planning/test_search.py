@@ -202,11 +202,11 @@ def _with(plan: Plan, micro_batch: int, gib: int, **seconds: float) -> Plan:
     ("gib", "seconds", "words"),
     [
         (3, {}, "(2) is as fast and needs 3.0 GiB more"),
-        (0, {"launches": 1.5}, "(2) reaches 66.7% of its tokens/s, most of it by launches: 0.500 s more a step"),
+        (0, {"launches": 1.5}, "(2) reaches 66.7% of its tokens/s, most of it by launches: 0.500 s more per step"),
         (
             0,
             {"launches": 1.05, "bubble": 0.96},
-            "(2) reaches 99.5% of its tokens/s: 50 ms more a step by launches, 40 ms less by bubble",
+            "(2) reaches 99.5% of its tokens/s: 50 ms more per step by launches, 40 ms less by bubble",
         ),
     ],
 )
