@@ -1,4 +1,4 @@
-"""What a run writes beside its checkpoints: metrics.jsonl, TensorBoard, Weights & Biases, run.json and loss.png."""
+"""A run's files beside its checkpoints: metrics.jsonl, TensorBoard, Weights & Biases, run.json and loss.png."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import resource
 import secrets
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from netrc import NetrcParseError, netrc
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import urlsplit
 
@@ -64,7 +63,7 @@ def check_sinks(config: Config) -> None:
 
 
 def _has_wandb_key() -> bool:
-    """Whether W&B needs no key, or finds one where its documentation says that it looks."""
+    """Whether W&B needs no key, or finds one in the places that its documentation names."""
     if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
         return True
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
@@ -78,13 +77,13 @@ def _has_wandb_key() -> bool:
     return False
 
 
-class MetricsWriter:
+class MetricsWriter(AbstractContextManager["MetricsWriter"]):
     """Writes every metric to every sink; on ranks other than the main one it writes nothing.
 
     Args:
-        start_step: step that the run continues from; later lines of an earlier run are dropped. A file none of whose
-            steps would stay is kept under another name.
-        wandb_id: by which Weights & Biases knows the run; None for a new one.
+        start_step: step that the run continues from; later lines of an earlier run are dropped. At 0 an earlier file
+            is kept under another name.
+        wandb_id: the run's id at Weights & Biases; None for a new one.
     """
 
     def __init__(self, config: Config, is_main: bool, start_step: int = 0, wandb_id: str | None = None) -> None:
@@ -96,14 +95,17 @@ class MetricsWriter:
             return
         folder = Path(config.logging.output_dir)
         path = folder / "metrics.jsonl"
-        _keep_earlier(path) if start_step == 0 else _drop_lines_after(path, start_step)
+        if start_step:
+            _drop_lines_after(path, start_step)
+        elif path.exists() and path.stat().st_size:
+            path.rename(unused_name(path.with_name("metrics.earlier.jsonl")))
         self._file = path.open("a")
-        with self._keeping_on("tensorboard"):
+        with self._warning_once("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=start_step + 1)
         if project := config.logging.wandb_project:
-            with self._keeping_on("wandb"):
+            with self._warning_once("wandb"):
                 import wandb
 
                 self._wandb = wandb.init(
@@ -114,20 +116,20 @@ class MetricsWriter:
         """One line of metrics.jsonl and one point of every curve."""
         if self._file is None:
             return
-        with self._keeping_on("metrics.jsonl"):
+        with self._warning_once("metrics.jsonl"):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
-            self._file.flush()  # what a full disk does not take now stays in the buffer for the next line
+            self._file.flush()  # on a full disk the line stays in the buffer
         if self._tensorboard is not None:
-            with self._keeping_on("tensorboard"):
+            with self._warning_once("tensorboard"):
                 for name, value in values.items():
                     self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
-            with self._keeping_on("wandb"):
+            with self._warning_once("wandb"):
                 self._wandb.log(values, step=step)
 
     @contextmanager
-    def _keeping_on(self, sink: str) -> Iterator[None]:
-        """Whatever goes wrong, it must not end the training whose state is in memory: warn, once for each sink."""
+    def _warning_once(self, sink: str) -> Iterator[None]:
+        """Turn an error into a warning, one per sink: it must not end the training."""
         try:
             yield
         except Exception as error:
@@ -141,26 +143,21 @@ class MetricsWriter:
         """Flush and close every sink."""
         for name, sink in (("metrics.jsonl", self._file), ("tensorboard", self._tensorboard)):
             if sink is not None:
-                with self._keeping_on(name):
+                with self._warning_once(name):
                     sink.close()
         if self._wandb is not None:
-            with self._keeping_on("wandb"):
+            with self._warning_once("wandb"):
                 self._wandb.finish()
 
-    def __enter__(self) -> MetricsWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 def open_metrics(preflight: Preflight, loaded_from: dict[str, Any] | None, step: int) -> MetricsWriter:
-    """The first thing that a run writes: config.yaml, run.json and the metrics of the steps after `step`.
+    """Write config.yaml and run.json, and open the metrics of the steps after `step`.
 
     Args:
-        loaded_from: what checkpoint.load gave the run at its step 0.
+        loaded_from: see `Checkpointer.loaded_from`.
 
     Raises:
         ConfigError: the folder of the run cannot be written.
@@ -177,7 +174,7 @@ def open_metrics(preflight: Preflight, loaded_from: dict[str, Any] | None, step:
             if loaded_from:
                 facts["loaded_from"] = loaded_from
             if config.logging.wandb_project:
-                # a run that goes on is one run there, too
+                # a resumed run is the same run there
                 before = read_run_file(folder).get("wandb_id") if preflight.checkpoint else None
                 facts["wandb_id"] = wandb_id = before if isinstance(before, str) else secrets.token_hex(8)
             write_run_file(folder, sys.argv, preflight.context.world_size, **facts)
@@ -189,14 +186,8 @@ def open_metrics(preflight: Preflight, loaded_from: dict[str, Any] | None, step:
         ) from error
 
 
-def _keep_earlier(path: Path) -> None:
-    """Give the metrics of a run that is not continued another name."""
-    if path.exists() and path.stat().st_size:
-        path.rename(unused_name(path.with_name("metrics.earlier.jsonl")))
-
-
 def _drop_lines_after(path: Path, step: int) -> None:
-    """Remove lines of steps that the resumed run does again, and a line that was cut short."""
+    """Remove lines of steps that the resumed run repeats, and truncated ones."""
     if path.exists():
         kept = [
             line for line in read_json_lines(path) if isinstance(line.get("step"), int | float) and line["step"] <= step

@@ -1,4 +1,4 @@
-"""Everything that a run reads, examined on every rank before anything is written."""
+"""Examines everything that a run reads, on every rank, before anything is written."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ from megatron_crnet.utils.errors import ConfigError, DataError, describe
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was found, the same on every rank but for `context` and `folders`.
+    """Results, the same on every rank but for `context` and `folders`.
 
     Attributes:
         folders: those of the run, held against other writers.
         trained_on: tokenizer and data of this run.
         checkpoint: the newest whole one of this run; None for a new run.
-        start: what a new run takes its weights from; None for its seed.
+        start: whose weights a new run starts from; None if they are random.
         saved: resolved configuration of `checkpoint`.
-        state: what else `checkpoint` holds beside its tensors.
+        state: state.json of `checkpoint`.
         damaged: a line on each newer checkpoint that is damaged.
         test_steps: global batches of the test after the last step; 0 for none.
-        entropy: unigram entropy in nats of the very tokens whose loss a validation reports; None without one.
+        entropy: unigram entropy in nats of the tokens whose loss a validation reports; None without one.
         validation_due: whether the validation of the checkpoint's step is still to be done.
-        remarks: a line on each thing that is not as it was (warning: ...), or cannot be known (note: ...).
+        remarks: warnings and notes for the log.
     """
 
     config: Config
@@ -176,7 +176,7 @@ def _examine_machine(config: Config, context: ParallelContext) -> None:
 
 
 def _examine(config: Config) -> tuple[Tokenizer, dict[str, str]]:
-    """Open what this rank can see beside the data, and say what must be the same on all ranks."""
+    """Open the tokenizer. Returns it and facts that must be equal on all ranks."""
     if config.data.tokenizer_model is None:
         raise ConfigError("data.tokenizer_model is not set, but names the tokenizer of the data: give its path")
     tokenizer = load_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
@@ -218,7 +218,7 @@ def _examine_checkpoint(
 
 
 def _check_prompt(prompt: str | None, tokenizer: Tokenizer) -> None:
-    """Encode at the start what is continued at the end."""
+    """Encode the prompt of the run's end at its start."""
     try:
         tokenizer.tokenize(prompt or "")
     except Exception as error:  # each library has its own

@@ -1,20 +1,19 @@
-"""What a person watches while a run goes on."""
+"""Progress on the terminal or in a log file."""
 
 from __future__ import annotations
 
 import sys
 import threading
 import time
-from contextlib import suppress
-from types import TracebackType
+from contextlib import AbstractContextManager, suppress
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from megatron_crnet.utils.progress import format_duration
 
-PATIENCE, LOOK = 5.0, 1.0
-"""Seconds without a line after which there is a sign of life, the first time; and between two looks at the clock."""
+FIRST_LINE_SECONDS, CHECK_SECONDS = 5.0, 1.0
+"""Seconds without a line after which one is printed, the first time; and between two looks at the clock."""
 
 
 def printable(text: str, stream: TextIO) -> str:
@@ -23,10 +22,10 @@ def printable(text: str, stream: TextIO) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-class Progress:
+class Progress(AbstractContextManager["Progress"]):
     """A bar on a terminal, plain lines where the output goes to a file; silent on ranks other than the main one.
 
-    As a context manager it also gives a sign of life while a step takes long, first after 5 seconds without a line.
+    As a context manager it also prints a line while a step takes long, first after 5 seconds without one.
 
     Args:
         total: steps of the run.
@@ -40,13 +39,13 @@ class Progress:
         self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True) if bar else None
         self._step, self._first = start, start
         self._started = self._after_first = time.monotonic()
-        self._said, self._patience = self._started, PATIENCE
+        self._last_line, self._interval = self._started, FIRST_LINE_SECONDS
         self._ended = threading.Event()
 
     def advance(self, step: int, values: dict[str, Any] | None) -> None:
         """One step done; `values` are given on logged steps."""
         self._step = step
-        if step == self._first + 1:  # what starts up is in the first step
+        if step == self._first + 1:  # the first step includes start-up
             self._after_first = time.monotonic()
         if self._bar is not None:
             with suppress(OSError):  # a terminal that has gone
@@ -60,8 +59,8 @@ class Progress:
                 f"lr {values['lr']:.3e} | {values['tokens_per_s']:.0f} tokens/s | "
                 f"{values['step_time_s'] * 1000:.0f} ms | ETA {self.time_left()}"
             )
-        elif self._lines and time.monotonic() - self._said >= self._patience:
-            self._sign_of_life(f"step {step}/{self.total} | ETA {self.time_left()}")
+        elif self._lines and time.monotonic() - self._last_line >= self._interval:
+            self._unlogged(f"step {step}/{self.total} | ETA {self.time_left()}")
 
     def time_left(self) -> str:
         """By the mean time of all steps but the first, validation and saving included."""
@@ -71,7 +70,7 @@ class Progress:
         if done < 1:
             return "?"
         now = time.monotonic()
-        if done == 1:  # which holds what starts up
+        if done == 1:
             return f"under {format_duration(left * (now - self._started))}"
         return format_duration(left * (now - self._after_first) / (done - 1))
 
@@ -79,36 +78,34 @@ class Progress:
         """One line of text that does not break the bar."""
         if not self.is_main:
             return
-        self._said = time.monotonic()
+        self._last_line = time.monotonic()
         with suppress(OSError):  # a log file on a full disk, a terminal that has gone
             if self._bar is not None and not self._lines:
                 self._bar.write(printable(text, sys.stderr))
             else:
                 print(printable(text, sys.stdout), flush=True)
 
-    def _sign_of_life(self, text: str) -> None:
-        """A line between two logged steps; the more there have been, the rarer they come."""
+    def _unlogged(self, text: str) -> None:
+        """A line between two logged steps; the next one waits twice as long, up to a minute."""
         self.line(text)
-        self._patience = min(2 * self._patience, 60.0)
+        self._interval = min(2 * self._interval, 60.0)
 
     def _watch(self) -> None:
-        while not self._ended.wait(LOOK):
-            waited = time.monotonic() - self._said
+        while not self._ended.wait(CHECK_SECONDS):
+            waited = time.monotonic() - self._last_line
             if self._bar is not None:
                 self._bar.refresh()
-            elif waited >= self._patience:
+            elif waited >= self._interval:
                 since = f"running for {format_duration(waited)} since step {self._step}/{self.total}"
-                self._sign_of_life(f"{since} | ETA {self.time_left()}")
+                self._unlogged(f"{since} | ETA {self.time_left()}")
 
     def __enter__(self) -> Progress:
         if self.is_main:
-            self._started = self._said = time.monotonic()
+            self._started = self._last_line = time.monotonic()
             threading.Thread(target=self._watch, daemon=True, name="progress").start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
-"""What a resumed run does not share with the run that it continues: a line each, or nothing if it is the same run.
+"""Warnings and notes on what a resumed run does not share with the run that it continues.
 
-What would make the weights meaningless (another model, another tokenizer) is refused in `checkpoint` and `fingerprint`.
+Another model or tokenizer, with which the weights mean nothing, is refused in `checkpoint` and `fingerprint`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ ORDER = (
     "training.global_batch_size",
     "training.rampup_batch_size",
 )
-"""Fields beside the data that decide which samples a run sees in which order: Megatron-Core shuffles the epochs of a
-run together, so that the number of samples of the whole run counts."""
-DOCUMENTS = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")
-"""Fields of `data` that decide what a sample teaches; false in configurations of versions without them."""
+"""Fields beside the data that decide the order of samples: Megatron-Core shuffles the epochs of a run together, so the
+number of samples of the whole run counts."""
+DOCUMENTS = ("data.reset_attention_mask", "data.reset_position_ids", "data.eod_mask_loss")
+"""Fields that decide what a sample teaches; false in configurations of versions without them."""
 OF_NO_RESULT = (
-    # what was read counts, not where it lies: TrainedOn
+    # contents count, not paths: TrainedOn
     *(f"data.{split}data_path" for split in ("", "train_", "valid_", "test_")),
     "data.split",
     "data.tokenizer_",
@@ -47,13 +47,13 @@ OF_NO_RESULT = (
     "training.eval_only",
     "training.eval_steps",
     "training.test_steps",
-    "parallel.distributed_timeout_minutes",
+    "parallel.",  # see `changed_layout`
 )
-"""Fields, by how they begin, that no weight depends on."""
+"""Prefixes of fields that no weight depends on."""
 
 
 def differences(config: Config, checkpoint: Path, saved: Values, state: Values, trained_on: TrainedOn) -> list[str]:
-    """What to say at the start of a run that continues `checkpoint`: warnings, then notes.
+    """Warnings, then notes, for the start of a run that continues `checkpoint`.
 
     Args:
         saved: the checkpoint's resolved configuration.
@@ -64,66 +64,41 @@ def differences(config: Config, checkpoint: Path, saved: Values, state: Values, 
         return []
     before, now = TrainedOn.from_state(state), resolved(config)
     lines = [] if before is None else [f"warning: {line}" for line in before.other_data(trained_on)]
-    lines += [f"warning: {line}" for line in (*other_order(saved, now), *other_documents(saved, now))]
+    settings = []
+    for key, old, new in _changes(saved, now):
+        differs = f"warning: {key} differs from the checkpoint's ({new} instead of {old})"
+        if key in DOCUMENTS:
+            lines.append(
+                f"{differs}: from here samples are read in another way, and losses cannot be compared with those before"
+            )
+        elif key in ORDER:
+            if key != "data.split" or now["data"]["data_path"]:
+                lines.append(
+                    f"{differs}, so the training data may come in another order from here: some samples may be seen "
+                    "again and some not"
+                )
+        elif not key.startswith(OF_NO_RESULT):
+            settings.append(f"{key} {old} -> {new}")
     if before is None:
         lines.append(
             f"note: checkpoint {checkpoint} does not say what it was trained on, as those of earlier versions do not: "
             "tokenizer and data are taken for the same"
         )
-    if settings := list(_other_settings(saved, now)):
+    if settings:
         lines.append(f"note: changed since the checkpoint: {', '.join(settings)}")
     if libraries := list(_other_libraries(state)):
         lines.append(f"note: other libraries than the checkpoint's, which may round otherwise: {', '.join(libraries)}")
     return lines
 
 
-def other_order(saved: Values, now: Values) -> list[str]:
-    """A line on each field that changes which samples come in which order.
-
-    Args:
-        saved, now: the resolved configurations of the checkpoint and of this run.
-    """
-    lines = []
-    for key, before, after in _changes(saved, now):
-        if key in ORDER and (key != "data.split" or now["data"]["data_path"]):
-            lines.append(
-                f"{key} differs from the checkpoint's ({after} instead of {before}), so the training data may come in "
-                "another order from here: some samples may be seen again and some not"
-            )
-    return lines
-
-
-def other_documents(saved: Values, now: Values) -> list[str]:
-    """A line on each field of `DOCUMENTS` that differs; arguments as for `other_order`."""
-    before, after = ({name: run.get("data", {}).get(name, False) for name in DOCUMENTS} for run in (saved, now))
-    return [
-        f"data.{name} differs from the checkpoint's ({after[name]} instead of {before[name]}): from here samples are "
-        "read in another way, and losses cannot be compared with those before"
-        for name in DOCUMENTS
-        if after[name] != before[name]
-    ]
-
-
 def changed_layout(config: Config, why: str) -> str:
-    """The line on a run that goes on elsewhere than where its checkpoint was written.
-
-    Args:
-        why: what of devices and layout differs.
-    """
+    """The warning on other devices or another layout than the checkpoint's, of which `why` names the differences."""
     model = config.model
     dropout = ", and dropout draws other numbers" if model.hidden_dropout or model.attention_dropout else ""
     return (
         f"warning: resumed on other devices or in another layout than the checkpoint's ({why}): losses are the same to "
         f"rounding, not to the bit{dropout}"
     )
-
-
-def _other_settings(saved: Values, now: Values) -> Iterator[str]:
-    warned = (*ORDER, *(f"data.{name}" for name in DOCUMENTS))
-    for key, before, after in _changes(saved, now):
-        # where it runs is said by `changed_layout`
-        if key not in warned and not key.startswith((*OF_NO_RESULT, "parallel.")):
-            yield f"{key} {before} -> {after}"
 
 
 def _other_libraries(state: Values) -> Iterator[str]:
@@ -134,12 +109,13 @@ def _other_libraries(state: Values) -> Iterator[str]:
 
 
 def _changes(saved: Values, now: Values) -> Iterator[tuple[str, Any, Any]]:
-    """`section.field` with both values; a field that the older configuration does not know is not compared."""
+    """`section.field` with both values; a field that the older configuration does not have is not compared."""
     for section, fields in now.items():
-        before = saved.get(section) or {}
-        names = fields if section != "deepspeed" else {**before, **fields}
+        before = {name.partition(".")[2]: False for name in DOCUMENTS} if section == "data" else {}
+        before |= saved.get(section) or {}
+        names = {**before, **fields} if section == "deepspeed" else [name for name in fields if name in before]
         for name in names:
-            if (name in before or section == "deepspeed") and before.get(name) != fields.get(name):
+            if before.get(name) != fields.get(name):
                 yield f"{section}.{name}", before.get(name), fields.get(name)
 
 

@@ -1,8 +1,7 @@
-"""What a start reads of the data files: each of them once per node, and hardly at all once it is known.
+"""Reads the data files at a start: each once per node, and ranges of token ids not again while a file is the same.
 
-A hundred ranks that each look through the same hundred files would read terabytes from a shared file system at every
-start. Ranks of one node that see the very same files divide them among themselves and tell each other what they found.
-What is expensive to find is kept below the cache folder, by content.
+If each of a hundred ranks scanned the same hundred files, every start would read terabytes from a shared file system.
+Ranks of one node that see the same files divide them and exchange results; the ranges are cached by content.
 """
 
 from __future__ import annotations
@@ -29,34 +28,30 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of token files without reading them again.
+    """Results of reading token files.
 
     Attributes:
-        ids: smallest and largest token id of each prefix, as far as `data_checks.SCAN_BYTES` looks.
-        fresh: files for the cache, of what this rank has read.
+        ids: smallest and largest token id of each prefix, within the part that `indexed.id_range` scans.
+        fresh: records for the cache, of the files that this rank has read.
     """
 
     ids: dict[str, IdRange]
     fresh: dict[Path, str] = field(default_factory=dict)
 
     def keep(self) -> None:
-        """Keep it for the next start; a cache that cannot be written is no reason not to train."""
+        """Write the records; a cache that cannot be written is ignored."""
         for path, text in self.fresh.items():
             with suppress(OSError):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 replace_text(path, text)
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """What one rank tells the others of a .bin/.idx pair."""
-
-    digests: dict[str, FileDigest]
-    ids: IdRange
+_Pair = tuple[dict[str, FileDigest], IdRange]
+"""Digests by path and the range of token ids of a .bin/.idx pair."""
 
 
-def this_node() -> str:
-    """Names the machine that this process runs on, in a container as well."""
+def _this_node() -> str:
+    """Identifies the machine, in a container as well."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return socket.gethostname()
@@ -68,7 +63,7 @@ def view_of(prefixes: Sequence[str]) -> str:
     Raises:
         DataError: a file is missing, cut or of another kind.
     """
-    digest = hashlib.sha256(this_node().encode())
+    digest = hashlib.sha256(_this_node().encode())
     for prefix in prefixes:
         read_index(prefix)
         for path in (f"{prefix}.bin", f"{prefix}.idx"):
@@ -78,11 +73,11 @@ def view_of(prefixes: Sequence[str]) -> str:
 
 
 def read_together(prefixes: Sequence[str], views: Sequence[str], cache: Path) -> Known:
-    """Look through all token files, each by one of the ranks with the same view; a collective call.
+    """Read all token files, each by one of the ranks with the same view; a collective call.
 
     Args:
         views: `view_of` these prefixes on each rank.
-        cache: a folder in which an earlier start may have left what it found.
+        cache: folder of the records.
 
     Raises:
         DataError: an index is damaged; raised on every rank.
@@ -97,8 +92,9 @@ def read_together(prefixes: Sequence[str], views: Sequence[str], cache: Path) ->
 
     found = report_together(read_share)
     pairs = {prefix: pair for other in same for prefix, pair in found[other].items()}
-    learn_digests({path: digest for pair in pairs.values() for path, digest in pair.digests.items()})
-    return Known({prefix: pair.ids for prefix, pair in pairs.items()}, fresh)
+    for digests, _ in pairs.values():
+        learn_digests(digests)
+    return Known({prefix: ids for prefix, (_, ids) in pairs.items()}, fresh)
 
 
 def _pair(prefix: str, cache: Path, fresh: dict[Path, str]) -> _Pair:
@@ -114,11 +110,11 @@ def _pair(prefix: str, cache: Path, fresh: dict[Path, str]) -> _Pair:
             fresh[record] = json.dumps({"format": FORMAT, "modified": modified, "ids": ids})
     except OSError as error:
         raise DataError(f"{prefix}.bin or .idx cannot be read ({error.strerror}): correct its permissions") from error
-    return _Pair(known_digests(paths), ids)
+    return known_digests(paths), ids
 
 
 def _cached(record: Path, modified: list[int]) -> IdRange | None:
-    """What an earlier start found in the same files: in others of the same digest a few tokens may differ."""
+    """The range of ids in a record; not of files changed since, as equal digests allow a few other tokens."""
     try:
         found = json.loads(record.read_text())
         smallest, largest = found["ids"]

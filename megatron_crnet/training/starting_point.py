@@ -32,18 +32,18 @@ class StartingPoint:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What run.json and state.json say of it."""
+        """For run.json and state.json."""
         return {"checkpoint": str(self.checkpoint), "step": self.state["step"], "optimizer_state": self.optimizer}
 
     @property
     def line(self) -> str:
-        """What the log says of it."""
+        """For the log."""
         what = "weights and optimizer state" if self.optimizer else "weights"
         return f"starting from the {what} of {self.checkpoint} (its step {self.state['step']}), at step 0"
 
 
 def find_starting_point(config: Config, trained_on: TrainedOn) -> StartingPoint:
-    """What `checkpoint.load` names, checked on all ranks together; a collective call.
+    """The checkpoint that `checkpoint.load` names, checked on all ranks; a collective call.
 
     Raises:
         ConfigError: there is no whole checkpoint, or it is of another model.

@@ -1,6 +1,6 @@
 """A training run: `run_training` sets the process up and gives it back, `Trainer` is the loop.
 
-What a run does beside its steps is in callbacks, what it examines before it writes anything in preflight.py.
+Work beside the steps is in callbacks, checks before anything is written are in preflight.py.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Trainer:
             self._call("on_stop" if self.stopping else "on_complete")
         self.progress.close()
         self._call("on_end")
-        # a launcher ends all ranks when the first has ended: none goes before rank 0 has closed its files
+        # a launcher ends all ranks when the first has ended, and rank 0 must have closed its files by then
         loss_totals([], self.context.device)
 
     def _train(self) -> None:
@@ -117,7 +117,7 @@ class Trainer:
 
     def _step(self, batches: list[Batch]) -> Step:
         """One step, after which `state` counts it, also if it was skipped."""
-        # compilers and DeepSpeed's tracing take their time over the first step
+        # compilation and DeepSpeed's tracing make the first step slow
         first = self.state.step == self.preflight.step
         self.context.heartbeat.report(f"step {self.state.step + 1}", may_take_long=first)
         samples, lr, faults, trained = self.step_size, self.engine.current_lr, self.config.faults, 0

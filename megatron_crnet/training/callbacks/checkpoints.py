@@ -1,4 +1,4 @@
-"""When the state of a run is saved: by steps, by the clock, before it stops, and after the last step."""
+"""Saves the state of a run: by steps, by the clock, before it stops, and after the last step."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Checkpoints(Callback):
         return time.monotonic() - self._saved_at >= self._interval_s
 
     def on_start(self, trainer: Trainer) -> None:
-        """Take damaged checkpoints out of the way."""
+        """Rename damaged checkpoints."""
         preflight = trainer.preflight
         if preflight.damaged:
             trainer.checkpointer.quarantine(preflight.step + (preflight.checkpoint is not None), DAMAGED)
         self._saved_at = time.monotonic()
 
     def on_step_end(self, trainer: Trainer, step: Step) -> None:
-        """See Callback; comes before the validation, where nothing that goes wrong costs the state."""
+        """See Callback; before the validation, whose errors then do not cost the state."""
         interval = trainer.config.checkpoint.save_interval
         due = trainer.save_due or (interval and trainer.state.step % interval == 0)
         ends = trainer.stopping or trainer.is_last_step

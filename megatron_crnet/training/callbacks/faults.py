@@ -1,4 +1,4 @@
-"""Which steps would do harm, whether they are skipped, and where a run that stops at one goes back to (`faults`)."""
+"""The `faults` section: detects bad steps, skips them, or stops the run at a checkpoint before them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def losses_to_remember(faults: FaultsConfig) -> int:
 
 
 def detect_anomaly(loss: float, recent: Sequence[float], faults: FaultsConfig) -> str | None:
-    """Why a step with this loss must not change weights; None for a good one.
+    """Why a step with this loss is bad; None for a good one.
 
     Args:
         recent: losses of the good steps before it, at most spike_window.
@@ -98,8 +98,8 @@ def _stop(trainer: Trainer, problem: str, lr: float) -> None:
     norm = "none yet" if trainer.engine.last_grad_norm is None else f"{trainer.engine.last_grad_norm:.4g}"
     skipping = "" if trainer.config.faults.on_bad_step == "skip" else ", or skip such steps (faults.on_bad_step skip)"
     # a segment that exceeds its tolerance gives NaN (docs/recomputation.md)
-    inverse = trainer.config.recompute.strategy == "inverse"
-    remedy = ", or take recompute.strategy replay, which divides by no beta" if inverse else ""
+    inverts = trainer.config.recompute.traits.inverts
+    remedy = ", or take recompute.strategy replay, which divides by no beta" if inverts else ""
     raise BadStepError(
         f"{problem} at step {state.step + 1} (learning rate {lr:.3e}, last gradient norm {norm}): lower "
         f"optimizer.lr or look at the data of this step{skipping}{remedy}; {stuck or _next_start(state, back, aside)}; "

@@ -1,4 +1,4 @@
-"""What a complete run leaves behind: the picture of its loss, a look at what the model writes, and where they are."""
+"""The end of a complete run: loss.png, a sampled continuation, and the last lines of the log."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def draw_loss(preflight: Preflight) -> None:
 def continue_text(engine: TrainEngine, tokenizer: Any, prompt: str, count: int, seed: int) -> str:
     """Sample up to `count` tokens after `prompt`, the same on every rank; a collective call.
 
-    An empty prompt begins a document, and a token that ends one ends the text. The whole sequence is computed again
-    for each token: enough for a look at a run, without a cache, in any parallel layout.
+    An empty prompt begins a document, and a token that ends one ends the text. Without a cache the whole sequence is
+    computed again for each token, which works in any parallel layout.
     """
     length, device = engine.config.training.seq_length, engine.context.device
     generator = torch.Generator(device=device).manual_seed(seed)

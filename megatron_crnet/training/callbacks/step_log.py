@@ -1,4 +1,4 @@
-"""The lines of a run: what it starts with, and every `logging.log_interval` steps its loss and speed."""
+"""Prints the opening lines of a run, and every `logging.log_interval` steps its loss and speed."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class StepLog(Callback):
         }
         if plan.sizes.has_ramp:
             values["samples"], values["global_batch_size"] = state.samples, steps[-1].samples
-        if config.recompute.strategy == "inverse":
+        if config.recompute.traits.inverts:
             values["num_extra_checkpoints"] = trainer.engine.num_extra_checkpoints
         if config.faults.on_bad_step == "skip":
             values["skipped_steps"] = state.skipped
@@ -63,7 +63,7 @@ class StepLog(Callback):
 
 
 def opening_lines(trainer: Trainer) -> list[str]:
-    """What is said before the first step."""
+    """Lines before the first step."""
     preflight, config, device = trainer.preflight, trainer.config, trainer.context.device
     lines = [*preflight.remarks, cost_of_run(preflight)]
     if preflight.start is not None:
@@ -86,7 +86,7 @@ def opening_lines(trainer: Trainer) -> list[str]:
 
 
 def cost_of_run(preflight: Preflight) -> str:
-    """What all steps take, in one line."""
+    """Parameters, tokens and operations of the whole run, in one line."""
     config, plan, processes = preflight.config, preflight.plan, preflight.context.world_size
     steps, ramp = config.training.train_steps, plan.ramp_line()
     tokens = plan.tokens_of_run(steps)

@@ -87,9 +87,11 @@ def test_a_step_that_is_not_logged_is_told_when_nothing_was_said_for_long(
 
 
 @pytest.mark.fault("M11")
-def test_a_long_step_shows_signs_of_life(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("megatron_crnet.training.progress.PATIENCE", 0.05)
-    monkeypatch.setattr("megatron_crnet.training.progress.LOOK", 0.02)
+def test_lines_are_printed_during_a_long_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("megatron_crnet.training.progress.FIRST_LINE_SECONDS", 0.05)
+    monkeypatch.setattr("megatron_crnet.training.progress.CHECK_SECONDS", 0.02)
     with Progress(3, 0, is_main=True) as progress, Progress(3, 0, is_main=False):
         time.sleep(0.3)
     count = capsys.readouterr().out.count("since step 0/3 | ETA ?\n")
