@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
-
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.fingerprint import check_tokenizer_of_data, digest_of_blend
-from megatron_crnet.data.index_cache import DatasetBuilder, PackedDataset
+from megatron_crnet.data.index_cache import DatasetBuilder, DatasetConfig, PackedDataset
 from megatron_crnet.data.indexed import (
     SPLITS,
     WHOLE,
@@ -116,17 +114,17 @@ def _checked_files(
 
 def _dataset_config(
     config: Config, tokenizer: Tokenizer, blends: dict[str, Blend], files: dict[str, IndexedFiles]
-) -> GPTDatasetConfig:
+) -> DatasetConfig:
     data, found = config.data, [blends.get(split) for split in SPLITS]
     weighted = [(blend.prefixes, _weights(blend, files, data.sample_format)) if blend else None for blend in found]
     together = bool(data.data_path)
-    dataset_config = GPTDatasetConfig(
+    dataset_config = DatasetConfig(
         random_seed=config.training.seed,
         sequence_length=config.training.seq_length,
         blend=next(filter(None, weighted)) if together else None,
         blend_per_split=None if together else weighted,
         split=data.split if together else None,
-        path_to_cache=_cache_folder(config, files),
+        index_folder=_cache_folder(config, files),
         tokenizer=tokenizer,
         reset_position_ids=data.reset_position_ids,
         reset_attention_mask=data.reset_attention_mask,

@@ -7,11 +7,11 @@ checked, and whole or absent.
 
 from __future__ import annotations
 
-import copy
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch.distributed as dist
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch import Tensor
 
 from megatron_crnet.data.documents import DOCUMENT_LENGTHS, document_lengths
@@ -29,6 +29,17 @@ Arrays = tuple[Array, ...]
 
 NO_TOKEN = -1
 """Padding id of samples that have no padding: no token has it, so none is masked."""
+
+
+@dataclass
+class DatasetConfig(GPTDatasetConfig):
+    """Megatron-Core's configuration of datasets; `index_folder` replaces its `path_to_cache`, "" for no caches."""
+
+    index_folder: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.path_to_cache = ""
 
 
 class PackedDataset(GPTDataset):
@@ -116,15 +127,15 @@ def _stored(
 
     A folder that fails costs memory and time, not the run.
     """
-    folder = dataset.config.path_to_cache
+    folder = dataset.config.index_folder
     if not folder:
-        return _in_memory(dataset, build)
+        return build()
     first = not dist.is_initialized() or dist.get_rank() == 0
     paths = [Path(folder, name) for name in names]
     stored = _load(paths)
     if stored is not None and belong_here(stored, first):
         return stored
-    arrays = _in_memory(dataset, build)
+    arrays = build()
     if not first:
         return arrays
     try:
@@ -157,17 +168,6 @@ def _save(path: Path, array: Array) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink()
-
-
-def _in_memory(dataset: PackedDataset | StoredBlend, build: Callable[[], Arrays]) -> Arrays:
-    """Build as Megatron-Core does without a cache folder."""
-    config = dataset.config
-    dataset.config = copy.copy(config)
-    dataset.config.path_to_cache = ""
-    try:
-        return build()
-    finally:
-        dataset.config = config
 
 
 def _within(array: Array, low: int, high: int) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import torch
-from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
@@ -43,15 +43,8 @@ class PaddedDocumentDataset(MegatronDataset):
         self._epoch = -1
         self._order: npt.NDArray[np.int32] = labelled
 
-    @staticmethod
-    def numel_low_level_dataset(low_level_dataset: IndexedDataset) -> int:
-        """Documents in the files."""
-        return len(low_level_dataset)
-
-    @staticmethod
-    def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> IndexedDataset:
-        """Open the files."""
-        return IndexedDataset(dataset_path, mmap=config.mmap_bin_files)
+    numel_low_level_dataset = staticmethod(GPTDataset.numel_low_level_dataset)
+    build_low_level_dataset = staticmethod(GPTDataset.build_low_level_dataset)
 
     def __len__(self) -> int:
         documents = len(self.indices)

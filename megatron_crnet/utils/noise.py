@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
-from typing import TextIO
 
 WARNINGS = (
     # optional packages, taken where they are installed; README says so
@@ -53,32 +52,12 @@ def _differs(pattern: str, record: logging.LogRecord) -> bool:
 
 @contextmanager
 def without_memory_lines() -> Iterator[None]:
-    """Drop the lines of `PRINTED` from standard output, while DeepSpeed builds its optimizer."""
-    with redirect_stdout(_Sieve(sys.stdout)) as sieve:
-        try:
+    """Drop the lines of `PRINTED` from standard output, which is written at the end of the block."""
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed):
             yield
-        finally:
-            sieve.close()
-
-
-class _Sieve(io.TextIOBase):
-    """Passes whole lines on."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream, self._line = stream, ""
-
-    def write(self, text: str) -> int:
-        *lines, self._line = (self._line + text).split("\n")
-        for line in lines:
-            if not PRINTED.match(line):
-                self._stream.write(line + "\n")
-        return len(text)
-
-    def flush(self) -> None:
-        if not self.closed:
-            self._stream.flush()
-
-    def close(self) -> None:
-        if self._line and not self.closed:
-            self._stream.write(self._line)
-        super().close()
+    finally:
+        lines = printed.getvalue().splitlines(keepends=True)
+        sys.stdout.write("".join(line for line in lines if not PRINTED.match(line)))
+        sys.stdout.flush()

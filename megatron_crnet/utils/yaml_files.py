@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from megatron_crnet.utils.errors import ConfigError
+from megatron_crnet.utils.errors import ConfigError, describe
 
 MOST_BYTES = 2**20
 MOST_VALUES, DEEPEST = 100_000, 50
@@ -89,12 +89,7 @@ def read_text(text: str, source: str, as_text: AsText = lambda keys: False) -> A
         _keep_spelling(node, as_text)
         return loader.construct_document(node)
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: thousands of digits
-        raise ConfigError(f"{source} is not valid YAML ({first_words(error)}): correct it") from error
-
-
-def first_words(error: Exception) -> str:
-    """The start of an error's message, in one line."""
-    return " ".join(str(error).split())[:300]
+        raise ConfigError(f"{source} is not valid YAML ({describe(error)}): correct it") from error
 
 
 def _check_tree(root: yaml.Node, source: str) -> None:
@@ -155,4 +150,4 @@ def _json(text: str, source: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{source} is not valid JSON ({first_words(error)}): correct it") from error
+        raise ConfigError(f"{source} is not valid JSON ({describe(error)}): correct it") from error
