@@ -5,7 +5,7 @@
     %(prog)s --config examples/quickstart.yaml --row 'narrow: --model.rank 24' --row 'two x2:'
 
 Any --section.field value holds for all rows. Each row has processes of its own, which run real training steps on random
-tokens; a repeat runs one step of each row in a drawn order. Tokens/s are of the median step; `of first` is the median,
+tokens; a repeat runs one step of each row in a drawn order. Tokens/s are of the median step; `speed` is the median,
 over repeats, of tokens/s in units of the sweep's first row, by the clock and by CPU time. MFU is the share of the
 device's peak that the model's operations are (recomputation counts nothing). Peak memory is that of the fullest rank:
 on GPUs the allocator's, on CPUs of all tensors that are alive.
@@ -27,12 +27,22 @@ from megatron_crnet.reporting.benchmark_rows import SWEEPS, Row, parse_row, swee
 from megatron_crnet.utils.errors import require, require_positive
 from megatron_crnet.utils.record_file import add_record_options, check_record_file, write_record
 from megatron_crnet.utils.signals import INTERRUPTED, Interruption
-from megatron_crnet.utils.tables import table
 
 if TYPE_CHECKING:
     from megatron_crnet.config.schema import Config
 
-COLUMNS = ("row", "ranks", "weights", "ms/step", "spread", "tokens/s", "of first", "by CPU", "MFU (whole)", "peak, MiB")
+COLUMNS: tuple[str, ...] = (
+    "row",
+    "ranks",
+    "parameters",
+    "ms/step",
+    "spread",
+    "tokens/s",
+    "speed",
+    "by CPU time",
+    "MFU",
+)
+COLUMNS += ("MFU, whole attention", "peak memory, MiB")
 
 
 def build_parser(prog: str) -> ConfigParser:
@@ -65,13 +75,18 @@ def rows_of(args: argparse.Namespace, config: Config) -> list[Row]:
 
 def tables(record: dict[str, Any]) -> str:
     """The figures, a table for each sweep, and below what is missing in them."""
+    import pandas as pd
+
+    from megatron_crnet.reporting.page import Table
+    from megatron_crnet.reporting.scaling_report import row_cells
+
     peak = f"{record['peak_flops'] / 1e12:.3g} TFLOP/s per device ({record['peak_source']})"
     machine = record["machine"]
     load = f"load {machine['load_average']} to {machine['load_average_at_end']} on {machine['cores']} cores"
     lines = [f"{record['device']}, {record['plan']['repeats']} repeats, {load}", f"peak {peak}"]
     for sweep, found in itertools.groupby(record["rows"], lambda row: row["sweep"]):
         rows = list(found)
-        lines += ["", sweep, table(COLUMNS, [_cells(row) for row in rows])]
+        lines += ["", sweep, Table(row_cells(pd.DataFrame(rows), COLUMNS)).markdown()]
         lines += [f"{row['name']}: {_missing(row)}" for row in rows if row["error"] or "median_s" not in row]
     return "\n".join(lines)
 
@@ -80,23 +95,6 @@ def _missing(row: dict[str, Any]) -> str:
     if "median_s" in row:
         return f"only {len(row['seconds'])} repeats: {row['error']}"
     return f"not measured: {row['error'] or 'the run was stopped before'}"
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    if "median_s" not in row:
-        return [row["name"], str(row["processes"]), *["-"] * (len(COLUMNS) - 2)]
-    return [
-        row["name"],
-        str(row["processes"]),
-        f"{row['parameters'] / 1e6:.2f}M",
-        f"{row['median_s'] * 1e3:,.0f}",
-        f"{row['spread']:.0%}",
-        f"{row['tokens_per_s']:,.0f}",
-        f"{row['speed_of_first']:.2f}",
-        f"{row['cpu_speed_of_first']:.2f}",
-        f"{row['mfu']:.1%} ({row['mfu_whole_attention']:.1%})",
-        f"{row['peak_bytes'] / 2**20:,.1f}",
-    ]
 
 
 def run(call: Call) -> int:

@@ -21,6 +21,8 @@ from megatron_crnet.utils.errors import CrnetError
 
 METRICS = "metrics.jsonl"
 ESTIMATED, SIMULATED, MEASURED = "estimated", "simulated", "measured"
+SAME = ("median_s", "spread")
+"""What two rows of a benchmark share only if one was measured for both."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class ReportInputs:
 
     Attributes:
         records: a row per file of figures: its name and head.
-        rows: a row per measured row of a benchmark; `again` where another sweep has measured it already.
+        rows: a row per measured row of a benchmark; the same again where another sweep has it as well.
         profiles: a row per rank, or ranks from `first` up to `last`, whose step was estimated, simulated or measured
             (`way`): memory by part, operations, traffic, times; missing where unknown.
         problems: a line for each thing that could not be read.
@@ -213,16 +215,16 @@ def _rows(path: Path, rows: Any, found: ReportInputs) -> list[dict[str, Any]]:
 
 
 def _add_rows(record: dict[str, Any], found: ReportInputs) -> None:
-    seen: set[tuple[float, float]] = set()
+    seen: set[tuple[float, ...]] = set()
     for row in record["rows"]:
         name, count = row["name"], row["processes"]
         ranks = f", {count} ranks" if count > 1 and "process" not in name else ""
         label = f"{'' if row['sweep'] == 'variants' else row['sweep'] + ': '}{name}{ranks}"
-        again = (row["median_s"], row["spread"]) in seen  # the same to the last digit
-        seen.add((row["median_s"], row["spread"]))
-        found.rows.append({**row, **row["memory"], "benchmark": record["name"], "label": label, "again": again})
-        if again:
+        found.rows.append({**row, **row["memory"], "benchmark": record["name"], "label": label})
+        figures = tuple(row[key] for key in SAME)
+        if figures in seen:
             continue
+        seen.add(figures)
         times = {"seconds": row["median_s"], "tokens_per_s": row["tokens_per_s"], "device": device(record)}
         shared = {"way": MEASURED, "source": f"{record['name']}, {label}", "step": row["step"], **times}
         profiles = [{**rank["memory"], **rank} for rank in row["ranks"] or []]

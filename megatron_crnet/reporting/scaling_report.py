@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from megatron_crnet.config.model_size import flops_per_token, total_parameters
-from megatron_crnet.reporting.inputs import MEASURED, ReportInputs, Run
+from megatron_crnet.reporting.inputs import MEASURED, SAME, ReportInputs, Run
 from megatron_crnet.reporting.page import Section, Table
 from megatron_crnet.reporting.pictures import Lines, Series
 from megatron_crnet.reporting.records import KINDS, Row
@@ -24,6 +24,24 @@ MFU = (
     "MFU is the share of the devices' peak that the model's operations are, recomputation left out, and of attention "
     "only the half that the causal mask leaves; beside it with attention whole, as PaLM, torchtitan and nanochat count."
 )
+COLUMNS: dict[str, tuple[str, float | None, str]] = {
+    "row": ("name", None, "{}"),
+    "ranks": ("processes", None, "{}"),
+    "tokens/step": ("tokens_per_step", None, "{:,.0f}"),
+    "parameters": ("parameters", 1e6, "{:,.2f}M"),
+    "FLOPs/token": ("flops_per_token", 1e6, "{:,.1f}M"),
+    "ms/step": ("median_s", 1e-3, "{:,.0f}"),
+    "spread": ("spread", None, "{:.0%}"),
+    "tokens/s": ("tokens_per_s", None, "{:,.0f}"),
+    "speed": ("speed_of_first", None, "{:.2f}"),
+    "by CPU time": ("cpu_speed_of_first", None, "{:.2f}"),
+    "efficiency": ("efficiency", None, "{:.0%}"),
+    "MFU": ("mfu", None, "{:.1%}"),
+    WHOLE: ("mfu_whole_attention", None, "{:.1%}"),
+    "peak memory, MiB": ("peak_bytes", MIB, "{:,.1f}"),
+    "activations, of first": ("share", None, "{:.2f}"),
+}
+"""Figures of a benchmark's row, how they are called: key, unit and form."""
 SWEEPS = {
     "variants": "Variants",
     "ranks": "Ranks r",
@@ -40,8 +58,8 @@ def build_sections(inputs: ReportInputs, peak_flops: float | None, command: str)
         peak_flops: of one device, for the MFU of runs; benchmarks bring their own.
         command: that makes this report.
     """
-    rows = pd.DataFrame(inputs.rows, columns=[*Row.model_fields, *PARTS, "benchmark", "label", "again"])
-    once = rows[~rows["again"].astype(bool)]
+    rows = pd.DataFrame(inputs.rows, columns=[*Row.model_fields, *PARTS, "benchmark", "label"])
+    once = rows[~rows.duplicated(["benchmark", *SAME])]
     profiles = pd.DataFrame(inputs.profiles, columns=["way", "label", *PARTS, "traffic"])
     profiles = profiles[profiles["way"] != MEASURED]
     sections = [
@@ -63,9 +81,14 @@ def _by_sweep(rows: pd.DataFrame, sweeps: Sequence[str]) -> Iterator[tuple[str, 
             yield sweep, name, found
 
 
-def _cells(columns: dict[str, tuple[pd.Series, str]]) -> pd.DataFrame:
-    """Columns of (values, form) as text; - where nothing is known."""
-    return pd.DataFrame({name: [_cell(value, form) for value in values] for name, (values, form) in columns.items()})
+def row_cells(rows: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """These `COLUMNS` of rows of benchmarks as text; - where nothing is known."""
+    cells = {}
+    for name in names:
+        key, unit, form = COLUMNS[name]
+        values = rows[key] if key in rows else [None] * len(rows)
+        cells[name] = [_cell(value / unit if unit and value is not None else value, form) for value in values]
+    return pd.DataFrame(cells)
 
 
 def _cell(value: Any, form: str) -> str:
@@ -82,16 +105,10 @@ def _headlines(inputs: ReportInputs, rows: pd.DataFrame, peak_flops: float | Non
         groups = rows.groupby(["benchmark", "sweep"], sort=False)
         fast = rows.loc[groups["speed_of_first"].idxmax()].reset_index(drop=True)
         small = rows.loc[groups["peak_bytes"].idxmin()].reset_index(drop=True)
-        cells = _cells(
-            {
-                "benchmark": (fast["benchmark"], "{}"),
-                "sweep": (fast["sweep"], "{}"),
-                "fastest row": (fast["name"], "{}"),
-                "smallest row": (small["name"], "{}"),
-                "tokens/s": (fast["tokens_per_s"], "{:,.0f}"),
-                "speed of first": (fast["speed_of_first"], "{:.2f}"),
-                "peak memory, MiB": (small["peak_bytes"] / MIB, "{:,.1f}"),
-            }
+        names = fast[["benchmark", "sweep", "name"]].assign(small=small["name"])
+        names.columns = pd.Index(["benchmark", "sweep", "fastest row", "smallest row"])
+        cells = pd.concat(
+            [names, row_cells(fast, ("tokens/s", "speed")), row_cells(small, ("peak memory, MiB",))], axis=1
         )
         section.tables.append(Table(cells, 4, "Measured side by side: fastest and smallest row of each sweep"))
     return section
@@ -180,8 +197,10 @@ def _speed(inputs: ReportInputs, rows: pd.DataFrame, peak_flops: float | None) -
                 seen = sorted({n for one in series for n, _ in one.points})
                 series.append(Series("ideal", [(n, speed * n / ranks) for n in seen], kind="ideal"))
             section.pictures.append(Lines(title, caption, "ranks", y, series, logarithmic=True))
+    names = ("ranks", "tokens/step", "ms/step", "spread", "tokens/s", "speed", "efficiency", "MFU", WHOLE)
     for sweep, name, found in scaled:
-        section.tables.append(Table(_scaling(found), text=0, title=f"{sweep.capitalize()} scaling, {name}"))
+        known = found.assign(efficiency=found["speed_of_first"] * found["processes"].iloc[0] / found["processes"])
+        section.tables.append(Table(row_cells(known, names), text=0, title=f"{sweep.capitalize()} scaling, {name}"))
     return section
 
 
@@ -191,42 +210,16 @@ def _points(rows: pd.DataFrame, column: str, size: float) -> list[tuple[float, f
     return [*zip(known["processes"], known[column] * size, strict=True)]
 
 
-def _scaling(rows: pd.DataFrame) -> pd.DataFrame:
-    return _cells(
-        {
-            "ranks": (rows["processes"], "{}"),
-            "tokens/step": (rows["tokens_per_step"], "{:,.0f}"),
-            "ms/step": (rows["median_s"] * 1e3, "{:,.0f}"),
-            "spread": (rows["spread"], "{:.0%}"),
-            "tokens/s": (rows["tokens_per_s"], "{:,.0f}"),
-            "speed-up": (rows["speed_of_first"], "{:.2f}"),
-            "efficiency": (rows["speed_of_first"] * rows["processes"].iloc[0] / rows["processes"], "{:.0%}"),
-            "MFU": (rows["mfu"], "{:.1%}"),
-            WHOLE: (rows["mfu_whole_attention"], "{:.1%}"),
-        }
-    )
-
-
 def _sweeps(inputs: ReportInputs, rows: pd.DataFrame) -> Section:
     section = Section(
         "Variants, layouts, recomputation",
         "Speed and activations in units of the first row of each sweep, by the clock and by CPU time.",
     )
+    names = ("row", "ranks", "parameters", "FLOPs/token", "ms/step", "spread", "speed", "by CPU time")
     for sweep, name, found in _by_sweep(rows, [*SWEEPS]):
-        activations = found["activations"] / (found["activations"].iloc[0] or float("nan"))
-        cells = {
-            "row": (found["name"], "{}"),
-            "ranks": (found["processes"], "{}"),
-            "parameters": (found["parameters"] / 1e6, "{:,.2f}M"),
-            "FLOPs/token": (found["flops_per_token"] / 1e6, "{:,.1f}M"),
-            "ms/step": (found["median_s"] * 1e3, "{:,.0f}"),
-            "spread": (found["spread"], "{:.0%}"),
-            "speed": (found["speed_of_first"], "{:.2f}"),
-            "by CPU time": (found["cpu_speed_of_first"], "{:.2f}"),
-            "peak memory, MiB": (found["peak_bytes"] / MIB, "{:,.1f}"),
-            "activations, of first": (activations, "{:.2f}"),
-        }
-        section.tables.append(Table(_cells(cells), title=f"{SWEEPS[sweep]}, {name}"))
+        known = found.assign(share=found["activations"] / (found["activations"].iloc[0] or float("nan")))
+        cells = row_cells(known, (*names, "peak memory, MiB", "activations, of first"))
+        section.tables.append(Table(cells, title=f"{SWEEPS[sweep]}, {name}"))
         if sweep == "recompute":
             points = zip(found["name"], found["peak_bytes"] / MIB, 1 / found["speed_of_first"], strict=True)
             series = [Series(name, [(a, b)], i, "marks") for i, (name, a, b) in enumerate(points)]
@@ -302,16 +295,6 @@ def _origins(inputs: ReportInputs, rows: pd.DataFrame, command: str) -> Section:
         for head in heads
     ]
     section.tables.append(Table(origins, text=TEXT_ONLY))
-    peaks = [
-        {
-            "benchmark": record["name"],
-            "origin": record["peak_source"] or "-",
-            "peak per device": f"{record['peak_flops'] / 1e12:.3g} TFLOP/s",
-        }
-        for record in inputs.of_kind("benchmark")
-        if record["peak_flops"]
-    ]
-    section.tables += [Table(peaks, text=2)] if peaks else []
     section.code = [_command(head) for head in heads] + [f"# this report\n{command}"]
     section.notes = [f"left out: {problem}" for problem in inputs.say()]
     if absent := _absent(inputs, rows, heads):
@@ -330,7 +313,9 @@ def _what(head: dict[str, Any]) -> str:
         whole = "" if head["complete"] else ", stopped before its end"
         cpu = "a CPU: ratios count, absolute figures are a small machine's"
         device = cpu if head["device"] == "cpu" else head["device"]
-        return f"benchmark, {len(head['rows'])} measured rows on {device}{whole}"
+        origin = f" ({head['peak_source']})" if head["peak_source"] else ""
+        peak = f", peak {head['peak_flops'] / 1e12:.3g} TFLOP/s per device{origin}" if head["peak_flops"] else ""
+        return f"benchmark, {len(head['rows'])} measured rows on {device}{whole}{peak}"
     return f"{head['kind']} of {head['step']['line']}" if head["step"] else str(head["kind"])
 
 
