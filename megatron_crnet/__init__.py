@@ -1,24 +1,24 @@
 """Distributed pre-training of CR-Net (arXiv 2509.18993) on Megatron-Core and DeepSpeed.
 
-The rooms in the order in which to read them; each imports only those above it, which `make check` holds. A room's own
-docstring says what goes in and out, and where to start.
+The sub-packages in reading order; each imports only those above it, which `make check` checks. Their docstrings say
+what goes in and out, and where to start.
 
     utils         files, signals, errors, messages
-    config        what a run is: typed, checked, resolved once
-    recompute     what the backward pass needs and how it gets it back
-    distributed   who the ranks are, whether they agree and live
+    config        the configuration of a run: typed, checked, resolved once
+    recompute     activation recomputation
+    distributed   process groups, agreement between ranks, watchdog
     data          text -> ids -> micro-batches
     model         CR-Net: the mathematics (reference.py), and in Megatron-Core's transformer blocks
     engine        one optimizer step under DeepSpeed
     checkpoint    a run's state by canonical weight, for any layout
-    training      the run: what is examined before it, and the loop
-    hf            out to Hugging Face transformers, and back
-    planning      before a run: by formula, and by the real code on tensors without memory
-    reporting     after it: benchmarks and reports
+    training      preflight, the training loop and its callbacks
+    hf            conversion to and from Hugging Face transformers
+    planning      estimates by formula, and simulation by the real code on fake tensors
+    reporting     benchmarks and reports
     cli           the command `crnet`
 
-As a library (`examples/library_use.py`): the names of `__all__`, each imported when it is first used. `import
-megatron_crnet` itself imports no torch, starts no thread and takes no signal.
+As a library (`examples/library_use.py`): the names of `__all__`, each imported at its first use. `import
+megatron_crnet` itself imports no torch, starts no thread and handles no signal.
 """
 
 from importlib import import_module

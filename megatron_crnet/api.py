@@ -1,7 +1,6 @@
-"""What `from megatron_crnet import ...` gives beside classes: training, planning, export and evaluation as functions.
+"""The functions of `from megatron_crnet import ...`: training, planning, conversion and evaluation.
 
-Everything heavy is imported by the call that needs it. What is wrong with an input is raised as an error of
-`megatron_crnet.utils.errors`, in one line.
+Heavy libraries are imported by the call that needs them. Errors are those of `megatron_crnet.utils.errors`.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ Dtype = Literal["fp32", "bf16"]
 
 
 def train(config: Config) -> TrainResult:
-    """Train a configuration, or go on with its run, on the ranks that a launcher started or alone in this process.
+    """Train a configuration, or resume its run, on the ranks that a launcher started or in this process alone.
 
-    Process groups, the watchdog's threads and the handlers of SIGTERM, SIGUSR1 and SIGINT are taken for the time of
-    the call and given back; groups that are there already are used and stay.
+    Process groups, the watchdog's threads and the handlers of SIGTERM, SIGUSR1 and SIGINT exist during the call;
+    process groups of the caller are used and kept.
 
     Returns:
         Whether all steps are done, the last step, the newest checkpoint, and the last losses in nats per token; the
@@ -43,7 +42,7 @@ def train(config: Config) -> TrainResult:
         ConfigError, DataError: the input cannot be used; nothing has been written.
         CheckpointError: the saved state does not fit, or the last one cannot be written.
         BadStepError: a loss is not finite or a spike; the state before it is saved.
-        PeerLostError: another rank died or stalls.
+        PeerLostError: another rank died or stalled.
     """
     _prepare()
     from megatron_crnet.training.trainer import run_training
@@ -57,7 +56,7 @@ def train_tokenizer(
     """Train a SentencePiece tokenizer on files and folders of text. Returns the path of OUT_PREFIX.model.
 
     Raises:
-        ConfigError: `vocab_size` is too small for the alphabet, or beyond sense.
+        ConfigError: `vocab_size` is too small for the alphabet, or too large.
         DataError: there is no text, or the output exists.
     """
     from megatron_crnet.data.corpus import iter_documents
@@ -81,7 +80,7 @@ def preprocess(
         workers: processes that tokenize; 0 does it in this process.
 
     Raises:
-        ConfigError: `workers` is negative or beyond sense.
+        ConfigError: `workers` is negative or too large.
         DataError: input or tokenizer is missing or damaged, or the output exists.
     """
     from megatron_crnet.data.preprocess import preprocess as write
@@ -122,7 +121,7 @@ def plan(config: Config, gpus: int, gpu: str = "h100", *, gpus_per_node: int = 8
 
 
 def simulate(config: Config, world_size: int, rank: int = 0) -> StepProfile:
-    """Count a step of one rank of a world of up to 4096, by the real code on tensors without memory.
+    """Count a step of one rank of a world of up to 4096, by the real code on fake tensors.
 
     Raises:
         ConfigError: the world does not fit the configuration, or values that do not exist would decide something.
@@ -136,7 +135,7 @@ def simulate(config: Config, world_size: int, rank: int = 0) -> StepProfile:
 def load_pretrained(
     path: PathLike, *, dtype: Dtype = "fp32", device: torch.device | None = None, tokenizer: PathLike | None = None
 ) -> OpenModel:
-    """Open an export, a checkpoint, or the folder of a run (its newest whole checkpoint).
+    """Open an export, a checkpoint, or the folder of a run (its newest complete checkpoint).
 
     Args:
         device: None takes the GPU if there is one.
@@ -147,7 +146,7 @@ def load_pretrained(
         `tokenizer`; `config`.
 
     Raises:
-        DataError: there is no model, or its weights are not whole.
+        DataError: there is no model, or its weights are incomplete.
         ConfigError: its sizes contradict each other.
     """
     from megatron_crnet.hf.generate import open_model
@@ -227,14 +226,14 @@ def to_hf(
     """Write a checkpoint as a folder that Hugging Face transformers opens. Returns it.
 
     Args:
-        run: a checkpoint, a folder of checkpoints or the folder of a run, whose newest whole one is taken.
+        run: a checkpoint, a folder of checkpoints or the folder of a run, whose newest complete one is taken.
         dtype: of all weights but beta, which stays fp32.
         tokenizer: path of the tokenizer; None takes the one that the checkpoint's configuration names.
         shard_size: largest file of weights.
         overwrite: replace an older export.
 
     Raises:
-        DataError: there is no whole checkpoint or no tokenizer, or `out` exists or cannot be written.
+        DataError: there is no complete checkpoint or no tokenizer, or `out` exists or cannot be written.
     """
     from megatron_crnet.checkpoint.contents import find_checkpoint
     from megatron_crnet.hf.export import to_hf as write
@@ -246,13 +245,13 @@ def to_hf(
 
 
 def from_hf(export: PathLike, folder: PathLike, tokenizer: PathLike | None = None) -> Path:
-    """Write an export as a checkpoint of step 0, which a run with `checkpoint.dir` FOLDER goes on from. Returns it.
+    """Write an export as a checkpoint of step 0, from which a run with `checkpoint.dir` FOLDER continues. Returns it.
 
     Args:
         tokenizer: path of the tokenizer for the run to come; None takes the export's own.
 
     Raises:
-        DataError: `folder` holds states of a run or cannot be written, or the export is not whole.
+        DataError: `folder` holds states of a run or cannot be written, or the export is incomplete.
         ConfigError: the export's sizes contradict each other, or another process writes `folder`.
     """
     from megatron_crnet.hf.export import from_hf as read

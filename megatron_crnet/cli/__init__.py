@@ -1,7 +1,7 @@
-"""One command, `crnet`, with a file for each subcommand; what it prints and how it ends.
+"""The command `crnet`: a file per subcommand, its output and its exit status.
 
 In: Command lines.
 Out: Text on standard output, one line for each error, an exit status.
-May import: every room.
+May import: every sub-package.
 Start with main.py, then train.py.
 """

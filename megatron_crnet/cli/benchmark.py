@@ -1,4 +1,4 @@
-"""Measure training steps of several configurations in one run, in turn, so that ratios hold on a busy machine.
+"""Measure training steps of several configurations, interleaved, so that ratios hold on a busy machine.
 
     %(prog)s --config examples/quickstart.yaml --sweep variants --sweep recompute --json FILE
     %(prog)s --config examples/quickstart.yaml --processes 4 --sweep strong --sweep layouts
@@ -7,7 +7,7 @@
 Any --section.field value holds for all rows. Each row has processes of its own, which run real training steps on random
 tokens; a repeat runs one step of each row in a drawn order. Tokens/s are of the median step; `speed` is the median,
 over repeats, of tokens/s in units of the sweep's first row, by the clock and by CPU time. MFU is the share of the
-device's peak that the model's operations are (recomputation counts nothing). Peak memory is that of the fullest rank:
+device's peak that the model's operations take (recomputation is not counted). Peak memory is that of the fullest rank:
 on GPUs the allocator's, on CPUs of all tensors that are alive.
 Ctrl-C ends the run with what was measured so far (status 75).
 """

@@ -1,4 +1,4 @@
-"""Compare `crnet preprocess` with a straightforward loop: one process, one document at a time.
+"""Compare `crnet preprocess` with a simple loop: one process, one document at a time.
 
     %(prog)s --workers 2 --repeats 5 --copies 1 8
 

@@ -1,4 +1,4 @@
-"""Say before a run whether it fits and how fast it will be: memory by part, operations, bytes on the wire, time.
+"""Estimate whether a run fits and how fast it is: memory by part, operations, communication volume, time.
 
     %(prog)s --config examples/llama2_7b.yaml --world-size 8 --gpu h100
     %(prog)s --config examples/quickstart.yaml --json

@@ -1,4 +1,4 @@
-"""Start ranks as torchrun does, with two differences that jobs which are stopped and continued need.
+"""Start ranks as torchrun does, with the exit status and the signals that preemptible jobs need.
 
     %(prog)s --nproc_per_node=8 train --config examples/llama2_7b.yaml
     %(prog)s --nnodes=2 --node_rank=1 --master_addr=node0 --nproc_per_node=8 train --config examples/llama2_7b.yaml
@@ -6,7 +6,7 @@
 
 Takes torchrun's options but --max_restarts (`torchrun --help` lists all of them), then a command of crnet or a program.
 The exit status is that of the first rank that failed (torchrun's own is always 1). SIGTERM, SIGUSR1 and Ctrl-C are
-passed on to the ranks, which save and end themselves; torchrun would kill them after 30 seconds.
+forwarded to the ranks, which save and exit; torchrun would kill them after 30 seconds.
 With more than one rank each computes on one CPU thread, unless OMP_NUM_THREADS says otherwise.
 """
 

@@ -20,7 +20,7 @@ from typing import NoReturn
 from megatron_crnet.utils.errors import ConfigError, CrnetError
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "train": ("train", "pre-train CR-Net, or go on with a run"),
+    "train": ("train", "pre-train CR-Net, or resume a run"),
     "launch": ("launch", "start the ranks of a run on this node"),
     "corpus": ("corpus", "write the text that Python ships as a corpus"),
     "tokenizer": ("tokenizer", "train a SentencePiece tokenizer"),
@@ -30,7 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("convert", "checkpoints to Hugging Face transformers and back"),
     "estimate": ("estimate", "memory, traffic and time of a run by formula"),
     "plan": ("plan", "search the fastest layout that fits"),
-    "simulate": ("simulate", "count a step of one rank on tensors without memory"),
+    "simulate": ("simulate", "count a step of one rank on fake tensors"),
     "benchmark": ("benchmark", "measure training steps of several configurations"),
     "report": ("report", "one page of runs, benchmarks, estimates and simulations"),
     "compare": ("compare", "final losses of runs side by side"),
@@ -38,13 +38,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "measure-recompute": ("measure_recompute", "count what recomputation keeps and computes"),
     "measure-scale": ("measure_scale", "count what grows with the number of ranks"),
     "benchmark-decoding": ("benchmark_decoding", "tokens per second of decoding"),
-    "benchmark-preprocess": ("benchmark_preprocess", "preprocessing beside a straightforward loop"),
+    "benchmark-preprocess": ("benchmark_preprocess", "preprocessing against a simple loop"),
     "check-imports": ("check_imports", "import what a run needs and print the versions"),
     "completion": ("completion", "print a shell's completion script"),
 }
 """Module and summary of each subcommand."""
 ENDS_AT_ONCE = ("train",)
-"""Subcommands whose process waits for no other rank, helper or thread on its way out."""
+"""Subcommands that exit without waiting for threads, helper processes or other ranks."""
 USAGE = """usage: crnet COMMAND [OPTIONS]
 
 Pre-training of CR-Net on Megatron-Core and DeepSpeed.
@@ -162,11 +162,10 @@ def _without_command(word: str) -> int:
 def run_cli(program: Callable[[], int]) -> int:
     """Run a program; print a CrnetError as one line to standard error and return its exit status.
 
-    Ctrl-C and a reader that has seen enough (`| head`) are no defects either: they end it as they end a program of the
-    shell, which counts 128 and the number of the signal.
+    Ctrl-C and a closed pipe (`| head`) end it with 128 plus the signal's number, as in a shell.
     """
     if signal.getsignal(signal.SIGINT) is _end_interrupted:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # what is half written is removed on its way
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # unwinds, so that partial files are removed
     try:
         status = program()
         sys.stdout.flush()
@@ -178,18 +177,18 @@ def run_cli(program: Callable[[], int]) -> int:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:
-        if not _nobody_reads(sys.stdout.fileno()):
+        if not _has_no_reader(sys.stdout.fileno()):
             raise  # of another pipe
-        # Python flushes once more when it ends, and would complain
+        # Python flushes again at exit, which would fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     return status
 
 
 def ctrl_c_is_one_line() -> None:
-    """Let Ctrl-C end a program with one line while it imports its libraries; to be called before them.
+    """Let Ctrl-C end the process at once, with one line, while it imports its libraries; `run_cli` undoes it.
 
-    At once, because an exception inside of an import may become another one. `run_cli` takes it back.
+    An exception inside an import may become another one. To be called before the imports.
     """
     signal.signal(signal.SIGINT, _end_interrupted)
 
@@ -199,7 +198,7 @@ def _end_interrupted(_number: int, _frame: FrameType | None) -> None:
     os._exit(128 + signal.SIGINT)
 
 
-def _nobody_reads(pipe: int) -> bool:
+def _has_no_reader(pipe: int) -> bool:
     poll = select.poll()
     poll.register(pipe, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))

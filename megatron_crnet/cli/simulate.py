@@ -1,4 +1,4 @@
-"""Run one rank of a world of up to 4096 in this process, without memory and without peers, and count its step.
+"""Simulate one rank of a world of up to 4096 in this process, and count its step.
 
     %(prog)s --config examples/llama2_7b.yaml --world-size 8 --rank 0
 

@@ -1,11 +1,11 @@
-"""Pre-train CR-Net, or go on with a run: give a YAML file and override any field as --section.field VALUE.
+"""Pre-train CR-Net, or resume a run: give a YAML file and override any field as --section.field VALUE.
 
     %(prog)s --config examples/quickstart.yaml --training.train_steps 100
     %(prog)s --config examples/llama2_7b.yaml --dry-run
     crnet launch --nproc_per_node=2 train --config examples/quickstart.yaml --training.micro_batch_size 4
 
-Exit status: 0 done, 75 stopped by a signal with the state saved (the same command goes on), 2 a mistake in
-configuration or data, 3 a loss that is not finite or a spike, 4 another rank that died or stalled, 1 all else.
+Exit status: 0 done, 75 stopped by a signal with the state saved (the same command resumes), 2 a mistake in
+configuration or data, 3 a loss that is not finite or a spike, 4 another rank died or stalled, 1 any other error.
 """
 
 from __future__ import annotations

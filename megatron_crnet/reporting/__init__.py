@@ -1,7 +1,7 @@
-"""What runs and layouts reached: measured side by side, and written up.
+"""Benchmarks of configurations, and reports of runs, benchmarks, estimates and simulations.
 
 In: Configurations to measure; folders of runs, files of figures.
-Out: JSON of figures with where they come from; a report as Markdown and HTML.
-May import: planning and the rooms below it.
+Out: JSON of figures with their command, machine and versions; a report as Markdown and HTML.
+May import: planning and the sub-packages below it.
 Start with benchmark.py, then scaling_report.py.
 """

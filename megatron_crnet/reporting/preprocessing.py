@@ -1,4 +1,4 @@
-"""Preprocessing beside a straightforward loop: one process, one document at a time, the same bytes."""
+"""Preprocessing against a simple loop: one process, one document at a time, the same bytes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from megatron_crnet.data.train_tokenizer import train_sentencepiece
 from megatron_crnet.utils.errors import DataError, require_positive
 
 
-def straightforward(corpus: Path, out_prefix: Path, tokenizer_model: str) -> None:
-    """The loop one writes first."""
+def simple_loop(corpus: Path, out_prefix: Path, tokenizer_model: str) -> None:
+    """The baseline."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     processor = SentencePieceProcessor(model_file=tokenizer_model)
@@ -72,7 +72,7 @@ def _measure(corpus: Path, folder: Path, model: str, workers: int, repeats: int)
     """Median seconds and rates of both, which take turns."""
     ours = partial(preprocess, [corpus], folder / "ours", "sentencepiece", model, workers=workers, overwrite=True)
     programs: dict[str, Callable[[], object]] = {
-        "loop": partial(straightforward, corpus, folder / "loop", model),
+        "loop": partial(simple_loop, corpus, folder / "loop", model),
         "preprocess": ours,
     }
     counts = ours()  # also imports Megatron-Core, which the measured runs then find loaded

@@ -66,7 +66,7 @@ def build_sections(inputs: ReportInputs, peak_flops: float | None, command: str)
         _headlines(inputs, rows, peak_flops),
         _loss(inputs),
         _speed(inputs, rows, peak_flops),
-        _sweeps(inputs, rows),
+        _sweeps(rows),
         steps_section(inputs),
         _memory(once, profiles),
         _traffic(once, profiles),
@@ -136,7 +136,7 @@ def run_row(run: Run, peak_flops: float | None = None) -> dict[str, str]:
 
 
 def _whole_attention(run: Run) -> float | None:
-    """By how much a run's operations grow if attention is counted whole; None where they hang on documents' lengths."""
+    """Factor of a run's operations if attention is counted whole; None where it depends on the lengths of documents."""
     if run.config is None or run.config.data.reset_attention_mask:
         return None
     model, length = run.config.model, run.config.training.seq_length
@@ -210,7 +210,7 @@ def _points(rows: pd.DataFrame, column: str, size: float) -> list[tuple[float, f
     return [*zip(known["processes"], known[column] * size, strict=True)]
 
 
-def _sweeps(inputs: ReportInputs, rows: pd.DataFrame) -> Section:
+def _sweeps(rows: pd.DataFrame) -> Section:
     section = Section(
         "Variants, layouts, recomputation",
         "Speed and activations in units of the first row of each sweep, by the clock and by CPU time.",
@@ -223,12 +223,11 @@ def _sweeps(inputs: ReportInputs, rows: pd.DataFrame) -> Section:
         if sweep == "recompute":
             points = zip(found["name"], found["peak_bytes"] / MIB, 1 / found["speed_of_first"], strict=True)
             series = [Series(name, [(a, b)], i, "marks") for i, (name, a, b) in enumerate(points)]
-            axes, caption = (
-                f"time, in units of {found['name'].iloc[0]}",
+            caption, y = (
                 "Each mark is a strategy; left and low is better.",
+                f"time, in units of {found['name'].iloc[0]}",
             )
-            picture = Lines(f"Memory against time, {name}", caption, "peak memory, MiB", axes, series)
-            section.pictures.append(picture)
+            section.pictures.append(Lines(f"Memory against time, {name}", caption, "peak memory, MiB", y, series))
     return section
 
 
@@ -295,7 +294,8 @@ def _origins(inputs: ReportInputs, rows: pd.DataFrame, command: str) -> Section:
         for head in heads
     ]
     section.tables.append(Table(origins, text=TEXT_ONLY))
-    section.code = [_command(head) for head in heads] + [f"# this report\n{command}"]
+    section.code = [f"# {head['name']}\n{head['command'] or 'unknown'}" for head in heads]
+    section.code.append(f"# this report\n{command}")
     section.notes = [f"left out: {problem}" for problem in inputs.say()]
     if absent := _absent(inputs, rows, heads):
         section.notes.append(f"Not in this report: {'; '.join(absent)}.")
@@ -304,11 +304,8 @@ def _origins(inputs: ReportInputs, rows: pd.DataFrame, command: str) -> Section:
 
 def _what(head: dict[str, Any]) -> str:
     if "run" in head:
-        processes = head["run"].processes
-        count = (
-            "an unknown number of processes" if processes is None else f"{processes} process{'es' * (processes > 1)}"
-        )
-        return f"run, {len(head['run'].lines)} lines, {count}"
+        processes = head["run"].processes or "an unknown number of"
+        return f"run, {len(head['run'].lines)} lines, {processes} process{'es' * (processes != 1)}"
     if head["kind"] == "benchmark":
         whole = "" if head["complete"] else ", stopped before its end"
         cpu = "a CPU: ratios count, absolute figures are a small machine's"
@@ -327,12 +324,6 @@ def _machine(machine: dict[str, Any] | None) -> str:
     load = " to ".join(f"{v:g}" for v in (machine["load_average"], machine["load_average_at_end"]) if v is not None)
     gpus, processor = ", ".join(machine["gpus"] or []) or "no GPU", machine["processor"] or "unknown processor"
     return f"{processor}, {machine['cores'] or '?'} cores, {gpus}, load {load or '?'}"
-
-
-def _command(head: dict[str, Any]) -> str:
-    processes = head["world_size"] if "run" in head else None
-    several = f", {processes} processes started by a launcher" if processes and processes > 1 else ""
-    return f"# {head['name']}{several}\n{head['command'] or 'unknown'}"
 
 
 def _absent(inputs: ReportInputs, rows: pd.DataFrame, heads: list[dict[str, Any]]) -> list[str]:
