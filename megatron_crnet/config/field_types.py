@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Le, Lt
 from pydantic import AfterValidator, ConfigDict, StringConstraints, TypeAdapter, ValidationError
 
 from megatron_crnet.utils.errors import ConfigError
@@ -186,8 +186,6 @@ def describe(kind: Any) -> str:
         return ("one of " if len(parts) > 1 else "") + ", ".join(c if isinstance(c, str) else shown(c) for c in parts)
     if origin is list:
         return f"a list whose entries are {describe(parts[0])}"
-    if origin is dict:
-        return f"a mapping of {describe(parts[0])} to {describe(parts[1])}"
     return {int: "an integer", float: "a finite number", bool: "true or false", type(None): "null"}.get(kind, "text")
 
 
@@ -196,8 +194,6 @@ def _range(notes: tuple[Any, ...]) -> str:
     for note in notes:
         if isinstance(note, Ge):
             lower = " above 0" if note.ge == SMALLEST else f" from {_number(note.ge)}"
-        elif isinstance(note, Gt):
-            lower = f" above {_number(note.gt)}"
         elif isinstance(note, Le):
             upper = f" {'and up ' if 'above' in lower else ''}to {_number(note.le)}"
         elif isinstance(note, Lt):

@@ -72,24 +72,23 @@ def _shortened(config: Config, changes: dict[str, Any], pp: int, vpp: int | None
     tp = config.parallel.tensor_model_parallel_size
     table = position_table(config.model)
     low = [row for layer, row in enumerate(table.ranks) if not table.is_full_rank(layer)]
-    rank = dict(low[-1] if low else dict.fromkeys(table.shapes, 1))
-    model = {"vocab_size": 8 * tp, "max_position_embeddings": None, "rank": rank, **changes}
-    layout: dict[str, Any] = {
-        "pipeline_model_parallel_size": pp,
-        "virtual_pipeline_model_parallel_size": vpp,
-        "num_layers_in_first_pipeline_stage": None,
-        "num_layers_in_last_pipeline_stage": None,
-    }
-    batch: dict[str, Any] = {
-        "micro_batch_size": 1,
-        "global_batch_size": dist.get_world_size() // tp // pp * pp,
-        "seq_length": 4 * tp,
-    }
+    rank: Any = dict(low[-1] if low else dict.fromkeys(table.shapes, 1))
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, **model),
-        training=dataclasses.replace(config.training, **batch),
-        parallel=dataclasses.replace(config.parallel, **layout),
+        model=dataclasses.replace(config.model, vocab_size=8 * tp, max_position_embeddings=None, rank=rank, **changes),
+        training=dataclasses.replace(
+            config.training,
+            micro_batch_size=1,
+            global_batch_size=dist.get_world_size() // tp // pp * pp,
+            seq_length=4 * tp,
+        ),
+        parallel=dataclasses.replace(
+            config.parallel,
+            pipeline_model_parallel_size=pp,
+            virtual_pipeline_model_parallel_size=vpp,
+            num_layers_in_first_pipeline_stage=None,
+            num_layers_in_last_pipeline_stage=None,
+        ),
         deepspeed={"zero_optimization": {"stage": 1}},  # takes every layout and dtype
     )
 
