@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.utils import Split
 from torch import Tensor
 
 from megatron_crnet.data.documents import DOCUMENT_LENGTHS, document_lengths
@@ -33,7 +34,7 @@ NO_TOKEN = -1
 
 @dataclass
 class DatasetConfig(GPTDatasetConfig):
-    """Megatron-Core's configuration of datasets; `index_folder` replaces its `path_to_cache`, "" for no caches."""
+    """Megatron-Core's configuration of datasets; `index_folder` replaces its `path_to_cache`."""
 
     index_folder: str = ""
 
@@ -57,12 +58,10 @@ class PackedDataset(GPTDataset):
         return sample
 
     def _build_document_sample_shuffle_indices(self) -> Arrays:
-        base = f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}"
-        names = [f"{base}-{name}_index.npy" for name in ("document", "sample", "shuffle")]
         build = super()._build_document_sample_shuffle_indices
-        return _stored(self, names, build, self._belong_here)
+        return _stored(self, self.index_split, ("document", "sample", "shuffle"), build)
 
-    def _belong_here(self, arrays: Arrays, values: bool) -> bool:
+    def belong_here(self, arrays: Arrays, values: bool) -> bool:
         """Whether arrays can be this dataset's; with `values`, every entry is checked."""
         documents, samples, order = arrays
         form = (
@@ -92,11 +91,10 @@ class StoredBlend(BlendedDataset):
     """A blend whose order is stored as the other indices."""
 
     def _build_indices(self) -> Arrays:
-        base = f"{self.unique_description_hash}-{type(self).__name__}-{self.split.name}"
-        names = [f"{base}-{name}_index.npy" for name in ("dataset", "dataset_sample")]
-        return _stored(self, names, super()._build_indices, self._belong_here)
+        return _stored(self, self.split, ("dataset", "dataset_sample"), super()._build_indices)
 
-    def _belong_here(self, arrays: Arrays, values: bool) -> bool:
+    def belong_here(self, arrays: Arrays, values: bool) -> bool:
+        """See PackedDataset."""
         which, samples = arrays
         form = which.ndim == samples.ndim == 1 and len(which) == len(samples) == (self.size or sum(self.weights))
         if not form or not values:
@@ -118,22 +116,18 @@ class DatasetBuilder(BlendedMegatronDatasetBuilder):
 
 
 def _stored(
-    dataset: PackedDataset | StoredBlend,
-    names: Sequence[str],
-    build: Callable[[], Arrays],
-    belong_here: Callable[[Arrays, bool], bool],
+    dataset: PackedDataset | StoredBlend, split: Split, names: Sequence[str], build: Callable[[], Arrays]
 ) -> Arrays:
     """Arrays from the cache folder; missing or damaged ones are built by every rank and stored by rank 0.
 
     A folder that fails costs memory and time, not the run.
     """
     folder = dataset.config.index_folder
-    if not folder:
-        return build()
+    base = f"{dataset.unique_description_hash}-{type(dataset).__name__}-{split.name}"
+    paths = [Path(folder, f"{base}-{name}_index.npy") for name in names]
     first = not dist.is_initialized() or dist.get_rank() == 0
-    paths = [Path(folder, name) for name in names]
     stored = _load(paths)
-    if stored is not None and belong_here(stored, first):
+    if stored is not None and dataset.belong_here(stored, first):
         return stored
     arrays = build()
     if not first:

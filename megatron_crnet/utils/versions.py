@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import platform
-import tomllib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 LIBRARIES = ("torch", "triton", "megatron-core", "deepspeed", "apex", "transformer-engine", "megatron_crnet")
 NOT_INSTALLED = "not installed"
@@ -16,16 +14,10 @@ NOT_INSTALLED = "not installed"
 @functools.cache
 def version_line() -> str:
     """This project, Python and the libraries that training depends on, in one line."""
+    from megatron_crnet import __version__  # of the source tree that runs, which need not be the installed one
+
     libraries = [f"{name} {_version(name)}" for name in ("torch", "megatron-core", "deepspeed")]
-    return ", ".join([f"megatron_crnet {own_version()}", *libraries, f"Python {platform.python_version()}"])
-
-
-def own_version() -> str:
-    """The version of the source tree that runs, which need not be the installed one."""
-    project = Path(__file__).parents[2] / "pyproject.toml"
-    if project.is_file():
-        return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])
-    return _version("megatron_crnet")
+    return ", ".join([f"megatron_crnet {__version__}", *libraries, f"Python {platform.python_version()}"])
 
 
 def library_versions(libraries: Sequence[str] = LIBRARIES) -> dict[str, str]:

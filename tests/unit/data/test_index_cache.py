@@ -78,14 +78,14 @@ def test_a_file_that_appears_while_the_caches_are_made_is_not_run(
 ) -> None:
     expected = samples(one(prefix))
     planted = caches(tmp_path)
-    original = PackedDataset._belong_here
+    original = PackedDataset.belong_here
 
     def plant(self: PackedDataset, arrays: Any, values: bool) -> bool:
         for path in planted:
             harmful(path, tmp_path / "proof", "raw pickle")
         return original(self, arrays, values)
 
-    monkeypatch.setattr(PackedDataset, "_belong_here", plant)
+    monkeypatch.setattr(PackedDataset, "belong_here", plant)
     one(prefix)
     monkeypatch.undo()
     assert samples(one(prefix)) == expected
@@ -103,7 +103,7 @@ DAMAGE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("number", range(3))
-def test_arrays_that_cannot_belong_here_are_made_again(prefix: str, tmp_path: Path, number: int, damage: str) -> None:
+def test_arrays_that_cannotbelong_here_are_made_again(prefix: str, tmp_path: Path, number: int, damage: str) -> None:
     expected = samples(one(prefix))
     path = caches(tmp_path)[number]
     np.save(path, DAMAGE[damage](np.load(path)))
@@ -112,7 +112,7 @@ def test_arrays_that_cannot_belong_here_are_made_again(prefix: str, tmp_path: Pa
 
 @pytest.mark.parametrize("damage", ["shorter", "an id too large", "a negative id"])
 @pytest.mark.parametrize("name", ["dataset_index", "dataset_sample_index"])
-def test_an_order_of_a_blend_that_cannot_belong_here_is_made_again(tmp_path: Path, name: str, damage: str) -> None:
+def test_an_order_of_a_blend_that_cannotbelong_here_is_made_again(tmp_path: Path, name: str, damage: str) -> None:
     prefixes = write_even_and_odd(tmp_path)
     expected = samples(build(10, data_path=prefixes, split="1,0,0").train)
     (path,) = (path for path in caches(tmp_path) if path.name.endswith(f"-train-{name}.npy"))

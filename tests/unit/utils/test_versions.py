@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import megatron_crnet
 from megatron_crnet.utils import versions
-from megatron_crnet.utils.versions import NOT_INSTALLED, library_versions
+from megatron_crnet.utils.versions import NOT_INSTALLED, library_versions, version_line
 
 
 def test_a_library_is_found_in_a_package_of_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,3 +20,9 @@ def test_a_library_is_found_in_a_package_of_another_name(tmp_path: Path, monkeyp
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(versions, "_packages", versions._packages.__wrapped__)
     assert library_versions(("imported_as_this", "nowhere")) == {"imported_as_this": "1.2.3", "nowhere": NOT_INSTALLED}
+
+
+def test_the_version_is_that_of_the_source_tree() -> None:
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    assert version_line().startswith(f"megatron_crnet {project['version']}, ")
+    assert megatron_crnet.__version__ == project["version"]
