@@ -247,7 +247,7 @@ def prune(folder: Path, keep_last: int | None, keep_every: int | None, good: int
         shutil.rmtree(folder / checkpoint_name(step), ignore_errors=True)
 
 
-def unwritable(folder: Path, error: Exception) -> CheckpointError:
+def unwritable(folder: Path, error: BaseException) -> CheckpointError:
     """The error for a folder that no checkpoint can be written into."""
     reason = (error.strerror if isinstance(error, OSError) else None) or describe(error)
     return CheckpointError(

@@ -40,7 +40,7 @@ from megatron_crnet.checkpoint.directory import (
     writing_into,
 )
 from megatron_crnet.checkpoint.replicas import Checksums, checksums, compare_copies
-from megatron_crnet.checkpoint.storage import Box, LostBox, collect, fill, read, shared_reader, whole, write
+from megatron_crnet.checkpoint.storage import Box, collect, fill, read, shared_reader, whole, write
 from megatron_crnet.checkpoint.train_state import TrainingState
 from megatron_crnet.checkpoint.weight_files import ShardReader
 from megatron_crnet.config.loading import resolved
@@ -140,7 +140,12 @@ class Checkpointer:
         return found
 
     def _write(
-        self, name: str, state: TrainingState, boxes: dict[str, Box | LostBox], about: dict[str, Any], copies: Checksums
+        self,
+        name: str,
+        state: TrainingState,
+        boxes: dict[str, Box | Exception],
+        about: dict[str, Any],
+        copies: Checksums,
     ) -> Path:
         partial: Path | None = None
         try:
@@ -160,7 +165,7 @@ class Checkpointer:
         return target
 
     def _prepare(self, name: str) -> tuple[Path, Path]:
-        """A new empty folder to write into, and its final name; no rank of an earlier start still writes into it."""
+        """A new folder to write into, and its final name."""
         self.folder.mkdir(parents=True, exist_ok=True)
         restore_replaced(self.folder)
         remove_partial(self.folder)
@@ -216,10 +221,7 @@ class Checkpointer:
         fill(shared_reader(checkpoint), self.zero, self.weights, steps, KINDS if optimizer else (MASTER,))
 
     def _restore_random_states(self, reader: ShardReader, about: dict[str, Any]) -> str | None:
-        """Restore the random generators; else return why that is not possible.
-
-        Generators of another kind of device have states of another size, which mean nothing here.
-        """
+        """Restore the random generators; else return why that is not possible, such as another kind of device."""
         layout = self._layout()
         if about["layout"] != layout:
             names = [name for name, value in layout.items() if about["layout"].get(name) != value]
@@ -241,9 +243,7 @@ class Checkpointer:
         return self._on_main(lambda: quarantine(self.folder, step, prefix))
 
     def step_back(self, step: int) -> Path | None:
-        """Let the next start resume from an intact checkpoint before `step`, where there is one.
-
-        Else nothing is quarantined: what is intact may be the only good state.
+        """Quarantine checkpoints of `step` and later, if there is an intact one before it: else nothing good may stay.
 
         Returns:
             The checkpoint from which the next start will resume; None if there is none.

@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_crnet.checkpoint.directory import unwritable
 from megatron_crnet.checkpoint.weight_files import ShardReader, headers_of, portions
 from megatron_crnet.distributed.consensus import run_on_all_ranks, run_on_main
 from megatron_crnet.engine.state_kinds import KINDS
@@ -57,12 +58,12 @@ class Box:
         self.chunk = ChunkStorageMetadata(torch.Size(offsets), tensor.size())
 
     def write_item(self, name: str) -> WriteItem:
-        """The write item of this part of the tensor `name`."""
+        """For a save plan."""
         data = TensorWriteData(self.chunk, TensorProperties.create_from_tensor(self.tensor), self.shape)
         return WriteItem(MetadataIndex(name, self.chunk.offsets), WriteItemType.SHARD, tensor_data=data)
 
     def read_items(self, name: str, saved: TensorStorageMetadata | None) -> list[ReadItem]:
-        """The read items of this part of the saved tensor `name`."""
+        """For a load plan; raises ValueError if `name` is not saved, or in another shape."""
         if saved is None:
             raise ValueError(f"{name} is missing")
         if saved.size != self.shape:
@@ -70,23 +71,15 @@ class Box:
         return create_read_items_for_chunk_list(name, saved, [self.chunk])
 
 
-class LostBox:
-    """A part of a tensor that could not be copied: writing it fails, on every rank.
-
-    Args:
-        error: what went wrong.
-    """
-
-    def __init__(self, error: Exception) -> None:
-        self.error = error
-
-    def write_item(self, name: str) -> WriteItem:
-        """Raise the error."""
-        raise MemoryError(f"{name} was not copied: {describe(self.error)}") from self.error
+Boxes = Mapping[str, Box | Exception]
+"""By name of the whole tensor; an exception where the part could not be copied, which fails the write on all ranks."""
 
 
 class _SavePlanner(DefaultSavePlanner):
     def create_local_plan(self) -> SavePlan:
+        for name, box in self.state_dict.items():
+            if isinstance(box, Exception):
+                raise MemoryError(f"{name} was not copied: {describe(box)}") from box
         self.plan = SavePlan([box.write_item(name) for name, box in self.state_dict.items()])
         return self.plan
 
@@ -133,18 +126,18 @@ def by_parameter(weights: list[Weight]) -> dict[nn.Parameter, list[Weight]]:
     return found
 
 
-def collect(zero: ZeroState, weights: list[Weight]) -> dict[str, Box | LostBox]:
-    """Copy what this rank will write to host memory; a collective call over replicas.
+def collect(zero: ZeroState, weights: list[Weight]) -> dict[str, Box | Exception]:
+    """Copy to host memory what this rank will write; a collective call over replicas.
 
-    Every master and moment has one owner among the ranks that hold it, in turn, so that all write equally much. What
-    cannot be copied is reported by `write`: here the replicas still wait for this rank's slices.
+    Every master and moment has one owner among the ranks that hold it, in turn, so that all write equally much. A copy
+    that fails is reported by `write`: here the replicas still wait for this rank's slices.
     """
     dp_rank, dp_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     tp_rank, tp_size = (
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_tensor_model_parallel_world_size(),
     )
-    boxes: dict[str, Box | LostBox] = {}
+    boxes: dict[str, Box | Exception] = {}
     turn = 0
     for parameter, parts in by_parameter(weights).items():
         for kind in KINDS:
@@ -160,15 +153,15 @@ def collect(zero: ZeroState, weights: list[Weight]) -> dict[str, Box | LostBox]:
     return boxes
 
 
-def _copied(weight: Weight, values: Tensor) -> Box | LostBox:
+def _copied(weight: Weight, values: Tensor) -> Box | Exception:
     try:
         # a copy, because the values may be a view of a larger tensor
         return _box(weight, weight.local(values).to("cpu", copy=True))
-    except Exception as error:  # no room
-        return LostBox(error)
+    except Exception as error:  # out of memory
+        return error
 
 
-def write(folder: Path, boxes: Mapping[str, Box | LostBox], group: dist.ProcessGroup) -> list[str]:
+def write(folder: Path, boxes: Boxes, group: dist.ProcessGroup) -> list[str]:
     """Write the boxes of all ranks; a collective call of `group`, which must be a gloo group of all ranks.
 
     Returns:
@@ -183,11 +176,7 @@ def write(folder: Path, boxes: Mapping[str, Box | LostBox], group: dist.ProcessG
         dcp.save(dict(boxes), storage_writer=writer, planner=planner, process_group=group)
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
-        reason = " ".join(str(cause).split())[:200]
-        raise CheckpointError(
-            f"rank {rank} cannot write into {folder} ({reason}): free some space, correct the permissions or set "
-            "checkpoint.dir; earlier checkpoints are untouched"
-        ) from error
+        raise CheckpointError(f"rank {rank} {unwritable(folder, cause)}") from error
     mine = f"shard-{dist.get_rank() + 1:05d}-"
     return sorted(path.name for path in folder.iterdir() if path.name.startswith(mine))
 
@@ -219,14 +208,10 @@ def read(reader: ShardReader, boxes: Mapping[str, Box]) -> None:
         dcp.load(dict(boxes), storage_reader=reader, planner=planner, no_dist=True)
     except (CheckpointException, RuntimeError, ValueError, OSError) as error:
         reason = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        if not isinstance(reason, ValueError):  # which `Box.read_items` raises
-            raise CheckpointError(
-                f"checkpoint {reader.checkpoint} cannot be read ({describe(reason)}): use another one"
-            ) from error
-        raise CheckpointError(
-            f"checkpoint {reader.checkpoint} does not fit this model ({' '.join(str(reason).split())[:200]}): use the "
-            "configuration that it was written with"
-        ) from error
+        problem = f"cannot be read ({describe(reason)}): use another one"
+        if isinstance(reason, ValueError):  # of `Box.read_items`
+            problem = f"does not fit this model ({reason}): use the configuration that it was written with"
+        raise CheckpointError(f"checkpoint {reader.checkpoint} {problem}") from error
 
 
 def fill(

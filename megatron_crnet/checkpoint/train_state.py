@@ -1,27 +1,10 @@
-"""The counters of a run: what it needs besides weights, moments and RNG states to resume."""
+"""The counters of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What an optimizer step reports.
-
-    Attributes:
-        loss: mean over all trained tokens of the global batch, nats.
-        grad_norm: global gradient norm before clipping.
-        lr: learning rate that the step used.
-        tokens: trained tokens of the global batch.
-    """
-
-    loss: float
-    grad_norm: float
-    lr: float
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -57,23 +40,30 @@ class TrainingState:
         """The step after the last good one: what was saved later holds the same weights."""
         return self.step - self.skipped_in_a_row
 
-    def trained(self, samples: int, result: StepResult, window: int) -> TrainingState:
-        """The state after a good step on `samples` sequences.
+    def trained(
+        self, *, samples: int, tokens: int, loss: float, grad_norm: float, lr: float, window: int
+    ) -> TrainingState:
+        """The state after a good step.
 
         Args:
+            samples: sequences of the global batch.
+            tokens: trained tokens of the global batch.
+            loss: mean over them, nats.
+            grad_norm: global gradient norm before clipping.
+            lr: learning rate of the step.
             window: losses to remember.
         """
-        losses = (*self.recent_losses, result.loss)
+        losses = (*self.recent_losses, loss)
         return replace(
             self,
             step=self.step + 1,
-            tokens=self.tokens + result.tokens,
+            tokens=self.tokens + tokens,
             samples=self.samples + samples,
             skipped_in_a_row=0,
-            unlogged_loss=self.unlogged_loss + result.loss,
+            unlogged_loss=self.unlogged_loss + loss,
             unlogged_steps=self.unlogged_steps + 1,
-            grad_norm=result.grad_norm,
-            lr=result.lr,
+            grad_norm=grad_norm,
+            lr=lr,
             recent_losses=losses[max(len(losses) - window, 0) :],
         )
 

@@ -25,7 +25,7 @@ from megatron_crnet.checkpoint.directory import MANIFEST
 from megatron_crnet.config.schema import ModelConfig
 from megatron_crnet.engine.state_kinds import MASTER
 from megatron_crnet.model.reference import ReferenceCRNet
-from megatron_crnet.utils.errors import DataError
+from megatron_crnet.utils.errors import DataError, describe
 
 Shapes = dict[str, tuple[int, ...]]
 """Shapes by canonical name."""
@@ -172,8 +172,7 @@ class CheckpointWeights(WeightSource):
         try:
             self._reader = ShardReader(checkpoint, headers_of(checkpoint))
         except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise DataError(f"{self.where} has no readable weights ({reason}): use another one") from error
+            raise DataError(f"{self.where} has no readable weights ({describe(error)}): use another one") from error
         saved = self._reader.read_metadata().state_dict_metadata
         masters: dict[str, TensorStorageMetadata] = {
             name.removeprefix(f"{MASTER}."): about
@@ -193,8 +192,7 @@ class CheckpointWeights(WeightSource):
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is what is meant
                 dcp.load(dict(found), storage_reader=self._reader, no_dist=True)
         except (CheckpointException, OSError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise DataError(f"{self.where} cannot be read ({reason}): use another one") from error
+            raise DataError(f"{self.where} cannot be read ({describe(error)}): use another one") from error
         return {name.removeprefix(f"{MASTER}."): tensor for name, tensor in found.items()}
 
 
@@ -206,8 +204,7 @@ class ExportWeights(WeightSource):
         self._file_of: dict[str, Path] = {}
         self.shapes, self.dtypes = {}, {}
         try:
-            files = _files_of(folder)
-            for file in files:
+            for file in _files_of(folder):
                 self._look_into(file)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
             raise DataError(f"{self.where} has no readable weights ({error}): export the checkpoint again") from error

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megatron_crnet.checkpoint.directory import checkpoint_dir, checkpoint_name
 from megatron_crnet.checkpoint.manager import Checkpointer
-from megatron_crnet.checkpoint.train_state import StepResult, TrainingState
+from megatron_crnet.checkpoint.train_state import TrainingState
 from megatron_crnet.config.batch import BatchSizes
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.documents import to_device
@@ -132,8 +132,14 @@ class Trainer:
             self.engine.discard()
         if problem is None:
             trained, self.losses["train_loss"] = work.trained, loss
-            result = StepResult(loss, grad_norm, lr, trained)
-            self.state = self.state.trained(samples, result, losses_to_remember(faults))
+            self.state = self.state.trained(
+                samples=samples,
+                tokens=trained,
+                loss=loss,
+                grad_norm=grad_norm,
+                lr=lr,
+                window=losses_to_remember(faults),
+            )
         else:
             self._call("on_bad_step", problem, lr)
         self.state = replace(self.state, validation_due=self.preflight.is_validated(self.state.step))

@@ -3,14 +3,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from typing import Any
 
 import pytest
 
-from megatron_crnet.checkpoint.train_state import StepResult, TrainingState
+from megatron_crnet.checkpoint.train_state import TrainingState
 from megatron_crnet.config.schema import FaultsConfig
 from megatron_crnet.training.callbacks.faults import detect_anomaly, losses_to_remember, skip_limit_exceeded
 
-GOOD = StepResult(loss=2.0, grad_norm=0.5, lr=1e-3, tokens=100)
+GOOD: dict[str, Any] = {"samples": 8, "tokens": 100, "grad_norm": 0.5, "lr": 1e-3}
 SPIKES = FaultsConfig(spike_deviations=3.0, spike_window=4)
 
 
@@ -37,9 +38,9 @@ def test_both_limits_count_and_a_good_step_ends_a_row() -> None:
     assert skip_limit_exceeded(state.skip_step(8), faults) == (
         "step 3 would be skipped step 3 of at most faults.max_skips_in_a_row 2"
     )
-    state = state.trained(8, GOOD, 0).skip_step(8)
+    state = state.trained(**GOOD, loss=2.0, window=0).skip_step(8)
     assert skip_limit_exceeded(state, faults) is None
-    state = state.trained(8, GOOD, 0).skip_step(8)
+    state = state.trained(**GOOD, loss=2.0, window=0).skip_step(8)
     assert skip_limit_exceeded(state, faults) == "step 6 would be skipped step 4 of at most faults.max_skips 3"
     assert state.good_step == 5
     assert (state.step, state.samples, state.tokens, state.skipped, state.skipped_in_a_row) == (6, 48, 200, 4, 1)
@@ -48,13 +49,13 @@ def test_both_limits_count_and_a_good_step_ends_a_row() -> None:
 def test_the_state_remembers_what_spikes_are_compared_with_and_survives_json() -> None:
     state = TrainingState()
     for loss in (0.1, 0.2, 0.3):
-        state = state.trained(8, StepResult(loss, 0.5, 1e-3, 100), 2)
+        state = state.trained(**GOOD, loss=loss, window=2)
     assert state.recent_losses == (0.2, 0.3)
     assert (state.unlogged_loss, state.unlogged_steps) == (0.1 + 0.2 + 0.3, 3)
     again = TrainingState.from_values(json.loads(json.dumps({**dataclasses.asdict(state), "layout": {}})))
     assert again == state
     assert state.logged().unlogged_steps == 0
-    assert state.trained(8, GOOD, losses_to_remember(FaultsConfig())).recent_losses == ()
+    assert state.trained(**GOOD, loss=2.0, window=losses_to_remember(FaultsConfig())).recent_losses == ()
     assert losses_to_remember(SPIKES) == 4
 
 
