@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_crnet.utils.errors import DataError, require
-from megatron_crnet.utils.files import atomic_files, exists
+from megatron_crnet.utils.files import atomic_files, exists, read_json_object
 
 ENOUGH_BYTES = 10_000_000
 NOT_THE_LIBRARY = frozenset({"site-packages", "dist-packages", "__pycache__"})
@@ -121,9 +121,7 @@ def _json_lines(files: SourceFiles, left_out: list[str]) -> bytes:
 
 
 def _holds(marker: Path, description: dict[str, Any]) -> bool:
-    try:
-        sizes = {name: (marker.parent / name).stat().st_size for name in description}
-        described = json.loads(marker.read_text()) == description
-    except (OSError, ValueError):
-        return False
-    return described and sizes == {name: about["bytes"] for name, about in description.items()}
+    files = [(marker.parent / name, about["bytes"]) for name, about in description.items()]
+    return read_json_object(marker) == description and all(
+        path.is_file() and path.stat().st_size == size for path, size in files
+    )

@@ -43,7 +43,7 @@ from megatron_crnet.engine.state_kinds import MASTER, MOMENTS
 from megatron_crnet.hf.export_config import hugging_face_fields, read_export_config
 from megatron_crnet.hf.export_tokenizer import tokenizer_of, write_tokenizer
 from megatron_crnet.utils.errors import DataError, require
-from megatron_crnet.utils.files import atomic_folder, exists
+from megatron_crnet.utils.files import atomic_folder, exists, read_json_object
 from megatron_crnet.utils.versions import library_versions
 
 CODE = ("configuration_crnet.py", "linear_crnet.py", "modeling_crnet.py")
@@ -125,10 +125,7 @@ def to_hf(
 
 
 def _is_export(folder: Path) -> bool:
-    try:
-        return json.loads((folder / "config.json").read_text())["model_type"] == "crnet"
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return read_json_object(folder / "config.json").get("model_type") == "crnet"
 
 
 def _write_weights(source: WeightSource, folder: Path, dtype: Dtype, shard_size: int | str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from megatron_crnet.utils.files import replace_text
+from megatron_crnet.utils.files import read_json_object, replace_text
 from megatron_crnet.utils.versions import LIBRARIES, library_versions
 
 RUN_FILE = "run.json"
@@ -62,11 +62,7 @@ def write_run_file(folder: Path, argv: list[str], world_size: int, **more: Any) 
 
 def read_run_file(folder: Path) -> dict[str, Any]:
     """The contents of RUN_FILE; empty if it cannot be read."""
-    try:
-        facts = json.loads((folder / RUN_FILE).read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
+    return read_json_object(folder / RUN_FILE)
 
 
 def note_in_run_file(folder: Path, **facts: Any) -> None:

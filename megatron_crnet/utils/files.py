@@ -141,6 +141,15 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if it cannot be read or is something else."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def unused_name(path: Path) -> Path:
     """`path`, or with a number appended where that exists."""
     names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))

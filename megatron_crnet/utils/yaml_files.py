@@ -1,7 +1,8 @@
-"""Reads YAML and JSON with what a configuration needs besides PyYAML's `safe_load`.
+"""Reads YAML and JSON for configurations.
 
-Keys that stand twice are refused with both lines, as are values without an end; numbers are read as YAML 1.2 reads them
-(1e-3 is a number, 010 is ten, 1:30 is text); text that looks like a number keeps its spelling where text is wanted.
+Unlike PyYAML's `safe_load`: duplicate keys are refused with both lines, as are values without an end; numbers are those
+of YAML 1.2 (1e-3 is a number, 010 is ten, 1:30 is text); text that looks like a number keeps its spelling where text is
+expected.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ TEXT = "tag:yaml.org,2002:str"
 SPELT = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")
 
 AsText = Callable[[tuple[str, ...]], bool]
-"""Whether the scalar under these keys is wanted as it is spelt."""
+"""Whether the scalar under these keys is expected to be text."""
 
 
 class Loader(yaml.SafeLoader):
@@ -46,18 +47,14 @@ for _tag, _pattern, _first in (
     Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
-def _integer(loader: Loader, node: yaml.ScalarNode) -> int:
-    return int(node.value.replace("_", ""))
-
-
-Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value.replace("_", "")))
 
 
 def read_file(path: str, as_text: AsText) -> Any:
     """The values of a YAML file, or of a JSON file by its name.
 
     Raises:
-        ConfigError: it cannot be read, is not valid, or says something twice.
+        ConfigError: it cannot be read, is not valid, or has duplicate keys.
     """
     try:
         with open(path, "rb") as stream:
@@ -72,13 +69,10 @@ def read_file(path: str, as_text: AsText) -> Any:
 
 
 def read_text(text: str, source: str, as_text: AsText = lambda keys: False) -> Any:
-    """The value of YAML text.
-
-    Args:
-        source: file or option that holds it, for messages.
+    """The value of YAML text; messages name its `source`.
 
     Raises:
-        ConfigError: it is not valid YAML, or says something twice.
+        ConfigError: it is not valid YAML, or has duplicate keys.
     """
     try:
         loader = Loader(text)
@@ -86,14 +80,14 @@ def read_text(text: str, source: str, as_text: AsText = lambda keys: False) -> A
         if node is None:
             return None
         _check_tree(node, source)
-        _keep_spelling(node, as_text)
+        _keep_spelling(node, (), as_text)
         return loader.construct_document(node)
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: thousands of digits
         raise ConfigError(f"{source} is not valid YAML ({describe(error)}): correct it") from error
 
 
 def _check_tree(root: yaml.Node, source: str) -> None:
-    """Raise ConfigError for keys that stand twice, aliases that multiply, and nodes that hold themselves."""
+    """Raise ConfigError for duplicate keys, aliases that multiply, and nodes that hold themselves."""
     sizes: dict[int, int] = {}
 
     def size(node: yaml.Node, depth: int) -> int:
@@ -124,18 +118,13 @@ def _check_keys_once(node: yaml.MappingNode, source: str) -> None:
         lines[place] = line
 
 
-def _keep_spelling(root: yaml.Node, as_text: AsText) -> None:
+def _keep_spelling(node: yaml.Node, keys: tuple[str, ...], as_text: AsText) -> None:
     """Tag the plain scalars of fields that take text as text: 2024.10 stays as it is."""
-
-    def walk(node: yaml.Node, keys: tuple[str, ...]) -> None:
-        if isinstance(node, yaml.ScalarNode):
-            if node.tag in SPELT and as_text(keys):
-                node.tag = TEXT
-        elif isinstance(node, yaml.MappingNode) and len(keys) < 2:
-            for key, value in node.value:
-                walk(value, (*keys, str(key.value)))
-
-    walk(root, ())
+    if isinstance(node, yaml.ScalarNode) and node.tag in SPELT and as_text(keys):
+        node.tag = TEXT
+    elif isinstance(node, yaml.MappingNode) and len(keys) < 2:
+        for key, value in node.value:
+            _keep_spelling(value, (*keys, str(key.value)), as_text)
 
 
 def _json(text: str, source: str) -> Any:
