@@ -64,17 +64,17 @@ def run(call: Call) -> int:
 
     parallel = config.parallel
     least = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    world_size, machine = options.world_size or least, find_machine(options.gpu)
-    found = estimate(config, world_size, machine, options.gpus_per_node)
+    world_size = options.world_size or least
+    found = estimate(config, world_size, find_machine(options.gpu), options.gpus_per_node)
     if not options.json:
-        print("\n".join([verdict(found, machine, config.training.train_steps), "", *estimate_tables(found, machine)]))
+        print("\n".join([verdict(found), "", *estimate_tables(found)]))
         return 0
     record = {
         "kind": "estimate",
         "command": command_line(call.words),
         "versions": versions(),
         "step": identify_step(config, world_size),
-        **as_values(found, machine),
+        **as_values(found),
     }
     print(json.dumps(record, indent=1))
     return 0

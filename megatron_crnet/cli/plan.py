@@ -99,7 +99,7 @@ def run(call: Call) -> int:
     done = f"stopped after {found.tried} of {found.total}" if found.stopped else f"{found.total}"
     ranked = found.ranked()
     if ranked:
-        print(verdict(ranked[0].estimate, machine, config.training.train_steps))
+        print(verdict(ranked[0].estimate))
     print(
         f"{done} layouts tried: {found.refused} not allowed, {found.too_large} above {1 - RESERVE:.0%} of "
         f"{machine.memory_bytes / GIB:.0f} GiB, {len(found.fitting)} fit"

@@ -12,7 +12,7 @@ from functools import cache
 from megatron_crnet.config.batch import BatchPlan, plan_batches
 from megatron_crnet.config.model_size import flops_per_token
 from megatron_crnet.config.schema import Config
-from megatron_crnet.planning.machines import Machine
+from megatron_crnet.planning.machines import MACHINES, Machine
 from megatron_crnet.planning.memory import estimate_memory
 from megatron_crnet.planning.profile import DATA, PIPELINE, TENSOR, CommVolume, Memory
 from megatron_crnet.planning.roofline import Operations, StepTime, estimate_operations, estimate_time
@@ -38,15 +38,16 @@ class Estimate:
     Attributes:
         stages: by pipeline rank.
         crossings: by kind of group, the share of bytes that crosses nodes.
-        time: of the slowest stage, if a machine was given.
+        time: of the slowest stage.
     """
 
     config: Config
     plan: BatchPlan
     world_size: int
+    machine: Machine
     stages: list[StageEstimate]
     crossings: dict[str, float]
-    time: StepTime | None
+    time: StepTime
 
     @property
     def fullest(self) -> int:
@@ -61,22 +62,20 @@ class Estimate:
     @property
     def tokens_per_second(self) -> float:
         """Tokens per second over all ranks."""
-        assert self.time is not None
         return self.plan.tokens_per_step / self.time.total
 
     def model_flops(self, whole_attention: bool = False) -> float:
         """Useful operations of a step over all ranks; see `flops_per_token`."""
         return flops_per_token(self.config.model, self.plan.seq_length, whole_attention) * self.plan.tokens_per_step
 
-    def utilization(self, machine: Machine, whole_attention: bool = False) -> float:
+    def utilization(self, whole_attention: bool = False) -> float:
         """Model FLOPs utilization."""
-        assert self.time is not None
-        possible = self.time.total * self.world_size * machine.peak(self.config.training.dtype)
+        possible = self.time.total * self.world_size * self.machine.peak(self.config.training.dtype)
         return self.model_flops(whole_attention) / possible
 
 
 def estimate(
-    config: Config, world_size: int, machine: Machine | None = None, gpus_per_node: int = GPUS_PER_NODE
+    config: Config, world_size: int, machine: Machine = MACHINES["h100"], gpus_per_node: int = GPUS_PER_NODE
 ) -> Estimate:
     """Estimate a step on `world_size` ranks.
 
@@ -92,10 +91,9 @@ def estimate(
     times = [
         estimate_time(model, plan, machine, stage.memory, stage.operations, stage.flows, crossings)
         for model, stage in zip(models, stages, strict=True)
-        if machine is not None
     ]
-    slowest = max(times, key=lambda time: time.total, default=None)
-    return Estimate(config, plan, world_size, stages, crossings, slowest)
+    slowest = max(times, key=lambda time: time.total)
+    return Estimate(config, plan, world_size, machine, stages, crossings, slowest)
 
 
 @cache  # a search asks for the same layout many times

@@ -210,8 +210,6 @@ def explain(found: Search) -> list[str]:
 
 def _slower_by(best: Plan, rival: Plan) -> str:
     """The part of the step that costs the rival most and, if relevant, the one that saves it most."""
-    assert best.estimate.time is not None
-    assert rival.estimate.time is not None
     mine, theirs = dataclasses.asdict(best.estimate.time), dataclasses.asdict(rival.estimate.time)
     more = {name.replace("_", " "): theirs[name] - mine[name] for name in mine}
     cost, saving = max(more, key=lambda name: more[name]), min(more, key=lambda name: more[name])

@@ -11,7 +11,7 @@ from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.model_size import parameters_by_part, total_parameters
 from megatron_crnet.config.schema import Config
 from megatron_crnet.planning.estimate import Estimate, estimate
-from megatron_crnet.planning.machines import GIB, Machine
+from megatron_crnet.planning.machines import GIB
 from megatron_crnet.planning.profile import CommVolume, Memory
 from megatron_crnet.utils.progress import format_duration
 
@@ -39,19 +39,19 @@ def volume_rows(volumes: list[CommVolume], crossings: dict[str, float] | None = 
     return rows or ["  nothing"]
 
 
-def verdict(found: Estimate, machine: Machine, train_steps: int) -> str:
+def verdict(found: Estimate) -> str:
     """One line: whether it fits, tokens per second, time of the whole run."""
-    assert found.time is not None
-    there = machine.memory_bytes
-    room = f"{'fits' if found.peak <= there else 'DOES NOT FIT'}: {found.peak / GIB:,.1f} of {there / GIB:,.1f} GiB"
+    available, steps = found.machine.memory_bytes, found.config.training.train_steps
+    fits = "fits" if found.peak <= available else "DOES NOT FIT"
     return (
-        f"{room} per {machine.name}; {found.tokens_per_second:,.0f} tokens/s on {found.world_size} "
-        f"(MFU {found.utilization(machine):.1%}, whole {found.utilization(machine, whole_attention=True):.1%}); "
-        f"{train_steps:,} steps in {format_duration(train_steps * found.time.total)}"
+        f"{fits}: {found.peak / GIB:,.1f} of {available / GIB:,.1f} GiB per {found.machine.name}; "
+        f"{found.tokens_per_second:,.0f} tokens/s on {found.world_size} "
+        f"(MFU {found.utilization():.1%}, whole attention {found.utilization(whole_attention=True):.1%}); "
+        f"{steps:,} steps in {format_duration(steps * found.time.total)}"
     )
 
 
-def estimate_tables(found: Estimate, machine: Machine | None) -> list[str]:
+def estimate_tables(found: Estimate, with_time: bool = True) -> list[str]:
     """Memory of the first, the fullest and the last stage, operations, volume, and time on a machine."""
     stage, operations = found.stages[found.fullest], found.stages[found.fullest].operations
     shown = sorted({0, found.fullest, len(found.stages) - 1})
@@ -63,9 +63,9 @@ def estimate_tables(found: Estimate, machine: Machine | None) -> list[str]:
         f"volume of a rank of stage {found.fullest} in a step",
         *volume_rows(stage.flows, found.crossings),
     ]
-    if machine is None or found.time is None:
+    if not with_time:
         return lines
-    dtype = found.config.training.dtype
+    machine, dtype = found.machine, found.config.training.dtype
     peak = f"{machine.peak(dtype) / 1e12:.3g} TFLOP/s"
     return [
         *lines,
@@ -76,9 +76,8 @@ def estimate_tables(found: Estimate, machine: Machine | None) -> list[str]:
     ]
 
 
-def as_values(found: Estimate, machine: Machine) -> dict[str, Any]:
+def as_values(found: Estimate) -> dict[str, Any]:
     """The estimate for JSON, in bytes, operations and seconds."""
-    assert found.time is not None
     stages = [dataclasses.asdict(stage) for stage in found.stages]
     for values, stage in zip(stages, found.stages, strict=True):
         values["memory"]["peak"], values["operations"]["total"] = stage.memory.total, stage.operations.total
@@ -89,13 +88,13 @@ def as_values(found: Estimate, machine: Machine) -> dict[str, Any]:
         "world_size": found.world_size,
         "data_parallel_size": found.plan.dp_size,
         "micro_batches": found.plan.num_microbatches,
-        "machine": dataclasses.asdict(machine),
+        "machine": dataclasses.asdict(found.machine),
         "stages": stages,
         "model_flops": found.model_flops(),
         "seconds": {**dataclasses.asdict(found.time), "step": found.time.total},
         "tokens_per_second": found.tokens_per_second,
-        "model_flops_utilization": found.utilization(machine),
-        "fits": found.peak <= machine.memory_bytes,
+        "model_flops_utilization": found.utilization(),
+        "fits": found.peak <= found.machine.memory_bytes,
     }
 
 
@@ -117,6 +116,6 @@ def dry_run_report(config: Config, world_size: int) -> str:
         f"ranks = {plan.global_batch_size} sequences = {plan.tokens_per_step:,} tokens per step",
         *([f"  {ramp}"] if (ramp := plan.ramp_line()) else []),
         f"  {training.train_steps:,} steps = {plan.tokens_of_run(training.train_steps):,} tokens",
-        *estimate_tables(found, None),
+        *estimate_tables(found, with_time=False),
     ]
     return "\n".join(lines)

@@ -64,7 +64,6 @@ def test_a_configuration_is_made_of_values_as_of_a_file(tmp_path: Path) -> None:
 def test_a_run_is_planned() -> None:
     config = load_config(QUICKSTART, ["--training.global_batch_size=8"])
     found = estimate(config, 1, "a100-80g")
-    assert found.time is not None
     assert found.time.total > 0
     plans = plan(config, 1, "a100-80g")
     assert plans[0].estimate.tokens_per_second >= plans[-1].estimate.tokens_per_second > 0
