@@ -14,6 +14,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_crnet.checkpoint.storage import by_parameter
 from megatron_crnet.config.batch import plan_batches
 from megatron_crnet.config.schema import (
     Config,
@@ -26,6 +27,7 @@ from megatron_crnet.config.schema import (
 from megatron_crnet.data.documents import DOCUMENT_LENGTHS, document_lengths, positions_within
 from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.engine.engine import TrainEngine
+from megatron_crnet.engine.state_kinds import KINDS
 from megatron_crnet.engine.zero import local_shape
 from megatron_crnet.model.gpt import build_model_chunks
 from megatron_crnet.model.reference import ReferenceCRNet
@@ -45,6 +47,12 @@ TINY_MODEL = {
     "beta_init": 0.9,
     "init_method_std": 0.1,  # large enough that attention is not uniform and no gradient is all rounding
 }
+
+PADDED: dict[str, Any] = {
+    "ffn_hidden_size": 125,
+    "rank": {"q": 31, "k": 31, "v": 8, "o": [8, 31, 31, 31], "gate": 31, "up": 62, "down": 61},
+}
+"""Widths and ranks that are padded on one, two and four tensor-parallel ranks, beside some that are not."""
 
 
 def tiny_config(
@@ -202,6 +210,19 @@ def master_of(engine: TrainEngine, weight: Weight) -> Tensor:
     return weight.local(whole.view(local_shape(parameter)))
 
 
+def largest_padding(engine: TrainEngine) -> float:
+    """Largest value of masters and moments that belongs to no canonical weight; a collective call."""
+    found = 0.0
+    for parameter, weights in by_parameter(local_weights(engine)).items():
+        for kind in KINDS:
+            values = engine.zero.read(parameter, kind)
+            assert values is not None
+            for weight in weights:
+                weight.local(values).zero_()
+            found = max(found, float(values.abs().max()))
+    return found
+
+
 def compare_with_reference(config: Config, steps: int = 3) -> Errors:
     """Train `steps` steps on this world's ranks beside the plain reference; a collective call.
 
@@ -224,11 +245,9 @@ def compare_with_reference(config: Config, steps: int = 3) -> Errors:
         plain_loss = masked_loss(reference, tokens, labels, mask, document_numbers(config, tokens))
         optimizer.zero_grad()
         plain_loss.backward()
-        group = parallel_state.get_tensor_model_parallel_group()
         whole = {name: parameter.grad.clone() for name, parameter in named.items()}
         gradients = relative_error(
-            (w.name, gradient_of(engine, w), w.shard(whole[w.name], group.rank(), group.size()), whole[w.name])
-            for w in local_weights(engine)
+            (w.name, gradient_of(engine, w), w.shard(whole[w.name]), whole[w.name]) for w in local_weights(engine)
         )
         plain_norm = torch.nn.utils.clip_grad_norm_(named.values(), config.optimizer.clip_grad or float("inf"))
         grad_norm, lr = engine.update()
@@ -236,11 +255,14 @@ def compare_with_reference(config: Config, steps: int = 3) -> Errors:
             param_group["lr"] = lr
         optimizer.step()
         parameters = relative_error(
-            (w.name, master_of(engine, w), w.shard(named[w.name], group.rank(), group.size()).detach(), named[w.name])
+            (w.name, master_of(engine, w), w.shard(named[w.name]).detach(), named[w.name])
             for w in local_weights(engine)
         )
         losses = abs(loss / float(plain_loss) - 1), abs(grad_norm / float(plain_norm) - 1)
         errors = torch.maximum(errors, torch.tensor([*losses, gradients, parameters], dtype=torch.float64))
+    if config.model.ffn_hidden_size == PADDED["ffn_hidden_size"]:
+        assert engine.chunks[0].config.table.padding()
+        assert largest_padding(engine) == 0.0
     dist.all_reduce(errors, op=dist.ReduceOp.MAX)
     engine.deepspeed.destroy()
     context.heartbeat.close()

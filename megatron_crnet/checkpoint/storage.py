@@ -114,7 +114,7 @@ def whole(tensor: Tensor) -> Box:
 def _box(weight: Weight, local: Tensor) -> Box:
     offsets = [0] * len(weight.shape)
     if weight.shard_dim is not None:
-        offsets[weight.shard_dim] = parallel_state.get_tensor_model_parallel_rank() * local.shape[weight.shard_dim]
+        offsets[weight.shard_dim] = weight.span.start
     return Box(local, weight.shape, tuple(offsets))
 
 

@@ -136,7 +136,11 @@ def checked(name: str, kind: Any, value: Any, remedy: str = "correct it") -> Any
         own = [found["ctx"]["error"] for found in error.errors() if found["type"] == "value_error"]
         reasons = [note for note in get_args(kind)[1:] if isinstance(note, Reason)]
         choices = [text for part in _alternatives(kind) for text in get_args(part) if get_origin(part) is Literal]
-        remedy = nearest(value, choices, remedy) if isinstance(value, str) else remedy
+        remedy = (
+            nearest(value, (text for text in choices if isinstance(text, str)), remedy)
+            if isinstance(value, str)
+            else remedy
+        )
         rule = next(iter([*reasons, *own]), f"must be {describe(kind)}: {remedy}")
         raise ConfigError(f"{name} is {shown(value)}, but {rule}") from error
 

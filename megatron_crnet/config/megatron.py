@@ -53,12 +53,11 @@ class CRNetTransformerConfig(TransformerConfig):
         """Elements of an output per local sequence position.
 
         A tensor [s, b, w/t] holds as many elements as [s/t, b, w], so with sequence parallelism, where rows of the
-        residual stream are [s/t, b, h], every output is counted in the second form.
+        residual stream are [s/t, b, h], every output is counted in the second form. Padding is included.
         """
-        width = self.table.shapes[position][1]
-        if position in self.table.architecture.rows or self.sequence_parallel:
-            return width
-        return width // self.tensor_model_parallel_size
+        width = self.table.local_shapes[position][1]
+        is_whole = position in self.table.architecture.rows or not self.sequence_parallel
+        return width if is_whole else width * self.tensor_model_parallel_size
 
 
 def build_transformer_config(config: Config) -> CRNetTransformerConfig:
@@ -68,7 +67,7 @@ def build_transformer_config(config: Config) -> CRNetTransformerConfig:
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
     return CRNetTransformerConfig(
         variant=model.variant,
-        table=position_table(model),
+        table=position_table(model, parallel.tensor_model_parallel_size, parallel.pad_widths_to),
         cross_layer_epsilon=model.cross_layer_epsilon,
         beta_init=model.beta_init,
         cross_layer_fusion=config.training.cross_layer_fusion,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -24,6 +25,10 @@ T = TypeVar("T")
 
 FULL_RANK = 0
 """Rank that marks a full-rank map."""
+LARGEST_PADDING = 1 / 16
+"""Most that padding may add to a width, as a share of it."""
+SMALLEST_MULTIPLE = 8
+"""Elements of bf16 in 16 bytes, the alignment without which matrix units need slow kernels."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +72,15 @@ class Architecture:
         attention: position whose input is attention's output.
         other_activations: what backward of a layer needs beside linear outputs: multiples of the residual stream
             (`hidden`) and of positions' outputs.
+        paddable: widths that may be padded by zeros: between their positions stand only functions of single elements
+            that map zeros to zeros.
     """
 
     groups: tuple[Group, ...]
     norms: Mapping[str, str]
     attention: str
     other_activations: Mapping[str, int]
+    paddable: frozenset[str] = frozenset()
 
     @property
     def positions(self) -> tuple[Position, ...]:
@@ -120,6 +128,7 @@ LLAMA = Architecture(
     attention="o",
     # two norms' inputs and outputs; q and k after RoPE and attention's output; silu(gate) and its product with up
     other_activations={"hidden": 4, "q": 2, "k": 1, "up": 2},
+    paddable=frozenset({"ffn"}),  # silu(0) 0 = 0
 )
 """LLaMA-2: q, k, v, o of attention, gate, up, down of SwiGLU, RMSNorm before each."""
 
@@ -141,12 +150,53 @@ class PositionTable:
         ranks: by layer, the rank of each position; FULL_RANK in full-rank layers.
         chain_starts: layers (from 0) that use no output of the previous layer.
         shapes: (h_in, h_out) of each position, over all tensor-parallel ranks.
+        tp_size: tensor-parallel ranks.
+        pad_to: see `padded`.
     """
 
     architecture: Architecture = LLAMA
     ranks: tuple[Mapping[str, int], ...] = ()
     chain_starts: frozenset[int] = frozenset()
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    tp_size: int = 1
+    pad_to: int = 1
+
+    @cached_property
+    def padded_ranks(self) -> tuple[Mapping[str, int], ...]:
+        """`ranks` as they are computed with."""
+        return tuple({p: padded(rank, self.pad_to) for p, rank in row.items()} for row in self.ranks)
+
+    @cached_property
+    def local_shapes(self) -> Mapping[str, tuple[int, int]]:
+        """(h_in, h_out) of each position on one tensor-parallel rank, with padding.
+
+        Rank t holds elements [t n, (t + 1) n) of a split width whose local size is n; zeros where the width has ended.
+        """
+        found = {}
+        for group in self.architecture.groups:
+            for p in group.positions:
+                h_in, h_out = self.shapes[p.name]
+                cut = (self._local(p.h_in, h_in), h_out) if group.is_row else (h_in, self._local(p.h_out, h_out))
+                found[p.name] = cut
+        return found
+
+    def _local(self, name: str, width: int) -> int:
+        return padded(width, self.pad_to if name in self.architecture.paddable else 1, self.tp_size)
+
+    def padding(self) -> list[tuple[str, int, int, int]]:
+        """What is padded: `ffn` or `rank`, the canonical size, the number of equal parts, and the size of one."""
+        split = {
+            (name, self.shapes[p.name][side], self.tp_size, self.local_shapes[p.name][side])
+            for p in self.architecture.positions
+            for side, name in enumerate((p.h_in, p.h_out))
+            if name in self.architecture.paddable
+        }
+        ranks = {
+            ("rank", rank, 1, padded_row[p])
+            for row, padded_row in zip(self.ranks, self.padded_ranks, strict=True)
+            for p, rank in row.items()
+        }
+        return [found for found in (*sorted(split), *sorted(ranks)) if found[1] != found[2] * found[3]]
 
     def has_previous(self, layer: int) -> bool:
         """Whether layer `layer` (from 0) adds the outputs of the previous layer."""
@@ -165,8 +215,27 @@ class PositionTable:
         return next(self.shapes[p.name][0] for p in self.architecture.positions if f".{p.module}." in weight)
 
 
-def position_table(model: ModelConfig) -> PositionTable:
+def padded(width: int, multiple: int, parts: int = 1) -> int:
+    """Size of one of `parts` equal parts of a width, padded to a multiple that matrix units like.
+
+    That is `multiple`, or the largest of its halves from 8 on by which a part grows by at most `LARGEST_PADDING`;
+    every part from 112 on finds one. No part is left without an element. 1 does not pad.
+    """
+    part = -(-width // parts)
+    while multiple >= SMALLEST_MULTIPLE:
+        found = -(-part // multiple) * multiple
+        if found - part <= LARGEST_PADDING * part and found * (parts - 1) < width:
+            return found
+        multiple //= 2
+    return part
+
+
+def position_table(model: ModelConfig, tp_size: int = 1, pad_to: int = 1) -> PositionTable:
     """Resolve ranks, chains and widths of a model configuration.
+
+    Args:
+        tp_size: tensor-parallel ranks.
+        pad_to: `parallel.pad_widths_to`.
 
     Raises:
         ConfigError: `model.rank` or `model.full_rank_layers` does not fit the model.
@@ -183,6 +252,8 @@ def position_table(model: ModelConfig) -> PositionTable:
         tuple(resolve_ranks(model.rank, model.num_layers, full)),
         frozenset({0, *full} if model.variant == "crnet" else range(model.num_layers)),
         {p.name: (widths[p.h_in], widths[p.h_out]) for p in LLAMA.positions},
+        tp_size,
+        pad_to,
     )
 
 

@@ -50,6 +50,7 @@ class WeightShard:
         index: the part of `parameter` that is this weight's shard.
         shape: shape of the whole weight.
         shard_dim: dimension that is split over tensor-parallel ranks; None for a replicated weight.
+        span: elements of that dimension that this rank holds, if it is split.
     """
 
     position: str
@@ -57,7 +58,8 @@ class WeightShard:
     parameter: nn.Parameter
     index: tuple[Any, ...]
     shape: tuple[int, ...]
-    shard_dim: int | None
+    shard_dim: int | None = None
+    span: range = range(0)
 
 
 class LinearGroup(nn.Module):
@@ -72,10 +74,10 @@ class LinearGroup(nn.Module):
         self.is_row = of_group.is_row
         self.tp_group = pg_collection.tp
         self.tp_size = config.tensor_model_parallel_size
-        self.h_in = config.table.shapes[self.positions[0]][0]
-        self.h_out = [config.table.shapes[position][1] for position in self.positions]
-        shards = 1 if self.is_row else self.tp_size
-        self.local_out = [width // shards for width in self.h_out]
+        table = config.table
+        self.h_in, self.local_in = table.shapes[self.positions[0]][0], table.local_shapes[self.positions[0]][0]
+        self.h_out = [table.shapes[position][1] for position in self.positions]
+        self.local_out = [table.local_shapes[position][1] for position in self.positions]
 
     def forward(self, x: Tensor, previous: Outputs | None, tape: Tape | None = None) -> Outputs:
         """One output per position; `previous` holds the previous layer's, or is None.
@@ -95,8 +97,32 @@ class LinearGroup(nn.Module):
         return tuple(previous), scales
 
     def shards(self) -> Iterator[WeightShard]:
-        """Every canonical weight of the group."""
+        """Every canonical weight of the group; the rest of its parameters is padding, zeros that stay zeros."""
         raise NotImplementedError
+
+    def _matrix(
+        self,
+        position: str,
+        suffix: str,
+        parameter: nn.Parameter,
+        shape: tuple[int, int],
+        split: tuple[int, int] | None,
+        start: int = 0,
+        stack: tuple[int, ...] = (),
+    ) -> WeightShard:
+        """The shard of a matrix that begins at row `start` of `parameter[stack]`.
+
+        Args:
+            split: the dimension that is split, and its size on each rank with padding.
+        """
+        held, span = list(shape), range(0)
+        if split is not None:
+            dim, local = split
+            first = local * self.tp_group.rank()
+            span = range(first, min(first + local, shape[dim]))
+            held[dim] = len(span)
+        index = (*stack, slice(start, start + held[0]), slice(held[1]))
+        return WeightShard(position, suffix, parameter, index, shape, split and split[0], span)
 
 
 class FullRankGroup(LinearGroup):
@@ -107,12 +133,13 @@ class FullRankGroup(LinearGroup):
         common = {"config": config, "init_method": None, "bias": False, "skip_bias_add": False}
         if self.is_row:
             self.linear = RowParallelLinear(
-                self.h_in, self.h_out[0], input_is_parallel=True, tp_group=self.tp_group, **common
+                self.local_in * self.tp_size, self.h_out[0], input_is_parallel=True, tp_group=self.tp_group, **common
             )
         else:
             self.linear = ColumnParallelLinear(
-                self.h_in, sum(self.h_out), gather_output=False, tp_group=self.tp_group, **common
+                self.h_in, sum(self.local_out) * self.tp_size, gather_output=False, tp_group=self.tp_group, **common
             )
+        nn.init.zeros_(self.linear.weight)
 
     def forward(self, x: Tensor, previous: Outputs | None, tape: Tape | None = None) -> Outputs:
         """X W; `previous` is not used."""
@@ -128,8 +155,8 @@ class FullRankGroup(LinearGroup):
         """The maps, side by side in one parameter."""
         weight, start = self.linear.weight, 0
         for position, width, local in zip(self.positions, self.h_out, self.local_out, strict=True):
-            rows = slice(start, start + local)
-            yield WeightShard(position, "weight", weight, (rows,), (width, self.h_in), 1 if self.is_row else 0)
+            split = (1, self.local_in) if self.is_row else (0, local)
+            yield self._matrix(position, "weight", weight, (width, self.h_in), split, start)
             start += local
 
 
@@ -146,10 +173,10 @@ class LowRankGroup(LinearGroup):
         super().__init__(config, group, pg_collection)
         self.layer = layer
         self.ranks = [config.table.ranks[layer][position] for position in self.positions]
-        local_in = self.h_in // self.tp_size if self.is_row else self.h_in
-        self.a = self._parameter(sum(self.ranks), local_in)
+        self.padded_ranks = [config.table.padded_ranks[layer][position] for position in self.positions]
+        self.a = self._parameter(sum(self.padded_ranks), self.local_in)
         # B matrices of one shape are one parameter and one batched product
-        shapes = zip(self.local_out, self.ranks, strict=True)
+        shapes = zip(self.local_out, self.padded_ranks, strict=True)
         self.batches = [(shape, len(list(same))) for shape, same in groupby(shapes)]
         for index, (shape, count) in enumerate(self.batches):
             self.register_parameter(f"b{index}", self._parameter(count, *shape))
@@ -163,7 +190,7 @@ class LowRankGroup(LinearGroup):
 
     def _parameter(self, *shape: int) -> nn.Parameter:
         device = "cpu" if self.config.use_cpu_initialization else torch.cuda.current_device()
-        return nn.Parameter(torch.empty(shape, dtype=self.config.params_dtype, device=device))
+        return nn.Parameter(torch.zeros(shape, dtype=self.config.params_dtype, device=device))
 
     def _mark_gradients(self) -> None:
         """Mark (as Megatron does) parameters whose gradient is a partial sum over tensor-parallel ranks."""
@@ -248,17 +275,18 @@ class LowRankGroup(LinearGroup):
     def shards(self) -> Iterator[WeightShard]:
         """Every A, B and beta."""
         start = 0
-        for position, rank in zip(self.positions, self.ranks, strict=True):
-            rows = slice(start, start + rank)
-            yield WeightShard(position, "a.weight", self.a, (rows,), (rank, self.h_in), 1 if self.is_row else None)
-            start += rank
+        for position, rank, room in zip(self.positions, self.ranks, self.padded_ranks, strict=True):
+            split = (1, self.local_in) if self.is_row else None
+            yield self._matrix(position, "a.weight", self.a, (rank, self.h_in), split, start)
+            start += room
         matrices = ((i, j) for i, (_, count) in enumerate(self.batches) for j in range(count))
-        for position, width, rank, (i, j) in zip(self.positions, self.h_out, self.ranks, matrices, strict=True):
-            shard_dim = None if self.is_row else 0
-            yield WeightShard(position, "b.weight", getattr(self, f"b{i}"), (j,), (width, rank), shard_dim)
+        of_positions = zip(self.positions, self.h_out, self.local_out, self.ranks, matrices, strict=True)
+        for position, width, local, rank, (i, j) in of_positions:
+            split = None if self.is_row else (0, local)
+            yield self._matrix(position, "b.weight", getattr(self, f"b{i}"), (width, rank), split, stack=(j,))
         if self.beta is not None:
             for index, position in enumerate(self.positions):
-                yield WeightShard(position, "beta", self.beta, (index,), (), None)
+                yield WeightShard(position, "beta", self.beta, (index,), ())
 
 
 def build_group(

@@ -37,34 +37,40 @@ class Weight:
         index: part of `parameter` that is the shard.
         shape: shape of the whole weight.
         shard_dim: dimension split over tensor-parallel ranks; None for a replicated weight.
+        span: elements of that dimension that this rank holds, if it is split; the last rank may hold fewer than others.
     """
 
     name: str
     parameter: nn.Parameter
     index: tuple[Any, ...]
     shape: tuple[int, ...]
-    shard_dim: int | None
+    shard_dim: int | None = None
+    span: range = range(0)
 
     def local(self, tensor: Tensor | None = None) -> Tensor:
         """The shard inside the parameter, or inside `tensor` of the parameter's shape (its gradient)."""
         return (self.parameter if tensor is None else tensor)[self.index]
 
-    def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
+    def shard(self, full: Tensor) -> Tensor:
         """This rank's part of the whole weight `full`."""
-        return full if self.shard_dim is None else full.chunk(size, dim=self.shard_dim)[rank]
+        if self.shard_dim is None:
+            return full
+        return full.narrow(self.shard_dim, self.span.start, len(self.span))
 
 
 def canonical_weights(model: CRNetModel) -> Iterator[Weight]:
     """Every canonical weight that this pipeline stage holds."""
-    vocabulary = (model.vocab_size, model.config.hidden_size)
+    vocabulary, group = (model.vocab_size, model.config.hidden_size), model.pg_collection.tp
+    rows = model.vocab_size // group.size()
+    span = range(rows * group.rank(), rows * (group.rank() + 1))
     if model.pre_process:
-        yield Weight("model.embed_tokens.weight", model.embedding.word_embeddings.weight, (...,), vocabulary, 0)
+        yield Weight("model.embed_tokens.weight", model.embedding.word_embeddings.weight, (...,), vocabulary, 0, span)
     for layer in model.decoder.layers:
         yield from _layer_weights(layer)
     if model.post_process:
         norm = model.decoder.final_layernorm.weight
-        yield Weight("model.norm.weight", norm, (...,), (model.config.hidden_size,), None)
-        yield Weight("lm_head.weight", model.output_layer.weight, (...,), vocabulary, 0)
+        yield Weight("model.norm.weight", norm, (...,), (model.config.hidden_size,))
+        yield Weight("lm_head.weight", model.output_layer.weight, (...,), vocabulary, 0, span)
 
 
 def _layer_weights(layer: Any) -> Iterator[Weight]:
@@ -72,11 +78,11 @@ def _layer_weights(layer: Any) -> Iterator[Weight]:
     architecture = layer.config.table.architecture
     for attribute, name in architecture.norms.items():
         norm = getattr(layer, attribute).weight
-        yield Weight(f"{prefix}.{name}.weight", norm, (...,), (layer.config.hidden_size,), None)
+        yield Weight(f"{prefix}.{name}.weight", norm, (...,), (layer.config.hidden_size,))
     modules = {position.name: position.module for position in architecture.positions}
     for shard in (shard for group in layer.groups for shard in group.shards()):
         name = f"{prefix}.{modules[shard.position]}.{shard.suffix}"
-        yield Weight(name, shard.parameter, shard.index, shard.shape, shard.shard_dim)
+        yield Weight(name, shard.parameter, shard.index, shard.shape, shard.shard_dim, shard.span)
 
 
 def initial_value(name: str, shape: tuple[int, ...], config: Any, seed: int) -> Tensor:
@@ -110,7 +116,6 @@ def load_canonical(model: CRNetModel, source: Mapping[str, Tensor] | Callable[[W
     Raises:
         CheckpointError: a weight is missing or has another shape.
     """
-    group = model.pg_collection.tp
     for weight in canonical_weights(model):
         if callable(source):
             full = source(weight)
@@ -123,7 +128,7 @@ def load_canonical(model: CRNetModel, source: Mapping[str, Tensor] | Callable[[W
                 f"weight {weight.name} has the shape {tuple(full.shape)}, but the model needs {weight.shape}: "
                 "use the configuration that it was made with"
             )
-        weight.local().copy_(weight.shard(full, group.rank(), group.size()))
+        weight.local().copy_(weight.shard(full))
 
 
 def mark_tensor_parallel(model: CRNetModel) -> None:

@@ -66,14 +66,13 @@ def estimate_operations(model: LocalModel, plan: BatchPlan) -> Operations:
 
 def _layer_products(model: LocalModel, layer: int) -> tuple[int, int]:
     """Forward operations per micro-batch: products with A or full-rank weights, and with B."""
-    tokens, local, t = model.tokens, model.local_tokens, model.tp
-    table = model.transformer.table
-    shapes, ranks, rows = table.shapes, table.ranks[layer], table.architecture.rows
+    tokens, local, table = model.tokens, model.local_tokens, model.transformer.table
+    shapes, ranks, rows = table.local_shapes, table.padded_ranks[layer], table.architecture.rows
     if table.is_full_rank(layer):
-        return sum(2 * tokens * h_in * h_out // t for h_in, h_out in shapes.values()), 0
+        return sum(2 * tokens * h_in * h_out for h_in, h_out in shapes.values()), 0
     # split over the width, else over the sequence if that is sharded
-    inputs = sum(2 * ranks[p] * (tokens * (n // t) if p in rows else local * n) for p, (n, _) in shapes.items())
-    outputs = sum(2 * ranks[p] * (local * n if p in rows else tokens * (n // t)) for p, (_, n) in shapes.items())
+    inputs = sum(2 * ranks[p] * (tokens if p in rows else local) * n for p, (n, _) in shapes.items())
+    outputs = sum(2 * ranks[p] * (local if p in rows else tokens) * n for p, (_, n) in shapes.items())
     return inputs, outputs
 
 

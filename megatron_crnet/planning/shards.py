@@ -160,15 +160,15 @@ def _group(transformer: CRNetTransformerConfig, layer: int, group: Group) -> Ite
     """Elements of each parameter, whether its gradient is partial, and its kind."""
     table, t, sp = transformer.table, transformer.tensor_model_parallel_size, transformer.sequence_parallel
     positions, is_row = [position.name for position in group.positions], group.is_row
-    ranks, widths = [table.ranks[layer][p] for p in positions], [table.shapes[p][1] for p in positions]
-    h_in = table.shapes[positions[0]][0]
+    ranks, widths = [table.padded_ranks[layer][p] for p in positions], [table.local_shapes[p][1] for p in positions]
+    h_in = table.local_shapes[positions[0]][0]
     if table.is_full_rank(layer):
-        yield h_in * sum(widths) // t, False, "matrix"
+        yield h_in * sum(widths), False, "matrix"
         return
-    yield sum(ranks) * h_in // (t if is_row else 1), sp and not is_row, "matrix"
+    yield sum(ranks) * h_in, sp and not is_row, "matrix"
     # stacks of one shape are one parameter
     for (width, rank), same in groupby(zip(widths, ranks, strict=True)):
-        yield len(list(same)) * rank * (width if is_row else width // t), sp and is_row, "matrix"
+        yield len(list(same)) * rank * width, sp and is_row, "matrix"
     if table.has_previous(layer):
         # outputs of a column group are sharded even without sequence parallelism
         yield len(positions), t > 1 and (sp or not is_row), "beta"

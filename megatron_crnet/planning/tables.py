@@ -9,6 +9,7 @@ import yaml
 
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.model_size import parameters_by_part, total_parameters
+from megatron_crnet.config.positions import position_table
 from megatron_crnet.config.schema import Config
 from megatron_crnet.planning.estimate import Estimate, estimate
 from megatron_crnet.planning.machines import GIB
@@ -111,6 +112,7 @@ def dry_run_report(config: Config, world_size: int) -> str:
         yaml.safe_dump(resolved(config), sort_keys=False),
         f"parameters ({model.variant})",
         *(f"  {name:<16}{count:>16,}" for name, count in rows),
+        *_padding_lines(config),
         f"batch on {world_size} process{'es' if world_size > 1 else ' (set WORLD_SIZE=N before this command for N)'}",
         f"  {plan.micro_batch_size} sequences x {plan.num_microbatches} micro-batches x {plan.dp_size} data-parallel "
         f"ranks = {plan.global_batch_size} sequences = {plan.tokens_per_step:,} tokens per step",
@@ -119,3 +121,15 @@ def dry_run_report(config: Config, world_size: int) -> str:
         *estimate_tables(found, with_time=False),
     ]
     return "\n".join(lines)
+
+
+def _padding_lines(config: Config) -> list[str]:
+    """Widths that are computed with zeros behind them; nothing where none is."""
+    parallel = config.parallel
+    found = position_table(config.model, parallel.tensor_model_parallel_size, parallel.pad_widths_to).padding()
+    lines = [
+        f"  {name:<16}{width:>16,} -> " + (f"{parts} x {part:,} = " if parts > 1 else "") + f"{parts * part:,}"
+        for name, width, parts, part in found
+    ]
+    heading = f"padded by zeros to multiples of {parallel.pad_widths_to} or less (parallel.pad_widths_to)"
+    return [heading, *lines] if lines else []

@@ -49,7 +49,7 @@ def _tensor_parallel(model: LocalModel, chunk: Chunk) -> Iterator[tuple[str, flo
             times = 2 if full or repeats_outputs(model, chunk, layer) else 1
             gathered, reduced = (times + 2) * 2 * h, (times + 1) * 2 * h
         else:
-            ranks, times = transformer.table.ranks[layer], 2 if full else 1
+            ranks, times = transformer.table.padded_ranks[layer], 2 if full else 1
             rows = sum(ranks[p] for p in transformer.table.architecture.rows)
             columns = sum(ranks.values()) - rows
             gathered, reduced = (times + 1) * columns + rows, times * rows + columns

@@ -45,7 +45,7 @@ class LayerWidths:
 def layer_widths(config: CRNetTransformerConfig, layer: int) -> LayerWidths:
     """The widths of layer `layer` (from 0)."""
     table, h, t = config.table, config.hidden_size, config.tensor_model_parallel_size
-    architecture, ranks = table.architecture, table.ranks[layer]
+    architecture, ranks = table.architecture, table.padded_ranks[layer]
     width = {name: config.local_width(name) for name in architecture.names}
     all_outputs, residual = sum(width.values()), sum(width[name] for name in architecture.rows)
     z = sum(ranks.values()) if not table.is_full_rank(layer) else 0

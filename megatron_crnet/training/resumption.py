@@ -77,7 +77,7 @@ def differences(config: Config, checkpoint: Path, saved: Values, state: Values, 
                     f"{differs}, so the training data may come in another order from here: some samples may be seen "
                     "again and some not"
                 )
-        elif not key.startswith(OF_NO_RESULT):
+        elif key == "parallel.pad_widths_to" or not key.startswith(OF_NO_RESULT):
             settings.append(f"{key} {old} -> {new}")
     if before is None:
         lines.append(

@@ -15,7 +15,7 @@ import pytest
 from megatron_crnet.config.schema import Config
 from megatron_crnet.utils.errors import ConfigError
 from tests.distributed.spawn import fresh_world, run_distributed
-from tests.helpers import Errors, compare_with_reference, tiny_config
+from tests.helpers import PADDED, Errors, compare_with_reference, tiny_config
 
 FP32_BOUND = 1e-5
 # see test_zero.py
@@ -80,6 +80,7 @@ RANKS = {"q": [8, 7, 6, 5], "k": 6, "v": 6, "o": 4, "gate": [3, 4, 5, 6], "up": 
 # attention and positions within documents, whose ends are not trained
 DOCUMENTS = {"reset_attention_mask": True, "reset_position_ids": True, "eod_mask_loss": True}
 
+VARIANTS = ("crnet", "full_rank", "low_rank", "cola")
 ON_TWO = [
     *(Layout(tp=2, zero=zero) for zero in (0, 3)),
     Layout(tp=2, sp=False, zero=0),
@@ -100,6 +101,11 @@ ON_TWO = [
     Layout(zero=3, data={"reset_attention_mask": True}),
     Layout(zero=2, data=DOCUMENTS),
     Layout(zero=0, data={"eod_mask_loss": True}),
+    *(Layout(tp=2, zero=0, model={**PADDED, "variant": variant}) for variant in VARIANTS),
+    Layout(tp=2, zero=3, model=PADDED, keys=PARTITION_EVERYTHING),
+    Layout(tp=2, sp=False, model=PADDED),
+    Layout(pp=2, vpp=2, zero=1, model=PADDED),
+    Layout(zero=2, dtype="bf16", model=PADDED),
 ]
 MORE_ON_TWO = [
     *(Layout(tp=2, model={"variant": variant}, data=DOCUMENTS) for variant in ("full_rank", "low_rank", "cola")),
@@ -123,6 +129,11 @@ MORE_ON_TWO = [
     Layout(zero=3, keys=PARTITION_EVERYTHING),
     *(Layout(zero=zero, offload="offload_optimizer") for zero in (1, 2, 3)),
     Layout(pp=2, vpp=2, zero=1, dtype="bf16"),
+    *(Layout(tp=2, zero=zero, model={**PADDED, "variant": v}) for v in VARIANTS for zero in (1, 2, 3)),
+    *(Layout(tp=2, sp=False, zero=3, model={**PADDED, "variant": v}) for v in VARIANTS),
+    *(Layout(pp=2, zero=zero, model={**PADDED, "variant": v}) for v in VARIANTS for zero in (0, 1)),
+    *(Layout(zero=zero, model={**PADDED, "variant": v}) for v in VARIANTS for zero in (0, 1, 2, 3)),
+    *(Layout(tp=2, zero=zero, dtype="bf16", model=PADDED) for zero in (1, 2, 3)),
 ]
 ON_FOUR = [
     Layout(tp=2, pp=2, vpp=2, zero=1, data=DOCUMENTS),
@@ -133,6 +144,7 @@ ON_FOUR = [
     Layout(tp=2, zero=3, keys={**SMALL_BUCKETS, **PARTITION_EVERYTHING}),
     Layout(tp=2, zero=2, dtype="bf16"),
     Layout(tp=2, pp=2, model={"full_rank_layers": [0, 2], "rank": RANKS}),
+    Layout(tp=2, pp=2, zero=1, model=PADDED),
 ]
 MORE_ON_FOUR = [
     *(Layout(tp=2, zero=zero) for zero in (1, 2, 3)),
@@ -142,6 +154,8 @@ MORE_ON_FOUR = [
     Layout(pp=2, zero=1),
     Layout(zero=3, keys={"zero_hpz_partition_size": 2}),
     Layout(tp=4, model={"num_query_groups": 4}),
+    Layout(tp=4, zero=1, model=PADDED),
+    Layout(tp=2, zero=3, model=PADDED),
     Layout(tp=2, pp=2, zero=1, dtype="bf16"),
 ]
 MATRIX = [
@@ -153,7 +167,7 @@ MATRIX = [
         (1, 2),
         (0, 1, 2, 3),
         ("fp32", "bf16"),
-        ("crnet", "full_rank", "low_rank", "cola"),
+        VARIANTS,
     )
     if (tp > 1 or sp) and (pp > 1 or vpp == 1) and (pp == 1 or zero <= 1)
     if zero > 0 or dtype == "fp32" or tp * pp == 1

@@ -5,6 +5,7 @@ import pytest
 from megatron_crnet.config.positions import (
     FULL_RANK,
     LLAMA,
+    padded,
     position_table,
     resolve_full_rank_layers,
     resolve_ranks,
@@ -57,3 +58,50 @@ def test_chains_start_at_the_first_and_at_full_rank_layers_of_crnet_only() -> No
     assert position_table(ModelConfig(num_layers=4, full_rank_layers=[2])).chain_starts == {0, 2}
     assert position_table(ModelConfig(num_layers=4, variant="low_rank")).chain_starts == {0, 1, 2, 3}
     assert position_table(ModelConfig(num_layers=2, rank=7)).ranks[1]["o"] == 7
+
+
+@pytest.mark.parametrize(
+    ("width", "multiple", "parts", "wanted"),
+    [
+        (5461, 64, 1, 5504),  # 0.8% more
+        (5461, 64, 2, 2752),
+        (5461, 64, 8, 704),
+        (2736, 64, 4, 704),  # 684: 2.9% more
+        (2736, 64, 8, 352),  # 384 would be 12% more than 342, a multiple of 32 is 2.9%
+        (5461, 128, 1, 5504),
+        (5461, 1, 1, 5461),
+        (5461, 1, 2, 2731),
+        (11008, 64, 1, 11008),
+        (110, 64, 1, 112),
+        (96, 64, 1, 96),
+        (48, 64, 1, 48),
+        (31, 64, 1, 32),
+        (30, 64, 1, 30),  # 32 is 6.7% more
+        (7, 64, 1, 7),
+        (FULL_RANK, 64, 1, FULL_RANK),
+        (6400, 64, 64, 100),  # parts of 104 would leave none for the last
+    ],
+)
+def test_a_width_is_padded_to_the_largest_multiple_that_costs_little(
+    width: int, multiple: int, parts: int, wanted: int
+) -> None:
+    assert padded(width, multiple, parts) == wanted
+
+
+def test_padding_costs_at_most_a_sixteenth_and_aligns_every_part_from_112_on() -> None:
+    for width in range(1, 3000):
+        found = padded(width, 64)
+        assert width <= found <= width * 17 / 16
+        assert found % 8 == 0 or width < 112
+
+
+def test_the_table_of_a_rank_holds_what_it_computes_with_and_the_canonical_sizes() -> None:
+    ranks = {**dict.fromkeys(LLAMA.names, 110), "v": 64}
+    model = ModelConfig(num_layers=2, hidden_size=256, ffn_hidden_size=5461, rank=ranks)
+    table = position_table(model, 2, 64)
+    assert table.shapes["up"] == (256, 5461)
+    assert (table.local_shapes["up"], table.local_shapes["down"]) == ((256, 2752), (2752, 256))
+    assert (table.local_shapes["q"], table.local_shapes["o"]) == ((256, 128), (128, 256))
+    assert (table.ranks[1]["q"], table.padded_ranks[1]["q"], table.padded_ranks[1]["v"]) == (110, 112, 64)
+    assert table.padding() == [("ffn", 5461, 2, 2752), ("rank", 110, 1, 112)]
+    assert position_table(model).padding() == []

@@ -25,7 +25,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model": {"num_layers": 0}}, "model.num_layers is 0"),
     ({"model": {"hidden_dropout": 1.0}}, "must be a finite number from 0 to below 1"),
     ({"model": {"max_position_embeddings": 8}}, "max_position_embeddings 8 is below training.seq_length 16"),
-    ({"model": {"ffn_hidden_size": 49}, "parallel": TP2}, "model.ffn_hidden_size 49 .* use 48 or 50"),
+    (
+        {"model": {"ffn_hidden_size": 49}, "parallel": {**TP2, "pad_widths_to": 1}},
+        "model.ffn_hidden_size 49 .* use pad_widths_to 64",
+    ),
+    (
+        {"model": {"ffn_hidden_size": 5}, "parallel": {"tensor_model_parallel_size": 4}},
+        "model.ffn_hidden_size 5 cannot be cut into 4 .* use 8",
+    ),
+    ({"parallel": {"pad_widths_to": 63}}, "parallel.pad_widths_to is 63, but must be one of 1, 8, 16"),
     ({"model": {"vocab_size": 65}, "parallel": TP2}, "model.vocab_size 65"),
     ({"model": {"num_query_groups": 1}, "parallel": TP2}, "model.num_query_groups 1"),
     ({"training": {"seq_length": 15}, "parallel": TP2}, "training.seq_length 15"),
