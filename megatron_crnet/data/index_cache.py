@@ -7,10 +7,8 @@ checked, and whole or absent.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from torch import Tensor
 
 from megatron_crnet.data.documents import DOCUMENT_LENGTHS, document_lengths
 from megatron_crnet.data.indexed import Array, blocks
+from megatron_crnet.utils.files import replacing
 
 Arrays = tuple[Array, ...]
 
@@ -134,7 +133,8 @@ def _stored(
         return arrays
     try:
         for path, array in zip(paths, arrays, strict=True):
-            _save(path, array)
+            with replacing(path) as temporary, temporary.open("wb") as stream:
+                np.save(stream, array, allow_pickle=False)
     except OSError as error:
         remark = f"the index caches cannot be written to {folder} ({error.strerror}): each rank builds its own"
         warnings.warn(remark, stacklevel=2)
@@ -151,17 +151,6 @@ def _load(paths: Sequence[Path]) -> Arrays | None:
     except (OSError, ValueError, EOFError):
         return None
     return arrays if all(isinstance(array, np.ndarray) and array.dtype.kind in "iu" for array in arrays) else None
-
-
-def _save(path: Path, array: Array) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as stream:
-            np.save(stream, array, allow_pickle=False)
-        temporary.replace(path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def _within(array: Array, low: int, high: int) -> bool:

@@ -120,14 +120,21 @@ def _unwritable(target: Path, error: OSError) -> DataError:
     )
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file whole: it holds the old text or the new one at any moment; raises OSError if it cannot."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside `path`; rename it if the block succeeds, else remove it. Keeps an OSError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text)
+        yield temporary
         temporary.replace(path)
     finally:
         _try(temporary.unlink)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole: it holds the old text or the new one at any moment; raises OSError if it cannot."""
+    with replacing(path) as temporary:
+        temporary.write_text(text)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
