@@ -53,6 +53,8 @@ def run(call: Call) -> int:
     """Measure and write."""
     args = build_parser(call.prog).parse_args(call.argv)
     check_record_file(args.json, overwrite=args.overwrite)
+    if args.threads is not None:
+        require_positive("benchmark", threads=args.threads)
     import torch
 
     from megatron_crnet.config.loading import load_config
@@ -60,7 +62,6 @@ def run(call: Call) -> int:
     from megatron_crnet.utils.environment import run_metadata
 
     if args.threads is not None:
-        require_positive("benchmark", threads=args.threads)
         torch.set_num_threads(args.threads)
     rows = measure_decoding(
         load_config(args.config),

@@ -19,6 +19,7 @@ from megatron_crnet.config.options import file_path, positive_integer
 from megatron_crnet.utils.errors import ConfigError, require
 from megatron_crnet.utils.record_file import check_record_file
 from megatron_crnet.utils.signals import INTERRUPTED
+from megatron_crnet.utils.tables import table
 
 GIB = 2**30
 
@@ -46,20 +47,26 @@ def build_parser(prog: str) -> ConfigParser:
     return parser
 
 
-def table(plans: list[Any]) -> list[str]:
-    """The plans in their order, one a line."""
-    lines = [
-        f"{'':>3}{'TP':>4}{'PP':>4}{'VPP':>4}{'DP':>5}{'ZeRO':>5}{'micro':>6}  {'recompute':<24}{'offload':<8}"
-        f"{'GiB':>7}{'s/step':>9}{'tokens/s':>12}"
-    ]
+def listed(plans: list[Any]) -> str:
+    """The plans in their order, as a table."""
+    header = ("", "TP", "PP", "VPP", "DP", "ZeRO", "micro", "recompute", "offload", "GiB", "s/step", "tokens/s")
+    rows = []
     for number, plan in enumerate(plans, 1):
         c, e = plan.choice, plan.estimate
-        lines.append(
-            f"{number:>3}{c.tp:>4}{c.pp:>4}{c.vpp:>4}{e.plan.dp_size:>5}{c.zero:>5}{c.micro_batch:>6}  "
-            f"{c.recompute:<24}{'cpu' if c.offload else '-':<8}"
-            f"{e.peak / GIB:>7.1f}{e.time.total:>9.3f}{e.tokens_per_second:>12,.0f}"
+        layout = (
+            number,
+            c.tp,
+            c.pp,
+            c.vpp,
+            e.plan.dp_size,
+            c.zero,
+            c.micro_batch,
+            c.recompute,
+            "cpu" if c.offload else "-",
         )
-    return lines
+        speed = (f"{e.peak / GIB:.1f}", f"{e.time.total:.3f}", f"{e.tokens_per_second:,.0f}")
+        rows.append([*map(str, layout), *speed])
+    return table(header, rows, text_columns=0)
 
 
 def none_fits(found: Any, gpus: str) -> int:
@@ -107,7 +114,7 @@ def run(call: Call) -> int:
     if not found.fitting:
         return none_fits(found, f"{gpus} x {machine.name}")
     save_config(ranked[0].config, output)  # before the tables, of which `| head` reads only the start
-    lines = [*table(ranked[: options.show]), "the first, because of the search's estimate:"]
+    lines = [listed(ranked[: options.show]), "the first, because of the search's estimate:"]
     print("\n".join([*lines, *(f"  {line}" for line in explain(found))]))
     print(
         f"written to {output}: start {gpus} processes of crnet train --config {output}; what they would do: "

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron_crnet.cli.simulate import Progress
-from megatron_crnet.reporting.rank_group import RankError, RankGroup
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ("benchmark", "estimate", "measure_communication", "measure_recompute", "plan", "simulate")
@@ -130,13 +127,3 @@ def test_a_benchmark_that_cannot_be_made_is_one_line(
     errors = capsys.readouterr().err
     assert errors.startswith(f"error: {message}")
     assert errors.count("\n") == 1
-
-
-def dies() -> Iterator[None]:
-    yield os._exit(3)
-
-
-def test_a_rank_that_died_is_named() -> None:
-    group = RankGroup(dies)
-    with pytest.raises(RankError, match=r"the process of rank 0 ended by itself with status 3"):
-        group.answers()

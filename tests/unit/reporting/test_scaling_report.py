@@ -467,7 +467,7 @@ def test_whatever_stands_in_a_file_the_rest_is_reported(tmp_path: Path, kind: st
     """Thirty changes of each kind of file, without drawing; what is left out is named."""
     random_, run = random.Random(7), write_run(tmp_path / "run")
     files = {
-        "benchmark": write_benchmark(tmp_path / "b.json", *ROWS, measured_row()),
+        "benchmark": write_benchmark(tmp_path / "b.json", *(ROWS if kind == "benchmark" else ()), measured_row()),
         "estimate": write_estimate(tmp_path / "e.json"),
         "simulation": write_counted(tmp_path / "s.json", 1, 5),
         "facts": run / "run.json",
