@@ -1,4 +1,4 @@
-"""A run's whole state by canonical weight, which any layout reads; what a run's folder holds.
+"""The whole state of a run by canonical weight, readable in any layout, and the folder of a run.
 
 In: The engine's state, or a folder.
 Out: Sealed checkpoints, saved in the background; the newest good one, or why there is none.

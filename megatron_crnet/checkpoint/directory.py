@@ -216,7 +216,7 @@ def point_latest_at(checkpoint: Path) -> None:
 
 def quarantine(folder: Path, step: int, prefix: str = REJECTED) -> Path | None:
     """Rename checkpoints of `step` and later, so that none is resumed from. Returns the newest that is left."""
-    # gone first: on a full disk it may not come back, and must not name a folder that has gone
+    # removed first: on a full disk it may not be written again, and must not name a renamed folder
     with suppress(OSError):
         (folder / "latest").unlink(missing_ok=True)
     for path in checkpoints(folder):

@@ -226,7 +226,7 @@ class Checkpointer:
         if about["layout"] != layout:
             names = [name for name, value in layout.items() if about["layout"].get(name) != value]
             return ", ".join(f"{name} {layout[name]} instead of {about['layout'].get(name)}" for name in names)
-        device = about.get("device", self.zero.device.type)  # earlier versions did not say
+        device = about.get("device", self.zero.device.type)  # absent in earlier versions
         if device != self.zero.device.type:
             return f"device {self.zero.device.type} instead of {device}"
         states = {name: torch.empty_like(state) for name, state in RngStates.capture().tensors().items()}

@@ -189,7 +189,7 @@ class CheckpointWeights(WeightSource):
         found = {f"{MASTER}.{name}": torch.full(self.shapes[name], torch.nan) for name in names}
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is what is meant
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as intended
                 dcp.load(dict(found), storage_reader=self._reader, no_dist=True)
         except (CheckpointException, OSError, SafetensorError) as error:
             raise DataError(f"{self.where} cannot be read ({describe(error)}): use another one") from error

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.schema import Config
+from megatron_crnet.distributed.watchdog import ranks_line
 from megatron_crnet.utils.errors import ConfigError, CrnetError, DataError, describe
 from megatron_crnet.utils.versions import LIBRARIES, library_versions
 
@@ -127,19 +128,20 @@ def compare_facts(facts: list[dict[str, str]]) -> None:
         usual, _ = Counter(values).most_common(1)[0]
         different = [rank for rank, value in enumerate(values) if value != usual]
         if different:
-            ranks = ", ".join(str(rank) for rank in different)
             remedy = REMEDIES.get(name, "start every rank with the same configuration, libraries and files")
-            raise ConfigError(f"rank {ranks} has {name} {values[different[0]]}, but the others have {usual}: {remedy}")
+            raise ConfigError(
+                f"{ranks_line(different)} has {name} {values[different[0]]}, but the others have {usual}: {remedy}"
+            )
 
 
 class Vote:
-    """What some rank alone knows, such as a signal, made known to all by the all-reduce of a batch's loss.
+    """Yes-or-no questions, such as whether a signal came, answered for all ranks by the all-reduce of a batch's loss.
 
-    Every rank asks itself just before that call and has the same answers just after it, so all decide alike, and no
-    group or call of its own is needed.
+    Each rank answers just before that call and has the answer of any rank just after it, so all decide alike without a
+    call of its own.
 
     Args:
-        questions: what each rank asks itself.
+        questions: answered by each rank.
     """
 
     def __init__(self, *questions: Callable[[], bool]) -> None:

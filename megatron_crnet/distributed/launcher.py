@@ -101,7 +101,9 @@ PMI = Launcher(
     ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE"),
     ("PMI_JOBID",),
 )
-SRUN = Launcher("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ("SLURM_LOCALID",), (), ("SLURM_JOB_ID",))
+SRUN = Launcher(
+    "srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ("SLURM_LOCALID",), (), ("SLURM_JOB_ID", "SLURM_STEP_ID")
+)
 
 
 def read_launch(environment: Mapping[str, str] = os.environ, dry_run: bool = False) -> Launch:
@@ -218,9 +220,8 @@ def _meeting(launcher: Launcher, environment: Mapping[str, str], size: int, one_
         launcher is not TORCHRUN,
         f"RANK is set, but MASTER_PORT is not, so ranks cannot meet: start them with crnet launch or torchrun; {ALONE}",
     )
-    names = [*launcher.job, "SLURM_STEP_ID"] if launcher is SRUN else launcher.job
-    job = ".".join(environment[name] for name in names if name in environment)
-    # jobs that share a node take another port each, below those that the system gives to connections
+    job = ".".join(environment[name] for name in launcher.job if name in environment)
+    # a port for each job of a node, below those that the system assigns
     return address, 10000 + zlib.crc32(job.encode()) % 20000 if job else DEFAULT_PORT
 
 
@@ -281,16 +282,12 @@ def _alone(environment: Mapping[str, str]) -> Launch:
         f"LOCAL_RANK is {local}, but RANK and WORLD_SIZE are not set, so this process would train alone: start the "
         f"processes with crnet launch or torchrun; {ALONE}",
     )
-    return Launch(remark=_unused_tasks(environment))
-
-
-def _unused_tasks(environment: Mapping[str, str]) -> str:
     tasks = environment.get("SLURM_NTASKS", "")
     if not (tasks.isascii() and tasks.isdigit() and int(tasks) > 1):
-        return ""
-    return (
-        f"note: SLURM gave this job {tasks} tasks, but this is one process outside of srun, so it trains alone: start "
-        "it with srun for one process per task"
+        return Launch()
+    return Launch(
+        remark=f"note: SLURM gave this job {tasks} tasks, but this is one process outside of srun, so it trains alone: "
+        "start it with srun for one process per task"
     )
 
 

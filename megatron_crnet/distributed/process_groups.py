@@ -119,7 +119,7 @@ def device_index(launch: Launch, devices: int) -> int:
     """Index of this process's GPU among those that it sees.
 
     Raises:
-        ConfigError: none of them, or nothing says which.
+        ConfigError: there is none, or LOCAL_RANK is not set.
     """
     index = launch.local_rank or 0
     if launch.binds_devices and devices == 1:

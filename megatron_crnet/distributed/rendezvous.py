@@ -31,7 +31,7 @@ def shared_store(launch: Launch, limit_minutes: float) -> dist.Store:
 
     Raises:
         ConfigError: MASTER_ADDR does not resolve or is another host's, MASTER_PORT is taken.
-        PeerLostError: nobody answered within the limit.
+        PeerLostError: no answer within the limit.
     """
     if launch.world_size == 1:
         return dist.HashStore()

@@ -43,7 +43,7 @@ def tokenizer_of(folder: Path) -> tuple[TokenizerKind, str]:
     Raises:
         DataError: its files are missing or damaged.
     """
-    about = _about(folder)  # damaged, it is refused whatever it says
+    about = _about(folder)  # refused if damaged
     if (folder / CODE).is_file() or "CRNetTokenizer" in json.dumps(about):
         if not (folder / SENTENCEPIECE).is_file():
             raise DataError(f"export {folder} has no {SENTENCEPIECE}, its tokenizer: copy it there, {OTHER}")

@@ -126,7 +126,7 @@ class CRNetDecoderLayer(GradientCheckpointingLayer):
 class CRNetLayers(nn.ModuleList):
     """The layers, and how peft's adapters are merged into them."""
 
-    weight = None  # peft looks for that of whatever it unloads
+    weight = None  # peft reads it of every module that it unloads
 
     def __init__(self, config: CRNetConfig) -> None:
         super().__init__(CRNetDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
@@ -235,8 +235,8 @@ class CRNetModel(CRNetPreTrainedModel):
         Args:
             input_ids: [b, s]; or inputs_embeds, [b, s, h].
             attention_mask: [b, t], 0 for padding; or [b, 1, s, t].
-            position_ids: [b, s]; None counts on from what the cache holds. Positions that do not go on by one begin
-                another document, which attention does not leave (without attention_mask and cache).
+            position_ids: [b, s]; None continues from the cache. A position that is not its predecessor's plus one
+                begins another document, within which attention stays (without attention_mask and cache).
             kwargs: output_hidden_states, output_attentions (of eager attention) and return_dict, as LLaMA takes them.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -265,7 +265,7 @@ class CRNetModel(CRNetPreTrainedModel):
                 rotary=rotary,
                 attention_mask=mask,
                 past_key_values=past_key_values,
-                position_ids=position_ids,  # by which flash attention, which takes no mask, tells documents apart
+                position_ids=position_ids,  # flash attention takes no mask and separates documents by them
                 **kwargs,
             )
             previous = tuple(rest)

@@ -119,7 +119,6 @@ def _examine_all(config: Config, context: ParallelContext, folders: RunFolders) 
     trained_on = examine_together(partial(_examine_data, config, tokenizer))
     checkpoint, damaged = newest_complete(checkpoints(checkpoint_dir(config)))
     saved, state = run_on_all_ranks(partial(_examine_checkpoint, config, checkpoint, damaged, trained_on))
-    run_on_all_ranks(partial(_examine_evaluation, config, checkpoint))
     loads = config.checkpoint.load is not None and (checkpoint is None or config.training.eval_only)
     start = find_starting_point(config, trained_on) if loads else None
     test_steps, untested = run_on_all_ranks(partial(_planned_test, config))
@@ -164,8 +163,7 @@ def _examine_all(config: Config, context: ParallelContext, folders: RunFolders) 
 def _is_validation_due(found: Preflight) -> bool:
     """Whether the checkpoint's step is still to be validated, as rank 0's metrics say; a collective call."""
     metrics = Path(found.config.logging.output_dir) / "metrics.jsonl"
-    reads = found.context.is_main and found.state.get("validation_due")
-    due, *_ = report_together(lambda: bool(reads) and found.step not in validated_steps(metrics))
+    due = run_on_main(lambda: bool(found.state.get("validation_due")) and found.step not in validated_steps(metrics))
     return due and found.is_validated(found.step)
 
 
@@ -207,9 +205,11 @@ def _examine_checkpoint(
     config: Config, checkpoint: Path | None, damaged: list[str], trained_on: TrainedOn
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Configuration and state.json of the checkpoint; empty without one."""
+    if config.training.eval_only:
+        _check_evaluation(config, checkpoint)
+    elif checkpoint is None:
+        check_remains(config, damaged)
     if checkpoint is None:
-        if not config.training.eval_only:
-            check_remains(config, damaged)
         return {}, {}
     saved, state = check_resumable(config, checkpoint), saved_state(checkpoint)
     if before := TrainedOn.from_state(state):
@@ -228,11 +228,9 @@ def _check_prompt(prompt: str | None, tokenizer: Tokenizer) -> None:
         ) from error
 
 
-def _examine_evaluation(config: Config, checkpoint: Path | None) -> None:
-    """What training.eval_only needs."""
+def _check_evaluation(config: Config, checkpoint: Path | None) -> None:
+    """Refuse training.eval_only without weights or data."""
     training, found = config.training, blends_of(config.data)
-    if not training.eval_only:
-        return
     if checkpoint is None and config.checkpoint.load is None:
         raise ConfigError(
             f"training.eval_only needs a checkpoint, but {checkpoint_dir(config)} holds none: set checkpoint.load"
@@ -248,7 +246,7 @@ def _examine_evaluation(config: Config, checkpoint: Path | None) -> None:
 def _planned_test(config: Config) -> tuple[int, str | None]:
     """Global batches of the test, and a note where the test share of data.split is too small for one."""
     wanted, blend = config.training.test_steps, blends_of(config.data).get("test")
-    if wanted is not None or blend is None:  # what is asked for and not there is refused with the datasets
+    if wanted is not None or blend is None:  # a test that was asked for without data is refused with the datasets
         return wanted or 0, None
     if config.data.data_path and config.training.eval_steps:
         try:
@@ -263,7 +261,7 @@ def _datasets(
     config: Config, tokenizer: Tokenizer, plan: BatchPlan, done: TrainingState, test_steps: int, known: Known
 ) -> Datasets:
     training = config.training
-    remaining = max(training.train_steps - done.step, 1)  # for a run that is complete, too, which is to be said later
+    remaining = max(training.train_steps - done.step, 1)  # 1 for a complete run, which ends later
     return build_datasets(
         config,
         tokenizer,

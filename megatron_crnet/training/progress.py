@@ -48,7 +48,7 @@ class Progress(AbstractContextManager["Progress"]):
         if step == self._first + 1:  # the first step includes start-up
             self._after_first = time.monotonic()
         if self._bar is not None:
-            with suppress(OSError):  # a terminal that has gone
+            with suppress(OSError):  # a closed terminal
                 self._bar.update(1)
                 if values:
                     speed = f"{values['tokens_per_s']:,.0f} tokens/s"
@@ -79,7 +79,7 @@ class Progress(AbstractContextManager["Progress"]):
         if not self.is_main:
             return
         self._last_line = time.monotonic()
-        with suppress(OSError):  # a log file on a full disk, a terminal that has gone
+        with suppress(OSError):  # a full disk, a closed terminal
             if self._bar is not None and not self._lines:
                 self._bar.write(printable(text, sys.stderr))
             else:

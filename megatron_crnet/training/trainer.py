@@ -85,7 +85,7 @@ class Trainer:
             return self.checkpointer.load(checkpoint) if checkpoint else TrainingState()
         self.checkpointer.load_initial(start.checkpoint, start.optimizer)
         self.checkpointer.loaded_from = start.facts
-        # what is only evaluated stands where its own run was
+        # eval_only keeps the counters of the run that it evaluates
         return TrainingState.from_values(start.state) if self.config.training.eval_only else TrainingState()
 
     def run(self) -> None:
