@@ -35,10 +35,6 @@ class Chunk:
     predicts: bool
     segments: list[range]
 
-    def keeps_outputs(self, transformer: CRNetTransformerConfig, layer: int) -> bool:
-        """Whether a recomputed layer's outputs are kept as the start of the next segment."""
-        return transformer.table.has_next(layer) and any(layer == segment[-1] for segment in self.segments[:-1])
-
 
 @dataclass(frozen=True)
 class LocalParameter:
@@ -151,24 +147,24 @@ def _parameters(config: Config, transformer: CRNetTransformerConfig, chunk: Chun
     for layer in chunk.layers:
         yield from [LocalParameter(layer, h, sp, "norm")] * len(transformer.table.architecture.norms)
         for group in transformer.table.architecture.groups:
-            yield from (LocalParameter(layer, *found) for found in _group(transformer, layer, group))
+            yield from _group(transformer, layer, group)
     if chunk.predicts:
         yield from (LocalParameter(last, h, sp, "norm"), LocalParameter(last, vocabulary))
 
 
-def _group(transformer: CRNetTransformerConfig, layer: int, group: Group) -> Iterator[tuple[int, bool, str]]:
-    """Elements of each parameter, whether its gradient is partial, and its kind."""
+def _group(transformer: CRNetTransformerConfig, layer: int, group: Group) -> Iterator[LocalParameter]:
+    """Parameters of a group of positions."""
     table, t, sp = transformer.table, transformer.tensor_model_parallel_size, transformer.sequence_parallel
     positions, is_row = [position.name for position in group.positions], group.is_row
     ranks, widths = [table.padded_ranks[layer][p] for p in positions], [table.local_shapes[p][1] for p in positions]
     h_in = table.local_shapes[positions[0]][0]
     if table.is_full_rank(layer):
-        yield h_in * sum(widths), False, "matrix"
+        yield LocalParameter(layer, h_in * sum(widths))
         return
-    yield sum(ranks) * h_in, sp and not is_row, "matrix"
+    yield LocalParameter(layer, sum(ranks) * h_in, sp and not is_row)
     # stacks of one shape are one parameter
     for (width, rank), same in groupby(zip(widths, ranks, strict=True)):
-        yield len(list(same)) * rank * width, sp and is_row, "matrix"
+        yield LocalParameter(layer, len(list(same)) * rank * width, sp and is_row)
     if table.has_previous(layer):
         # outputs of a column group are sharded even without sequence parallelism
-        yield len(positions), t > 1 and (sp or not is_row), "beta"
+        yield LocalParameter(layer, len(positions), t > 1 and (sp or not is_row), "beta")

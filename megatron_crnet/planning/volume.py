@@ -64,9 +64,12 @@ def _tensor_parallel(model: LocalModel, chunk: Chunk) -> Iterator[tuple[str, flo
 def repeats_outputs(model: LocalModel, chunk: Chunk, layer: int) -> bool:
     """Whether `replay` or `inverse` repeats the products that compute a layer's outputs."""
     segment = next((segment for segment in chunk.segments if layer in segment), None)
-    if segment is not None and model.transformer.strategy.inverts and len(segment) > 1:
-        return layer != segment[0]  # only the first layer of a segment has its outputs
-    return segment is not None and not chunk.keeps_outputs(model.transformer, layer)
+    if segment is None:
+        return False
+    if model.transformer.strategy.inverts and len(segment) > 1:
+        return layer != segment[0]  # they rebuild the previous layer, which the first of a segment does not need
+    starts_next = layer == segment[-1] and segment != chunk.segments[-1]  # whose start keeps the outputs
+    return not (starts_next and model.transformer.table.has_next(layer))
 
 
 def _sum_size(model: LocalModel) -> int:
