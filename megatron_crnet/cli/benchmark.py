@@ -48,7 +48,7 @@ COLUMNS += ("MFU, whole attention", "peak memory, MiB")
 def build_parser(prog: str) -> ConfigParser:
     """The options."""
     parser = ConfigParser(prog=prog, description=__doc__, needs_model=True)
-    parser.add_argument("--sweep", action="append", choices=[*SWEEPS], default=[], help="rows ready made; may repeat")
+    parser.add_argument("--sweep", action="append", choices=[*SWEEPS], default=[], help="predefined rows; may repeat")
     parser.add_argument("--row", action="append", default=[], help="'NAME: OPTIONS' or 'NAME xPROCESSES: OPTIONS'")
     parser.add_argument(
         "--processes",

@@ -19,7 +19,7 @@ from pathlib import Path
 from megatron_crnet.cli.main import COMMANDS, Call
 from megatron_crnet.config.loading import ConfigParser
 from megatron_crnet.config.options import ToolParser
-from megatron_crnet.utils.errors import require
+from megatron_crnet.utils.errors import ConfigError, require
 
 
 def build_parser(prog: str) -> ToolParser:
@@ -47,25 +47,38 @@ def run(call: Call) -> int:
         f"--max_restarts is {arguments.max_restarts}, but a rank that has saved and ended must not be started again "
         "here: leave it out; the same command goes on from the last checkpoint",
     )
+    world_size = _world_size(arguments)
     name = arguments.training_script
     if name in COMMANDS and not (arguments.module or arguments.no_python or Path(name).is_file()):
-        _check(name, arguments)
+        _check(name, arguments.training_script_args, world_size)
         arguments.module, arguments.training_script = True, "megatron_crnet"
         arguments.training_script_args = [name, *arguments.training_script_args]
     return run_agent(arguments)
 
 
-def _check(name: str, arguments: argparse.Namespace) -> None:
-    """Refuse a mistake once, before there are ranks that would each print it."""
+def _world_size(arguments: argparse.Namespace) -> int | None:
+    """Ranks on all nodes; None where the number of nodes may change."""
     from torch.distributed.run import determine_local_world_size, parse_min_max_nnodes
 
+    try:
+        least, most = parse_min_max_nnodes(arguments.nnodes)
+        ranks = determine_local_world_size(arguments.nproc_per_node)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"--nnodes is {arguments.nnodes} and --nproc_per_node {arguments.nproc_per_node}, but must be numbers (or "
+            f"gpu, cpu, auto for the ranks of this node): {error}"
+        ) from error
+    return most * ranks if least == most else None
+
+
+def _check(name: str, argv: list[str], world_size: int | None) -> None:
+    """Refuse a mistake once, before there are ranks that would each print it."""
     from megatron_crnet.config.batch import plan_batches
 
     parser = import_module(f"megatron_crnet.cli.{COMMANDS[name][0]}").build_parser(f"crnet {name}")
     if not isinstance(parser, ConfigParser):
-        parser.parse_args(arguments.training_script_args)
+        parser.parse_args(argv)
         return
-    _, config = parser.read(arguments.training_script_args)
-    least, most = parse_min_max_nnodes(arguments.nnodes)
-    if least == most:
-        plan_batches(config, most * determine_local_world_size(arguments.nproc_per_node))
+    _, config = parser.read(argv)
+    if world_size is not None:
+        plan_batches(config, world_size)

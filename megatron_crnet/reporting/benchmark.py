@@ -1,7 +1,7 @@
 """Measures rows of configurations in one run: warm-up, repeated steps in a drawn order, medians and ratios.
 
-One repeat runs one step of every row, so that a busy machine slows all alike. What rows are compared by is the median
-of the ratios within repeats.
+One repeat runs one step of every row, so that a busy machine slows all alike. Rows are compared by the median of the
+ratios within repeats.
 """
 
 from __future__ import annotations

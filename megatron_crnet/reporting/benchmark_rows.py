@@ -1,4 +1,4 @@
-"""What a benchmark compares: rows, each a configuration on a number of processes, and ready-made sweeps of them."""
+"""The rows of a benchmark, each a configuration on a number of processes, and predefined sweeps of them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def parse_row(text: str) -> Row:
 
 
 def sweep_rows(sweep: str, config: Config, processes: int) -> list[Row]:
-    """The rows of a ready-made sweep around `config`; `processes` is the largest number of ranks."""
+    """The rows of a predefined sweep around `config`; `processes` is the largest number of ranks."""
     return [Row(sweep, name, ranks, tuple(words.split())) for name, ranks, words in SWEEPS[sweep](config, processes)]
 
 

@@ -1,4 +1,4 @@
-"""Reads what a report is made of into tables. What is missing or damaged is a line in `problems`; the rest is read."""
+"""Reads the inputs of a report into tables. What is missing or damaged is a line in `problems`; the rest is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of a report: matplotlib's SVG in the colours of the page, for paper, phones and dark mode.
+"""Figures of a report: matplotlib's SVG in the page's colours, so that they follow its light and dark mode.
 
 Text stays text, in the page's fonts. Series differ by dash and marker, or by hatch, as well as by colour.
 """
@@ -24,14 +24,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
 TEXT, GRID, BACK = "#010203", "#010204", "#010205"
-"""Stand for the page's colours until the SVG is written; so do those of `LIGHT`."""
+"""Replaced by the page's CSS variables in the SVG, as are those of `LIGHT`."""
 LIGHT = ("#0b62b4", "#b8480e", "#0a7a4b", "#8a3a9e", "#8a6d00", "#c2185b", "#00778a", "#555f6b")
 DARK = ("#6cb6ff", "#ff9d57", "#5fd39a", "#d699ff", "#e8c547", "#ff7eb0", "#4fd3e6", "#b4bec9")
 """Each at least 4.5:1 against its background."""
 DASHES = ("-", (0, (6, 2)), (0, (1.5, 1.5)), "-.")
 MARKERS = "os^Dv*XP"
 HATCHES = ("", "///", "\\\\\\", "xxx", "---", "+++", "|||", "//")
-"""Of lines: a dot is drawn as a circle, and a page of them had megabytes."""
+"""Of lines alone: dots are drawn as circles, which makes a page megabytes long."""
 STEPS = (1, 2, 2.5, 5, 10)
 WIDTH = 4.6
 """Inches, at 10 points per letter: readable where the picture has 340 pixels."""

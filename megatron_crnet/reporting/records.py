@@ -1,7 +1,7 @@
-"""What files of figures must hold: types that know their ranges, and the models made of them.
+"""The schema of files of figures: types with ranges, and the models made of them.
 
-Nothing that passes here is an infinity, a lone surrogate or a number where a mapping belongs. A damaged optional field
-is left out; a damaged required one costs the whole of what requires it.
+Infinities, lone surrogates and values of another type do not pass. A damaged optional field is left out; a damaged
+required one invalidates the object that requires it.
 """
 
 from __future__ import annotations

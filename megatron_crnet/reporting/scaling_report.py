@@ -1,7 +1,7 @@
-"""What a report says: sections with pictures and tables, from whatever inputs there are.
+"""The sections of a report, with pictures and tables.
 
-The figures that most people look for come first, those that say where all others come from last. A section that
-nothing fills is left out; one line at the end names the commands that would fill it.
+Headline figures come first, their origins last. A section without content is left out; one line at the end names the
+commands that would fill it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SWEEPS = {
 
 
 def build_sections(inputs: ReportInputs, peak_flops: float | None, command: str) -> list[Section]:
-    """All sections that have something to say.
+    """All sections that have content.
 
     Args:
         peak_flops: of one device, for the MFU of runs; benchmarks bring their own.
@@ -115,7 +115,7 @@ def _headlines(inputs: ReportInputs, rows: pd.DataFrame, peak_flops: float | Non
 
 
 def run_row(run: Run, peak_flops: float | None = None) -> dict[str, str]:
-    """The figures of a run that most people look for."""
+    """The headline figures of a run."""
     config, rate = run.config, run.median("tflops_per_device")
     share = rate * 1e12 / peak_flops if rate and peak_flops else None
     whole = share * growth if share and (growth := _whole_attention(run)) else None
@@ -327,7 +327,7 @@ def _machine(machine: dict[str, Any] | None) -> str:
 
 
 def _absent(inputs: ReportInputs, rows: pd.DataFrame, heads: list[dict[str, Any]]) -> list[str]:
-    """What would be here if somebody had made it, and how."""
+    """What the inputs lack, with the command that makes it."""
     sweeps = {*rows["sweep"]}
     missing = [sweep for sweep in ("strong", "weak", "variants", "layouts", "recompute") if sweep not in sweeps]
     found = []

@@ -1,6 +1,6 @@
-"""Which step figures are of: a fingerprint of everything that decides it, and a line for people.
+"""Identifies the step that figures are of: a fingerprint of everything that decides it, and a readable line.
 
-Figures with one fingerprint are of the same step, wherever they come from: formulas, a simulated rank, a benchmark.
+Estimates, simulations and benchmarks of the same step have the same fingerprint.
 """
 
 from __future__ import annotations

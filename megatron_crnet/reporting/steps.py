@@ -1,4 +1,4 @@
-"""One step, estimated, simulated and measured: the section that sets the figures beside each other.
+"""The section that compares one step as it was estimated, simulated and measured.
 
 Figures belong together where their files name the same step (`reporting/step_identity.py`). All are of one rank: a
 benchmark holds those of every rank, an estimate those of every pipeline stage, a simulation those of its rank.

@@ -79,14 +79,15 @@ def test_ranks_that_have_saved_are_not_started_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("ranks", "options", "message"),
     [
-        (["--config", "absent.yaml"], "absent.yaml cannot be read"),
-        (["--training.global_batch_size=8", "--training.micro_batch_size=8"], "training.global_batch_size 8 does not"),
+        ("2", ["--config", "absent.yaml"], "absent.yaml cannot be read"),
+        ("2", ["--training.global_batch_size=8", "--training.micro_batch_size=8"], "training.global_batch_size 8 does"),
+        ("two", [], "--nnodes is 1:1 and --nproc_per_node two, but must be numbers"),
     ],
 )
-def test_a_mistake_of_all_ranks_is_one_line(options: list[str], message: str) -> None:
-    command = ["tools/launch.py", "--standalone", "--nproc_per_node=2", "train", *options]
+def test_a_mistake_of_all_ranks_is_one_line(ranks: str, options: list[str], message: str) -> None:
+    command = ["tools/launch.py", "--standalone", f"--nproc_per_node={ranks}", "train", *options]
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=LIMIT_S
     )
