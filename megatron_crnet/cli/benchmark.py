@@ -18,18 +18,16 @@ import argparse
 import itertools
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_crnet.cli.main import Call
 from megatron_crnet.config.loading import ConfigParser
+from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed.launcher import read_launch
 from megatron_crnet.reporting.benchmark_rows import SWEEPS, Row, parse_row, sweep_rows
 from megatron_crnet.utils.errors import require, require_positive
 from megatron_crnet.utils.record_file import add_record_options, check_record_file, write_record
 from megatron_crnet.utils.signals import INTERRUPTED, Interruption
-
-if TYPE_CHECKING:
-    from megatron_crnet.config.schema import Config
 
 COLUMNS: tuple[str, ...] = (
     "row",

@@ -9,22 +9,21 @@ busy the machine was. A row's time holds the pass over the prompt.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from megatron_crnet.cli.main import Call
 from megatron_crnet.config.options import ToolParser
+from megatron_crnet.config.schema import Variant
 from megatron_crnet.utils.errors import require_positive
 from megatron_crnet.utils.record_file import add_record_options, check_record_file, write_record
 from megatron_crnet.utils.tables import table
-
-VARIANTS = ("crnet", "low_rank", "cola", "full_rank")
 
 
 def build_parser(prog: str) -> ToolParser:
     """The options."""
     parser = ToolParser(prog=prog, description=__doc__)
     parser.add_argument("--config", required=True, help="YAML whose model section gives the shape")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["crnet", "full_rank"])
+    parser.add_argument("--variants", nargs="+", choices=get_args(Variant), default=["crnet", "full_rank"])
     parser.add_argument("--batch-size", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--prompt-tokens", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--new-tokens", type=int, default=64, help="default: %(default)s")

@@ -45,7 +45,7 @@ def run(call: Call) -> int:
     require(
         not arguments.max_restarts,
         f"--max_restarts is {arguments.max_restarts}, but a rank that has saved and ended must not be started again "
-        "here: leave it out; the same command goes on from the last checkpoint",
+        "here: leave it out; the same command resumes from the last checkpoint",
     )
     world_size = _world_size(arguments)
     name = arguments.training_script

@@ -12,17 +12,15 @@ import argparse
 import itertools
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_crnet.cli.main import Call
 from megatron_crnet.config.loading import ConfigParser
 from megatron_crnet.config.options import positive_integer
+from megatron_crnet.config.schema import STRATEGIES, Config
 from megatron_crnet.utils.errors import require
 from megatron_crnet.utils.record_file import add_record_options, check_record_file, write_record
 from megatron_crnet.utils.tables import table
-
-if TYPE_CHECKING:
-    from megatron_crnet.config.schema import Config
 
 
 def build_parser(prog: str) -> ConfigParser:
@@ -67,7 +65,7 @@ def resident(configuration: Sequence[str], config: Config) -> list[dict[str, Any
     from megatron_crnet.reporting.training_rank import resident_rank
 
     found = []
-    for strategy in ("none", "replay", "inverse", "full"):
+    for strategy in STRATEGIES:
         changes = {"recompute.strategy": strategy, "training.global_batch_size": config.training.micro_batch_size}
         words = [*configuration, *(f"--{name}={value}" for name, value in changes.items())]
         group = RankGroup(resident_rank, read_config(words), threads=None)

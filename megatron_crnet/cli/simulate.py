@@ -14,16 +14,14 @@ import json
 import sys
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_crnet.cli.main import Call
 from megatron_crnet.config.loading import ConfigParser
 from megatron_crnet.config.options import positive_integer
+from megatron_crnet.config.schema import Config
 from megatron_crnet.utils.errors import require
 from megatron_crnet.utils.progress import format_duration, periodic_lines
-
-if TYPE_CHECKING:
-    from megatron_crnet.config.schema import Config
 
 
 def build_parser(prog: str) -> ConfigParser:
