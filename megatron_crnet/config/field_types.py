@@ -135,12 +135,9 @@ def checked(name: str, kind: Any, value: Any, remedy: str = "correct it") -> Any
     except ValidationError as error:
         own = [found["ctx"]["error"] for found in error.errors() if found["type"] == "value_error"]
         reasons = [note for note in get_args(kind)[1:] if isinstance(note, Reason)]
-        choices = [text for part in _alternatives(kind) for text in get_args(part) if get_origin(part) is Literal]
-        remedy = (
-            nearest(value, (text for text in choices if isinstance(text, str)), remedy)
-            if isinstance(value, str)
-            else remedy
-        )
+        literals = [part for part in _alternatives(kind) if get_origin(part) is Literal]
+        choices = [choice for part in literals for choice in get_args(part) if isinstance(choice, str)]
+        remedy = nearest(value, choices, remedy) if isinstance(value, str) else remedy
         rule = next(iter([*reasons, *own]), f"must be {describe(kind)}: {remedy}")
         raise ConfigError(f"{name} is {shown(value)}, but {rule}") from error
 
