@@ -10,7 +10,7 @@ import math
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -270,35 +270,30 @@ def rows_to_evaluate(
     progress: Callable[[Progress], None] | None = None,
 ) -> Work:
     """Rows of one source; arguments as in `megatron_crnet.evaluate`, and as in `text_documents`."""
-    if validation_of is not None:
-        training = validation_of.training
-        length, count = training.seq_length, training.eval_steps * training.global_batch_size
-        _check_length(length, opened, allow_longer)
-        work = Work(validation_rows(validation_of, opened.tokenizer), length, count, count * length)
-    else:
-        length = seq_length or opened.longest
-        _check_length(length, opened, allow_longer)
-        if data is not None:
-            documents = indexed_documents(str(data), opened.tokenizer)
-        else:
-            assert text is not None
-            documents = text_documents(text, opened.tokenizer, length, max_tokens, stats, progress)
-        rows = padded_rows(documents, length, opened.tokenizer.pad) if padded else packed_rows(documents, length)
-        if reset_attention_mask:
-            rows = within_documents(rows, opened.tokenizer.eod)
-        work = Work(rows, length, *documents.work(length, padded))
-    if max_tokens is None:
-        return work
-    return replace(work, rows=first_tokens(work.rows, max_tokens), labels=min(max_tokens, work.labels))
-
-
-def _check_length(length: int, opened: OpenModel, allow_longer: bool) -> None:
+    tokenizer = opened.tokenizer
+    length = validation_of.training.seq_length if validation_of else seq_length or opened.longest
     require(
         length <= opened.longest or allow_longer,
         f"a row of {length} tokens is longer than the model's max_position_embeddings {opened.longest}: lower "
         "--seq-length, or give --allow-longer to measure positions that it was not trained for",
     )
     require(length <= LONGEST, f"a row of {length} tokens is longer than {LONGEST}: lower --seq-length")
+    if validation_of is not None:
+        count = validation_of.training.eval_steps * validation_of.training.global_batch_size
+        rows, labels = validation_rows(validation_of, tokenizer), count * length
+    else:
+        if data is not None:
+            documents = indexed_documents(str(data), tokenizer)
+        else:
+            assert text is not None
+            documents = text_documents(text, tokenizer, length, max_tokens, stats, progress)
+        rows = padded_rows(documents, length, tokenizer.pad) if padded else packed_rows(documents, length)
+        if reset_attention_mask:
+            rows = within_documents(rows, tokenizer.eod)
+        count, labels = documents.work(length, padded)
+    if max_tokens is not None:
+        rows, labels = first_tokens(rows, max_tokens), min(max_tokens, labels)
+    return Work(rows, length, count, labels)
 
 
 def evaluate_rows(model: Any, work: Work, batch_size: int, progress: Callable[[int], None] | None = None) -> Evaluation:
