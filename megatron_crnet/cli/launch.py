@@ -80,5 +80,5 @@ def _check(name: str, argv: list[str], world_size: int | None) -> None:
         parser.parse_args(argv)
         return
     _, config = parser.read(argv)
-    if world_size is not None:
+    if name == "train" and world_size is not None:
         plan_batches(config, world_size)
