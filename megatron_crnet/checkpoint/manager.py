@@ -84,7 +84,6 @@ class Checkpointer:
         self.weights = [weight for chunk in engine.chunks for weight in canonical_weights(chunk)]
         # of its own, because the thread's calls must not meet those of training
         self._group = dist.new_group(backend="gloo", timeout=WRITING_LIMIT)
-        self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[Path] | None = None
         self._remarks: list[str] = []
         self.loaded_from: dict[str, Any] | None = None
@@ -118,7 +117,9 @@ class Checkpointer:
         name = checkpoint_name(state.step)
         if aside:
             name = f"{REJECTED}{name}.from_{checkpoint_name(state.step + 1)}"
-        self._saving = self._writer.submit(self._write, name, state, boxes, about, copies)
+        thread = ThreadPoolExecutor(1, "checkpoint")
+        self._saving = thread.submit(self._write, name, state, boxes, about, copies)
+        thread.shutdown(wait=False)  # it ends with this save
 
     def wait(self) -> Path | None:
         """Return when the last checkpoint is on disk: its folder, or None if there was nothing to wait for.
