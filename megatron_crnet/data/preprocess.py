@@ -31,22 +31,16 @@ MOST_WORKERS = 64
 """Processes that may be asked for on any machine; on larger ones, four per CPU."""
 
 
+TokenizedChunk = tuple[Ids, Ids, CorpusStats, int]
+"""A worker's answer: token ids of all documents joined, their lengths, the counts, and the bytes read from disk."""
+
+
 @dataclass
 class PreprocessResult(CorpusStats):
     """What was written and what was skipped; `tokens` counts the ids in the .bin, the ends of documents included."""
 
     tokens: int = 0
     seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class TokenizedChunk:
-    """A worker's answer: token ids of all documents joined and their lengths, both int32, and the counts."""
-
-    tokens: bytes
-    lengths: bytes
-    stats: CorpusStats
-    input_bytes: int
 
 
 def preprocess(
@@ -124,20 +118,19 @@ def _tokenize_chunk(tokenizer: Tokenizer, append_eod: bool, rules: Rules, chunk:
     """The work of a worker process: from a raw chunk to token ids."""
     stats = CorpusStats()
     documents = chunk_documents(chunk, rules, stats)
-    end = np.array([tokenizer.eod] if append_eod else [], dtype=np.int32)
-    parts: list[Ids] = []
-    lengths: list[int] = []
     tokenized = tokenizer.tokenize_batch([document[0] for document in documents])
-    for ids, (_, size, source, place) in zip(tokenized, documents, strict=True):
-        if len(ids):
-            parts += (ids, end)
-            lengths.append(len(ids) + len(end))
-        else:
-            stats.documents -= 1
-            stats.text_bytes -= size
-            stats.skip(source, "empty", place)
+    kept = [ids for ids in tokenized if len(ids)]
+    if len(kept) < len(tokenized):
+        for ids, (_, size, source, place) in zip(tokenized, documents, strict=True):
+            if not len(ids):
+                stats.documents -= 1
+                stats.text_bytes -= size
+                stats.skip(source, "empty", place)
+    end = np.array([tokenizer.eod] if append_eod else [], dtype=np.int32)
+    parts = [part for ids in kept for part in (ids, end)]
     tokens = np.concatenate(parts, dtype=np.int32) if parts else end[:0]
-    return TokenizedChunk(tokens.tobytes(), np.array(lengths, np.int32).tobytes(), stats, chunk.input_bytes)
+    lengths = np.array([len(ids) + len(end) for ids in kept], np.int32)
+    return tokens, lengths, stats, chunk.input_bytes
 
 
 def _write(
@@ -156,14 +149,12 @@ def _write(
     input_bytes = 0
     builder = IndexedDatasetBuilder(str(bin_path), dtype=DType.optimal_dtype(vocab_size))
     with builder.data_file:
-        for chunk in chunks:
-            lengths = np.frombuffer(chunk.lengths, dtype=np.int32)
-            tokens = np.frombuffer(chunk.tokens, dtype=np.int32)
+        for tokens, lengths, stats, chunk_bytes in chunks:
             for document in np.split(tokens, np.cumsum(lengths)[:-1]) if len(lengths) else []:
                 builder.add_document(document, [len(document)])
-            result.add(chunk.stats)
+            result.add(stats)
             result.tokens += len(tokens)
-            input_bytes += chunk.input_bytes
+            input_bytes += chunk_bytes
             report(input_bytes)
         if not result.documents:
             raise DataError(
