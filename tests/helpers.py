@@ -50,7 +50,7 @@ TINY_MODEL = {
 
 PADDED: dict[str, Any] = {
     "ffn_hidden_size": 125,
-    "rank": {"q": 31, "k": 31, "v": 8, "o": [8, 31, 31, 31], "gate": 31, "up": 62, "down": 61},
+    "rank": {"q": 31, "k": 31, "v": 8, "o": 31, "gate": 31, "up": 62, "down": 61},
 }
 """Widths and ranks that are padded on one, two and four tensor-parallel ranks, beside some that are not."""
 

@@ -25,6 +25,7 @@ from tests.helpers import tiny_config
 
 # wide enough that activations and state weigh as in a real model, and DeepSpeed's buckets are not everything
 MODEL = {"hidden_size": 64, "ffn_hidden_size": 160, "vocab_size": 256, "rank": 16, "num_layers": 4}
+PADDED = {"ffn_hidden_size": 157, "rank": 31}  # 2 x 80 and 32; 160 on one rank
 TRAINING = {"seq_length": 64, "micro_batch_size": 2, "global_batch_size": 16}
 TP = {"tensor_model_parallel_size": 2}
 PP = {"pipeline_model_parallel_size": 2}
@@ -85,6 +86,8 @@ def rows() -> dict[str, Config]:
         "tp, full rank": row("bf16", 1, TP, variant="full_rank"),
         "tp, replay": row("bf16", 1, TP, REPLAY),
         "tp, full": row("bf16", 1, TP, FULL),
+        "tp, padded": row("bf16", 1, TP, REPLAY, **PADDED),
+        "zero 3, padded": row("bf16", 3, None, None, TIGHT, **PADDED),
         "pp": row("bf16", 1, PP),
         "pp, replay": row("fp32", 1, PP, REPLAY),
         "vpp": row("bf16", 1, VPP),
@@ -116,6 +119,7 @@ SOON = (
     "zero 2, bf16, bucket of the model",
     "tp",
     "tp, replay",
+    "tp, padded",
     "pp",
     "vpp",
     "zero 3, bf16, replay",

@@ -24,13 +24,13 @@ from megatron_crnet.hf.modeling_crnet import CRNetConfig, CRNetForCausalLM
 from megatron_crnet.model.gpt import build_model_chunks
 from megatron_crnet.model.weights import canonical_weights, load_canonical
 from tests.distributed.spawn import fresh_world, run_distributed
-from tests.helpers import micro_batches, random_mask, random_tokens, tiny_config
+from tests.helpers import PADDED, micro_batches, random_mask, random_tokens, tiny_config
 from tests.unit.data_helpers import train_small_tokenizer
 
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "tp2": {"parallel": {"tensor_model_parallel_size": 2}, "stage": 1},
-    "pp2": {"parallel": {"pipeline_model_parallel_size": 2}, "stage": 1},
-    "zero3": {"parallel": {}, "stage": 3},
+    "tp2": {"parallel": {"tensor_model_parallel_size": 2}, "stage": 1, "model": PADDED},
+    "pp2": {"parallel": {"pipeline_model_parallel_size": 2}, "stage": 1, "model": PADDED},
+    "zero3": {"parallel": {}, "stage": 3, "model": PADDED},
 }
 MODELS: dict[str, dict[str, Any]] = {
     "crnet": {"rank": {"q": [3, 4, 5, 6], "k": 4, "v": 4, "o": 6, "gate": 7, "up": 7, "down": [9, 8, 7, 6]}},
@@ -115,7 +115,7 @@ def masters(checkpoint: Path) -> dict[str, Tensor]:
 def test_every_layouts_checkpoint_is_exported_and_comes_back_into_every_layout(tmp_path: Path, tokenizer: str) -> None:
     losses = run_distributed(out_and_back, 2, str(tmp_path), tokenizer)[0]
     exported = open_model(tmp_path / "hf-tp2").model.state_dict()
-    assert exported["model.layers.1.mlp.up_proj.b.weight"].shape == (48, 8)
+    assert exported["model.layers.1.mlp.up_proj.b.weight"].shape == (125, 62)
     for name in ("pp2", "zero3"):  # the same training, to rounding
         to_hf(tmp_path / name / "step_00000002", tmp_path / f"hf-{name}")
         other = open_model(tmp_path / f"hf-{name}").model.state_dict()

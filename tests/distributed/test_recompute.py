@@ -17,7 +17,7 @@ from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.planning.counters import CommunicationCounter, LiveMemory
 from tests.distributed.engines import INVERSE, INVERSE_TOLERANCE, build_engine, close_engine, run_step, settled
 from tests.distributed.spawn import run_distributed
-from tests.helpers import gradient_of, local_weights, micro_batches, random_tokens, tiny_config
+from tests.helpers import PADDED, gradient_of, local_weights, micro_batches, random_tokens, tiny_config
 
 REPLAY = RecomputeConfig(strategy="replay", segment_length=2)
 REPLAY_AUTO = RecomputeConfig(strategy="replay", keep_attention_output=True)
@@ -77,6 +77,7 @@ ROWS = [
     Row("dp2-zero2-bf16", {"full_rank_layers": [0, 2]}, {}, "bf16", {"stage": 2}, strategies=(REPLAY_AUTO, INVERSE)),
     Row("dp2-zero3-offload", {}, {}, "fp32", OFFLOADED, strategies=(REPLAY,)),
     Row("tp2-dropout", DROPOUT, TP, strategies=(REPLAY_AUTO, FULL)),
+    Row("tp2-padded", {**PADDED, "num_layers": 6}, TP, strategies=(*EXACT, INVERSE)),
     Row("tp2-cola", {"variant": "cola"}, TP, strategies=(REPLAY_AUTO,)),
     Row("tp2-documents", {"num_query_groups": 2}, TP, strategies=(*EXACT, INVERSE), data=DOCUMENTS),
     Row("tp2-documents-dropout", DROPOUT, TP, strategies=(*EXACT,), data=DOCUMENTS),
@@ -92,6 +93,9 @@ MORE_ON_TWO = [
     Row("dp2-zero3-documents", {}, {}, "bf16", PARTITIONED, strategies=(*EXACT, INVERSE), data=DOCUMENTS),
     Row("tp2-documents-stored", {}, WITHOUT_SP, stored=EVERYTHING_STORED, strategies=(REPLAY, FULL), data=DOCUMENTS),
     *(Row(f"tp2-{v}-replay", {"variant": v}, TP, strategies=(REPLAY_AUTO,)) for v in ("full_rank", "low_rank")),
+    *(Row(f"tp2-{v}-padded", {**PADDED, "variant": v}, TP, strategies=EXACT) for v in VARIANTS if v != "crnet"),
+    Row("tp2-zero3-bf16-padded", PADDED, TP, "bf16", PARTITIONED, strategies=(REPLAY, INVERSE)),
+    Row("pp2-vpp2-padded", {**PADDED, "num_layers": 8}, VPP, "bf16", {"stage": 1}, strategies=(REPLAY, FULL, INVERSE)),
     Row("tp2-partitioned", {}, WITHOUT_SP, stored={"partition_activations": True}, strategies=(REPLAY,)),
     Row("tp2-without-sp-dropout", DROPOUT, WITHOUT_SP, strategies=(REPLAY, FULL)),
     Row("tp2-dropout", DROPOUT, TP, strategies=(REPLAY, INVERSE)),

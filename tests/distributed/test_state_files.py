@@ -17,7 +17,7 @@ from megatron_crnet.engine.state_kinds import KINDS
 from megatron_crnet.model.gpt import build_model_chunks
 from megatron_crnet.utils.errors import CheckpointError
 from tests.distributed.spawn import fresh_world, run_distributed
-from tests.helpers import local_weights, micro_batches, tiny_config
+from tests.helpers import PADDED, largest_padding, local_weights, micro_batches, tiny_config
 
 STEPS, SAVED_AT = 4, 2
 TP: dict[str, Any] = {"tensor_model_parallel_size": 2}
@@ -25,6 +25,7 @@ PP: dict[str, Any] = {"pipeline_model_parallel_size": 2}
 LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {
     "dp2-zero0": ({}, 0),
     "dp2-zero1": ({}, 1),
+    "dp2-zero1-unpadded": ({"pad_widths_to": 1}, 1),
     "dp2-zero2": ({}, 2),
     "dp2-zero3": ({}, 3),
     "tp2-zero1": (TP, 1),
@@ -41,7 +42,9 @@ FROM_EACH = {"fp32": "tp2-zero1", "bf16": "dp2-zero3"}
 def layout_config(name: str, dtype: str, **model: Any) -> Config:
     parallel, stage = LAYOUTS[name]
     training = {"dtype": dtype, "train_steps": STEPS}
-    return tiny_config(model, parallel, training, deepspeed_section={"zero_optimization": {"stage": stage}})
+    return tiny_config(
+        {**PADDED, **model}, parallel, training, deepspeed_section={"zero_optimization": {"stage": stage}}
+    )
 
 
 def train(config: Config, load: Path | None = None, save: Path | None = None) -> list[tuple[float, float]]:
@@ -59,6 +62,7 @@ def train(config: Config, load: Path | None = None, save: Path | None = None) ->
         if save and step + 1 == SAVED_AT:
             assert zero.steps == SAVED_AT
             write(save, collect(zero, weights), dist.new_group(backend="gloo"))
+    assert largest_padding(engine) == 0.0
     engine.deepspeed.destroy()
     context.heartbeat.close()
     fresh_world()
@@ -116,6 +120,7 @@ def test_every_value_is_written_once_and_nothing_needs_unpickling(runs: Any, fol
     model = layout_config("dp2-zero0", "fp32").model
     assert elements["master.lm_head.weight"] == model.vocab_size * model.hidden_size
     assert elements["exp_avg.model.norm.weight"] == model.hidden_size
+    assert elements["master.model.layers.1.mlp.up_proj.b.weight"] == 125 * 62
 
 
 def load_another_model(folder: str) -> str:

@@ -16,10 +16,10 @@ from megatron_crnet.planning.estimate import Estimate, estimate, node_crossings
 from megatron_crnet.planning.machines import MACHINES, find_machine
 from megatron_crnet.planning.profile import DATA, PIPELINE, TENSOR, CommVolume, Memory
 from megatron_crnet.planning.shards import build_local_models
-from megatron_crnet.planning.tables import as_values, estimate_tables
+from megatron_crnet.planning.tables import as_values, dry_run_report, estimate_tables
 from megatron_crnet.planning.volume import persistent, zero3_gathers
 from megatron_crnet.utils.errors import ConfigError
-from tests.helpers import tiny_config
+from tests.helpers import PADDED, tiny_config
 
 H, F, V, R, LAYERS, TOKENS = 32, 48, 64, 8, 4, 2 * 16
 BANDWIDTHS = ("memory_bytes", "memory_bandwidth", "node_bandwidth", "network_bandwidth", "host_bandwidth")
@@ -34,6 +34,23 @@ def found(world_size: int = 1, **sections: Any) -> Estimate:
 
 def volume(estimated: Estimate, kind: str, group: str, stage: int = 0) -> int:
     return sum(flow.bytes for flow in estimated.stages[stage].flows if (flow.kind, flow.group) == (kind, group))
+
+
+def test_padding_is_part_of_what_ranks_hold_and_compute_and_not_of_the_model() -> None:
+    tp2 = {"tensor_model_parallel_size": 2}
+    padded, even = (tiny_config({**PADDED, "ffn_hidden_size": 124}, {**tp2, "pad_widths_to": to}) for to in (64, 1))
+    with_padding, without = estimate(padded, 2), estimate(even, 2)
+    assert with_padding.stages[0].memory.weights > without.stages[0].memory.weights
+    assert with_padding.stages[0].operations.total > without.stages[0].operations.total
+    assert with_padding.model_flops() == without.model_flops()
+    report = dry_run_report(padded, 2)
+    lines = [" ".join(line.split()) for line in report.splitlines()]
+    at = lines.index("padded by zeros to multiples of 64 or less (parallel.pad_widths_to)")
+    assert lines[at + 1 : at + 5] == ["ffn 124 -> 2 x 64 = 128", "rank 31 -> 32", "rank 61 -> 64", "rank 62 -> 64"]
+    assert "padded by" not in dry_run_report(even, 2)
+    totals = [line for text in (report, dry_run_report(even, 2)) for line in text.splitlines() if " total " in line]
+    assert len(totals) == 2
+    assert totals[0] == totals[1]
 
 
 def test_a_rank_holds_what_the_whole_model_has_in_parts() -> None:

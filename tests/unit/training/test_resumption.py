@@ -24,6 +24,13 @@ def remarks_after(config: Config, *, saved: Config | None = None, **state: Any) 
     return differences(config, CHECKPOINT, resolved(saved or config), {**whole, **state}, now)
 
 
+def test_other_padding_is_said_because_it_rounds_otherwise() -> None:
+    saved = tiny_config(parallel={"pad_widths_to": 1})
+    assert remarks_after(tiny_config(), saved=saved) == [
+        "note: changed since the checkpoint: parallel.pad_widths_to 1 -> 64"
+    ]
+
+
 @pytest.mark.fault("L5")
 def test_the_same_run_says_nothing() -> None:
     assert remarks_after(tiny_config()) == []
