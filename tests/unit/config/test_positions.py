@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_crnet.config.loading import load_config
 from megatron_crnet.config.positions import (
     FULL_RANK,
     LLAMA,
@@ -105,3 +106,22 @@ def test_the_table_of_a_rank_holds_what_it_computes_with_and_the_canonical_sizes
     assert (table.ranks[1]["q"], table.padded_ranks[1]["q"], table.padded_ranks[1]["v"]) == (110, 112, 64)
     assert table.padding() == [("ffn", 5461, 2, 2752), ("rank", 110, 1, 112)]
     assert position_table(model).padding() == []
+
+
+@pytest.mark.parametrize(
+    ("example", "tp_size", "padding"),
+    [
+        ("quickstart", 1, []),
+        ("llama2_60m", 1, [("ffn", 1376, 1, 1408)]),
+        ("llama2_1b", 1, [("ffn", 5461, 1, 5504)]),
+        ("llama2_1b", 8, [("ffn", 5461, 8, 704)]),
+        ("llama2_7b", 1, []),
+        ("llama2_7b", 4, []),
+        ("llama2_7b", 8, [("ffn", 11008, 8, 1408)]),
+    ],
+)
+def test_the_examples_are_padded_where_that_helps(
+    example: str, tp_size: int, padding: list[tuple[str, int, int, int]]
+) -> None:
+    config = load_config(f"examples/{example}.yaml")
+    assert position_table(config.model, tp_size, config.parallel.pad_widths_to).padding() == padding
