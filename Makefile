@@ -40,11 +40,7 @@ $(DATA)/%.idx: $(DATA)/tokenizer.model
 train: $(VENV)/.installed $(DATA)/train.idx $(DATA)/valid.idx  ## train the quickstart on the text that Python ships
 	$(RUN) pretrain_crnet.py --config examples/quickstart.yaml
 
-$(VENV)/.triton: requirements-triton.txt | $(VENV)/.installed
-	$(if $(TORCH),$(PIP) -r $<)
-	@touch $@
-
-test: setup $(VENV)/.triton  ## the whole suite but the long matrices
+test: setup  ## the whole suite but the long matrices
 	$(RUN) -m pytest -m "not long and not faults and not image and not slurm" -n 2 --dist loadfile
 
 test-long: setup  ## the long matrices

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_crnet.config.deepspeed import zero_stage
 from megatron_crnet.config.positions import PositionTable, position_table
 from megatron_crnet.config.schema import STRATEGIES, Config, Strategy
 
@@ -26,7 +27,9 @@ class CRNetTransformerConfig(TransformerConfig):
     beta_init: float = 1.0
     """Initial value of every beta."""
     cross_layer_fusion: bool = True
-    """Compute the cross-layer residual by Triton kernels (CUDA only)."""
+    """What lies between matrix products is compiled (CUDA only)."""
+    next_layer_scales: bool = True
+    """In backward a layer multiplies what the next one sends back by that one's s(beta): where its betas are whole."""
     overlap_tp_communication: bool = True
     """Overlap the backward's gathers and scatters with independent products (CUDA only)."""
 
@@ -71,6 +74,7 @@ def build_transformer_config(config: Config) -> CRNetTransformerConfig:
         cross_layer_epsilon=model.cross_layer_epsilon,
         beta_init=model.beta_init,
         cross_layer_fusion=config.training.cross_layer_fusion,
+        next_layer_scales=zero_stage(config) < 3,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,

@@ -74,6 +74,7 @@ class Architecture:
             (`hidden`) and of positions' outputs.
         paddable: widths that may be padded by zeros: between their positions stand only functions of single elements
             that map zeros to zeros.
+        rotated: positions of which backward needs the output after RoPE, not the output.
     """
 
     groups: tuple[Group, ...]
@@ -81,6 +82,7 @@ class Architecture:
     attention: str
     other_activations: Mapping[str, int]
     paddable: frozenset[str] = frozenset()
+    rotated: tuple[str, ...] = ()
 
     @property
     def positions(self) -> tuple[Position, ...]:
@@ -126,8 +128,9 @@ LLAMA = Architecture(
     ),
     norms={"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"},
     attention="o",
-    # two norms' inputs and outputs; q and k after RoPE and attention's output; silu(gate) and its product with up
-    other_activations={"hidden": 4, "q": 2, "k": 1, "up": 2},
+    # two norms' inputs and outputs; attention's output; silu(gate) up
+    other_activations={"hidden": 4, "q": 1, "up": 1},
+    rotated=("q", "k"),
     paddable=frozenset({"ffn"}),  # silu(0) 0 = 0
 )
 """LLaMA-2: q, k, v, o of attention, gate, up, down of SwiGLU, RMSNorm before each."""

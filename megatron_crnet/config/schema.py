@@ -143,8 +143,9 @@ class TrainingConfig(Section, name="training"):
     dtype: Literal["bf16", "fp32"] = "fp32"
     """Precision of weights and activations; master weights, moments and beta stay fp32."""
     cross_layer_fusion: bool = True
-    """On CUDA, compute the cross-layer residual and its gradients by Triton's kernels, one pass over memory each. false
-    (or no Triton): by PyTorch's operations, which round differently."""
+    """On CUDA, compile what lies between matrix products (norms, RoPE, SwiGLU, the cross-layer residual and their
+    gradients) with `torch.compile`, one pass over memory each. false (or no Triton): by PyTorch's operations, which
+    round differently."""
     deterministic: bool = False
     """On CUDA, take only operations that give the same bits in each run on the same devices and libraries; slower. On
     CPUs they do in any case."""

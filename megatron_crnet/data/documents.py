@@ -7,7 +7,7 @@ two ends of a sample count as documents.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -44,30 +44,20 @@ class PackedDocuments:
         position_ids: position of every token, [b, s], for the rotary embedding.
         offsets: starts of the documents and end of the last in the concatenated rows, int32 [documents + 1], on the
             device; for kernels of variable length.
-        rotation: cosines and sines of the rotary embedding by `position_ids`, [s, b, 1, d]; see `rotated_by`.
     """
 
     rows: Sequence[Sequence[int]]
     position_ids: Tensor
     offsets: Tensor
-    rotation: tuple[Tensor, Tensor] | None = None
 
     @property
     def longest(self) -> int:
         """Tokens of the longest document."""
         return max(max(row) for row in self.rows)
 
-    def rotated_by(self, rotary_pos_emb: Tensor, dtype: torch.dtype) -> PackedDocuments:
-        """With the cosines and sines of the angles `rotary_pos_emb` [s, 1, 1, d] at this micro-batch's positions."""
-        angles = rotary_pos_emb[:, 0, 0][self.position_ids.t()].unsqueeze(2)
-        return replace(self, rotation=(angles.cos().to(dtype), angles.sin().to(dtype)))
-
-    def rotate(self, x: Tensor) -> Tensor:
-        """Rotary embedding of x, [s, b, heads, d]: the operations of Megatron-Core's `apply_rotary_pos_emb`."""
-        assert self.rotation is not None
-        cos, sin = self.rotation
-        first, second = x.chunk(2, dim=-1)
-        return (x * cos) + (torch.cat((-second, first), dim=-1) * sin)
+    def positions_of(self, angles: Tensor) -> Tensor:
+        """Of the rotary embedding's angles [s, 1, 1, d], those at this micro-batch's positions, [s, b, 1, d]."""
+        return angles[:, 0, 0][self.position_ids.t()].unsqueeze(2)
 
     def split(self, x: Tensor) -> list[Tensor]:
         """x [s, b, heads, d], cut into documents [1, heads, length, d]; views."""

@@ -14,8 +14,8 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_crnet.model.block import CRNetTransformerBlock
+from megatron_crnet.model.glue import signed_scale
 from megatron_crnet.model.linear import LowRankGroup
-from megatron_crnet.model.residual import signed_scale
 
 
 def plan_inverse_segments(

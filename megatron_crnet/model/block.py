@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from megatron_crnet.config.megatron import CRNetTransformerConfig
 from megatron_crnet.data.documents import PackedDocuments
 from megatron_crnet.model.layer import layer_spec
 from megatron_crnet.model.norm import CRNetNorm
+from megatron_crnet.model.regions import rotation_of
 from megatron_crnet.recompute.planner import initial_segments, plan_inverse_segments
 from megatron_crnet.recompute.segment import SEGMENTS, Segment
 from megatron_crnet.recompute.storage import ActivationStore
@@ -97,6 +99,9 @@ class CRNetTransformerBlock(TransformerBlock):
         self.norm_ratios: dict[int, Tensor] = {}
         """|Y_l| / |Y_{l-1}| of the positions by layer under `inverse`: largest of all tokens since emptied."""
         self.store = ActivationStore(config)
+        if config.next_layer_scales:
+            for layer, following in pairwise(self.layers):
+                layer.scales_gradients_of(following)
 
     @property
     def layer_range(self) -> range:
@@ -125,10 +130,9 @@ class CRNetTransformerBlock(TransformerBlock):
             hidden_states, context = unpack(self.input_tensor, self.config, self.first_layer)
             self.input_tensor = None  # the graph holds it until backward; here it would stay, with its gradient
         hidden_states = make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True)
-        if documents is not None:
-            assert rotary_pos_emb is not None, "positions are rotary here"
-            documents = documents.rotated_by(rotary_pos_emb, hidden_states.dtype)
-        shared = {"rotary_pos_emb": rotary_pos_emb, "documents": documents}
+        assert rotary_pos_emb is not None, "positions are rotary here"
+        angles = rotary_pos_emb if documents is None else documents.positions_of(rotary_pos_emb)
+        shared = {"rotation": rotation_of(angles), "documents": documents}
         parallel_random = self.config.sequence_parallel and self.config.has_dropout
         with tensor_parallel.get_cuda_rng_tracker().fork() if parallel_random else nullcontext():
             if self.segments and self.training:

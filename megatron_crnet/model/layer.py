@@ -9,19 +9,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer, get_transformer_layer_offset
 from megatron.core.utils import get_pg_rank
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_crnet.config.megatron import CRNetTransformerConfig
 from megatron_crnet.data.documents import PackedDocuments
 from megatron_crnet.model.attention import SDPACoreAttention
-from megatron_crnet.model.linear import LinearGroup, build_group
-from megatron_crnet.model.norm import CRNetNorm
+from megatron_crnet.model.glue import choose_glue
+from megatron_crnet.model.linear import LinearGroup, LowRankGroup, build_group
+from megatron_crnet.model.norm import CRNetNorm, LeanRMSNorm
+from megatron_crnet.model.regions import Regions, Rotation
 from megatron_crnet.recompute.tape import LayerOutputs, LayerTape, Mode
 
 
@@ -61,12 +62,22 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
         self.pre_mlp_layernorm = submodules.norm(**norm)
         self.linear_gate_up = build_group(config, "gate_up", groups, layer)
         self.linear_down = build_group(config, "down", groups, layer)
+        glue = choose_glue(next(self.linear_o.parameters()), config.cross_layer_fusion)
+        self.regions = Regions(glue, config.cross_layer_epsilon)
+        self._next_groups: dict[str, LowRankGroup] = {}
+
+    def scales_gradients_of(self, following: CRNetTransformerLayer) -> None:
+        """Multiply what `following`, the next layer, sends back by its s(beta), here, where its outputs are at hand."""
+        for group in following.groups:
+            if isinstance(group, LowRankGroup):
+                group.receives = False
+                self._next_groups[group.group] = group
 
     def forward(
         self,
         hidden_states: Tensor,
         context: LayerOutputs | None = None,
-        rotary_pos_emb: Tensor | None = None,
+        rotation: Rotation | None = None,
         tape: LayerTape | None = None,
         documents: PackedDocuments | None = None,
         **_: Any,
@@ -76,20 +87,25 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
         `context` (Megatron-Core's name for what a block threads through its layers) holds the outputs of the
         previous layer, None where a chain starts. Returns the residual stream and this layer's outputs, None
         where the next layer does not use them. With `tape` the call is recorded there or replayed from there, and
-        the outputs are returned in any case (`recompute/tape.py`). With `documents`, attention and positions stay
-        within them.
+        the outputs are returned in any case (`recompute/tape.py`). With `documents`, attention stays within them, as
+        `rotation` does.
         """
+        assert rotation is not None
         y, m = self._by_group(context), tape.groups if tape else {}
-        normed = self.input_layernorm(hidden_states)
+        normed, hidden_states = _norm(self.input_layernorm, hidden_states)
         q, k, v = self.linear_qkv(normed, y["qkv"], m.get("qkv"))
-        attention = self.attention(q, k, v, rotary_pos_emb, tape, documents)
+        (query, key, v), outputs = self.regions.rotary(rotation, self._next_betas("qkv"), q, k, v)
+        value = v.unflatten(-1, (-1, self.config.kv_channels))
+        attention = self.core_attention(query, key, value, tape, documents)
         (o,) = self.linear_o(attention, y["o"], m.get("o"))
-        hidden_states = hidden_states + self._dropout(o, "o", tape)
-        normed = self.pre_mlp_layernorm(hidden_states)
+        used, carried = self._carry(o, "o")
+        outputs, hidden_states = outputs + carried, hidden_states + self._dropout(used, "o", tape)
+        normed, hidden_states = _norm(self.pre_mlp_layernorm, hidden_states)
         gate, up = self.linear_gate_up(normed, y["gate_up"], m.get("gate_up"))
-        (down,) = self.linear_down(F.silu(gate) * up, y["down"], m.get("down"))
-        hidden_states = hidden_states + self._dropout(down, "down", tape)
-        outputs = (q, k, v, o, gate, up, down)
+        activation, carried = self.regions.swiglu(self._next_betas("gate_up"), gate, up)
+        (down,) = self.linear_down(activation, y["down"], m.get("down"))
+        used, of_down = self._carry(down, "down")
+        outputs, hidden_states = outputs + carried + of_down, hidden_states + self._dropout(used, "down", tape)
         return hidden_states, outputs if self.returns_outputs or tape else None
 
     def rebuild(
@@ -135,27 +151,20 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
             return dict.fromkeys(group.name for group in architecture.groups)
         return architecture.by_group(outputs)
 
-    def attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        rotary_pos_emb: Tensor | None,
-        tape: LayerTape | None = None,
-        documents: PackedDocuments | None = None,
-    ) -> Tensor:
-        """Self-attention of the local heads; q, k, v: [s, b, local width]. Returns [s, b, h/t]."""
-        q, k, v = (x.unflatten(-1, (-1, self.config.kv_channels)) for x in (q, k, v))
-        if documents is not None:
-            q, k = documents.rotate(q), documents.rotate(k)
-        elif rotary_pos_emb is not None:
-            q = apply_rotary_pos_emb(q, rotary_pos_emb, config=self.config)
-            k = apply_rotary_pos_emb(k, rotary_pos_emb, config=self.config)
-        return self.core_attention(q, k, v, tape, documents)
+    def _carry(self, y: Tensor, group: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return self.regions.carry(self._next_betas(group), y) if self.returns_outputs else (y, (y,))
+
+    def _next_betas(self, group: str) -> Tensor | None:
+        following = self._next_groups.get(group)
+        return following.exact_betas() if following is not None else None
 
     def _dropout(self, x: Tensor, point: str, tape: LayerTape | None) -> Tensor:
         with tape.rng_scope(point) if tape else nullcontext():
             return F.dropout(x, p=self.config.hidden_dropout, training=self.training)
+
+
+def _norm(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    return norm.with_stream(x) if isinstance(norm, LeanRMSNorm) else (norm(x), x)
 
 
 def layer_spec() -> ModuleSpec:

@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from torch import Tensor, nn
 
 from megatron_crnet.config.megatron import CRNetTransformerConfig
+from megatron_crnet.model.glue import choose_glue, signed_scale
 from megatron_crnet.model.lowrank import (
     ProductOptions,
     Reduction,
@@ -33,7 +34,7 @@ from megatron_crnet.model.lowrank import (
     low_rank_outputs,
     previous_outputs,
 )
-from megatron_crnet.model.residual import choose_residual, signed_scale
+from megatron_crnet.model.regions import Regions
 from megatron_crnet.recompute.tape import Mode, Tape
 
 Outputs = tuple[Tensor, ...]
@@ -182,8 +183,9 @@ class LowRankGroup(LinearGroup):
             self.register_parameter(f"b{index}", self._parameter(count, *shape))
         beta = torch.full((len(self.positions),), config.beta_init, dtype=torch.float32, device=self.a.device)
         self.beta = nn.Parameter(beta) if config.table.has_previous(layer) else None
-        fusion = config.cross_layer_fusion and self.beta is not None
-        self.residual = choose_residual(self.a, fusion, self.local_out)
+        self.glue = choose_glue(self.a, config.cross_layer_fusion)
+        self.receives = True
+        """The previous layer does not scale the gradients of its outputs: that is done here."""
         self.beta_fp32: Tensor | None = None
         """Exact value of beta where the parameter itself had to be rounded to bf16 (ZeRO-3)."""
         self._mark_gradients()
@@ -210,7 +212,11 @@ class LowRankGroup(LinearGroup):
         if tape is not None and tape.mode is Mode.REPLAY and tape.outputs is None:
             # the product is repeated; its backward needs the same z
             self._gather(z, tape)
-        return low_rank_outputs(z, self._stacks(), self._exact_beta(), previous, self._options(tape))
+        betas = self.exact_betas() if previous is not None else None
+        if betas is not None and previous is not None and self.receives:
+            previous = Regions(self.glue, self.config.cross_layer_epsilon).receive(betas, previous)
+        values = betas.detach() if betas is not None else None
+        return low_rank_outputs(z, self._stacks(), values, previous, self._options(tape))
 
     def low_rank_output(self, x: Tensor, tape: Tape | None = None) -> Tensor:
         """z = X A, the quantity that is cheap to keep and to send: [s/t, b, sum of ranks] (SP) or [s, b, .]."""
@@ -226,14 +232,14 @@ class LowRankGroup(LinearGroup):
     @torch.no_grad()
     def _from_z(self, z: Tensor, given: Outputs | None, tape: Tape) -> Outputs:
         """For `rebuild` and `invert`: Y from that of the previous layer, or that (and s(beta)) from Y."""
-        z, beta = self._gather(self._entering(z), tape), self._exact_beta()
-        options = self._options(tape)
+        z, options = self._gather(self._entering(z), tape), self._options(tape)
+        betas = self.exact_betas() if given is not None else None
         if tape.mode is Mode.REBUILD:
-            return low_rank_outputs(z, self._stacks(), beta, given, options)
-        assert beta is not None
+            return low_rank_outputs(z, self._stacks(), betas, given, options)
+        assert betas is not None
         assert given is not None
-        scales = signed_scale(beta.float(), options.epsilon)
-        return *previous_outputs(z, self._stacks(), scales, given, options), scales
+        previous = previous_outputs(z, self._stacks(), betas, given, options)
+        return *previous, signed_scale(betas, options.epsilon)
 
     def _gather(self, z: Tensor, tape: Tape) -> Tensor:
         """z itself; where products gather it, that is done once for this and for the gradient of B."""
@@ -258,7 +264,7 @@ class LowRankGroup(LinearGroup):
             gather_group=self.tp_group if self._gathers else None,
             overlap=self.config.overlap_tp_communication,
             epsilon=self.config.cross_layer_epsilon,
-            residual=self.residual,
+            glue=self.glue,
             known=tape.outputs if tape is not None else None,
             gathered=tape.gathered if tape is not None else None,
         )
@@ -266,9 +272,10 @@ class LowRankGroup(LinearGroup):
     def _stacks(self) -> list[Tensor]:
         return [getattr(self, f"b{index}") for index in range(len(self.batches))]
 
-    def _exact_beta(self) -> Tensor | None:
+    def exact_betas(self) -> Tensor | None:
+        """The beta of every position, fp32."""
         if self.beta is None or self.beta_fp32 is None:
-            return self.beta
+            return self.beta if self.beta is None else self.beta.float()
         # value of the fp32 copy, gradient of the parameter
         return self.beta_fp32 + (self.beta - self.beta.detach())
 

@@ -1,4 +1,4 @@
-"""z = X A, and Y = s(beta) Y_prev + z B for all positions of a group, with what tensor parallelism sends between.
+"""z = X A, and Y = s Y_prev + z B for all positions of a group, with what tensor parallelism sends between.
 
 A row group reduces z; a column group gathers it along the sequence going in, and scatters its gradient coming back.
 
@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_crnet.model.residual import EAGER, ResidualOps, signed_scale
+from megatron_crnet.model.glue import EAGER, Glue
 
 
 def gather_sequence(shard: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> tuple[Tensor, Any]:
@@ -98,7 +98,7 @@ class ProductOptions:
         gather_group: tensor-parallel group over which z is a sequence shard; None when it is whole.
         overlap: start the backward's communication asynchronously (on CUDA).
         epsilon: `model.cross_layer_epsilon`.
-        residual: what computes the residual: forward, backward and inverse.
+        glue: what computes s Y_prev, and undoes it.
         known: the outputs themselves, already rebuilt. Then no product is done; the gradients are those of the
             products.
         gathered: z over the whole sequence, if it has been gathered before.
@@ -107,28 +107,33 @@ class ProductOptions:
     gather_group: dist.ProcessGroup | None = None
     overlap: bool = False
     epsilon: float = 1e-6
-    residual: ResidualOps = EAGER
+    glue: Glue = EAGER
     known: tuple[Tensor, ...] | None = None
     gathered: Tensor | None = None
 
 
-def products(z: Tensor, matrices: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """z B^T for every B; one batched product for each stack of equal shapes.
+def add_products(
+    z: Tensor, matrices: Iterable[Tensor], onto: Sequence[Tensor] | None = None, sign: int = 1
+) -> tuple[Tensor, ...]:
+    """z B^T of every B, [s, b, w].
+
+    Each lies in memory of its own, so that those that nobody keeps are freed.
 
     Args:
         z: [s, b, sum of ranks], over the whole sequence.
         matrices: stacks of B, [n, w, r] each, in the order of z.
+        onto: what they are added to in place, [s, b, w] each.
+        sign: -1 subtracts.
     """
-    s, b, start, outputs = *z.shape[:2], 0, []
-    for stack in matrices:
-        count, width, rank = stack.shape
-        part = z[..., start : start + count * rank].reshape(s * b, count, rank)
-        if count == 1:
-            outputs.append((part[:, 0] @ stack[0].t()).view(s, b, width))
+    rows, start, outputs = z.reshape(-1, z.shape[-1]), 0, []
+    for position, matrix in enumerate(m for stack in matrices for m in stack):
+        part = rows[:, start : start + matrix.shape[1]]
+        start += matrix.shape[1]
+        if onto is None:
+            outputs.append((part @ matrix.t()).view(*z.shape[:2], -1))
         else:
-            outputs.extend(torch.bmm(part.transpose(0, 1), stack.transpose(1, 2)).view(count, s, b, width).unbind())
-        start += count * rank
-    return tuple(outputs)
+            onto[position].view(-1, matrix.shape[0]).addmm_(part, matrix.t(), alpha=sign)
+    return tuple(outputs if onto is None else onto)
 
 
 class _LowRankOutputs(torch.autograd.Function):
@@ -136,28 +141,23 @@ class _LowRankOutputs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, options: ProductOptions, stacks: int, z: Tensor, beta: Tensor | None, *tensors: Tensor
+        ctx: Any, options: ProductOptions, stacks: int, z: Tensor, betas: Tensor | None, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(z, beta, *tensors)
-        ctx.stacks, ctx.group, ctx.gathered = stacks, options.gather_group, options.gathered
+        matrices, previous = tensors[:stacks], tensors[stacks:]
+        ctx.save_for_backward(z, *matrices)
+        ctx.group, ctx.gathered, ctx.chained = options.gather_group, options.gathered, bool(previous)
         ctx.overlap = options.overlap and z.is_cuda
-        ctx.epsilon, ctx.residual = options.epsilon, options.residual
         if options.known is not None:
             return tuple(y.detach() for y in options.known)
         if options.gathered is not None:
             z = options.gathered
         elif options.gather_group is not None:
             z, _ = gather_sequence(z, options.gather_group)
-        updates, previous = products(z, tensors[:stacks]), tensors[stacks:]
-        if beta is None or not previous:
-            return updates
-        scales = signed_scale(beta.float(), options.epsilon)
-        return tuple(options.residual.add_previous(*args) for args in zip(updates, previous, scales, strict=True))
+        return add_products(z, matrices, options.glue.scaled(previous, betas, options.epsilon) if previous else None)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        z, beta, *tensors = ctx.saved_tensors
-        matrices, previous = tensors[: ctx.stacks], tensors[ctx.stacks :]
+        z, *matrices = ctx.saved_tensors
         whole, wait_gather, wait_scatter = z, None, None
         if ctx.gathered is not None:
             whole = ctx.gathered
@@ -170,10 +170,10 @@ class _LowRankOutputs(torch.autograd.Function):
         if ctx.group is not None:
             grad_z, wait_scatter = scatter_sequence(grad_z, ctx.group, ctx.overlap)
         grad_matrices = _gradient_of_matrices(flat, matrices, whole)
-        grad_beta, grad_previous = _gradients_of_residual(ctx.residual, flat, previous, beta, ctx.epsilon)
         if wait_scatter is not None:
             wait_scatter.wait()
-        return None, None, grad_z, grad_beta, *grad_matrices, *grad_previous
+        # the previous layer multiplies them by s
+        return None, None, grad_z, None, *grad_matrices, *(grads if ctx.chained else ())
 
 
 def _gradient_of_z(grads: list[Tensor], matrices: Sequence[Tensor], like: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ def _gradient_of_z(grads: list[Tensor], matrices: Sequence[Tensor], like: Tensor
     grad_z = torch.empty_like(like, memory_format=torch.contiguous_format)
     rows, start = grad_z.view(-1, grad_z.shape[-1]), 0
     for grad, matrix in zip(grads, (m for stack in matrices for m in stack), strict=True):
-        rows[:, start : start + matrix.shape[1]] = grad @ matrix
+        torch.mm(grad, matrix, out=rows[:, start : start + matrix.shape[1]])
         start += matrix.shape[1]
     return grad_z
 
@@ -198,46 +198,38 @@ def _gradient_of_matrices(grads: list[Tensor], matrices: Sequence[Tensor], z: Te
     return stacks
 
 
-def _gradients_of_residual(
-    residual: ResidualOps, grads: Sequence[Tensor], previous: Sequence[Tensor], beta: Tensor | None, epsilon: float
-) -> tuple[Tensor | None, list[Tensor]]:
-    if beta is None or not previous:
-        return None, []
-    scales = signed_scale(beta.float(), epsilon)
-    whole = [grad.view(y.shape) for grad, y in zip(grads, previous, strict=True)]
-    pairs = [residual.gradients(*args) for args in zip(whole, previous, scales, strict=True)]
-    return torch.stack([grad_beta for _, grad_beta in pairs]).to(beta.dtype), [grad for grad, _ in pairs]
-
-
 def low_rank_outputs(
     z: Tensor,
     matrices: Sequence[Tensor],
-    beta: Tensor | None = None,
+    betas: Tensor | None = None,
     previous: Sequence[Tensor] | None = None,
     options: ProductOptions = ProductOptions(),
 ) -> tuple[Tensor, ...]:
     """Y = s(beta) Y_prev + z B^T for every position of a group.
 
+    The gradient of Y_prev is returned *unscaled*, as that of Y, and that of beta not at all: both are the business of
+    whoever made Y_prev (`model/regions.py`).
+
     Args:
         z: low-rank outputs side by side, [s, b, sum of ranks], or [s/t, b, .] with a gather group.
         matrices: stacks of B, [n, w, r] each, in the order of z.
-        beta: one coefficient per position, fp32 whatever the other dtypes are; None without a residual.
+        betas: one per position, fp32 whatever the other dtypes are; None without a residual.
         previous: the previous layer's outputs of the positions, [s, b, w] each; None where a chain starts.
 
     Returns:
         One [s, b, w] tensor for each B.
     """
-    return _LowRankOutputs.apply(options, len(matrices), z, beta, *matrices, *(previous or ()))
+    return _LowRankOutputs.apply(options, len(matrices), z, betas, *matrices, *(previous or ()))
 
 
 def previous_outputs(
-    z: Tensor, matrices: Sequence[Tensor], scales: Tensor, outputs: Sequence[Tensor], options: ProductOptions
+    z: Tensor, matrices: Sequence[Tensor], betas: Tensor, outputs: Sequence[Tensor], options: ProductOptions
 ) -> tuple[Tensor, ...]:
     """Y_prev = (Y - z B^T) / s, to rounding that grows by 1/|s|; arguments as in `low_rank_outputs`.
 
     Args:
-        scales: s(beta) of every position, fp32.
         outputs: Y of every position, [s, b, w] each.
     """
-    updates = products(z if options.gathered is None else options.gathered, matrices)
-    return tuple(options.residual.remove_update(*args) for args in zip(outputs, updates, scales, strict=True))
+    differences = [y.clone(memory_format=torch.contiguous_format) for y in outputs]
+    add_products(z if options.gathered is None else options.gathered, matrices, differences, sign=-1)
+    return options.glue.unscaled(differences, betas, options.epsilon)

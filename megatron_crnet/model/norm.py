@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
-from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+
+from megatron_crnet.model.glue import EAGER, Glue
+from megatron_crnet.model.regions import Norm
 
 
 @cache
@@ -28,34 +30,18 @@ def fused_norm_class() -> type[nn.Module] | None:
     return None
 
 
-class _RootMeanSquare(torch.autograd.Function):
-    """x / rms(x) * weight in fp32, keeping what CUDA's kernel keeps: the input and 1 / rms."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse).mul_(weight.float()).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, inverse = ctx.saved_tensors
-        normed, grad = x.float() * inverse, grads[0].float()
-        grad_weight = (grad * normed).sum(tuple(range(x.dim() - 1)))
-        grad = grad * weight.float()
-        grad_x = (grad - normed * (grad * normed).mean(-1, keepdim=True)).mul_(inverse)
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
-
-
 class LeanRMSNorm(nn.RMSNorm):
-    """PyTorch's RMSNorm; outside CUDA, where PyTorch composes it and keeps three fp32 copies, one function."""
+    """RMSNorm by the region of `model/glue.py`, which keeps x and 1 / rms(x)."""
+
+    glue: Glue = EAGER
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., width]."""
-        if x.is_cuda:
-            return super().forward(x)
-        return _RootMeanSquare.apply(x, self.weight, self.eps)
+        return self.with_stream(x)[0]
+
+    def with_stream(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x, and x to go on with: backward adds both gradients where it computes the first."""
+        return Norm.apply(self.glue, x, self.weight, self.eps)
 
 
 class CRNetNorm:

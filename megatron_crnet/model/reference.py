@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megatron_crnet.config.positions import FULL_RANK, PositionTable, position_table
 from megatron_crnet.config.schema import ModelConfig
-from megatron_crnet.model.residual import signed_scale
+from megatron_crnet.model.glue import signed_scale
 
 
 class CrossLayerLinear(nn.Module):

@@ -84,10 +84,9 @@ def _kept_width(model: LocalModel, chunk: Chunk) -> float:
     width = kept_widths(transformer, chunk.layers, chunk.segments)
     if chunk.segments:
         return width
-    # the previous chunk's outputs are received; o and down of the last layer are sent, or not needed
-    chained = transformer.table.has_previous(last) or transformer.table.has_next(last)
+    # the previous chunk's outputs are received; o and down of the last layer are sent
     received = 0 if chunk.embeds else sum(boundary_widths(transformer, chunk.layers.start)) - h
-    return width + received - (2 * h if chained else 0)
+    return width + received - (2 * h if transformer.table.has_next(last) else 0)
 
 
 def _logits(model: LocalModel, chunk: Chunk) -> float:

@@ -53,6 +53,10 @@ def layer_widths(config: CRNetTransformerConfig, layer: int) -> LayerWidths:
     # rebuilding gathers z of the column groups and holds it until the layer's backward
     gathered = t * (z - sum(ranks[name] for name in architecture.rows)) if t > 1 else 0
     inner = sum(count * {"hidden": h, **width}[name] for name, count in architecture.other_activations.items())
+    full_rank, has_next = table.is_full_rank(layer), table.has_next(layer)
+    if full_rank or (has_next and not config.next_layer_scales):
+        # the outputs themselves stay, too: in the memory of those beside them, or for the next layer's backward
+        inner += sum(width[name] for name in architecture.rotated)
     if config.variant == "cola":
         inner += z  # silu(z), beside the z that its gradient takes
     return LayerWidths(
@@ -60,7 +64,7 @@ def layer_widths(config: CRNetTransformerConfig, layer: int) -> LayerWidths:
         z=z,
         attention=table.shapes[architecture.attention][0] // (1 if config.sequence_parallel else t),
         outputs=h + (all_outputs + (gathered if config.sequence_parallel else 0) if chained else residual),
-        activations=inner + z + (all_outputs if chained else all_outputs - residual),
+        activations=inner + z + (all_outputs if has_next else all_outputs - residual),
     )
 
 

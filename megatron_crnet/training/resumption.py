@@ -14,7 +14,7 @@ import torch
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.fingerprint import TrainedOn
-from megatron_crnet.model.residual import runs_kernels
+from megatron_crnet.model.glue import compiles
 from megatron_crnet.utils.versions import NOT_INSTALLED, library_versions
 
 Values = Mapping[str, Any]
@@ -120,25 +120,25 @@ def _changes(saved: Values, now: Values) -> Iterator[tuple[str, Any, Any]]:
 
 
 def residual_in_use(config: Config, device: torch.device) -> str:
-    """The backend of the cross-layer residual: `Triton 3.7.1's kernels` or `PyTorch's operations`."""
-    runs = runs_kernels(device, config.training.cross_layer_fusion)
+    """What computes the layers' glue: `Triton 3.7.1's kernels`, made by torch.compile, or `PyTorch's operations`."""
+    runs = compiles(device, config.training.cross_layer_fusion)
     return _kernels(library_versions(("triton",))) if runs else PYTORCH
 
 
 def changed_residual(config: Config, device: torch.device, saved: Values, versions: Mapping[str, str]) -> str | None:
-    """A warning where the residual rounds otherwise than before the checkpoint, else None, as on CPUs.
+    """A warning where the layers' glue rounds otherwise than before the checkpoint, else None, as on CPUs.
 
     Args:
-        saved: its resolved configuration; without `cross_layer_fusion` where it is older than the kernels.
+        saved: its resolved configuration; without `cross_layer_fusion` where it is older than this choice.
         versions: of its libraries.
     """
     fused = saved.get("training", {}).get("cross_layer_fusion", False) and versions.get("triton") != NOT_INSTALLED
     before, now = _kernels(versions) if fused else PYTORCH, residual_in_use(config, device)
-    if config.model.variant != "crnet" or device.type != "cuda" or before == now:
+    if device.type != "cuda" or before == now:
         return None
     return (
-        f"the residual was computed by {before} until the checkpoint and is by {now} from here, which round "
-        "differently: the losses are the same to rounding, not to the bit"
+        f"what lies between products was computed by {before} until the checkpoint and is by {now} from here, which "
+        "round differently: the losses are the same to rounding, not to the bit"
     )
 
 

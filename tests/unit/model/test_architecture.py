@@ -57,7 +57,8 @@ def test_widths_and_parameters_follow_from_the_table(config: CRNetTransformerCon
     all_outputs = 5 * H + FFN
     assert (first.start, second.start) == (H, H + all_outputs)
     assert (first.z, second.z) == (0, 6 * RANK)
-    assert second.activations == 4 * H + H + FFN + 6 * RANK + all_outputs
+    # nothing follows the last layer: the outputs that join the residual stream are not kept
+    assert second.activations == 4 * H + H + FFN + 6 * RANK + all_outputs - 2 * H
     assert linear_parameters(config.table, 1) == RANK * (4 * 2 * H + 2 * (H + FFN))
     assert config.table.input_width("model.layers.1.mlp.out.b.weight") == FFN
 

@@ -1,0 +1,272 @@
+"""What a layer does between its matrix products and attention: pure functions, forward and backward, on one page.
+
+    norm        n = x / rms(x) * w, and the residual stream x goes on
+    rotate      RoPE of q and k: (a, b) -> (a cos - b sin, b cos + a sin) of the halves a, b of a head
+    swiglu      act = silu(gate) up
+    scaled      s(beta_l) Y_{l-1}, to which the products with B are added in place: Y_l = s(beta_l) Y_{l-1} + Z_l B_l
+    unscaled    Y_{l-1} = (Y_l - Z_l B_l) / s(beta_l), from the difference
+
+In backward every output Y_l has two gradients: of its use in layer l, and of the next layer's residual. The second
+arrives as G_{l+1}, the gradient of Y_{l+1}, not yet multiplied by s(beta_{l+1}): the functions that read it anyway do
+that, and give the gradient of beta_{l+1}, which is <G_{l+1}, Y_l> as ds/db = 1. So the residual costs no pass of its
+own in backward (`carried`, below).
+
+All arithmetic is fp32 whatever the storage is. On CUDA each function is compiled as one region (`compiled`); these are
+its meaning, its fallback and its test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, dot, float32
+from torch._subclasses import FakeTensor
+
+from megatron_crnet.utils.errors import ConfigError, require
+
+
+def signed_scale(beta: Tensor, eps: float) -> Tensor:
+    """s(b) = sign(b)(|b| + eps) with sign(0) = +1, so that it can always be inverted; ds/db = 1."""
+    return torch.where(beta < 0, beta - eps, beta + eps)
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x / rms(x) * weight, and 1 / rms(x) in fp32, [..., 1]; x: [..., width]."""
+    wide = x.float()
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * inverse).mul_(weight.float()).to(x.dtype), inverse
+
+
+def norm_backward(
+    grad: Tensor, grad_stream: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x, which `grad_stream` is part of, and of the weight."""
+    normed, wide = x.float() * inverse, grad.float()
+    grad_weight = (wide * normed).sum(tuple(range(x.dim() - 1)))
+    wide = wide * weight.float()
+    grad_x = (wide - normed * (wide * normed).mean(-1, keepdim=True)).mul_(inverse)
+    if grad_stream is not None:
+        grad_x = grad_x.add_(grad_stream)
+    return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of x, [s, b, heads, d]; cos and sin: [s, b or 1, 1, d / 2], fp32."""
+    first, second = x.float().chunk(2, dim=-1)
+    halves = (first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)
+    return torch.cat(halves, dim=-1).to(x.dtype)
+
+
+def rotate_backward(
+    grad: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    carried: Tensor | None,
+    rotated: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient of x, and of beta: a rotation keeps inner products, so <G, x> is that of both rotated.
+
+    Args:
+        grad: of the result, [s, b, heads, d].
+        carried, beta: see `add_carried`; of x, [s, b, heads d].
+        rotated: the result; None without `beta`.
+    """
+    back = rotate(grad.float(), cos, -sin)
+    if carried is None:
+        return back.to(grad.dtype), None
+    wide = carried.view(grad.shape).float()
+    grad_beta = _inner(rotate(wide, cos, sin), rotated) if beta is not None and rotated is not None else None
+    return _add_scaled(back, wide, beta, eps).to(grad.dtype), grad_beta
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) up."""
+    return F.silu(gate.float()).mul_(up.float()).to(gate.dtype)
+
+
+def swiglu_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, carried: Sequence[Tensor | None], betas: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of gate and up, and of their betas, [2]; `carried` and `betas`: see `add_carried`, of both."""
+    wide, g, u = grad.float(), gate.float(), up.float()
+    own = torch.ops.aten.silu_backward(wide * u, g), wide * F.silu(g)
+    (grad_gate, beta_gate), (grad_up, beta_up) = (
+        add_carried(*args, eps) for args in zip(own, carried, (gate, up), each(betas, 2), strict=True)
+    )
+    found = None if beta_gate is None or beta_up is None else torch.stack((beta_gate, beta_up))
+    return grad_gate.to(gate.dtype), grad_up.to(up.dtype), found
+
+
+def add_carried(
+    grad: Tensor, carried: Tensor | None, y: Tensor | None, beta: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    """The whole gradient of an output, and that of the next layer's beta.
+
+    Args:
+        grad: of the output's use in its own layer.
+        carried: of the next layer's output, unscaled; None where the next layer does not use this one.
+        y: the output; None without `beta`.
+        beta: of the next layer, a scalar in fp32; None where `carried` has been multiplied by s(beta).
+    """
+    if carried is None:
+        return grad, None
+    wide = carried.float()
+    grad_beta = _inner(wide, y) if beta is not None and y is not None else None
+    return _add_scaled(grad.float(), wide, beta, eps).to(grad.dtype), grad_beta
+
+
+def carried_backward(carried: Tensor, y: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """s(beta) G and the gradient of beta, where the previous layer does not do that."""
+    wide = carried.float()
+    return (wide * signed_scale(beta, eps)).to(y.dtype), _inner(wide, y)
+
+
+def scaled(previous: Sequence[Tensor], betas: Tensor, eps: float) -> tuple[Tensor, ...]:
+    """s(beta) Y_{l-1} of every output, in memory of its own; betas: [positions], fp32."""
+    scales = signed_scale(betas, eps).unbind()
+    return tuple((y.float() * s).to(y.dtype) for y, s in zip(previous, scales, strict=True))
+
+
+def unscaled(differences: Sequence[Tensor], betas: Tensor, eps: float) -> tuple[Tensor, ...]:
+    """Y_{l-1} from Y_l - Z_l B_l, to rounding; betas: [positions], fp32."""
+    scales = signed_scale(betas, eps).unbind()
+    return tuple((y.float() / s).to(y.dtype) for y, s in zip(differences, scales, strict=True))
+
+
+def each(values: Tensor | None, count: int) -> Sequence[Tensor | None]:
+    """The values of a vector, or None `count` times."""
+    return [None] * count if values is None else values.unbind()
+
+
+def _add_scaled(grad: Tensor, carried: Tensor, beta: Tensor | None, eps: float) -> Tensor:
+    return grad + carried if beta is None else torch.addcmul(grad, carried, signed_scale(beta, eps))
+
+
+def _inner(one: Tensor, other: Tensor) -> Tensor:
+    return dot(one.flatten(), other.float().flatten())
+
+
+@dataclass(frozen=True)
+class Glue:
+    """The functions above, as they are or compiled."""
+
+    norm: Callable[..., Any] = norm
+    norm_backward: Callable[..., Any] = norm_backward
+    rotate: Callable[..., Any] = rotate
+    rotate_backward: Callable[..., Any] = rotate_backward
+    swiglu: Callable[..., Any] = swiglu
+    swiglu_backward: Callable[..., Any] = swiglu_backward
+    add_carried: Callable[..., Any] = add_carried
+    carried_backward: Callable[..., Any] = carried_backward
+    scaled: Callable[..., Any] = scaled
+    unscaled: Callable[..., Any] = unscaled
+
+    def map(self, change: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Glue:
+        """With every function changed."""
+        return Glue(**{field.name: change(field.name, getattr(self, field.name)) for field in fields(self)})
+
+
+EAGER = Glue()
+
+
+def compiles(device: torch.device, fusion: bool) -> bool:
+    """Whether regions are compiled on this device: they are wanted, and Triton is there.
+
+    Args:
+        fusion: `training.cross_layer_fusion`.
+    """
+    return fusion and device.type == "cuda" and find_spec("triton") is not None
+
+
+def choose_glue(weight: Tensor, fusion: bool) -> Glue:
+    """The compiled regions where they are wanted and `weight` lives where they run, else the plain functions.
+
+    Raises:
+        ConfigError: they cannot be compiled, or give other numbers than the plain functions.
+    """
+    if isinstance(weight, FakeTensor) or not compiles(weight.device, fusion):
+        return EAGER
+    return working_glue(weight.device, weight.dtype)
+
+
+@cache
+def working_glue(device: torch.device, dtype: torch.dtype) -> Glue:
+    """The compiled regions, after a try of each on this device.
+
+    Raises:
+        ConfigError: as `choose_glue`.
+        torch.OutOfMemoryError, torch.AcceleratorError: the device is full or broken.
+    """
+    switch = "set training.cross_layer_fusion false"
+    glue = EAGER.map(lambda _, function: compiled(function))
+    for name, inputs in trial_inputs(device, dtype).items():
+        wanted = _flat(getattr(EAGER, name)(*inputs))
+        try:
+            found = _flat(getattr(glue, name)(*inputs))
+        except (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError):
+            raise
+        except Exception as error:  # whatever the compiler, its cache or the driver raise
+            lines = str(error).strip().splitlines() or [""]
+            raise ConfigError(
+                f"training.cross_layer_fusion is true, but torch.compile does not work here ({type(error).__name__}: "
+                f"{lines[0]}): mend it (a C compiler, and folders in TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR "
+                f"that can be written), or {switch}"
+            ) from error
+        agrees = all(torch.allclose(x, y, rtol=_bound(x), atol=_bound(x)) for x, y in zip(found, wanted, strict=True))
+        require(
+            agrees,
+            f"training.cross_layer_fusion is true, but {name} compiled on {device} gives other numbers: {switch}",
+        )
+    return glue
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as one region.
+
+    What is compiled follows from shapes and dtypes alone (`dynamic=False`), so a recomputed tensor meets the kernel
+    that the first one met, and casts to bf16 are kept, so a value is the same whether it was stored in between.
+    """
+    import torch._dynamo.config
+
+    # one entry per shape and set of absent arguments; past the limit a function would run as it is
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+    options: dict[str, Any] = {"emulate_precision_casts": True, "compile_threads": 1}
+    return torch.compile(function, dynamic=False, fullgraph=True, options=options)
+
+
+def trial_inputs(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
+    """Arguments for every function of `Glue`, by its name."""
+    rows, heads, d = 16, 4, 16
+    values = torch.linspace(-2, 2, rows * 2 * heads * d, device=device).view(rows, 2, heads * d)
+    one, other, third = (values.roll(shift).to(dtype) for shift in (0, 7, 23))
+    betas, angles = torch.tensor([0.5, -1.5], device=device), torch.linspace(0, 3, rows * d // 2, device=device)
+    cos, sin = angles.cos().view(rows, 1, 1, -1), angles.sin().view(rows, 1, 1, -1)
+    by_head, weight, inverse = one.unflatten(-1, (heads, d)), values[0, 0].to(dtype), values[..., :1].abs()
+    return {
+        "norm": (one, weight, 1e-5),
+        "norm_backward": (one, other, third, weight, inverse),
+        "rotate": (by_head, cos, sin),
+        "rotate_backward": (by_head, cos, sin, other, by_head, betas[0], 1e-6),
+        "swiglu": (one, other),
+        "swiglu_backward": (one, other, third, (other, one), betas, 1e-6),
+        "add_carried": (one, other, third, betas[0], 1e-6),
+        "carried_backward": (one, other, betas[0], 1e-6),
+        "scaled": ((one, other), betas, 1e-6),
+        "unscaled": ((one, other), betas, 1e-6),
+    }
+
+
+def _flat(found: Any) -> list[Tensor]:
+    return [x for x in (found if isinstance(found, tuple) else (found,)) if x is not None]
+
+
+def _bound(x: Tensor) -> float:
+    return 1e-4 if x.dtype == float32 else 2**-7  # sums over all elements, in another order

@@ -1,0 +1,163 @@
+"""The functions of `model/glue.py` in the autograd graph.
+
+A region that makes a linear output Y_l usable also hands it on to the next layer, as an output of its own: the gradient
+that comes back there is the next layer's own, unscaled, and is used and scaled together with the region's other one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_crnet.model.glue import EAGER, Glue, each
+
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines of the rotary embedding, [s, b or 1, 1, d / 2], fp32."""
+Outputs = tuple[Tensor, ...]
+
+
+def rotation_of(angles: Tensor) -> Rotation:
+    """The rotation by Megatron-Core's angles, [s, b or 1, 1, d], whose halves are equal."""
+    half = angles[..., : angles.shape[-1] // 2].float()
+    return half.cos(), half.sin()
+
+
+@dataclass(frozen=True)
+class Regions:
+    """The regions of a layer.
+
+    Attributes:
+        glue: what computes them.
+        eps: `model.cross_layer_epsilon`.
+    """
+
+    glue: Glue = EAGER
+    eps: float = 1e-6
+
+    def rotary(
+        self, rotation: Rotation, betas: Tensor | None, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Outputs, Outputs]:
+        """Query and key after RoPE, [s, b, heads, d], and v; then q, k, v for the next layer, [s, b, w].
+
+        Args:
+            betas: the next layer's, of q, k, v, [3] in fp32; None where that layer multiplies what it sends back by
+                s(beta) itself, or there is none.
+        """
+        out = _Rotary.apply(self, betas, *rotation, q, k, v)
+        return out[:3], out[3:]
+
+    def swiglu(self, betas: Tensor | None, gate: Tensor, up: Tensor) -> tuple[Tensor, Outputs]:
+        """silu(gate) up; then gate and up for the next layer. Shapes [s, b, w]; betas: see `rotary`."""
+        activation, *outputs = _SwiGLU.apply(self, betas, gate, up)
+        return activation, tuple(outputs)
+
+    def carry(self, betas: Tensor | None, y: Tensor) -> tuple[Tensor, Outputs]:
+        """An output for its own layer, and for the next one; betas: see `rotary`."""
+        used, output = _Carry.apply(self, betas, y)
+        return used, (output,)
+
+    def receive(self, betas: Tensor, previous: Sequence[Tensor]) -> Outputs:
+        """The previous layer's outputs, where that layer does not know this one's betas."""
+        return _Receive.apply(self, betas, *previous)
+
+
+class Norm(torch.autograd.Function):
+    """RMSNorm of x [..., width], and x itself, so that the sum of both gradients is part of backward."""
+
+    @staticmethod
+    def forward(ctx: Any, glue: Glue, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """The norm, and x."""
+        normed, inverse = glue.norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.glue = glue
+        ctx.set_materialize_grads(False)
+        return normed, x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of x and the weight."""
+        grad, grad_stream = grads
+        if grad is None:
+            return None, grad_stream, None, None
+        grad_x, grad_weight = ctx.glue.norm_backward(grad, grad_stream, *ctx.saved_tensors)
+        return None, grad_x, grad_weight, None
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, regions: Regions, betas: Tensor | None, cos: Tensor, sin: Tensor, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, ...]:
+        query, key = (regions.glue.rotate(x.unflatten(-1, (-1, 2 * cos.shape[-1])), cos, sin) for x in (q, k))
+        # of outputs, what attention keeps as well
+        kept = (query, key, v) if betas is not None else (None, None, None)
+        _save(ctx, regions, betas, cos, sin, *kept)
+        return query, key, v.detach(), q.detach(), k.detach(), v.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        betas, cos, sin, query, key, v = ctx.saved_tensors
+        glue, eps, (of_q, of_k, of_v) = ctx.regions.glue, ctx.regions.eps, each(betas, 3)
+        d_query, d_key, d_value, next_q, next_k, next_v = grads
+        d_q, d_of_q = glue.rotate_backward(d_query, cos, sin, next_q, query, of_q, eps)
+        d_k, d_of_k = glue.rotate_backward(d_key, cos, sin, next_k, key, of_k, eps)
+        d_v, d_of_v = (d_value, None) if next_v is None else glue.add_carried(d_value, next_v, v, of_v, eps)
+        return None, _stacked(d_of_q, d_of_k, d_of_v), None, None, d_q.flatten(2), d_k.flatten(2), d_v
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, regions: Regions, betas: Tensor | None, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+        _save(ctx, regions, betas, gate, up)
+        return regions.glue.swiglu(gate, up), gate.detach(), up.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        betas, gate, up = ctx.saved_tensors
+        grad, *carried = grads
+        d_gate, d_up, d_betas = ctx.regions.glue.swiglu_backward(grad, gate, up, carried, betas, ctx.regions.eps)
+        return None, d_betas, d_gate, d_up
+
+
+class _Carry(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, regions: Regions, betas: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor]:
+        _save(ctx, regions, betas, y if betas is not None else None)
+        return y.detach(), y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        betas, y = ctx.saved_tensors
+        (beta,) = each(betas, 1)
+        grad, grad_beta = ctx.regions.glue.add_carried(*grads, y, beta, ctx.regions.eps)
+        return None, _stacked(grad_beta), grad
+
+
+class _Receive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, regions: Regions, betas: Tensor, *previous: Tensor) -> tuple[Tensor, ...]:
+        _save(ctx, regions, betas, *previous)
+        return tuple(y.detach() for y in previous)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        betas, *previous = ctx.saved_tensors
+        glue, eps = ctx.regions.glue, ctx.regions.eps
+        found = [glue.carried_backward(*args, eps) for args in zip(grads, previous, betas, strict=True)]
+        return None, _stacked(*(grad_beta for _, grad_beta in found)), *(grad for grad, _ in found)
+
+
+def _save(ctx: Any, regions: Regions, *tensors: Tensor | None) -> None:
+    ctx.regions = regions
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _stacked(*grads: Tensor | None) -> Tensor | None:
+    """The gradient of the betas; None where the next layer is elsewhere, or there is none."""
+    found = [grad for grad in grads if grad is not None]
+    return torch.stack(found) if found else None

@@ -1,0 +1,152 @@
+"""Glue of a layer: what operations other than matrix products and attention read and write, and how many there are.
+
+Counted on fake tensors, so any size fits, as the difference between a decoder of three layers and one of two. An
+operation of PyTorch counts its inputs and outputs once; a region that is compiled as a whole counts its own, and one
+launch. `addmm` out of place counts the copy of its third input that PyTorch makes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter as Tally
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch._subclasses import FakeTensorMode
+
+from megatron_crnet.config.megatron import build_transformer_config
+from megatron_crnet.config.positions import position_table
+from megatron_crnet.config.schema import Config, Variant
+from megatron_crnet.distributed.process_groups import initialize_parallel
+from megatron_crnet.model.block import CRNetTransformerBlock
+from megatron_crnet.model.glue import EAGER
+from megatron_crnet.planning.counters import Counter, tensors_in
+
+PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "addmm_", "baddbmm_")
+ATTENTION = "scaled_dot_product"
+NO_TRAFFIC = (
+    "empty",
+    "empty_like",
+    "new_empty",
+    "empty_strided",
+    "new_empty_strided",
+    "detach",
+    "alias",
+    "_unsafe_view",
+)
+BACKWARD = ("norm_backward", "rotate_backward", "swiglu_backward", "add_carried", "carried_backward")
+OVERWRITES = ("copy_", "zero_", "fill_")
+
+
+class GlueCounter(Counter):
+    """Bytes and launches by kind of operation or region; products and attention have launches alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Tally[str] = Tally()
+        self.launches: Tally[str] = Tally()
+        self._in_region = False
+
+    def observe(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Count an operation that moves data and belongs to no region."""
+        name = func._opname
+        if self._in_region or func.is_view or func.namespace == "prim" or name in NO_TRAFFIC:
+            return
+        if name in PRODUCTS:
+            self.launches["products"] += 1
+            if name in ("addmm", "baddbmm"):
+                self._count("copy_", (args[0], out))
+        elif ATTENTION in name:
+            self.launches["attention"] += 1
+        else:
+            self._count(name, (args[1:] if name in OVERWRITES else args, out))
+
+    def region(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, counted as one operation."""
+
+        def counted(*args: Any) -> Any:
+            self._in_region = True
+            try:
+                out = function(*args)
+            finally:
+                self._in_region = False
+            self._count(name, (args, out))
+            return out
+
+        return counted
+
+    def _count(self, name: str, tensors: Any) -> None:
+        self.bytes[name] += sum(x.numel() * x.element_size() for x in tensors_in(tensors))
+        self.launches[name] += 1
+
+
+def measure_glue(config: Config, variants: Iterable[Variant]) -> list[dict[str, Any]]:
+    """One record per variant: of a layer that has a previous and a next one, in one process without parallelism.
+
+    Returns:
+        `variant`; `bytes_per_token_layer` and `launches_per_layer` of both passes; `forward` and `backward`, each with
+        `bytes` per token and `launches` by operation or region.
+    """
+    single = dataclasses.replace(config, parallel=type(config.parallel)(), deepspeed={})
+    context = initialize_parallel(single)
+    try:
+        return [_record(single, variant) for variant in variants]
+    finally:
+        context.heartbeat.close()
+        parallel_state.destroy_model_parallel()
+
+
+def _record(config: Config, variant: Variant) -> dict[str, Any]:
+    tokens = config.training.micro_batch_size * config.training.seq_length
+    passes = {}
+    for name, less, more in zip(("forward", "backward"), *(_counted(config, variant, n) for n in (3, 4)), strict=True):
+        kinds = [kind for kind, count in more.launches.items() if count > less.launches[kind]]
+        passes[name] = {
+            kind: {
+                "bytes": (more.bytes[kind] - less.bytes[kind]) / tokens,
+                "launches": more.launches[kind] - less.launches[kind],
+            }
+            for kind in kinds
+        }
+    kinds_of_both = [counts for of_pass in passes.values() for counts in of_pass.values()]
+    return {
+        "variant": variant,
+        "bytes_per_token_layer": sum(counts["bytes"] for counts in kinds_of_both),
+        "launches_per_layer": sum(counts["launches"] for counts in kinds_of_both),
+        **passes,
+    }
+
+
+def _counted(config: Config, variant: Variant, layers: int) -> tuple[GlueCounter, GlueCounter]:
+    """Counters of the forward and the backward pass of a micro-batch through a decoder of few layers."""
+    table = position_table(config.model)
+    low = [row for layer, row in enumerate(table.ranks) if not table.is_full_rank(layer)]
+    model = dataclasses.replace(
+        config.model,
+        variant=variant,
+        num_layers=layers,
+        full_rank_layers=[0] if variant == "crnet" else None,
+        rank=dict(low[-1]) if low else config.model.hidden_size // 4,
+    )
+    transformer = build_transformer_config(dataclasses.replace(config, model=model, recompute=type(config.recompute)()))
+    forward, backward = GlueCounter(), GlueCounter()
+    with FakeTensorMode():
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        block = CRNetTransformerBlock(transformer, None, groups, pre_process=True, post_process=False).train()
+        shape = config.training.seq_length, config.training.micro_batch_size, model.hidden_size
+        hidden = torch.empty(shape, dtype=transformer.params_dtype, requires_grad=True)
+        rotary = torch.empty(shape[0], 1, 1, transformer.kv_channels)
+        regions = EAGER.map(lambda name, function: (backward if name in BACKWARD else forward).region(name, function))
+        for module in block.modules():
+            if hasattr(module, "glue"):
+                module.glue = regions
+            if hasattr(module, "regions"):
+                module.regions = dataclasses.replace(module.regions, glue=regions)
+        with forward:
+            out = block(hidden, rotary_pos_emb=rotary)
+        with backward:
+            out.backward(torch.empty_like(out))
+    return forward, backward

@@ -1,0 +1,245 @@
+"""The pure functions against plain autograd, and compiled against themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_crnet.config.schema import RecomputeConfig
+from megatron_crnet.distributed.process_groups import initialize_parallel, shutdown_parallel
+from megatron_crnet.engine.inverse_guard import plan_inverse_segments
+from megatron_crnet.model import glue as module
+from megatron_crnet.model.glue import EAGER, Glue, choose_glue, signed_scale, trial_inputs, working_glue
+from megatron_crnet.model.gpt import CRNetModel, build_model_chunks
+from megatron_crnet.model.linear import LowRankGroup
+from megatron_crnet.model.lowrank import ProductOptions, low_rank_outputs, previous_outputs
+from megatron_crnet.model.regions import Norm, Regions
+from megatron_crnet.utils.errors import ConfigError
+from tests.helpers import make_batch, random_tokens, relative_error, tiny_config
+
+CPU = torch.device("cpu")
+EPS = 1e-6
+S, B, HEADS, D = 5, 2, 3, 4
+SHAPE = (S, B, HEADS * D)
+
+
+@pytest.mark.parametrize(("beta", "scale"), [(0.5, 0.5 + EPS), (-0.5, -0.5 - EPS), (0.0, EPS), (-0.0, EPS)])
+def test_the_scale_keeps_the_sign_and_is_never_zero(beta: float, scale: float) -> None:
+    assert signed_scale(torch.tensor(beta, dtype=torch.float64), EPS).item() == pytest.approx(scale, abs=1e-15)
+
+
+def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def exact_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.unflatten(-1, (HEADS, D)).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+Function = Callable[..., Sequence[Tensor]]
+"""From outputs and betas to what a layer uses of them, and s(beta) Y for the next layer."""
+
+
+def plain(use: Callable[..., Sequence[Tensor]]) -> Function:
+    def function(betas: Tensor, *outputs: Tensor) -> Sequence[Tensor]:
+        return [*use(*outputs), *(s * y for s, y in zip(signed_scale(betas, EPS), outputs, strict=True))]
+
+    return function
+
+
+def by_regions(use: Callable[..., tuple[Any, Sequence[Tensor]]], receives: bool) -> Function:
+    """What hands an output on returns for it the gradient of s(beta) Y, unscaled, as the next layer's products do."""
+    identity = torch.eye(HEADS * D)
+
+    def function(betas: Tensor, *outputs: Tensor) -> Sequence[Tensor]:
+        regions = Regions(EAGER, EPS)
+        used, carried = use(regions, None if receives else betas, *outputs)
+        if receives:
+            carried = regions.receive(betas, carried)
+        options = ProductOptions(epsilon=EPS)
+        matrices = [identity.expand(len(carried), -1, -1).contiguous()]
+        z = torch.zeros(S, B, HEADS * D * len(carried))
+        following = low_rank_outputs(z, matrices, betas.detach(), carried, options)
+        return [*(used if isinstance(used, tuple) else (used,)), *following]
+
+    return function
+
+
+ANGLES = random(S, 1, 1, D // 2, seed=9)
+ROTATION = ANGLES.cos(), ANGLES.sin()
+REGIONS = {
+    "rotary": (
+        3,
+        lambda q, k, v: (exact_rotate(q, *ROTATION), exact_rotate(k, *ROTATION), v),
+        lambda regions, betas, q, k, v: regions.rotary(ROTATION, betas, q, k, v),
+    ),
+    "swiglu": (
+        2,
+        lambda gate, up: (F.silu(gate) * up,),
+        lambda regions, betas, gate, up: regions.swiglu(betas, gate, up),
+    ),
+    "carry": (1, lambda y: (y,), lambda regions, betas, y: regions.carry(betas, y)),
+}
+
+
+@pytest.mark.parametrize("receives", [False, True], ids=["scaled by this layer", "scaled by the next"])
+@pytest.mark.parametrize("name", REGIONS)
+def test_values_and_gradients_of_a_region_and_the_next_layers_residual_are_plain_autograds(
+    name: str, receives: bool
+) -> None:
+    count, exact, region = REGIONS[name]
+    betas = torch.tensor([0.9, -0.4, 0.0])[:count]
+    leaves = [betas, *(random(*SHAPE, seed=seed) for seed in range(count))]
+    found, wanted = [], []
+    for results, function in ((wanted, plain(exact)), (found, by_regions(region, receives))):
+        mine = [leaf.clone().requires_grad_() for leaf in leaves]
+        outputs = function(*mine)
+        weights = [random(*y.shape, seed=20 + i) for i, y in enumerate(outputs)]
+        results += [*outputs, *torch.autograd.grad(outputs, mine, weights)]
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_the_norm_adds_the_streams_gradient() -> None:
+    leaves = [random(*SHAPE, seed=0), random(HEADS * D, seed=1)]
+    results = []
+    for norm in (lambda x, w: (F.rms_norm(x, w.shape, w, 1e-5), x), lambda x, w: Norm.apply(EAGER, x, w, 1e-5)):
+        mine = [leaf.clone().requires_grad_() for leaf in leaves]
+        outputs = norm(*mine)
+        weights = [random(*SHAPE, seed=5), random(*SHAPE, seed=6)]
+        results.append([*outputs, *torch.autograd.grad(outputs, mine, weights)])
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_outputs_see_the_whole_precision_of_beta() -> None:
+    # bf16 holds 1.0 and 1.0078, nothing between
+    previous = torch.full((4, 1, 8), 100.0, dtype=torch.bfloat16)
+    (result,) = EAGER.scaled((previous,), torch.tensor([1.004]), 0.0)
+    assert result.dtype == torch.bfloat16
+    assert result.unique().tolist() == [torch.tensor(100.4).bfloat16().item()]
+
+
+def test_beta_gets_an_fp32_gradient_summed_in_fp32() -> None:
+    y = torch.full((64, 1, 64), 1 / 256, dtype=torch.bfloat16)
+    _, grad_beta = EAGER.add_carried(torch.zeros_like(y), torch.ones_like(y), y, torch.tensor(1.0), EPS)
+    assert grad_beta.item() == pytest.approx(64 * 64 / 256, rel=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_the_residual_can_be_undone_to_rounding(dtype: torch.dtype, bound: float) -> None:
+    z, matrices = random(S, B, 6, seed=0, dtype=dtype), [random(2, 7, 3, seed=1, dtype=dtype)]
+    previous, betas = [random(S, B, 7, seed=seed, dtype=dtype) for seed in (2, 3)], torch.tensor([0.9, -0.7])
+    outputs = low_rank_outputs(z, matrices, betas, previous)
+    found = previous_outputs(z, matrices, betas, outputs, ProductOptions())
+    for x, y in zip(found, previous, strict=True):
+        assert x.dtype == dtype
+        assert (x - y).norm() / y.norm() < bound
+
+
+def test_gradients_that_are_shared_are_not_overwritten() -> None:
+    """The residual stream's gradient goes on to other functions."""
+    for name, inputs in trial_inputs(CPU, torch.float32).items():
+        before = [x.clone() for x in inputs if isinstance(x, Tensor)]
+        getattr(EAGER, name)(*inputs)
+        assert all(torch.equal(x, y) for x, y in zip(before, (x for x in inputs if isinstance(x, Tensor)), strict=True))
+
+
+# Compiled by Inductor: for the CPU here, whose compiler also keeps casts and takes shapes as they are.
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Glue:
+    return working_glue(CPU, torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def groups() -> Iterator[None]:
+    initialize_parallel(tiny_config())
+    yield
+    shutdown_parallel()
+
+
+def test_elementwise_results_in_bf16_are_the_same_bits_compiled(compiled: Glue) -> None:
+    inputs = trial_inputs(CPU, torch.bfloat16)
+    for name in ("rotate", "scaled", "unscaled"):
+        found, wanted = (getattr(glue, name)(*inputs[name]) for glue in (compiled, EAGER))
+        for x, y in zip(module._flat(found), module._flat(wanted), strict=True):
+            assert torch.equal(x, y), name
+
+
+def gradients(strategy: str, glue: Glue) -> dict[str, Tensor]:
+    config = tiny_config(
+        training={"dtype": "bf16", "global_batch_size": 2}, deepspeed_section={"zero_optimization": {"stage": 1}}
+    )
+    (model,) = build_model_chunks(dataclasses.replace(config, recompute=RecomputeConfig(strategy=strategy)))
+    assert isinstance(model, CRNetModel)
+    for part in model.modules():
+        if hasattr(part, "glue"):
+            part.glue = glue
+        if hasattr(part, "regions"):
+            part.regions = dataclasses.replace(part.regions, glue=glue)
+    batch = make_batch(*random_tokens(config))
+    if strategy == "inverse":
+        betas = {g: g.beta for g in model.modules() if isinstance(g, LowRankGroup) and g.beta is not None}
+        plan_inverse_segments([model.decoder], betas, CPU)
+        with torch.no_grad():
+            model.token_losses(batch)
+        plan_inverse_segments([model.decoder], betas, CPU)
+    loss = model.token_losses(batch).mean()
+    loss.backward()
+    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+
+
+@pytest.mark.usefixtures("groups")
+def test_a_model_with_compiled_regions_recomputes_the_same_bits(compiled: Glue) -> None:
+    found = {strategy: gradients(strategy, compiled) for strategy in ("none", "replay", "full", "inverse")}
+    plain = gradients("none", EAGER)
+    for strategy in ("replay", "full"):
+        assert all(torch.equal(found[strategy][name], x) for name, x in found["none"].items()), strategy
+    for strategy in ("none", "inverse"):
+        assert relative_error((name, found[strategy][name], x, x) for name, x in plain.items()) < 0.1, strategy
+
+
+def test_fake_tensors_and_cpus_take_the_plain_functions() -> None:
+    assert choose_glue(torch.empty(2), fusion=True) is EAGER
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (lambda function: lambda *args: 1 / 0, "torch.compile does not work here (ZeroDivisionError: division by zero"),
+        (lambda function: lambda *args: _wrong(function(*args)), "norm compiled on cpu gives other numbers"),
+    ],
+    ids=["fails", "computes something else"],
+)
+def test_a_compiler_that_fails_ends_the_run_with_one_line(
+    made: Callable[..., Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "compiled", made)
+    with pytest.raises(ConfigError) as raised:
+        working_glue.__wrapped__(CPU, torch.float32)
+    assert words in str(raised.value)
+    assert "set training.cross_layer_fusion false" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def _wrong(found: Any) -> Any:
+    return tuple(x + 1 for x in found) if isinstance(found, tuple) else found + 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_regions_compile_on_a_gpu(dtype: torch.dtype) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    glue = working_glue(device, dtype)
+    for name, inputs in trial_inputs(device, dtype).items():
+        once, again = (module._flat(getattr(glue, name)(*inputs)) for _ in range(2))
+        assert all(torch.equal(x, y) for x, y in zip(once, again, strict=True)), name
