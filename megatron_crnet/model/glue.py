@@ -141,6 +141,36 @@ def unscaled(differences: Sequence[Tensor], betas: Tensor, eps: float) -> tuple[
     return tuple((y.float() / s).to(y.dtype) for y, s in zip(differences, scales, strict=True))
 
 
+def exponentials(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """exp(logit - m), and in fp32 of each row the largest logit m, the sum, and the label's logit (0 if elsewhere).
+
+    Args:
+        logits: [rows, V]; in fp32 they may be overwritten.
+        labels: columns, [rows]; any other number for a label that is elsewhere.
+    """
+    wide, here = logits.float(), (labels >= 0) & (labels < logits.shape[-1])
+    largest = wide.amax(-1)
+    at_label = wide.gather(-1, labels.where(here, 0).unsqueeze(-1)).squeeze(-1).where(here, 0.0)
+    exps = wide.sub_(largest.unsqueeze(-1)).exp_()
+    return exps.to(logits.dtype), largest, exps.sum(-1), at_label
+
+
+def logit_gradient(exps: Tensor, labels: Tensor, share: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of the logits, (softmax - one_hot) grad, where softmax is exps times `share`, [rows].
+
+    Exponentials in fp32 may be overwritten.
+    """
+    weighted = exps.float().mul_((share * grad).unsqueeze(-1))
+    if torch.compiler.is_compiling():
+        # in the same pass, where an indexed update would be another
+        columns = torch.arange(exps.shape[-1], device=exps.device)
+        weighted = torch.where(columns == labels.unsqueeze(-1), weighted - grad.unsqueeze(-1), weighted)
+    else:
+        here = (labels >= 0) & (labels < exps.shape[-1])
+        weighted.scatter_add_(-1, labels.where(here, 0).unsqueeze(-1), -grad.where(here, 0.0).unsqueeze(-1))
+    return weighted.to(exps.dtype)
+
+
 def each(values: Tensor | None, count: int) -> Sequence[Tensor | None]:
     """The values of a vector, or None `count` times."""
     return [None] * count if values is None else values.unbind()
@@ -168,6 +198,8 @@ class Glue:
     carried_backward: Callable[..., Any] = carried_backward
     scaled: Callable[..., Any] = scaled
     unscaled: Callable[..., Any] = unscaled
+    exponentials: Callable[..., Any] = exponentials
+    logit_gradient: Callable[..., Any] = logit_gradient
 
     def map(self, change: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Glue:
         """With every function changed."""
@@ -207,10 +239,12 @@ def working_glue(device: torch.device, dtype: torch.dtype) -> Glue:
     """
     switch = "set training.cross_layer_fusion false"
     glue = EAGER.map(lambda _, function: compiled(function))
-    for name, inputs in trial_inputs(device, dtype).items():
-        wanted = _flat(getattr(EAGER, name)(*inputs))
+    for name in trial_inputs(device, dtype):
+        # anew for both, as some overwrite theirs
+        once, again = (trial_inputs(device, dtype)[name] for _ in range(2))
+        wanted = _flat(getattr(EAGER, name)(*once))
         try:
-            found = _flat(getattr(glue, name)(*inputs))
+            found = _flat(getattr(glue, name)(*again))
         except (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError):
             raise
         except Exception as error:  # whatever the compiler, its cache or the driver raise
@@ -249,6 +283,7 @@ def trial_inputs(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[An
     one, other, third = (values.roll(shift).to(dtype) for shift in (0, 7, 23))
     betas, angles = torch.tensor([0.5, -1.5], device=device), torch.linspace(0, 3, rows * d // 2, device=device)
     cos, sin = angles.cos().view(rows, 1, 1, -1), angles.sin().view(rows, 1, 1, -1)
+    rows_of, labels = one[:, 0], torch.arange(-2, rows - 2, device=device) * 5
     by_head, weight, inverse = one.unflatten(-1, (heads, d)), values[0, 0].to(dtype), values[..., :1].abs()
     return {
         "norm": (one, weight, 1e-5),
@@ -261,6 +296,8 @@ def trial_inputs(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[An
         "carried_backward": (one, other, betas[0], 1e-6),
         "scaled": ((one, other), betas, 1e-6),
         "unscaled": ((one, other), betas, 1e-6),
+        "exponentials": (rows_of, labels),
+        "logit_gradient": (rows_of, labels, values[:, 0, 0].abs(), values[:, 0, 1]),
     }
 
 

@@ -15,11 +15,13 @@ from megatron_crnet.config.megatron import CRNetTransformerConfig, build_transfo
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.documents import documents_of
 from megatron_crnet.model.block import CRNetTransformerBlock
+from megatron_crnet.model.glue import choose_glue
+from megatron_crnet.model.loss import token_losses
 from megatron_crnet.model.weights import initialize, mark_tensor_parallel
 
 
 class CRNetModel(GPTModel):
-    """Embedding, RoPE, output layer and vocabulary-parallel cross-entropy are Megatron-Core's own.
+    """Embedding, RoPE's angles and output layer are Megatron-Core's own.
 
     Args:
         vocab_size: rows of the embedding, divisible by the tensor-parallel size.
@@ -51,7 +53,13 @@ class CRNetModel(GPTModel):
         )
         # GPTModel hard-codes TransformerBlock; an empty one is replaced
         self.decoder = CRNetTransformerBlock(config=config, pg_collection=groups, **stage)
+        self.glue = choose_glue(next(self.parameters()), config.cross_layer_fusion)
         mark_tensor_parallel(self)
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Cross-entropy of every token, [b, s]; labels: [b, s], logits: [s, b, V/t]."""
+        losses = token_losses(logits, labels.t().contiguous(), self.pg_collection.tp, self.glue)
+        return losses.t().contiguous()
 
     def token_losses(self, batch: dict[str, Tensor]) -> Tensor:
         """Cross-entropy in nats of every token, [b, s], on the last stage; the boundary tensor elsewhere.
