@@ -26,7 +26,7 @@ from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed.launcher import read_launch
 from megatron_crnet.reporting.benchmark_rows import SWEEPS, Row, parse_row, sweep_rows
 from megatron_crnet.utils.errors import require, require_positive
-from megatron_crnet.utils.record_file import add_record_options, check_record_file, write_record
+from megatron_crnet.utils.record_file import add_record_options, check_record_file, report_record
 from megatron_crnet.utils.signals import INTERRUPTED, Interruption
 
 COLUMNS: tuple[str, ...] = (
@@ -120,8 +120,7 @@ def run(call: Call) -> int:
         interruption.arm()
         record = measure(rows, args.configuration, plan, say, lambda: interruption.received is not None)
     record = {"kind": record.pop("kind"), "command": command_line(call.words), **record}
-    print(tables(record))
-    write_record(args.json, record)
+    report_record(args.json, record, tables(record))
     if interruption.received is not None:
         say(f"stopped by {interruption.received.name}: the table holds what was measured so far")
         return INTERRUPTED

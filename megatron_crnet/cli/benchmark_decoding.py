@@ -9,13 +9,13 @@ busy the machine was. A row's time holds the pass over the prompt.
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 from megatron_crnet.cli.main import Call
 from megatron_crnet.config.options import ToolParser
-from megatron_crnet.config.schema import Variant
+from megatron_crnet.config.schema import VARIANTS
 from megatron_crnet.utils.errors import require_positive
-from megatron_crnet.utils.record_file import add_record_options, check_record_file, write_record
+from megatron_crnet.utils.record_file import add_record_options, check_record_file, report_record
 from megatron_crnet.utils.tables import table
 
 
@@ -23,7 +23,7 @@ def build_parser(prog: str) -> ToolParser:
     """The options."""
     parser = ToolParser(prog=prog, description=__doc__)
     parser.add_argument("--config", required=True, help="YAML whose model section gives the shape")
-    parser.add_argument("--variants", nargs="+", choices=get_args(Variant), default=["crnet", "full_rank"])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["crnet", "full_rank"])
     parser.add_argument("--batch-size", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--prompt-tokens", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--new-tokens", type=int, default=64, help="default: %(default)s")
@@ -71,7 +71,7 @@ def run(call: Call) -> int:
         repeats=args.repeats,
         dtype=args.dtype,
     )
-    print(figures(rows))
     about = {name: str(value) for name, value in vars(args).items()}
-    write_record(args.json, {**run_metadata("decoding", call.words), "arguments": about, "rows": rows})
+    record = {**run_metadata("decoding", call.words), "arguments": about, "rows": rows}
+    report_record(args.json, record, figures(rows))
     return 0

@@ -16,7 +16,7 @@ from typing import Any
 from megatron_crnet.cli.main import Call
 from megatron_crnet.config.options import ToolParser
 from megatron_crnet.utils.environment import available_cpus
-from megatron_crnet.utils.record_file import add_record_options, check_record_file, write_record
+from megatron_crnet.utils.record_file import add_record_options, check_record_file, report_record
 from megatron_crnet.utils.tables import table
 
 
@@ -74,6 +74,6 @@ def run(call: Call) -> int:
             repeats=args.repeats,
             copies=args.copies,
         )
-    print(figures(results))
-    write_record(args.json, {**run_metadata("preprocessing", call.words), "workers": args.workers, "rows": results})
+    record = {**run_metadata("preprocessing", call.words), "workers": args.workers, "rows": results}
+    report_record(args.json, record, figures(results))
     return 0

@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("report", "one page of runs, benchmarks, estimates and simulations"),
     "compare": ("compare", "final losses of runs side by side"),
     "measure-communication": ("measure_communication", "count what a configuration sends"),
+    "measure-glue": ("measure_glue", "count what lies between a layer's products"),
     "measure-recompute": ("measure_recompute", "count what recomputation keeps and computes"),
     "measure-scale": ("measure_scale", "count what grows with the number of ranks"),
     "benchmark-decoding": ("benchmark_decoding", "tokens per second of decoding"),

@@ -19,7 +19,7 @@ from megatron_crnet.config.loading import ConfigParser
 from megatron_crnet.config.options import positive_integer
 from megatron_crnet.config.schema import STRATEGIES, Config
 from megatron_crnet.utils.errors import require
-from megatron_crnet.utils.record_file import add_record_options, check_record_file, write_record
+from megatron_crnet.utils.record_file import add_record_options, check_record_file, report_record
 from megatron_crnet.utils.tables import table
 
 
@@ -133,7 +133,7 @@ def run(call: Call) -> int:
     from megatron_crnet.utils.environment import run_metadata
 
     found = resident(options.configuration, config) if options.resident else measure(config, options)
-    print(resident_figures(found) if options.resident else figures(config, found))
+    text = resident_figures(found) if options.resident else figures(config, found)
     kind = "resident memory" if options.resident else "recompute"
-    write_record(options.json, {**run_metadata(kind, call.words), "rows": found})
+    report_record(options.json, {**run_metadata(kind, call.words), "rows": found}, text)
     return 0

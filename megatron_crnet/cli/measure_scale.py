@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from megatron_crnet.cli.main import Call
 from megatron_crnet.config.loading import ConfigParser
 from megatron_crnet.config.options import positive_integer
-from megatron_crnet.utils.record_file import add_record_options, check_record_file, write_record
+from megatron_crnet.utils.record_file import add_record_options, check_record_file, report_record
 from megatron_crnet.utils.tables import table
 
 if TYPE_CHECKING:
@@ -73,6 +73,5 @@ def run(call: Call) -> int:
         }
         words = [*options.configuration, *(f"--{name}={value}" for name, value in changes.items())]
         found = measure_scale(options.ranks, words, options.port)
-    print(figures(found))
-    write_record(options.json, {**run_metadata("scale", call.words), "ranks": found})
+    report_record(options.json, {**run_metadata("scale", call.words), "ranks": found}, figures(found))
     return 0

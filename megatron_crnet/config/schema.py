@@ -7,7 +7,7 @@ in `config/validation.py`, those that need the number of ranks in `config/batch.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from annotated_types import Ge, Le
 
@@ -37,6 +37,7 @@ from megatron_crnet.config.validation import check_config
 from megatron_crnet.utils.errors import require
 
 Variant = Literal["crnet", "full_rank", "low_rank", "cola"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
 Layers = Annotated[int, Ge(1), Le(1000)]
 Width = Annotated[int, Ge(1), Le(2**20)]
 LearningRate = Annotated[float, Ge(SMALLEST), Le(1000)]

@@ -150,7 +150,8 @@ class FullRankGroup(LinearGroup):
 
     def _products(self, x: Tensor) -> Outputs:
         y, _ = self.linear(x)
-        return y.split(self.local_out, dim=-1)
+        # backward of a split copies even the only part
+        return y.split(self.local_out, dim=-1) if len(self.local_out) > 1 else (y,)
 
     def shards(self) -> Iterator[WeightShard]:
         """The maps, side by side in one parameter."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_crnet.utils.errors import ConfigError
-from megatron_crnet.utils.record_file import check_record_file, write_record
+from megatron_crnet.utils.record_file import STDOUT, check_record_file, report_record
 
 ROOT = Path(__file__).parents[3]
 QUICKSTART = ("--config", "examples/quickstart.yaml")
@@ -19,6 +19,7 @@ TOOLS: dict[str, tuple[str, ...]] = {
     "benchmark_decoding": QUICKSTART,
     "benchmark_preprocess": (),
     "measure_communication": QUICKSTART,
+    "measure_glue": QUICKSTART,
     "measure_recompute": QUICKSTART,
 }
 
@@ -78,10 +79,18 @@ def test_every_tool_asks_before_it_replaces_its_output(
 
 def test_figures_replace_older_ones_only_when_they_are_whole(tmp_path: Path) -> None:
     target = tmp_path / "found.json"
-    write_record(target, {"kind": "old"})
+    report_record(target, {"kind": "old"}, "a table")
     with pytest.raises(TypeError):
-        write_record(target, {"kind": object()})
+        report_record(target, {"kind": object()}, "a table")
     assert json.loads(target.read_text()) == {"kind": "old"}
-    write_record(target, {"kind": "new"})
+    report_record(target, {"kind": "new"}, "a table")
     assert json.loads(target.read_text()) == {"kind": "new"}
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_figures_are_printed_instead_of_the_table_without_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    check_record_file(STDOUT)
+    report_record(STDOUT, {"kind": "new"}, "a table")
+    assert json.loads(capsys.readouterr().out) == {"kind": "new"}
+    report_record(None, {"kind": "new"}, "a table")
+    assert capsys.readouterr().out == "a table\n"

@@ -1,0 +1,63 @@
+"""What a layer's glue moves, in passes over its outputs; the figures of docs/reporting.md."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_crnet.cli.main import main
+
+ROOT = Path(__file__).parents[3]
+H, F = 4096, 11008
+BYTES, LAUNCHES = 2, "launches_per_layer"
+
+# Elements per token and layer. Forward: two norms (2 h each), RoPE (4 h), SwiGLU (3 f), two sums of the stream (3 h
+# each). Backward: norms with the stream's gradient (4 h each), RoPE (4 h), SwiGLU (5 f). Cosines, sines and sums.
+LOW_RANK = 26 * H + 8 * F + 1128
+# s(beta) Y of five h and two f outputs; in backward the next layer's gradient of SwiGLU's two, that and the output for
+# q and k, and both, the own gradient and the sum for v, o and down
+CRNET = LOW_RANK + 2 * (5 * H + 2 * F) + 2 * F + 2 * 2 * H + 3 * 4 * H
+# silu of z, and its gradient
+COLA = LOW_RANK + 5 * 7 * 1024
+# gradients of q, k, v and of gate, up side by side
+FULL_RANK = LOW_RANK + 2 * (3 * H + 2 * F)
+
+
+def counted(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, dict[str, float]]:
+    assert main(["measure-glue", "--config", str(ROOT / "examples/llama2_7b.yaml"), "--json", *words]) == 0
+    return {row["variant"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+
+
+def test_bytes_and_launches_do_not_grow(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = counted(capsys, "--training.dtype", "bf16", "--training.micro_batch_size", "1")
+    found = {variant: row["bytes_per_token_layer"] / BYTES for variant, row in rows.items()}
+    assert found == pytest.approx(
+        {"crnet": CRNET, "low_rank": LOW_RANK, "cola": COLA, "full_rank": FULL_RANK}, rel=2e-3
+    )
+    assert {variant: row[LAUNCHES] for variant, row in rows.items()} == {
+        "crnet": 57,
+        "low_rank": 47,
+        "cola": 55,
+        "full_rank": 28,
+    }
+
+
+def test_regions_are_counted_in_the_pass_that_runs_them(capsys: pytest.CaptureFixture[str]) -> None:
+    row = counted(capsys, "--variants", "crnet")["crnet"]
+    forward, backward = row["forward"], row["backward"]
+    assert {name: forward[name]["launches"] for name in ("norm", "rotate", "swiglu", "scaled", "attention")} == {
+        "norm": 2,
+        "rotate": 2,
+        "swiglu": 1,
+        "scaled": 4,
+        "attention": 1,
+    }
+    assert forward["products"] == {"bytes": 0, "launches": 11}
+    assert not {name for name in forward if name.endswith("backward")}
+    assert {name for name in backward if name.endswith("backward")} == {
+        "norm_backward",
+        "rotate_backward",
+        "swiglu_backward",
+    }
