@@ -84,7 +84,7 @@ def rotate_backward(
         return back.to(grad.dtype), None
     wide = carried.view(grad.shape).float()
     grad_beta = _inner(rotate(wide, cos, sin), rotated) if beta is not None and rotated is not None else None
-    return _add_scaled(back, wide, beta, eps).to(grad.dtype), grad_beta
+    return _add_scaled_(back, wide, beta, eps).to(grad.dtype), grad_beta
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -97,12 +97,15 @@ def swiglu_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of gate and up, and of their betas, [2]; `carried` and `betas`: see `add_carried`, of both."""
     wide, g, u = grad.float(), gate.float(), up.float()
-    own = torch.ops.aten.silu_backward(wide * u, g), wide * F.silu(g)
-    (grad_gate, beta_gate), (grad_up, beta_up) = (
-        add_carried(*args, eps) for args in zip(own, carried, (gate, up), each(betas, 2), strict=True)
-    )
-    found = None if beta_gate is None or beta_up is None else torch.stack((beta_gate, beta_up))
-    return grad_gate.to(gate.dtype), grad_up.to(up.dtype), found
+    of_up, of_gate = F.silu(g).mul_(wide), torch.ops.aten.silu_backward(wide * u, g)
+    found = []
+    for own, following, y, beta in zip((of_gate, of_up), carried, (g, u), each(betas, 2), strict=True):
+        if following is not None:
+            following = following.float()
+            if beta is not None:
+                found.append(_inner(following, y))
+            _add_scaled_(own, following, beta, eps)
+    return of_gate.to(gate.dtype), of_up.to(up.dtype), torch.stack(found) if found else None
 
 
 def add_carried(
@@ -120,7 +123,9 @@ def add_carried(
         return grad, None
     wide = carried.float()
     grad_beta = _inner(wide, y) if beta is not None and y is not None else None
-    return _add_scaled(grad.float(), wide, beta, eps).to(grad.dtype), grad_beta
+    if grad.dtype != float32:
+        return _add_scaled_(grad.float(), wide, beta, eps).to(grad.dtype), grad_beta
+    return grad + wide if beta is None else torch.addcmul(grad, wide, signed_scale(beta, eps)), grad_beta
 
 
 def carried_backward(carried: Tensor, y: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -176,8 +181,9 @@ def each(values: Tensor | None, count: int) -> Sequence[Tensor | None]:
     return [None] * count if values is None else values.unbind()
 
 
-def _add_scaled(grad: Tensor, carried: Tensor, beta: Tensor | None, eps: float) -> Tensor:
-    return grad + carried if beta is None else torch.addcmul(grad, carried, signed_scale(beta, eps))
+def _add_scaled_(grad: Tensor, carried: Tensor, beta: Tensor | None, eps: float) -> Tensor:
+    """In place; both fp32."""
+    return grad.add_(carried) if beta is None else grad.addcmul_(carried, signed_scale(beta, eps))
 
 
 def _inner(one: Tensor, other: Tensor) -> Tensor:

@@ -146,7 +146,10 @@ def _ranks(args: Any) -> tuple[int, ...]:
 
 
 def flop_counter() -> FlopCounterMode:
-    """PyTorch's counter, extended by the CPU's attention kernels."""
+    """PyTorch's counter, extended by products that are added in place and by the CPU's attention kernels."""
+
+    def added(_: Any, one: Any, other: Any, **__: Any) -> int:
+        return 2 * one[0] * one[1] * other[1]
 
     def forward(q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
         return sdpa_flop_count(q, k, v)
@@ -155,11 +158,12 @@ def flop_counter() -> FlopCounterMode:
         return sdpa_backward_flop_count(grad, q, k, v)
 
     aten: Any = torch.ops.aten
-    attention = {
+    formulas = {
+        aten.addmm_: added,
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
-    return FlopCounterMode(display=False, custom_mapping=attention)
+    return FlopCounterMode(display=False, custom_mapping=formulas)
 
 
 class OperationCounter(Counter):
