@@ -123,8 +123,8 @@ def _moments(model: LocalModel, plan: BatchPlan, chunk: Chunk) -> Iterator[float
         width = kept_widths(transformer, range(chunk.layers.start, segment.stop), rest) - kept + widest
         width += _rebuilt(model, segment, bool(chunk.segments))
         moment = bucket + received - logits - _missing(model, plan, segment.stop)
-        # the gradient of the widest output takes in bf16 two fp32 tensors and the residual's result
-        yield moment + (width + widest * (5 if model.bf16 else 2)) * size
+        # gradients of SwiGLU by the plain functions, in fp32; compiled, the results alone
+        yield moment + (width + widest * (12 if model.bf16 else 3)) * size
         if model.stage >= 2 and sum(p.numel for p in model.parameters if p.layer >= segment.start) >= model.bucket:
             yield moment + width * size + 4 * model.bucket  # the fp32 copy of a full bucket
 
