@@ -56,7 +56,10 @@ from megatron_crnet.utils.errors import CheckpointError, ConfigError, describe
 from megatron_crnet.utils.files import unused_name
 from megatron_crnet.utils.versions import library_versions
 
-NOT_OF_THE_MODEL = {"beta_init", "init_method_std", "hidden_dropout", "attention_dropout", "max_position_embeddings"}
+NOT_OF_THE_MODEL = {
+    *("beta_init", "init_method_std", "scale_residual_init"),
+    *("hidden_dropout", "attention_dropout", "max_position_embeddings"),
+}
 WRITING_LIMIT = timedelta(minutes=30)
 """Timeout of the collective calls of a save, longer than that of training: a slow file system is not a lost rank."""
 Result = TypeVar("Result")

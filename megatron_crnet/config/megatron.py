@@ -26,6 +26,8 @@ class CRNetTransformerConfig(TransformerConfig):
     """eps of s(b) = sign(b)(|b| + eps)."""
     beta_init: float = 1.0
     """Initial value of every beta."""
+    scale_residual_init: bool = False
+    """`model.scale_residual_init`."""
     cross_layer_fusion: bool = True
     """What lies between matrix products is compiled (CUDA only)."""
     next_layer_scales: bool = True
@@ -73,6 +75,7 @@ def build_transformer_config(config: Config) -> CRNetTransformerConfig:
         table=position_table(model, parallel.tensor_model_parallel_size, parallel.pad_widths_to),
         cross_layer_epsilon=model.cross_layer_epsilon,
         beta_init=model.beta_init,
+        scale_residual_init=model.scale_residual_init,
         cross_layer_fusion=config.training.cross_layer_fusion,
         next_layer_scales=zero_stage(config) < 3,
         num_layers=model.num_layers,

@@ -213,9 +213,9 @@ class PositionTable:
         """Whether layer `layer` holds full-rank maps."""
         return FULL_RANK in self.ranks[layer].values()
 
-    def input_width(self, weight: str) -> int:
-        """h_in of the position that holds the exported weight of this name."""
-        return next(self.shapes[p.name][0] for p in self.architecture.positions if f".{p.module}." in weight)
+    def position_of(self, weight: str) -> str:
+        """The position that holds the exported weight of this name; empty for embeddings and norms."""
+        return next((p.name for p in self.architecture.positions if f".{p.module}." in weight), "")
 
 
 def padded(width: int, multiple: int, parts: int = 1) -> int:

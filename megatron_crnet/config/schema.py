@@ -83,6 +83,9 @@ class ModelConfig(Section, name="model"):
     """Base of the rotary position embedding (rotate-half form)."""
     init_method_std: Annotated[float, Ge(SMALLEST), Le(1000)] = 0.02
     """Standard deviation of full-rank weights and embeddings; A and B are drawn so that A B has it."""
+    scale_residual_init: bool = False
+    """Draw the projections that are added to the residual stream (o and down; of low-rank ones B) smaller by
+    1/sqrt(2 num_layers), as GPT-2 does and Megatron-Core by default."""
     hidden_dropout: Probability = 0.0
     """Dropout on the embedding, and on the attention and feed-forward outputs before they join the residual stream."""
     attention_dropout: Probability = 0.0

@@ -8,6 +8,8 @@ drawn for each canonical weight from a seed of its own, so they are the same in 
     B                                         N(0, init_method_std sqrt(h_in/r)), so A B looks full-rank
     beta                                      beta_init
     norms                                     1
+
+With `scale_residual_init`, full-rank maps and B of o and down are smaller by 1/sqrt(2 L).
 """
 
 from __future__ import annotations
@@ -91,13 +93,20 @@ def initial_value(name: str, shape: tuple[int, ...], config: Any, seed: int) -> 
         return torch.ones(shape)
     if name.endswith("beta"):
         return torch.full(shape, config.beta_init)
-    std = config.init_method_std
-    if name.endswith("a.weight"):
-        std = shape[1] ** -0.5
-    elif name.endswith("b.weight"):
-        std = config.init_method_std * (config.table.input_width(name) / shape[1]) ** 0.5
     generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
-    return torch.empty(shape).normal_(std=std, generator=generator)
+    return torch.empty(shape).normal_(std=_std(name, shape, config), generator=generator)
+
+
+def _std(name: str, shape: tuple[int, ...], config: Any) -> float:
+    """Standard deviation of the initial values of a matrix."""
+    if name.endswith("a.weight"):
+        return shape[1] ** -0.5
+    std, position = config.init_method_std, config.table.position_of(name)
+    if name.endswith("b.weight"):
+        std *= (config.table.shapes[position][0] / shape[1]) ** 0.5
+    if config.scale_residual_init and position in config.table.architecture.rows:
+        std *= (2 * config.num_layers) ** -0.5
+    return std
 
 
 @torch.no_grad()

@@ -91,6 +91,8 @@ ON_TWO = [
     Layout(tp=2, model={"num_query_groups": 2}),
     Layout(pp=2, model={"rank": RANKS}),
     Layout(pp=2, parallel=UNEVEN),
+    Layout(pp=2, model={"scale_residual_init": True}),
+    Layout(tp=2, model={"scale_residual_init": True, **PADDED}),
     Layout(zero=2, keys=SMALL_BUCKETS),
     Layout(zero=3, offload="offload_param"),
     Layout(zero=1, dtype="bf16", offload="offload_optimizer"),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_crnet.config.megatron import build_transformer_config
 from megatron_crnet.distributed.process_groups import initialize_parallel, shutdown_parallel
 from megatron_crnet.model.gpt import CRNetModel, build_model_chunks
-from megatron_crnet.model.weights import canonical_weights, load_canonical
+from megatron_crnet.model.weights import canonical_weights, initial_value, load_canonical
 from megatron_crnet.utils.errors import CheckpointError
 from tests.helpers import tiny_config
 
@@ -46,6 +48,22 @@ def test_standard_deviations(model: CRNetModel, name: str, std: float) -> None:
 def test_the_product_of_the_factors_looks_like_a_full_rank_weight(model: CRNetModel) -> None:
     a, b = (_value(model, f"model.layers.2.mlp.gate_proj.{factor}.weight") for factor in "ab")
     assert (b @ a).std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_scaled_residual_init_shrinks_what_is_added_to_the_residual_stream_and_nothing_else(layer: int) -> None:
+    plain, scaled = (
+        build_transformer_config(dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, **changes)))
+        for changes in ({}, {"scale_residual_init": True})
+    )
+    kinds = {"weight": (256, 256)} if layer == 0 else {"a.weight": (64, 256), "b.weight": (256, 64)}
+    for module in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
+        for kind, shape in kinds.items():
+            before, after = (
+                initial_value(f"model.layers.{layer}.{module}.{kind}", shape, c, 1) for c in (plain, scaled)
+            )
+            shrinks = module.endswith(("o_proj", "down_proj")) and kind != "a.weight"
+            torch.testing.assert_close(after, before * (8**-0.5 if shrinks else 1.0))
 
 
 def test_beta_and_norms_are_constant_and_no_two_weights_are_alike(model: CRNetModel) -> None:

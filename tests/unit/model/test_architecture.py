@@ -60,7 +60,7 @@ def test_widths_and_parameters_follow_from_the_table(config: CRNetTransformerCon
     # nothing follows the last layer: the outputs that join the residual stream are not kept
     assert second.activations == 4 * H + H + FFN + 6 * RANK + all_outputs - 2 * H
     assert linear_parameters(config.table, 1) == RANK * (4 * 2 * H + 2 * (H + FFN))
-    assert config.table.input_width("model.layers.1.mlp.out.b.weight") == FFN
+    assert config.table.shapes[config.table.position_of("model.layers.1.mlp.out.b.weight")][0] == FFN
 
 
 def test_a_tape_has_a_part_for_each_group(config: CRNetTransformerConfig) -> None:
