@@ -30,6 +30,9 @@ from torch._subclasses import FakeTensor
 
 from megatron_crnet.utils.errors import ConfigError, require
 
+FEW = 2**22
+"""Elements that plain functions of wide tensors take at once: 16 MiB in fp32."""
+
 
 def signed_scale(beta: Tensor, eps: float) -> Tensor:
     """s(b) = sign(b)(|b| + eps) with sign(0) = +1, so that it can always be inverted; ds/db = 1."""
@@ -96,6 +99,22 @@ def swiglu_backward(
     grad: Tensor, gate: Tensor, up: Tensor, carried: Sequence[Tensor | None], betas: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of gate and up, and of their betas, [2]; `carried` and `betas`: see `add_carried`, of both."""
+    step = len(gate) if torch.compiler.is_compiling() else max(1, FEW // gate[0].numel())
+    d_gate, d_up, sums = torch.empty_like(gate), torch.empty_like(up), []
+    following = [[None] * -(-len(gate) // step) if x is None else x.split(step) for x in carried]
+    for *inputs, next_gate, next_up, to_gate, to_up in zip(
+        *(x.split(step) for x in (grad, gate, up)), *following, d_gate.split(step), d_up.split(step), strict=True
+    ):
+        *gradients, of_betas = _swiglu_gradients(*inputs, (next_gate, next_up), betas, eps)
+        for place, gradient in zip((to_gate, to_up), gradients, strict=True):
+            place.copy_(gradient)
+        sums.append(of_betas)
+    return d_gate, d_up, None if sums[0] is None else torch.stack(sums).sum(0)
+
+
+def _swiglu_gradients(
+    grad: Tensor, gate: Tensor, up: Tensor, carried: Sequence[Tensor | None], betas: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
     wide, g, u = grad.float(), gate.float(), up.float()
     of_up, of_gate = F.silu(g).mul_(wide), torch.ops.aten.silu_backward(wide * u, g)
     found = []
@@ -105,7 +124,7 @@ def swiglu_backward(
             if beta is not None:
                 found.append(_inner(following, y))
             _add_scaled_(own, following, beta, eps)
-    return of_gate.to(gate.dtype), of_up.to(up.dtype), torch.stack(found) if found else None
+    return of_gate, of_up, torch.stack(found) if found else None
 
 
 def add_carried(

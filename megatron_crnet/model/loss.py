@@ -15,10 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_crnet.model.glue import EAGER, Glue
-
-FEW = 2**22
-"""Logits that the plain functions take at once: 16 MiB in fp32."""
+from megatron_crnet.model.glue import EAGER, FEW, Glue
 
 
 class _TokenLosses(torch.autograd.Function):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from megatron_crnet.config.batch import BatchPlan
 from megatron_crnet.config.deepspeed import DEFAULT_BUCKET, offloads_optimizer, zero_option
 from megatron_crnet.model.block import boundary_widths
+from megatron_crnet.model.glue import FEW
 from megatron_crnet.planning.profile import Memory
 from megatron_crnet.planning.shards import Chunk, LocalModel
 from megatron_crnet.planning.volume import persistent, zero3_gathers
@@ -123,8 +124,9 @@ def _moments(model: LocalModel, plan: BatchPlan, chunk: Chunk) -> Iterator[float
         width = kept_widths(transformer, range(chunk.layers.start, segment.stop), rest) - kept + widest
         width += _rebuilt(model, segment, bool(chunk.segments))
         moment = bucket + received - logits - _missing(model, plan, segment.stop)
-        # gradients of SwiGLU by the plain functions, in fp32; compiled, the results alone
-        yield moment + (width + widest * (12 if model.bf16 else 3)) * size
+        # gradients of SwiGLU, and what the plain functions take for a few of its rows
+        few = min(widest * model.local_tokens, FEW) * (24 if model.bf16 else 12)
+        yield moment + (width + 2 * widest) * size + few
         if model.stage >= 2 and sum(p.numel for p in model.parameters if p.layer >= segment.start) >= model.bucket:
             yield moment + width * size + 4 * model.bucket  # the fp32 copy of a full bucket
 

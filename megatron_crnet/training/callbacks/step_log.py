@@ -75,8 +75,7 @@ def opening_lines(trainer: Trainer) -> list[str]:
                 lines.append(changed_layout(config, trainer.checkpointer.changed_layout))
             changed = changed_residual(config, device, preflight.saved, preflight.state.get("versions", {}))
             lines += [f"warning: {changed}"] if changed else []
-    if config.model.variant == "crnet":
-        lines.append(f"the residual is computed by {residual_in_use(config, device)}")
+    lines.append(f"the layers' glue is computed by {residual_in_use(config, device)}")
     if preflight.entropy is not None:
         lines.append(
             f"unigram entropy of the validation tokens: {preflight.entropy:.4f} nats "
