@@ -19,6 +19,7 @@ from megatron_crnet.config.batch import plan_batches
 from megatron_crnet.config.schema import (
     Config,
     DataConfig,
+    LoggingConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -62,6 +63,7 @@ def tiny_config(
     optimizer: dict[str, Any] | None = None,
     deepspeed_section: dict[str, Any] | None = None,
     data: dict[str, Any] | None = None,
+    logging: dict[str, Any] | None = None,
 ) -> Config:
     """A configuration that trains in milliseconds.
 
@@ -78,6 +80,7 @@ def tiny_config(
         ),
         deepspeed=deepspeed_section or {},
         data=DataConfig(**(data or {})),
+        logging=LoggingConfig(**(logging or {})),
     )
 
 

@@ -43,6 +43,7 @@ Width = Annotated[int, Ge(1), Le(2**20)]
 LearningRate = Annotated[float, Ge(SMALLEST), Le(1000)]
 DataPaths = Annotated[list[Positive | FilePath], Rule("a list of prefixes, or of a weight above 0 before each prefix")]
 
+StepRange = Annotated[list[PositiveCount], Rule("[first, last], steps from 1")]
 Ramp = Annotated[list[PositiveCount], Rule("[start, increment, samples], integers from 1")]
 
 
@@ -337,6 +338,9 @@ class LoggingConfig(Section, name="logging"):
     """Folder of metrics.jsonl, config.yaml, TensorBoard files and loss.png."""
     log_interval: PositiveCount = 10
     """Steps between metric lines."""
+    profile_steps: StepRange | None = None
+    """[first, last]: of these steps of rank 0, write a PyTorch profiler trace, time by kind of kernel and, on CUDA, a
+    memory snapshot into `profile/` of output_dir (docs/train.md); null profiles nothing."""
     wandb_project: Name | None = None
     """Weights & Biases project; null disables it."""
     sample_prompt: Text | None = None

@@ -15,6 +15,9 @@ from megatron_crnet.utils.errors import require
 if TYPE_CHECKING:
     from megatron_crnet.config.schema import Config, ModelConfig, OptimizerConfig
 
+MOST_PROFILED = 100
+"""Steps; each keeps its thousands of operations in the host's memory until all are written."""
+
 
 def check_config(config: Config) -> None:
     """Check all rules but those of `deepspeed`; each may rely on those before it.
@@ -31,6 +34,7 @@ def check_config(config: Config) -> None:
     _check_pipeline(config)
     _check_recompute(config)
     _check_kept_tensors(config)
+    _check_profile(config)
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -250,4 +254,24 @@ def _check_kept_tensors(config: Config) -> None:
         contiguous or "number_checkpoints" not in section,
         f"{name}.number_checkpoints {section.get('number_checkpoints')} is the size of the buffers of "
         "contiguous_memory_optimization, which is off: leave it out or switch that on",
+    )
+
+
+def _check_profile(config: Config) -> None:
+    """The steps that are profiled are steps of the run, and few."""
+    steps, train_steps = config.logging.profile_steps, config.training.train_steps
+    if steps is None:
+        return
+    shown = f"logging.profile_steps {steps}"
+    require(len(steps) == 2, f"{shown} has {len(steps)} numbers, but must have two: give [first, last]")
+    first, last = steps
+    require(first <= last, f"{shown} ends before it begins: write {[last, first]}")
+    require(
+        last <= train_steps,
+        f"{shown} is outside the run, which has training.train_steps {train_steps}: name steps from 1 to {train_steps}",
+    )
+    require(
+        last - first < MOST_PROFILED,
+        f"{shown} is {last - first + 1} steps, but at most {MOST_PROFILED} can be profiled: write "
+        f"{[first, first + MOST_PROFILED - 1]}, or fewer",
     )

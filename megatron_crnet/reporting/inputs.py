@@ -19,7 +19,7 @@ from megatron_crnet.reporting.step_identity import identify_step
 from megatron_crnet.utils.environment import RUN_FILE
 from megatron_crnet.utils.errors import CrnetError
 
-METRICS = "metrics.jsonl"
+METRICS, PROFILES = "metrics.jsonl", "profile/*/profile.json"
 ESTIMATED, SIMULATED, MEASURED = "estimated", "simulated", "measured"
 SAME = ("median_s", "spread")
 """What two rows of a benchmark share only if one was measured for both."""
@@ -119,7 +119,7 @@ def read_inputs(paths: Iterable[Path]) -> ReportInputs:
         if path.is_dir():
             files = sorted(file for file in path.glob("*.json") if file.name != RUN_FILE)
             if (path / METRICS).exists():
-                files.insert(0, path / METRICS)
+                files = [path / METRICS, *files, *sorted(path.glob(PROFILES))]
             elif not files:
                 found.problems.append(f"{path} holds no {METRICS} and no JSON file: give the folder of a run")
         for file in files:
@@ -184,7 +184,7 @@ def _read_file(path: Path, found: ReportInputs) -> None:
         value = parse(path.read_text("utf-8"))
         kind = value.get("kind") if isinstance(value, dict) else None
         if not isinstance(kind, str) or kind not in KINDS:
-            found.problems.append(f"{path} holds no benchmark, estimate or simulation: left out")
+            found.problems.append(f"{path} holds no benchmark, estimate, simulation or profile: left out")
             return
         if kind == "benchmark":
             value = {**value, "rows": _rows(path, value.get("rows"), found)}
@@ -192,10 +192,14 @@ def _read_file(path: Path, found: ReportInputs) -> None:
                 found.problems.append(f"{path} has no row that was measured and is whole: left out")
                 return
         name, known = _short(path.with_suffix("")), {record["name"] for record in found.records}
+        facts = check(KINDS[kind], value, damaged)
+        if kind == "profile":
+            name = f"{_short(path.parents[2])}, steps {' to '.join(map(str, facts['steps']))}"
         names = itertools.chain([name], (f"{name} ({i})" for i in itertools.count(2)))
-        record = {**check(KINDS[kind], value, damaged), "name": next(n for n in names if n not in known), "kind": kind}
+        record = {**facts, "name": next(n for n in names if n not in known), "kind": kind}
         found.records.append(record)
-        {"benchmark": _add_rows, "estimate": _add_stages, "simulation": _add_rank}[kind](record, found)
+        if add := {"benchmark": _add_rows, "estimate": _add_stages, "simulation": _add_rank}.get(kind):
+            add(record, found)
 
 
 def _rows(path: Path, rows: Any, found: ReportInputs) -> list[dict[str, Any]]:

@@ -101,12 +101,25 @@ Row = model(
 Rates = {"tokens step_time_s tokens_per_s tflops_per_device": Amount}
 Losses = {"loss validation_loss validation_perplexity": Number}
 MetricsLine = model("MetricsLine", {"step": Annotated[Amount, Field(le=1e15)]}, {**Rates, **Losses})
+Kind = model("Kind", {"kind": Name, "ms share launches": Amount})
+Kernel = model("Kernel", {"name": Text, "kind": Name, "ms launches": Amount})
 Peak = {"peak_flops": Positive, "peak_source": Text}
 Speed = {"seconds": model("Seconds", {"step": Positive}), "tokens_per_second": Positive}
 KINDS = {
     "benchmark": model("Benchmark", {"rows": many(Any)}, {"device": Name, "complete": Flag, **Peak}, Head),
     "estimate": model("Estimate", {"stages": Annotated[many(Profile), Field(min_length=1)]}, Speed, Head),
     "simulation": model("Simulation", {"counted": Profile}, {"rank": Index}, Head),
+    "profile": model(
+        "StepsProfile",
+        {
+            "steps": Annotated[many(Count), Field(min_length=2, max_length=2)],
+            "step_s": Positive,
+            "kinds": many(Kind),
+            "kernels": many(Kernel),
+        },
+        {"device": Name},
+        Head,
+    ),
 }
 """Files of figures by kind; the rows of a benchmark are checked one by one, as `Row`."""
 

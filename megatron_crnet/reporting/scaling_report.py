@@ -19,6 +19,8 @@ from megatron_crnet.reporting.records import KINDS, Row
 from megatron_crnet.reporting.steps import GIB, MIB, PARTS, bars_of, steps_section, unit_of
 
 TEXT_ONLY = 99
+PROFILED = 15
+"""Kernels of a profile that are listed."""
 WHOLE = "MFU, whole attention"
 MFU = (
     "MFU is the share of the devices' peak that the model's operations are, recomputation left out, and of attention "
@@ -68,6 +70,7 @@ def build_sections(inputs: ReportInputs, peak_flops: float | None, command: str)
         _speed(inputs, rows, peak_flops),
         _sweeps(rows),
         steps_section(inputs),
+        _profiles(inputs),
         _memory(once, profiles),
         _traffic(once, profiles),
     ]
@@ -228,6 +231,28 @@ def _sweeps(rows: pd.DataFrame) -> Section:
                 f"time, in units of {found['name'].iloc[0]}",
             )
             section.pictures.append(Lines(f"Memory against time, {name}", caption, "peak memory, MiB", y, series))
+    return section
+
+
+def _profiles(inputs: ReportInputs) -> Section:
+    """Two tables per profile: by kind, and the kernels that take the most time."""
+    section = Section(
+        "Where the time of a step goes",
+        "Steps of rank 0 under logging.profile_steps, per step: kernels of a GPU, on CPUs operations without what they "
+        "call. Products are those of matrices, host is Python and autograd, glue is the rest. Kernels may overlap, a "
+        "profiled step takes longer than others, and work between steps of the range is included. The trace lies "
+        "beside the run's profile.json.",
+    )
+    for record in inputs.of_kind("profile"):
+        title = f"{record['name']}: {record['step_s'] * 1e3:,.1f} ms per step"
+        for heading, key, names in ((title, "kinds", ["kind"]), (record["name"], "kernels", ["name", "kind"])):
+            rows = pd.DataFrame(record[key], columns=[*names, "ms", "share", "launches"]).head(PROFILED)
+            shown = {"ms": "{:,.2f}", "share": "{:.1%}", "launches": "{:,.0f}"}
+            cells = {column: [_cell(value, form) for value in rows[column]] for column, form in shown.items()}
+            table = rows.assign(**cells) if key == "kinds" else rows.assign(**cells).drop(columns="share")
+            section.tables.append(
+                Table(table.rename(columns={"ms": "ms per step", "launches": "launches per step"}), len(names), heading)
+            )
     return section
 
 

@@ -33,6 +33,7 @@ from megatron_crnet.model.gpt import build_model_chunks
 from megatron_crnet.training.callbacks.base import Callback, Step
 from megatron_crnet.training.callbacks.checkpoints import Checkpoints
 from megatron_crnet.training.callbacks.faults import NOTHING_TRAINED, FaultPolicy, detect_anomaly, losses_to_remember
+from megatron_crnet.training.callbacks.profile import profile_callbacks
 from megatron_crnet.training.callbacks.results import Results, draw_loss
 from megatron_crnet.training.callbacks.signals import StopOnSignal
 from megatron_crnet.training.callbacks.step_log import StepLog
@@ -287,7 +288,8 @@ def _run(preflight: Preflight, interruption: Interruption, callbacks: Sequence[C
         checkpoint = evaluate_checkpoint(trainer)
         trainer.engine.close()
         return TrainResult(True, trainer.state.step, checkpoint, **trainer.losses)
-    trainer = Trainer(preflight, [*default_callbacks(preflight, interruption), *callbacks])
-    trainer.run()
+    with profile_callbacks(preflight) as (first, last):
+        trainer = Trainer(preflight, [*first, *default_callbacks(preflight, interruption), *callbacks, *last])
+        trainer.run()
     trainer.engine.close()
     return TrainResult(not trainer.stopping, trainer.state.step, trainer.newest_checkpoint, **trainer.losses)

@@ -232,7 +232,10 @@ DAMAGED: dict[str, tuple[str | None, str]] = {
     "cut.json": ('{"kind": "benchmark", "rows": [{"na', "is not valid JSON"),
     "other.json": ('{"a": [1, 2, {"b": "c"}]}', "holds no benchmark"),
     "nothing.json": ("[]", "holds no benchmark"),
-    "strategies.json": ('{"kind": "recompute", "rows": 3}', "holds no benchmark, estimate or simulation: left out"),
+    "strategies.json": (
+        '{"kind": "recompute", "rows": 3}',
+        "holds no benchmark, estimate, simulation or profile: left out",
+    ),
     "rows.json": ('{"kind": "benchmark", "rows": 3}', "has no row that was measured and is whole: left out"),
     "metrics.jsonl": ('{"step": 1}\n{"st', "cannot be read, or not as a whole: left out"),
 }
