@@ -99,17 +99,17 @@ def swiglu_backward(
     grad: Tensor, gate: Tensor, up: Tensor, carried: Sequence[Tensor | None], betas: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of gate and up, and of their betas, [2]; `carried` and `betas`: see `add_carried`, of both."""
-    step = len(gate) if torch.compiler.is_compiling() else max(1, FEW // gate[0].numel())
-    d_gate, d_up, sums = torch.empty_like(gate), torch.empty_like(up), []
-    following = [[None] * -(-len(gate) // step) if x is None else x.split(step) for x in carried]
-    for *inputs, next_gate, next_up, to_gate, to_up in zip(
-        *(x.split(step) for x in (grad, gate, up)), *following, d_gate.split(step), d_up.split(step), strict=True
-    ):
-        *gradients, of_betas = _swiglu_gradients(*inputs, (next_gate, next_up), betas, eps)
-        for place, gradient in zip((to_gate, to_up), gradients, strict=True):
-            place.copy_(gradient)
-        sums.append(of_betas)
-    return d_gate, d_up, None if sums[0] is None else torch.stack(sums).sum(0)
+    if torch.compiler.is_compiling():
+        d_gate, d_up, d_betas = _swiglu_gradients(grad, gate, up, carried, betas, eps)
+        return d_gate.to(gate.dtype), d_up.to(up.dtype), d_betas
+    step, sums = max(1, FEW // gate[0].numel()), list[Tensor]()
+    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+    for start in range(0, len(gate), step):
+        rows = slice(start, start + step)
+        following = [None if x is None else x[rows] for x in carried]
+        d_gate[rows], d_up[rows], d_betas = _swiglu_gradients(grad[rows], gate[rows], up[rows], following, betas, eps)
+        sums += [] if d_betas is None else [d_betas]
+    return d_gate, d_up, torch.stack(sums).sum(0) if sums else None
 
 
 def _swiglu_gradients(

@@ -107,6 +107,15 @@ def test_values_and_gradients_of_a_region_and_the_next_layers_residual_are_plain
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
 
+def test_swiglus_gradients_are_the_same_by_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = trial_inputs(CPU, torch.bfloat16)["swiglu_backward"]
+    at_once = EAGER.swiglu_backward(*inputs)
+    monkeypatch.setattr(module, "FEW", 3 * inputs[1][0].numel())
+    *gradients, betas = EAGER.swiglu_backward(*inputs)
+    assert all(torch.equal(x, y) for x, y in zip(gradients, at_once, strict=False))
+    torch.testing.assert_close(betas, at_once[2])
+
+
 def test_the_norm_adds_the_streams_gradient() -> None:
     leaves = [random(*SHAPE, seed=0), random(HEADS * D, seed=1)]
     results = []
