@@ -255,7 +255,7 @@ def compare_with_reference(config: Config, steps: int = 3) -> Errors:
         plain_norm = torch.nn.utils.clip_grad_norm_(named.values(), config.optimizer.clip_grad or float("inf"))
         grad_norm, lr = engine.update()
         for param_group in optimizer.param_groups:
-            param_group["lr"] = lr
+            param_group["lr"] = lr * param_group["lr_mult"]
         optimizer.step()
         parameters = relative_error(
             (w.name, master_of(engine, w), w.shard(named[w.name]).detach(), named[w.name])
@@ -274,10 +274,26 @@ def compare_with_reference(config: Config, steps: int = 3) -> Errors:
 
 def _plain_adamw(named: dict[str, Tensor], config: Config) -> torch.optim.AdamW:
     section = config.optimizer
-    matrices = [p for p in named.values() if p.dim() >= 2]
-    rest = [p for p in named.values() if p.dim() < 2]
     return torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": section.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        [
+            {
+                "params": [parameter],
+                "weight_decay": section.weight_decay if parameter.dim() >= 2 else 0.0,
+                "lr_mult": _plain_multiplier(name, {**section.lr_multipliers}),
+            }
+            for name, parameter in named.items()
+        ],
         betas=(section.adam_beta1, section.adam_beta2),
         eps=section.adam_eps,
     )
+
+
+def _plain_multiplier(name: str, multipliers: dict[str, float]) -> float:
+    words, factor = name.split("."), 1.0
+    if "embed_tokens" in words:
+        factor *= multipliers.get("embedding", 1.0)
+    if words[:3] == ["model", "layers", "0"] and "norm" not in name:
+        factor *= multipliers.get("first_layer", 1.0)
+    for part in ("a", "b", "beta"):
+        factor *= multipliers.get(part, 1.0) if part in words else 1.0
+    return factor

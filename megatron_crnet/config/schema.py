@@ -44,6 +44,10 @@ LearningRate = Annotated[float, Ge(SMALLEST), Le(1000)]
 DataPaths = Annotated[list[Positive | FilePath], Rule("a list of prefixes, or of a weight above 0 before each prefix")]
 
 StepRange = Annotated[list[PositiveCount], Rule("[first, last], steps from 1")]
+LrPart = Literal["embedding", "first_layer", "a", "b", "beta"]
+LrMultipliers = Annotated[
+    dict[LrPart, NonNegative], Rule(f"a mapping of {', '.join(get_args(LrPart))} to numbers from 0 to 1000000")
+]
 Ramp = Annotated[list[PositiveCount], Rule("[start, increment, samples], integers from 1")]
 
 
@@ -180,6 +184,9 @@ class OptimizerConfig(Section, name="optimizer"):
 
     lr: LearningRate = 1e-3
     """Peak learning rate."""
+    lr_multipliers: LrMultipliers = field(default_factory=dict)
+    """Factors of the learning rate (so of decoupled weight decay as well) of the embedding, of the linear maps of the
+    first layer, of all A, all B and all beta; where two apply, their product. 0 freezes a part."""
     min_lr_ratio: Share = 0.1
     """Final learning rate as a share of the peak."""
     lr_decay_style: Literal["cosine", "wsd", "constant"] = "cosine"

@@ -33,6 +33,8 @@ from megatron_crnet.engine.optimizer import (
     ParamGroup,
     build_adamw,
     build_scheduler,
+    count_groups,
+    lr_multiplier,
     parameter_groups,
     position,
 )
@@ -40,6 +42,7 @@ from megatron_crnet.engine.schedule import Batch, ScheduledChunk, loss_totals, r
 from megatron_crnet.engine.zero import zero_state
 from megatron_crnet.model.gpt import CRNetModel
 from megatron_crnet.model.linear import LowRankGroup
+from megatron_crnet.model.weights import canonical_weights
 from megatron_crnet.recompute.rng import RngStates
 from megatron_crnet.utils.noise import without_memory_lines
 
@@ -66,7 +69,7 @@ class TrainEngine:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=self._optimizer_factory(in_fp32),
-                model_parameters=parameter_groups(chunks, config.optimizer.weight_decay, partial_apart=self.stage >= 2),
+                model_parameters=self._parameter_groups(),
                 config=settings,
                 mpu=MegatronMpu(),
                 dist_init_required=False,
@@ -90,6 +93,18 @@ class TrainEngine:
             )
             for chunk in chunks
         ]
+
+    def _parameter_groups(self) -> list[ParamGroup]:
+        section, config = self.config.optimizer, self.config
+        weights = [weight for chunk in self.chunks for weight in canonical_weights(chunk)]
+        needs_equal_numbers = config.parallel.pipeline_model_parallel_size > 1 and not config.training.bf16
+        return parameter_groups(
+            self.chunks,
+            section.weight_decay,
+            partial_apart=self.stage >= 2,
+            multipliers={weight.parameter: lr_multiplier(weight.name, section.lr_multipliers) for weight in weights},
+            at_least=count_groups(config.model, section.lr_multipliers) if needs_equal_numbers else 0,
+        )
 
     def _optimizer_factory(
         self, in_fp32: dict[nn.Parameter, Tensor]
@@ -208,8 +223,8 @@ class TrainEngine:
 
     @property
     def current_lr(self) -> float:
-        """Learning rate of the next step."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        """Learning rate of the next step, before `optimizer.lr_multipliers`."""
+        return float(self.scheduler.get_lr({}))
 
     def restore_schedule(self, steps: int) -> None:
         """Put the learning rate, and what follows from loaded weights, where `steps` steps have led.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
 
 from megatron_crnet.config.batch import BatchSizes
-from megatron_crnet.config.schema import Config, OptimizerConfig
+from megatron_crnet.config.positions import position_table
+from megatron_crnet.config.schema import Config, LrPart, ModelConfig, OptimizerConfig
 from megatron_crnet.config.validation import wsd_decay_steps
+from megatron_crnet.utils.errors import require
 
 ParamGroup = dict[str, Any]
 
@@ -21,33 +24,78 @@ def is_partial(parameter: nn.Parameter) -> bool:
     return bool(getattr(parameter, "sequence_parallel", False))
 
 
+def lr_multiplier(name: str, multipliers: Mapping[LrPart, float]) -> float:
+    """The factor of the learning rate of a canonical weight under `optimizer.lr_multipliers`."""
+    parts: dict[LrPart, bool] = {
+        "embedding": name == "model.embed_tokens.weight",
+        "first_layer": name.startswith("model.layers.0.") and not name.endswith("norm.weight"),
+        "a": name.endswith(".a.weight"),
+        "b": name.endswith(".b.weight"),
+        "beta": name.endswith(".beta"),
+    }
+    return math.prod(multipliers.get(part, 1.0) for part, applies in parts.items() if applies)
+
+
+def count_groups(model: ModelConfig, multipliers: Mapping[LrPart, float]) -> int:
+    """Groups of the parameters of a whole fp32 model."""
+    table, names = position_table(model), ["model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"]
+    for layer in range(model.num_layers):
+        kinds = ["weight"] if table.is_full_rank(layer) else ["a.weight", "b.weight"]
+        kinds += ["beta"] if table.has_previous(layer) else []
+        names += [f"model.layers.{layer}.map.{kind}" for kind in kinds]
+    undecayed = ("norm.weight", ".beta")
+    return len({(name.endswith(undecayed), lr_multiplier(name, multipliers)) for name in names})
+
+
 def parameter_groups(
-    modules: Iterable[nn.Module], weight_decay: float, *, partial_apart: bool = False
+    modules: Iterable[nn.Module],
+    weight_decay: float,
+    *,
+    partial_apart: bool = False,
+    multipliers: Mapping[nn.Parameter, float] | None = None,
+    at_least: int = 0,
 ) -> list[ParamGroup]:
-    """Groups by weight decay (matrices only: none for beta and norms) and dtype.
+    """Groups by weight decay (matrices only: none for beta and norms), learning rate and dtype.
 
     fp32 parameters of a bf16 model need groups of their own, because DeepSpeed flattens each group into one tensor.
-    An fp32 model has the same two groups on every pipeline stage, whatever its layers: DeepSpeed's ZeRO-1 sums the
-    gradient norm over all stages with one call for each group, and another number of groups elsewhere would hang.
+    An fp32 model has the same number of groups on every pipeline stage, whatever its layers: DeepSpeed's ZeRO-1 sums
+    the gradient norm over all stages with one call for each group, and another number elsewhere would hang.
 
     Args:
+        multipliers: factors of the learning rate, if they are not 1.
+        at_least: number of groups to which they are divided if they are fewer.
         partial_apart: also keep parameters with partial gradients in groups of their own, so that these can be
             summed where ZeRO 2 and 3 keep them, flattened by group. Stages then differ: not for pipelines.
     """
-    groups: dict[tuple[bool, bool, torch.dtype], ParamGroup] = {}
+    groups: dict[tuple[bool, bool, torch.dtype, float], ParamGroup] = {}
     for parameter in (p for module in modules for p in module.parameters() if p.requires_grad):
         decays = parameter.dim() >= 2
         partial = partial_apart and is_partial(parameter)
+        multiplier = (multipliers or {}).get(parameter, 1.0)
         group = groups.setdefault(
-            (decays, partial, parameter.dtype),
+            (decays, partial, parameter.dtype, multiplier),
             {
                 "params": [],
                 "weight_decay": weight_decay if decays else 0.0,
                 "wd_mult": 1.0 if decays else 0.0,
+                "lr_mult": multiplier,
             },
         )
         group["params"].append(parameter)
-    return [groups[key] for key in sorted(groups, key=str)]
+    return _divided([groups[key] for key in sorted(groups, key=str)], at_least)
+
+
+def _divided(groups: list[ParamGroup], at_least: int) -> list[ParamGroup]:
+    """The groups, of which the largest give parameters to groups of the same settings until there are enough."""
+    while len(groups) < at_least:
+        largest = max(groups, key=lambda group: len(group["params"]))
+        require(
+            len(largest["params"]) > 1,
+            f"optimizer.lr_multipliers needs {at_least} groups of parameters on every pipeline stage, but one has only "
+            f"{len(groups)} parameters: use fewer stages or fewer multipliers",
+        )
+        groups.append({**largest, "params": [largest["params"].pop()]})
+    return groups
 
 
 def build_adamw(groups: list[ParamGroup], config: OptimizerConfig, *, on_host: bool = False) -> torch.optim.Optimizer:
@@ -87,6 +135,9 @@ def build_scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
     """
     section, steps = config.optimizer, config.training.train_steps
     end = position(config, steps)
+    for group in optimizer.param_groups:
+        group["max_lr"] = section.lr * group.get("lr_mult", 1.0)
+        group["min_lr"] = section.lr * section.min_lr_ratio * group.get("lr_mult", 1.0)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

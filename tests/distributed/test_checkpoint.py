@@ -33,6 +33,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "dp2-zero2-replay-dropout": {"stage": 2, "model": DROPOUT, "recompute": "replay"},
     "tp2-zero1-dropout": {"stage": 1, "parallel": TP, "model": DROPOUT},
     "pp2-zero1": {"stage": 1, "parallel": {"pipeline_model_parallel_size": 2}},
+    "pp2-zero1-multipliers": {
+        "stage": 1,
+        "parallel": {"pipeline_model_parallel_size": 2},
+        "lr_multipliers": {"embedding": 3.0, "first_layer": 0.25, "a": 2.0, "b": 0.5, "beta": 4.0},
+    },
+    "dp2-zero3-bf16-multipliers": {"stage": 3, "dtype": "bf16", "lr_multipliers": {"first_layer": 0.25, "b": 0.5}},
 }
 OTHER = {"adam_beta1": 0.5, "adam_beta2": 0.7, "adam_eps": 1e-3, "weight_decay": 0.3, "clip_grad": 0.25}
 
@@ -45,10 +51,12 @@ def row_config(
     optimizer: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
     recompute: Literal["none", "replay"] = "none",
+    lr_multipliers: dict[str, float] | None = None,
     **zero: Any,
 ) -> Config:
     section = {"zero_optimization": {"stage": stage, **zero}}
     training = {"dtype": dtype, "train_steps": STEPS}
+    optimizer = {"lr_multipliers": lr_multipliers or {}, **(optimizer or {})}
     config = tiny_config(model, parallel, training, optimizer, section)
     return dataclasses.replace(
         config,

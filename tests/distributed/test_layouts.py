@@ -38,6 +38,7 @@ class Layout:
     offload: str = ""
     keys: dict[str, Any] = field(default_factory=dict, hash=False)
     data: dict[str, Any] = field(default_factory=dict, hash=False)
+    lr_multipliers: dict[str, float] = field(default_factory=dict, hash=False)
 
     def config(self) -> Config:
         section: dict[str, Any] = {"stage": self.zero, **self.keys}
@@ -54,12 +55,13 @@ class Layout:
             self.model,
             parallel,
             {"dtype": self.dtype, "global_batch_size": self.sequences},
+            {"lr_multipliers": self.lr_multipliers},
             deepspeed_section={"zero_optimization": section},
             data=self.data,
         )
 
     def _extras(self) -> dict[str, Any]:
-        return {**self.model, **self.parallel, **self.keys, **self.data}
+        return {**self.model, **self.parallel, **self.keys, **self.data, **self.lr_multipliers}
 
     def __str__(self) -> str:
         sp = "" if self.sp is None else f"-sp{int(self.sp)}"
@@ -79,6 +81,8 @@ RANKS = {"q": [8, 7, 6, 5], "k": 6, "v": 6, "o": 4, "gate": [3, 4, 5, 6], "up": 
 
 # attention and positions within documents, whose ends are not trained
 DOCUMENTS = {"reset_attention_mask": True, "reset_position_ids": True, "eod_mask_loss": True}
+
+LR_MULTIPLIERS = {"embedding": 3.0, "first_layer": 0.25, "a": 2.0, "b": 0.5, "beta": 4.0}
 
 VARIANTS = ("crnet", "full_rank", "low_rank", "cola")
 ON_TWO = [
@@ -108,6 +112,10 @@ ON_TWO = [
     Layout(tp=2, sp=False, model=PADDED),
     Layout(pp=2, vpp=2, zero=1, model=PADDED),
     Layout(zero=2, dtype="bf16", model=PADDED),
+    *(Layout(zero=zero, lr_multipliers=LR_MULTIPLIERS) for zero in (0, 1)),
+    *(Layout(tp=2, zero=zero, lr_multipliers=LR_MULTIPLIERS) for zero in (2, 3)),
+    *(Layout(pp=2, zero=1, dtype=dtype, lr_multipliers=LR_MULTIPLIERS) for dtype in ("fp32", "bf16")),
+    Layout(pp=2, vpp=2, zero=1, lr_multipliers={"beta": 0.0, "first_layer": 0.5}),
 ]
 MORE_ON_TWO = [
     *(Layout(tp=2, model={"variant": variant}, data=DOCUMENTS) for variant in ("full_rank", "low_rank", "cola")),
@@ -147,6 +155,7 @@ ON_FOUR = [
     Layout(tp=2, zero=2, dtype="bf16"),
     Layout(tp=2, pp=2, model={"full_rank_layers": [0, 2], "rank": RANKS}),
     Layout(tp=2, pp=2, zero=1, model=PADDED),
+    Layout(pp=4, zero=1, lr_multipliers=LR_MULTIPLIERS),
 ]
 MORE_ON_FOUR = [
     *(Layout(tp=2, zero=zero) for zero in (1, 2, 3)),

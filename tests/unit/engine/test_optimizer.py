@@ -7,7 +7,8 @@ import types
 import pytest
 import torch
 
-from megatron_crnet.engine.optimizer import build_adamw, build_scheduler, parameter_groups
+from megatron_crnet.engine.optimizer import build_adamw, build_scheduler, count_groups, lr_multiplier, parameter_groups
+from megatron_crnet.utils.errors import ConfigError
 from tests.helpers import tiny_config
 
 
@@ -67,6 +68,44 @@ def test_partial_gradients_get_groups_of_their_own() -> None:
 def test_every_pipeline_stage_has_the_same_groups_whatever_its_layers() -> None:
     low, full = _shapes(partial_apart=False, **LOW_RANK), _shapes(partial_apart=False, **FULL_RANK)
     assert [decay for decay, _ in low] == [decay for decay, _ in full] == [0.0, 0.1]
+
+
+def test_a_multiplier_scales_the_whole_schedule_of_its_group() -> None:
+    config = tiny_config(training={"train_steps": 20}, optimizer={"lr": 1.0, "lr_warmup_steps": 5})
+    groups = [{"params": [torch.zeros(1, requires_grad=True)], "lr_mult": factor} for factor in (1.0, 0.25)]
+    adamw = build_adamw(groups, config.optimizer)
+    scheduler, rates = build_scheduler(config, adamw), []
+    for _ in range(20):
+        rates.append([group["lr"] for group in adamw.param_groups])
+        assert scheduler.get_lr({}) == rates[-1][0]
+        scheduler.step(1)
+    assert [rate for _, rate in rates] == pytest.approx([rate / 4 for rate, _ in rates])
+
+
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [
+        ("model.embed_tokens.weight", 2.0),
+        ("lm_head.weight", 1.0),
+        ("model.layers.0.mlp.up_proj.weight", 3.0),
+        ("model.layers.0.mlp.up_proj.a.weight", 15.0),
+        ("model.layers.0.input_layernorm.weight", 1.0),
+        ("model.layers.10.mlp.up_proj.b.weight", 7.0),
+        ("model.layers.1.mlp.up_proj.beta", 0.0),
+    ],
+)
+def test_the_multiplier_of_a_weight_is_the_product_of_its_parts(name: str, factor: float) -> None:
+    assert lr_multiplier(name, {"embedding": 2.0, "first_layer": 3.0, "a": 5.0, "b": 7.0, "beta": 0.0}) == factor
+
+
+def test_stages_with_fewer_groups_divide_some_and_refuse_what_cannot_be_divided() -> None:
+    module = torch.nn.ParameterDict(FULL_RANK)
+    assert count_groups(tiny_config().model, {}) == 2
+    assert count_groups(tiny_config().model, {"first_layer": 0.5, "beta": 2.0, "a": 1.0}) == 4
+    found = parameter_groups([module, torch.nn.ParameterDict({"other": torch.zeros(5, 5)})], 0.1, at_least=3)
+    assert [(g["weight_decay"], len(g["params"])) for g in found] == [(0.0, 1), (0.1, 1), (0.1, 1)]
+    with pytest.raises(ConfigError, match=r"optimizer\.lr_multipliers needs 3 groups .* one has only 2 parameters"):
+        parameter_groups([module], 0.1, at_least=3)
 
 
 @pytest.mark.parametrize("offload", [False, True])
