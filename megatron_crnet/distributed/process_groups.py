@@ -94,6 +94,7 @@ def join_processes(config: Config) -> tuple[torch.device, Heartbeat]:
         PeerLostError: another rank died or did not arrive.
     """
     cpu_backend.install()
+    keep_launch_order(config)
     device = _device()
     if dist.is_initialized():
         return device, Heartbeat(dist.HashStore(), dist.get_rank(), dist.get_world_size())
@@ -105,6 +106,16 @@ def shutdown_parallel() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def keep_launch_order(config: Config) -> None:
+    """Have kernels start in the order of their launches, before CUDA is used; a variable that is set stays.
+
+    With several hardware queues a collective call may start after the products that it should overlap, as Megatron-Core
+    says of GPUs up to Hopper.
+    """
+    if config.parallel.tensor_model_parallel_size > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def _device() -> torch.device:

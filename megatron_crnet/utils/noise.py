@@ -21,7 +21,7 @@ WARNINGS = (
     r"torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to load in a single process",
     # DeepSpeed compares addresses of tensors, which fake ones do not have; a simulation needs no values
     r"Accessing the data pointer of FakeTensor is deprecated",
-    # of GPUs before Hopper; docs/cluster.md and examples/slurm set it, and on CPUs it means nothing
+    # distributed/process_groups.py sets it where it matters; on CPUs it means nothing
     r"When using sequence parallelism it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS",
 )
 LOG_RECORDS = {
