@@ -113,6 +113,12 @@ def _zero_rules(config: Config, stage: int, tp: int, pp: int) -> Iterator[tuple[
     )
     yield (
         "offload_optimizer",
+        on_host and config.optimizer.name == "adamw8bit",
+        "optimizer.name is adamw8bit, whose moments are neither updated on the host nor moved to disks: use adamw, or "
+        "leave offload_optimizer out",
+    )
+    yield (
+        "offload_optimizer",
         on_host and tp > 1,
         "DeepSpeed moves gradients to the host before they can be summed over the tensor-parallel ranks of "
         f"tensor_model_parallel_size {tp}: use tensor_model_parallel_size 1, or leave offload_optimizer out",

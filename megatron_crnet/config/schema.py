@@ -182,6 +182,8 @@ class TrainingConfig(Section, name="training"):
 class OptimizerConfig(Section, name="optimizer"):
     """AdamW and the learning-rate schedule."""
 
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw; adamw8bit: the moments of matrices take 8 bits per element."""
     lr: LearningRate = 1e-3
     """Peak learning rate."""
     lr_multipliers: LrMultipliers = field(default_factory=dict)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 MOST_PROFILED = 100
 """Steps; each keeps its thousands of operations in the host's memory until all are written."""
+SMALLEST_EPS_8BIT = 1e-10
+"""Below it, what `engine/adam8bit.py` takes for 0 would change updates."""
 
 
 def check_config(config: Config) -> None:
@@ -129,6 +131,11 @@ def _check_optimizer(config: Config) -> None:
         optimizer.lr_decay_style != "wsd" or warmup + decay <= train_steps,
         f"optimizer.lr_warmup_steps {warmup} and lr_wsd_decay_steps {decay} are more than training.train_steps "
         f"{train_steps} together: lower one or train longer",
+    )
+    require(
+        optimizer.name == "adamw" or optimizer.adam_eps >= SMALLEST_EPS_8BIT,
+        f"optimizer.adam_eps is {optimizer.adam_eps}, but adamw8bit takes gradients below 1e-12 for 0: use at least "
+        f"{SMALLEST_EPS_8BIT}, or adamw",
     )
 
 

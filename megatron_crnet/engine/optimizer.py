@@ -14,6 +14,7 @@ from megatron_crnet.config.batch import BatchSizes
 from megatron_crnet.config.positions import position_table
 from megatron_crnet.config.schema import Config, LrPart, ModelConfig, OptimizerConfig
 from megatron_crnet.config.validation import wsd_decay_steps
+from megatron_crnet.engine.adam8bit import AdamW8bit
 from megatron_crnet.utils.errors import require
 
 ParamGroup = dict[str, Any]
@@ -79,6 +80,7 @@ def parameter_groups(
                 "weight_decay": weight_decay if decays else 0.0,
                 "wd_mult": 1.0 if decays else 0.0,
                 "lr_mult": multiplier,
+                "is_matrix": decays,
             },
         )
         group["params"].append(parameter)
@@ -99,7 +101,7 @@ def _divided(groups: list[ParamGroup], at_least: int) -> list[ParamGroup]:
 
 
 def build_adamw(groups: list[ParamGroup], config: OptimizerConfig, *, on_host: bool = False) -> torch.optim.Optimizer:
-    """Apex's FusedAdam where it is installed, PyTorch's AdamW (fused on CUDA) otherwise.
+    """AdamW8bit if the name asks for it; else Apex's FusedAdam where it is installed, or PyTorch's, fused on CUDA.
 
     Args:
         on_host: DeepSpeed will give it master weights in host memory, which Apex's kernels cannot reach.
@@ -110,6 +112,8 @@ def build_adamw(groups: list[ParamGroup], config: OptimizerConfig, *, on_host: b
         "eps": config.adam_eps,
         "weight_decay": config.weight_decay,
     }
+    if config.name == "adamw8bit":
+        return AdamW8bit(groups, **arguments)
     if on_host or not torch.cuda.is_available():
         return torch.optim.AdamW(groups, **arguments)
     try:

@@ -23,6 +23,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_grad
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from megatron_crnet.engine.adam8bit import AdamW8bit, BlockwiseMoment
 from megatron_crnet.engine.optimizer import is_partial
 from megatron_crnet.engine.state_kinds import MASTER
 from megatron_crnet.utils.errors import CheckpointError
@@ -41,9 +42,18 @@ class ParamShard:
     offset: int
     numel: int
 
-    def part(self, tensor: Tensor) -> Tensor:
-        """This shard of the master or of one of its moments; a view."""
+    def read(self, tensor: Tensor | BlockwiseMoment) -> Tensor:
+        """This shard of the master or of one of its moments: a view, or fp32 values of an 8-bit moment."""
+        if isinstance(tensor, BlockwiseMoment):
+            return tensor.read(self.start)
         return tensor.detach().view(-1).narrow(0, self.start, self.numel)
+
+    def write(self, tensor: Tensor | BlockwiseMoment, values: Tensor) -> None:
+        """Set this shard of the master or of one of its moments."""
+        if isinstance(tensor, BlockwiseMoment):
+            tensor.write(self.start, values)
+        else:
+            self.read(tensor).copy_(values)
 
     def cut(self, whole: Tensor) -> Tensor:
         """This shard of the whole parameter's values."""
@@ -87,6 +97,12 @@ class ZeroState:
         self.adam.state.clear()
         for group in self.adam.param_groups:
             group.pop("step", None)  # where Apex's FusedAdam counts
+
+    def separate_blocks(self) -> None:
+        """Give each parameter blocks of its own in 8-bit moments; before the first step."""
+        if isinstance(self.adam, AdamW8bit):
+            for shard in filter(None, self.shards.values()):
+                self.adam.segments.setdefault(shard.master, []).append((shard.start, shard.numel))
 
     # gradients
 
@@ -149,7 +165,7 @@ class ZeroState:
         if self.swaps:
             return self.optimizer.get_full_hp_param(parameter, None if kind == MASTER else kind).float()
         found, rank = self.shards[parameter], parallel_state.get_data_parallel_rank()
-        mine = None if found is None else found.part(self._tensor(found.master, kind)).to(self.device)
+        mine = None if found is None else found.read(self._tensor(parameter, found.master, kind)).to(self.device)
         whole = None
         if owners is None or rank in owners:
             whole = torch.zeros(local_shape(parameter).numel(), device=self.device)
@@ -195,18 +211,21 @@ class ZeroState:
         found = self.shards[parameter]
         if found is not None:
             for kind, whole in values.items():
-                found.part(self._tensor(found.master, kind)).copy_(found.cut(whole))
+                found.write(self._tensor(parameter, found.master, kind), found.cut(whole))
         self._write_parameter(parameter, values[MASTER])
 
     def _write_parameter(self, parameter: nn.Parameter, whole: Tensor) -> None:
         parameter.detach().copy_(whole)
 
-    def _tensor(self, master: Tensor, kind: str) -> Tensor:
+    def _tensor(self, parameter: nn.Parameter, master: Tensor, kind: str) -> Tensor | BlockwiseMoment:
         if kind == MASTER:
             return master
         state = self.adam.state[master]
         if kind not in state:  # before the first step
-            state[kind] = torch.zeros_like(master, requires_grad=False)
+            if isinstance(self.adam, AdamW8bit):
+                state[kind] = self.adam.new_moment(master, kind, is_matrix=len(local_shape(parameter)) >= 2)
+            else:
+                state[kind] = torch.zeros_like(master, requires_grad=False)
         return state[kind]
 
     @property
@@ -250,8 +269,10 @@ class ZeroState:
 
     def state(self) -> list[Tensor]:
         """Every tensor of master weights and moments, of weights where they are the masters."""
-        moments = [x for state in self.adam.state.values() for x in state.values() if isinstance(x, Tensor)]
-        return [p.data for group in self.adam.param_groups for p in group["params"]] + moments
+        found = [p.data for group in self.adam.param_groups for p in group["params"]]
+        for value in (value for state in self.adam.state.values() for value in state.values()):
+            found += value.tensors if isinstance(value, BlockwiseMoment) else [value] if torch.is_tensor(value) else []
+        return found
 
     def buffers(self) -> Iterator[Tensor]:
         """Every buffer in which gradients are reduced."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from megatron_crnet.config.batch import BatchPlan
 from megatron_crnet.config.deepspeed import DEFAULT_BUCKET, offloads_optimizer, zero_option
+from megatron_crnet.engine.adam8bit import BLOCK, CHUNK
 from megatron_crnet.model.block import boundary_widths
 from megatron_crnet.model.glue import FEW
 from megatron_crnet.planning.profile import Memory
@@ -20,6 +21,8 @@ from megatron_crnet.recompute.planner import kept_widths, layer_widths, micro_ba
 
 SUB_GROUP = 1_000_000_000
 """DeepSpeed's default of `sub_group_size`: elements that stage 3 updates at once."""
+EIGHT_BIT_UPDATE = 17
+"""Bytes of temporary tensors per element of `adam8bit.update_blocks`."""
 
 
 def estimate_memory(model: LocalModel, plan: BatchPlan) -> Memory:
@@ -40,10 +43,13 @@ def _state(model: LocalModel, dp: int) -> dict[str, float]:
     bucket, tensor = 4 * model.bucket, max(p.numel for p in model.parameters)
     partial = model.partial_numel if stage >= 2 else 0
     share = max(partial, n - partial) / dp  # of the larger parameter group
-    state: dict[str, float] = {"weights": n * size, "optimizer": 12 * n / dp, "reduction": 0, "update": 8 * share}
+    moments = _moments_per_element(model)
+    state: dict[str, float] = {"weights": n * size, "optimizer": (4 + moments) * n / dp}
+    state |= {"reduction": 0, "update": _update(model, share)}
     if stage == 0:
-        state |= {"optimizer": n * (12 if bf16 else 8), "reduction": size * min(n, DEFAULT_BUCKET + tensor)}
-        return {**state, "gradients": n * size, "buffers": 0, "update": 8 * tensor + (4 * n if bf16 else 0)}
+        copies = 4 if bf16 else 0
+        state |= {"optimizer": n * (copies + moments), "reduction": size * min(n, DEFAULT_BUCKET + tensor)}
+        return {**state, "gradients": n * size, "buffers": 0, "update": _update(model, tensor) + copies * n}
     if stage == 1 and bf16:  # flat fp32 gradients, reduced in one piece
         return {**state, "gradients": 4 * n, "buffers": 0, "reduction": 4 * n}
     if stage == 1:  # two buckets
@@ -52,8 +58,24 @@ def _state(model: LocalModel, dp: int) -> dict[str, float]:
     if stage == 2:  # the bucket lives in backward passes
         return {**state, "buffers": 0}
     whole = persistent(model) * size  # not while the optimizer steps
-    update = max(0, 12 * min(share, zero_option(model.config, "sub_group_size", SUB_GROUP)) - whole)
+    group = min(share, zero_option(model.config, "sub_group_size", SUB_GROUP))
+    update = max(0, 4 * group + _update(model, group) - whole)
     return {**state, "weights": n / dp * size + whole, "buffers": bucket, "update": update}
+
+
+def _moments_per_element(model: LocalModel) -> float:
+    """Bytes of both moments; `engine/adam8bit.py` keeps those of matrices as codes with a scale per block."""
+    if model.config.optimizer.name == "adamw":
+        return 8
+    matrices = sum(p.numel for p in model.parameters if p.kind == "matrix") / model.numel
+    return 8 * (1 - matrices) + (2 + 8 / BLOCK) * matrices
+
+
+def _update(model: LocalModel, numel: float) -> float:
+    """Bytes of temporary tensors while the optimizer updates a group of `numel` elements, without a fused kernel."""
+    if model.config.optimizer.name == "adamw":
+        return 8 * numel
+    return EIGHT_BIT_UPDATE * min(numel, max(p.numel for p in model.parameters), CHUNK)  # a parameter at a time
 
 
 def _offloaded(model: LocalModel, plan: BatchPlan) -> dict[str, float]:

@@ -32,7 +32,16 @@ ORDER = (
 """Fields beside the data that decide the order of samples: Megatron-Core shuffles the epochs of a run together, so the
 number of samples of the whole run counts."""
 DOCUMENTS = ("data.reset_attention_mask", "data.reset_position_ids", "data.eod_mask_loss")
-"""Fields that decide what a sample teaches; false in configurations of versions without them."""
+"""Fields that decide what a sample teaches."""
+MOMENTS_CONVERTED = {
+    "adamw": "its moments go on in fp32 from their values in 8 bits",
+    "adamw8bit": "its moments are rounded to 8 bits from here",
+}
+OLDER: dict[str, dict[str, Any]] = {
+    "data": {name.partition(".")[2]: False for name in DOCUMENTS},
+    "optimizer": {"name": "adamw"},
+}
+"""By section: values of configurations of versions without these fields."""
 OF_NO_RESULT = (
     # contents count, not paths: TrainedOn
     *(f"data.{split}data_path" for split in ("", "train_", "valid_", "test_")),
@@ -77,6 +86,8 @@ def differences(config: Config, checkpoint: Path, saved: Values, state: Values, 
                     f"{differs}, so the training data may come in another order from here: some samples may be seen "
                     "again and some not"
                 )
+        elif key == "optimizer.name":
+            lines.append(f"{differs}: {MOMENTS_CONVERTED[new]}")
         elif key == "parallel.pad_widths_to" or not key.startswith(OF_NO_RESULT):
             settings.append(f"{key} {old} -> {new}")
     if before is None:
@@ -95,6 +106,8 @@ def changed_layout(config: Config, why: str) -> str:
     """The warning on other devices or another layout than the checkpoint's, of which `why` names the differences."""
     model = config.model
     dropout = ", and dropout draws other numbers" if model.hidden_dropout or model.attention_dropout else ""
+    if config.optimizer.name == "adamw8bit":
+        dropout += ", and moments are rounded to 8 bits again, in other blocks"
     return (
         f"warning: resumed on other devices or in another layout than the checkpoint's ({why}): losses are the same to "
         f"rounding, not to the bit{dropout}"
@@ -111,8 +124,7 @@ def _other_libraries(state: Values) -> Iterator[str]:
 def _changes(saved: Values, now: Values) -> Iterator[tuple[str, Any, Any]]:
     """`section.field` with both values; a field that the older configuration does not have is not compared."""
     for section, fields in now.items():
-        before = {name.partition(".")[2]: False for name in DOCUMENTS} if section == "data" else {}
-        before |= saved.get(section) or {}
+        before = OLDER.get(section, {}) | (saved.get(section) or {})
         names = {**before, **fields} if section == "deepspeed" else [name for name in fields if name in before]
         for name in names:
             if before.get(name) != fields.get(name):

@@ -25,7 +25,7 @@ WARNINGS = (
     r"When using sequence parallelism it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS",
 )
 LOG_RECORDS = {
-    "DeepSpeed": r"Setting accelerator to CPU",  # what is meant where there is no GPU
+    "DeepSpeed": r"Setting accelerator to CPU|ZeRO with an untested optimizer",  # both are meant
     # data/index_cache.py saves them itself
     "megatron.core.datasets.blended_dataset": r"Cannot save the \w+ indexes because path_to_cache is None",
     "megatron.core.datasets.gpt_dataset": r"Unable to save \w+ indexes because path_to_cache is None",

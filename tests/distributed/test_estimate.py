@@ -70,6 +70,10 @@ def row(
     return dataclasses.replace(config, recompute=recompute or RecomputeConfig())
 
 
+def eight_bit(config: Config) -> Config:
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name="adamw8bit"))
+
+
 @cache
 def rows() -> dict[str, Config]:
     return {
@@ -106,6 +110,11 @@ def rows() -> dict[str, Config]:
         "zero 1, fp32, offload": row("fp32", 1, None, None, OFFLOAD),
         "zero 2, bf16, offload": row("bf16", 2, None, REPLAY, OFFLOAD),
         "zero 3, bf16, offload": row("bf16", 3, None, REPLAY, {**TIGHT, **OFFLOAD}),
+        "zero 0, fp32, 8-bit": eight_bit(row("fp32", 0)),
+        "zero 1, bf16, 8-bit": eight_bit(row("bf16", 1)),
+        "zero 2, bf16, 8-bit": eight_bit(row("bf16", 2)),
+        "zero 3, bf16, 8-bit": eight_bit(row("bf16", 3, None, REPLAY, TIGHT)),
+        "tp, 8-bit": eight_bit(row("bf16", 1, TP)),
     }
 
 
@@ -124,6 +133,7 @@ SOON = (
     "vpp",
     "zero 3, bf16, replay",
     "zero 1, bf16, offload",
+    "zero 1, bf16, 8-bit",
 )
 """The others are marked long: every row costs a second on an idle machine, and more where process groups are built."""
 RARE = tuple(name for name in rows() if name not in SOON)
@@ -217,7 +227,9 @@ def test_rarer_rows_hold_as_well(name: str, counted_rarely: list[Found]) -> None
 
 
 # a simulation takes ten seconds
-@pytest.mark.parametrize("name", [n if n == "pp" else pytest.param(n, marks=pytest.mark.long) for n in SIMULATED])
+@pytest.mark.parametrize(
+    "name", [n if n in ("pp", "zero 1, bf16, 8-bit") else pytest.param(n, marks=pytest.mark.long) for n in SIMULATED]
+)
 def test_a_simulated_rank_does_exactly_what_the_real_one_does(name: str, counted: list[Found]) -> None:
     real = counted[1][name][0]
     simulated = simulate(rows()[name], 2, 1)
@@ -241,6 +253,7 @@ SHORT = ["--training.global_batch_size", "64"]
 LARGE = {
     "7B": ("llama2_7b", []),
     "13B": ("llama2_13b", []),
+    "13B, 8-bit": ("llama2_13b", ["--optimizer.name", "adamw8bit"]),
     "7B, ZeRO-3": ("llama2_7b", ZERO_3),
     "7B, ZeRO-3, replay": ("llama2_7b", [*ZERO_3, "--recompute.strategy", "replay"]),
     # one micro-batch of each rank: the same peak, soon simulated

@@ -47,6 +47,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": {"lr_decay_style": "wsd", "lr_wsd_decay_steps": -5}}, "optimizer.lr_wsd_decay_steps is -5"),
     ({"optimizer": {"lr_decay_style": "wsd", "lr_wsd_decay_steps": 999}}, "more than training.train_steps"),
     ({"optimizer": {"lr_decay_style": "wsd", "lr_warmup_steps": 950}}, "lr_wsd_decay_steps 100 are more than"),
+    ({"optimizer": {"name": "adamw8bit", "adam_eps": 1e-11}}, "adam_eps is 1e-11, .* use at least 1e-10, or adamw"),
     ({"parallel": {"sequence_parallel": True}}, "parallel.sequence_parallel is true"),
     ({"parallel": {"virtual_pipeline_model_parallel_size": 2}}, "needs pipeline_model_parallel_size above 1"),
     ({"parallel": PP2, "deepspeed_section": {"zero_optimization": {"stage": 2}}}, "use stage 1"),
@@ -246,6 +247,16 @@ def test_faults_that_cannot_be_handled_so_are_refused(faults: dict[str, Any], me
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(offloaded, faults=FaultsConfig(**faults))
     dataclasses.replace(offloaded, faults=FaultsConfig())
+
+
+@pytest.mark.parametrize("device", ["cpu", "nvme"])
+def test_8_bit_moments_are_not_offloaded(device: str) -> None:
+    zero = {"stage": 3, "offload_optimizer": {"device": device, "nvme_path": "/tmp"}}
+    with pytest.raises(
+        ConfigError, match=r"optimizer.name is adamw8bit, .*: use adamw, or leave offload_optimizer out$"
+    ):
+        tiny_config(optimizer={"name": "adamw8bit"}, deepspeed_section={"zero_optimization": zero})
+    tiny_config(optimizer={"name": "adamw8bit"}, deepspeed_section={"zero_optimization": {"stage": 3}})
 
 
 def test_the_defaults_are_valid() -> None:

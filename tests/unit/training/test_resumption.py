@@ -72,6 +72,29 @@ def test_other_settings_are_one_note_and_what_changes_no_weight_is_none() -> Non
     )
 
 
+@pytest.mark.parametrize("older", [False, True])
+def test_another_optimizer_is_a_warning_that_says_what_becomes_of_the_moments(older: bool) -> None:
+    """Moments are converted; a checkpoint of an older version, which does not name its optimizer, is AdamW's."""
+    adamw, eight_bit = tiny_config(), tiny_config(optimizer={"name": "adamw8bit"})
+    saved = resolved(adamw)
+    if older:
+        del saved["optimizer"]["name"]
+    state = {"samples": 1, "trained_on": TrainedOn("a").values()}
+    assert differences(adamw, CHECKPOINT, saved, state, TrainedOn("a")) == []
+    (line,) = differences(eight_bit, CHECKPOINT, saved, state, TrainedOn("a"))
+    assert line == (
+        "warning: optimizer.name differs from the checkpoint's (adamw8bit instead of adamw): its moments are rounded "
+        "to 8 bits from here"
+    )
+    (line,) = remarks_after(adamw, saved=eight_bit)
+    assert line.endswith("(adamw instead of adamw8bit): its moments go on in fp32 from their values in 8 bits")
+
+
+def test_another_layout_rounds_8_bit_moments_again() -> None:
+    assert "8 bits" not in changed_layout(tiny_config(), "device cpu")
+    assert "rounded to 8 bits again" in changed_layout(tiny_config(optimizer={"name": "adamw8bit"}), "device cpu")
+
+
 @pytest.mark.fault("L5")
 def test_how_samples_are_masked_is_warned_of_once_and_where_they_lie_is_not() -> None:
     config = tiny_config()
