@@ -170,7 +170,7 @@ class AdamW8bit(torch.optim.Optimizer):
         for start in first.segments:
             both = zip(first.blocks(start, chunk), second.blocks(start, chunk), strict=True)
             for (elements, codes, scales), (_, root_codes, root_scales) in both:
-                update(
+                (update if codes.shape[1] == BLOCK else update_blocks)(
                     flat[elements].view(codes.shape),
                     flat_gradient[elements].view(codes.shape),
                     (codes, scales, first.code_map),

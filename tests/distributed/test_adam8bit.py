@@ -175,6 +175,8 @@ def convert(folder: str) -> tuple[list[tuple[float, float]], ...]:
 
 
 def test_a_run_goes_on_with_the_other_optimizer(tmp_path: Path) -> None:
-    for one, other in zip(*[iter(run_distributed(convert, 2, str(tmp_path))[0])] * 2, strict=True):
-        assert one != other
-        torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=1e-3, atol=0)
+    fp32, then_8_bit, eight_bit, then_fp32 = (torch.tensor(x) for x in run_distributed(convert, 2, str(tmp_path))[0])
+    assert not torch.equal(fp32, then_8_bit)
+    torch.testing.assert_close(then_8_bit, fp32, rtol=1e-3, atol=0)
+    # the last loss is of one update, which starts from the same values
+    torch.testing.assert_close(then_fp32, eight_bit, rtol=1e-6, atol=0)
