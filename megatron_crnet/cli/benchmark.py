@@ -40,6 +40,7 @@ COLUMNS: tuple[str, ...] = (
     "by CPU time",
     "MFU",
 )
+BITS = ("losses", "grad_norms")
 COLUMNS += ("MFU, whole attention", "peak memory, MiB")
 
 
@@ -58,7 +59,15 @@ def build_parser(prog: str) -> ConfigParser:
     parser.add_argument("--warm-up", type=int, default=2, help="steps of each row before them (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of each process (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of rows (default: %(default)s)")
-    parser.add_argument("--peak-tflops", type=float, help="of one device; without it matrix products measure it")
+    parser.add_argument(
+        "--peak-tflops",
+        type=float,
+        help="of one device; without it the data sheet of a GPU that is known, else matrix products measure it",
+    )
+    parser.add_argument("--alone", action="store_true", help="one row after another, if they do not fit the device")
+    parser.add_argument(
+        "--same-bits", action="store_true", help="fail unless losses and gradients' norms of all rows are equal"
+    )
     add_record_options(parser)
     return parser
 
@@ -111,7 +120,7 @@ def run(call: Call) -> int:
     from megatron_crnet.utils.environment import command_line
 
     peak = None if args.peak_tflops is None else args.peak_tflops * 1e12
-    plan = BenchmarkPlan(args.repeats, args.warm_up, args.threads, args.seed, peak)
+    plan = BenchmarkPlan(args.repeats, args.warm_up, args.threads, args.seed, peak, args.alone)
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -124,4 +133,9 @@ def run(call: Call) -> int:
     if interruption.received is not None:
         say(f"stopped by {interruption.received.name}: the table holds what was measured so far")
         return INTERRUPTED
-    return 0 if any("median_s" in row for row in record["rows"]) else 1
+    measured = [row for row in record["rows"] if "median_s" in row]
+    if not args.same_bits or not measured:
+        return 0 if measured else 1
+    other = [row["name"] for row in measured if [row[k] for k in BITS] != [measured[0][k] for k in BITS]]
+    print(f"other bits than {measured[0]['name']}: {', '.join(other)}" if other else "all rows have the same bits")
+    return 1 if other or len(measured) < len(record["rows"]) else 0

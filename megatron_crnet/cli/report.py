@@ -25,7 +25,7 @@ def build_parser(prog: str) -> ToolParser:
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="page; .md lies beside it")
     parser.add_argument("--overwrite", action="store_true", help="replace an older page")
     parser.add_argument("--title", default="CR-Net: scaling report")
-    parser.add_argument("--peak-tflops", type=float, help="of one device, for the MFU of runs (benchmarks hold theirs)")
+    parser.add_argument("--peak-tflops", type=float, help="of one device, for the MFU of runs; default: its data sheet")
     return parser
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -61,6 +62,14 @@ MACHINES = {
     "h200": Machine("h200", 989e12, 139 * GIB, 4.8e12, 450e9, 50e9, 64e9, peak_flops_fp32=67e12),
 }
 """By the names that `--gpu` takes."""
+
+
+def machine_of_gpu(device: str) -> Machine | None:
+    """The machine whose GPU CUDA calls `device`; None for unknown ones, and for PCIe and NVL, which are slower."""
+    words = re.split(r"[^a-z0-9]+", device.lower())
+    if "pcie" in words or "nvl" in words:
+        return None
+    return next((machine for name, machine in MACHINES.items() if name.partition("-")[0] in words), None)
 
 
 def find_machine(name: str) -> Machine:

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ import torch
 from megatron_crnet.config.deepspeed import zero_stage
 from megatron_crnet.config.model_size import flops_per_token, total_parameters
 from megatron_crnet.config.schema import Config
+from megatron_crnet.planning.machines import machine_of_gpu
 from megatron_crnet.reporting.benchmark_rows import Row
 from megatron_crnet.reporting.rank_group import RankError, RankGroup
 from megatron_crnet.reporting.step_identity import identify_step
@@ -40,7 +42,9 @@ class BenchmarkPlan:
         warm_up: steps of each row before them.
         threads: of each process.
         seed: of the order of rows.
-        peak_flops: of one device, operations per second; None measures it by matrix products.
+        peak_flops: of one device, operations per second; None takes the data sheet of a GPU that is known, and else
+            measures it by matrix products.
+        alone: measure one row after another, where the device cannot hold all of them at once.
     """
 
     repeats: int = 10
@@ -48,6 +52,7 @@ class BenchmarkPlan:
     threads: int = 1
     seed: int = 0
     peak_flops: float | None = None
+    alone: bool = False
 
     def __post_init__(self) -> None:
         require_positive("benchmark", repeats=self.repeats, warm_up=self.warm_up, threads=self.threads)
@@ -113,18 +118,23 @@ def measure(
     """
     before, candidates = machine(), _candidates(rows, options)
     measured = [c for c in candidates if c.config is not None and c.twin is None]
+    sheet, source = _data_sheet(before["gpus"], measured)
+    if plan.peak_flops is not None:
+        sheet, source = plan.peak_flops, "given"
     try:
-        say(f"starting the processes of {len(measured)} rows")
-        for candidate in measured:
-            processes = candidate.row.processes
-            candidate.ranks = RankGroup(benchmark_rank, candidate.config, processes=processes, threads=plan.threads)
-        for number, candidate in enumerate(measured, 1):
-            if stopped():
-                break
-            candidate.ready = candidate.ask(RankGroup.answers, say)
-            if candidate.ready:
-                say(f"{number} of {len(measured)} ready: {candidate.row.name}")
-        peak = _repeat(measured, plan, say, stopped)
+        if plan.alone:
+            peak = _one_by_one(measured, plan, sheet is None, say, stopped)
+        else:
+            say(f"starting the processes of {len(measured)} rows")
+            for candidate in measured:
+                _start(candidate, plan)
+            for number, candidate in enumerate(measured, 1):
+                if stopped():
+                    break
+                candidate.ready = candidate.ask(RankGroup.answers, say)
+                if candidate.ready:
+                    say(f"{number} of {len(measured)} ready: {candidate.row.name}")
+            peak = _repeat(measured, plan, sheet is None, say, stopped)
     finally:
         for candidate in measured:
             if candidate.ranks is not None:
@@ -136,10 +146,57 @@ def measure(
         "versions": versions(),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "plan": asdict(plan),
-        "peak_flops": plan.peak_flops or peak,
-        "peak_source": "given" if plan.peak_flops else f"best of {PRODUCT} x {PRODUCT} matrix products on this device",
-        "rows": _records(candidates, plan.peak_flops or peak),
+        "peak_flops": sheet or peak,
+        "peak_source": source,
+        "rows": _records(candidates, sheet or peak),
     }
+
+
+def _data_sheet(gpus: list[str], measured: list[Candidate]) -> tuple[float | None, str]:
+    """Operations per second of the GPU in the precision of the first row, and where the figure is from; or None."""
+    card, configs = machine_of_gpu(gpus[0]) if gpus else None, [c.config for c in measured if c.config is not None]
+    if card is None or not configs:
+        return None, f"best of {PRODUCT} x {PRODUCT} matrix products on this device"
+    dtype = configs[0].training.dtype
+    return card.peak(dtype), f"data sheet of {card.name}, {dtype}"
+
+
+def _start(candidate: Candidate, plan: BenchmarkPlan) -> None:
+    # with CUDA the libraries ask for devices when they are imported, after which a fork cannot use them
+    preload = ("megatron_crnet.engine.engine",) if plan.alone and not torch.cuda.is_available() else ()
+    candidate.ranks = RankGroup(
+        benchmark_rank,
+        candidate.config,
+        plan.alone,
+        processes=candidate.row.processes,
+        threads=plan.threads,
+        preload=preload,
+    )
+
+
+def _one_by_one(
+    measured: list[Candidate],
+    plan: BenchmarkPlan,
+    measures_peak: bool,
+    say: Callable[[str], None],
+    stopped: Callable[[], bool],
+) -> float:
+    """All steps of a row before the next is built, whose process imports the libraries meanwhile. Returns the peak."""
+    peak = 0.0
+    for candidate, following in zip_longest(measured, measured[1:]):
+        if stopped():
+            break
+        for row in (candidate, following):
+            if row is not None and row.ranks is None:
+                _start(row, plan)
+        candidate.ask(RankGroup.answers, say)
+        candidate.ready = candidate.ask(RankGroup.ask, say)
+        if candidate.ready and candidate.ranks is not None:
+            say(f"alone: {candidate.row.name}")
+            peak = max(peak, _repeat([candidate], plan, measures_peak, say, stopped))
+        if candidate.ranks is not None:
+            candidate.ranks.close()
+    return peak
 
 
 def _candidates(rows: Sequence[Row], options: Sequence[str]) -> list[Candidate]:
@@ -157,12 +214,16 @@ def _candidates(rows: Sequence[Row], options: Sequence[str]) -> list[Candidate]:
 
 
 def _repeat(
-    measured: list[Candidate], plan: BenchmarkPlan, say: Callable[[str], None], stopped: Callable[[], bool]
+    measured: list[Candidate],
+    plan: BenchmarkPlan,
+    measures_peak: bool,
+    say: Callable[[str], None],
+    stopped: Callable[[], bool],
 ) -> float:
     """Step all rows in turn. Returns the best rate of matrix products seen, operations per second."""
     order, peak, started = random.Random(plan.seed), 0.0, time.monotonic()
     for repeat in range(-plan.warm_up, plan.repeats):
-        if plan.peak_flops is None:
+        if measures_peak:
             peak = max(peak, _matmul_rate(measured, plan.threads))
         for candidate in order.sample(measured, len(measured)):
             if stopped():
@@ -273,6 +334,8 @@ def _speeds(source: Candidate, facts: dict[str, Any], peak: float) -> dict[str, 
         "mfu": mfu,
         "mfu_whole_attention": whole,
         "loss": source.steps[-1][-1].loss,
+        "losses": [step[-1].loss for step in source.steps],
+        "grad_norms": [step[-1].grad_norm for step in source.steps],
     }
 
 

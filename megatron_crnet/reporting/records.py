@@ -98,7 +98,7 @@ Row = model(
     {"mfu mfu_whole_attention": Amount, "step": Step, "ranks": many(Rank)},
 )
 """A measured row of a benchmark."""
-Rates = {"tokens step_time_s tokens_per_s tflops_per_device": Amount}
+Rates = {"tokens step_time_s tokens_per_s tflops_per_device tflops_per_device_whole_attention": Amount}
 Losses = {"loss validation_loss validation_perplexity": Number}
 MetricsLine = model("MetricsLine", {"step": Annotated[Amount, Field(le=1e15)]}, {**Rates, **Losses})
 Kind = model("Kind", {"kind": Name, "ms share launches": Amount})

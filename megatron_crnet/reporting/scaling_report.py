@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from megatron_crnet.config.model_size import flops_per_token, total_parameters
+from megatron_crnet.planning.machines import machine_of_gpu
 from megatron_crnet.reporting.inputs import MEASURED, SAME, ReportInputs, Run
 from megatron_crnet.reporting.page import Section, Table
 from megatron_crnet.reporting.pictures import Lines, Series
@@ -57,7 +58,8 @@ def build_sections(inputs: ReportInputs, peak_flops: float | None, command: str)
     """All sections that have content.
 
     Args:
-        peak_flops: of one device, for the MFU of runs; benchmarks bring their own.
+        peak_flops: of one device, for the MFU of runs; None takes the data sheet of each run's GPU, if that is known.
+            Benchmarks bring their own.
         command: that makes this report.
     """
     rows = pd.DataFrame(inputs.rows, columns=[*Row.model_fields, *PARTS, "benchmark", "label"])
@@ -101,9 +103,17 @@ def _cell(value: Any, form: str) -> str:
 def _headlines(inputs: ReportInputs, rows: pd.DataFrame, peak_flops: float | None) -> Section:
     """A row per run, and per sweep of a benchmark."""
     text = "Runs of different length or data cannot be compared by their loss."
-    section = Section("In short", f"{text} {MFU}" if inputs.runs and peak_flops else text)
+    peaks = [_peak(run, peak_flops) for run in inputs.runs]
+    section = Section("In short", f"{text} {MFU}" if any(peak for peak, _ in peaks) else text)
     if inputs.runs:
-        section.tables.append(Table([run_row(run, peak_flops) for run in inputs.runs], text=2))
+        known = any(peak for peak, _ in peaks)
+        cells = [run_row(run, peak if known else None) for run, (peak, _) in zip(inputs.runs, peaks, strict=True)]
+        section.tables.append(Table(cells, text=2))
+    named = [(run.name, *peak) for run, peak in zip(inputs.runs, peaks, strict=True)]
+    named += [(r["name"], r["peak_flops"], r["peak_source"] or "?") for r in inputs.of_kind("benchmark")]
+    section.notes = [
+        f"MFU of {name}: of {peak / 1e12:.3g} TFLOP/s per device ({of})" for name, peak, of in named if peak
+    ]
     if len(rows):
         groups = rows.groupby(["benchmark", "sweep"], sort=False)
         fast = rows.loc[groups["speed_of_first"].idxmax()].reset_index(drop=True)
@@ -117,11 +127,19 @@ def _headlines(inputs: ReportInputs, rows: pd.DataFrame, peak_flops: float | Non
     return section
 
 
+def _peak(run: Run, given: float | None) -> tuple[float, str]:
+    """Operations per second of one device of a run, and where that is from; 0 where it is unknown."""
+    gpus = (run.facts["machine"] or {}).get("gpus") or [""]
+    card, dtype = machine_of_gpu(gpus[0]), run.config.training.dtype if run.config else "bf16"
+    if given is not None:
+        return given, "--peak-tflops"
+    return (card.peak(dtype), f"data sheet of {card.name}, {dtype}") if card else (0.0, "")
+
+
 def run_row(run: Run, peak_flops: float | None = None) -> dict[str, str]:
-    """The headline figures of a run."""
-    config, rate = run.config, run.median("tflops_per_device")
-    share = rate * 1e12 / peak_flops if rate and peak_flops else None
-    whole = share * growth if share and (growth := _whole_attention(run)) else None
+    """The headline figures of a run; with MFU where `peak_flops` is given, 0 for an unknown one."""
+    config, rates = run.config, (run.median("tflops_per_device"), _whole_attention(run))
+    share, whole = (rate * 1e12 / peak_flops if rate and peak_flops else None for rate in rates)
     return {
         "run": run.name,
         "variant": config.model.variant if config else "-",
@@ -129,7 +147,7 @@ def run_row(run: Run, peak_flops: float | None = None) -> dict[str, str]:
         "perplexity": _cell(run.last("validation_perplexity"), "{:,.2f}"),
         "training loss": _cell(run.last("loss"), "{:.4f}"),
         "tokens/s": _cell(run.median("tokens_per_s"), "{:,.0f}"),
-        **({"MFU": _cell(share, "{:.1%}"), WHOLE: _cell(whole, "{:.1%}")} if peak_flops else {}),
+        **({"MFU": _cell(share, "{:.1%}"), WHOLE: _cell(whole, "{:.1%}")} if peak_flops is not None else {}),
         "tokens": _cell(run.last("tokens"), "{:,.0f}"),
         "steps": _cell(run.last("step"), "{:,.0f}"),
         "parameters": f"{total_parameters(config.model) / 1e6:,.2f}M" if config else "-",
@@ -139,11 +157,12 @@ def run_row(run: Run, peak_flops: float | None = None) -> dict[str, str]:
 
 
 def _whole_attention(run: Run) -> float | None:
-    """Factor of a run's operations if attention is counted whole; None where it depends on the lengths of documents."""
-    if run.config is None or run.config.data.reset_attention_mask:
-        return None
+    """`tflops_per_device` with attention whole; of older runs None where it depends on the lengths of documents."""
+    rate, whole = run.median("tflops_per_device"), run.median("tflops_per_device_whole_attention")
+    if whole or not rate or run.config is None or run.config.data.reset_attention_mask:
+        return whole
     model, length = run.config.model, run.config.training.seq_length
-    return flops_per_token(model, length, whole_attention=True) / flops_per_token(model, length)
+    return rate * flops_per_token(model, length, whole_attention=True) / flops_per_token(model, length)
 
 
 def _loss(inputs: ReportInputs) -> Section:
@@ -176,7 +195,7 @@ def _speed(inputs: ReportInputs, rows: pd.DataFrame, peak_flops: float | None) -
     )
     rates = [(run.processes, run.median("tokens_per_s"), run.median("tflops_per_device")) for run in inputs.runs]
     runs = pd.DataFrame(rates, columns=["processes", "tokens_per_s", "mfu"], dtype=float)
-    runs["mfu"] *= 1e12 / peak_flops if peak_flops else float("nan")
+    runs["mfu"] *= [1e12 / peak if (peak := _peak(run, peak_flops)[0]) else float("nan") for run in inputs.runs]
     scaled = [*_by_sweep(rows, ("strong", "weak"))]
     if not scaled and runs.dropna(subset=["processes", "tokens_per_s"])["processes"].nunique() < 2:
         return section

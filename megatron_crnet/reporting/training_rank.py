@@ -53,19 +53,31 @@ class WorkerReady:
 
 @dataclass(frozen=True)
 class StepTiming:
-    """One step of a rank: wall-clock seconds, seconds of its processor, and the loss."""
+    """One step of a rank: wall-clock seconds, seconds of its processor, the loss and the gradients' norm."""
 
     seconds: float
     cpu_seconds: float
     loss: float
+    grad_norm: float
 
 
-def benchmark_rank(config: Config) -> Iterator[WorkerReady | StepTiming]:
-    """The program of a rank: counts a step, then times one after another."""
-    rank = _TrainingRank(config)
-    yield rank.counted()
-    while True:
-        yield rank.timed()
+def benchmark_rank(config: Config, waits: bool = False) -> Iterator[WorkerReady | StepTiming | None]:
+    """The program of a rank: counts a step, then times one after another.
+
+    Args:
+        waits: answer None before anything is built, when the libraries are imported.
+    """
+    from megatron_crnet.engine.determinism import deterministic_algorithms
+
+    with deterministic_algorithms(config.training.deterministic):
+        if waits:
+            from megatron_crnet.engine import engine  # noqa: F401
+
+            yield None
+        rank = _TrainingRank(config)
+        yield rank.counted()
+        while True:
+            yield rank.timed()
 
 
 def resident_rank(config: Config) -> Iterator[dict[str, Any]]:
@@ -141,7 +153,8 @@ class _TrainingRank:
         started, cpu_started = time.perf_counter(), time.process_time()
         loss = self.step()
         torch.cuda.synchronize()
-        return StepTiming(time.perf_counter() - started, time.process_time() - cpu_started, loss)
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+        return StepTiming(seconds, cpu_seconds, loss, self.engine.last_grad_norm or 0.0)
 
 
 class _AllocatorMemory(nullcontext[None]):

@@ -54,6 +54,21 @@ def test_rows_of_every_kind_in_one_run(tmp_path: Path) -> None:
     assert done.stdout.count("not measured") == 2
 
 
+def test_rows_alone_have_the_same_bits_or_are_named(tmp_path: Path) -> None:
+    options = [f"--{key}={value}" for key, value in TINY.items()]
+    rows = ["none:", "replay: --recompute.strategy replay", "other: --training.seed 7"]
+    target = tmp_path / "benchmark.json"
+    command = [*options, *(f"--row={row}" for row in rows), "--repeats=2", "--alone", "--same-bits", f"--json={target}"]
+    done = start(command, program="tools/benchmark.py")
+    assert done.returncode == 1, done.stderr
+    assert "other bits than none: other\n" in done.stdout
+    none, replay, other = json.loads(target.read_text())["rows"]
+    assert len(none["losses"]) == len(none["grad_norms"]) == 2
+    assert (none["losses"], none["grad_norms"]) == (replay["losses"], replay["grad_norms"])
+    assert none["grad_norms"] != other["grad_norms"]
+    assert none["step"]["fingerprint"] != replay["step"]["fingerprint"]
+
+
 def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
     done = start(["--config=examples/quickstart.yaml", "--row=nonsense"], program="tools/benchmark.py")
     assert done.returncode == 2

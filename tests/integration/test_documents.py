@@ -68,6 +68,10 @@ def test_tokens_count_what_is_trained_and_operations_what_is_attended_to(
             found = lines_of(output, "tflops_per_device")[step] * 1e12 / lines_of(output, "tokens_per_s")[step]
             if output == across:
                 assert found == pytest.approx(whole)
+                unmasked = lines_of(output, "tflops_per_device_whole_attention")[step]
+                assert unmasked - lines_of(output, "tflops_per_device")[step] == pytest.approx(
+                    (whole - linear) * lines_of(output, "tokens_per_s")[step] / 1e12
+                )
             else:
                 assert linear < found * share < (linear + whole) / 2 * 1.1
     assert lines_of(within, "loss")[1] != lines_of(across, "loss")[1]

@@ -27,6 +27,7 @@ LOGGED = {
     "step_time_s",
     "tokens_per_s",
     "tflops_per_device",
+    "tflops_per_device_whole_attention",
     "peak_memory_bytes",
 }
 

@@ -42,7 +42,8 @@ class StepLog(Callback):
         steps, state, config, plan = self._steps, trainer.state, trainer.config, trainer.preflight.plan
         seconds = trainer.training_s - self._started
         positions = plan.seq_length * sum(step.samples for step in steps)
-        flops = flops_per_token(config.model, sum(step.context for step in steps) / positions) * positions
+        context = sum(step.context for step in steps) / positions
+        rate = positions / seconds / trainer.context.world_size / 1e12
         values = {
             "tokens": state.tokens,
             "loss": state.unlogged_loss / state.unlogged_steps,
@@ -50,7 +51,8 @@ class StepLog(Callback):
             "lr": state.lr,
             "step_time_s": seconds / len(steps),
             "tokens_per_s": sum(step.tokens for step in steps) / seconds,
-            "tflops_per_device": flops / seconds / trainer.context.world_size / 1e12,
+            "tflops_per_device": flops_per_token(config.model, context) * rate,
+            "tflops_per_device_whole_attention": flops_per_token(config.model, context, whole_attention=True) * rate,
             "peak_memory_bytes": largest_peak_memory_bytes(trainer.context.device),
         }
         if plan.sizes.has_ramp:

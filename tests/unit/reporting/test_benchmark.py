@@ -22,7 +22,7 @@ OPTIONS = ["--config", str(QUICKSTART)]
 
 def measured(row: Row, times: list[float], options: list[str] = OPTIONS) -> Candidate:
     """A row that took `times`, on two ranks of which the second needs half as long."""
-    steps = [[StepTiming(s, s / 4, 1.0), StepTiming(s / 2, s / 4, 1.0)] for s in times]
+    steps = [[StepTiming(s, s / 4, 1.0, 2.0), StepTiming(s / 2, s / 4, 1.0, 2.0)] for s in times]
     ready = [
         WorkerReady(PeakMemory(4, 3, 2, 1), {"TP all_reduce": 10}, 7),
         WorkerReady(PeakMemory(1, 1, 1, 1), {"PP send": 5}, 8),

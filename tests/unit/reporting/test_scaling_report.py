@@ -198,9 +198,25 @@ def test_the_headline_has_mfu_with_half_and_with_whole_attention(tool: ModuleTyp
         operations = flops_per_token(config.model, config.training.seq_length, whole_attention=whole) * 200 / 2
         assert found[name] == f"{operations / 1e9:.1%}"
     assert "with attention whole, as PaLM, torchtitan and nanochat count" in markdown
+    assert "MFU of run: of 0.001 TFLOP/s per device (--peak-tflops)" in markdown
     changed = replace(config, data=replace(config.data, reset_attention_mask=True))
     save_config(changed, folder / "config.yaml")
     assert re.search(r"\d% \| +- \|", report(tool, tmp_path, folder, Path(peak))[2]), "by the lengths of documents"
+
+
+def test_the_peak_is_that_of_the_runs_card_and_is_named(tool: ModuleType, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", 2)
+    assert "MFU of" not in report(tool, tmp_path, folder)[2]
+    facts = json.loads((folder / "run.json").read_text())
+    facts["machine"]["gpus"] = ["NVIDIA H200"]
+    (folder / "run.json").write_text(json.dumps(facts))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[:-1]:
+        line |= {"tflops_per_device": 33.5, "tflops_per_device_whole_attention": 40.2}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    markdown = report(tool, tmp_path, folder)[2]
+    assert "MFU of run: of 67 TFLOP/s per device (data sheet of h200, fp32)" in markdown
+    assert re.search(r"\| +50.0% \| +60.0% \|", markdown)
 
 
 @pytest.mark.fault("section-5")
