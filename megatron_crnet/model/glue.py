@@ -17,6 +17,7 @@ its meaning, its fallback and its test.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
@@ -30,6 +31,8 @@ from torch._subclasses import FakeTensor
 
 from megatron_crnet.utils.errors import ConfigError, require
 
+RECOMPILE_LIMIT = 256
+SWITCH = "set training.cross_layer_fusion false"
 FEW = 2**22
 """Elements that plain functions of wide tensors take at once: 16 MiB in fp32."""
 
@@ -165,25 +168,24 @@ def unscaled(differences: Sequence[Tensor], betas: Tensor, eps: float) -> tuple[
     return tuple((y.float() / s).to(y.dtype) for y, s in zip(differences, scales, strict=True))
 
 
-def exponentials(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """exp(logit - m), and in fp32 of each row the largest logit m, the sum, and the label's logit (0 if elsewhere).
+def exponentials_(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row, in fp32, the largest logit m, the sum of exp(logit - m), and the label's logit (0 if elsewhere).
 
     Args:
-        logits: [rows, V]; in fp32 they may be overwritten.
+        logits: [rows, V]; exp(logit - m) takes their place.
         labels: columns, [rows]; any other number for a label that is elsewhere.
     """
     wide, here = logits.float(), (labels >= 0) & (labels < logits.shape[-1])
     largest = wide.amax(-1)
     at_label = wide.gather(-1, labels.where(here, 0).unsqueeze(-1)).squeeze(-1).where(here, 0.0)
     exps = wide.sub_(largest.unsqueeze(-1)).exp_()
-    return exps.to(logits.dtype), largest, exps.sum(-1), at_label
+    total = exps.sum(-1)
+    logits.copy_(exps)
+    return largest, total, at_label
 
 
-def logit_gradient(exps: Tensor, labels: Tensor, share: Tensor, grad: Tensor) -> Tensor:
-    """Gradient of the logits, (softmax - one_hot) grad, where softmax is exps times `share`, [rows].
-
-    Exponentials in fp32 may be overwritten.
-    """
+def logit_gradient_(exps: Tensor, labels: Tensor, share: Tensor, grad: Tensor) -> None:
+    """Replace exps by the logits' gradient, (softmax - one_hot) grad, where softmax is exps times `share`, [rows]."""
     weighted = exps.float().mul_((share * grad).unsqueeze(-1))
     if torch.compiler.is_compiling():
         # in the same pass, where an indexed update would be another
@@ -192,7 +194,7 @@ def logit_gradient(exps: Tensor, labels: Tensor, share: Tensor, grad: Tensor) ->
     else:
         here = (labels >= 0) & (labels < exps.shape[-1])
         weighted.scatter_add_(-1, labels.where(here, 0).unsqueeze(-1), -grad.where(here, 0.0).unsqueeze(-1))
-    return weighted.to(exps.dtype)
+    exps.copy_(weighted)
 
 
 def each(values: Tensor | None, count: int) -> Sequence[Tensor | None]:
@@ -223,8 +225,8 @@ class Glue:
     carried_backward: Callable[..., Any] = carried_backward
     scaled: Callable[..., Any] = scaled
     unscaled: Callable[..., Any] = unscaled
-    exponentials: Callable[..., Any] = exponentials
-    logit_gradient: Callable[..., Any] = logit_gradient
+    exponentials_: Callable[..., Any] = exponentials_
+    logit_gradient_: Callable[..., Any] = logit_gradient_
 
     def map(self, change: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Glue:
         """With every function changed."""
@@ -262,43 +264,58 @@ def working_glue(device: torch.device, dtype: torch.dtype) -> Glue:
         ConfigError: as `choose_glue`.
         torch.OutOfMemoryError, torch.AcceleratorError: the device is full or broken.
     """
-    switch = "set training.cross_layer_fusion false"
     glue = EAGER.map(lambda _, function: compiled(function))
     for name in trial_inputs(device, dtype):
         # anew for both, as some overwrite theirs
         once, again = (trial_inputs(device, dtype)[name] for _ in range(2))
-        wanted = _flat(getattr(EAGER, name)(*once))
-        try:
-            found = _flat(getattr(glue, name)(*again))
-        except (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError):
-            raise
-        except Exception as error:  # whatever the compiler, its cache or the driver raise
-            lines = str(error).strip().splitlines() or [""]
-            raise ConfigError(
-                f"training.cross_layer_fusion is true, but torch.compile does not work here ({type(error).__name__}: "
-                f"{lines[0]}): mend it (a C compiler, and folders in TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR "
-                f"that can be written), or {switch}"
-            ) from error
+        # with the inputs, as some are replaced
+        wanted = _flat((getattr(EAGER, name)(*once), *once))
+        found = _flat((getattr(glue, name)(*again), *again))
         agrees = all(torch.allclose(x, y, rtol=_bound(x), atol=_bound(x)) for x, y in zip(found, wanted, strict=True))
         require(
             agrees,
-            f"training.cross_layer_fusion is true, but {name} compiled on {device} gives other numbers: {switch}",
+            f"training.cross_layer_fusion is true, but {name} compiled on {device} gives other numbers: {SWITCH}",
         )
     return glue
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as one region.
+    """The function as one region, which raises ConfigError where it cannot be compiled.
 
-    What is compiled follows from shapes and dtypes alone (`dynamic=False`), so a recomputed tensor meets the kernel
-    that the first one met, and casts to bf16 are kept, so a value is the same whether it was stored in between.
+    What is compiled follows from shapes and dtypes alone: `dynamic=False`, and no choice between kernels by timing them
+    (`deterministic`), so a recomputed tensor meets the kernel that the first one met, on every rank. Casts to bf16 are
+    kept, so a value is the same whether it was stored in between.
     """
     import torch._dynamo.config
+    import torch._inductor.config
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
-    # one entry per shape and set of absent arguments; past the limit a function would run as it is
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
     options: dict[str, Any] = {"emulate_precision_casts": True, "compile_threads": 1}
-    return torch.compile(function, dynamic=False, fullgraph=True, options=options)
+    if hasattr(torch._inductor.config, "deterministic"):
+        options["deterministic"] = True
+    keywords: dict[str, Any] = {"dynamic": False, "fullgraph": True, "options": options}
+    # one entry per shape and set of absent arguments; past the limit a call fails. Backward runs in another thread,
+    # which since torch 2.12 does not see what is set here for the process
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        keywords["recompile_limit"] = RECOMPILE_LIMIT
+    else:
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    region = torch.compile(function, **keywords)
+
+    def call(*args: Any) -> Any:
+        try:
+            return region(*args)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except (TorchDynamoException, FailOnRecompileLimitHit, OSError) as error:
+            lines = str(error).strip().splitlines() or [""]
+            raise ConfigError(
+                f"training.cross_layer_fusion is true, but torch.compile does not work here ({type(error).__name__}: "
+                f"{lines[0]}): mend it (a C compiler, and folders in TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR "
+                f"that can be written), or {SWITCH}"
+            ) from error
+
+    return call
 
 
 def trial_inputs(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
@@ -321,13 +338,16 @@ def trial_inputs(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[An
         "carried_backward": (one, other, betas[0], 1e-6),
         "scaled": ((one, other), betas, 1e-6),
         "unscaled": ((one, other), betas, 1e-6),
-        "exponentials": (rows_of, labels),
-        "logit_gradient": (rows_of, labels, values[:, 0, 0].abs(), values[:, 0, 1]),
+        "exponentials_": (rows_of, labels),
+        "logit_gradient_": (rows_of, labels, values[:, 0, 0].abs(), values[:, 0, 1]),
     }
 
 
 def _flat(found: Any) -> list[Tensor]:
-    return [x for x in (found if isinstance(found, tuple) else (found,)) if x is not None]
+    """The tensors of results, in tuples as they come."""
+    if isinstance(found, tuple):
+        return [x for value in found for x in _flat(value)]
+    return [found] if isinstance(found, Tensor) else []
 
 
 def _bound(x: Tensor) -> float:

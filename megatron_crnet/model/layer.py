@@ -164,7 +164,7 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
 
 
 def _norm(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    return norm.with_stream(x) if isinstance(norm, LeanRMSNorm) else (norm(x), x)
+    return norm(x, with_stream=True) if isinstance(norm, LeanRMSNorm) else (norm(x), x)
 
 
 def layer_spec() -> ModuleSpec:

@@ -25,9 +25,7 @@ class _TokenLosses(torch.autograd.Function):
         local = labels.reshape(-1) - group.rank() * rows.shape[1]
         found = []
         for part, of_part in _few(glue, rows, local):
-            exps, *sums = glue.exponentials(part, of_part)
-            part.copy_(exps)
-            found.append(sums)
+            found.append(glue.exponentials_(part, of_part))
         largest, total, at_label = (torch.cat(x) for x in zip(*found, strict=True))
         highest = largest.clone()
         if group.size() > 1:
@@ -46,7 +44,7 @@ class _TokenLosses(torch.autograd.Function):
         local, share = ctx.saved_tensors
         rows, ctx.rows = ctx.rows, None
         for part, *of_part in _few(ctx.glue, rows, local, share, grads[0].reshape(-1)):
-            part.copy_(ctx.glue.logit_gradient(part, *of_part))
+            ctx.glue.logit_gradient_(part, *of_part)
         return None, None, rows.view(*grads[0].shape, -1), None
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
+from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_crnet.model.glue import EAGER, Glue
+from megatron_crnet.model.glue import EAGER, Glue, choose_glue
 from megatron_crnet.model.regions import Norm
 
 
@@ -35,13 +36,14 @@ class LeanRMSNorm(nn.RMSNorm):
 
     glue: Glue = EAGER
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., width]."""
-        return self.with_stream(x)[0]
+    def forward(self, x: Tensor, with_stream: bool = False) -> Any:
+        """The norm of x, [..., width].
 
-    def with_stream(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of x, and x to go on with: backward adds both gradients where it computes the first."""
-        return Norm.apply(self.glue, x, self.weight, self.eps)
+        Args:
+            with_stream: return also x to go on with: backward adds both gradients where it computes the first.
+        """
+        normed, stream = Norm.apply(self.glue, x, self.weight, self.eps)
+        return (normed, stream) if with_stream else normed
 
 
 class CRNetNorm:
@@ -55,5 +57,6 @@ class CRNetNorm:
             norm = fused(hidden_size, eps=eps).to(dtype=config.params_dtype, device=device)
         else:
             norm = LeanRMSNorm(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
+            norm.glue = choose_glue(norm.weight, getattr(config, "cross_layer_fusion", False))
         norm.weight.sequence_parallel = config.sequence_parallel  # type: ignore[union-attr]
         return norm

@@ -1,6 +1,6 @@
 """Glue of a layer: what operations other than matrix products and attention read and write, and how many there are.
 
-Counted on fake tensors, so any size fits, as the difference between a decoder of three layers and one of two. An
+Counted on fake tensors, so any size fits, as the difference between a decoder of four layers and one of three. An
 operation of PyTorch counts its inputs and outputs once; a region that is compiled as a whole counts its own, and one
 launch. `addmm` out of place counts the copy of its third input that PyTorch makes.
 """

@@ -23,7 +23,7 @@ from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.model.block import CRNetTransformerBlock
 from megatron_crnet.model.gpt import build_model_chunks
 from megatron_crnet.planning.counted_step import synthetic_batch
-from megatron_crnet.planning.counters import CommunicationCounter, LiveMemory, flop_counter
+from megatron_crnet.planning.counters import CommunicationCounter, LiveMemory, OperationCounter
 from megatron_crnet.planning.shards import build_local_models
 from megatron_crnet.recompute.planner import kept_widths
 
@@ -159,7 +159,7 @@ def _measure(config: Config, fake: bool) -> dict[str, Any]:
         hidden.requires_grad_()
         rotary = torch.randn(batch[0], 1, 1, transformer.kv_channels, device=device)
         # in a separate pass, because PyTorch's counter keeps the inputs of modules alive
-        with flop_counter() as flops:
+        with OperationCounter() as operations:
             block(hidden, rotary_pos_emb=rotary).sum().backward()
         hidden.grad = torch.zeros_like(hidden)
         with LiveMemory() as memory:
@@ -175,7 +175,7 @@ def _measure(config: Config, fake: bool) -> dict[str, Any]:
     return {
         "kept": kept,
         "peak": peak,
-        "flops": flops.get_total_flops(),
+        "flops": operations.total,
         "formula": kept_widths(transformer, block.layer_range, block.segments) * size,
         "segments": [len(segment) for segment in block.segments],
         "transient": peak - kept,

@@ -113,8 +113,8 @@ def _kept_width(model: LocalModel, chunk: Chunk) -> float:
 
 
 def _logits(model: LocalModel, chunk: Chunk) -> float:
-    """The fp32 exponentials of the logits that the cross-entropy keeps."""
-    return model.tokens * model.config.model.vocab_size // model.tp * 4 if chunk.predicts else 0
+    """The logits, in whose place the cross-entropy keeps exponentials, and then their gradient."""
+    return model.tokens * model.config.model.vocab_size // model.tp * model.element if chunk.predicts else 0
 
 
 def _transient(model: LocalModel, plan: BatchPlan) -> float:
@@ -132,13 +132,11 @@ def _moments(model: LocalModel, plan: BatchPlan, chunk: Chunk) -> Iterator[float
         # under 1F1B the received tensors and their gradients outlive their micro-batch
         received = sum(boundary_widths(transformer, first.layers.start)) * size
     yield -_missing(model, plan)
-    if chunk.predicts and model.bf16:
-        # the bf16 gradient of the logits; the fp32 one replaces the exponentials
-        yield logits / 2 + 2 * received - _missing(model, plan)
-    if chunk.predicts:
+    if chunk.predicts:  # what the loss takes in fp32 for a few tokens
+        yield 8 * min(logits / model.element, FEW) + 2 * received - _missing(model, plan)
         copies = 6 if model.bf16 and model.stage >= 1 else model.element
         output = model.config.model.vocab_size // model.tp * model.config.model.hidden_size * copies
-        yield output + bucket + received - logits - _missing(model, plan)
+        yield output + bucket + received - _missing(model, plan)
     widest = max(transformer.local_width(position) for position in transformer.table.shapes)
     kept = kept_widths(transformer, chunk.layers, chunk.segments)
     for segment in chunk.segments or [range(layer, layer + 1) for layer in chunk.layers]:

@@ -47,7 +47,7 @@ def verdict(found: Estimate) -> str:
     return (
         f"{fits}: {found.peak / GIB:,.1f} of {available / GIB:,.1f} GiB per {found.machine.name}; "
         f"{found.tokens_per_second:,.0f} tokens/s on {found.world_size} "
-        f"(MFU {found.utilization():.1%}, whole attention {found.utilization(whole_attention=True):.1%}); "
+        f"(MFU {found.utilization():.1%}, non-causal {found.utilization(whole_attention=True):.1%}); "
         f"{steps:,} steps in {format_duration(steps * found.time.total)}"
     )
 

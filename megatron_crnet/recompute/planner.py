@@ -219,10 +219,10 @@ def errors_of_previous(errors: Tensor, scales: Tensor, norm_ratios: Tensor) -> T
     """Relative errors of the previous layer's outputs, from those of a layer's own outputs, by position.
 
     Y_{l-1} = (Y_l - z B) / s divides the error of Y_l, and what the forward pass rounded off it, by s, and is
-    rounded itself; in norms of a token's output, relative to the smaller or larger Y_{l-1}. z B is the same bits in
-    both directions and cancels. Roundings to nearest are unbiased and those of different layers independent, so
-    their norms add in squares. Each counts with its largest size, 2.4 times the usual one, which also covers the
-    arithmetic's own roundings in fp32.
+    rounded itself; in norms of a token's output, relative to the smaller or larger Y_{l-1}. The forward pass also
+    rounds s Y_{l-1}, and the difference is rounded once more: both are of the size of Y_{l-1} and not amplified.
+    Roundings to nearest are unbiased and those of different layers independent, so their norms add in squares. Each
+    counts with its largest size, 2.4 times the usual one, which also covers the two and the arithmetic's own in fp32.
 
     Args:
         errors: in roundings (`ROUNDING`), by position or a scalar.

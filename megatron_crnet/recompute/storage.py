@@ -145,6 +145,8 @@ class _Slots:
     def _allocate(self) -> tuple[Tensor, ...]:
         layout = self._layout
         extent = 1 + sum((size - 1) * stride for size, stride in zip(layout.shape, layout.stride, strict=True))
+        # kernels may add in another order where a tensor is aligned otherwise than the one that was saved
+        extent += -extent % 64
         return torch.empty_strided(
             (checkpointing.num_layers, *layout.shape),
             (extent, *layout.stride),
