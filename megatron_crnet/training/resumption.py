@@ -19,6 +19,7 @@ from megatron_crnet.utils.versions import NOT_INSTALLED, library_versions
 
 Values = Mapping[str, Any]
 PYTORCH = "PyTorch's operations"
+COMPILERS = ("torch", "triton")
 
 ORDER = (
     "data.sample_format",
@@ -131,13 +132,13 @@ def _changes(saved: Values, now: Values) -> Iterator[tuple[str, Any, Any]]:
                 yield f"{section}.{name}", before.get(name), fields.get(name)
 
 
-def residual_in_use(config: Config, device: torch.device) -> str:
-    """What computes the layers' glue: `Triton 3.7.1's kernels`, made by torch.compile, or `PyTorch's operations`."""
+def glue_in_use(config: Config, device: torch.device) -> str:
+    """What computes the layers' glue: kernels that torch.compile makes, by their libraries, or PyTorch's operations."""
     runs = compiles(device, config.training.cross_layer_fusion)
-    return _kernels(library_versions(("triton",))) if runs else PYTORCH
+    return _kernels(library_versions(COMPILERS)) if runs else PYTORCH
 
 
-def changed_residual(config: Config, device: torch.device, saved: Values, versions: Mapping[str, str]) -> str | None:
+def changed_glue(config: Config, device: torch.device, saved: Values, versions: Mapping[str, str]) -> str | None:
     """A warning where the layers' glue rounds otherwise than before the checkpoint, else None, as on CPUs.
 
     Args:
@@ -145,14 +146,15 @@ def changed_residual(config: Config, device: torch.device, saved: Values, versio
         versions: of its libraries.
     """
     fused = saved.get("training", {}).get("cross_layer_fusion", False) and versions.get("triton") != NOT_INSTALLED
-    before, now = _kernels(versions) if fused else PYTORCH, residual_in_use(config, device)
+    before, now = _kernels(versions) if fused else PYTORCH, glue_in_use(config, device)
     if device.type != "cuda" or before == now:
         return None
     return (
-        f"what lies between products was computed by {before} until the checkpoint and is by {now} from here, which "
-        "round differently: the losses are the same to rounding, not to the bit"
+        f"the layers' glue was computed by {before} until the checkpoint and is by {now} from here, which round "
+        "differently: the losses are the same to rounding, not to the bit"
     )
 
 
 def _kernels(versions: Mapping[str, str]) -> str:
-    return f"Triton {versions.get('triton', '(unknown version)')}'s kernels"
+    named = (f"{library} {versions.get(library, '(unknown version)')}" for library in COMPILERS)
+    return f"compiled kernels ({', '.join(named)})"

@@ -9,7 +9,7 @@ from megatron_crnet.config.model_size import flops_per_token, total_parameters
 from megatron_crnet.training.callbacks.base import Callback, Step
 from megatron_crnet.training.metrics import largest_peak_memory_bytes
 from megatron_crnet.training.preflight import Preflight
-from megatron_crnet.training.resumption import changed_layout, changed_residual, residual_in_use
+from megatron_crnet.training.resumption import changed_glue, changed_layout, glue_in_use
 
 if TYPE_CHECKING:
     from megatron_crnet.training.trainer import Trainer
@@ -75,9 +75,9 @@ def opening_lines(trainer: Trainer) -> list[str]:
         if trainer.state.samples:
             if trainer.checkpointer.changed_layout is not None:
                 lines.append(changed_layout(config, trainer.checkpointer.changed_layout))
-            changed = changed_residual(config, device, preflight.saved, preflight.state.get("versions", {}))
+            changed = changed_glue(config, device, preflight.saved, preflight.state.get("versions", {}))
             lines += [f"warning: {changed}"] if changed else []
-    lines.append(f"the layers' glue is computed by {residual_in_use(config, device)}")
+    lines.append(f"the layers' glue is computed by {glue_in_use(config, device)}")
     if preflight.entropy is not None:
         lines.append(
             f"unigram entropy of the validation tokens: {preflight.entropy:.4f} nats "

@@ -7,19 +7,20 @@ import torch
 
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.model import glue
-from megatron_crnet.training.resumption import PYTORCH, changed_residual, residual_in_use
-from megatron_crnet.utils.versions import NOT_INSTALLED, library_versions
+from megatron_crnet.training import resumption
+from megatron_crnet.training.resumption import PYTORCH, changed_glue, glue_in_use
+from megatron_crnet.utils.versions import NOT_INSTALLED
 from tests.helpers import tiny_config
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
-VERSIONS = library_versions()
-VERSIONS["triton"] = "3.7.1"
-KERNELS = f"Triton {VERSIONS['triton']}'s kernels"
+VERSIONS = {"torch": "2.13.0", "triton": "3.7.1"}
+KERNELS = "compiled kernels (torch 2.13.0, triton 3.7.1)"
 
 
 @pytest.fixture(autouse=True)
-def triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(glue, "find_spec", lambda name: name)
+    monkeypatch.setattr(resumption, "library_versions", lambda names: {name: VERSIONS[name] for name in names})
 
 
 def saved(**training: Any) -> dict[str, Any]:
@@ -33,11 +34,11 @@ def without_the_field() -> dict[str, Any]:
 
 
 def test_the_one_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert residual_in_use(tiny_config(), CUDA) == KERNELS
-    assert residual_in_use(tiny_config(), CPU) == PYTORCH
-    assert residual_in_use(tiny_config(training={"cross_layer_fusion": False}), CUDA) == PYTORCH
+    assert glue_in_use(tiny_config(), CUDA) == KERNELS
+    assert glue_in_use(tiny_config(), CPU) == PYTORCH
+    assert glue_in_use(tiny_config(training={"cross_layer_fusion": False}), CUDA) == PYTORCH
     monkeypatch.setattr(glue, "find_spec", lambda name: None)
-    assert residual_in_use(tiny_config(), CUDA) == PYTORCH
+    assert glue_in_use(tiny_config(), CUDA) == PYTORCH
 
 
 @pytest.mark.parametrize(
@@ -47,22 +48,23 @@ def test_the_one_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         (without_the_field(), VERSIONS, PYTORCH),
         (saved(cross_layer_fusion=False), VERSIONS, PYTORCH),
         (saved(), {**VERSIONS, "triton": NOT_INSTALLED}, PYTORCH),
-        (saved(), {**VERSIONS, "triton": "2.0.0"}, "Triton 2.0.0's kernels"),
-        (saved(), {}, "Triton (unknown version)'s kernels"),
+        (saved(), {**VERSIONS, "triton": "2.0.0"}, "compiled kernels (torch 2.13.0, triton 2.0.0)"),
+        (saved(), {**VERSIONS, "torch": "2.11.0"}, "compiled kernels (torch 2.11.0, triton 3.7.1)"),
+        (saved(), {}, "compiled kernels (torch (unknown version), triton (unknown version))"),
     ],
 )
 def test_another_one_than_the_checkpoints_is_a_warning_on_cuda(
     before: dict[str, Any], versions: dict[str, str], named: str
 ) -> None:
-    line = changed_residual(tiny_config(), CUDA, before, versions)
+    line = changed_glue(tiny_config(), CUDA, before, versions)
     assert line is not None
     assert f"computed by {named} until the checkpoint and is by {KERNELS}" in line
-    assert changed_residual(tiny_config(), CPU, before, versions) is None
-    assert changed_residual(tiny_config(model={"variant": "cola"}), CUDA, before, versions) is not None
+    assert changed_glue(tiny_config(), CPU, before, versions) is None
+    assert changed_glue(tiny_config(model={"variant": "cola"}), CUDA, before, versions) is not None
 
 
 def test_the_same_one_is_none() -> None:
-    assert changed_residual(tiny_config(), CUDA, saved(), VERSIONS) is None
+    assert changed_glue(tiny_config(), CUDA, saved(), VERSIONS) is None
     plain = tiny_config(training={"cross_layer_fusion": False})
     for before in (without_the_field(), saved(cross_layer_fusion=False)):
-        assert changed_residual(plain, CUDA, before, {**VERSIONS, "triton": "2.0.0"}) is None
+        assert changed_glue(plain, CUDA, before, {**VERSIONS, "triton": "2.0.0"}) is None
