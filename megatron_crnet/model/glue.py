@@ -11,28 +11,20 @@ arrives as G_{l+1}, the gradient of Y_{l+1}, not yet multiplied by s(beta_{l+1})
 that, and give the gradient of beta_{l+1}, which is <G_{l+1}, Y_l> as ds/db = 1. So the residual costs no pass of its
 own in backward (`carried`, below).
 
-All arithmetic is fp32 whatever the storage is. On CUDA each function is compiled as one region (`compiled`); these are
-its meaning, its fallback and its test.
+All arithmetic is fp32 whatever the storage is. On CUDA each function is compiled as one region
+(`model/compiled.py`); these are its meaning, its fallback and its test.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, dot, float32
-from torch._subclasses import FakeTensor
 
-from megatron_crnet.utils.errors import ConfigError, require
-
-RECOMPILE_LIMIT = 256
-SWITCH = "set training.cross_layer_fusion false"
 FEW = 2**22
 """Elements that plain functions of wide tensors take at once: 16 MiB in fp32."""
 
@@ -234,121 +226,3 @@ class Glue:
 
 
 EAGER = Glue()
-
-
-def compiles(device: torch.device, fusion: bool) -> bool:
-    """Whether regions are compiled on this device: they are wanted, and Triton is there.
-
-    Args:
-        fusion: `training.cross_layer_fusion`.
-    """
-    return fusion and device.type == "cuda" and find_spec("triton") is not None
-
-
-def choose_glue(weight: Tensor, fusion: bool) -> Glue:
-    """The compiled regions where they are wanted and `weight` lives where they run, else the plain functions.
-
-    Raises:
-        ConfigError: they cannot be compiled, or give other numbers than the plain functions.
-    """
-    if isinstance(weight, FakeTensor) or not compiles(weight.device, fusion):
-        return EAGER
-    return working_glue(weight.device, weight.dtype)
-
-
-@cache
-def working_glue(device: torch.device, dtype: torch.dtype) -> Glue:
-    """The compiled regions, after a try of each on this device.
-
-    Raises:
-        ConfigError: as `choose_glue`.
-        torch.OutOfMemoryError, torch.AcceleratorError: the device is full or broken.
-    """
-    glue = EAGER.map(lambda _, function: compiled(function))
-    for name in trial_inputs(device, dtype):
-        # anew for both, as some overwrite theirs
-        once, again = (trial_inputs(device, dtype)[name] for _ in range(2))
-        # with the inputs, as some are replaced
-        wanted = _flat((getattr(EAGER, name)(*once), *once))
-        found = _flat((getattr(glue, name)(*again), *again))
-        agrees = all(torch.allclose(x, y, rtol=_bound(x), atol=_bound(x)) for x, y in zip(found, wanted, strict=True))
-        require(
-            agrees,
-            f"training.cross_layer_fusion is true, but {name} compiled on {device} gives other numbers: {SWITCH}",
-        )
-    return glue
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as one region, which raises ConfigError where it cannot be compiled.
-
-    What is compiled follows from shapes and dtypes alone: `dynamic=False`, and no choice between kernels by timing them
-    (`deterministic`), so a recomputed tensor meets the kernel that the first one met, on every rank. Casts to bf16 are
-    kept, so a value is the same whether it was stored in between.
-    """
-    import torch._dynamo.config
-    import torch._inductor.config
-    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
-
-    options: dict[str, Any] = {"emulate_precision_casts": True, "compile_threads": 1}
-    if hasattr(torch._inductor.config, "deterministic"):
-        options["deterministic"] = True
-    keywords: dict[str, Any] = {"dynamic": False, "fullgraph": True, "options": options}
-    # one entry per shape and set of absent arguments; past the limit a call fails. Backward runs in another thread,
-    # which since torch 2.12 does not see what is set here for the process
-    if "recompile_limit" in inspect.signature(torch.compile).parameters:
-        keywords["recompile_limit"] = RECOMPILE_LIMIT
-    else:
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-    region = torch.compile(function, **keywords)
-
-    def call(*args: Any) -> Any:
-        try:
-            return region(*args)
-        except (torch.OutOfMemoryError, torch.AcceleratorError):
-            raise
-        except (TorchDynamoException, FailOnRecompileLimitHit, OSError) as error:
-            lines = str(error).strip().splitlines() or [""]
-            raise ConfigError(
-                f"training.cross_layer_fusion is true, but torch.compile does not work here ({type(error).__name__}: "
-                f"{lines[0]}): mend it (a C compiler, and folders in TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR "
-                f"that can be written), or {SWITCH}"
-            ) from error
-
-    return call
-
-
-def trial_inputs(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
-    """Arguments for every function of `Glue`, by its name."""
-    rows, heads, d = 16, 4, 16
-    values = torch.linspace(-2, 2, rows * 2 * heads * d, device=device).view(rows, 2, heads * d)
-    one, other, third = (values.roll(shift).to(dtype) for shift in (0, 7, 23))
-    betas, angles = torch.tensor([0.5, -1.5], device=device), torch.linspace(0, 3, rows * d // 2, device=device)
-    cos, sin = angles.cos().view(rows, 1, 1, -1), angles.sin().view(rows, 1, 1, -1)
-    rows_of, labels = one[:, 0], torch.arange(-2, rows - 2, device=device) * 5
-    by_head, weight, inverse = one.unflatten(-1, (heads, d)), values[0, 0].to(dtype), values[..., :1].abs()
-    return {
-        "norm": (one, weight, 1e-5),
-        "norm_backward": (one, other, third, weight, inverse),
-        "rotate": (by_head, cos, sin),
-        "rotate_backward": (by_head, cos, sin, other, by_head, betas[0], 1e-6),
-        "swiglu": (one, other),
-        "swiglu_backward": (one, other, third, (other, one), betas, 1e-6),
-        "add_carried": (one, other, third, betas[0], 1e-6),
-        "carried_backward": (one, other, betas[0], 1e-6),
-        "scaled": ((one, other), betas, 1e-6),
-        "unscaled": ((one, other), betas, 1e-6),
-        "exponentials_": (rows_of, labels),
-        "logit_gradient_": (rows_of, labels, values[:, 0, 0].abs(), values[:, 0, 1]),
-    }
-
-
-def _flat(found: Any) -> list[Tensor]:
-    """The tensors of results, in tuples as they come."""
-    if isinstance(found, tuple):
-        return [x for value in found for x in _flat(value)]
-    return [found] if isinstance(found, Tensor) else []
-
-
-def _bound(x: Tensor) -> float:
-    return 1e-4 if x.dtype == float32 else 2**-7  # sums over all elements, in another order

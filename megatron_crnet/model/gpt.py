@@ -15,7 +15,7 @@ from megatron_crnet.config.megatron import CRNetTransformerConfig, build_transfo
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.documents import documents_of
 from megatron_crnet.model.block import CRNetTransformerBlock
-from megatron_crnet.model.glue import choose_glue
+from megatron_crnet.model.compiled import choose_glue
 from megatron_crnet.model.loss import token_losses
 from megatron_crnet.model.weights import initialize, mark_tensor_parallel
 

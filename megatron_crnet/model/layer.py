@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from megatron_crnet.config.megatron import CRNetTransformerConfig
 from megatron_crnet.data.documents import PackedDocuments
 from megatron_crnet.model.attention import SDPACoreAttention
-from megatron_crnet.model.glue import choose_glue
+from megatron_crnet.model.compiled import choose_glue
 from megatron_crnet.model.linear import LinearGroup, LowRankGroup, build_group
 from megatron_crnet.model.norm import CRNetNorm, LeanRMSNorm
 from megatron_crnet.model.regions import Regions, Rotation

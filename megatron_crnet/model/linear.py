@@ -25,7 +25,8 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from torch import Tensor, nn
 
 from megatron_crnet.config.megatron import CRNetTransformerConfig
-from megatron_crnet.model.glue import choose_glue, signed_scale
+from megatron_crnet.model.compiled import choose_glue
+from megatron_crnet.model.glue import signed_scale
 from megatron_crnet.model.lowrank import (
     ProductOptions,
     Reduction,

@@ -14,7 +14,8 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_crnet.model.glue import EAGER, Glue, choose_glue
+from megatron_crnet.model.compiled import choose_glue
+from megatron_crnet.model.glue import EAGER, Glue
 from megatron_crnet.model.regions import Norm
 
 

@@ -14,7 +14,7 @@ import torch
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.fingerprint import TrainedOn
-from megatron_crnet.model.glue import compiles
+from megatron_crnet.model.compiled import compiles
 from megatron_crnet.utils.versions import NOT_INSTALLED, library_versions
 
 Values = Mapping[str, Any]

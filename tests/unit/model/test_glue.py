@@ -15,8 +15,10 @@ from torch import Tensor
 from megatron_crnet.config.schema import RecomputeConfig
 from megatron_crnet.distributed.process_groups import initialize_parallel, shutdown_parallel
 from megatron_crnet.engine.inverse_guard import plan_inverse_segments
-from megatron_crnet.model import glue as module
-from megatron_crnet.model.glue import EAGER, Glue, choose_glue, signed_scale, trial_inputs, working_glue
+from megatron_crnet.model import compiled as module
+from megatron_crnet.model import glue as plain_functions
+from megatron_crnet.model.compiled import choose_glue, tensors_of, trial_inputs, working_glue
+from megatron_crnet.model.glue import EAGER, Glue, signed_scale
 from megatron_crnet.model.gpt import CRNetModel, build_model_chunks
 from megatron_crnet.model.linear import LowRankGroup
 from megatron_crnet.model.lowrank import ProductOptions, low_rank_outputs, previous_outputs
@@ -112,7 +114,7 @@ def test_values_and_gradients_of_a_region_and_the_next_layers_residual_are_plain
 def test_swiglus_gradients_are_the_same_by_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = trial_inputs(CPU, torch.bfloat16)["swiglu_backward"]
     at_once = EAGER.swiglu_backward(*inputs)
-    monkeypatch.setattr(module, "FEW", 3 * inputs[1][0].numel())
+    monkeypatch.setattr(plain_functions, "FEW", 3 * inputs[1][0].numel())
     *gradients, betas = EAGER.swiglu_backward(*inputs)
     assert all(torch.equal(x, y) for x, y in zip(gradients, at_once, strict=False))
     torch.testing.assert_close(betas, at_once[2])
@@ -184,7 +186,7 @@ def test_elementwise_results_in_bf16_are_the_same_bits_compiled(compiled: Glue) 
     inputs = trial_inputs(CPU, torch.bfloat16)
     for name in ("rotate", "scaled", "unscaled"):
         found, wanted = (getattr(glue, name)(*inputs[name]) for glue in (compiled, EAGER))
-        for x, y in zip(module._flat(found), module._flat(wanted), strict=True):
+        for x, y in zip(tensors_of(found), tensors_of(wanted), strict=True):
             assert torch.equal(x, y), name
 
 
@@ -302,5 +304,5 @@ def test_regions_compile_on_a_gpu(dtype: torch.dtype) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     glue = working_glue(device, dtype)
     for name in trial_inputs(device, dtype):
-        once, again = (module._flat(getattr(glue, name)(*trial_inputs(device, dtype)[name])) for _ in range(2))
+        once, again = (tensors_of(getattr(glue, name)(*trial_inputs(device, dtype)[name])) for _ in range(2))
         assert all(torch.equal(x, y) for x, y in zip(once, again, strict=True)), name

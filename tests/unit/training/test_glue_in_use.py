@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_crnet.config.loading import resolved
-from megatron_crnet.model import glue
+from megatron_crnet.model import compiled
 from megatron_crnet.training import resumption
 from megatron_crnet.training.resumption import PYTORCH, changed_glue, glue_in_use
 from megatron_crnet.utils.versions import NOT_INSTALLED
@@ -19,7 +19,7 @@ KERNELS = "compiled kernels (torch 2.13.0, triton 3.7.1)"
 
 @pytest.fixture(autouse=True)
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(glue, "find_spec", lambda name: name)
+    monkeypatch.setattr(compiled, "find_spec", lambda name: name)
     monkeypatch.setattr(resumption, "library_versions", lambda names: {name: VERSIONS[name] for name in names})
 
 
@@ -37,7 +37,7 @@ def test_the_one_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert glue_in_use(tiny_config(), CUDA) == KERNELS
     assert glue_in_use(tiny_config(), CPU) == PYTORCH
     assert glue_in_use(tiny_config(training={"cross_layer_fusion": False}), CUDA) == PYTORCH
-    monkeypatch.setattr(glue, "find_spec", lambda name: None)
+    monkeypatch.setattr(compiled, "find_spec", lambda name: None)
     assert glue_in_use(tiny_config(), CUDA) == PYTORCH
 
 
