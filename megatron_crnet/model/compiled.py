@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, float32
 from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from megatron_crnet.model.glue import EAGER, Glue
 from megatron_crnet.utils.errors import ConfigError, require
@@ -67,7 +68,8 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     What is compiled follows from shapes and dtypes alone: `dynamic=False`, and no choice between kernels by timing them
     (`deterministic`), so a recomputed tensor meets the kernel that the first one met, on every rank. Casts to bf16 are
-    kept, so a value is the same whether it was stored in between.
+    kept, so a value is the same whether it was stored in between. While operations are counted (under a torch dispatch
+    mode, where PyTorch refuses to compile) the function runs as it is.
     """
     import torch._dynamo.config
     import torch._inductor.config
@@ -86,6 +88,8 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     region = torch.compile(function, **keywords)
 
     def call(*args: Any) -> Any:
+        if is_in_torch_dispatch_mode():
+            return function(*args)
         try:
             return region(*args)
         except (torch.OutOfMemoryError, torch.AcceleratorError):

@@ -124,28 +124,38 @@ class _TrainingRank:
         return loss
 
     def counted(self) -> WorkerReady:
-        """Two steps, of which the second is counted: the first one allocates what stays."""
-        from megatron_crnet.engine.schedule import loss_totals
-        from megatron_crnet.planning.counted_step import comm_volumes, state_bytes
+        """A first step, which allocates what stays, and one that is counted.
+
+        On CUDA memory is that of a step of its own, because while operations are counted nothing is compiled.
+        """
+        from megatron_crnet.planning.counted_step import comm_volumes
         from megatron_crnet.planning.counters import CommunicationCounter, OperationCounter
 
-        counter, operations, memory = CommunicationCounter(), OperationCounter(), self.memory
-        with memory:
+        counter, operations = CommunicationCounter(), OperationCounter()
+        with self.memory:
             self.step()
-            memory.reset_peak()
+            apart = self._peak_memory() if torch.cuda.is_available() else None
             with counter, operations:
-                results = self.engine.accumulate(self.batches, self.tokens)
-                after_passes = memory.current
-                weights, optimizer, buffers = state_bytes(self.engine)
-                self.engine.reduce_gradients()
-                loss_totals(results, self.context.device)
-                self.engine.update()
-        gradients = max(after_passes - weights - optimizer - buffers, 0)
-        peak = PeakMemory(weights, optimizer, gradients, max(memory.peak - weights - optimizer - gradients, 0))
+                peak = self._peak_memory()
         traffic: Counter[str] = Counter()
         for flow in comm_volumes(counter):
             traffic[f"{flow.group} {flow.kind}"] += flow.bytes
-        return WorkerReady(peak, dict(traffic), operations.total)
+        return WorkerReady(apart or peak, dict(traffic), operations.total)
+
+    def _peak_memory(self) -> PeakMemory:
+        """That of one step."""
+        from megatron_crnet.engine.schedule import loss_totals
+        from megatron_crnet.planning.counted_step import state_bytes
+
+        self.memory.reset_peak()
+        results = self.engine.accumulate(self.batches, self.tokens)
+        after_passes = self.memory.current
+        weights, optimizer, buffers = state_bytes(self.engine)
+        self.engine.reduce_gradients()
+        loss_totals(results, self.context.device)
+        self.engine.update()
+        gradients = max(after_passes - weights - optimizer - buffers, 0)
+        return PeakMemory(weights, optimizer, gradients, max(self.memory.peak - weights - optimizer - gradients, 0))
 
     def timed(self) -> StepTiming:
         """One step by the clock."""

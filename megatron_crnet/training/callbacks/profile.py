@@ -153,6 +153,8 @@ class _End(Callback):
 def kind_of(name: str) -> str:
     """The kind of a kernel, or of an operation of PyTorch on CPUs."""
     lower = name.lower()
+    if lower.startswith("triton_"):  # named after all that they fuse
+        return "glue"
     return next((kind for kind, parts in KINDS.items() if any(part in lower for part in parts)), "glue")
 
 
@@ -165,10 +167,15 @@ def kernel_rows(events: Iterable[Any], cuda: bool, steps: int) -> list[dict[str,
     """
     ms: Counter[tuple[str, str]] = Counter()
     launches: Counter[tuple[str, str]] = Counter()
+    events = list(events)
+    # a compiled optimizer's have no name of their own
+    launched = {k.name for e in events if e.kernels and _in_optimizer(e) for k in e.kernels} if cuda else set()
     for event in events:
         if (event.device_type == DeviceType.CUDA) != cuda or (cuda and event.is_user_annotation):
             continue
-        row = (event.name, kind_of(event.name) if cuda else _cpu_kind(event))
+        optimizes = event.name.startswith("triton_") and event.name in launched if cuda else _in_optimizer(event)
+        kind = "optimizer" if optimizes else kind_of(event.name)
+        row = (event.name, "host" if not cuda and kind == "glue" and "::" not in event.name else kind)
         ms[row] += (event.time_range.elapsed_us() if cuda else event.self_cpu_time_total) / 1e3 / steps
         launches[row] += 1
     return [
@@ -177,14 +184,10 @@ def kernel_rows(events: Iterable[Any], cuda: bool, steps: int) -> list[dict[str,
     ]
 
 
-def _cpu_kind(event: Any) -> str:
-    caller = event
-    while caller is not None:
-        if caller.name.startswith("Optimizer.step"):
-            return "optimizer"
-        caller = caller.cpu_parent
-    kind = kind_of(event.name)
-    return "host" if kind == "glue" and "::" not in event.name else kind
+def _in_optimizer(event: Any) -> bool:
+    while event is not None and not event.name.startswith("Optimizer.step"):
+        event = event.cpu_parent
+    return event is not None
 
 
 def kind_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

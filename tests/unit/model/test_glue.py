@@ -223,6 +223,13 @@ def test_a_model_with_compiled_regions_recomputes_the_same_bits(compiled: Glue) 
         assert relative_error((name, found[strategy][name], x, x) for name, x in plain.items()) < 0.1, strategy
 
 
+def test_a_compiled_function_runs_as_it_is_while_operations_are_counted() -> None:
+    inputs = trial_inputs(CPU, torch.bfloat16)["swiglu"]
+    with OperationCounter():  # under which PyTorch refuses to compile
+        found = module.compiled(EAGER.swiglu)(*inputs)
+    assert torch.equal(found, EAGER.swiglu(*inputs))
+
+
 def test_fake_tensors_and_cpus_take_the_plain_functions() -> None:
     assert choose_glue(torch.empty(2), fusion=True) is EAGER
 

@@ -24,7 +24,7 @@ from tests.helpers import tiny_config
         ("optimizer", ["void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor<float>>"]),
         ("communication", ["ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL(ncclDevKernelArgs)", "c10d::allreduce_"]),
         ("copies", ["Memcpy DtoD (Device -> Device)", "void at::native::CatArrayBatchedCopy<int>", "aten::copy_"]),
-        ("glue", ["triton_red_fused_add_mul_0", "void at::native::vectorized_elementwise_kernel<4>", "aten::mul"]),
+        ("glue", ["triton_red_fused__to_copy_mul_0", "void at::native::vectorized_elementwise_kernel<4>", "aten::mul"]),
     ],
 )
 def test_a_kernel_has_a_kind_by_its_name(kind: str, names: list[str]) -> None:
@@ -34,13 +34,16 @@ def test_a_kernel_has_a_kind_by_its_name(kind: str, names: list[str]) -> None:
 def event(name: str, us: float = 0.0, cuda: bool = False, **more: Any) -> Any:
     device = DeviceType.CUDA if cuda else DeviceType.CPU
     time = SimpleNamespace(elapsed_us=lambda: us)
-    facts = {"self_cpu_time_total": us, "cpu_parent": None, "is_user_annotation": False, **more}
+    facts = {"self_cpu_time_total": us, "cpu_parent": None, "is_user_annotation": False, "kernels": [], **more}
     return SimpleNamespace(name=name, device_type=device, time_range=time, **facts)
 
 
 def test_kernels_are_counted_per_step_and_operations_by_their_caller() -> None:
     adamw = event("Optimizer.step#AdamW.step", 1000)
+    launched = [SimpleNamespace(name=name) for name in ("triton_poi_fused_lerp_0", "gemm")]
     events = [
+        event("triton_poi_fused_lerp_0", 1000, cuda=True),
+        event("compiled region", 0, cpu_parent=adamw, kernels=launched),
         *(event("gemm", 3000, cuda=True) for _ in range(4)),
         event("a region", 9e9, cuda=True, is_user_annotation=True),
         event("elementwise", 4000, cuda=True),
@@ -52,10 +55,11 @@ def test_kernels_are_counted_per_step_and_operations_by_their_caller() -> None:
     assert kernel_rows(events, cuda=True, steps=2) == [
         {"name": "gemm", "kind": "products", "ms": 6.0, "launches": 2.0},
         {"name": "elementwise", "kind": "glue", "ms": 2.0, "launches": 0.5},
+        {"name": "triton_poi_fused_lerp_0", "kind": "optimizer", "ms": 0.5, "launches": 0.5},
     ]
     assert kind_rows(kernel_rows(events, cuda=False, steps=1)) == [
         {"kind": "glue", "ms": 5.0, "share": 5 / 8.5, "launches": 1.0},
-        {"kind": "optimizer", "ms": 3.0, "share": 3 / 8.5, "launches": 2.0},
+        {"kind": "optimizer", "ms": 3.0, "share": 3 / 8.5, "launches": 3.0},
         {"kind": "host", "ms": 0.5, "share": 0.5 / 8.5, "launches": 1.0},
     ]
 
