@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("plan", "search the fastest layout that fits"),
     "simulate": ("simulate", "count a step of one rank on fake tensors"),
     "benchmark": ("benchmark", "measure training steps of several configurations"),
+    "study": ("study", "train a grid of configurations and compare their losses"),
     "report": ("report", "one page of runs, benchmarks, estimates and simulations"),
     "compare": ("compare", "final losses of runs side by side"),
     "measure-communication": ("measure_communication", "count what a configuration sends"),
