@@ -33,12 +33,7 @@ KINDS = {
 
 
 class Counter(TorchDispatchMode):
-    """Intercepts every operation while it is active; what is compiled runs unseen, as under no counter."""
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Without this PyTorch refuses to run a compiled region under a dispatch mode."""
-        return True
+    """Intercepts every operation while it is active; compiled regions run as they are (`model/compiled.py`)."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
