@@ -53,7 +53,7 @@ def save_and_load(folder: str) -> dict[str, dict[str, Any]]:
                 mine = zero.shards[parameter]
                 whole = torch.zeros(local_shape(parameter).numel())
                 if mine is not None:
-                    mine.cut(whole).copy_(mine.part(zero._tensor(mine.master, kind)))
+                    mine.cut(whole).copy_(mine.read(zero._tensor(parameter, mine.master, kind)))
                 if engine.stage:
                     dist.all_reduce(whole)
                 read = zero.read(parameter, kind)

@@ -18,7 +18,8 @@ from megatron_crnet.planning.estimate import estimate
 from megatron_crnet.planning.tables import dry_run_report
 from tests.integration.conftest import LIMIT_S, ROOT, Corpus, lines_of, start
 
-EXAMPLES = sorted((ROOT / "examples").glob("**/*.yaml"))
+# studies are files of another kind: tests/unit/reporting/test_study.py
+EXAMPLES = sorted(path for path in (ROOT / "examples").glob("**/*.yaml") if path.parent.name != "studies")
 LAYOUTS = [path for path in EXAMPLES if path.parent.name == "layouts"]
 PARAMETERS = {  # benchmark-protocol figures: CR-Net at CoLA's rank, and full rank
     "llama2_60m": (44.7e6, 58.1e6),
