@@ -49,10 +49,10 @@ def working_glue(device: torch.device, dtype: torch.dtype) -> Glue:
         torch.OutOfMemoryError, torch.AcceleratorError: the device is full or broken.
     """
     glue = EAGER.map(lambda _, function: compiled(function))
-    for name in trial_inputs(device, dtype):
-        # anew for both, as some overwrite theirs
-        once, again = (trial_inputs(device, dtype)[name] for _ in range(2))
-        # with the inputs, as some are replaced
+    # twice, as some functions overwrite their inputs, which are compared as well
+    first, second = (trial_inputs(device, dtype) for _ in range(2))
+    for name, once in first.items():
+        again = second[name]
         wanted = tensors_of((getattr(EAGER, name)(*once), *once))
         found = tensors_of((getattr(glue, name)(*again), *again))
         agrees = all(torch.allclose(x, y, rtol=_bound(x), atol=_bound(x)) for x, y in zip(found, wanted, strict=True))

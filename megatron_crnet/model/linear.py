@@ -178,14 +178,14 @@ class LowRankGroup(LinearGroup):
         self.ranks = [config.table.ranks[layer][position] for position in self.positions]
         self.padded_ranks = [config.table.padded_ranks[layer][position] for position in self.positions]
         self.a = self._parameter(sum(self.padded_ranks), self.local_in)
-        # B matrices of one shape are one parameter and one batched product
+        # B matrices of one shape are one parameter
         shapes = zip(self.local_out, self.padded_ranks, strict=True)
         self.batches = [(shape, len(list(same))) for shape, same in groupby(shapes)]
         for index, (shape, count) in enumerate(self.batches):
             self.register_parameter(f"b{index}", self._parameter(count, *shape))
         beta = torch.full((len(self.positions),), config.beta_init, dtype=torch.float32, device=self.a.device)
         self.beta = nn.Parameter(beta) if config.table.has_previous(layer) else None
-        self.glue = choose_glue(self.a, config.cross_layer_fusion)
+        self.regions = Regions(choose_glue(self.a, config.cross_layer_fusion), config.cross_layer_epsilon)
         self.receives = True
         """The previous layer does not scale the gradients of its outputs: that is done here."""
         self.beta_fp32: Tensor | None = None
@@ -216,7 +216,7 @@ class LowRankGroup(LinearGroup):
             self._gather(z, tape)
         betas = self.exact_betas() if previous is not None else None
         if betas is not None and previous is not None and self.receives:
-            previous = Regions(self.glue, self.config.cross_layer_epsilon).receive(betas, previous)
+            previous = self.regions.receive(betas, previous)
         values = betas.detach() if betas is not None else None
         return low_rank_outputs(z, self._stacks(), values, previous, self._options(tape))
 
@@ -241,7 +241,7 @@ class LowRankGroup(LinearGroup):
         assert betas is not None
         assert given is not None
         previous = previous_outputs(z, self._stacks(), betas, given, options)
-        return *previous, signed_scale(betas, options.epsilon)
+        return *previous, signed_scale(betas, self.regions.eps)
 
     def _gather(self, z: Tensor, tape: Tape) -> Tensor:
         """z itself; where products gather it, that is done once for this and for the gradient of B."""
@@ -265,8 +265,7 @@ class LowRankGroup(LinearGroup):
         return ProductOptions(
             gather_group=self.tp_group if self._gathers else None,
             overlap=self.config.overlap_tp_communication,
-            epsilon=self.config.cross_layer_epsilon,
-            glue=self.glue,
+            regions=self.regions,
             known=tape.outputs if tape is not None else None,
             gathered=tape.gathered if tape is not None else None,
         )

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_crnet.model.glue import EAGER, Glue
+from megatron_crnet.model.regions import PLAIN, Regions
 
 
 def gather_sequence(shard: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> tuple[Tensor, Any]:
@@ -97,8 +97,7 @@ class ProductOptions:
     Attributes:
         gather_group: tensor-parallel group over which z is a sequence shard; None when it is whole.
         overlap: start the backward's communication asynchronously (on CUDA).
-        epsilon: `model.cross_layer_epsilon`.
-        glue: what computes s Y_prev, and undoes it.
+        regions: what computes s Y_prev, and undoes it.
         known: the outputs themselves, already rebuilt. Then no product is done; the gradients are those of the
             products.
         gathered: z over the whole sequence, if it has been gathered before.
@@ -106,8 +105,7 @@ class ProductOptions:
 
     gather_group: dist.ProcessGroup | None = None
     overlap: bool = False
-    epsilon: float = 1e-6
-    glue: Glue = EAGER
+    regions: Regions = PLAIN
     known: tuple[Tensor, ...] | None = None
     gathered: Tensor | None = None
 
@@ -153,7 +151,8 @@ class _LowRankOutputs(torch.autograd.Function):
             z = options.gathered
         elif options.gather_group is not None:
             z, _ = gather_sequence(z, options.gather_group)
-        return add_products(z, matrices, options.glue.scaled(previous, betas, options.epsilon) if previous else None)
+        scaled = options.regions.scaled(betas, previous) if betas is not None and previous else None
+        return add_products(z, matrices, scaled)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -232,4 +231,4 @@ def previous_outputs(
     """
     differences = [y.clone(memory_format=torch.contiguous_format) for y in outputs]
     add_products(z if options.gathered is None else options.gathered, matrices, differences, sign=-1)
-    return options.glue.unscaled(differences, betas, options.epsilon)
+    return options.regions.unscaled(betas, differences)

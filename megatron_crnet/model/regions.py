@@ -64,6 +64,18 @@ class Regions:
         """The previous layer's outputs, where that layer does not know this one's betas."""
         return _Receive.apply(self, betas, *previous)
 
+    def scaled(self, betas: Tensor, previous: Sequence[Tensor]) -> Outputs:
+        """s(beta) Y_prev, outside of the autograd graph."""
+        return self.glue.scaled(previous, betas, self.eps)
+
+    def unscaled(self, betas: Tensor, differences: Sequence[Tensor]) -> Outputs:
+        """The inverse of `scaled`."""
+        return self.glue.unscaled(differences, betas, self.eps)
+
+
+PLAIN = Regions()
+"""By the plain functions."""
+
 
 class Norm(torch.autograd.Function):
     """RMSNorm of x [..., width], and x itself, so that the sum of both gradients is part of backward."""

@@ -67,7 +67,7 @@ def by_regions(use: Callable[..., tuple[Any, Sequence[Tensor]]], receives: bool)
         used, carried = use(regions, None if receives else betas, *outputs)
         if receives:
             carried = regions.receive(betas, carried)
-        options = ProductOptions(epsilon=EPS)
+        options = ProductOptions(regions=Regions(EAGER, EPS))
         matrices = [identity.expand(len(carried), -1, -1).contiguous()]
         z = torch.zeros(S, B, HEADS * D * len(carried))
         following = low_rank_outputs(z, matrices, betas.detach(), carried, options)
