@@ -254,7 +254,7 @@ def append_row(path: Path, row: Row) -> None:
 
 
 def _line(run: Run, row: Row) -> str:
-    settings = ", ".join(f"{name.partition('.')[2]} {text_of(value)}" for name, value in run.settings.items())
+    settings = ", ".join(f"{name.partition('.')[2] or name} {text_of(value)}" for name, value in run.settings.items())
     if row["status"] != "complete":
         return f"{settings}, seed {run.seed}: {row['status']}: {row['reason']}"
     return f"{settings}, seed {run.seed}: {row['validation_loss']:.4f} ({format_duration(row['seconds'])})"

@@ -25,7 +25,7 @@ T = TypeVar("T")
 KEYS = {
     "base": FilePath,
     "options": Annotated[dict[str, Any], Rule("a mapping of options such as training.train_steps to values")],
-    "axes": Annotated[dict[str, Any], Rule("a mapping of options to lists of values")],
+    "axes": Annotated[dict[str, Any], Rule("a mapping of options to lists of values, or of names to options")],
     "seeds": Annotated[list[Seed], Rule("a list of integers from 0")],
     "tokens": PositiveCount | None,
     "keep_checkpoints": bool,
@@ -40,20 +40,31 @@ NOT_COMPARED = ("logging.", "checkpoint.", "data.cache_path", "data.num_workers"
 
 @dataclass(frozen=True)
 class Axis:
-    """An option and its values.
+    """An option and its values, or a name for values of several options that belong together.
 
     Attributes:
         extend: factor between the values that are added until the best value lies inside; None adds none.
+        together: the options of each value, if it is a name.
     """
 
     name: str
     values: tuple[Any, ...]
     extend: float | None = None
+    together: Mapping[str, Mapping[str, Any]] | None = None
 
     @property
     def label(self) -> str:
         """The option without its section."""
-        return self.name.partition(".")[2]
+        return self.name.partition(".")[2] or self.name
+
+    def options(self, value: Any) -> Mapping[str, Any]:
+        """The options that a value sets."""
+        return {self.name: value} if self.together is None else self.together[value]
+
+    @property
+    def all_options(self) -> list[str]:
+        """The options that any value sets."""
+        return [self.name] if self.together is None else [name for v in self.together.values() for name in v]
 
 
 @dataclass(frozen=True)
@@ -117,7 +128,7 @@ class Study:
         """
         values = {
             **self.options,
-            **run.settings,
+            **{k: v for axis in self.axes for k, v in axis.options(run.settings[axis.name]).items()},
             "training.seed": run.seed,
             "logging.output_dir": str(self.output / "runs" / run.name),
             "checkpoint.dir": None,
@@ -193,7 +204,8 @@ def read_study(path: Path, output: Path) -> Study:
     values = {key: checked(f"{path}: {key}", KEYS[key], value) for key, value in found.items()}
     axes = tuple(_axis(f"{path}: axes.{name}", name, given) for name, given in values.pop("axes").items())
     require(bool(axes), f"{path}: axes is empty: give at least one option and its values")
-    for name in (*values.get("options", {}), *(axis.name for axis in axes)):
+    of_axes = [{*axis.all_options} for axis in axes]
+    for name in (*values.get("options", {}), *itertools.chain(*of_axes)):
         require("." in name, f"{path}: {name} is not an option of a section: write section.field")
         require(
             name not in ("training.seed", "logging.output_dir", "checkpoint.dir"),
@@ -203,8 +215,10 @@ def read_study(path: Path, output: Path) -> Study:
             "tokens" not in values or name != "training.train_steps",
             f"{path}: training.train_steps follows from tokens: leave one of the two out",
         )
-    for axis in axes:
-        require(axis.name not in values.get("options", {}), f"{path}: {axis.name} is an axis and an option: keep one")
+    options = {*values.get("options", {})}
+    for one, other in itertools.combinations([options, *of_axes], 2):
+        twice, where = min(one & other, default=None), "an axis and an option" if one is options else "in two axes"
+        require(twice is None, f"{path}: {twice} is {where}: keep one")
     seeds = tuple(values.pop("seeds", (1234,)))
     require(bool(seeds), f"{path}: seeds is empty: give at least one, or leave it out")
     _once(f"{path}: seeds", seeds)
@@ -212,7 +226,15 @@ def read_study(path: Path, output: Path) -> Study:
 
 
 def _axis(where: str, name: str, given: Any) -> Axis:
-    """`[values]`, or `{values: [values], extend: factor}`."""
+    """`[values]`, or `{values: [values], extend: factor}`; under a name of its own `{value: {option: value}}`."""
+    if "." not in name:
+        options = isinstance(given, dict) and all(isinstance(v, dict) and v for v in given.values())
+        require(
+            options and bool(given),
+            f"{where} is {shown(given)}: {name} is not an option of a section, so its values are names with options, "
+            "{NAME: {section.field: VALUE}}: correct it",
+        )
+        return Axis(name, tuple(given), together=given)
     given = {"values": given} if isinstance(given, list) else given
     require(
         isinstance(given, dict) and {"values"} <= given.keys() <= {"values", "extend"},

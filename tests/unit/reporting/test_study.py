@@ -67,6 +67,11 @@ def test_the_grid_is_every_combination_with_every_seed_and_the_budget_in_tokens(
         ({"axes": {"optimizer.lr": {"values": [0], "extend": 3}}}, "must be numbers above 0"),
         ({"axes": {"optimizer.lr": {"values": [1], "extend": 1}}}, "extend is 1, but must be a finite number from"),
         ({"axes": {"optimizer": [1]}}, "is not an option of a section"),
+        ({"axes": {"size": {}}}, "its values are names with options"),
+        ({"axes": {"size": {"small": {}}}}, "its values are names with options"),
+        ({"axes": {"size": {"small": {"rank": 4}}}}, "rank is not an option of a section"),
+        ({"axes": {"size": {"small": {"training.seed": 4}}}}, "is set by the study"),
+        ({"axes": {"size": {"s": {"model.rank": 4}}, "model.rank": [4]}}, "is in two axes"),
         ({"axes": {"training.seed": [1]}}, "is set by the study"),
         ({"options": {"checkpoint.dir": "all"}}, "is set by the study"),
         ({"axes": {"optimizer.lr_warmup_steps": [1]}}, "is an axis and an option"),
@@ -95,6 +100,19 @@ def test_what_no_run_can_honour_is_refused_before_the_first(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         study(tmp_path, **changes).check()
+
+
+def test_options_that_belong_together_are_an_axis_of_names(tmp_path: Path) -> None:
+    sizes = {
+        "small": {"model.hidden_size": 32, "model.rank": 8},
+        "large": {"model.hidden_size": 64, "optimizer.lr_multipliers": {"embedding": 2}},
+    }
+    grid = study(tmp_path, axes={"size": sizes, "optimizer.lr": [0.1]})
+    small, large = (grid.config(run) for run in grid.runs() if run.seed == 1)
+    assert (small.model.hidden_size, small.model.rank, small.optimizer.lr_multipliers) == (32, 8, {})
+    assert (large.model.hidden_size, large.model.rank, large.optimizer.lr_multipliers) == (64, 48, {"embedding": 2})
+    rows = {run.key: result(grid, run, 4.0) for run in grid.runs()}
+    assert "size=small, lr=0.1" in study_table(grid, rows)
 
 
 @pytest.fixture
