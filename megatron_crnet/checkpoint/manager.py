@@ -60,6 +60,8 @@ NOT_OF_THE_MODEL = {
     *("beta_init", "init_method_std", "scale_residual_init"),
     *("hidden_dropout", "attention_dropout", "max_position_embeddings"),
 }
+OLDER = {"only_lr_act": False}
+"""Values in checkpoints of versions without these fields of the model."""
 WRITING_LIMIT = timedelta(minutes=30)
 """Timeout of the collective calls of a save, longer than that of training: a slow file system is not a lost rank."""
 Result = TypeVar("Result")
@@ -329,7 +331,7 @@ def check_resumable(
         saved = yaml.safe_load((checkpoint / "config.yaml").read_text())
     except (OSError, yaml.YAMLError) as error:
         raise CheckpointError(f"checkpoint {checkpoint} has no readable config.yaml: remove it") from error
-    wanted, found = resolved(config)["model"], saved["model"]
+    wanted, found = resolved(config)["model"], OLDER | saved["model"]
     names = [name for name in wanted if name not in NOT_OF_THE_MODEL and found.get(name) != wanted[name]]
     if names:
         difference = ", ".join(f"model.{name} {found.get(name)} instead of {wanted[name]}" for name in names)

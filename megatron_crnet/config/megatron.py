@@ -18,8 +18,6 @@ DEFAULT_INVERSE_TOLERANCE = {"bf16": 2.0**-4, "fp32": 1e-4}
 class CRNetTransformerConfig(TransformerConfig):
     """Megatron-Core's configuration with CR-Net's fields."""
 
-    variant: str = "crnet"
-    """`model.variant`."""
     table: PositionTable = field(default_factory=PositionTable)
     """Positions, ranks, widths and chains."""
     cross_layer_epsilon: float = 1e-6
@@ -71,7 +69,6 @@ def build_transformer_config(config: Config) -> CRNetTransformerConfig:
     tp, pp, vpp = parallel.sizes
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
     return CRNetTransformerConfig(
-        variant=model.variant,
         table=position_table(model, parallel.tensor_model_parallel_size, parallel.pad_widths_to),
         cross_layer_epsilon=model.cross_layer_epsilon,
         beta_init=model.beta_init,

@@ -146,6 +146,34 @@ Rank = Annotated[
 
 
 @dataclass(frozen=True)
+class Method:
+    """What a variant makes of a layer's maps.
+
+    Attributes:
+        is_chained: layers add s(beta) times the previous layer's outputs.
+        is_full_rank: no map has factors.
+        has_silu: silu between A and B.
+        full_rank_layers: default of `model.full_rank_layers`.
+    """
+
+    is_chained: bool = False
+    is_full_rank: bool = False
+    has_silu: bool = False
+    full_rank_layers: tuple[int, ...] = ()
+
+
+METHODS = {
+    "crnet": Method(is_chained=True, full_rank_layers=(0,)),
+    "full_rank": Method(is_full_rank=True),
+    "low_rank": Method(),
+    "cola": Method(has_silu=True),
+}
+"""By `model.variant`."""
+ONLY_LR_ACT_FROM = 1024
+"""Hidden width of the smallest of CoLA's models (350M) whose configuration has `only_lr_act`."""
+
+
+@dataclass(frozen=True)
 class PositionTable:
     """What a model configuration says of every position of every layer.
 
@@ -155,6 +183,8 @@ class PositionTable:
         shapes: (h_in, h_out) of each position, over all tensor-parallel ranks.
         tp_size: tensor-parallel ranks.
         pad_to: see `padded`.
+        method: what the maps of low-rank layers are.
+        gate_has_silu: silu(gate) up, else gate up.
     """
 
     architecture: Architecture = LLAMA
@@ -163,6 +193,8 @@ class PositionTable:
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     tp_size: int = 1
     pad_to: int = 1
+    method: Method = METHODS["crnet"]
+    gate_has_silu: bool = True
 
     @cached_property
     def padded_ranks(self) -> tuple[Mapping[str, int], ...]:
@@ -241,10 +273,10 @@ def position_table(model: ModelConfig, tp_size: int = 1, pad_to: int = 1) -> Pos
         pad_to: `parallel.pad_widths_to`.
 
     Raises:
-        ConfigError: `model.rank` or `model.full_rank_layers` does not fit the model.
+        ConfigError: `model.rank`, `model.full_rank_layers` or `model.only_lr_act` does not fit the model.
     """
     full = resolve_full_rank_layers(model.variant, model.full_rank_layers, model.num_layers)
-    heads = model.num_attention_heads
+    heads, method = model.num_attention_heads, METHODS[model.variant]
     widths = {
         "hidden": model.hidden_size,
         "key_value": model.hidden_size // heads * (model.num_query_groups or heads),
@@ -253,11 +285,29 @@ def position_table(model: ModelConfig, tp_size: int = 1, pad_to: int = 1) -> Pos
     return PositionTable(
         LLAMA,
         tuple(resolve_ranks(model.rank, model.num_layers, full)),
-        frozenset({0, *full} if model.variant == "crnet" else range(model.num_layers)),
+        frozenset({0, *full} if method.is_chained else range(model.num_layers)),
         {p.name: (widths[p.h_in], widths[p.h_out]) for p in LLAMA.positions},
         tp_size,
         pad_to,
+        method,
+        not resolve_only_lr_act(model.variant, model.only_lr_act, model.hidden_size),
     )
+
+
+def resolve_only_lr_act(variant: str, asked: bool | None, hidden_size: int) -> bool:
+    """Whether silu stands between factors alone, and not in SwiGLU.
+
+    Args:
+        variant: `model.variant`.
+        asked: `model.only_lr_act`; None is true where CoLA's configurations have it.
+    """
+    if METHODS[variant].has_silu:
+        return hidden_size >= ONLY_LR_ACT_FROM if asked is None else asked
+    if asked:
+        raise ConfigError(
+            f"model.only_lr_act is true, but variant {variant} has no silu between factors: leave it out, or use cola"
+        )
+    return False
 
 
 def resolve_full_rank_layers(variant: str, layers: Sequence[int] | None, num_layers: int) -> list[int]:
@@ -268,15 +318,15 @@ def resolve_full_rank_layers(variant: str, layers: Sequence[int] | None, num_lay
         layers: `model.full_rank_layers`; None takes the variant's default.
         num_layers: L; every entry must lie in 0 .. L-1.
     """
-    if variant == "full_rank":
+    if METHODS[variant].is_full_rank:
         if layers is not None and sorted(set(layers)) != list(range(num_layers)):
             raise ConfigError(
-                f"model.full_rank_layers is {list(layers)}, but variant full_rank has only full-rank layers: "
+                f"model.full_rank_layers is {list(layers)}, but variant {variant} has only full-rank layers: "
                 "leave full_rank_layers out"
             )
         return list(range(num_layers))
     if layers is None:
-        return [0] if variant == "crnet" else []
+        return list(METHODS[variant].full_rank_layers)
     for layer in layers:
         if not 0 <= layer < num_layers:
             raise ConfigError(

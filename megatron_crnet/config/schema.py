@@ -38,6 +38,8 @@ from megatron_crnet.utils.errors import require
 
 Variant = Literal["crnet", "full_rank", "low_rank", "cola"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
+OF_VARIANT: dict[str, Any] = {"full_rank_layers": None, "only_lr_act": None}
+"""Fields of the model that fit some variants only, for a change to another: null is each variant's own."""
 Layers = Annotated[int, Ge(1), Le(1000)]
 Width = Annotated[int, Ge(1), Le(2**20)]
 LearningRate = Annotated[float, Ge(SMALLEST), Le(1000)]
@@ -57,7 +59,7 @@ class ModelConfig(Section, name="model"):
 
     variant: Variant = "crnet"
     """crnet: Y_l = s(beta_l) Y_{l-1} + X_l A_l B_l. low_rank: X A B. cola: B silu(X A) (arXiv
-    2502.10940). full_rank: X W, the plain LLaMA-2."""
+    2502.10940), see only_lr_act. full_rank: X W, the plain LLaMA-2."""
     num_layers: Layers = 8
     """Transformer layers."""
     hidden_size: Width = 256
@@ -78,6 +80,9 @@ class ModelConfig(Section, name="model"):
     full_rank_layers: list[Count] | None = None
     """Layers (from 0) with full-rank weights, which start a new cross-layer chain. null means [0] for
     crnet, [] for low_rank and cola, all for full_rank."""
+    only_lr_act: bool | None = None
+    """cola: silu between factors alone, and down(gate up) in SwiGLU's place. null means what CoLA's configurations
+    have: true for hidden_size from 1024 on (350M and above), false below."""
     beta_init: Annotated[float, Ge(-1000), Le(1000)] = 1.0
     """Initial value of every beta, the coefficient of the previous layer's output."""
     cross_layer_epsilon: Epsilon = 1e-6

@@ -25,6 +25,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megatron_crnet.config.deepspeed import deepspeed_config, is_plain, offloads_optimizer, zero_stage
+from megatron_crnet.config.positions import METHODS
 from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed.consensus import Vote
 from megatron_crnet.distributed.process_groups import MegatronMpu, NormMpu, ParallelContext
@@ -137,7 +138,7 @@ class TrainEngine:
         """What follows from weights that no pass of this process has seen."""
         self._weights_changed()
         inverts = self.config.recompute.traits.inverts
-        self._norms_unknown = inverts and self.config.model.variant == "crnet"
+        self._norms_unknown = inverts and METHODS[self.config.model.variant].is_chained
 
     @torch.no_grad()
     def calibrate_output_norms(self, batches: list[Batch]) -> None:

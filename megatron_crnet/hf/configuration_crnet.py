@@ -33,8 +33,10 @@ class CRNetConfig(PretrainedConfig):
         rank: an integer, a list with one for each layer, or a mapping of the positions q, k, v, o, gate, up, down
             to either.
         full_rank_layers: layers (from 0) that hold X W and start a new cross-layer chain.
+        only_lr_act: gate up in place of silu(gate) up, for cola.
         cross_layer_epsilon: eps of s(beta).
         beta_init: initial value of every beta.
+        scale_residual_init: draw o and down (of low-rank ones b) smaller by 1/sqrt(2 num_hidden_layers).
 
     Raises:
         ValueError: see `check`.
@@ -60,6 +62,8 @@ class CRNetConfig(PretrainedConfig):
         full_rank_layers: list[int] | None = None,
         cross_layer_epsilon: float = 1e-6,
         beta_init: float = 1.0,
+        only_lr_act: bool = False,
+        scale_residual_init: bool = False,
         use_cache: bool = True,
         tie_word_embeddings: bool = False,
         **kwargs: Any,
@@ -82,6 +86,8 @@ class CRNetConfig(PretrainedConfig):
         self.full_rank_layers = [0] if full_rank_layers is None else full_rank_layers
         self.cross_layer_epsilon = cross_layer_epsilon
         self.beta_init = beta_init
+        self.only_lr_act = only_lr_act
+        self.scale_residual_init = scale_residual_init
         self.use_cache = use_cache
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
         self.check()
@@ -98,6 +104,8 @@ class CRNetConfig(PretrainedConfig):
         _check_rotary(getattr(self, "rope_parameters", None) or {})
         if self.variant not in VARIANTS:
             raise ValueError(f"variant is {self.variant!r}, but must be one of {', '.join(VARIANTS)}")
+        if self.only_lr_act and self.variant != "cola":
+            raise ValueError(f"only_lr_act is true, but variant {self.variant} has no silu between factors: use cola")
         heads, width = self.num_attention_heads, self.hidden_size
         if width % heads or (width // heads) % 2:
             raise ValueError(f"hidden_size {width} does not give {heads} num_attention_heads an even width each")
@@ -127,6 +135,11 @@ class CRNetConfig(PretrainedConfig):
         if self.variant == "full_rank" or layer in self.full_rank_layers:
             return 0
         return self.ranks(position)[layer]
+
+    def std_factor(self, position: str) -> float:
+        """What `scale_residual_init` multiplies the initial values of a linear map by."""
+        added = self.scale_residual_init and position in ("o", "down")
+        return (2 * self.num_hidden_layers) ** -0.5 if added else 1.0
 
     def has_previous(self, layer: int) -> bool:
         """Whether the previous layer's outputs are added to those of layer `layer`."""

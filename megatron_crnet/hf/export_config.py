@@ -27,8 +27,12 @@ FIELDS = {
     "cross_layer_epsilon": "cross_layer_epsilon",
     "beta_init": "beta_init",
     "initializer_range": "init_method_std",
+    "only_lr_act": "only_lr_act",
+    "scale_residual_init": "scale_residual_init",
 }
 """Hugging Face's name of each field of ModelConfig; dropout belongs to training alone."""
+OLDER = {"only_lr_act": False, "scale_residual_init": False}
+"""Values in exports of versions without these fields."""
 LENGTH = "max_position_embeddings"
 FOREIGN = (*FIXED, "head_dim", "rope_parameters", "rope_scaling")
 """Fields of LLaMA that CRNetConfig looks at and refuses."""
@@ -57,6 +61,7 @@ def read_export_config(folder: Path) -> Config:
         raise DataError(f"{path} describes a model of type {kind!r}, not crnet: give a folder that to-hf has written")
     if values.get("tie_word_embeddings"):
         raise DataError(f"{path} ties the output layer to the embedding, which no model here does: untie them")
+    values = OLDER | values
     # null, which the trainer takes for the length of its sequences, is nothing here
     length = values.get(LENGTH)
     missing = [name for name in FIELDS if name not in values]

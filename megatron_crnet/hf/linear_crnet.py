@@ -64,7 +64,8 @@ class CrossLayerLinear(nn.Linear):
         rank = config.rank_of(layer, position)
         self.a = Factor(h_in, rank, h_in**-0.5)
         # A B then looks like a matrix of std initializer_range
-        self.b = Factor(rank, h_out, config.initializer_range * (h_in / rank) ** 0.5)
+        std = config.initializer_range * config.std_factor(position)
+        self.b = Factor(rank, h_out, std * (h_in / rank) ** 0.5)
         # fp32 in every model: a step of 1e-3 at 1 is lost in bf16
         has_previous = config.has_previous(layer)
         self.beta = nn.Parameter(torch.full((), config.beta_init, dtype=torch.float32)) if has_previous else None
@@ -109,7 +110,15 @@ class CrossLayerLinear(nn.Linear):
 
 
 class FullRankLinear(nn.Linear):
-    """X W, which ignores the previous layer."""
+    """X W, which ignores the previous layer.
+
+    Args:
+        std: of its initial values.
+    """
+
+    def __init__(self, h_in: int, h_out: int, std: float) -> None:
+        super().__init__(h_in, h_out, bias=False)
+        self.std = std
 
     def forward(self, x: Tensor, previous: Tensor | None = None) -> Tensor:
         """x: [b, s, h_in]. Returns [b, s, h_out]."""
@@ -120,7 +129,7 @@ def linear_map(config: CRNetConfig, layer: int, position: str, h_in: int, h_out:
     """The linear map of a position of a layer."""
     if config.rank_of(layer, position):
         return CrossLayerLinear(config, layer, position, h_in, h_out)
-    return FullRankLinear(h_in, h_out, bias=False)
+    return FullRankLinear(h_in, h_out, config.initializer_range * config.std_factor(position))
 
 
 def base_layer(module: nn.Module) -> nn.Module | None:

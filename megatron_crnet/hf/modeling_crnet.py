@@ -88,7 +88,7 @@ class CRNetMLP(nn.Module):
 
     def __init__(self, config: CRNetConfig, layer: int) -> None:
         super().__init__()
-        h, f = config.hidden_size, config.intermediate_size
+        h, f, self.gate_has_silu = config.hidden_size, config.intermediate_size, not config.only_lr_act
         self.gate_proj = linear_map(config, layer, "gate", h, f)
         self.up_proj = linear_map(config, layer, "up", h, f)
         self.down_proj = linear_map(config, layer, "down", f, h)
@@ -97,7 +97,7 @@ class CRNetMLP(nn.Module):
         """x: [b, s, h], after the norm. Returns the outputs of gate, up and down; the last is the network's."""
         before = previous[4:] or (None,) * 3
         gate, up = self.gate_proj(x, before[0]), self.up_proj(x, before[1])
-        return gate, up, self.down_proj(F.silu(gate) * up, before[2])
+        return gate, up, self.down_proj((F.silu(gate) if self.gate_has_silu else gate) * up, before[2])
 
 
 class CRNetDecoderLayer(GradientCheckpointingLayer):

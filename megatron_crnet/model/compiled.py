@@ -121,6 +121,8 @@ def trial_inputs(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[An
         "rotate_backward": (by_head, cos, sin, other, by_head, betas[0], 1e-6),
         "swiglu": (one, other),
         "swiglu_backward": (one, other, third, (other, one), betas, 1e-6),
+        "product": (one, other),
+        "product_backward": (one, other, third),
         "add_carried": (one, other, third, betas[0], 1e-6),
         "carried_backward": (one, other, betas[0], 1e-6),
         "scaled": ((one, other), betas, 1e-6),

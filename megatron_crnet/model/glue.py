@@ -3,6 +3,7 @@
     norm        n = x / rms(x) * w, and the residual stream x goes on
     rotate      RoPE of q and k: (a, b) -> (a cos - b sin, b cos + a sin) of the halves a, b of a head
     swiglu      act = silu(gate) up
+    product     act = gate up, where silu stands between factors alone (CoLA)
     scaled      s(beta_l) Y_{l-1}, to which the products with B are added in place: Y_l = s(beta_l) Y_{l-1} + Z_l B_l
     unscaled    Y_{l-1} = (Y_l - Z_l B_l) / s(beta_l), from the difference
 
@@ -122,6 +123,16 @@ def _swiglu_gradients(
     return of_gate, of_up, torch.stack(found) if found else None
 
 
+def product(gate: Tensor, up: Tensor) -> Tensor:
+    """gate up."""
+    return gate * up
+
+
+def product_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up."""
+    return grad * up, grad * gate
+
+
 def add_carried(
     grad: Tensor, carried: Tensor | None, y: Tensor | None, beta: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None]:
@@ -213,6 +224,8 @@ class Glue:
     rotate_backward: Callable[..., Any] = rotate_backward
     swiglu: Callable[..., Any] = swiglu
     swiglu_backward: Callable[..., Any] = swiglu_backward
+    product: Callable[..., Any] = product
+    product_backward: Callable[..., Any] = product_backward
     add_carried: Callable[..., Any] = add_carried
     carried_backward: Callable[..., Any] = carried_backward
     scaled: Callable[..., Any] = scaled

@@ -63,7 +63,7 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
         self.linear_gate_up = build_group(config, "gate_up", groups, layer)
         self.linear_down = build_group(config, "down", groups, layer)
         glue = choose_glue(next(self.linear_o.parameters()), config.cross_layer_fusion)
-        self.regions = Regions(glue, config.cross_layer_epsilon)
+        self.regions = Regions(glue, config.cross_layer_epsilon, config.table.gate_has_silu)
         self._next_groups: dict[str, LowRankGroup] = {}
 
     def scales_gradients_of(self, following: CRNetTransformerLayer) -> None:

@@ -251,7 +251,7 @@ class LowRankGroup(LinearGroup):
 
     def _entering(self, z: Tensor) -> Tensor:
         """What B multiplies, up to a gather."""
-        if self.config.variant == "cola":
+        if self.config.table.method.has_silu:
             z = F.silu(z)
         if not self.is_row and self.tp_size > 1 and not self._gathers:
             return copy_to_tensor_model_parallel_region(z, group=self.tp_group)

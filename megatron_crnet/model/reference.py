@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_crnet.config.positions import FULL_RANK, PositionTable, position_table
+from megatron_crnet.config.positions import FULL_RANK, METHODS, PositionTable, position_table
 from megatron_crnet.config.schema import ModelConfig
 from megatron_crnet.model.glue import signed_scale
 
@@ -29,7 +29,7 @@ class CrossLayerLinear(nn.Module):
 
     def __init__(self, h_in: int, h_out: int, rank: int, has_previous: bool, model: ModelConfig) -> None:
         super().__init__()
-        self.eps, self.nonlinear = model.cross_layer_epsilon, model.variant == "cola"
+        self.eps, self.nonlinear = model.cross_layer_epsilon, METHODS[model.variant].has_silu
         if rank == FULL_RANK:
             self.weight = nn.Parameter(torch.empty(h_out, h_in))
         else:
@@ -70,6 +70,7 @@ class ReferenceLayer(nn.Module):
         super().__init__()
         ranks, has_previous, h = table.ranks[layer], table.has_previous(layer), model.hidden_size
         self.heads, self.rope_base = model.num_attention_heads, model.rotary_base
+        self.gate_has_silu = table.gate_has_silu
         self.modules_of_positions = {p.name: p.module for p in table.architecture.positions}
         maps = {p: CrossLayerLinear(*shape, ranks[p], has_previous, model) for p, shape in table.shapes.items()}
         self.self_attn = nn.ModuleDict({f"{p}_proj": maps[p] for p in "qkvo"})
@@ -98,7 +99,8 @@ class ReferenceLayer(nn.Module):
         attention = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
         x = x + linear("o", attention.transpose(1, 2).flatten(2))
         normed = self.post_attention_layernorm(x)
-        return x + linear("down", F.silu(linear("gate", normed)) * linear("up", normed)), y
+        gate, up = linear("gate", normed), linear("up", normed)
+        return x + linear("down", (F.silu(gate) if self.gate_has_silu else gate) * up), y
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.input_layernorm.weight.numel() // self.heads)).transpose(1, 2)

@@ -33,10 +33,12 @@ class Regions:
     Attributes:
         glue: what computes them.
         eps: `model.cross_layer_epsilon`.
+        gate_has_silu: silu(gate) up, else gate up.
     """
 
     glue: Glue = EAGER
     eps: float = 1e-6
+    gate_has_silu: bool = True
 
     def rotary(
         self, rotation: Rotation, betas: Tensor | None, q: Tensor, k: Tensor, v: Tensor
@@ -51,7 +53,10 @@ class Regions:
         return out[:3], out[3:]
 
     def swiglu(self, betas: Tensor | None, gate: Tensor, up: Tensor) -> tuple[Tensor, Outputs]:
-        """silu(gate) up; then gate and up for the next layer. Shapes [s, b, w]; betas: see `rotary`."""
+        """silu(gate) up, or gate up; then gate and up for the next layer. Shapes [s, b, w]; betas: see `rotary`."""
+        if not self.gate_has_silu:
+            assert betas is None, "only cola has a gate without silu, and no chain"
+            return _Product.apply(self.glue, gate, up), (gate, up)
         activation, *outputs = _SwiGLU.apply(self, betas, gate, up)
         return activation, tuple(outputs)
 
@@ -133,6 +138,18 @@ class _SwiGLU(torch.autograd.Function):
         grad, *carried = grads
         d_gate, d_up, d_betas = ctx.regions.glue.swiglu_backward(grad, gate, up, carried, betas, ctx.regions.eps)
         return None, d_betas, d_gate, d_up
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, glue: Glue, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.glue = glue
+        return glue.product(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.glue.product_backward(*grads, *ctx.saved_tensors)
 
 
 class _Carry(torch.autograd.Function):

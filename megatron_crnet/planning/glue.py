@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensorMode
 
 from megatron_crnet.config.megatron import build_transformer_config
 from megatron_crnet.config.positions import position_table
-from megatron_crnet.config.schema import Config, Variant
+from megatron_crnet.config.schema import OF_VARIANT, Config, Variant
 from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.model.block import CRNetTransformerBlock
 from megatron_crnet.model.glue import EAGER
@@ -37,7 +37,14 @@ NO_TRAFFIC = (
     "alias",
     "_unsafe_view",
 )
-BACKWARD = ("norm_backward", "rotate_backward", "swiglu_backward", "add_carried", "carried_backward")
+BACKWARD = (
+    "norm_backward",
+    "rotate_backward",
+    "swiglu_backward",
+    "product_backward",
+    "add_carried",
+    "carried_backward",
+)
 OVERWRITES = ("copy_", "zero_", "fill_")
 
 
@@ -128,7 +135,7 @@ def _counted(config: Config, variant: Variant, layers: int) -> tuple[GlueCounter
         config.model,
         variant=variant,
         num_layers=layers,
-        full_rank_layers=[0] if variant == "crnet" else None,
+        **OF_VARIANT,
         rank=dict(low[-1]) if low else config.model.hidden_size // 4,
     )
     transformer = build_transformer_config(dataclasses.replace(config, model=model, recompute=type(config.recompute)()))

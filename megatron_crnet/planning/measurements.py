@@ -16,8 +16,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch._subclasses import FakeTensorMode
 
 from megatron_crnet.config.megatron import build_transformer_config
-from megatron_crnet.config.positions import position_table
-from megatron_crnet.config.schema import Config, RecomputeConfig
+from megatron_crnet.config.positions import METHODS, position_table
+from megatron_crnet.config.schema import OF_VARIANT, Config, RecomputeConfig
 from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.model.block import CRNetTransformerBlock
@@ -35,7 +35,7 @@ def layer_traffic(config: Config, variant: str) -> dict[str, float]:
     """
     two, three = dict[str, float](), dict[str, float]()
     for layers, found in ((2, two), (3, three)):
-        changes = {"variant": variant, "num_layers": layers, "full_rank_layers": [0] if variant == "crnet" else None}
+        changes = {"variant": variant, "num_layers": layers, **OF_VARIANT}
         *counters, tokens = _count(_shortened(config, changes, pp=1, vpp=None))
         ranks = tuple(dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group()))
         for name, counter, per in zip(("forward", "step", "gradients"), counters, (tokens, tokens, 1), strict=True):
@@ -57,7 +57,7 @@ def boundary_traffic(config: Config) -> dict[int, dict[str, float]]:
     full = [2 * k for k, chunk in enumerate(chunks) if chunk.layers.start in starts]
     changes = {
         "num_layers": 2 * len(chunks),
-        "full_rank_layers": full if config.model.variant == "crnet" else None,
+        "full_rank_layers": full if METHODS[config.model.variant].is_chained else None,
     }
     forward, _, _, tokens = _count(_shortened(config, changes, pp, vpp))
     sent, everyone = forward.total("send"), list[Any]([None]) * dist.get_world_size()

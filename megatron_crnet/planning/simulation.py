@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_crnet.config.batch import plan_batches
 from megatron_crnet.config.deepspeed import offloads_optimizer, offloads_parameters
+from megatron_crnet.config.positions import METHODS
 from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed.process_groups import initialize_parallel, shutdown_parallel
 from megatron_crnet.planning.counted_step import Progress, count_step
@@ -60,7 +61,7 @@ def check_simulation(config: Config, world_size: int, rank: int) -> None:
         f"--rank is {rank}, but the ranks of a world of {world_size} are 0 to {world_size - 1}: give one of them",
     )
     require(
-        not config.recompute.traits.inverts or config.model.variant != "crnet",
+        not config.recompute.traits.inverts or not METHODS[config.model.variant].is_chained,
         f"recompute.strategy is {config.recompute.strategy}, but which layers it keeps follows from "
         "values, which a simulation does not have: use replay, or count with crnet measure-recompute",
     )

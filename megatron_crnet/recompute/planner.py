@@ -57,7 +57,7 @@ def layer_widths(config: CRNetTransformerConfig, layer: int) -> LayerWidths:
     if full_rank or (has_next and not config.next_layer_scales):
         # the outputs themselves stay, too: in the memory of those beside them, or for the next layer's backward
         inner += sum(width[name] for name in architecture.rotated)
-    if config.variant == "cola":
+    if table.method.has_silu:
         inner += z  # silu(z), beside the z that its gradient takes
     return LayerWidths(
         start=h + (all_outputs if table.has_previous(layer) else 0),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from megatron_crnet.config.loading import read_config
-from megatron_crnet.config.schema import Config
+from megatron_crnet.config.schema import OF_VARIANT, Config
 from megatron_crnet.utils.errors import ConfigError, require
 
 OWN_ROWS = "rows"
@@ -104,7 +104,9 @@ def _powers(largest: int) -> list[int]:
 
 VARIANTS = ("full_rank", "crnet", "low_rank", "cola")
 SWEEPS: dict[str, Callable[[Config, int], Options]] = {
-    "variants": _each({name: f"--model.variant {name} --model.full_rank_layers null" for name in VARIANTS}),
+    "variants": _each(
+        {name: " ".join([f"--model.variant {name}", *(f"--model.{f} null" for f in OF_VARIANT)]) for name in VARIANTS}
+    ),
     "ranks": _ranks,
     "recompute": _each(
         {

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_crnet.config.schema import Config, Variant
+from megatron_crnet.config.schema import OF_VARIANT, Config, Variant
 from megatron_crnet.hf.export import DTYPES, Dtype
 from megatron_crnet.hf.export_config import hugging_face_fields
 from megatron_crnet.hf.generate import default_device
@@ -62,7 +62,7 @@ def _spread(seconds: list[float]) -> float:
 def random_model(config: Config, variant: Variant, dtype: Dtype) -> CRNetForCausalLM:
     """A model of this shape with the trainer's initial distributions."""
     # ranks stay, chains are the variant's own
-    shape = replace(config, model=replace(config.model, variant=variant, full_rank_layers=None))
+    shape = replace(config, model=replace(config.model, variant=variant, **OF_VARIANT))
     torch.manual_seed(0)
     model = CRNetForCausalLM(CRNetConfig(**hugging_face_fields(shape)))
     return model.to(default_device(), DTYPES[dtype]).eval()

@@ -78,7 +78,7 @@ ROWS = [
     Row("dp2-zero3-offload", {}, {}, "fp32", OFFLOADED, strategies=(REPLAY,)),
     Row("tp2-dropout", DROPOUT, TP, strategies=(REPLAY_AUTO, FULL)),
     Row("tp2-padded", {**PADDED, "num_layers": 6}, TP, strategies=(*EXACT, INVERSE)),
-    Row("tp2-cola", {"variant": "cola"}, TP, strategies=(REPLAY_AUTO,)),
+    Row("tp2-cola", {"variant": "cola", "only_lr_act": True}, TP, strategies=(REPLAY_AUTO,)),
     Row("tp2-documents", {"num_query_groups": 2}, TP, strategies=(*EXACT, INVERSE), data=DOCUMENTS),
     Row("tp2-documents-dropout", DROPOUT, TP, strategies=(*EXACT,), data=DOCUMENTS),
     Row("pp2-vpp2-documents", {"num_layers": 8}, VPP, "bf16", {"stage": 1}, data=DOCUMENTS),

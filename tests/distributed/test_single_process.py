@@ -24,6 +24,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "full_rank": {"variant": "full_rank"},
     "low_rank": {"variant": "low_rank"},
     "cola": {"variant": "cola"},
+    "cola_only_lr_act": {"variant": "cola", "only_lr_act": True},
     "grouped_query": {"num_query_groups": 2},
     "multi_query_cola": {"variant": "cola", "num_query_groups": 1},
     "ranks_by_layer": {"rank": [2, 4, 6, 8]},
@@ -33,6 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "wide": {"hidden_size": 64, "ffn_hidden_size": 43, "num_attention_heads": 2, "rank": 1},
     "padded": PADDED,
     "padded_cola": {**PADDED, "variant": "cola"},
+    "padded_cola_only_lr_act": {**PADDED, "variant": "cola", "only_lr_act": True},
     "small_beta": {"beta_init": 0.0},
 }
 

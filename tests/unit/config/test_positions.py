@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from megatron_crnet.config.loading import load_config
@@ -59,6 +61,25 @@ def test_chains_start_at_the_first_and_at_full_rank_layers_of_crnet_only() -> No
     assert position_table(ModelConfig(num_layers=4, full_rank_layers=[2])).chain_starts == {0, 2}
     assert position_table(ModelConfig(num_layers=4, variant="low_rank")).chain_starts == {0, 1, 2, 3}
     assert position_table(ModelConfig(num_layers=2, rank=7)).ranks[1]["o"] == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "has_silu"),
+    [
+        ({"variant": "cola"}, True),
+        ({"variant": "cola", "hidden_size": 1024}, False),
+        ({"variant": "cola", "hidden_size": 1024, "only_lr_act": False}, True),
+        ({"variant": "cola", "only_lr_act": True}, False),
+        ({"variant": "low_rank", "hidden_size": 1024}, True),
+    ],
+)
+def test_colas_silu_stands_where_its_configurations_have_it(changes: dict[str, Any], has_silu: bool) -> None:
+    assert position_table(ModelConfig(**changes)).gate_has_silu is has_silu
+
+
+def test_only_lr_act_is_colas() -> None:
+    with pytest.raises(ConfigError, match="variant crnet has no silu between factors"):
+        load_config({"model": {"only_lr_act": True}})
 
 
 @pytest.mark.parametrize(

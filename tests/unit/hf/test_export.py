@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
@@ -20,6 +21,7 @@ from megatron_crnet.checkpoint.contents import find_checkpoint
 from megatron_crnet.checkpoint.directory import MANIFEST, damage
 from megatron_crnet.checkpoint.manager import check_resumable
 from megatron_crnet.checkpoint.weight_files import CheckpointWeights, ExportWeights
+from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.positions import LLAMA
 from megatron_crnet.config.schema import Config, DataConfig
 from megatron_crnet.hf.export import from_hf, saved_config, to_hf
@@ -117,6 +119,16 @@ def test_large_exports_are_cut_with_an_index(checkpoint: Path, weights: Weights,
     assert all(torch.equal(found[name], value) for name, value in weights.items())
     model = CRNetForCausalLM.from_pretrained(tmp_path / "out")
     assert all(torch.equal(model.get_parameter(name), value) for name, value in weights.items())
+
+
+def test_a_checkpoint_of_an_older_version_lacks_later_fields(config: Config, tmp_path: Path) -> None:
+    older = resolved(config)
+    del older["model"]["only_lr_act"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(older))
+    check_resumable(config, tmp_path)
+    cola = dataclasses.replace(config, model=dataclasses.replace(config.model, variant="cola", only_lr_act=True))
+    with pytest.raises(ConfigError, match="only_lr_act False instead of True"):
+        check_resumable(cola, tmp_path)
 
 
 def test_the_way_out_and_back_changes_no_bit(export: Path, weights: Weights, config: Config, tmp_path: Path) -> None:

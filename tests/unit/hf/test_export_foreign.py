@@ -103,6 +103,14 @@ def test_values_that_the_precision_of_an_export_cannot_hold_are_refused(tmp_path
     to_hf(checkpoint, tmp_path / "out")
 
 
+def test_an_export_of_an_older_version_lacks_later_fields(export: Path) -> None:
+    values = json.loads((export / "config.json").read_text())
+    del values["only_lr_act"], values["scale_residual_init"]
+    (export / "config.json").write_text(json.dumps(values))
+    model = read_export_config(export).model
+    assert (model.only_lr_act, model.scale_residual_init) == (False, False)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "ours"), [("beta_init", 1, "beta_init"), ("rope_theta", 10000.0, "rotary_base")]
 )

@@ -24,6 +24,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "full_rank": {"variant": "full_rank"},
     "low_rank": {"variant": "low_rank"},
     "cola": {"variant": "cola"},
+    "cola_only_lr_act": {"variant": "cola", "only_lr_act": True},
     "grouped_query": {"num_query_groups": 2},
     "multi_query_cola": {"variant": "cola", "num_query_groups": 1},
     "ranks_by_layer": {"rank": [2, 4, 6, 8]},
@@ -152,8 +153,14 @@ def test_the_configuration_comes_back_from_its_file(tmp_path: Path) -> None:
     assert [again.rank_of(layer, "down") for layer in range(4)] == [0, 8, 7, 6]
 
 
-def test_initial_values_are_drawn_as_the_trainer_draws_them() -> None:
-    config = tiny_config(model={"hidden_size": 128, "ffn_hidden_size": 192, "rank": 32, "vocab_size": 256})
+@pytest.mark.parametrize("scaled", [False, True])
+def test_initial_values_are_drawn_as_the_trainer_draws_them(scaled: bool) -> None:
+    config = tiny_config(
+        model={
+            **{"hidden_size": 128, "ffn_hidden_size": 192, "rank": 32, "vocab_size": 256},
+            "scale_residual_init": scaled,
+        }
+    )
     model = CRNetForCausalLM(CRNetConfig(**hugging_face_fields(config)))
     for name, value in model.state_dict().items():
         trainers = initial_value(name, tuple(value.shape), build_transformer_config(config), 1)

@@ -120,6 +120,16 @@ def test_swiglus_gradients_are_the_same_by_few_rows(monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(betas, at_once[2])
 
 
+def test_a_gate_without_silu_is_a_product() -> None:
+    leaves = [random(*SHAPE, seed=seed) for seed in (0, 1)]
+    results = []
+    for product in (lambda gate, up: gate * up, lambda *x: Regions(gate_has_silu=False).swiglu(None, *x)[0]):
+        mine = [leaf.clone().requires_grad_() for leaf in leaves]
+        y = product(*mine)
+        results.append([y, *torch.autograd.grad(y, mine, random(*SHAPE, seed=5))])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
 def test_the_norm_adds_the_streams_gradient() -> None:
     leaves = [random(*SHAPE, seed=0), random(HEADS * D, seed=1)]
     results = []
