@@ -13,6 +13,7 @@ what goes in and out, and where to start.
     checkpoint    a run's state by canonical weight, for any layout
     training      preflight, the training loop and its callbacks
     hf            conversion to and from Hugging Face transformers
+    analysis      linear maps on calibration text: CR-Net from a dense model, ranks, errors
     planning      estimates by formula, and simulation by the real code on fake tensors
     reporting     benchmarks and reports
     cli           the command `crnet`

@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("generate", "continue prompts with a trained model"),
     "evaluate": ("evaluate", "loss and perplexity over text or token files"),
     "convert": ("convert", "checkpoints to Hugging Face transformers and back"),
+    "init": ("init", "turn a dense model into low_rank or crnet"),
     "estimate": ("estimate", "memory, traffic and time of a run by formula"),
     "plan": ("plan", "search the fastest layout that fits"),
     "simulate": ("simulate", "count a step of one rank on fake tensors"),

@@ -48,6 +48,14 @@ class ConfigParser(ToolParser):
             help="YAML file; later ones go field by field",
         )
 
+    def own_options(self, argv: Sequence[str]) -> argparse.Namespace:
+        """This parser's own options, where `base` of `read` depends on them.
+
+        Raises:
+            ConfigError: an unknown option or a value outside its type.
+        """
+        return self.parse_args(_split(argv)[0])
+
     def read(self, argv: Sequence[str], base: Values | None = None) -> tuple[argparse.Namespace, Config]:
         """This parser's own options, and the configuration, with `base` as defaults.
 
@@ -56,8 +64,7 @@ class ConfigParser(ToolParser):
         Raises:
             ConfigError: an unknown option or key, a value outside its type, or sizes that do not fit.
         """
-        rest, given = _split(argv)
-        options = self.parse_args(rest)
+        options, (_, given) = self.own_options(argv), _split(argv)
         require(
             not self._needs_model or bool(options.config) or any(name.startswith("--model.") for name, _ in given),
             f"no model is given: write {self.prog} --config FILE, such as examples/quickstart.yaml, or see --help",

@@ -5,33 +5,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from huggingface_hub.serialization import StateDictSplit, split_state_dict_into_shards_factory
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_crnet.checkpoint.directory import (
-    PARTIAL,
-    checkpoint_name,
-    file_entries,
-    point_latest_at,
-    seal,
-    unwritable,
-)
-from megatron_crnet.checkpoint.run_folder import RunFolders, states_in
-from megatron_crnet.checkpoint.train_state import TrainingState
 from megatron_crnet.checkpoint.weight_files import (
     INDEX,
     CheckpointWeights,
     ExportWeights,
+    LlamaWeights,
     WeightSource,
     canonical_shapes,
 )
@@ -39,12 +26,11 @@ from megatron_crnet.config.loading import load_config
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.fingerprint import TrainedOn, digest_of_tokenizer
 from megatron_crnet.data.tokenizer import Tokenizer, TokenizerKind, check_vocabulary, load_tokenizer
-from megatron_crnet.engine.state_kinds import MASTER, MOMENTS
-from megatron_crnet.hf.export_config import hugging_face_fields, read_export_config
+from megatron_crnet.hf.export_config import LLAMA_TYPE, hugging_face_fields, read_export_config
 from megatron_crnet.hf.export_tokenizer import tokenizer_of, write_tokenizer
+from megatron_crnet.hf.starting_checkpoint import save_tensors, write_starting_checkpoint
 from megatron_crnet.utils.errors import DataError, require
 from megatron_crnet.utils.files import atomic_folder, exists, read_json_object
-from megatron_crnet.utils.versions import library_versions
 
 CODE = ("configuration_crnet.py", "linear_crnet.py", "modeling_crnet.py")
 AUTO_MAP = {
@@ -131,18 +117,11 @@ def _is_export(folder: Path) -> bool:
 def _write_weights(source: WeightSource, folder: Path, dtype: Dtype, shard_size: int | str) -> None:
     plan = _plan_files(source, dtype, shard_size)
     for file, names in plan.filename_to_tensors.items():
-        _save(source.checked(names, partial(cast, dtype)), folder / file)
+        save_tensors(source.checked(names, partial(cast, dtype)), folder / file)
         shutil.copymode(folder / CODE[0], folder / file)  # safetensors lets only the owner read
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _save(tensors: dict[str, Tensor], file: Path) -> None:
-    try:
-        save_file(tensors, file, metadata={"format": "pt"})
-    except SafetensorError as error:  # of a full disk, too
-        raise DataError(f"cannot write {file} ({error}): free some space or choose another folder") from error
 
 
 def _plan_files(source: WeightSource, dtype: Dtype, shard_size: int | str) -> StateDictSplit:
@@ -195,8 +174,20 @@ def named_tokenizer(config: Config) -> Tokenizer:
     return tokenizer
 
 
+def open_export(folder: Path) -> tuple[Config, WeightSource]:
+    """The configuration of an export or of a Hugging Face LLaMA, which is a full-rank model here, and its weights.
+
+    Raises:
+        DataError, ConfigError: see `read_export_config` and `ExportWeights`.
+    """
+    config, values = read_export_config(folder), read_json_object(folder / "config.json")
+    if values["model_type"] == LLAMA_TYPE:
+        return config, LlamaWeights(folder, tied=bool(values.get("tie_word_embeddings")))
+    return config, ExportWeights(folder)
+
+
 def from_hf(export: Path, folder: Path, tokenizer: str | None = None) -> Path:
-    """Write an export's weights as a checkpoint of step 0, with moments of zero. Returns it.
+    """Write the weights of an export, or of a LLaMA, as a checkpoint of step 0, with moments of zero. Returns it.
 
     A run with the same model section and `checkpoint.dir FOLDER` continues from it under any layout.
 
@@ -209,53 +200,9 @@ def from_hf(export: Path, folder: Path, tokenizer: str | None = None) -> Path:
             there is no tokenizer. Nothing is left behind.
         ConfigError: the export's sizes contradict each other, or another process writes FOLDER.
     """
-    config = read_export_config(export)
-    source = ExportWeights(export)
+    config, source = open_export(export)
     source.check(canonical_shapes(config.model))
     config = with_tokenizer(config, tokenizer or tokenizer_of(export.resolve())[1])
     trained_on = TrainedOn(digest_of_tokenizer(named_tokenizer(config)))
-    target = folder / checkpoint_name(0)
-    with RunFolders() as folders, _partial_checkpoint(target) as unfinished:
-        folders.hold("the folder", folder)
-        if left := [name for name in states_in(folder) if name != unfinished.name]:
-            raise DataError(
-                f"{folder} holds {left[0]}, and a run continues from the newest checkpoint: choose another folder"
-            )
-        shutil.rmtree(unfinished, ignore_errors=True)  # of an import that was killed
-        unfinished.mkdir()
-        portions = source.portions(partial(cast, "fp32"))
-        names = [_write_masters(unfinished, i, weights) for i, weights in enumerate(portions, start=1)]
-        seal(unfinished, target, config, _fresh_state(trained_on), file_entries(unfinished, names))
-        point_latest_at(target)
-    return target
-
-
-@contextmanager
-def _partial_checkpoint(target: Path) -> Iterator[Path]:
-    unfinished = target.with_name(f"{PARTIAL}{target.name}")
-    try:
-        yield unfinished
-    except OSError as error:
-        raise DataError(str(unwritable(target.parent, error))) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _write_masters(folder: Path, number: int, weights: dict[str, Tensor]) -> str:
-    """One file as a rank would write it that owns these weights whole. Returns its name."""
-    name = f"shard-{number:05d}-model-00001-of-00001.safetensors"
-    masters = {f"{MASTER}.{n}": tensor for n, tensor in weights.items()}
-    moments = {f"{kind}.{n}": torch.zeros(t.shape) for kind in MOMENTS for n, t in weights.items()}
-    _save({**masters, **moments}, folder / name)
-    return name
-
-
-def _fresh_state(trained_on: TrainedOn) -> dict[str, Any]:
-    """state.json before the first step. No rank's random state is in the files: the layout matches no run."""
-    return {
-        **asdict(TrainingState()),
-        "adam_steps": 0,
-        "layout": {"imported_from": "a Hugging Face export"},
-        "trained_on": trained_on.values(),
-        "versions": library_versions(),
-    }
+    portions = source.portions(partial(cast, "fp32"))
+    return write_starting_checkpoint(folder, config, trained_on, "a Hugging Face export", portions)

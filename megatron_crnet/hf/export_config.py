@@ -34,6 +34,10 @@ FIELDS = {
 OLDER = {"only_lr_act": False, "scale_residual_init": False}
 """Values in exports of versions without these fields."""
 LENGTH = "max_position_embeddings"
+LLAMA_TYPE = "llama"
+CRNET_ALONE = ("variant", "rank", "full_rank_layers", "cross_layer_epsilon", "beta_init")
+LLAMA_MAY_LACK = ("num_key_value_heads", "rms_norm_eps", "rope_theta", "initializer_range")
+"""Fields that older files of LLaMA do not have; the defaults of ModelConfig are those of LlamaConfig."""
 FOREIGN = (*FIXED, "head_dim", "rope_parameters", "rope_scaling")
 """Fields of LLaMA that CRNetConfig looks at and refuses."""
 
@@ -45,7 +49,7 @@ def hugging_face_fields(config: Config) -> dict[str, Any]:
 
 
 def read_export_config(folder: Path) -> Config:
-    """A configuration whose model section is that of an export; every other field has its default.
+    """A configuration whose model section is that of an export or of a LLaMA; every other field has its default.
 
     Raises:
         DataError: config.json is missing, damaged or of another kind of model.
@@ -57,9 +61,14 @@ def read_export_config(folder: Path) -> Config:
         kind = values["model_type"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is not readable ({error!r}): give a folder that to-hf has written") from error
-    if kind != "crnet":
-        raise DataError(f"{path} describes a model of type {kind!r}, not crnet: give a folder that to-hf has written")
-    if values.get("tie_word_embeddings"):
+    if kind not in ("crnet", LLAMA_TYPE):
+        raise DataError(
+            f"{path} describes a model of type {kind!r}, not crnet or {LLAMA_TYPE}: give a folder that to-hf has "
+            "written, or a LLaMA"
+        )
+    if kind == LLAMA_TYPE:
+        values = _full_rank(values)
+    elif values.get("tie_word_embeddings"):
         raise DataError(f"{path} ties the output layer to the embedding, which no model here does: untie them")
     values = OLDER | values
     # null, which the trainer takes for the length of its sequences, is nothing here
@@ -80,3 +89,12 @@ def read_export_config(folder: Path) -> Config:
             f"{path} gives rope_theta {values['rope_theta']}, but {theirs.rope_theta} within rope_parameters: keep one"
         )
     return config
+
+
+def _full_rank(llama: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a LLaMA as those of a full-rank export."""
+    ours = ModelConfig(variant="full_rank")
+    absent = {name: getattr(ours, FIELDS[name]) for name in (*CRNET_ALONE, *LLAMA_MAY_LACK)}
+    rotary = llama.get("rope_parameters")  # where later versions of transformers write it
+    inside = {name: rotary[name] for name in ("rope_theta",) if isinstance(rotary, dict) and name in rotary}
+    return {**absent, **inside, **llama}

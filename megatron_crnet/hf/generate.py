@@ -16,11 +16,19 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from megatron_crnet.checkpoint.contents import find_checkpoint
-from megatron_crnet.checkpoint.weight_files import CheckpointWeights, ExportWeights, WeightSource, canonical_shapes
+from megatron_crnet.checkpoint.weight_files import CheckpointWeights, WeightSource, canonical_shapes
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.tokenizer import Tokenizer
-from megatron_crnet.hf.export import DTYPES, Dtype, cast, named_tokenizer, saved_config, with_tokenizer
-from megatron_crnet.hf.export_config import hugging_face_fields, read_export_config
+from megatron_crnet.hf.export import (
+    DTYPES,
+    Dtype,
+    cast,
+    named_tokenizer,
+    open_export,
+    saved_config,
+    with_tokenizer,
+)
+from megatron_crnet.hf.export_config import hugging_face_fields
 from megatron_crnet.hf.export_tokenizer import note_on_added_tokens, tokenizer_of
 from megatron_crnet.hf.modeling_crnet import CRNetConfig, CRNetForCausalLM
 from megatron_crnet.utils.errors import DataError, require
@@ -83,10 +91,30 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def open_files(path: Path, tokenizer: str | None = None) -> tuple[Config, WeightSource, list[str]]:
+    """The configuration and the checked weights of what `open_model` opens, and its notes.
+
+    Raises:
+        DataError: there is no model, or it lacks weights.
+        ConfigError: its sizes contradict each other.
+    """
+    notes: list[str] = []
+    if (path / "config.json").is_file():
+        config, source = open_export(path)
+        config = with_tokenizer(config, tokenizer or tokenizer_of(path)[1])
+        notes += [note for note in [note_on_added_tokens(path)] if note and not tokenizer]
+    else:
+        checkpoint, notes = find_checkpoint(path)
+        config, source = saved_config(checkpoint), CheckpointWeights(checkpoint)
+        config = with_tokenizer(config, tokenizer) if tokenizer else config
+    source.check(canonical_shapes(config.model))
+    return config, source, notes
+
+
 def open_model(
     path: Path, *, dtype: Dtype = "fp32", device: torch.device | None = None, tokenizer: str | None = None
 ) -> OpenModel:
-    """Open an export, a checkpoint, a folder of checkpoints or the folder of a run.
+    """Open an export, a LLaMA, a checkpoint, a folder of checkpoints or the folder of a run.
 
     Args:
         tokenizer: path of the tokenizer; None takes the model's own.
@@ -95,18 +123,8 @@ def open_model(
         DataError: there is no model, or its weights are not whole.
         ConfigError: its sizes contradict each other.
     """
-    notes: list[str] = []
-    if (path / "config.json").is_file():
-        config = read_export_config(path)
-        source: WeightSource = ExportWeights(path)
-        config = with_tokenizer(config, tokenizer or tokenizer_of(path)[1])
-        notes += [note for note in [note_on_added_tokens(path)] if note and not tokenizer]
-    else:
-        checkpoint, notes = find_checkpoint(path)
-        config, source = saved_config(checkpoint), CheckpointWeights(checkpoint)
-        config = with_tokenizer(config, tokenizer) if tokenizer else config
+    config, source, notes = open_files(path, tokenizer)
     own = named_tokenizer(config)
-    source.check(canonical_shapes(config.model))
     with torch.device("meta"):
         model = CRNetForCausalLM(CRNetConfig(**hugging_face_fields(config), dtype=DTYPES[dtype]))
     for weights in source.portions(partial(cast, dtype)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from megatron_crnet.checkpoint.manager import Checkpointer, TrainingState
 from megatron_crnet.checkpoint.weight_files import CheckpointWeights
+from megatron_crnet.cli.main import main
 from megatron_crnet.config.schema import CheckpointConfig, Config, DataConfig
 from megatron_crnet.distributed.process_groups import initialize_parallel, shutdown_parallel
 from megatron_crnet.engine.engine import TrainEngine
@@ -26,6 +28,7 @@ from megatron_crnet.model.weights import canonical_weights, load_canonical
 from tests.distributed.spawn import fresh_world, run_distributed
 from tests.helpers import PADDED, micro_batches, random_mask, random_tokens, tiny_config
 from tests.unit.data_helpers import train_small_tokenizer
+from tests.unit.export_helpers import random_weights, write_checkpoint
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"parallel": {"tensor_model_parallel_size": 2}, "stage": 1, "model": PADDED},
@@ -40,7 +43,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "grouped_query": {"num_query_groups": 2, "full_rank_layers": [0, 2]},
 }
 SIZES = {"vocab_size": 400}
-IMPORTED = "imported/step_00000000"
+FEASIBLE = {**PADDED, "rank": {**PADDED["rank"], "up": 30, "down": 29}}
+"""No rank above a side of its map, as a fit has them."""
+IMPORTED, CONVERTED = "imported/step_00000000", "converted/step_00000000"
 
 
 def layout_config(
@@ -88,8 +93,11 @@ def _finish(engine: TrainEngine, context: Any, checkpointer: Checkpointer, step:
     fresh_world()
 
 
-def out_and_back(folder: str, tokenizer: str) -> dict[str, float]:
-    """Train and save in every layout, export one, and load its import into every layout: the losses."""
+def out_and_back(folder: str, tokenizer: str) -> dict[str, dict[str, float]]:
+    """Train and save in every layout, export one, and load its import into every layout: the losses.
+
+    The same with what a dense model was turned into.
+    """
     for name, layout in LAYOUTS.items():
         save_trained(layout_config(f"{folder}/{name}", tokenizer, **layout))
     if dist.get_rank() == 0:
@@ -97,8 +105,13 @@ def out_and_back(folder: str, tokenizer: str) -> dict[str, float]:
         from_hf(Path(folder, "hf-tp2"), Path(folder, "imported"))
     dist.barrier()
     return {
-        name: first_loss(layout_config(f"{folder}/back-{name}", tokenizer, **layout), Path(folder, IMPORTED))
-        for name, layout in LAYOUTS.items()
+        start: {
+            name: first_loss(
+                layout_config(f"{folder}/{back}-{name}", tokenizer, **{**layout, "model": model}), Path(folder, start)
+            )
+            for name, layout in LAYOUTS.items()
+        }
+        for start, back, model in ((IMPORTED, "back", PADDED), (CONVERTED, "converted", FEASIBLE))
     }
 
 
@@ -107,12 +120,24 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     return train_small_tokenizer(tmp_path_factory.mktemp("tokenizer"), SIZES["vocab_size"])
 
 
+def convert_dense(folder: Path, tokenizer: str) -> None:
+    """A dense model of random weights, and the crnet that it becomes, of uneven widths and ranks."""
+    target = layout_config("no_folder", tokenizer, {}, 0, FEASIBLE)
+    model = dataclasses.replace(target.model, variant="full_rank", rank=8)
+    dense = dataclasses.replace(target, model=dataclasses.replace(model, max_position_embeddings=16))
+    (folder / "text.txt").write_text("def read(path):\n    return open(path)\n" * 100)
+    checkpoint = write_checkpoint(folder / "dense" / "step_00000001", random_weights(dense), dense)
+    words = [f"--model.rank={json.dumps(target.model.rank)}", f"--text={folder / 'text.txt'}"]
+    assert main(["init", str(checkpoint), str(folder / "converted"), *words]) == 0
+
+
 def masters(checkpoint: Path) -> dict[str, Tensor]:
     source = CheckpointWeights(checkpoint)
     return source.checked(source.shapes, lambda _, tensor: tensor)
 
 
 def test_every_layouts_checkpoint_is_exported_and_comes_back_into_every_layout(tmp_path: Path, tokenizer: str) -> None:
+    convert_dense(tmp_path, tokenizer)
     losses = run_distributed(out_and_back, 2, str(tmp_path), tokenizer)[0]
     exported = open_model(tmp_path / "hf-tp2").model.state_dict()
     assert exported["model.layers.1.mlp.up_proj.b.weight"].shape == (125, 62)
@@ -123,11 +148,12 @@ def test_every_layouts_checkpoint_is_exported_and_comes_back_into_every_layout(t
     (tokens, labels), mask = (
         of(layout_config("no_folder", "no_tokenizer", {}, 0), 9) for of in (random_tokens, random_mask)
     )
-    logits = open_model(tmp_path / "hf-tp2").model(tokens).logits
-    each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-    wanted = float((each * mask.flatten()).sum() / mask.sum())
+    for start in (IMPORTED, CONVERTED):
+        logits = open_model(tmp_path / start).model(tokens).logits
+        each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        wanted = float((each * mask.flatten()).sum() / mask.sum())
+        assert losses[start] == pytest.approx(dict.fromkeys(LAYOUTS, wanted), rel=1e-6)
     for name in LAYOUTS:
-        assert losses[name] == pytest.approx(wanted, rel=1e-6), name
         again = masters(tmp_path / f"back-{name}" / "step_00000001")
         assert set(again) == set(exported)
         assert all(torch.equal(value, exported[weight]) for weight, value in again.items()), name

@@ -285,7 +285,7 @@ def test_the_newest_whole_checkpoint_is_found(weights: Weights, config: Config, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "of type 'llama'"),
+        ({"model_type": "gpt2"}, "of type 'gpt2'"),
         ({"rank": None}, "model.rank is null, but must be a rank"),
         ({"tie_word_embeddings": True}, "ties the output layer"),
         ({"hidden_size": 33}, "model.hidden_size 33"),

@@ -1,0 +1,200 @@
+"""Turns a dense model into `low_rank` or `crnet`, layer by layer.
+
+`low_rank` without calibration text: the truncated SVD of each weight (PELA, CVPR 2024). With text: each map is fitted
+to its outputs (`fit.py`). `crnet`: the same with the outputs of the previous layer.
+
+What the fit of layer l sees. The rows run through the layers that are converted already: X_l comes from the dense layer
+l on their residual stream, Y_l is what that dense layer gives, and Y_{l-1} is what the converted layer l-1 gives. Then
+the rows advance through the converted layer l. So each layer is fitted to the inputs that it will meet, and since
+s Y_{l-1} + X_l A B is fitted as a whole, an error of Y_{l-1} that X_l can undo is undone: errors do not add up along
+the chain. What earlier layers have lost of the residual stream is not made up for: the target is the dense layer on
+the same input, not the dense model's own stream.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_crnet.analysis.fit import DAMPING, damped, fit_map, truncated_svd
+from megatron_crnet.analysis.source import LAYER, SourceModel, layer_of
+from megatron_crnet.analysis.stream import Activations, Map, Sums
+from megatron_crnet.checkpoint.weight_files import EMBEDDING
+from megatron_crnet.config.loading import resolved
+from megatron_crnet.config.positions import Architecture, PositionTable, position_table
+from megatron_crnet.config.schema import Config, ModelConfig
+from megatron_crnet.utils.errors import require
+
+Weights = dict[str, Tensor]
+
+NEEDS_TEXT = {"low_rank": False, "crnet": True}
+"""Variants that a dense model is turned into, and whether only with calibration text."""
+FREE = (
+    *("variant", "rank", "full_rank_layers", "cross_layer_epsilon", "max_position_embeddings"),
+    *("beta_init", "init_method_std", "scale_residual_init", "hidden_dropout", "attention_dropout"),
+)
+"""Fields in which the model to come may differ from the dense one."""
+
+
+class FittedMap(NamedTuple):
+    """A line of the report; `scale` is None where there is no previous output, errors are relative."""
+
+    layer: int
+    position: str
+    rank: int
+    scale: float | None
+    error: float
+    plain_error: float
+
+
+@dataclass
+class Conversion:
+    """A dense model, and what becomes of it.
+
+    Attributes:
+        target: its model section is that of the model to come.
+        rows: tokens of the calibration text, [rows, s]; None where there is none.
+        batch_size: rows at once.
+        fits: filled by `weights`.
+    """
+
+    dense: SourceModel
+    target: Config
+    rows: Tensor | None
+    devices: Sequence[torch.device]
+    batch_size: int = 4
+    damping: float = DAMPING
+    progress: Callable[[int], None] = lambda done: None
+    fits: list[FittedMap] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_target(self.dense.config, self.target, has_text=self.rows is not None)
+
+    @property
+    def table(self) -> PositionTable:
+        """The linear maps of the model to come."""
+        return position_table(self.target.model)
+
+    def weights(self) -> Iterator[Weights]:
+        """All canonical weights of the model to come, a layer at a time.
+
+        Raises:
+            DataError: a weight of the dense model is not finite, or zero all over.
+        """
+        embedding = self.dense.read(EMBEDDING)[""]
+        layers = self.target.model.num_layers
+        stream = None if self.rows is None else Activations(embedding, self.rows, self.batch_size, self.devices)
+        yield {EMBEDDING: embedding}
+        for index in range(layers):
+            weights = self._convert(index, stream)
+            if stream is not None and index + 1 < layers:
+                stream.advance(layer_of(self.target, index, weights))
+            yield {f"{LAYER.format(index)}{name}": value.cpu() for name, value in weights.items()}
+            self.progress(index + 1)
+        kept = [n for n in self.dense.weights.shapes if n != EMBEDDING and not n.startswith(LAYER.partition("{")[0])]
+        for name in kept:
+            yield {name: self.dense.read(name)[""]}
+
+    def _convert(self, index: int, stream: Activations | None) -> Weights:
+        """The weights of one layer, by their names within it."""
+        architecture, layer = self.table.architecture, self.dense.layer(index)
+        weights = dict(layer.state_dict())
+        if self.table.is_full_rank(index):
+            return weights
+        has_previous = self.table.has_previous(index)
+        sums = Sums() if stream is None else stream.measure(layer, partial(_collect, architecture, has_previous))
+        for group in architecture.groups:
+            covariance = None if stream is None else damped(sums.pop(("xx", group.name)), self.damping)
+            for position in group.positions:
+                weight = weights.pop(f"{position.module}.weight")
+                weights |= {
+                    f"{position.module}.{name}": value
+                    for name, value in self._factorize(index, position.name, weight, covariance, sums).items()
+                }
+        return weights
+
+    def _factorize(self, index: int, position: str, weight: Tensor, covariance: Tensor | None, sums: Sums) -> Weights:
+        rank = self.table.ranks[index][position]
+        if covariance is None:
+            a, b = truncated_svd(weight, rank)
+            return {"a.weight": a, "b.weight": b}
+        cross = sums.pop(("xp", position), None)
+        previous_norm = 0.0 if cross is None else float(sums["pp", position])
+        fit = fit_map(weight.to(covariance.device), covariance, rank, cross, previous_norm)
+        scale = None if cross is None else fit.scale
+        self.fits.append(FittedMap(index, position, rank, scale, fit.error, fit.plain_error))
+        factors = {"a.weight": fit.a, "b.weight": fit.b}
+        return factors if cross is None else {**factors, "beta": beta_of(fit.scale, self.target.model)}
+
+
+def beta_of(scale: float, model: ModelConfig) -> Tensor:
+    """The beta whose s(beta) is `scale`; 0 where that is below eps."""
+    return torch.tensor(math.copysign(max(abs(scale) - model.cross_layer_epsilon, 0.0), scale))
+
+
+def _collect(architecture: Architecture, has_previous: bool, sums: Sums, maps: dict[str, Map]) -> None:
+    for group in architecture.groups:
+        x = maps[group.positions[0].name].x
+        sums.add_product(("xx", group.name), x, x)
+        for position in group.positions if has_previous else ():
+            previous = maps[position.name].previous
+            assert previous is not None
+            sums.add_product(("xp", position.name), x, previous)
+            sums.add(("pp", position.name), previous.double().square().sum())
+
+
+def compressed_ranks(table: PositionTable, factor: float) -> dict[str, int]:
+    """PELA's rule: the ranks by which each map has 1 / `factor` of its parameters.
+
+    Raises:
+        ConfigError: `factor` leaves a map without a rank.
+    """
+    ranks = {p: int(h_in * h_out / (factor * (h_in + h_out))) for p, (h_in, h_out) in table.shapes.items()}
+    for position, rank in ranks.items():
+        require(
+            rank > 0,
+            f"--compression is {factor:g}, which leaves no rank to {position}, of {table.shapes[position]}: lower it",
+        )
+    return ranks
+
+
+def check_target(dense: Config, target: Config, has_text: bool) -> None:
+    """Refuse what a dense model cannot be turned into.
+
+    Raises:
+        ConfigError: the variants, a shape that is not the dense model's, a rank above the smaller side of a map, or no
+            calibration text where it is needed.
+    """
+    before, variant = resolved(dense)["model"], target.model.variant
+    require(
+        before["variant"] == "full_rank",
+        f"the model to convert is {before['variant']}, but only full_rank ones and LLaMA are converted: give one of "
+        "them",
+    )
+    require(
+        variant in NEEDS_TEXT,
+        f"model.variant is {variant}, but a dense model becomes {' or '.join(NEEDS_TEXT)}: choose one of them",
+    )
+    for name, value in resolved(target)["model"].items():
+        require(
+            name in FREE or value == before[name],
+            f"model.{name} is {value}, but {before[name]} in the dense model, whose weights are kept: leave it out",
+        )
+    table = position_table(target.model)
+    for index, ranks in enumerate(table.ranks):
+        for position, rank in ranks.items():
+            require(
+                rank <= min(table.shapes[position]),
+                f"model.rank is {rank} for {position} in layer {index}, but that map has {table.shapes[position][0]} "
+                f"inputs and {table.shapes[position][1]} outputs: give at most {min(table.shapes[position])}",
+            )
+    require(
+        has_text or not NEEDS_TEXT[variant],
+        f"variant {variant} is fitted to outputs on calibration text, and none is given: add --text or --prefix",
+    )

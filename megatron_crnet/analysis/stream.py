@@ -1,0 +1,142 @@
+"""Runs rows of tokens through a model layer by layer, and sums products of what its linear maps take and give.
+
+In memory are one layer's weights, the sums of one layer, and what all rows carry from a layer to the next: the residual
+stream and the outputs of the linear maps, in fp32. Of LLaMA-7B that is 5h + 2f + h = 46592 numbers or 182 KiB per
+token. Nothing is written to disk.
+
+Several devices share the rows. Shapes: b rows of a batch, s tokens of a row, h hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_crnet.model.reference import ReferenceLayer
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows between two layers.
+
+    Attributes:
+        hidden: the residual stream, [b, s, h].
+        outputs: of the linear maps of the layer before, by position, [b, s, width] each; empty before the first.
+    """
+
+    hidden: Tensor
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Map:
+    """A linear map on a batch.
+
+    Attributes:
+        x, y: its inputs and outputs, [tokens, width] each.
+        previous: the outputs of the same map in the layer before; None in the first.
+    """
+
+    x: Tensor
+    y: Tensor
+    previous: Tensor | None
+
+
+class Sums(dict[tuple[str, str], Tensor]):
+    """Sums over tokens, in fp64, by what they are of and the position or group."""
+
+    def add_product(self, key: tuple[str, str], a: Tensor, b: Tensor) -> None:
+        """Add a^T b, [m, n], of a [tokens, m] and b [tokens, n]."""
+        wide = a.double()
+        other = wide if b is a else b.double()
+        if key not in self:
+            self[key] = wide.new_zeros(a.shape[1], b.shape[1])
+        self[key].addmm_(wide.T, other)
+
+    def add(self, key: tuple[str, str], value: Tensor) -> None:
+        """Add a number or a tensor."""
+        self[key] = self[key] + value if key in self else value
+
+
+Collect = Callable[[Sums, dict[str, Map]], None]
+"""Adds what is wanted of a batch's maps, by position, to the sums of its device."""
+
+
+def default_devices() -> list[torch.device]:
+    """All GPUs, or the CPU."""
+    return [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
+
+
+class Activations:
+    """What rows carry from layer to layer.
+
+    Args:
+        embedding: [vocabulary, h].
+        rows: tokens, [rows, s].
+        batch_size: b.
+        devices: the batches go to them in turn; sums are collected on the first.
+    """
+
+    def __init__(self, embedding: Tensor, rows: Tensor, batch_size: int, devices: Sequence[torch.device]) -> None:
+        self.devices = list(devices)
+        batches = enumerate(rows.split(batch_size))
+        self.batches = [Batch(F.embedding(part, embedding).to(self._device(i))) for i, part in batches]
+
+    def measure(self, layer: ReferenceLayer, collect: Collect) -> Sums:
+        """Sums over the maps of a layer, after which the rows stand before it as they did."""
+        return self._visit(layer, collect, advance=False)
+
+    def advance(self, layer: ReferenceLayer, collect: Collect = lambda sums, maps: None) -> Sums:
+        """The same, after which the rows stand behind the layer."""
+        return self._visit(layer, collect, advance=True)
+
+    def _device(self, batch: int) -> torch.device:
+        return self.devices[batch % len(self.devices)]
+
+    def _visit(self, layer: ReferenceLayer, collect: Collect, advance: bool) -> Sums:
+        layers = [layer.to(self.devices[0]), *(deepcopy(layer).to(device) for device in self.devices[1:])]
+
+        def on(number: int) -> Sums:
+            sums = Sums()
+            with torch.no_grad():  # counts per thread
+                for i in range(number, len(self.batches), len(self.devices)):
+                    maps, after = run_layer(layers[number], self.batches[i])
+                    collect(sums, maps)
+                    if advance:
+                        self.batches[i] = after
+            return sums
+
+        with ThreadPoolExecutor(len(self.devices)) as pool:
+            first, *others = pool.map(on, range(len(self.devices)))
+        for sums in others:
+            for key, value in sums.items():
+                first.add(key, value.to(self.devices[0]))
+        return first
+
+
+def run_layer(layer: ReferenceLayer, batch: Batch) -> tuple[dict[str, Map], Batch]:
+    """A layer's linear maps on a batch, by position, and the batch behind the layer."""
+    inputs: dict[str, Tensor] = {}
+
+    def note(position: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _module, arguments: inputs.update({position: arguments[0]})
+
+    with ExitStack() as stack:
+        for position, module in layer.modules_of_positions.items():
+            hook = layer.get_submodule(module).register_forward_pre_hook(note(position))
+            stack.callback(hook.remove)
+        hidden, outputs = layer(batch.hidden, batch.outputs)
+    before = batch.outputs
+    maps = {
+        p: Map(inputs[p].flatten(0, 1), y.flatten(0, 1), before[p].flatten(0, 1) if p in before else None)
+        for p, y in outputs.items()
+    }
+    return maps, Batch(hidden, outputs)

@@ -1,0 +1,103 @@
+"""Writes weights that no run of this project has trained as a checkpoint of step 0, for any layout to continue."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_crnet.checkpoint.directory import (
+    PARTIAL,
+    checkpoint_name,
+    file_entries,
+    point_latest_at,
+    seal,
+    unwritable,
+)
+from megatron_crnet.checkpoint.run_folder import RunFolders, states_in
+from megatron_crnet.checkpoint.train_state import TrainingState
+from megatron_crnet.config.schema import Config
+from megatron_crnet.data.fingerprint import TrainedOn
+from megatron_crnet.engine.state_kinds import MASTER, MOMENTS
+from megatron_crnet.utils.errors import DataError
+from megatron_crnet.utils.versions import library_versions
+
+
+def write_starting_checkpoint(
+    folder: Path, config: Config, trained_on: TrainedOn, origin: str, portions: Iterable[dict[str, Tensor]]
+) -> Path:
+    """Write FOLDER/step_00000000: the weights as fp32 masters, moments of zero. Returns it.
+
+    Args:
+        config: its model section is that of the weights.
+        origin: where the weights are from, for state.json.
+        portions: all canonical weights, some at a time; asked for the first after the folder was checked.
+
+    Raises:
+        DataError: FOLDER holds states of a run or cannot be written. Nothing is left behind.
+        ConfigError: another process writes FOLDER.
+    """
+    target = folder / checkpoint_name(0)
+    with RunFolders() as folders, _partial_checkpoint(target) as unfinished:
+        folders.hold("the folder", folder)
+        if left := [name for name in states_in(folder) if name != unfinished.name]:
+            raise DataError(
+                f"{folder} holds {left[0]}, and a run continues from the newest checkpoint: choose another folder"
+            )
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a writer that was killed
+        unfinished.mkdir()
+        names = [_write_masters(unfinished, i, weights) for i, weights in enumerate(portions, start=1)]
+        seal(unfinished, target, config, _fresh_state(trained_on, origin), file_entries(unfinished, names))
+        point_latest_at(target)
+    return target
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # of a full disk, too
+        raise DataError(f"cannot write {file} ({error}): free some space or choose another folder") from error
+
+
+@contextmanager
+def _partial_checkpoint(target: Path) -> Iterator[Path]:
+    unfinished = target.with_name(f"{PARTIAL}{target.name}")
+    try:
+        yield unfinished
+    except OSError as error:
+        raise DataError(str(unwritable(target.parent, error))) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_masters(folder: Path, number: int, weights: dict[str, Tensor]) -> str:
+    """One file as a rank would write it that owns these weights whole. Returns its name."""
+    name = f"shard-{number:05d}-model-00001-of-00001.safetensors"
+    masters = {f"{MASTER}.{n}": tensor for n, tensor in weights.items()}
+    moments = {f"{kind}.{n}": torch.zeros(t.shape) for kind in MOMENTS for n, t in weights.items()}
+    save_tensors({**masters, **moments}, folder / name)
+    return name
+
+
+def _fresh_state(trained_on: TrainedOn, origin: str) -> dict[str, Any]:
+    """state.json before the first step. No rank's random state is in the files: the layout matches no run."""
+    return {
+        **asdict(TrainingState()),
+        "adam_steps": 0,
+        "layout": {"imported_from": origin},
+        "trained_on": trained_on.values(),
+        "versions": library_versions(),
+    }

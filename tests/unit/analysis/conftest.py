@@ -1,0 +1,19 @@
+"""A tokenizer and a dense model that the tests share."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_crnet.analysis.source import SourceModel, open_source
+from tests.unit.analysis.models import dense_checkpoint
+from tests.unit.data_helpers import train_small_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return train_small_tokenizer(tmp_path_factory.mktemp("tokenizer"), 400)
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> SourceModel:
+    return open_source(dense_checkpoint(tmp_path_factory.mktemp("dense"), tokenizer))

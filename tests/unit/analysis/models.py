@@ -1,0 +1,37 @@
+"""Small dense models in files, and rows to run through them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_crnet.config.schema import Config, DataConfig
+from megatron_crnet.model.reference import ReferenceCRNet
+from tests.helpers import tiny_config
+from tests.unit.export_helpers import random_weights, write_checkpoint
+
+DENSE: dict[str, Any] = {"vocab_size": 416, "variant": "full_rank", "num_query_groups": 2}
+
+
+def dense_checkpoint(folder: Path, tokenizer: str, **model: Any) -> Path:
+    """A checkpoint of random weights in FOLDER/step_00000001."""
+    config = dataclasses.replace(tiny_config(model={**DENSE, **model}), data=DataConfig(tokenizer_model=tokenizer))
+    return write_checkpoint(folder / "step_00000001", random_weights(config), config)
+
+
+def changed(config: Config, **model: Any) -> Config:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
+
+
+def random_rows(rows: int = 6, length: int = 16) -> Tensor:
+    return torch.randint(416, (rows, length), generator=torch.Generator().manual_seed(2))
+
+
+def reference(config: Config, weights: dict[str, Tensor]) -> ReferenceCRNet:
+    model = ReferenceCRNet(config.model)
+    model.load_state_dict(weights)
+    return model.requires_grad_(False)

@@ -1,0 +1,244 @@
+"""A dense model as low_rank and crnet: exact at full rank, as the fits say below it; one line for what cannot be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megatron_crnet.analysis.fit import truncated_svd
+from megatron_crnet.analysis.from_dense import Conversion, beta_of, compressed_ranks
+from megatron_crnet.analysis.source import SourceModel, open_source
+from megatron_crnet.checkpoint.directory import damage
+from megatron_crnet.cli.main import main
+from megatron_crnet.config.model_size import total_parameters
+from megatron_crnet.config.positions import position_table
+from megatron_crnet.hf.export import from_hf
+from megatron_crnet.hf.generate import open_model
+from megatron_crnet.model.glue import signed_scale
+from tests.unit.analysis.models import changed, random_rows, reference
+
+SIDES = {"q": 32, "k": 16, "v": 16, "o": 32, "gate": 32, "up": 32, "down": 32}
+CPU = [torch.device("cpu")]
+
+
+def converted(dense: SourceModel, rows: Tensor | None = None, **model: Any) -> tuple[Conversion, dict[str, Tensor]]:
+    target = changed(dense.config, **{"variant": "crnet", "full_rank_layers": None, **model})
+    conversion = Conversion(dense, target, rows, CPU, batch_size=2, damping=1e-4)
+    return conversion, {name: value for portion in conversion.weights() for name, value in portion.items()}
+
+
+@pytest.mark.parametrize(("variant", "text"), [("crnet", True), ("low_rank", True), ("low_rank", False)])
+def test_at_full_rank_the_model_is_the_dense_one(variant: str, text: bool, dense: SourceModel) -> None:
+    conversion, weights = converted(dense, random_rows(40) if text else None, variant=variant, rank=SIDES)
+    tokens = random_rows(2)
+    wanted = reference(dense.config, dense.read(""))(tokens)
+    torch.testing.assert_close(reference(conversion.target, weights)(tokens), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_low_rank_without_text_is_the_svd_of_each_weight(dense: SourceModel) -> None:
+    conversion, weights = converted(dense, variant="low_rank", rank=5)
+    name = "model.layers.2.mlp.down_proj"
+    a, b = truncated_svd(dense.read(f"{name}.weight")[""], 5)
+    assert torch.equal(weights[f"{name}.a.weight"], a)
+    assert torch.equal(weights[f"{name}.b.weight"], b)
+    assert conversion.fits == []
+    for kept in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.1.input_layernorm.weight"):
+        assert torch.equal(weights[kept], dense.read(kept)[""])
+
+
+def test_errors_are_those_of_the_converted_model(dense: SourceModel) -> None:
+    """Each layer is run by hand: what it meets, what the dense layer would give, what the converted one gives."""
+    rows = random_rows(30)
+    conversion, weights = converted(dense, rows, rank=6, full_rank_layers=[0, 2])
+    before, after = (reference(*one) for one in ((dense.config, dense.read("")), (conversion.target, weights)))
+    hidden = after.model["embed_tokens"](rows)
+    outputs: dict[str, Tensor] = {}
+    errors = {(fit.layer, fit.position): fit.error for fit in conversion.fits}
+    assert {layer for layer, _ in errors} == {1, 3}
+    pairs = zip(before.model["layers"], after.model["layers"], strict=True)
+    for index, (old, new) in enumerate(pairs):
+        wanted = old(hidden, {})[1]
+        previous = outputs
+        hidden_before = hidden
+        hidden, outputs = new(hidden, outputs)
+        for position in "qkv" if index in (1, 3) else "":  # the others' inputs differ within the layer
+            error = float((outputs[position] - wanted[position]).norm() / wanted[position].norm())
+            assert errors[index, position] == pytest.approx(error, rel=1e-2)
+        assert len(hidden_before) == 30
+        assert (index == 0) == (not previous)
+
+
+def test_a_fit_to_the_text_is_better_there_than_the_svd_of_weights(dense: SourceModel) -> None:
+    rows = random_rows(60)
+    tokens = random_rows(4)
+    wanted = reference(dense.config, dense.read(""))(tokens)
+    found = {}
+    for name, text in (("svd", None), ("fit", rows)):
+        conversion, weights = converted(dense, text, variant="low_rank", rank=8)
+        found[name] = float((reference(conversion.target, weights)(tokens) - wanted).norm())
+    assert found["fit"] < found["svd"]
+
+
+def test_beta_gives_the_coefficient(dense: SourceModel) -> None:
+    model = changed(dense.config, cross_layer_epsilon=1e-3).model
+    for scale in (-1.5, -2e-3, 0.5):
+        assert float(signed_scale(beta_of(scale, model), 1e-3)) == pytest.approx(scale)
+    assert abs(float(beta_of(1e-4, model))) == 0.0
+
+
+def test_ranks_of_a_compression_leave_that_share_of_the_parameters(dense: SourceModel) -> None:
+    shapes = position_table(dense.config.model).shapes
+    for factor in (1.5, 2.0, 4.0):
+        for position, rank in compressed_ranks(dense.table, factor).items():
+            h_in, h_out = shapes[position]
+            assert rank * (h_in + h_out) <= h_in * h_out / factor < (rank + 1) * (h_in + h_out)
+
+
+TEXT = "def read(path):\n    with open(path) as file:\n        return file.read()\n" * 40
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def test_the_command_writes_a_checkpoint(
+    dense: SourceModel, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    assert main(["init", str(dense.path), str(folder), "--model.rank=[8, 4, 5, 6]", f"--text={text}"]) == 0
+    printed = capsys.readouterr().out
+    opened = open_model(folder)
+    assert damage(folder / "step_00000000") is None
+    parameters = total_parameters(opened.config.model)
+    assert f"{parameters:,} parameters of {total_parameters(dense.config.model):,}" in printed
+    assert printed.count("\n") == 2 + 3 * 7 + 1
+    assert opened.config.model.variant == "crnet"
+    assert opened.model.state_dict()["model.layers.1.mlp.up_proj.a.weight"].shape == (4, 32)
+    assert opened.tokenizer.unique_identifiers == dense.tokenizer.unique_identifiers
+    assert main(["init", str(dense.path), str(folder), "--compression", "3", f"--text={text}"]) == 2
+    assert "step_00000000, and a run continues from the newest" in capsys.readouterr().err
+
+
+REFUSED: dict[str, tuple[list[str], str]] = {
+    "rank above a side": (["--model.rank", "17"], "model.rank is 17 for k in layer 1, but that map has 32 inputs and"),
+    "no text": ([], "variant crnet is fitted to outputs on calibration text"),
+    "variant": (["--model.variant", "cola"], "model.variant is cola, but a dense model becomes low_rank or crnet"),
+    "shape": (["--model.hidden_size", "64"], "model.hidden_size is 64, but 32 in the dense model"),
+    "both": (["--model.rank", "8", "--compression", "2", "--text", "TEXT"], "--compression and model.rank are both"),
+    "compression": (["--compression", "1000"], "leaves no rank to q"),
+    "below zero": (["--compression", "-1"], "init.compression is -1.0, but must be above 0"),
+    "short text": (["--model.rank", "8", "--text", "SHORT"], "but a row of calibration has 16: give more text"),
+    "long rows": (["--model.rank", "8", "--text", "TEXT", "--seq-length", "17"], "max_position_embeddings 16"),
+    "no file": (["--model.rank", "8", "--text", "absent"], "absent is neither a file nor a folder"),
+    "no tokens": (["--tokens", "0"], "calibration.tokens is 0, but must be above 0"),
+    "layers": (["--model.full_rank_layers", "[9]", "--text", "TEXT"], "model.full_rank_layers holds 9"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_is_one_line_and_writes_nothing(
+    name: str, dense: SourceModel, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (text.parent / "short.txt").write_text("x")
+    options, message = REFUSED[name]
+    words = {"TEXT": str(text), "SHORT": str(text.parent / "short.txt")}
+    before = sorted(text.parent.rglob("*"))
+    status = main(["init", str(dense.path), str(text.parent / "new" / "run"), *(words.get(o, o) for o in options)])
+    errors = capsys.readouterr().err
+    assert (status, errors.count("\n")) == (2, 1), errors
+    assert message in errors
+    assert sorted(text.parent.rglob("*")) == before
+
+
+def test_a_converted_model_is_not_converted_again(
+    dense: SourceModel, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = text.parent / "run"
+    assert main(["init", str(dense.path), str(folder), "--model.variant=low_rank"]) == 0
+    assert main(["init", str(folder), str(text.parent / "again"), f"--text={text}"]) == 2
+    assert "the model to convert is low_rank, but only full_rank ones" in capsys.readouterr().err
+
+
+def llama(folder: Path, dense: SourceModel, **changes: Any) -> LlamaForCausalLM:
+    """A LLaMA as transformers writes it, with the dense model's tokenizer."""
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 416, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16}
+    model = LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, "initializer_range": 0.2, **changes})).eval()
+    model.save_pretrained(folder)
+    shutil.copyfile(str(dense.config.data.tokenizer_model), folder / "tokenizer.model")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CRNetTokenizer"}))
+    return model
+
+
+@pytest.mark.parametrize("changes", [{}, {"rope_theta": 500000.0}, {"tie_word_embeddings": True}])
+def test_a_llama_of_transformers_is_converted(changes: dict[str, Any], dense: SourceModel, tmp_path: Path) -> None:
+    model = llama(tmp_path / "llama", dense, **changes)
+    tokens = random_rows(2)
+    with torch.no_grad():
+        wanted = model(tokens).logits
+    torch.testing.assert_close(open_model(tmp_path / "llama").model(tokens).logits, wanted, rtol=1e-4, atol=1e-4)
+    from_hf(tmp_path / "llama", tmp_path / "full" / "checkpoints")
+    torch.testing.assert_close(open_model(tmp_path / "full").model(tokens).logits, wanted, rtol=1e-4, atol=1e-4)
+    words = ["init", str(tmp_path / "llama"), str(tmp_path / "low"), "--model.variant=low_rank"]
+    assert main([*words, f"--model.rank={json.dumps(SIDES)}"]) == 0
+    torch.testing.assert_close(open_model(tmp_path / "low").model(tokens).logits, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_an_older_llama_is_read(dense: SourceModel, tmp_path: Path) -> None:
+    """Without newer fields, and with a buffer among its weights."""
+    model = llama(tmp_path / "llama", dense, num_key_value_heads=4)
+    path = tmp_path / "llama" / "config.json"
+    values = json.loads(path.read_text())
+    for name in ("rope_parameters", "num_key_value_heads", "initializer_range", "head_dim"):
+        del values[name]
+    path.write_text(json.dumps(values))
+    file = tmp_path / "llama" / "model.safetensors"
+    weights = load_file(file)
+    save_file({**weights, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, file)
+    tokens = random_rows(2)
+    torch.testing.assert_close(
+        open_model(tmp_path / "llama").model(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-4
+    )
+    for changes, message in (
+        ({next(iter(weights)): None}, "lacks the weight"),
+        ({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}, "which the model does not have"),
+    ):
+        save_file({name: value for name, value in {**weights, **changes}.items() if value is not None}, file)
+        with pytest.raises(Exception, match=message) as caught:
+            open_source(tmp_path / "llama")
+        assert getattr(caught.value, "exit_status", 0) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mistral"}, "a model of type 'mistral'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}}, "rope_type 'llama3'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ],
+)
+def test_a_llama_that_crnet_cannot_be_is_one_line(
+    changes: dict[str, Any], message: str, dense: SourceModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llama(tmp_path / "llama", dense)
+    capsys.readouterr()  # of transformers
+    path = tmp_path / "llama" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    assert main(["init", str(tmp_path / "llama"), str(tmp_path / "new"), "--model.variant=low_rank"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    assert message in errors
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,62 @@
+"""Sums over layers, batches and devices are those of whole activations that a plain forward pass gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_crnet.analysis.source import open_source
+from megatron_crnet.analysis.stream import Activations, Map, Sums
+from megatron_crnet.checkpoint.weight_files import EMBEDDING
+from tests.unit.analysis.models import dense_checkpoint, random_rows, reference
+
+
+def everything(sums: Sums, maps: dict[str, Map]) -> None:
+    for position, one in maps.items():
+        sums.add_product(("xx", position), one.x, one.x)
+        sums.add_product(("yy", position), one.y, one.y)
+        sums.add(("tokens", position), torch.tensor(len(one.y)))
+        if one.previous is not None:
+            sums.add_product(("xp", position), one.x, one.previous)
+            sums.add_product(("yp", position), one.y, one.previous)
+
+
+def activations(source: Any, rows: Tensor) -> list[dict[str, tuple[Tensor, Tensor]]]:
+    """Inputs and outputs of all maps, by layer and position, in fp64."""
+    model = reference(source.config, source.read("")).double()
+    found: list[dict[str, tuple[Tensor, Tensor]]] = []
+    for layer in model.model["layers"]:
+        found.append({})
+        for position, module in layer.modules_of_positions.items():
+
+            def hook(_module: Any, x: Any, y: Tensor, position: str = position, at: Any = found[-1]) -> None:
+                at[position] = x[0].flatten(0, 1), y.flatten(0, 1)
+
+            layer.get_submodule(module).register_forward_hook(hook)
+    model(rows)
+    return found
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("variant", ["full_rank", "crnet"])
+def test_sums_are_those_of_whole_activations(variant: str, devices: int, tokenizer: str, tmp_path: Path) -> None:
+    source = open_source(dense_checkpoint(tmp_path, tokenizer, variant=variant))
+    rows = random_rows(5)
+    wanted = activations(source, rows)
+    stream = Activations(source.read(EMBEDDING)[""], rows, 2, [torch.device("cpu")] * devices)
+    for index in range(4):
+        measured = stream.measure(source.layer(index), everything)
+        sums = stream.advance(source.layer(index), everything)
+        assert all(torch.equal(measured[key], value) for key, value in sums.items())
+        for position, (x, y) in wanted[index].items():
+            products = {"xx": (x, x), "yy": (y, y)}
+            if index:
+                products |= {"xp": (x, wanted[index - 1][position][1]), "yp": (y, wanted[index - 1][position][1])}
+            for name, (a, b) in products.items():
+                torch.testing.assert_close(sums[name, position], a.T @ b, rtol=1e-4, atol=1e-4)
+            assert int(sums["tokens", position]) == 80
+            assert (("xp", position) in sums) == (index > 0)
