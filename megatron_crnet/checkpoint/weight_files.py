@@ -171,7 +171,7 @@ class CheckpointWeights(WeightSource):
     """The fp32 master weights of a checkpoint, whatever layout has written it."""
 
     def __init__(self, checkpoint: Path) -> None:
-        self.where = f"checkpoint {checkpoint}"
+        self.where, self.checkpoint = f"checkpoint {checkpoint}", checkpoint
         try:
             self._reader = ShardReader(checkpoint, headers_of(checkpoint))
         except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:

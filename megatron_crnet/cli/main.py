@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "study": ("study", "train a grid of configurations and compare their losses"),
     "report": ("report", "one page of runs, benchmarks, estimates and simulations"),
     "compare": ("compare", "final losses of runs side by side"),
+    "observe": ("observe", "what the previous layer's outputs say of a layer's"),
     "measure-communication": ("measure_communication", "count what a configuration sends"),
     "measure-glue": ("measure_glue", "count what lies between a layer's products"),
     "measure-recompute": ("measure_recompute", "count what recomputation keeps and computes"),

@@ -184,7 +184,7 @@ def _read_file(path: Path, found: ReportInputs) -> None:
         value = parse(path.read_text("utf-8"))
         kind = value.get("kind") if isinstance(value, dict) else None
         if not isinstance(kind, str) or kind not in KINDS:
-            found.problems.append(f"{path} holds no benchmark, estimate, simulation or profile: left out")
+            found.problems.append(f"{path} holds no benchmark, estimate, simulation, profile or observation: left out")
             return
         if kind == "benchmark":
             value = {**value, "rows": _rows(path, value.get("rows"), found)}

@@ -164,7 +164,8 @@ def _lines(picture: Lines) -> Figure:
     if picture.logarithmic:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
-        axes.set(xticks=sorted(set(xs)), xlim=(min(xs) / 1.15, max(xs) * 1.15), yticks=_log_ticks(ys))
+        ticks = sorted(set(xs)) if len(set(xs)) <= 12 else _log_ticks(xs)
+        axes.set(xticks=ticks, xlim=(min(xs) / 1.15, max(xs) * 1.15), yticks=_log_ticks(ys))
     else:
         axes.set(xlim=_span(xs), ylim=_span(ys))
     for axis in (axes.xaxis, axes.yaxis):

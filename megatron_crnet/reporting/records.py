@@ -105,7 +105,19 @@ Kind = model("Kind", {"kind": Name, "ms share launches": Amount})
 Kernel = model("Kernel", {"name": Text, "kind": Name, "ms launches": Amount})
 Peak = {"peak_flops": Positive, "peak_source": Text}
 Speed = {"seconds": model("Seconds", {"step": Positive}), "tokens_per_second": Positive}
+Errors = model("RankErrors", {"rank": Count, "low_rank": Amount}, {"difference": Amount, "coefficient": Number})
+ObservedMap = model(
+    "ObservedMap",
+    {"layer": Index, "position": Name, "errors": many(Errors), "spectrum": many(many(Number | None))},
+    {"cosine": Number},
+)
+ObservedModel = model(
+    "ObservedModel",
+    {"name": Name, "ranks": Annotated[many(Count), Field(min_length=1)], "maps": many(ObservedMap)},
+    {"step": Index, "tokens": Amount},
+)
 KINDS = {
+    "observation": model("Observation", {"models": Annotated[many(ObservedModel), Field(min_length=1)]}, {}, Head),
     "benchmark": model("Benchmark", {"rows": many(Any)}, {"device": Name, "complete": Flag, **Peak}, Head),
     "estimate": model("Estimate", {"stages": Annotated[many(Profile), Field(min_length=1)]}, Speed, Head),
     "simulation": model("Simulation", {"counted": Profile}, {"rank": Index}, Head),

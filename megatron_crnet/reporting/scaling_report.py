@@ -14,6 +14,7 @@ import pandas as pd
 from megatron_crnet.config.model_size import flops_per_token, total_parameters
 from megatron_crnet.planning.machines import machine_of_gpu
 from megatron_crnet.reporting.inputs import MEASURED, SAME, ReportInputs, Run
+from megatron_crnet.reporting.observation import observation_section
 from megatron_crnet.reporting.page import Section, Table
 from megatron_crnet.reporting.pictures import Lines, Series
 from megatron_crnet.reporting.records import KINDS, Row
@@ -69,6 +70,7 @@ def build_sections(inputs: ReportInputs, peak_flops: float | None, command: str)
     sections = [
         _headlines(inputs, rows, peak_flops),
         _loss(inputs),
+        observation_section(inputs.of_kind("observation")),
         _speed(inputs, rows, peak_flops),
         _sweeps(rows),
         steps_section(inputs),

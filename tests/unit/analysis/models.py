@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_crnet.analysis.source import SourceModel
 from megatron_crnet.config.schema import Config, DataConfig
 from megatron_crnet.model.reference import ReferenceCRNet
 from tests.helpers import tiny_config
@@ -35,3 +36,19 @@ def reference(config: Config, weights: dict[str, Tensor]) -> ReferenceCRNet:
     model = ReferenceCRNet(config.model)
     model.load_state_dict(weights)
     return model.requires_grad_(False)
+
+
+def activations(source: SourceModel, rows: Tensor) -> list[dict[str, tuple[Tensor, Tensor]]]:
+    """Inputs and outputs [tokens, width] of all maps of a plain forward pass, by layer and position, in fp64."""
+    model = reference(source.config, source.read("")).double()
+    found: list[dict[str, tuple[Tensor, Tensor]]] = []
+    for layer in model.model["layers"]:
+        found.append({})
+        for position, module in layer.modules_of_positions.items():
+
+            def hook(_module: Any, x: Any, y: Tensor, position: str = position, at: Any = found[-1]) -> None:
+                at[position] = x[0].flatten(0, 1), y.flatten(0, 1)
+
+            layer.get_submodule(module).register_forward_hook(hook)
+    model(rows)
+    return found

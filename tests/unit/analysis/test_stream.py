@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from megatron_crnet.analysis.source import open_source
 from megatron_crnet.analysis.stream import Activations, Map, Sums
 from megatron_crnet.checkpoint.weight_files import EMBEDDING
-from tests.unit.analysis.models import dense_checkpoint, random_rows, reference
+from tests.unit.analysis.models import activations, dense_checkpoint, random_rows
 
 
 def everything(sums: Sums, maps: dict[str, Map]) -> None:
@@ -23,22 +21,6 @@ def everything(sums: Sums, maps: dict[str, Map]) -> None:
         if one.previous is not None:
             sums.add_product(("xp", position), one.x, one.previous)
             sums.add_product(("yp", position), one.y, one.previous)
-
-
-def activations(source: Any, rows: Tensor) -> list[dict[str, tuple[Tensor, Tensor]]]:
-    """Inputs and outputs of all maps, by layer and position, in fp64."""
-    model = reference(source.config, source.read("")).double()
-    found: list[dict[str, tuple[Tensor, Tensor]]] = []
-    for layer in model.model["layers"]:
-        found.append({})
-        for position, module in layer.modules_of_positions.items():
-
-            def hook(_module: Any, x: Any, y: Tensor, position: str = position, at: Any = found[-1]) -> None:
-                at[position] = x[0].flatten(0, 1), y.flatten(0, 1)
-
-            layer.get_submodule(module).register_forward_hook(hook)
-    model(rows)
-    return found
 
 
 @pytest.mark.parametrize("devices", [1, 2])

@@ -250,7 +250,7 @@ DAMAGED: dict[str, tuple[str | None, str]] = {
     "nothing.json": ("[]", "holds no benchmark"),
     "strategies.json": (
         '{"kind": "recompute", "rows": 3}',
-        "holds no benchmark, estimate, simulation or profile: left out",
+        "holds no benchmark, estimate, simulation, profile or observation: left out",
     ),
     "rows.json": ('{"kind": "benchmark", "rows": 3}', "has no row that was measured and is whole: left out"),
     "metrics.jsonl": ('{"step": 1}\n{"st', "cannot be read, or not as a whole: left out"),

@@ -1,0 +1,94 @@
+"""Errors, coefficients, cosines and spectra of a model's maps against SVDs of its whole outputs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_crnet.analysis.observation import default_ranks, observe
+from megatron_crnet.analysis.source import SourceModel
+from megatron_crnet.cli.main import main
+from tests.unit.analysis.models import activations, random_rows
+from tests.unit.analysis.products import low_rank_error
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_what_is_observed_is_what_whole_outputs_give(dense: SourceModel, devices: int) -> None:
+    rows, ranks = random_rows(8), [4, 8]
+    outputs = [{p: y for p, (_, y) in layer.items()} for layer in activations(dense, rows)]
+    found = observe(dense, rows, ranks, [torch.device("cpu")] * devices, batch_size=3)
+    assert [(one.layer, one.position) for one in found] == [(i, p) for i, layer in enumerate(outputs) for p in layer]
+    for one in found:
+        y = outputs[one.layer][one.position]
+        sizes = torch.linalg.svdvals(y) / y.norm()
+        for index, own, _ in one.spectrum:
+            assert own == pytest.approx(float(sizes[int(index or 0) - 1]), rel=1e-3, abs=1e-4)
+        p = outputs[one.layer - 1][one.position] if one.layer else None
+        for errors in one.errors:
+            plain = (low_rank_error(y, errors.rank) ** 0.5) / float(y.norm())
+            assert errors.low_rank == pytest.approx(plain, rel=1e-3)
+            if p is None or errors.coefficient is None or errors.difference is None:
+                assert errors.difference is p is one.cosine is None
+                continue
+            best = min(low_rank_error(y - b * p, errors.rank) for b in torch.linspace(-1, 1, 41).tolist()) ** 0.5
+            by_itself = low_rank_error(y - errors.coefficient * p, errors.rank) ** 0.5
+            assert errors.difference == pytest.approx(by_itself / float(y.norm()), rel=1e-3)
+            assert errors.difference <= min(best / float(y.norm()), errors.low_rank) * (1 + 1e-3)
+            assert one.cosine == pytest.approx(float(F.cosine_similarity(y, p, dim=-1).mean()), abs=1e-4)
+
+
+def test_ranks_of_small_models() -> None:
+    assert default_ranks(4096) == [512, 1024, 2048]
+    assert default_ranks(2) == [1]
+
+
+def test_the_command_prints_records_and_reports(
+    dense: SourceModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("def read(path):\n    return open(path)\n" * 40)
+    run = tmp_path / "dense"
+    for step in (1, 2, 3):
+        shutil.copytree(dense.path, run / "checkpoints" / f"step_{step:08d}")
+    text, record = f"--text={tmp_path / 'text.txt'}", tmp_path / "observation.json"
+    # only the first is whole: the state of the others names another step
+    assert main(["observe", str(run), "--every-checkpoint", text, f"--json={record}"]) == 0
+    printed, errors = capsys.readouterr()
+    assert errors.count("warning: ") == 2
+    assert "dense, step 1: ratio of the errors at rank 8" in printed
+    (model,) = json.loads(record.read_text())["models"]
+    assert (model["step"], model["ranks"], len(model["maps"])) == (1, [4, 8, 16], 28)
+    later = {**model, "step": 5}
+    record.write_text(json.dumps({**json.loads(record.read_text()), "models": [model, later]}))
+    assert main(["report", str(record), "-o", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "Layers and the layers before them" in page
+    for picture in (
+        "over training, dense",
+        "Ratio of errors at rank 8, dense, step 5",
+        "Singular values, dense, layer",
+    ):
+        assert picture in page
+    assert main(["observe", str(run), text, f"--json={record}"]) == 2
+    assert f"--json {record} exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "one of the arguments --text --prefix is required"),
+        (["--text", "absent"], "absent is neither a file nor a folder"),
+        (["--text", "absent", "--ranks", "4", "0"], "observation.ranks[1] is 0, but must be above 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(
+    options: list[str], message: str, dense: SourceModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["observe", str(dense.path), *options]) == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert errors.count("\n") == 1
