@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("evaluate", "loss and perplexity over text or token files"),
     "convert": ("convert", "checkpoints to Hugging Face transformers and back"),
     "init": ("init", "turn a dense model into low_rank or crnet"),
+    "ranks": ("ranks", "choose ranks by spectra, under a budget"),
     "estimate": ("estimate", "memory, traffic and time of a run by formula"),
     "plan": ("plan", "search the fastest layout that fits"),
     "simulate": ("simulate", "count a step of one rank on fake tensors"),

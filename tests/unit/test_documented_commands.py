@@ -17,7 +17,7 @@ from megatron_crnet.config.loading import ConfigParser
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CALL = re.compile(r"^(?:\$ |    |`)?(?:[A-Z_]+=\S+ )*crnet (?:launch (?:--?\S+ )*)?([a-z][a-z-]*) +([^`\n]*)")
-ABSENT = re.compile(r"--config plan\.yaml ?")
+ABSENT = re.compile(r"--config (plan|ranks)\.yaml ?")
 """What an earlier command of a page writes."""
 
 

@@ -1,0 +1,96 @@
+"""Gram matrices of the outputs of every linear map of a model, beside those of the layer before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_crnet.analysis.difference import Difference
+from megatron_crnet.analysis.source import SourceModel
+from megatron_crnet.analysis.stream import Activations, Map, Sums
+from megatron_crnet.checkpoint.weight_files import EMBEDDING
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class MapOutputs:
+    """The outputs of a linear map on all tokens, as sums.
+
+    Attributes:
+        difference: of Y and P, the outputs of the same map in the previous layer; without P in the first.
+        cosine: mean over tokens of the cosine similarity of y and p.
+    """
+
+    layer: int
+    position: str
+    difference: Difference
+    cosine: float | None
+
+
+def each_map(
+    source: SourceModel,
+    rows: Tensor,
+    look: Callable[[MapOutputs], T],
+    devices: Sequence[torch.device],
+    batch_size: int = 4,
+    progress: Callable[[int], None] = lambda layers: None,
+) -> list[T]:
+    """What `look` gives for every linear map, in the order of layers and positions.
+
+    Args:
+        rows: tokens of the text, [rows, s].
+        devices: share the rows, and then the positions of a layer.
+        progress: called with the layers that are done.
+
+    Raises:
+        DataError: a weight of the model is not finite, or zero all over.
+    """
+    positions = source.table.architecture.names
+    stream = Activations(source.read(EMBEDDING)[""], rows, batch_size, devices)
+    before: Sums | None = None
+    found: list[T] = []
+    with ThreadPoolExecutor(len(devices)) as pool:
+        for layer in range(source.config.model.num_layers):
+            sums = stream.advance(source.layer(layer), collect_outputs)
+            jobs = {
+                position: pool.submit(_look_at, look, layer, position, sums, before, devices[i % len(devices)])
+                for i, position in enumerate(positions)
+            }
+            found += [jobs[position].result() for position in positions]
+            before = sums
+            progress(layer + 1)
+    return found
+
+
+def collect_outputs(sums: Sums, maps: dict[str, Map]) -> None:
+    """Add Y^T Y, Y^T P, the cosine similarities of their rows and the number of these."""
+    for position, one in maps.items():
+        sums.add_product(("yy", position), one.y, one.y)
+        if one.previous is not None:
+            sums.add_product(("yp", position), one.y, one.previous)
+            cosines = F.cosine_similarity(one.y.double(), one.previous.double(), dim=-1)
+            sums.add(("cosine", position), torch.stack((cosines.sum(), cosines.new_tensor(len(cosines)))))
+
+
+def _look_at(
+    look: Callable[[MapOutputs], T],
+    layer: int,
+    position: str,
+    sums: Sums,
+    before: Sums | None,
+    device: torch.device,
+) -> T:
+    yy = sums["yy", position].to(device)
+    if before is None:
+        return look(MapOutputs(layer, position, Difference(yy, None, None, (float(yy.trace()), 0.0, 0.0)), None))
+    yp, pp = sums["yp", position].to(device), before["yy", position].to(device)
+    difference = Difference(yy, yp, pp, (float(yy.trace()), float(yp.trace()), float(pp.trace())))
+    total, tokens = sums["cosine", position].tolist()
+    return look(MapOutputs(layer, position, difference, total / tokens))
