@@ -215,10 +215,12 @@ def read_study(path: Path, output: Path) -> Study:
             "tokens" not in values or name != "training.train_steps",
             f"{path}: training.train_steps follows from tokens: leave one of the two out",
         )
-    options = {*values.get("options", {})}
-    for one, other in itertools.combinations([options, *of_axes], 2):
-        twice, where = min(one & other, default=None), "an axis and an option" if one is options else "in two axes"
-        require(twice is None, f"{path}: {twice} is {where}: keep one")
+    for axis in axes:
+        kept = axis.name not in values.get("options", {})
+        require(kept, f"{path}: {axis.name} is an axis and an option: keep one")
+    for one, other in itertools.combinations(of_axes, 2):
+        twice = min(one & other, default=None)
+        require(twice is None, f"{path}: {twice} is in two axes: keep one")
     seeds = tuple(values.pop("seeds", (1234,)))
     require(bool(seeds), f"{path}: seeds is empty: give at least one, or leave it out")
     _once(f"{path}: seeds", seeds)
