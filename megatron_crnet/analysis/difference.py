@@ -14,9 +14,10 @@ Over s as well: the error is the least over all U [k, r] with orthonormal column
 
     f_U(s) = ||Y - s P||^2 - tr(U^T G(s) U),
 
-so that taking the best U for s (eigenvectors) and the best s for U (the bottom of a parabola) in turn never increases
-it. That may end in a local minimum. It starts from the best of 0 (so that the result is never worse than the plain
-low-rank approximation of Y), the coefficients that are best at rank 0 and at full rank, and points around these.
+so that a better U for s and the best s for U (the bottom of a parabola) in turn never increase it. U becomes better by
+products with G(s), as in subspace iteration: decompositions, which take longest, are needed for the starts alone. That
+may end in a local minimum. It starts from the best of 0 (so that the result is never worse than the plain low-rank
+approximation of Y) and the coefficients that are best at rank 0 and at full rank.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-STEPS = 40
+TURNS = 100
 """Most turns of the alternation."""
+POWERS = 2
+"""Products with G by which a turn improves U."""
 TOLERANCE = 1e-6
 """Gain of a turn at which it ends, as a share of the error."""
-GRID = 5
-"""Parts into which the way from 0 to twice a start is cut, for further starts."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,12 @@ class Difference:
             return 0.0
         s = min(self._starts(), key=lambda start: self.error(start, rank))
         least, basis = self.solve(s, rank)
-        for _ in range(STEPS):
+        for _ in range(TURNS):
             s_next = self._bottom(basis)
-            found, basis = self.solve(s_next, rank)
+            gram = self.gram(s_next)
+            for _ in range(POWERS):
+                basis = torch.linalg.qr(gram @ basis).Q
+            found = self.total(s_next) - float(((gram @ basis) * basis).sum())
             if found >= least:
                 break
             gain, s, least = least - found, s_next, found
@@ -89,11 +93,10 @@ class Difference:
                 break
         return s
 
-    def _starts(self) -> list[float]:
+    def _starts(self) -> set[float]:
         assert self.yp is not None
         whole = torch.eye(len(self.yy), dtype=self.yy.dtype, device=self.yy.device)
-        ends = {self.norms[1] / self.norms[2], self._bottom(whole)}
-        return sorted({0.0, *ends, *(2 * end * i / GRID for end in ends for i in range(1, GRID))})
+        return {0.0, self.norms[1] / self.norms[2], self._bottom(whole)}
 
     def _bottom(self, basis: Tensor) -> float:
         """The s at the bottom of f_U."""

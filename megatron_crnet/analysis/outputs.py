@@ -64,7 +64,7 @@ def each_map(
                 for i, position in enumerate(positions)
             }
             found += [jobs[position].result() for position in positions]
-            before = sums
+            before = Sums({key: product for key, product in sums.items() if key[0] == "yy"})
             progress(layer + 1)
     return found
 

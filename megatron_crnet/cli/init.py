@@ -91,14 +91,15 @@ def _convert(source: SourceModel, config: Config, args: argparse.Namespace) -> N
     rows = read_rows(source, args)
     conversion = Conversion(source, config, rows, default_devices(), args.batch_size, progress=progress)
     trained_on = TrainedOn(digest_of_tokenizer(source.tokenizer))
-    saved = replace(config, data=source.config.data)  # with the tokenizer that the embedding was trained with
+    # with the tokenizer that the embedding was trained with, and so that a run with this file continues from here
+    saved = replace(config, data=source.config.data, checkpoint=replace(config.checkpoint, dir=str(args.folder)))
     target = write_starting_checkpoint(args.folder, saved, trained_on, f"dense {source.path}", conversion.weights())
     if conversion.fits:
         print(_table(conversion.fits))
     before, after = (total_parameters(one.model) for one in (source.config, config))
     print(
-        f"{target}: {after:,} parameters of {before:,}; continue it with checkpoint.dir {args.folder} and the same "
-        "model section"
+        f"{target}: {after:,} parameters of {before:,}; continue it with checkpoint.dir {args.folder} and the model "
+        f"section of {target / 'config.yaml'}"
     )
 
 

@@ -18,6 +18,7 @@ from megatron_crnet.analysis.from_dense import Conversion, beta_of, compressed_r
 from megatron_crnet.analysis.source import SourceModel, open_source
 from megatron_crnet.checkpoint.directory import damage
 from megatron_crnet.cli.main import main
+from megatron_crnet.config.loading import load_config
 from megatron_crnet.config.model_size import total_parameters
 from megatron_crnet.config.positions import position_table
 from megatron_crnet.hf.export import from_hf
@@ -123,6 +124,8 @@ def test_the_command_writes_a_checkpoint(
     parameters = total_parameters(opened.config.model)
     assert f"{parameters:,} parameters of {total_parameters(dense.config.model):,}" in printed
     assert printed.count("\n") == 2 + 3 * 7 + 1
+    again = load_config(folder / "step_00000000" / "config.yaml")
+    assert (again.checkpoint.dir, again.model) == (str(folder), opened.config.model)
     assert opened.config.model.variant == "crnet"
     assert opened.model.state_dict()["model.layers.1.mlp.up_proj.a.weight"].shape == (4, 32)
     assert opened.tokenizer.unique_identifiers == dense.tokenizer.unique_identifiers
