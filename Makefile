@@ -41,7 +41,7 @@ train: $(VENV)/.installed $(DATA)/train.idx $(DATA)/valid.idx  ## train the quic
 	$(RUN) pretrain_crnet.py --config examples/quickstart.yaml
 
 test: setup  ## the whole suite but the long matrices
-	$(RUN) -m pytest -m "not long and not faults and not image and not slurm" -n 2 --dist loadfile
+	$(RUN) -m pytest -m "not long and not faults and not image and not slurm" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: setup  ## the long matrices
 	$(RUN) -m pytest -m long

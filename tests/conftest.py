@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -14,6 +15,13 @@ torch.set_num_threads(1)
 from megatron_crnet.distributed import cpu_backend  # noqa: E402
 
 cpu_backend.install()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _imports_are_no_garbage() -> None:
+    """A collection would look at a million objects of imported libraries, and a run collects several times."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

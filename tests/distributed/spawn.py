@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import gc
 import os
-import random
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import deepspeed
-import numpy
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from megatron.core import parallel_state
 
+from tests.forked import begin, forking, variables_of
+
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 600) -> list[Any]:
     """Call `function(*args)` on `world_size` ranks of one gloo group.
 
-    Ranks have this process's environment and folder, but all of them one seed of `hash`: what depends on the order of a
-    set differs between ranks in tests/integration alone.
+    Ranks have this process's environment and folder.
 
     Returns:
         What it returned, by rank (picklable values).
@@ -53,17 +51,9 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
         return [torch.load(Path(folder) / f"result_{rank}", weights_only=False) for rank in range(world_size)]
 
 
-@cache
 def _context() -> Any:
-    """Ranks are forked from one process that has imported the libraries and done nothing else: seconds, but once.
-
-    Where there is CUDA, which does not survive a fork, each is a process of its own.
-    """
-    if torch.cuda.is_available():
-        return mp.get_context("spawn")
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["tests.distributed.preload"])
-    return context
+    """Ranks are forked; where there is CUDA, which does not survive a fork, each is a process of its own."""
+    return mp.get_context("spawn") if torch.cuda.is_available() else forking()
 
 
 def _wait(processes: list[Any], folder: Path, timeout_s: float) -> None:
@@ -116,15 +106,7 @@ def _rank_main(
     environment: dict[str, str],
 ) -> None:
     try:
-        os.environ.clear()
-        os.environ.update(environment)
-        random.seed()
-        numpy.random.seed()
-        gc.freeze()  # the imported libraries are no garbage: a collection would look at a million objects of theirs
-        torch.set_num_threads(1)
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
-        )
+        begin({**environment, **variables_of(rank, world_size)})
         from megatron_crnet.distributed import cpu_backend
 
         cpu_backend.install()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,15 @@ from tests.helpers import Errors, compare_with_reference, local_weights
 
 EIGHT_BIT = {"name": "adamw8bit"}
 TP, PP = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
-ROWS: dict[str, dict[str, Any]] = {
+ALL_ROWS: dict[str, dict[str, Any]] = {
     **{f"zero{stage}-{dtype}": {"stage": stage, "dtype": dtype} for stage in range(4) for dtype in ("fp32", "bf16")},
     "tp2-zero1": {"stage": 1, "parallel": TP},
     "pp2-zero1-bf16": {"stage": 1, "dtype": "bf16", "parallel": PP},
     "tp2-zero3-bf16": {"stage": 3, "dtype": "bf16", "parallel": TP},
 }
+ROWS = ("zero0-fp32", "zero1-bf16", "zero2-fp32", "zero3-bf16", "tp2-zero1", "pp2-zero1-bf16")
+"""The others are marked long."""
+MORE_ROWS = tuple(name for name in ALL_ROWS if name not in ROWS)
 BOUNDS = {
     "fp32": Errors(loss=1e-4, grad_norm=2e-4, gradients=1e-2, parameters=2e-3),
     "bf16": Errors(loss=1e-2, grad_norm=5e-2, gradients=0.4, parameters=3e-2),
@@ -39,12 +42,12 @@ BOUNDS = {
 
 
 def config_of(name: str, folder: str = "unused", **changes: Any) -> Config:
-    return row_config(folder, **{**ROWS[name], "optimizer": EIGHT_BIT, **changes})
+    return row_config(folder, **{**ALL_ROWS[name], "optimizer": EIGHT_BIT, **changes})
 
 
-def compare_rows() -> dict[str, Errors]:
+def compare_rows(names: Sequence[str]) -> dict[str, Errors]:
     found = {}
-    for name in ROWS:
+    for name in names:
         found[name] = compare_with_reference(config_of(name))
         fresh_world()
     return found
@@ -52,14 +55,18 @@ def compare_rows() -> dict[str, Errors]:
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, Errors]:
-    return run_distributed(compare_rows, 2)[0]
+    return run_distributed(compare_rows, 2, ROWS)[0]
+
+
+def check_errors(name: str, errors: Errors) -> None:
+    bounds = BOUNDS[ALL_ROWS[name].get("dtype", "fp32")]
+    for part in ("loss", "grad_norm", "gradients", "parameters"):
+        assert getattr(errors, part) < getattr(bounds, part), (name, errors)
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_every_layout_trains_like_adamw(name: str, errors: dict[str, Errors]) -> None:
-    bounds = BOUNDS[ROWS[name].get("dtype", "fp32")]
-    for part in ("loss", "grad_norm", "gradients", "parameters"):
-        assert getattr(errors[name], part) < getattr(bounds, part), errors[name]
+    check_errors(name, errors[name])
 
 
 def with_engine(config: Config, checkpoint: Path, read: Callable[[TrainEngine], Any]) -> Any:
@@ -99,14 +106,12 @@ def kinds_of_moments(engine: TrainEngine) -> set[tuple[bool, bool]]:
     }
 
 
-def resume_rows(folder: str) -> dict[str, Any]:
+def resume_rows(folder: str, names: Sequence[str]) -> dict[str, Any]:
     found = {}
-    for name in ROWS:
+    for name in names:
         config = config_of(name, f"{folder}/{name}")
         whole, _ = train(config, save_at=2)
-        checkpoint = Path(folder, name, "step_00000002")
-        kinds = with_engine(config, checkpoint, kinds_of_moments)
-        found[name] = whole, train(config, checkpoint)[0], kinds
+        found[name] = whole, *train(config, Path(folder, name, "step_00000002"), read=kinds_of_moments)
     return found
 
 
@@ -117,23 +122,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def resumed(folder: str) -> dict[str, Any]:
-    return run_distributed(resume_rows, 2, folder)[0]
+    return run_distributed(resume_rows, 2, folder, ROWS)[0]
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_a_resumed_run_repeats_the_whole_one_to_the_bit(name: str, resumed: dict[str, Any]) -> None:
-    whole, again, kinds = resumed[name]
+def check_resumed(whole: list[Any], again: list[Any], kinds: set[tuple[bool, bool]]) -> None:
     assert again == whole[2:]
     assert kinds == {(False, False), (True, True)}
 
 
-RESHAPES = {
-    "zero1-bf16": "zero3-bf16",
-    "zero3-fp32": "zero0-fp32",
-    "tp2-zero1": "zero2-fp32",
-    "zero2-fp32": "tp2-zero1",
-    "zero2-bf16": "pp2-zero1-bf16",
-}
+@pytest.mark.parametrize("name", ROWS)
+def test_a_resumed_run_repeats_the_whole_one_to_the_bit(name: str, resumed: dict[str, Any]) -> None:
+    check_resumed(*resumed[name])
+
+
+RESHAPES = {"zero1-bf16": "zero3-bf16", "tp2-zero1": "zero2-fp32", "zero2-fp32": "tp2-zero1"}
+MORE_RESHAPES = {"zero3-fp32": "zero0-fp32", "zero2-bf16": "pp2-zero1-bf16"}
 
 
 def largest_errors(read: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
@@ -146,9 +149,9 @@ def largest_errors(read: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[st
     return found
 
 
-def reshape_rows(folder: str) -> dict[str, dict[str, float]]:
+def reshape_rows(folder: str, reshapes: dict[str, str]) -> dict[str, dict[str, float]]:
     found = {}
-    for before, after in RESHAPES.items():
+    for before, after in reshapes.items():
         checkpoint = Path(folder, before, "step_00000002")
         read = with_engine(config_of(after), checkpoint, weights_and_moments)
         # AdamW keeps what the files hold
@@ -157,11 +160,24 @@ def reshape_rows(folder: str) -> dict[str, dict[str, float]]:
     return found
 
 
-def test_another_layout_rounds_moments_to_8_bits_once_more(resumed: dict[str, Any], folder: str) -> None:
-    for name, errors in run_distributed(reshape_rows, 2, folder)[0].items():
+def check_reshapes(folder: str, reshapes: dict[str, str]) -> None:
+    for name, errors in run_distributed(reshape_rows, 2, folder, reshapes)[0].items():
         assert errors[MASTER] == 0, name
         # half of the largest distance between codes, from -1 to -0.979
         assert max(errors[kind] for kind in MOMENTS) < 0.0106, (name, errors)
+
+
+def test_another_layout_rounds_moments_to_8_bits_once_more(resumed: dict[str, Any], folder: str) -> None:
+    check_reshapes(folder, RESHAPES)
+
+
+@pytest.mark.long
+def test_more_layouts_train_resume_and_round(tmp_path: Path) -> None:
+    for name, errors in run_distributed(compare_rows, 2, MORE_ROWS)[0].items():
+        check_errors(name, errors)
+    for found in run_distributed(resume_rows, 2, str(tmp_path), MORE_ROWS)[0].values():
+        check_resumed(*found)
+    check_reshapes(str(tmp_path), MORE_RESHAPES)
 
 
 def convert(folder: str) -> tuple[list[tuple[float, float]], ...]:

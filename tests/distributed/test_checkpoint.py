@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,10 +66,22 @@ def row_config(
     )
 
 
+def settings_of(engine: TrainEngine) -> Any:
+    """What the optimizer goes by."""
+    groups = [
+        {name: group[name] for name in ("betas", "eps", "weight_decay")} for group in engine.optimizer.param_groups
+    ]
+    return groups, getattr(engine.optimizer, "clip_grad", None)
+
+
 def train(
-    config: Config, checkpoint: Path | None = None, save_at: int = 0, steps: int = STEPS
+    config: Config,
+    checkpoint: Path | None = None,
+    save_at: int = 0,
+    steps: int = STEPS,
+    read: Callable[[TrainEngine], Any] = settings_of,
 ) -> tuple[list[tuple[float, float]], Any]:
-    """Losses and gradient norms from the checkpoint, or from scratch, to the last step; the settings after it."""
+    """Losses and gradient norms from the checkpoint, or from scratch, to the last step; what `read` gives after it."""
     context = initialize_parallel(config)
     engine = TrainEngine(config, build_model_chunks(config), context)
     checkpointer = Checkpointer(config, engine)
@@ -82,14 +95,11 @@ def train(
         if step + 1 == save_at:
             checkpointer.save(TrainingState(step + 1))
     checkpointer.wait()
-    groups = [
-        {name: group[name] for name in ("betas", "eps", "weight_decay")} for group in engine.optimizer.param_groups
-    ]
-    settings = groups, getattr(engine.optimizer, "clip_grad", None)
+    found = read(engine)
     engine.deepspeed.destroy()
     context.heartbeat.close()
     fresh_world()
-    return measured, settings
+    return measured, found
 
 
 def resume_rows(folder: str) -> dict[str, dict[str, Any]]:

@@ -1,34 +1,27 @@
-"""Runs one of this project's programs on one odd input, in a process forked from one that has imported everything."""
+"""Runs one of this project's programs on one odd input, in a forked process."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import multiprocessing as mp
-import os
-import resource
-import runpy
-import sys
+import subprocess
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import psutil
-import torch
 
-ROOT = Path(__file__).parents[2]
+from tests.forked import Program
+
 CANARY = "canary"
 """A file that code from an input would make in the case's folder, if it was run."""
 LIMIT_S = 120.0
 """What takes a second on an idle machine, and more on a busy one, has hung after this."""
 MOST_LINES = 40
 """Of usage, or of what was passed over, before the line on what is wrong."""
-MEMORY = 24 * 2**30
-"""Bytes of address space: what asks for more must have been refused by arithmetic."""
+BEFORE = "import resource; resource.setrlimit(resource.RLIMIT_AS, (24 * 2**30, 24 * 2**30))"
+"""Limits the address space: what asks for more must have been refused by arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +62,15 @@ def run_case(case: Case, folder: Path) -> Outcome:
     """Run the case in `folder`, whose files it may change."""
     case.prepare(folder)
     before, started = _files(folder), time.monotonic()
-    outputs = [folder.parent / f"{folder.name}.{name}" for name in ("out", "err")]
-    process = _context().Process(target=_main, args=(case.program, case.argv, folder, outputs, case.environment))
-    process.start()
-    process.join(LIMIT_S)
-    status = process.exitcode
-    if status is None:
+    process = Program(case.program, case.argv, folder, {"PYTHONDONTWRITEBYTECODE": "1", **case.environment}, BEFORE)
+    status: int | None = None
+    try:
+        status = process.wait(LIMIT_S)
+    except subprocess.TimeoutExpired:
         _kill(process.pid)
-        process.join()
+    texts = process.communicate()
     changed = {path for path, _ in before.items() ^ _files(folder).items()}
     ran_code = (folder / CANARY).exists()
-    texts = [path.read_text(errors="replace") if path.exists() else "" for path in outputs]
     return Outcome(status, texts[0], texts[1], tuple(sorted(changed)), ran_code, time.monotonic() - started)
 
 
@@ -121,50 +112,9 @@ def _digest(path: Path) -> str:
     return "no file"
 
 
-def _kill(pid: int | None) -> None:
+def _kill(pid: int) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         parent = psutil.Process(pid)
         for process in [*parent.children(recursive=True), parent]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-
-
-@cache
-def _context() -> Any:
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["tests.fuzz.preload"])
-    return context
-
-
-def _main(program: str, argv: tuple[str, ...], folder: Path, outputs: list[Path], environment: dict[str, str]) -> None:
-    """The child: the program as `python program argv`, its output in files."""
-    with _redirected(outputs):
-        status = 1
-        try:
-            os.chdir(folder)
-            os.environ.update(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1", **environment)
-            torch.set_num_threads(1)
-            resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-            sys.argv = [str(ROOT / program), *argv]
-            runpy.run_path(sys.argv[0], run_name="__main__")
-            status = 0
-        except SystemExit as error:
-            # what Python itself does with it
-            status = error.code if isinstance(error.code, int) else int(error.code is not None)
-            if isinstance(error.code, str):
-                print(error.code, file=sys.stderr)
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
-@contextlib.contextmanager
-def _redirected(outputs: list[Path]) -> Iterator[None]:
-    for number, path in enumerate(outputs, 1):
-        with path.open("wb") as file:
-            os.dup2(file.fileno(), number)
-    # the forkserver's own objects may be bound to other descriptors
-    sys.stdout, sys.stderr = (open(n, "w", closefd=False, errors="backslashreplace") for n in (1, 2))  # noqa: SIM115
-    yield

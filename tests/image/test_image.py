@@ -12,7 +12,8 @@ from tests.image.conftest import GPU, NVIDIA_STAND_IN, SOMEBODY, Runner, finish
 from tests.image.pip_settings import PipSettings
 from tests.image.podman import ROOT, RUN_SECONDS, Podman
 from tests.integration.conftest import lines_of
-from tests.integration.processes import free_port, wait_for_step
+from tests.integration.processes import wait_for_step
+from tests.ports import free_ports
 
 pytestmark = pytest.mark.image
 
@@ -113,7 +114,7 @@ def test_two_processes_follow_one(runner: Runner, alone: Path) -> None:
 
 def test_two_nodes_follow_one(runner: Runner, alone: Path) -> None:
     """Two containers on the host's network stand for two nodes."""
-    nodes = {"NODES": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "PROCESSES": 1}
+    nodes = {"NODES": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_ports(1), "PROCESSES": 1}
     arguments = runner.train("nodes")
     started = [runner.start("run_multinode.sh", *arguments, **nodes, NODE_RANK=rank) for rank in (0, 1)]
     for process in started:

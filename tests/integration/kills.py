@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 import signal
-import subprocess
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -20,8 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_crnet.checkpoint.directory import PARTIAL, checkpoints, saved_step
+from tests.forked import Program
 from tests.integration.conftest import LIMIT_S, Corpus, lines_of
-from tests.integration.processes import free_port, last_step, start_rank
+from tests.integration.processes import last_step, start_rank
+from tests.ports import free_ports
 
 KEYS = ("loss", "grad_norm", "lr", "tokens", "validation_loss")
 LAYOUTS: tuple[dict[str, Any], ...] = (
@@ -30,7 +31,7 @@ LAYOUTS: tuple[dict[str, Any], ...] = (
     {"parallel__tensor_model_parallel_size": 2, "recompute__strategy": "replay"},
     {"parallel__pipeline_model_parallel_size": 2, "deepspeed__zero_optimization__stage": 1},
 )
-START_UP_S = 8.0
+START_UP_S = 2.0
 TRAINING_S = 1.5
 SURVIVOR_S = 90.0
 """A rank that is left alone must have ended by itself after this."""
@@ -117,7 +118,7 @@ class Kills:
             self._undisturbed(layout, outcome.killed)
         return self
 
-    def _start(self, layout: dict[str, Any], output: Path) -> list[subprocess.Popen[str]]:
+    def _start(self, layout: dict[str, Any], output: Path) -> list[Program]:
         options = self.corpus.options(
             output,
             **layout,
@@ -127,7 +128,7 @@ class Kills:
             checkpoint__keep_last=2,
             logging__log_interval=1,
         )
-        port = free_port()
+        port = free_ports(1)
         return [start_rank(rank, port, options) for rank in range(2)]
 
     def _undisturbed(self, layout: dict[str, Any], output: Path) -> None:
@@ -161,7 +162,7 @@ class Kills:
             return None  # it was just done
         return Kill(moment, victims, last_step(output), self._newest(output), tuple(statuses))
 
-    def _wait_for_progress(self, output: Path, before: int, ranks: list[subprocess.Popen[str]]) -> None:
+    def _wait_for_progress(self, output: Path, before: int, ranks: list[Program]) -> None:
         deadline = time.monotonic() + LIMIT_S
         while self._newest(output) <= before and all(process.poll() is None for process in ranks):
             assert time.monotonic() < deadline

@@ -7,62 +7,29 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
+from tests.forked import Program, variables_of
 from tests.integration.conftest import LIMIT_S, ROOT
-from tests.ports import free_ports
 
-# a rank that has imported everything waits for its peers before it starts, so that a short time limit does not count
-# how long Python takes to start on a busy machine
-MEETING = """
-import os, runpy, sys, time
-from pathlib import Path
-from megatron_crnet.distributed import cpu_backend
-cpu_backend.install()
-import megatron_crnet.training.trainer, torch.utils.tensorboard
-del sys.argv[0]
-folder = Path(sys.argv.pop(0))
-(folder / f"rank{os.environ['RANK']}").touch()
-while len(list(folder.iterdir())) < int(os.environ["WORLD_SIZE"]):
-    time.sleep(0.01)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+Process = subprocess.Popen[str] | Program
 
 
-def start_rank(
-    rank: int,
-    port: int,
-    options: list[str],
-    folder: Path = ROOT,
-    stdout: int = subprocess.DEVNULL,
-    meeting: Path | None = None,
-) -> subprocess.Popen[str]:
+def start_rank(rank: int, port: int, options: list[str], folder: Path = ROOT) -> Program:
     """One of two ranks without a launcher that would end the others.
 
     Args:
         folder: relative paths are below it.
-        meeting: an empty folder where both ranks meet once they have imported everything.
     """
-    environment = {
-        **os.environ,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
-    first = [] if meeting is None else ["-c", MEETING, str(meeting)]
-    command = [sys.executable, *first, str(ROOT / "pretrain_crnet.py"), *options]
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    return Program("pretrain_crnet.py", options, folder, variables_of(rank, 2, port))
 
 
 def start_agent(options: list[str]) -> subprocess.Popen[str]:
-    """Two ranks under the agent, whose output is that of all of them."""
+    """Two ranks under the agent, whose output is that of all of them, with their own imports and seeds of `hash`."""
     command = [sys.executable, "tools/launch.py", "--standalone", "--nproc_per_node=2", "pretrain_crnet.py", *options]
     return subprocess.Popen(
         command,
@@ -72,11 +39,6 @@ def start_agent(options: list[str]) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def free_port() -> int:
-    """One that nobody is given by chance before it is used."""
-    return free_ports(1)
 
 
 def lines_so_far(output: Path, key: str) -> dict[int, float]:
@@ -92,7 +54,7 @@ def last_step(output: Path) -> int:
     return max(lines_so_far(output, "loss"), default=0)
 
 
-def wait_until(condition: Callable[[], object], processes: list[subprocess.Popen[str]]) -> None:
+def wait_until(condition: Callable[[], object], processes: Sequence[Process]) -> None:
     """Wait for a condition; fails when a process ends before."""
     deadline = time.monotonic() + LIMIT_S
     while not condition():
@@ -102,7 +64,7 @@ def wait_until(condition: Callable[[], object], processes: list[subprocess.Popen
         time.sleep(0.05)
 
 
-def wait_for_step(output: Path, step: int, processes: list[subprocess.Popen[str]]) -> None:
+def wait_for_step(output: Path, step: int, processes: Sequence[Process]) -> None:
     wait_until(lambda: last_step(output) >= step, processes)
 
 

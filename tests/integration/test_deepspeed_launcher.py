@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
-from tests.integration.conftest import LIMIT_S, ROOT, Corpus, lines_of
-from tests.integration.processes import free_port, rank_below, wait_for_step
+from tests.integration.conftest import LIMIT_S, ROOT, Corpus, lines_of, start
+from tests.integration.processes import rank_below, wait_for_step
+from tests.ports import free_ports
 
 
 def start_node(rank: int, hostfile: Path, port: int, options: list[str]) -> subprocess.Popen[str]:
@@ -49,11 +51,12 @@ def end(nodes: list[subprocess.Popen[str]]) -> list[str]:
     return printed
 
 
+@pytest.mark.long
 def test_two_nodes_save_when_one_process_is_asked_and_continue(corpus: Corpus, tmp_path: Path) -> None:
     hostfile, output = tmp_path / "hostfile", tmp_path / "run"
     hostfile.write_text("# two nodes\nfirst slots=1\nsecond slots=1\n")
     endless = corpus.options(output, training__train_steps=100000, training__eval_steps=0)
-    port = free_port()
+    port = free_ports(1)
     nodes = [start_node(rank, hostfile, port, endless) for rank in range(2)]
     try:
         wait_for_step(output, 3, nodes)
@@ -66,16 +69,15 @@ def test_two_nodes_save_when_one_process_is_asked_and_continue(corpus: Corpus, t
     assert len(list((output / "checkpoints").glob("step_*/shard-*.safetensors"))) == 2
 
     more = corpus.options(output, training__train_steps=saved + 2, training__eval_steps=0)
-    nodes = [start_node(rank, hostfile, free, more) for free in [free_port()] for rank in range(2)]
-    printed = end(nodes)
-    assert [node.returncode for node in nodes] == [0, 0], printed
+    result = start(["--config=examples/quickstart.yaml", *more], ranks=2)
+    assert result.returncode == 0, result.stderr
     assert set(lines_of(output, "loss")) == set(range(1, saved + 3))
 
 
 def test_a_mistake_keeps_its_status_and_an_unknown_host_is_named(corpus: Corpus, tmp_path: Path) -> None:
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("first slots=1\n")
-    node = start_node(0, hostfile, free_port(), corpus.options(tmp_path / "run", optimizer__lr=-1))
+    node = start_node(0, hostfile, free_ports(1), corpus.options(tmp_path / "run", optimizer__lr=-1))
     (printed,) = end([node])
     assert node.returncode == 2
     assert "optimizer.lr is -1" in printed

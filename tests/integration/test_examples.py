@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from megatron_crnet.config.model_size import total_parameters
 from megatron_crnet.config.schema import Config
 from megatron_crnet.planning.estimate import estimate
 from megatron_crnet.planning.tables import dry_run_report
-from tests.integration.conftest import LIMIT_S, ROOT, Corpus, lines_of, start
+from tests.integration.conftest import ROOT, Corpus, lines_of, start, start_here
 
 # studies are files of another kind: tests/unit/reporting/test_study.py
 EXAMPLES = sorted(path for path in (ROOT / "examples").glob("**/*.yaml") if path.parent.name != "studies")
@@ -30,15 +29,6 @@ PARAMETERS = {  # benchmark-protocol figures: CR-Net at CoLA's rank, and full ra
     "llama2_7b": (2943e6, 6738e6),
     "llama2_13b": (5527e6, 13015e6),
 }
-# one process for all of them, because importing the libraries takes longer than two steps
-DRIVER = """
-import sys
-from pretrain_crnet import main
-for line in sys.stdin.read().splitlines():
-    status = main(line.split("\\t"))
-    if status:
-        sys.exit(f"{line}: {status}")
-"""
 
 
 def files_of(path: Path) -> list[Path]:
@@ -74,7 +64,6 @@ def test_parameter_counts_are_those_of_the_protocol(name: str) -> None:
 
 
 def test_every_example_trains_two_steps_at_a_small_size(corpus: Corpus, tmp_path: Path) -> None:
-    commands = []
     for path in EXAMPLES:
         options = corpus.options(
             tmp_path / path.stem,
@@ -82,19 +71,8 @@ def test_every_example_trains_two_steps_at_a_small_size(corpus: Corpus, tmp_path
             parallel__tensor_model_parallel_size=1,
             parallel__pipeline_model_parallel_size=1,
         )
-        commands.append("\t".join([*(f"--config={file}" for file in files_of(path)), *options]))
-    result = subprocess.run(
-        [sys.executable, "-c", DRIVER],
-        input="\n".join(commands),
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    for path in EXAMPLES:
+        outcome = start_here([*(f"--config={file}" for file in files_of(path)), *options])
+        assert outcome.status == 0, outcome.stderr
         assert set(lines_of(tmp_path / path.stem, "loss")) == {1, 2}
 
 

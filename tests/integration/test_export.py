@@ -17,48 +17,23 @@ import yaml
 
 from megatron_crnet.hf.evaluate import evaluate, padded_rows
 from megatron_crnet.hf.generate import open_model
-from tests.integration.conftest import LIMIT_S, ROOT, Corpus, lines_of, start
+from tests.integration.conftest import LIMIT_S, Corpus, lines_of, start, start_here
 
-# one process for all command lines, because importing the libraries takes longer than the work
-DRIVER = """
-import contextlib, io, json, runpy, sys
-found = []
-for tool, *arguments in json.load(sys.stdin):
-    sys.argv = [tool, *arguments]
-    out, error, status = io.StringIO(), io.StringIO(), None
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
-        try:
-            runpy.run_path(f"tools/{tool}.py", run_name="__main__")
-        except SystemExit as stop:
-            status = stop.code
-    found.append([status, out.getvalue(), error.getvalue()])
-json.dump(found, sys.stdout)
-"""
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 
 
 def run_tools(commands: list[list[str]]) -> list[tuple[int, str, str]]:
     """Status, output and error of each command line of a tool."""
-    result = subprocess.run(
-        [sys.executable, "-c", DRIVER],
-        input=json.dumps(commands),
-        cwd=ROOT,
-        env={**os.environ, **OFFLINE},
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return [(status, out, error) for status, out, error in json.loads(result.stdout)]
+    found = [start(arguments, program=f"tools/{tool}.py") for tool, *arguments in commands]
+    return [(done.returncode, done.stdout, done.stderr) for done in found]
 
 
 @pytest.fixture(scope="module")
 def run(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run; the sequence is long enough for prompts."""
     output = tmp_path_factory.mktemp("run") / "run"
-    result = start(corpus.options(output, training__seq_length=64, optimizer__lr=0.01))
-    assert result.returncode == 0, result.stderr
+    outcome = start_here(corpus.options(output, training__seq_length=64, optimizer__lr=0.01))
+    assert outcome.status == 0, outcome.stderr
     return output
 
 

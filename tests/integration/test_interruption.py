@@ -13,15 +13,8 @@ import pytest
 
 from megatron_crnet.utils.signals import REPEAT_SECONDS
 from tests.integration.conftest import LIMIT_S, Corpus, lines_of, start
-from tests.integration.processes import (
-    free_port,
-    lines_so_far,
-    rank_below,
-    start_agent,
-    start_rank,
-    wait_for_step,
-    wait_until,
-)
+from tests.integration.processes import lines_so_far, rank_below, start_agent, start_rank, wait_for_step, wait_until
+from tests.ports import free_ports
 
 
 def long_options(corpus: Corpus, output: Path, **changes: object) -> list[str]:
@@ -54,9 +47,9 @@ def whole(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 def test_a_signal_to_one_rank_saves_on_all_and_the_run_goes_on_as_if_nothing_had_happened(
     corpus: Corpus, tmp_path: Path, whole: dict[str, dict[int, float]]
 ) -> None:
-    port, output = free_port(), tmp_path / "run"
+    port, output = free_ports(1), tmp_path / "run"
     options = long_options(corpus, output)
-    ranks = [start_rank(rank, port, options, stdout=subprocess.PIPE) for rank in range(2)]
+    ranks = [start_rank(rank, port, options) for rank in range(2)]
     wait_for_step(output, 14, ranks)
     ranks[1].send_signal(signal.SIGUSR1)
     printed = [process.communicate(timeout=LIMIT_S) for process in ranks]
@@ -91,7 +84,8 @@ def test_the_agent_passes_the_warning_on_and_another_layout_goes_on(
     # the state at the stop is saved: by the signal, or by the clock after the same step
     assert f"stopped by SIGTERM after step {max(lines_of(output, 'checkpoint_wait_s'))};" in printed
     # under another layout: no sample is lost or comes twice, or the losses would not be the same
-    result = start([*options, "--parallel.tensor_model_parallel_size=2", "--recompute.strategy=full"], ranks=2)
+    layout = {"parallel__tensor_model_parallel_size": 2, "recompute__strategy": "full"}
+    result = start(long_options(corpus, output, **layout), ranks=2)
     assert result.returncode == 0, result.stderr
     found = metrics(output)
     assert found["tokens"] == whole["tokens"]
@@ -100,7 +94,7 @@ def test_the_agent_passes_the_warning_on_and_another_layout_goes_on(
 
 
 def test_a_second_signal_ends_a_rank_that_waits_in_vain(corpus: Corpus, tmp_path: Path) -> None:
-    port, output = free_port(), tmp_path / "run"
+    port, output = free_ports(1), tmp_path / "run"
     options = corpus.options(output, training__train_steps=100000, checkpoint__save_interval=2)
     ranks = [start_rank(rank, port, options) for rank in range(2)]
     try:

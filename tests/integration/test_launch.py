@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import LIMIT_S, ROOT
+from tests.forked import Program
+from tests.integration.conftest import LIMIT_S, start
 from tests.integration.processes import wait_until
 
 PROGRAM = """
@@ -32,11 +31,11 @@ time.sleep(600)
 """
 
 
-def agent(folder: Path, what: str, *nodes: str) -> subprocess.Popen[str]:
+def agent(folder: Path, what: str, *nodes: str) -> Program:
     program = folder / "program.py"
     program.write_text(PROGRAM)
-    options = ["tools/launch.py", *(nodes or ("--standalone",)), "--nproc_per_node=2", str(program), str(folder), what]
-    return subprocess.Popen([sys.executable, *options], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    options = [*(nodes or ("--standalone",)), "--nproc_per_node=2", str(program), str(folder), what]
+    return Program("tools/launch.py", options)
 
 
 @pytest.mark.parametrize(("what", "status"), [("0", 0), ("3", 3), ("killed", 137)])
@@ -87,10 +86,7 @@ def test_ranks_that_have_saved_are_not_started_again(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_of_all_ranks_is_one_line(ranks: str, options: list[str], message: str) -> None:
-    command = ["tools/launch.py", "--standalone", f"--nproc_per_node={ranks}", "train", *options]
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=LIMIT_S
-    )
+    done = start(["--standalone", f"--nproc_per_node={ranks}", "train", *options], program="tools/launch.py")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"error: {message}")

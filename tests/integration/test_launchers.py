@@ -14,8 +14,12 @@ from tests.integration.conftest import LIMIT_S, ROOT, Corpus, lines_of
 from tests.ports import free_ports
 
 OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "OMPI_", "PMI", "MPI_", "TORCHELASTIC")
-REPORT = "from megatron_crnet.distributed.launcher import read_launch; print(read_launch())"
-SHOW = f"import sys; from megatron_crnet.distributed import launcher; launcher.take_local_rank(sys.argv[1:]); {REPORT}"
+REPORT = """
+import sys
+from megatron_crnet.distributed import launcher
+launcher.take_local_rank(sys.argv[1:])
+print(f"{launcher.read_launch()}\\n", end="")  # in one piece, beside another rank's
+"""
 
 
 def start(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
@@ -52,32 +56,33 @@ def of_deepspeed() -> list[str]:
     return [str(program), "--num_gpus=2", f"--master_port={free_ports(1)}"]
 
 
-@pytest.mark.fault("L2")
-@pytest.mark.parametrize("name", ["mpirun.openmpi", "mpirun.mpich"])
-def test_mpirun_says_which_rank_each_process_is(name: str) -> None:
-    result = start([*mpirun(name), sys.executable, "-c", REPORT])
+LAUNCHERS = {
+    "openmpi": lambda: [*mpirun("mpirun.openmpi"), sys.executable],
+    "mpich": lambda: [*mpirun("mpirun.mpich"), sys.executable],
+    "deepspeed": of_deepspeed,
+    "torch.distributed.launch": lambda: of_torch(""),
+    "torch.distributed.launch --use_env": lambda: of_torch("--use_env"),
+}
+
+
+@pytest.mark.fault("L2", "M4")
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_launcher_says_which_rank_each_process_is(name: str, tmp_path: Path) -> None:
+    (tmp_path / "report.py").write_text(REPORT)
+    result = start([*LAUNCHERS[name](), str(tmp_path / "report.py")], PYTHONPATH=str(ROOT))
     assert result.returncode == 0, result.stderr
-    printed = sorted(result.stdout.splitlines())
+    printed = sorted(line for line in result.stdout.splitlines() if line.startswith("Launch("))
     assert [line.partition(", address")[0] for line in printed] == [
         f"Launch(rank={rank}, world_size=2, local_rank={rank}" for rank in range(2)
     ]
 
 
-TRAINING = [
-    pytest.param(lambda: [*mpirun("mpirun.openmpi"), sys.executable], marks=pytest.mark.long, id="openmpi"),
-    pytest.param(lambda: [*mpirun("mpirun.mpich"), sys.executable], marks=pytest.mark.long, id="mpich"),
-    pytest.param(of_deepspeed, id="deepspeed"),
-    pytest.param(lambda: of_torch(""), id="torch.distributed.launch"),
-    pytest.param(lambda: of_torch("--use_env"), marks=pytest.mark.long, id="torch.distributed.launch --use_env"),
-]
-
-
+@pytest.mark.long
 @pytest.mark.fault("L2", "M4")
-@pytest.mark.parametrize("command", TRAINING)
-def test_two_processes_are_two_ranks_of_one_run(command: object, corpus: Corpus, tmp_path: Path) -> None:
-    assert callable(command)
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_two_processes_are_two_ranks_of_one_run(name: str, corpus: Corpus, tmp_path: Path) -> None:
     options = corpus.options(tmp_path / "run", training__train_steps=2, training__eval_steps=0)
-    result = start([*command(), "pretrain_crnet.py", *options, "--logging.sample_tokens=0"])
+    result = start([*LAUNCHERS[name](), "pretrain_crnet.py", *options, "--logging.sample_tokens=0"])
     assert result.returncode == 0, result.stderr[-3000:]
     assert set(lines_of(tmp_path / "run", "loss")) == {1, 2}
     assert result.stdout.count("done: ") == 1

@@ -124,6 +124,7 @@ def test_the_wheel_trains_and_exports_from_another_folder(installed: Path, corpu
     assert (tmp_path / "export" / "modeling_crnet.py").exists()
 
 
+@pytest.mark.long
 def test_the_wheel_starts_ranks_by_the_name_of_a_command(installed: Path, corpus: Corpus, tmp_path: Path) -> None:
     options = corpus.options(tmp_path / "run", training__train_steps=2, training__eval_steps=0)
     launch = [installed / "crnet", "launch", "--standalone", "--nproc_per_node=2"]

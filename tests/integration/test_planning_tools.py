@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_crnet.config.loading import load_config
 from megatron_crnet.reporting.step_identity import identify_step
-from tests.integration.conftest import LIMIT_S
+from tests.integration.conftest import start
 
 CONFIG = ["--config", "examples/quickstart.yaml", "--training.global_batch_size", "8"]
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, timeout=LIMIT_S)
+def run(program: str, *options: str) -> subprocess.CompletedProcess[str]:
+    return start([*options], program=program)
 
 
 def test_the_file_of_a_plan_is_taken_by_a_dry_run(tmp_path: Path) -> None:

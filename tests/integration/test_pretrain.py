@@ -1,4 +1,4 @@
-"""The entry point, in processes of its own, as a user starts it."""
+"""The entry point as a user starts it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from megatron_crnet.checkpoint.directory import MANIFEST, complete, file_entries
-from tests.integration.conftest import LIMIT_S, ROOT, Corpus, lines_of, start
+from tests.integration.conftest import LIMIT_S, ROOT, Corpus, lines_of, start, start_alone, start_here
+from tests.integration.processes import start_agent
 
 LOGGED = {
     "step",
@@ -39,7 +40,7 @@ def finished(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     options = corpus.options(
         output, checkpoint__save_interval=3, logging__sample_prompt="def ", logging__sample_tokens=5
     )
-    result = start(options)
+    result = start_alone(options)
     assert result.returncode == 0, result.stderr
     return output, result.stdout
 
@@ -96,9 +97,9 @@ def test_another_model_does_not_continue_a_checkpoint(finished: tuple[Path, str]
         ({"model__hidden_size": 64}, "written with model.hidden_size 32 instead of 64"),
         ({"model__variant": "cola"}, "written with model.variant crnet instead of cola"),
     )
-    lines = [corpus.options(finished[0], training__train_steps=9, **changes) for changes, _ in rows]
-    for (error, status), (_, message) in zip(run_in_one_process(lines), rows, strict=True):
-        assert (status, message in error) == ("status 2", True), error
+    for changes, message in rows:
+        error, status = refusal(corpus.options(finished[0], training__train_steps=9, **changes))
+        assert (status, message in error) == (2, True), error
 
 
 def test_a_validation_that_is_due_is_not_done_where_there_is_none(
@@ -122,8 +123,9 @@ def test_a_validation_that_is_due_is_not_done_where_there_is_none(
 def test_two_ranks_follow_one(finished: tuple[Path, str], corpus: Corpus, tmp_path: Path) -> None:
     alone, _ = finished
     output = tmp_path / "two"
-    result = start(corpus.options(output, deepspeed__zero_optimization__stage=2), ranks=2)
-    assert result.returncode == 0, result.stderr
+    agent = start_agent(corpus.options(output, deepspeed__zero_optimization__stage=2))
+    printed, _ = agent.communicate(timeout=LIMIT_S)
+    assert agent.returncode == 0, printed
     for key in ("loss", "grad_norm", "validation_loss"):
         assert lines_of(output, key) == pytest.approx(lines_of(alone, key), rel=1e-5)
 
@@ -181,58 +183,40 @@ MISTAKES = {
 }
 
 
-# one process for all of them, because importing the libraries takes longer than finding the mistake
-DRIVER = """
-import sys
-from megatron_crnet.distributed.process_groups import shutdown_parallel
-from pretrain_crnet import main
-for line in sys.stdin.read().splitlines():
-    print("status", main(line.split("\\t")), file=sys.stderr)
-    shutdown_parallel()
-"""
-
-
-def run_in_one_process(commands: list[list[str]]) -> list[tuple[str, str]]:
-    """The error line and the status that each command line gives."""
-    result = subprocess.run(
-        [sys.executable, "-c", DRIVER],
-        input="\n".join("\t".join(options) for options in commands),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        check=True,
-    )
-    shown = [line for line in result.stderr.splitlines() if line.startswith(("error", "status"))]
-    return list(zip(shown[::2], shown[1::2], strict=True))
+def refusal(options: list[str]) -> tuple[str, int]:
+    """The one line that a command line gives, and its status."""
+    outcome = start_here(options)
+    (line,) = [line for line in outcome.stderr.splitlines() if line.startswith("error")]
+    return line, outcome.status
 
 
 @pytest.fixture(scope="module")
-def refusals(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str, Path]]:
+def refusals(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, int, Path]]:
     """What each mistake printed, the status it gave, and the folder that it must not have made."""
     folder = tmp_path_factory.mktemp("mistakes")
     for suffix in (".bin", ".idx"):
         shutil.copy(f"{corpus.train}{suffix}", folder / f"cut{suffix}")
     os.truncate(folder / "cut.bin", 1000)
     MISTAKES["truncated"] = ({"data__train_data_path": f"[{folder / 'cut'}]"}, "cut.bin")
-    lines = [corpus.options(folder / name, **changes) for name, (changes, _) in MISTAKES.items()]
-    shown = zip(MISTAKES, run_in_one_process(lines), strict=True)
-    return {name: (error, status, folder / name) for name, (error, status) in shown}
+    return {
+        name: (*refusal(corpus.options(folder / name, **changes)), folder / name)
+        for name, (changes, _) in MISTAKES.items()
+    }
 
 
 @pytest.mark.parametrize("name", [*MISTAKES, "truncated"])
 def test_a_mistake_is_one_line_status_2_and_nothing_written(
-    name: str, refusals: dict[str, tuple[str, str, Path]]
+    name: str, refusals: dict[str, tuple[str, int, Path]]
 ) -> None:
     error, status, folder = refusals[name]
-    assert status == "status 2"
+    assert status == 2
     assert error.startswith("error: ")
     assert MISTAKES[name][1] in error
     assert not folder.exists()
 
 
 def test_the_exit_status_of_a_mistake_reaches_the_shell(corpus: Corpus, tmp_path: Path) -> None:
-    result = start(corpus.options(tmp_path / "run", model__rnak=3))
+    result = start_alone(corpus.options(tmp_path / "run", model__rnak=3))
     assert (result.returncode, result.stdout) == (2, "")
     assert len(result.stderr.splitlines()) == 1
 

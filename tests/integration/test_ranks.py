@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from megatron_crnet.config.loading import read_config, save_config
+from tests.forked import Program
 from tests.integration.conftest import LIMIT_S, ROOT, Corpus
-from tests.integration.processes import free_port, start_rank, wait_for_step
+from tests.integration.processes import start_rank, wait_for_step
+from tests.ports import free_ports
 
 
-def error_of(process: subprocess.Popen[str]) -> str:
+def error_of(process: Program) -> str:
     _, printed = process.communicate(timeout=LIMIT_S)
     errors = [line for line in printed.splitlines() if line.startswith("error")]
     assert len(errors) == 1, printed
@@ -23,7 +25,7 @@ def error_of(process: subprocess.Popen[str]) -> str:
 
 
 def test_another_configuration_on_one_rank_stops_all_and_names_it(corpus: Corpus, tmp_path: Path) -> None:
-    port, output = free_port(), tmp_path / "run"
+    port, output = free_ports(1), tmp_path / "run"
     changed = corpus.options(output, optimizer__lr=0.5)
     ranks = [start_rank(rank, port, options) for rank, options in enumerate([corpus.options(output), changed])]
     errors = [error_of(process) for process in ranks]
@@ -43,7 +45,7 @@ def test_data_that_one_rank_does_not_see_stops_all_and_names_it(corpus: Corpus, 
     """As on disks that are not shared: each rank looks for the same relative path in a folder of its own."""
     copy_of(corpus.train, tmp_path / "0")
     (tmp_path / "1").mkdir()
-    port, output = free_port(), tmp_path / "run"
+    port, output = free_ports(1), tmp_path / "run"
     options = corpus.options(output, data__train_data_path="[text]")
     ranks = [start_rank(rank, port, options, tmp_path / str(rank)) for rank in range(2)]
     errors = [error_of(process) for process in ranks]
@@ -54,7 +56,7 @@ def test_data_that_one_rank_does_not_see_stops_all_and_names_it(corpus: Corpus, 
 
 
 def test_another_layout_on_one_rank_stops_all_before_it_builds_groups(corpus: Corpus, tmp_path: Path) -> None:
-    port, output = free_port(), tmp_path / "run"
+    port, output = free_ports(1), tmp_path / "run"
     options = [corpus.options(output, parallel__tensor_model_parallel_size=size) for size in (1, 2)]
     ranks = [start_rank(rank, port, options[rank]) for rank in range(2)]
     errors = [error_of(process) for process in ranks]
@@ -65,7 +67,7 @@ def test_another_layout_on_one_rank_stops_all_before_it_builds_groups(corpus: Co
 def test_other_contents_under_the_same_path_stop_all(corpus: Corpus, tmp_path: Path) -> None:
     for rank, prefix in enumerate((corpus.train, corpus.valid)):
         copy_of(prefix, tmp_path / str(rank))
-    port, options = free_port(), corpus.options(tmp_path / "run", data__train_data_path="[text]")
+    port, options = free_ports(1), corpus.options(tmp_path / "run", data__train_data_path="[text]")
     ranks = [start_rank(rank, port, options, tmp_path / str(rank)) for rank in range(2)]
     errors = [error_of(process) for process in ranks]
     assert [process.returncode for process in ranks] == [2, 2]
@@ -73,7 +75,7 @@ def test_other_contents_under_the_same_path_stop_all(corpus: Corpus, tmp_path: P
 
 
 def test_a_checkpoint_that_one_rank_does_not_see_stops_all(corpus: Corpus, tmp_path: Path) -> None:
-    port, options = free_port(), corpus.options(tmp_path / "run", checkpoint__dir="saved")
+    port, options = free_ports(1), corpus.options(tmp_path / "run", checkpoint__dir="saved")
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
     checkpoint = tmp_path / "0" / "saved" / "step_00000003"
@@ -93,7 +95,7 @@ def test_a_checkpoint_that_one_rank_does_not_see_stops_all(corpus: Corpus, tmp_p
 )
 def test_a_rank_that_never_starts_is_named(rank: int, message: str, corpus: Corpus, tmp_path: Path) -> None:
     options = corpus.options(tmp_path / "run", parallel__distributed_timeout_minutes=0.03)
-    process = start_rank(rank, free_port(), options)
+    process = start_rank(rank, free_ports(1), options)
     error = error_of(process)
     assert process.returncode == 4
     assert message in error
@@ -126,10 +128,9 @@ runpy.run_path("pretrain_crnet.py", run_name="__main__")
 def test_a_rank_that_dies_or_stands_still_does_not_leave_the_other_hanging(
     number: signal.Signals, message: str, corpus: Corpus, tmp_path: Path
 ) -> None:
-    port, output, meeting = free_port(), tmp_path / "run", tmp_path / "meeting"
-    meeting.mkdir()
+    port, output = free_ports(1), tmp_path / "run"
     options = corpus.options(output, training__train_steps=100000, parallel__distributed_timeout_minutes=0.15)
-    ranks = [start_rank(rank, port, options, meeting=meeting) for rank in range(2)]
+    ranks = [start_rank(rank, port, options) for rank in range(2)]
     try:
         wait_for_step(output, 3, ranks)
         ranks[1].send_signal(number)

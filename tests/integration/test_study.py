@@ -7,7 +7,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +16,9 @@ import pytest
 from megatron_crnet.cli.main import main
 from megatron_crnet.config.loading import read_config
 from megatron_crnet.utils.files import read_json_lines
+from tests.forked import Program, forking
 from tests.integration.conftest import LIMIT_S, ROOT, Corpus
+from tests.integration.processes import wait_until
 
 Study = Callable[..., tuple[int, str, str]]
 
@@ -26,6 +27,7 @@ Study = Callable[..., tuple[int, str, str]]
 def study(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Study:
     """Runs `crnet study` in this process. Returns its status and what it printed."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # so that it is put back
+    forking()
 
     def call(file: Path, output: Path, *options: str) -> tuple[int, str, str]:
         status = main(["study", str(file), "--output", str(output), *options])
@@ -50,22 +52,12 @@ def losses(output: Path) -> dict[str, float]:
     return {json.dumps(row["settings"]): row["validation_loss"] for row in rows}
 
 
-def started(file: Path, output: Path, rows: int) -> subprocess.Popen[bytes]:
-    """A study in a process of its own that has written so many rows."""
-    command = [sys.executable, "tools/study.py", str(file), "--output", str(output)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + LIMIT_S
-    while len(losses(output)) < rows:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return process
-
-
 def test_runs_end_with_a_study_that_is_killed(file: Path, tmp_path: Path) -> None:
     hours = {**json.loads(file.read_text()), "axes": {"training.train_steps": [2, 10**5]}}
     file.write_text(json.dumps(hours))
-    process = started(file, tmp_path / "out", 1)
+    command = [sys.executable, "tools/study.py", str(file), "--output", str(tmp_path / "out")]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    wait_until(lambda: losses(tmp_path / "out"), [process])
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.communicate(timeout=LIMIT_S)
@@ -78,12 +70,11 @@ def test_a_killed_study_goes_on_to_the_results_of_one_that_was_not(file: Path, t
     assert len(table.splitlines()) == 2 + 4
     output = tmp_path / "killed"
     for done, number in enumerate((signal.SIGKILL, signal.SIGTERM)):
-        process = started(file, output, done + 1)
-        children = psutil.Process(process.pid).children(recursive=True)
+        process = Program("tools/study.py", [str(file), "--output", str(output)])
+        wait_until(lambda rows=done + 1: len(losses(output)) >= rows, [process])
         process.send_signal(number)
         _, errors = process.communicate(timeout=LIMIT_S)
         assert process.returncode == (75 if number == signal.SIGTERM else -number), errors
-        assert psutil.wait_procs(children, timeout=60)[1] == []
     status, table, errors = study(file, output)
     assert status == 0, errors
     rows = read_json_lines(output / "results.jsonl")
