@@ -6,7 +6,6 @@ torch when it needs it, so `--help` does not wait for either.
 
 from __future__ import annotations
 
-import difflib
 import os
 import select
 import signal
@@ -156,8 +155,9 @@ def _without_command(word: str) -> int:
 
         print(version_line())
     elif word:
-        close = difflib.get_close_matches(word, COMMANDS, n=1)
-        raise ConfigError(f"unknown command {word!r}: {f'did you mean {close[0]}?' if close else 'see crnet --help'}")
+        from megatron_crnet.config.field_types import nearest
+
+        raise ConfigError(f"unknown command {word!r}: {nearest(word, COMMANDS, otherwise='see crnet --help')}")
     else:
         print(usage, file=sys.stderr)
         raise ConfigError("no command is given: name one of them")

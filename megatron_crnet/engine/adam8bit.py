@@ -24,7 +24,7 @@ from torch.optim.adamw import adamw
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from megatron_crnet.engine.state_kinds import MOMENTS
-from megatron_crnet.utils.errors import ConfigError, describe
+from megatron_crnet.model.compiled import cannot_compile
 
 Segments = list[tuple[int, int]]
 Blocks = tuple[Tensor, Tensor, Tensor]
@@ -221,8 +221,5 @@ def compiled_update(device: torch.device) -> Callable[..., None]:
     try:
         compiled(values, values.clone(), first, root, factors, (0.9, 0.95), 1e-8)
     except Exception as error:  # compilers and their libraries may fail in any way
-        raise ConfigError(
-            f"optimizer.name is adamw8bit, but torch.compile does not work here ({describe(error)}): install what it "
-            "asks for (a C compiler, Triton), or use adamw"
-        ) from error
+        raise cannot_compile("optimizer.name is adamw8bit", error, "use adamw") from error
     return compiled

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from megatron_crnet.model.glue import EAGER, Glue
-from megatron_crnet.utils.errors import ConfigError, require
+from megatron_crnet.utils.errors import ConfigError, describe, require
 
 RECOMPILE_LIMIT = 256
 SWITCH = "set training.cross_layer_fusion false"
@@ -95,14 +95,17 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except (TorchDynamoException, FailOnRecompileLimitHit, OSError) as error:
-            lines = str(error).strip().splitlines() or [""]
-            raise ConfigError(
-                f"training.cross_layer_fusion is true, but torch.compile does not work here ({type(error).__name__}: "
-                f"{lines[0]}): mend it (a C compiler, and folders in TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR "
-                f"that can be written), or {SWITCH}"
-            ) from error
+            raise cannot_compile("training.cross_layer_fusion is true", error, SWITCH) from error
 
     return call
+
+
+def cannot_compile(setting: str, error: Exception, otherwise: str) -> ConfigError:
+    """What to raise where a setting needs a compiler and that failed."""
+    return ConfigError(
+        f"{setting}, but torch.compile does not work here ({describe(error)}): mend it (a C compiler, Triton, folders "
+        f"in TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR that can be written), or {otherwise}"
+    )
 
 
 def trial_inputs(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:

@@ -159,6 +159,6 @@ def test_a_compiler_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
         raise RuntimeError("no\ncompiler")
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: compiled)
-    expected = r"torch.compile does not work here \(RuntimeError: no compiler\): install .*, or use adamw$"
+    expected = r"torch.compile does not work here \(RuntimeError: no compiler\): mend it .*, or use adamw$"
     with pytest.raises(ConfigError, match=expected):
         compiled_update(torch.device("cpu"))

@@ -269,7 +269,7 @@ def test_a_region_that_cannot_be_compiled_says_so_in_one_line(monkeypatch: pytes
     monkeypatch.setattr(torch, "compile", lambda function, **keywords: fails)
     with pytest.raises(ConfigError) as raised:
         module.compiled(lambda x: x)(torch.ones(1))
-    assert "torch.compile does not work here (OSError: no space)" in str(raised.value)
+    assert "torch.compile does not work here (OSError: no space on the device)" in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
