@@ -121,20 +121,9 @@ def measure(
     sheet, source = _data_sheet(before["gpus"], measured)
     if plan.peak_flops is not None:
         sheet, source = plan.peak_flops, "given"
+    steps = _Steps(plan, sheet is None, say, stopped)
     try:
-        if plan.alone:
-            peak = _one_by_one(measured, plan, sheet is None, say, stopped)
-        else:
-            say(f"starting the processes of {len(measured)} rows")
-            for candidate in measured:
-                _start(candidate, plan)
-            for number, candidate in enumerate(measured, 1):
-                if stopped():
-                    break
-                candidate.ready = candidate.ask(RankGroup.answers, say)
-                if candidate.ready:
-                    say(f"{number} of {len(measured)} ready: {candidate.row.name}")
-            peak = _repeat(measured, plan, sheet is None, say, stopped)
+        peak = steps.one_by_one(measured) if plan.alone else steps.side_by_side(measured)
     finally:
         for candidate in measured:
             if candidate.ranks is not None:
@@ -161,42 +150,76 @@ def _data_sheet(gpus: list[str], measured: list[Candidate]) -> tuple[float | Non
     return card.peak(dtype), f"data sheet of {card.name}, {dtype}"
 
 
-def _start(candidate: Candidate, plan: BenchmarkPlan) -> None:
-    # with CUDA the libraries ask for devices when they are imported, after which a fork cannot use them
-    preload = ("megatron_crnet.engine.engine",) if plan.alone and not torch.cuda.is_available() else ()
-    candidate.ranks = RankGroup(
-        benchmark_rank,
-        candidate.config,
-        plan.alone,
-        processes=candidate.row.processes,
-        threads=plan.threads,
-        preload=preload,
-    )
+@dataclass(frozen=True)
+class _Steps:
+    """Takes the steps of rows; each way returns the best rate of matrix products seen, operations per second."""
 
+    plan: BenchmarkPlan
+    measures_peak: bool
+    say: Callable[[str], None]
+    stopped: Callable[[], bool]
 
-def _one_by_one(
-    measured: list[Candidate],
-    plan: BenchmarkPlan,
-    measures_peak: bool,
-    say: Callable[[str], None],
-    stopped: Callable[[], bool],
-) -> float:
-    """All steps of a row before the next is built, whose process imports the libraries meanwhile. Returns the peak."""
-    peak = 0.0
-    for candidate, following in zip_longest(measured, measured[1:]):
-        if stopped():
-            break
-        for row in (candidate, following):
-            if row is not None and row.ranks is None:
-                _start(row, plan)
-        candidate.ask(RankGroup.answers, say)
-        candidate.ready = candidate.ask(RankGroup.ask, say)
-        if candidate.ready and candidate.ranks is not None:
-            say(f"alone: {candidate.row.name}")
-            peak = max(peak, _repeat([candidate], plan, measures_peak, say, stopped))
-        if candidate.ranks is not None:
-            candidate.ranks.close()
-    return peak
+    def side_by_side(self, measured: list[Candidate]) -> float:
+        """All rows are built before the first step."""
+        self.say(f"starting the processes of {len(measured)} rows")
+        for candidate in measured:
+            self._start(candidate)
+        for number, candidate in enumerate(measured, 1):
+            if self.stopped():
+                break
+            candidate.ready = candidate.ask(RankGroup.answers, self.say)
+            if candidate.ready:
+                self.say(f"{number} of {len(measured)} ready: {candidate.row.name}")
+        return self._repeat(measured)
+
+    def one_by_one(self, measured: list[Candidate]) -> float:
+        """All steps of a row before the next is built, whose process imports the libraries meanwhile."""
+        peak = 0.0
+        for candidate, following in zip_longest(measured, measured[1:]):
+            if self.stopped():
+                break
+            for row in (candidate, following):
+                if row is not None and row.ranks is None:
+                    self._start(row)
+            candidate.ask(RankGroup.answers, self.say)
+            candidate.ready = candidate.ask(RankGroup.ask, self.say)
+            if candidate.ready and candidate.ranks is not None:
+                self.say(f"alone: {candidate.row.name}")
+                peak = max(peak, self._repeat([candidate]))
+            if candidate.ranks is not None:
+                candidate.ranks.close()
+        return peak
+
+    def _start(self, candidate: Candidate) -> None:
+        # with CUDA the libraries ask for devices when they are imported, after which a fork cannot use them
+        preload = () if torch.cuda.is_available() else ("megatron_crnet.engine.engine",)
+        candidate.ranks = RankGroup(
+            benchmark_rank,
+            candidate.config,
+            self.plan.alone,
+            processes=candidate.row.processes,
+            threads=self.plan.threads,
+            preload=preload,
+        )
+
+    def _repeat(self, measured: list[Candidate]) -> float:
+        """Step all rows in turn."""
+        plan, order, peak, started = self.plan, random.Random(self.plan.seed), 0.0, time.monotonic()
+        for repeat in range(-plan.warm_up, plan.repeats):
+            if self.measures_peak:
+                peak = max(peak, _matmul_rate(measured, plan.threads))
+            for candidate in order.sample(measured, len(measured)):
+                if self.stopped():
+                    return peak
+                times = candidate.ask(RankGroup.ask, self.say)
+                if times and repeat >= 0:
+                    candidate.steps.append(times)
+            done, left = repeat + plan.warm_up + 1, plan.repeats - repeat - 1
+            time_left = format_duration((time.monotonic() - started) * left / done)
+            self.say(
+                f"{f'repeat {repeat + 1} of {plan.repeats}' if repeat >= 0 else 'warm-up'}, about {time_left} left"
+            )
+        return peak
 
 
 def _candidates(rows: Sequence[Row], options: Sequence[str]) -> list[Candidate]:
@@ -211,30 +234,6 @@ def _candidates(rows: Sequence[Row], options: Sequence[str]) -> list[Candidate]:
             candidate.error = str(error)
         found.append(candidate)
     return found
-
-
-def _repeat(
-    measured: list[Candidate],
-    plan: BenchmarkPlan,
-    measures_peak: bool,
-    say: Callable[[str], None],
-    stopped: Callable[[], bool],
-) -> float:
-    """Step all rows in turn. Returns the best rate of matrix products seen, operations per second."""
-    order, peak, started = random.Random(plan.seed), 0.0, time.monotonic()
-    for repeat in range(-plan.warm_up, plan.repeats):
-        if measures_peak:
-            peak = max(peak, _matmul_rate(measured, plan.threads))
-        for candidate in order.sample(measured, len(measured)):
-            if stopped():
-                return peak
-            times = candidate.ask(RankGroup.ask, say)
-            if times and repeat >= 0:
-                candidate.steps.append(times)
-        done, left = repeat + plan.warm_up + 1, plan.repeats - repeat - 1
-        time_left = format_duration((time.monotonic() - started) * left / done)
-        say(f"{f'repeat {repeat + 1} of {plan.repeats}' if repeat >= 0 else 'warm-up'}, about {time_left} left")
-    return peak
 
 
 def _matmul_rate(measured: list[Candidate], threads: int) -> float:

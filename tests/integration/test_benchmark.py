@@ -91,7 +91,8 @@ def test_a_row_may_die_and_a_stop_keeps_what_was_measured(tmp_path: Path) -> Non
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         wait_for(process, "repeat 1 of")
-        ranks = [p for p in psutil.Process(process.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+        (server,) = [p for p in psutil.Process(process.pid).children() if "forkserver" in " ".join(p.cmdline())]
+        ranks = server.children()
         assert len(ranks) == 2
         ranks[-1].kill()
         wait_for(process, "cannot be measured")
