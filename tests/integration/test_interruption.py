@@ -18,12 +18,12 @@ from tests.ports import free_ports
 
 
 def long_options(corpus: Corpus, output: Path, **changes: object) -> list[str]:
-    """Sixty steps into the second epoch of a blend; validation takes most of the time, so that signals come in it."""
+    """Some steps into the second epoch of a blend; validation takes most of the time, so that signals come in it."""
     options = {
         "data__train_data_path": f"[0.9,{corpus.train},0.1,{corpus.valid}]",
-        "training__train_steps": 60,
+        "training__train_steps": 52,
         "training__global_batch_size": 16,
-        "training__micro_batch_size": 4,
+        "training__micro_batch_size": 8,
         "training__eval_interval": 5,
         "training__eval_steps": 6,
         "logging__log_interval": 7,
@@ -56,7 +56,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_the_run_goes_on_as_if_nothing_had
     assert [process.returncode for process in ranks] == [75, 75], printed
     (left,) = (output / "checkpoints").glob("step_*")
     step = int(left.name.removeprefix("step_"))
-    assert 14 <= step < 60
+    assert 14 <= step < 52
     assert (
         f"stopped by a callback or a signal to another rank after step {step}; the same command goes on from"
         in printed[0][0]

@@ -72,9 +72,11 @@ def test_a_killed_study_goes_on_to_the_results_of_one_that_was_not(file: Path, t
     for done, number in enumerate((signal.SIGKILL, signal.SIGTERM)):
         process = Program("tools/study.py", [str(file), "--output", str(output)])
         wait_until(lambda rows=done + 1: len(losses(output)) >= rows, [process])
+        children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(number)
         _, errors = process.communicate(timeout=LIMIT_S)
         assert process.returncode == (75 if number == signal.SIGTERM else -number), errors
+        assert psutil.wait_procs(children, timeout=60)[1] == []
     status, table, errors = study(file, output)
     assert status == 0, errors
     rows = read_json_lines(output / "results.jsonl")
