@@ -16,7 +16,7 @@ from megatron_crnet.checkpoint.contents import wrong_contents
 from megatron_crnet.checkpoint.directory import MANIFEST, PARTIAL, complete, damage, file_entries, seal
 from megatron_crnet.checkpoint.weight_files import canonical_shapes
 from megatron_crnet.data.fingerprint import TrainedOn
-from megatron_crnet.hf.export import _fresh_state, _write_masters
+from megatron_crnet.hf.starting_checkpoint import _fresh_state, _write_masters
 from tests.helpers import tiny_config
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
@@ -29,7 +29,7 @@ def checkpoint(tmp_path: Path) -> Path:
     partial.mkdir()
     weights = {name: torch.ones(shape) for name, shape in canonical_shapes(config.model).items()}
     names = [_write_masters(partial, 1, weights)]
-    seal(partial, target, config, _fresh_state(TrainedOn()), file_entries(partial, names))
+    seal(partial, target, config, _fresh_state(TrainedOn(), "a test"), file_entries(partial, names))
     return target
 
 
