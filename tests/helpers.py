@@ -14,7 +14,6 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_crnet.checkpoint.storage import by_parameter
 from megatron_crnet.config.batch import plan_batches
 from megatron_crnet.config.schema import (
     Config,
@@ -23,16 +22,18 @@ from megatron_crnet.config.schema import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    ReloraConfig,
     TrainingConfig,
 )
 from megatron_crnet.data.documents import DOCUMENT_LENGTHS, document_lengths, positions_within
 from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.engine.engine import TrainEngine
-from megatron_crnet.engine.state_kinds import KINDS
-from megatron_crnet.engine.zero import local_shape
+from megatron_crnet.engine.state_kinds import MASTER
+from megatron_crnet.engine.zero import kinds_of, local_shape
 from megatron_crnet.model.gpt import build_model_chunks
 from megatron_crnet.model.reference import ReferenceCRNet
-from megatron_crnet.model.weights import Weight, canonical_weights, initial_value
+from megatron_crnet.model.reference_relora import prune_at_random, prune_by_magnitude, restart
+from megatron_crnet.model.weights import Weight, by_parameter, canonical_generator, canonical_weights, initial_value
 from megatron_crnet.planning.shards import build_local_models
 
 EOD = 0
@@ -64,6 +65,7 @@ def tiny_config(
     deepspeed_section: dict[str, Any] | None = None,
     data: dict[str, Any] | None = None,
     logging: dict[str, Any] | None = None,
+    relora: dict[str, Any] | None = None,
 ) -> Config:
     """A configuration that trains in milliseconds.
 
@@ -79,6 +81,7 @@ def tiny_config(
             **{"lr": 3e-3, "lr_warmup_steps": 2, "clip_grad": 0.5, "adam_eps": 1e-4, **(optimizer or {})}
         ),
         deepspeed=deepspeed_section or {},
+        relora=ReloraConfig(**(relora or {})),
         data=DataConfig(**(data or {})),
         logging=LoggingConfig(**(logging or {})),
     )
@@ -205,6 +208,10 @@ def gradient_of(engine: TrainEngine, weight: Weight) -> Tensor:
 def master_of(engine: TrainEngine, weight: Weight) -> Tensor:
     """This rank's shard of the fp32 weight that the optimizer updates."""
     parameter = weight.parameter
+    if not parameter.requires_grad:
+        frozen = engine.zero.read(parameter, MASTER)
+        assert frozen is not None
+        return weight.local(frozen)
     if engine.stage == 0:
         groups = zip(*(getattr(engine.optimizer, f"fp{bits}_groups", []) for bits in (16, 32)), strict=True)
         masters = {low: high for pair in groups for low, high in zip(*pair, strict=True)}
@@ -217,7 +224,7 @@ def largest_padding(engine: TrainEngine) -> float:
     """Largest value of masters and moments that belongs to no canonical weight; a collective call."""
     found = 0.0
     for parameter, weights in by_parameter(local_weights(engine)).items():
-        for kind in KINDS:
+        for kind in kinds_of(parameter):
             values = engine.zero.read(parameter, kind)
             assert values is not None
             for weight in weights:
@@ -234,9 +241,10 @@ def compare_with_reference(config: Config, steps: int = 3) -> Errors:
     context = initialize_parallel(config)
     engine = TrainEngine(config, build_model_chunks(config), context)
     if engine.stage < 3:
-        here = sum(parameter.numel() for chunk in engine.chunks for parameter in chunk.parameters())
+        here = [p for chunk in engine.chunks for p in chunk.parameters()]
         local = build_local_models(config)[parallel_state.get_pipeline_model_parallel_rank()]
-        assert here == sum(parameter.numel for parameter in local.parameters)
+        assert sum(p.numel() for p in here if p.requires_grad) == local.numel
+        assert sum(p.numel() for p in here if not p.requires_grad) == local.frozen_numel
     reference = reference_model(config, engine.chunks[0].config)
     named = dict(reference.named_parameters())
     optimizer = _plain_adamw(named, config)
@@ -248,15 +256,19 @@ def compare_with_reference(config: Config, steps: int = 3) -> Errors:
         plain_loss = masked_loss(reference, tokens, labels, mask, document_numbers(config, tokens))
         optimizer.zero_grad()
         plain_loss.backward()
-        whole = {name: parameter.grad.clone() for name, parameter in named.items()}
+        whole = {name: parameter.grad.clone() for name, parameter in named.items() if parameter.requires_grad}
         gradients = relative_error(
-            (w.name, gradient_of(engine, w), w.shard(whole[w.name]), whole[w.name]) for w in local_weights(engine)
+            (w.name, gradient_of(engine, w), w.shard(whole[w.name]), whole[w.name])
+            for w in local_weights(engine)
+            if w.name in whole
         )
         plain_norm = torch.nn.utils.clip_grad_norm_(named.values(), config.optimizer.clip_grad or float("inf"))
         grad_norm, lr = engine.update()
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr * param_group["lr_mult"]
         optimizer.step()
+        if (interval := config.relora.restart_interval) and (step + 1) % interval == 0:
+            restart_reference(reference, optimizer, config, engine.chunks[0].config, (step + 1) // interval)
         parameters = relative_error(
             (w.name, master_of(engine, w), w.shard(named[w.name]).detach(), named[w.name])
             for w in local_weights(engine)
@@ -270,6 +282,23 @@ def compare_with_reference(config: Config, steps: int = 3) -> Errors:
     engine.deepspeed.destroy()
     context.heartbeat.close()
     return Errors(*errors.tolist())
+
+
+def restart_reference(
+    reference: ReferenceCRNet, optimizer: torch.optim.Optimizer, config: Config, transformer: Any, number: int
+) -> None:
+    """Restart `number` as `config.relora` asks for it, with the numbers that every layout draws."""
+    section, seed = config.relora, config.training.seed
+
+    def prune(name: str, moment: Tensor) -> Tensor:
+        if section.prune == "magnitude":
+            return prune_by_magnitude(moment, section.prune_share)
+        return prune_at_random(moment, section.prune_share, canonical_generator(f"{name}@{number}", seed))
+
+    def draw(name: str, a: Tensor) -> Tensor:
+        return initial_value(name, tuple(a.shape), transformer, seed, number)
+
+    restart(reference, optimizer, draw, prune)
 
 
 def _plain_adamw(named: dict[str, Tensor], config: Config) -> torch.optim.AdamW:

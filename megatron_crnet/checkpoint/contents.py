@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -14,9 +15,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_crnet.checkpoint.directory import FINAL, checkpoints_at, damage, newest_without, saved_step
 from megatron_crnet.checkpoint.train_state import TrainingState
-from megatron_crnet.checkpoint.weight_files import canonical_shapes, headers_of
-from megatron_crnet.config.schema import ModelConfig
-from megatron_crnet.engine.state_kinds import KINDS
+from megatron_crnet.checkpoint.weight_files import canonical_shapes, frozen_weights, headers_of
+from megatron_crnet.config.phases import saved_model
+from megatron_crnet.engine.state_kinds import KINDS, MASTER
 from megatron_crnet.utils.errors import DataError, describe
 
 NEEDED = ("step", "tokens", "samples")
@@ -86,8 +87,10 @@ def _wrong_tensors(checkpoint: Path) -> str | None:
     if not all(isinstance(section, dict) for section in config.values()):
         return "has a config.yaml whose sections are not all mappings"
     saved = headers_of(checkpoint).state_dict_metadata
-    for name, shape in canonical_shapes(ModelConfig(**config["model"])).items():
-        for full in (f"{kind}.{name}" for kind in KINDS):
+    model = saved_model(config, json.loads((checkpoint / "state.json").read_text())["step"])
+    frozen = frozen_weights(model)
+    for name, shape in canonical_shapes(model).items():
+        for full in (f"{kind}.{name}" for kind in ((MASTER,) if name in frozen else KINDS)):
             found = saved.get(full)
             if not isinstance(found, TensorStorageMetadata):
                 return f"lacks the tensor {full} of its model"

@@ -44,6 +44,8 @@ from megatron_crnet.checkpoint.storage import Box, collect, fill, read, shared_r
 from megatron_crnet.checkpoint.train_state import TrainingState
 from megatron_crnet.checkpoint.weight_files import ShardReader
 from megatron_crnet.config.loading import resolved
+from megatron_crnet.config.phases import is_warm_start
+from megatron_crnet.config.positions import METHODS
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.fingerprint import TrainedOn
 from megatron_crnet.distributed.consensus import gather, report_together, run_on_all_ranks, run_on_main
@@ -52,7 +54,7 @@ from megatron_crnet.engine.state_kinds import KINDS, MASTER
 from megatron_crnet.model.weights import canonical_weights
 from megatron_crnet.recompute.rng import RngStates
 from megatron_crnet.utils.environment import note_in_run_file
-from megatron_crnet.utils.errors import CheckpointError, ConfigError, describe
+from megatron_crnet.utils.errors import CheckpointError, ConfigError, describe, require
 from megatron_crnet.utils.files import unused_name
 from megatron_crnet.utils.versions import library_versions
 
@@ -85,8 +87,7 @@ class Checkpointer:
     ) -> None:
         self.config, self.folder, self._may_write = config, checkpoint_dir(config), may_write
         self.trained_on = trained_on or TrainedOn()
-        self.zero = engine.zero
-        self.weights = [weight for chunk in engine.chunks for weight in canonical_weights(chunk)]
+        self.attach(engine)
         # of its own, because the thread's calls must not meet those of training
         self._group = dist.new_group(backend="gloo", timeout=WRITING_LIMIT)
         self._saving: Future[Path] | None = None
@@ -95,6 +96,11 @@ class Checkpointer:
         """What checkpoint.load gave the run at its step 0, for state.json."""
         self.changed_layout: str | None = None
         """How devices or layout differ from those of the loaded checkpoint, whose RNG states are not restored then."""
+
+    def attach(self, engine: TrainEngine) -> None:
+        """Save and load the state of another engine from now on."""
+        self.zero = engine.zero
+        self.weights = [weight for chunk in engine.chunks for weight in canonical_weights(chunk)]
 
     def save(self, state: TrainingState, aside: bool = False) -> None:
         """Copy the state and write it in the background.
@@ -319,9 +325,15 @@ def saved_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_resumable(
-    config: Config, checkpoint: Path, remedy: str = "use the saved values or another logging.output_dir"
+    config: Config,
+    checkpoint: Path,
+    remedy: str = "use the saved values or another logging.output_dir",
+    step: int | None = None,
 ) -> dict[str, Any]:
     """Raise for a checkpoint of another model. Returns its resolved configuration.
+
+    Args:
+        step: at which the run will be; None: at the checkpoint's.
 
     Raises:
         ConfigError: a field that defines the weights differs; names all that do.
@@ -333,6 +345,15 @@ def check_resumable(
         raise CheckpointError(f"checkpoint {checkpoint} has no readable config.yaml: remove it") from error
     wanted, found = resolved(config)["model"], OLDER | saved["model"]
     names = [name for name in wanted if name not in NOT_OF_THE_MODEL and found.get(name) != wanted[name]]
+    if METHODS[config.model.variant].has_frozen and not names:
+        at = saved_state(checkpoint)["step"]
+        holds, needs = is_warm_start(saved, at), is_warm_start(resolved(config), at if step is None else step)
+        kinds = {True: "the full-rank weights of a warm start", False: "frozen weights with factors"}
+        require(
+            holds == needs,
+            f"checkpoint {checkpoint} holds {kinds[holds]}, but relora.warm_start_steps "
+            f"{config.relora.warm_start_steps} needs {kinds[needs]} there: {remedy}",
+        )
     if names:
         difference = ", ".join(f"model.{name} {found.get(name)} instead of {wanted[name]}" for name in names)
         raise ConfigError(f"checkpoint {checkpoint} was written with {difference}: {remedy}")

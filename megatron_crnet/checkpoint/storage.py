@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core import parallel_state
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
@@ -39,8 +39,8 @@ from megatron_crnet.checkpoint.directory import unwritable
 from megatron_crnet.checkpoint.weight_files import ShardReader, headers_of, portions
 from megatron_crnet.distributed.consensus import run_on_all_ranks, run_on_main
 from megatron_crnet.engine.state_kinds import KINDS
-from megatron_crnet.engine.zero import ZeroState, local_shape
-from megatron_crnet.model.weights import Weight
+from megatron_crnet.engine.zero import ZeroState, kinds_of, local_shape
+from megatron_crnet.model.weights import Weight, by_parameter
 from megatron_crnet.utils.errors import CheckpointError, describe
 
 
@@ -118,14 +118,6 @@ def _box(weight: Weight, local: Tensor) -> Box:
     return Box(local, weight.shape, tuple(offsets))
 
 
-def by_parameter(weights: list[Weight]) -> dict[nn.Parameter, list[Weight]]:
-    """The canonical weights that each parameter holds."""
-    found: dict[nn.Parameter, list[Weight]] = {}
-    for weight in weights:
-        found.setdefault(weight.parameter, []).append(weight)
-    return found
-
-
 def collect(zero: ZeroState, weights: list[Weight]) -> dict[str, Box | Exception]:
     """Copy to host memory what this rank will write; a collective call over replicas.
 
@@ -140,7 +132,7 @@ def collect(zero: ZeroState, weights: list[Weight]) -> dict[str, Box | Exception
     boxes: dict[str, Box | Exception] = {}
     turn = 0
     for parameter, parts in by_parameter(weights).items():
-        for kind in KINDS:
+        for kind in kinds_of(parameter):
             owners: dict[str, int] = {}
             for weight in parts:
                 turn += 1
@@ -238,7 +230,7 @@ def fill(
 def _fill_own(reader: ShardReader, zero: ZeroState, weights: list[Weight], kinds: Sequence[str]) -> None:
     parts = by_parameter(weights)
     for parameters in portions({p: 4 * len(KINDS) * local_shape(p).numel() for p in parts}):
-        values = {p: {kind: torch.zeros(local_shape(p)) for kind in KINDS} for p in parameters}
+        values = {p: {kind: torch.zeros(local_shape(p)) for kind in kinds_of(p)} for p in parameters}
         read(
             reader,
             {
@@ -246,6 +238,7 @@ def _fill_own(reader: ShardReader, zero: ZeroState, weights: list[Weight], kinds
                 for parameter in parameters
                 for weight in parts[parameter]
                 for kind in kinds
+                if kind in values[parameter]
             },
         )
         for parameter, found in values.items():

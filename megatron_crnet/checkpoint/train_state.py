@@ -20,6 +20,7 @@ class TrainingState:
         unlogged_loss, unlogged_steps: sum of the losses since the last metric line, and of how many good steps.
         grad_norm, lr: of the last good step.
         recent_losses: of the last good steps, for what faults.spike_deviations compares with.
+        restarts: ReLoRA's restarts so far, which number what they draw.
         validation_due: a signal came before this step's validation was done.
     """
 
@@ -33,6 +34,7 @@ class TrainingState:
     grad_norm: float = 0.0
     lr: float = 0.0
     recent_losses: tuple[float, ...] = ()
+    restarts: int = 0
     validation_due: bool = False
 
     @property

@@ -271,3 +271,9 @@ def canonical_shapes(model: ModelConfig) -> Shapes:
     """Shapes of all weights of a model."""
     with torch.device("meta"):
         return {name: tuple(value.shape) for name, value in ReferenceCRNet(model).state_dict().items()}
+
+
+def frozen_weights(model: ModelConfig) -> set[str]:
+    """Names of the weights that are not trained and have no moments."""
+    with torch.device("meta"):
+        return {name for name, weight in ReferenceCRNet(model).named_parameters() if not weight.requires_grad}

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_crnet.cli.main import Call
 from megatron_crnet.config.options import ToolParser
-from megatron_crnet.config.schema import VARIANTS
+from megatron_crnet.hf.configuration_crnet import VARIANTS
 from megatron_crnet.utils.errors import require_positive
 from megatron_crnet.utils.record_file import add_record_options, check_record_file, report_record
 from megatron_crnet.utils.tables import table

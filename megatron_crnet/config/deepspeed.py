@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_crnet.config.deepspeed_keys import DEEPSPEED_KEYS
 from megatron_crnet.config.field_types import shown
+from megatron_crnet.config.positions import METHODS
 from megatron_crnet.utils.errors import require
 
 if TYPE_CHECKING:
@@ -145,6 +146,14 @@ def _zero_rules(config: Config, stage: int, tp: int, pp: int) -> Iterator[tuple[
     )
     for key in ONLY_STAGE_3 - {"offload_param"}:
         yield key, key in zero and stage < 3, f"stage {stage} does not read it: use stage 3 or leave it out"
+    merges = METHODS[config.model.variant].has_frozen
+    for key, broken in (
+        ("offload_param", _device(zero, "offload_param") == "nvme"),
+        ("offload_optimizer", _device(zero, "offload_optimizer") == "nvme"),
+        ("zero_hpz_partition_size", zero.get("zero_hpz_partition_size", 1) != 1),
+    ):
+        where = "copies of frozen weights that merges do not reach" if "hpz" in key else "weights or moments on disks"
+        yield key, merges and broken, f"model.variant is {config.model.variant}, and it keeps {where}: leave it out"
     yield (
         "zero_hpz_partition_size",
         zero.get("zero_hpz_partition_size", 1) != 1 and tp > 1,

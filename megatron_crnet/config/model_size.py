@@ -21,14 +21,22 @@ def linear_parameters(table: PositionTable, layer: int) -> int:
     )
 
 
+def frozen_parameters(table: PositionTable, layer: int) -> int:
+    """Weights of the frozen full-rank maps of a layer, beside its factors."""
+    frozen = table.method.has_frozen and not table.is_full_rank(layer)
+    return sum(h_in * h_out for h_in, h_out in table.shapes.values()) if frozen else 0
+
+
 def parameters_by_part(model: ModelConfig) -> dict[str, int]:
     """Parameter counts of the whole model: embedding, full-rank and low-rank maps, betas, norms, output."""
     h, layers, table = model.hidden_size, range(model.num_layers), position_table(model)
     full = [layer for layer in layers if table.is_full_rank(layer)]
+    frozen = sum(frozen_parameters(table, layer) for layer in layers)
     return {
         "embedding": model.vocab_size * h,
         "full-rank maps": sum(linear_parameters(table, layer) for layer in full),
         "low-rank maps": sum(linear_parameters(table, layer) for layer in layers if layer not in full),
+        **({"frozen maps": frozen} if frozen else {}),
         "betas": len(table.shapes) * (model.num_layers - len(table.chain_starts)),
         "norms": (len(table.architecture.norms) * model.num_layers + 1) * h,
         "output layer": model.vocab_size * h,
@@ -59,7 +67,8 @@ def remark_on_unused_rows(model: ModelConfig, tokens: int) -> str:
 def flops_per_token(model: ModelConfig, seq_length: float, whole_attention: bool = False) -> float:
     """Floating-point operations of forward and backward for one token.
 
-    Matrix products count 2 per weight forward and 4 backward, causal attention 2 s h per layer forward. Element-wise
+    Matrix products count 2 per weight forward and 4 backward (2 of frozen weights), causal attention 2 s h per layer
+    forward. Element-wise
     operations are left out.
 
     Args:
@@ -70,4 +79,5 @@ def flops_per_token(model: ModelConfig, seq_length: float, whole_attention: bool
     table = position_table(model)
     linear = sum(linear_parameters(table, layer) for layer in range(model.num_layers))
     attention = (4 if whole_attention else 2) * seq_length * model.hidden_size * model.num_layers
-    return 3.0 * (2 * (linear + model.hidden_size * model.vocab_size) + attention)
+    frozen = sum(frozen_parameters(table, layer) for layer in range(model.num_layers))
+    return 4.0 * frozen + 3.0 * (2 * (linear + model.hidden_size * model.vocab_size) + attention)

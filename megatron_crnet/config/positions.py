@@ -153,12 +153,14 @@ class Method:
         is_chained: layers add s(beta) times the previous layer's outputs.
         is_full_rank: no map has factors.
         has_silu: silu between A and B.
+        has_frozen: frozen full-rank weights beside the factors, into which these are merged.
         full_rank_layers: default of `model.full_rank_layers`.
     """
 
     is_chained: bool = False
     is_full_rank: bool = False
     has_silu: bool = False
+    has_frozen: bool = False
     full_rank_layers: tuple[int, ...] = ()
 
 
@@ -167,6 +169,7 @@ METHODS = {
     "full_rank": Method(is_full_rank=True),
     "low_rank": Method(),
     "cola": Method(has_silu=True),
+    "relora": Method(has_frozen=True),
 }
 """By `model.variant`."""
 ONLY_LR_ACT_FROM = 1024
@@ -185,6 +188,7 @@ class PositionTable:
         pad_to: see `padded`.
         method: what the maps of low-rank layers are.
         gate_has_silu: silu(gate) up, else gate up.
+        scale: what X A B is multiplied by.
     """
 
     architecture: Architecture = LLAMA
@@ -195,6 +199,7 @@ class PositionTable:
     pad_to: int = 1
     method: Method = METHODS["crnet"]
     gate_has_silu: bool = True
+    scale: float = 1.0
 
     @cached_property
     def padded_ranks(self) -> tuple[Mapping[str, int], ...]:
@@ -245,6 +250,10 @@ class PositionTable:
         """Whether layer `layer` holds full-rank maps."""
         return FULL_RANK in self.ranks[layer].values()
 
+    def has_dense(self, layer: int) -> bool:
+        """Whether layer `layer` multiplies by full-rank weights, so that its outputs do not follow from X A alone."""
+        return self.method.has_frozen or self.is_full_rank(layer)
+
     def position_of(self, weight: str) -> str:
         """The position that holds the exported weight of this name; empty for embeddings and norms."""
         return next((p.name for p in self.architecture.positions if f".{p.module}." in weight), "")
@@ -291,6 +300,7 @@ def position_table(model: ModelConfig, tp_size: int = 1, pad_to: int = 1) -> Pos
         pad_to,
         method,
         not resolve_only_lr_act(model.variant, model.only_lr_act, model.hidden_size),
+        model.relora_scale if method.has_frozen else 1.0,
     )
 
 

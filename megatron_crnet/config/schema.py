@@ -36,7 +36,7 @@ from megatron_crnet.config.positions import Rank
 from megatron_crnet.config.validation import check_config
 from megatron_crnet.utils.errors import require
 
-Variant = Literal["crnet", "full_rank", "low_rank", "cola"]
+Variant = Literal["crnet", "full_rank", "low_rank", "cola", "relora"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 OF_VARIANT: dict[str, Any] = {"full_rank_layers": None, "only_lr_act": None}
 """Fields of the model that fit some variants only, for a change to another: null is each variant's own."""
@@ -59,7 +59,8 @@ class ModelConfig(Section, name="model"):
 
     variant: Variant = "crnet"
     """crnet: Y_l = s(beta_l) Y_{l-1} + X_l A_l B_l. low_rank: X A B. cola: B silu(X A) (arXiv
-    2502.10940), see only_lr_act. full_rank: X W, the plain LLaMA-2."""
+    2502.10940), see only_lr_act. relora: X W + s X A B, W frozen
+    between restarts (arXiv 2307.05695), see the section relora. full_rank: X W, the plain LLaMA-2."""
     num_layers: Layers = 8
     """Transformer layers."""
     hidden_size: Width = 256
@@ -79,10 +80,12 @@ class ModelConfig(Section, name="model"):
     positions q, k, v, o, gate, up, down to either."""
     full_rank_layers: list[Count] | None = None
     """Layers (from 0) with full-rank weights, which start a new cross-layer chain. null means [0] for
-    crnet, [] for low_rank and cola, all for full_rank."""
+    crnet, all for full_rank, [] for the others."""
     only_lr_act: bool | None = None
     """cola: silu between factors alone, and down(gate up) in SwiGLU's place. null means what CoLA's configurations
     have: true for hidden_size from 1024 on (350M and above), false below."""
+    relora_scale: Positive = 0.25
+    """relora: s, the authors' alpha / r, 32 / 128."""
     beta_init: Annotated[float, Ge(-1000), Le(1000)] = 1.0
     """Initial value of every beta, the coefficient of the previous layer's output."""
     cross_layer_epsilon: Epsilon = 1e-6
@@ -196,10 +199,15 @@ class OptimizerConfig(Section, name="optimizer"):
     first layer, of all A, all B and all beta; where two apply, their product. 0 freezes a part."""
     min_lr_ratio: Share = 0.1
     """Final learning rate as a share of the peak."""
-    lr_decay_style: Literal["cosine", "wsd", "constant"] = "cosine"
-    """cosine; wsd: warm-up, stable, then a decay over lr_wsd_decay_steps; constant."""
+    lr_decay_style: Literal["cosine", "cosine_restarts", "wsd", "constant"] = "cosine"
+    """cosine; cosine_restarts: ReLoRA's jagged cosine, which drops to 0 every lr_restart_interval steps and comes back
+    in lr_restart_warmup_steps; wsd: warm-up, stable, then a decay over lr_wsd_decay_steps; constant."""
     lr_warmup_steps: Count = 100
     """Steps of linear warm-up."""
+    lr_restart_interval: PositiveCount | None = None
+    """Steps between drops of cosine_restarts; null means relora.restart_interval."""
+    lr_restart_warmup_steps: PositiveCount = 100
+    """Steps of linear warm-up after each drop."""
     lr_wsd_decay_steps: PositiveCount | None = None
     """Steps of wsd's final decay; null means a tenth of train_steps."""
     lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"
@@ -214,6 +222,26 @@ class OptimizerConfig(Section, name="optimizer"):
     """Decoupled weight decay of matrices; beta and norm weights get none."""
     clip_grad: NonNegative = 1.0
     """Largest global gradient norm; 0 disables clipping."""
+
+
+@dataclass(frozen=True)
+class ReloraConfig(Section, name="relora"):
+    """Restarts of `model.variant` relora (docs/methods.md)."""
+
+    restart_interval: PositiveCount | None = None
+    """Steps between restarts: W += s A B in fp32, A is drawn anew, B = 0, moments of both are pruned. null: none, which
+    is LoRA's pre-training."""
+    prune: Literal["magnitude", "random", "reset"] = "magnitude"
+    """Which entries of each moment of each A and B a restart zeroes: a share of them, the smallest or random ones; or
+    all."""
+    prune_share: Share = 0.9
+    """The share, for magnitude and random."""
+    warm_start_steps: Count = 0
+    """First steps of the run that train full-rank weights, which are frozen then. The schedule and Adam begin anew
+    after them."""
+    warm_start_lr: LearningRate | None = None
+    """Peak learning rate of the warm start, whose schedule is that of a full-rank run of train_steps; null means half
+    of optimizer.lr, the authors' rule."""
 
 
 @dataclass(frozen=True)
@@ -371,6 +399,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    relora: ReloraConfig = field(default_factory=ReloraConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -6,10 +6,11 @@ those of files and tokenizer in `data/indexed.py`.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from megatron_crnet.config.field_types import MOST
-from megatron_crnet.config.positions import position_table
+from megatron_crnet.config.positions import METHODS, position_table
 from megatron_crnet.utils.errors import require
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ def check_config(config: Config) -> None:
     _check_training(config)
     _check_ramp(config)
     _check_optimizer(config)
+    _check_relora(config)
+    _check_restarts(config)
     _check_parallel(config)
     _check_pipeline(config)
     _check_recompute(config)
@@ -137,6 +140,81 @@ def _check_optimizer(config: Config) -> None:
         f"optimizer.adam_eps is {optimizer.adam_eps}, but adamw8bit takes gradients below 1e-12 for 0: use at least "
         f"{SMALLEST_EPS_8BIT}, or adamw",
     )
+
+
+def _check_relora(config: Config) -> None:
+    """The section relora is that of a model that has restarts, and they fit the run."""
+    relora, model, optimizer = config.relora, config.model, config.optimizer
+    if not METHODS[model.variant].has_frozen:
+        changed = [f.name for f in fields(relora) if getattr(relora, f.name) != f.default]
+        require(
+            not changed,
+            f"relora.{changed[0] if changed else ''} is set, but model.variant is {model.variant}: leave the section "
+            "relora out, or use variant relora",
+        )
+        return
+    for layer, ranks in enumerate((table := position_table(model)).ranks):
+        for position, rank in ranks.items():
+            require(
+                rank <= min(table.shapes[position]),
+                f"model.rank is {rank} for {position} of layer {layer}, but its matrix has a side of "
+                f"{min(table.shapes[position])}, above which A B says no more than W: use at most that",
+            )
+    warm, steps = relora.warm_start_steps, config.training.train_steps
+    require(
+        warm + optimizer.lr_warmup_steps < steps,
+        f"relora.warm_start_steps {warm} and optimizer.lr_warmup_steps {optimizer.lr_warmup_steps}, with which the "
+        f"schedule begins anew after them, leave none of training.train_steps {steps}: lower them or train longer",
+    )
+    require(
+        relora.restart_interval is None or relora.restart_interval < steps - warm,
+        f"relora.restart_interval {relora.restart_interval} is not below the {steps - warm} steps after the warm "
+        "start, so nothing would restart: lower it, or leave it out",
+    )
+    require(
+        warm == 0 or config.training.rampup_batch_size is None,
+        f"relora.warm_start_steps {warm} with training.rampup_batch_size: the schedule would begin anew in the middle "
+        "of the ramp: leave one of the two out",
+    )
+
+
+def _check_restarts(config: Config) -> None:
+    """The cycles of the jagged cosine fill the run, and merges fall between them."""
+    optimizer, merges, name = config.optimizer, config.relora.restart_interval, "optimizer.lr_restart_interval"
+    if optimizer.lr_decay_style != "cosine_restarts":
+        return
+    require(
+        config.training.rampup_batch_size is None,
+        "optimizer.lr_decay_style cosine_restarts counts steps, but training.rampup_batch_size makes the schedule go "
+        "by sequences: leave the ramp out, or use cosine",
+    )
+    require(
+        bool(optimizer.lr_restart_interval or merges),
+        f"optimizer.lr_decay_style is cosine_restarts, but neither {name} nor relora.restart_interval is set: set one",
+    )
+    interval, steps = restart_interval(config), config.training.train_steps - config.relora.warm_start_steps
+    require(
+        steps % interval == 0,
+        f"{name} {interval} does not divide the {steps} steps of the schedule: use {steps // interval * interval} or "
+        f"{(steps // interval + 1) * interval} steps, or another interval",
+    )
+    require(
+        merges is None or merges % interval == 0,
+        f"relora.restart_interval {merges} is not a multiple of {name} {interval}, so merges would not fall where the "
+        "rate drops: use the same number for both",
+    )
+    for field, value in (
+        ("lr_warmup_steps", optimizer.lr_warmup_steps),
+        ("lr_restart_warmup_steps", optimizer.lr_restart_warmup_steps),
+    ):
+        require(value <= interval, f"optimizer.{field} {value} is above {name} {interval}: lower it")
+
+
+def restart_interval(config: Config) -> int:
+    """Steps of a cycle of cosine_restarts, the default filled in."""
+    found = config.optimizer.lr_restart_interval or config.relora.restart_interval
+    assert found is not None  # checked
+    return found
 
 
 def wsd_decay_steps(optimizer: OptimizerConfig, train_steps: int) -> int:

@@ -13,7 +13,7 @@ Megatron-Core counts micro-batches and DeepSpeed is told 1, or gradients would b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import deepspeed
@@ -39,11 +39,13 @@ from megatron_crnet.engine.optimizer import (
     parameter_groups,
     position,
 )
+from megatron_crnet.engine.relora import restart
 from megatron_crnet.engine.schedule import Batch, ScheduledChunk, loss_totals, run_logits, run_schedule
-from megatron_crnet.engine.zero import zero_state
+from megatron_crnet.engine.state_kinds import MASTER
+from megatron_crnet.engine.zero import kinds_of, zero_state
 from megatron_crnet.model.gpt import CRNetModel
 from megatron_crnet.model.linear import LowRankGroup
-from megatron_crnet.model.weights import canonical_weights
+from megatron_crnet.model.weights import Weight, by_parameter, canonical_weights
 from megatron_crnet.recompute.rng import RngStates
 from megatron_crnet.utils.noise import without_memory_lines
 
@@ -64,7 +66,7 @@ class TrainEngine:
         # parameters into one buffer of one dtype: see _weights_changed
         if config.training.bf16 and self.stage < 3:
             in_fp32 = {p: p.detach().clone() for p in module.parameters() if p.dtype == torch.float32}
-        elements = sum(parameter.numel() for parameter in module.parameters())
+        elements = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
         settings = deepspeed_config(config, context.dp_size, elements)
         with without_memory_lines():
             self.deepspeed, *_ = deepspeed.initialize(
@@ -81,10 +83,12 @@ class TrainEngine:
         """Checkpointed layers that the guard of `inverse` has added on all pipeline stages."""
         self.zero = zero_state(self.deepspeed, self.stage)
         self.zero.forget_first_step()
-        self.zero.separate_blocks()
+        self.zero.prepare()
         self._on_weights_loaded()
         self.scheduler, self._steps = build_scheduler(config, self.optimizer), 0
         self.last_grad_norm: float | None = None
+        self.restarts = 0
+        """ReLoRA's restarts of the run so far."""
         hooked = self.stage >= 2
         self.scheduled = [
             ScheduledChunk(
@@ -196,7 +200,7 @@ class TrainEngine:
         else:
             self.deepspeed.zero_grad()
         self._weights_changed()
-        self._advance_schedule()
+        self._end_step()
         self.last_grad_norm = norm if plain else float(self.deepspeed.get_global_grad_norm())
         return self.last_grad_norm, lr
 
@@ -212,12 +216,51 @@ class TrainEngine:
         else:
             self.zero.poison_gradients()
             self.deepspeed.step()
+        self._end_step()
+
+    def _end_step(self) -> None:
+        """Advance the schedule, and restart where the configuration says so, also after a step that was dropped."""
         self._advance_schedule()
+        interval = self.config.relora.restart_interval
+        if interval and self._steps % interval == 0 and self._steps < self.config.training.train_steps:
+            self.restarts += 1
+            restart(self.zero, self.chunks, self.config.relora, self.config.training.seed, self.restarts)
 
     def _advance_schedule(self, steps: int = 1) -> None:
         before, self._steps = self._steps, self._steps + steps
         # the scheduler stands at the step to come
         self.scheduler.step(position(self.config, self._steps + 1) - position(self.config, before + 1))
+
+    @torch.no_grad()
+    def masters(self) -> dict[str, Tensor]:
+        """fp32 weights of this rank by canonical name, in host memory; a collective call."""
+        found: dict[str, Tensor] = {}
+        for parameter, weights in self._weights_by_parameter().items():
+            whole = self.zero.read(parameter, MASTER)
+            assert whole is not None
+            found |= {weight.name: weight.local(whole).to("cpu", copy=True) for weight in weights}
+        return found
+
+    @torch.no_grad()
+    def start_from(self, masters: Mapping[str, Tensor]) -> None:
+        """Take the weights that another model of the same layout has, and moments of zero; a collective call.
+
+        Args:
+            masters: `masters()` of its engine. Weights that it does not hold keep their initial values.
+        """
+        self.zero.begin()
+        for parameter, weights in self._weights_by_parameter().items():
+            whole = self.zero.read(parameter, MASTER)
+            assert whole is not None
+            for weight in weights:
+                if weight.name in masters:
+                    weight.local(whole).copy_(masters[weight.name])
+            moments = {kind: torch.zeros_like(whole) for kind in kinds_of(parameter) if kind != MASTER}
+            self.zero.write(parameter, {MASTER: whole, **moments})
+        self.zero.finish(0)
+
+    def _weights_by_parameter(self) -> dict[nn.Parameter, list[Weight]]:
+        return by_parameter(weight for chunk in self.chunks for weight in canonical_weights(chunk))
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off the weights, which would keep the engine, and through it the groups, alive."""

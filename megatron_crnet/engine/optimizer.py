@@ -13,7 +13,7 @@ from torch import nn
 from megatron_crnet.config.batch import BatchSizes
 from megatron_crnet.config.positions import position_table
 from megatron_crnet.config.schema import Config, LrPart, ModelConfig, OptimizerConfig
-from megatron_crnet.config.validation import wsd_decay_steps
+from megatron_crnet.config.validation import restart_interval, wsd_decay_steps
 from megatron_crnet.engine.adam8bit import AdamW8bit
 from megatron_crnet.utils.errors import require
 
@@ -129,6 +129,33 @@ def position(config: Config, steps: int) -> int:
     return sizes.after(steps) if sizes.has_ramp else steps
 
 
+class CosineRestarts(OptimizerParamScheduler):
+    """ReLoRA's jagged cosine (arXiv 2307.05695): cosine, but each cycle from the second on begins at 0.
+
+    Within w steps of such a cycle the rate rises linearly to that of the cosine w steps into the cycle.
+
+    Args:
+        interval: R, steps of a cycle.
+        restart_warmup: w.
+    """
+
+    num_steps: int
+
+    def __init__(self, *args: Any, interval: int, restart_warmup: int, **options: Any) -> None:
+        self.interval, self.restart_warmup = interval, restart_warmup
+        super().__init__(*args, lr_decay_style="cosine", **options)
+
+    def get_lr(self, param_group: dict[str, Any]) -> float:
+        """The rate of step `num_steps`, from 1."""
+        cycle, before = divmod(self.num_steps - 1, self.interval)
+        if cycle < 1 or before + 1 >= self.restart_warmup:
+            return float(super().get_lr(param_group))
+        now, self.num_steps = self.num_steps, cycle * self.interval + self.restart_warmup
+        peak = float(super().get_lr(param_group))
+        self.num_steps = now
+        return peak * (before + 1) / self.restart_warmup
+
+
 def build_scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
     """Megatron-Core's scheduler, already at step 1, so that the first update uses a rate above 0.
 
@@ -142,20 +169,23 @@ def build_scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
     for group in optimizer.param_groups:
         group["max_lr"] = section.lr * group.get("lr_mult", 1.0)
         group["min_lr"] = section.lr * section.min_lr_ratio * group.get("lr_mult", 1.0)
-    scheduler = OptimizerParamScheduler(
+    options: dict[str, Any] = {"lr_decay_style": "WSD" if section.lr_decay_style == "wsd" else section.lr_decay_style}
+    if section.lr_decay_style == "cosine_restarts":
+        options = {"interval": restart_interval(config), "restart_warmup": section.lr_restart_warmup_steps}
+    scheduler = (CosineRestarts if "interval" in options else OptimizerParamScheduler)(
         optimizer,
         init_lr=0.0,
         max_lr=section.lr,
         min_lr=section.lr * section.min_lr_ratio,
         lr_warmup_steps=position(config, section.lr_warmup_steps),
         lr_decay_steps=end,
-        lr_decay_style="WSD" if section.lr_decay_style == "wsd" else section.lr_decay_style,
         start_wd=section.weight_decay,
         end_wd=section.weight_decay,
         wd_incr_steps=end,
         wd_incr_style="constant",
         wsd_decay_steps=end - position(config, max(steps - wsd_decay_steps(section, steps), 0)),
         lr_wsd_decay_style=section.lr_wsd_decay_style,
+        **options,
     )
     scheduler.step(position(config, 1))
     return scheduler

@@ -25,13 +25,18 @@ from torch import Tensor, nn
 from megatron_crnet.engine.adam8bit import AdamW8bit, BlockwiseMoment
 from megatron_crnet.engine.optimizer import is_partial
 from megatron_crnet.engine.param_shard import ParamShard
-from megatron_crnet.engine.state_kinds import MASTER
+from megatron_crnet.engine.state_kinds import KINDS, MASTER
 from megatron_crnet.utils.errors import CheckpointError
 
 
 def local_shape(parameter: nn.Parameter) -> torch.Size:
     """Shape of this rank's parameter, which ZeRO-3 empties."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def kinds_of(parameter: nn.Parameter) -> tuple[str, ...]:
+    """What is kept of a parameter: a frozen one has no moments."""
+    return KINDS if parameter.requires_grad else (MASTER,)
 
 
 def held_partition(parameter: nn.Parameter) -> Tensor:
@@ -67,10 +72,11 @@ class ZeroState:
         for group in self.adam.param_groups:
             group.pop("step", None)  # where Apex's FusedAdam counts
 
-    def separate_blocks(self) -> None:
-        """Give each parameter blocks of its own in 8-bit moments; before the first step."""
+    def prepare(self) -> None:
+        """Before the first step: masters of frozen parameters, and blocks of 8-bit moments for each of the others."""
+        shards = self._adam_shards()
         if isinstance(self.adam, AdamW8bit):
-            for shard in filter(None, self.shards.values()):
+            for shard in shards:
                 self.adam.segments.setdefault(shard.master, []).append((shard.start, shard.numel))
 
     # gradients
@@ -85,7 +91,7 @@ class ZeroState:
 
     def poison_gradients(self) -> None:
         """Make all gradients NaN, so that DeepSpeed drops them."""
-        for parameter in self.engine.module.parameters():
+        for parameter in (p for p in self.engine.module.parameters() if p.requires_grad):
             if parameter.grad is not None:
                 parameter.grad.fill_(math.nan)
             else:
@@ -102,7 +108,33 @@ class ZeroState:
     @cached_property
     def shards(self) -> dict[nn.Parameter, ParamShard | None]:
         """This rank's shard of every parameter; None where it has none."""
-        return {parameter: self._shard(parameter) for parameter in self.engine.module.parameters()}
+        every = self.engine.module.parameters()
+        return {p: self._shard(p) if p.requires_grad else self._frozen_shard(p) for p in every}
+
+    def _adam_shards(self) -> list[ParamShard]:
+        """Of what the optimizer updates."""
+        return [shard for p, shard in self.shards.items() if shard is not None and p.requires_grad]
+
+    def _frozen_shard(self, parameter: nn.Parameter) -> ParamShard | None:
+        """Of a frozen parameter, which DeepSpeed's optimizer does not know: this replica's share of it in fp32.
+
+        In an fp32 model that is the parameter's own memory. In bf16 it lies on the host, where only merges and
+        checkpoints touch it, because what a merge adds may be less than bf16 can hold.
+        """
+        held, start, offset, numel = self._held(parameter)
+        if numel <= 0:
+            return None
+        if held.dtype == torch.float32:
+            return ParamShard(held, start, offset, numel)
+        part = held.detach().view(-1).narrow(0, start, numel)
+        return ParamShard(part.to("cpu", torch.float32, copy=True), 0, offset, numel)
+
+    def _held(self, parameter: nn.Parameter) -> tuple[Tensor, int, int, int]:
+        """Memory of a frozen parameter, and where in it and in the parameter this replica's share starts; its size."""
+        replicas = 1 if self.stage == 0 else parallel_state.get_data_parallel_world_size()
+        share = -(-parameter.numel() // replicas)
+        start = share * (parallel_state.get_data_parallel_rank() if self.stage else 0)
+        return parameter, start, start, min(share, parameter.numel() - start)
 
     def _shard(self, parameter: nn.Parameter) -> ParamShard | None:
         return self._fp32_copies.get(parameter, ParamShard(parameter, 0, 0, parameter.numel()))
@@ -226,7 +258,7 @@ class ZeroState:
                 group["step"] = steps
         else:
             fused = any(group.get("fused") for group in self.adam.param_groups)
-            for master in {id(s.master): s.master for s in self.shards.values() if s is not None}.values():
+            for master in {id(shard.master): shard.master for shard in self._adam_shards()}.values():
                 device = master.device if fused else None
                 self.adam.state[master]["step"] = torch.tensor(float(steps), device=device)
 
@@ -339,6 +371,12 @@ class Stage3(Stage2):
         """From the master: the parameter itself may be rounded to bf16."""
         return safe_get_full_fp32_param(parameter)
 
+    def _held(self, parameter: nn.Parameter) -> tuple[Tensor, int, int, int]:
+        """See the base; the last partition is padded."""
+        held, rank = held_partition(parameter), dist.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
+        offset = held.numel() * rank
+        return held, 0, offset, min(held.numel(), parameter.ds_numel - offset)  # type: ignore[attr-defined]
+
     def _shard(self, parameter: nn.Parameter) -> ParamShard | None:
         group, start, size = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
         offset = size * dist.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
@@ -362,6 +400,9 @@ class Stage3(Stage2):
         super().finish(steps)
         for index in range(len(self.optimizer.fp16_groups)):
             self.optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        for parameter, shard in self.shards.items():
+            if shard is not None and not parameter.requires_grad:
+                held_partition(parameter).view(-1)[: shard.numel].copy_(shard.read(shard.master))
         self.optimizer.checkpoint_event_epilogue()
 
     def weights(self) -> list[Tensor]:

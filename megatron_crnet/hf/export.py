@@ -16,7 +16,6 @@ from torch import Tensor
 
 from megatron_crnet.checkpoint.weight_files import (
     INDEX,
-    CheckpointWeights,
     ExportWeights,
     LlamaWeights,
     WeightSource,
@@ -28,6 +27,7 @@ from megatron_crnet.data.fingerprint import TrainedOn, digest_of_tokenizer
 from megatron_crnet.data.tokenizer import Tokenizer, TokenizerKind, check_vocabulary, load_tokenizer
 from megatron_crnet.hf.export_config import LLAMA_TYPE, hugging_face_fields, read_export_config
 from megatron_crnet.hf.export_tokenizer import tokenizer_of, write_tokenizer
+from megatron_crnet.hf.merged import weights_of
 from megatron_crnet.hf.starting_checkpoint import save_tensors, write_starting_checkpoint
 from megatron_crnet.utils.errors import DataError, require
 from megatron_crnet.utils.files import atomic_folder, exists, read_json_object
@@ -98,8 +98,7 @@ def to_hf(
     config = saved_config(checkpoint)
     if tokenizer is not None:
         config = with_tokenizer(config, tokenizer)
-    source = CheckpointWeights(checkpoint)
-    source.check(canonical_shapes(config.model))
+    config, source = weights_of(checkpoint, config)
     if exists(out) and overwrite and not _is_export(out):
         raise DataError(f"{out} is not an export, so --overwrite does not replace it: choose another folder")
     with atomic_folder(out, overwrite) as folder:

@@ -16,7 +16,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from megatron_crnet.checkpoint.contents import find_checkpoint
-from megatron_crnet.checkpoint.weight_files import CheckpointWeights, WeightSource, canonical_shapes
+from megatron_crnet.checkpoint.weight_files import WeightSource, canonical_shapes
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.tokenizer import Tokenizer
 from megatron_crnet.hf.export import (
@@ -30,6 +30,7 @@ from megatron_crnet.hf.export import (
 )
 from megatron_crnet.hf.export_config import hugging_face_fields
 from megatron_crnet.hf.export_tokenizer import note_on_added_tokens, tokenizer_of
+from megatron_crnet.hf.merged import weights_of
 from megatron_crnet.hf.modeling_crnet import CRNetConfig, CRNetForCausalLM
 from megatron_crnet.utils.errors import DataError, require
 from megatron_crnet.utils.progress import CountPrinter
@@ -105,7 +106,7 @@ def open_files(path: Path, tokenizer: str | None = None) -> tuple[Config, Weight
         notes += [note for note in [note_on_added_tokens(path)] if note and not tokenizer]
     else:
         checkpoint, notes = find_checkpoint(path)
-        config, source = saved_config(checkpoint), CheckpointWeights(checkpoint)
+        config, source = weights_of(checkpoint, saved_config(checkpoint))
         config = with_tokenizer(config, tokenizer) if tokenizer else config
     source.check(canonical_shapes(config.model))
     return config, source, notes

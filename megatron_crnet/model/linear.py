@@ -12,7 +12,7 @@ and the output of a row group are [s/t, b, .], without it [s, b, .].
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -218,7 +218,7 @@ class LowRankGroup(LinearGroup):
         if betas is not None and previous is not None and self.receives:
             previous = self.regions.receive(betas, previous)
         values = betas.detach() if betas is not None else None
-        return low_rank_outputs(z, self._stacks(), values, previous, self._options(tape))
+        return low_rank_outputs(z, self.stacks(), values, previous, self._options(tape))
 
     def low_rank_output(self, x: Tensor, tape: Tape | None = None) -> Tensor:
         """z = X A, the quantity that is cheap to keep and to send: [s/t, b, sum of ranks] (SP) or [s, b, .]."""
@@ -237,10 +237,10 @@ class LowRankGroup(LinearGroup):
         z, options = self._gather(self._entering(z), tape), self._options(tape)
         betas = self.exact_betas() if given is not None else None
         if tape.mode is Mode.REBUILD:
-            return low_rank_outputs(z, self._stacks(), betas, given, options)
+            return low_rank_outputs(z, self.stacks(), betas, given, options)
         assert betas is not None
         assert given is not None
-        previous = previous_outputs(z, self._stacks(), betas, given, options)
+        previous = previous_outputs(z, self.stacks(), betas, given, options)
         return *previous, signed_scale(betas, self.regions.eps)
 
     def _gather(self, z: Tensor, tape: Tape) -> Tensor:
@@ -253,6 +253,8 @@ class LowRankGroup(LinearGroup):
         """What B multiplies, up to a gather."""
         if self.config.table.method.has_silu:
             z = F.silu(z)
+        if self.config.table.scale != 1:
+            z = z * self.config.table.scale
         if not self.is_row and self.tp_size > 1 and not self._gathers:
             return copy_to_tensor_model_parallel_region(z, group=self.tp_group)
         return z
@@ -270,7 +272,8 @@ class LowRankGroup(LinearGroup):
             gathered=tape.gathered if tape is not None else None,
         )
 
-    def _stacks(self) -> list[Tensor]:
+    def stacks(self) -> list[nn.Parameter]:
+        """The parameters that hold B, [n, w, r] each."""
         return [getattr(self, f"b{index}") for index in range(len(self.batches))]
 
     def exact_betas(self) -> Tensor | None:
@@ -297,10 +300,42 @@ class LowRankGroup(LinearGroup):
                 yield WeightShard(position, "beta", self.beta, (index,), ())
 
 
+class FrozenGroup(LowRankGroup):
+    """ReLoRA's maps: Y = X W + s X A B, W frozen and cut as a full-rank group's, A and B as a low-rank group's."""
+
+    def __init__(
+        self, config: CRNetTransformerConfig, group: str, pg_collection: ProcessGroupCollection, layer: int
+    ) -> None:
+        super().__init__(config, group, pg_collection, layer)
+        self.frozen = FullRankGroup(config, group, pg_collection).requires_grad_(False)
+
+    def forward(self, x: Tensor, previous: Outputs | None, tape: Tape | None = None) -> Outputs:
+        """X W + s X A B; `previous` is not used. Nothing is recorded: W needs X again."""
+        z = self._entering(self.low_rank_output(x))
+        return low_rank_outputs(z, self.stacks(), None, self.frozen(x, None), self._options(None))
+
+    def shards(self) -> Iterator[WeightShard]:
+        """Every A, B and W."""
+        yield from super().shards()
+        yield from self.frozen.shards()
+
+    @torch.no_grad()
+    def products(self, a: Tensor, stacks: Sequence[Tensor]) -> Tensor:
+        """s A B of every position, as W lies in its parameter.
+
+        Args:
+            a, stacks: values of `a` and of the stacks of B.
+        """
+        parts = a.split(self.padded_ranks)
+        matrices = (b for stack in stacks for b in stack)
+        return torch.cat([self.config.table.scale * (b @ part) for b, part in zip(matrices, parts, strict=True)])
+
+
 def build_group(
     config: CRNetTransformerConfig, group: str, pg_collection: ProcessGroupCollection, layer: int
 ) -> LinearGroup:
-    """The full-rank or low-rank form of a group, as the table says for layer `layer` (from 0)."""
+    """The form of a group that the table says for layer `layer` (from 0): full rank, or the method's."""
     if config.table.is_full_rank(layer):
         return FullRankGroup(config, group, pg_collection)
-    return LowRankGroup(config, group, pg_collection, layer)
+    made = FrozenGroup if config.table.method.has_frozen else LowRankGroup
+    return made(config, group, pg_collection, layer)

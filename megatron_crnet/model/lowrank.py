@@ -151,8 +151,12 @@ class _LowRankOutputs(torch.autograd.Function):
             z = options.gathered
         elif options.gather_group is not None:
             z, _ = gather_sequence(z, options.gather_group)
-        scaled = options.regions.scaled(betas, previous) if betas is not None and previous else None
-        return add_products(z, matrices, scaled)
+        onto: Sequence[Tensor] | None = None
+        if previous and betas is None:
+            onto = [y.clone(memory_format=torch.contiguous_format) for y in previous]
+        elif previous and betas is not None:
+            onto = options.regions.scaled(betas, previous)
+        return add_products(z, matrices, onto)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -212,7 +216,8 @@ def low_rank_outputs(
     Args:
         z: low-rank outputs side by side, [s, b, sum of ranks], or [s/t, b, .] with a gather group.
         matrices: stacks of B, [n, w, r] each, in the order of z.
-        betas: one per position, fp32 whatever the other dtypes are; None without a residual.
+        betas: one per position, fp32 whatever the other dtypes are; None without a residual, or to add `previous` as it
+            is.
         previous: the previous layer's outputs of the positions, [s, b, w] each; None where a chain starts.
 
     Returns:

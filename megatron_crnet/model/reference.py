@@ -19,30 +19,32 @@ from megatron_crnet.model.glue import signed_scale
 
 
 class CrossLayerLinear(nn.Module):
-    """One linear map of one layer: X W, or s(beta) Y_prev + X A B, X A B, or B silu(X A).
+    """One linear map of one layer: X W, s(beta) Y_prev + X A B, X A B, B silu(X A), or X W + s X A B with W frozen.
 
     Args:
         rank: r, or FULL_RANK.
         has_previous: whether the previous layer's output joins (then there is a beta).
-        nonlinear: CoLA's silu between A and B.
     """
 
     def __init__(self, h_in: int, h_out: int, rank: int, has_previous: bool, model: ModelConfig) -> None:
         super().__init__()
-        self.eps, self.nonlinear = model.cross_layer_epsilon, METHODS[model.variant].has_silu
-        if rank == FULL_RANK:
-            self.weight = nn.Parameter(torch.empty(h_out, h_in))
-        else:
+        self.method, self.eps, self.scale = METHODS[model.variant], model.cross_layer_epsilon, model.relora_scale
+        self.is_full_rank = rank == FULL_RANK
+        if self.is_full_rank or self.method.has_frozen:
+            self.weight = nn.Parameter(torch.empty(h_out, h_in), requires_grad=self.is_full_rank)
+        if not self.is_full_rank:
             self.a = nn.Linear(h_in, rank, bias=False)
             self.b = nn.Linear(rank, h_out, bias=False)
         self.beta = nn.Parameter(torch.tensor(model.beta_init)) if has_previous else None
 
     def forward(self, x: Tensor, previous: Tensor | None) -> Tensor:
         """x: [..., h_in]; previous: [..., h_out], the same map's output in the previous layer."""
-        if hasattr(self, "weight"):
+        if self.is_full_rank:
             return F.linear(x, self.weight)
         z = self.a(x)
-        y = self.b(F.silu(z) if self.nonlinear else z)
+        y = self.b(F.silu(z) if self.method.has_silu else z)
+        if self.method.has_frozen:
+            return F.linear(x, self.weight) + self.scale * y
         if self.beta is None or previous is None:
             return y
         return (signed_scale(self.beta, self.eps) * previous + y).to(y.dtype)

@@ -9,13 +9,14 @@ drawn for each canonical weight from a seed of its own, so they are the same in 
     beta                                      beta_init
     norms                                     1
 
+Of relora, whose B starts at 0, A is uniform between -1/sqrt(h_in) and 1/sqrt(h_in), and drawn anew at each restart.
 With `scale_residual_init`, full-rank maps and B of o and down are smaller by 1/sqrt(2 L).
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -87,14 +88,35 @@ def _layer_weights(layer: Any) -> Iterator[Weight]:
         yield Weight(name, shard.parameter, shard.index, shard.shape, shard.shard_dim, shard.span)
 
 
-def initial_value(name: str, shape: tuple[int, ...], config: Any, seed: int) -> Tensor:
-    """The initial value of the whole weight `name`, in fp32, the same for every layout."""
+def by_parameter(weights: Iterable[Weight]) -> dict[nn.Parameter, list[Weight]]:
+    """The canonical weights that each parameter holds."""
+    found: dict[nn.Parameter, list[Weight]] = {}
+    for weight in weights:
+        found.setdefault(weight.parameter, []).append(weight)
+    return found
+
+
+def initial_value(name: str, shape: tuple[int, ...], config: Any, seed: int, restart: int = 0) -> Tensor:
+    """The initial value of the whole weight `name`, in fp32, the same for every layout.
+
+    Args:
+        restart: ReLoRA's restart that draws it anew; 0 is the start.
+    """
     if name.endswith("norm.weight"):
         return torch.ones(shape)
     if name.endswith("beta"):
         return torch.full(shape, config.beta_init)
-    generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+    generator = canonical_generator(f"{name}@{restart}" if restart else name, seed)
+    if name.endswith((".a.weight", ".b.weight")) and config.table.method.has_frozen:
+        # kaiming_uniform_ with a = sqrt(5), as the authors' code draws A
+        bound = shape[1] ** -0.5 if name.endswith(".a.weight") else 0.0
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
     return torch.empty(shape).normal_(std=_std(name, shape, config), generator=generator)
+
+
+def canonical_generator(name: str, seed: int) -> torch.Generator:
+    """What draws numbers of a canonical weight, in whatever layout."""
+    return torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
 
 
 def _std(name: str, shape: tuple[int, ...], config: Any) -> float:

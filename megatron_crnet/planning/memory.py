@@ -28,6 +28,7 @@ EIGHT_BIT_UPDATE = 17
 def estimate_memory(model: LocalModel, plan: BatchPlan) -> Memory:
     """The memory of a rank of this stage."""
     state = _offloaded(model, plan) if offloads_optimizer(model.config) else _state(model, plan.dp_size)
+    state |= _frozen(model, state, plan.dp_size)
     layers = [layer for chunk in model.chunks for layer in chunk.layers]
     gathers = model.chunks[-1].predicts or any(model.transformer.table.is_full_rank(layer) for layer in layers)
     if model.transformer.sequence_parallel and gathers:
@@ -61,6 +62,14 @@ def _state(model: LocalModel, dp: int) -> dict[str, float]:
     group = min(share, zero_option(model.config, "sub_group_size", SUB_GROUP))
     update = max(0, 4 * group + _update(model, group) - whole)
     return {**state, "weights": n / dp * size + whole, "buffers": bucket, "update": update}
+
+
+def _frozen(model: LocalModel, state: dict[str, float], dp: int) -> dict[str, float]:
+    """What frozen weights add: themselves, and in bf16 their fp32 masters on the host, once merges have made them."""
+    n = model.frozen_numel
+    shards = {0: (1, 1), 3: (dp, dp)}.get(model.stage, (1, dp))
+    masters = 4 * n / shards[1] if model.bf16 else 0
+    return {"weights": state["weights"] + n * model.element / shards[0], "host": state.get("host", 0) + masters}
 
 
 def _moments_per_element(model: LocalModel) -> float:

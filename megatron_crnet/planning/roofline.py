@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_crnet.config.batch import BatchPlan
+from megatron_crnet.config.deepspeed import offloads_optimizer
 from megatron_crnet.planning.machines import Machine
 from megatron_crnet.planning.profile import DATA, PIPELINE, TENSOR, CommVolume, Memory
 from megatron_crnet.planning.shards import Chunk, LocalModel
@@ -52,10 +53,10 @@ def estimate_operations(model: LocalModel, plan: BatchPlan) -> Operations:
     passes = again = attended = 0
     for chunk in model.chunks:
         for layer in chunk.layers:
-            inputs, outputs = _layer_products(model, layer)
-            passes += 3 * (inputs + outputs) + attention * 7 // 2
+            (inputs, outputs), frozen = _layer_products(model, layer), _frozen_products(model, layer)
+            passes += 3 * (inputs + outputs) + 2 * frozen + attention * 7 // 2
             repeated, with_attention = _repeats(model, chunk, layer)
-            again += repeated[0] * inputs + repeated[1] * outputs + with_attention * attention
+            again += repeated[0] * (inputs + frozen) + repeated[1] * outputs + with_attention * attention
             attended += attention * 7 // 2 + with_attention * attention
         if chunk.predicts:
             shape = model.config.model
@@ -69,11 +70,21 @@ def _layer_products(model: LocalModel, layer: int) -> tuple[int, int]:
     tokens, local, table = model.tokens, model.local_tokens, model.transformer.table
     shapes, ranks, rows = table.local_shapes, table.padded_ranks[layer], table.architecture.rows
     if table.is_full_rank(layer):
-        return sum(2 * tokens * h_in * h_out for h_in, h_out in shapes.values()), 0
+        return _full_rank_products(model), 0
     # split over the width, else over the sequence if that is sharded
     inputs = sum(2 * ranks[p] * (tokens if p in rows else local) * n for p, (n, _) in shapes.items())
     outputs = sum(2 * ranks[p] * (local if p in rows else tokens) * n for p, (_, n) in shapes.items())
     return inputs, outputs
+
+
+def _full_rank_products(model: LocalModel) -> int:
+    return sum(2 * model.tokens * h_in * h_out for h_in, h_out in model.transformer.table.local_shapes.values())
+
+
+def _frozen_products(model: LocalModel, layer: int) -> int:
+    """Forward operations per micro-batch with frozen weights, whose gradient no pass computes."""
+    table = model.transformer.table
+    return _full_rank_products(model) if table.has_dense(layer) and not table.is_full_rank(layer) else 0
 
 
 def _repeats(model: LocalModel, chunk: Chunk, layer: int) -> tuple[tuple[bool, bool], bool]:
@@ -83,7 +94,7 @@ def _repeats(model: LocalModel, chunk: Chunk, layer: int) -> tuple[tuple[bool, b
     if model.transformer.strategy.repeats_layers:
         return (True, True), True
     again, transformer = repeats_outputs(model, chunk, layer), model.transformer
-    return (again and transformer.table.is_full_rank(layer), again), not transformer.recompute_keep_attention_output
+    return (again and transformer.table.has_dense(layer), again), not transformer.recompute_keep_attention_output
 
 
 @dataclass(frozen=True)
@@ -164,7 +175,7 @@ def _activation_bytes(model: LocalModel) -> float:
 
 def _update_time(model: LocalModel, memory: Memory, plan: BatchPlan, machine: Machine) -> float:
     """fp32 weights, moments and gradients are read; weights and moments are written."""
-    if memory.host:
+    if offloads_optimizer(model.config):
         # gradients and weights are copied; the state is read and written in the host's memory
         share = model.numel / plan.dp_size
         return share * (6 / (machine.host_bandwidth * machine.link_efficiency) + 28 / HOST_ADAM_BANDWIDTH)

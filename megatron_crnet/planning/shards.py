@@ -45,12 +45,14 @@ class LocalParameter:
         numel: elements on this rank.
         kind: matrix, norm or beta, which are separate parameter groups in bf16.
         is_partial: its gradient is a partial sum over tensor-parallel ranks.
+        is_frozen: it is not trained.
     """
 
     layer: int
     numel: int
     is_partial: bool = False
     kind: str = "matrix"
+    is_frozen: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class LocalModel:
     """The model of every rank of pipeline stage `pp_rank`.
 
     Attributes:
+        weights: tensors of this rank; `parameters` are those that are trained.
         tp, pp: tensor- and pipeline-parallel sizes.
         stage: ZeRO stage.
         element: bytes of a weight and of an activation.
@@ -68,7 +71,7 @@ class LocalModel:
     transformer: CRNetTransformerConfig
     pp_rank: int
     chunks: list[Chunk]
-    parameters: list[LocalParameter]
+    weights: list[LocalParameter]
     tp: int
     pp: int
     stage: int
@@ -80,6 +83,16 @@ class LocalModel:
     def bf16(self) -> bool:
         """Whether weights and activations are bf16."""
         return self.element == 2
+
+    @cached_property
+    def parameters(self) -> list[LocalParameter]:
+        """Tensors with gradients and optimizer state."""
+        return [p for p in self.weights if not p.is_frozen]
+
+    @cached_property
+    def frozen_numel(self) -> int:
+        """Elements of weights that are not trained."""
+        return sum(p.numel for p in self.weights if p.is_frozen)
 
     @cached_property
     def numel(self) -> int:
@@ -117,8 +130,8 @@ def build_local_models(config: Config) -> list[LocalModel]:
     models = []
     for rank in range(pp):
         chunks = _chunks(transformer, rank)
-        parameters = [p for chunk in chunks for p in _parameters(config, transformer, chunk)]
-        models.append(LocalModel(config, transformer, rank, chunks, parameters, tp, pp, stage, element, tokens, local))
+        weights = [p for chunk in chunks for p in _weights(config, transformer, chunk)]
+        models.append(LocalModel(config, transformer, rank, chunks, weights, tp, pp, stage, element, tokens, local))
     return models
 
 
@@ -139,7 +152,7 @@ def _chunks(transformer: CRNetTransformerConfig, pp_rank: int) -> list[Chunk]:
     return chunks
 
 
-def _parameters(config: Config, transformer: CRNetTransformerConfig, chunk: Chunk) -> Iterator[LocalParameter]:
+def _weights(config: Config, transformer: CRNetTransformerConfig, chunk: Chunk) -> Iterator[LocalParameter]:
     h, sp, last = config.model.hidden_size, transformer.sequence_parallel, config.model.num_layers
     vocabulary = config.model.vocab_size // transformer.tensor_model_parallel_size * h
     if chunk.embeds:
@@ -165,6 +178,8 @@ def _group(transformer: CRNetTransformerConfig, layer: int, group: Group) -> Ite
     # stacks of one shape are one parameter
     for (width, rank), same in groupby(zip(widths, ranks, strict=True)):
         yield LocalParameter(layer, len(list(same)) * rank * width, sp and is_row)
+    if table.method.has_frozen:
+        yield LocalParameter(layer, h_in * sum(widths), is_frozen=True)
     if table.has_previous(layer):
         # outputs of a column group are sharded even without sequence parallelism
         yield LocalParameter(layer, len(positions), t > 1 and (sp or not is_row), "beta")

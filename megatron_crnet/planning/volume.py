@@ -44,15 +44,17 @@ def _tensor_parallel(model: LocalModel, chunk: Chunk) -> Iterator[tuple[str, flo
     h, transformer = model.config.model.hidden_size, model.transformer
     sp, full = transformer.sequence_parallel, transformer.strategy.repeats_layers and bool(chunk.segments)
     for layer in chunk.layers:
-        if transformer.table.is_full_rank(layer):
-            # a column layer gathers its input in forward and for the weights' gradient
-            times = 2 if full or repeats_outputs(model, chunk, layer) else 1
-            gathered, reduced = (times + 2) * 2 * h, (times + 1) * 2 * h
-        else:
-            ranks, times = transformer.table.padded_ranks[layer], 2 if full else 1
-            rows = sum(ranks[p] for p in transformer.table.architecture.rows)
+        table, gathered, reduced = transformer.table, 0, 0
+        times = 2 if full or (table.has_dense(layer) and repeats_outputs(model, chunk, layer)) else 1
+        if table.has_dense(layer):
+            # a column layer gathers its input in forward and for the weights' gradient, if they have one
+            gathered += (times + (2 if table.is_full_rank(layer) else 1)) * 2 * h
+            reduced += (times + 1) * 2 * h
+        if not table.is_full_rank(layer):
+            ranks = table.padded_ranks[layer]
+            rows = sum(ranks[p] for p in table.architecture.rows)
             columns = sum(ranks.values()) - rows
-            gathered, reduced = (times + 1) * columns + rows, times * rows + columns
+            gathered, reduced = gathered + (times + 1) * columns + rows, reduced + times * rows + columns
         yield from (("all_gather", gathered), ("reduce_scatter", reduced)) if sp else (("all_reduce", reduced),)
     if chunk.embeds:
         yield from (("reduce_scatter", h), ("all_gather", h)) if sp else (("all_reduce", h),)
@@ -100,13 +102,13 @@ def _data_parallel(model: LocalModel, plan: BatchPlan) -> dict[str, float]:
 
 def persistent(model: LocalModel) -> int:
     """Elements of the tensors that ZeRO-3 does not partition, gathered once per step."""
-    return model.numel - sum(p.numel for p in partitioned(model))
+    return sum(p.numel for p in model.weights) - sum(p.numel for p in partitioned(model))
 
 
 def partitioned(model: LocalModel) -> list[LocalParameter]:
     """The tensors that ZeRO-3 partitions between uses."""
     largest = zero_option(model.config, "stage3_param_persistence_threshold", 100_000)
-    return [p for p in model.parameters if p.numel > largest]
+    return [p for p in model.weights if p.numel > largest]
 
 
 def zero3_gathers(model: LocalModel) -> tuple[int, int]:
@@ -147,7 +149,7 @@ def _uses(model: LocalModel, chunk: Chunk) -> Iterator[int]:
     for segment in reversed(chunk.segments or [range(layer, layer + 1) for layer in chunk.layers]):
         own = [k for k in range(len(layers)) if layers[k] in segment]
         repeated = {layer for layer in segment if strategy.repeats_layers or repeats_outputs(model, chunk, layer)}
-        low = {layer for layer in segment if not transformer.table.is_full_rank(layer)}
+        low = {layer for layer in segment if not transformer.table.has_dense(layer)}
         if strategy.repeats_layers:
             yield from own
         if strategy.saves_z and not strategy.inverts:

@@ -48,7 +48,8 @@ def layer_widths(config: CRNetTransformerConfig, layer: int) -> LayerWidths:
     architecture, ranks = table.architecture, table.padded_ranks[layer]
     width = {name: config.local_width(name) for name in architecture.names}
     all_outputs, residual = sum(width.values()), sum(width[name] for name in architecture.rows)
-    z = sum(ranks.values()) if not table.is_full_rank(layer) else 0
+    low_rank = sum(ranks.values()) if not table.is_full_rank(layer) else 0
+    z = 0 if table.has_dense(layer) else low_rank
     chained = table.has_previous(layer) or table.has_next(layer)
     # rebuilding gathers z of the column groups and holds it until the layer's backward
     gathered = t * (z - sum(ranks[name] for name in architecture.rows)) if t > 1 else 0
@@ -64,7 +65,7 @@ def layer_widths(config: CRNetTransformerConfig, layer: int) -> LayerWidths:
         z=z,
         attention=table.shapes[architecture.attention][0] // (1 if config.sequence_parallel else t),
         outputs=h + (all_outputs + (gathered if config.sequence_parallel else 0) if chained else residual),
-        activations=inner + z + (all_outputs if has_next else all_outputs - residual),
+        activations=inner + low_rank + (all_outputs if has_next else all_outputs - residual),
     )
 
 
@@ -116,7 +117,7 @@ def plan_segments(config: CRNetTransformerConfig, layers: range, in_flight: floa
     cuts = set()
     saves_z = config.strategy.saves_z
     if saves_z:
-        cuts = {edge for layer in layers if config.table.is_full_rank(layer) for edge in (layer, layer + 1)}
+        cuts = {edge for layer in layers if config.table.has_dense(layer) for edge in (layer, layer + 1)}
     if config.recompute_segment_length is not None:
         return _equal_segments(layers, config.recompute_segment_length, cuts)
     widths = [layer_widths(config, layer) for layer in layers]

@@ -248,7 +248,7 @@ class ReplaySegment(TapedSegment):
             entered = hidden_states, context
             if layer is self.layers[-1] and self.end is not None:
                 context = self.end.outputs
-            elif self.config.table.is_full_rank(layer.index):
+            elif self.config.table.has_dense(layer.index):
                 context = None
             else:
                 hidden_states, context = layer.rebuild(hidden_states, context, tape)

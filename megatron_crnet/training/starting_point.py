@@ -71,8 +71,9 @@ def _examine_path(path: Path) -> tuple[list[Path], dict[str, str]]:
 def _examine_state(
     config: Config, checkpoint: Path, trained_on: TrainedOn
 ) -> tuple[tuple[dict[str, Any], list[str]], dict[str, str]]:
-    check_resumable(config, checkpoint, remedy="use the saved values or another checkpoint.load")
     state = saved_state(checkpoint)
+    at = None if config.training.eval_only else 0
+    check_resumable(config, checkpoint, "use the saved values or another checkpoint.load", at)
     before, remarks = TrainedOn.from_state(state), []
     if before is not None and before.tokenizer and before.tokenizer != trained_on.tokenizer:
         remarks.append(

@@ -5,6 +5,7 @@ Work beside the steps is in callbacks, checks before anything is written are in 
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from megatron_crnet.checkpoint.directory import checkpoint_dir, checkpoint_name
 from megatron_crnet.checkpoint.manager import Checkpointer
 from megatron_crnet.checkpoint.train_state import TrainingState
 from megatron_crnet.config.batch import BatchSizes
+from megatron_crnet.config.phases import phase_at
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.documents import to_device
 from megatron_crnet.data.loader import global_batches
@@ -62,22 +64,43 @@ class Trainer:
     def __init__(self, preflight: Preflight, callbacks: Sequence[Callback]) -> None:
         config, self.context = preflight.config, preflight.context
         self.preflight, self.config, self.callbacks = preflight, config, callbacks
-        self.engine = TrainEngine(config, build_model_chunks(config), self.context)
+        start = preflight.start
+        self.phase = phase_at(config, start.state["step"] if start and config.training.eval_only else preflight.step)
+        self.engine = self._build_engine()
         self.checkpointer = Checkpointer(config, self.engine, preflight.trained_on, preflight.folders.check)
         # another layout than the checkpoint's has no random states of its own to continue from
         seed_random_states(config.training.seed + preflight.step)
         self.state = self._load()
-        self.engine.restore_schedule(self.state.step)
+        self.engine.restore_schedule(max(self.state.step - self.phase.start, 0))
+        self.engine.restarts = self.state.restarts
         self.vote = Vote(self.wants_stop, lambda: any(callback.wants_save() for callback in callbacks))
         self.stopping = self.save_due = False
         self.training_s, self.losses = 0.0, dict[str, float]()
-        total, start = (0, 0) if config.training.eval_only else (config.training.train_steps, self.state.step)
-        self.progress = Progress(total, start, self.context.is_main)
+        total, done = (0, 0) if config.training.eval_only else (config.training.train_steps, self.state.step)
+        self.progress = Progress(total, done, self.context.is_main)
         self.metrics = (
             MetricsWriter(config, is_main=False)
             if config.training.eval_only
             else run_on_all_ranks(partial(open_metrics, preflight, self.checkpointer.loaded_from, self.state.step))
         )
+
+    def _build_engine(self) -> TrainEngine:
+        config = self.phase.config
+        return TrainEngine(config, build_model_chunks(config), self.context)
+
+    def _begin_next_phase(self) -> None:
+        """Hand the weights on to the engine of the next phase."""
+        self.context.heartbeat.report(f"the next phase, after step {self.state.step}", may_take_long=True)
+        masters = self.engine.masters()
+        self.engine.close()
+        del self.engine  # before the next one takes memory
+        gc.collect()
+        self.phase = phase_at(self.config, self.state.step)
+        self.engine = self._build_engine()
+        self.engine.start_from(masters)
+        self.engine.restore_schedule(0)
+        self.checkpointer.attach(self.engine)
+        self.progress.line(f"step {self.state.step}: from here {self.phase.config.model.variant} is trained")
 
     def _load(self) -> TrainingState:
         """Fill weights and optimizer from what the preflight found. Returns the counters."""
@@ -119,7 +142,7 @@ class Trainer:
     def _step(self, batches: list[Batch]) -> Step:
         """One step, after which `state` counts it, also if it was skipped."""
         # compilation and DeepSpeed's tracing make the first step slow
-        first = self.state.step == self.preflight.step
+        first = self.state.step in (self.preflight.step, self.phase.start)
         self.context.heartbeat.report(f"step {self.state.step + 1}", may_take_long=first)
         samples, lr, faults, trained = self.step_size, self.engine.current_lr, self.config.faults, 0
         work = self._work(batches)
@@ -143,7 +166,10 @@ class Trainer:
             )
         else:
             self._call("on_bad_step", problem, lr)
-        self.state = replace(self.state, validation_due=self.preflight.is_validated(self.state.step))
+        due = self.preflight.is_validated(self.state.step)
+        self.state = replace(self.state, validation_due=due, restarts=self.engine.restarts)
+        if self.state.step == self.phase.stop and not self.is_last_step:
+            self._begin_next_phase()
         stop, self.save_due = self.vote.answers
         self.stopping = stop and not self.is_last_step  # else the run ends anyway
         return Step(loss, samples, trained, work.context)

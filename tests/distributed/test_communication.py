@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_crnet.config.schema import VARIANTS
 from megatron_crnet.planning.counters import CommunicationCounter, Traffic
 from megatron_crnet.planning.measurements import boundary_traffic, layer_traffic
 from tests.distributed.spawn import run_distributed
@@ -21,7 +22,7 @@ NO_SP = {**TP2, "sequence_parallel": False}
 
 def tensor_parallel_traffic() -> dict[str, dict[str, float]]:
     with_sp, without = tiny_config(parallel=TP2), tiny_config(parallel=NO_SP)
-    found = {variant: layer_traffic(with_sp, variant) for variant in ("crnet", "low_rank", "cola", "full_rank")}
+    found = {variant: layer_traffic(with_sp, variant) for variant in VARIANTS}
     in_bf16 = tiny_config(
         parallel=TP2, training={"dtype": "bf16"}, deepspeed_section={"zero_optimization": {"stage": 1}}
     )
@@ -91,6 +92,12 @@ def test_a_low_rank_layer_sends_7r_forward_and_19r_a_step(variant: str, traffic:
 def test_a_full_rank_layer_sends_4h_forward_and_10h_a_step(traffic: dict[str, dict[str, float]]) -> None:
     assert traffic["full_rank"]["forward"] == 4 * H
     assert traffic["full_rank"]["step"] == 10 * H
+
+
+def test_a_frozen_weight_saves_the_gather_for_its_gradient(traffic: dict[str, dict[str, float]]) -> None:
+    r = H // 4
+    assert traffic["relora"]["forward"] == 4 * H + 7 * r
+    assert traffic["relora"]["step"] == 8 * H + 19 * r
 
 
 def test_without_sequence_parallelism_a_step_sends_14r(traffic: dict[str, dict[str, float]]) -> None:

@@ -106,6 +106,12 @@ def rows() -> dict[str, Config]:
         "zero 3, fp32, full": row("fp32", 3, None, FULL, WIDE),
         "zero 3, full rank, replay": row("bf16", 3, None, REPLAY, TIGHT, variant="full_rank"),
         "zero 3, cola, replay": row("bf16", 3, None, REPLAY, TIGHT, variant="cola"),
+        "relora": row("bf16", 1, None, None, None, variant="relora"),
+        "relora, fp32": row("fp32", 0, None, FULL, None, variant="relora"),
+        "tp, relora, replay": row("bf16", 1, TP, REPLAY, None, variant="relora"),
+        "pp, relora": row("bf16", 1, PP, None, None, variant="relora"),
+        "zero 3, relora": row("bf16", 3, None, None, TIGHT, variant="relora"),
+        "zero 2, relora, replay": row("bf16", 2, None, REPLAY, None, variant="relora"),
         "zero 1, bf16, offload": row("bf16", 1, None, None, OFFLOAD),
         "zero 1, fp32, offload": row("fp32", 1, None, None, OFFLOAD),
         "zero 2, bf16, offload": row("bf16", 2, None, REPLAY, OFFLOAD),
@@ -134,6 +140,7 @@ SOON = (
     "zero 3, bf16, replay",
     "zero 1, bf16, offload",
     "zero 1, bf16, 8-bit",
+    "tp, relora, replay",
 )
 """The others are marked long: every row costs a second on an idle machine, and more where process groups are built."""
 RARE = tuple(name for name in rows() if name not in SOON)

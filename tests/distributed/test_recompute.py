@@ -79,6 +79,7 @@ ROWS = [
     Row("tp2-dropout", DROPOUT, TP, strategies=(REPLAY_AUTO, FULL)),
     Row("tp2-padded", {**PADDED, "num_layers": 6}, TP, strategies=(REPLAY_AUTO, INVERSE)),
     Row("tp2-cola", {"variant": "cola", "only_lr_act": True}, TP, strategies=(REPLAY_AUTO,)),
+    Row("tp2-relora", {"variant": "relora"}, TP, strategies=(REPLAY_AUTO,)),
     Row("tp2-documents", {"num_query_groups": 2}, TP, strategies=(REPLAY_AUTO, INVERSE), data=DOCUMENTS),
     Row("tp2-documents-dropout", DROPOUT, TP, strategies=(REPLAY_AUTO,), data=DOCUMENTS),
     Row("pp2-vpp2-documents", {"num_layers": 8}, VPP, "bf16", {"stage": 1}, strategies=(REPLAY,), data=DOCUMENTS),
@@ -86,6 +87,7 @@ ROWS = [
 MORE_ON_TWO = [
     Row("pp2-vpp2-zero1-bf16", {"num_layers": 8}, VPP, "bf16", {"stage": 1}, strategies=(FULL,)),
     Row("tp2-padded", {**PADDED, "num_layers": 6}, TP, strategies=(REPLAY, FULL)),
+    Row("tp2-relora", {"variant": "relora"}, TP, strategies=(FULL,)),
     Row("tp2-documents", {"num_query_groups": 2}, TP, strategies=(REPLAY, FULL), data=DOCUMENTS),
     Row("tp2-documents-dropout", DROPOUT, TP, strategies=(REPLAY, FULL), data=DOCUMENTS),
     Row(
@@ -148,7 +150,8 @@ def train(config: Config, steps: int = 2) -> list[tuple[float, float, list[Tenso
     for step in range(steps):
         tokens, _ = random_tokens(config, step)
         loss = engine.forward_backward(micro_batches(config, context.dp_rank, context.world_size, step), tokens.numel())
-        gradients = [gradient_of(engine, weight).clone() for weight in local_weights(engine)]
+        trained = [weight for weight in local_weights(engine) if weight.parameter.requires_grad]
+        gradients = [gradient_of(engine, weight).clone() for weight in trained]
         found.append((loss, engine.update()[0], gradients))
     close_engine(engine)
     return found

@@ -132,7 +132,7 @@ def test_the_communication_tool_prints_and_writes_what_the_quickstart_sends(tmp_
     assert f"| 0 | {width} | {2 * width} |" in cells(result.stdout)
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["boundaries"] == {"0": {"elements": width, "bytes": 2 * width}, "1": {"elements": 0, "bytes": 0}}
-    assert set(found["layers"]) == {"crnet", "low_rank", "cola", "full_rank"}
+    assert set(found["layers"]) == {"crnet", "low_rank", "cola", "full_rank", "relora"}
 
 
 def recompute_figures(tmp_path: Path, *options: str) -> dict[str, dict[str, float]]:

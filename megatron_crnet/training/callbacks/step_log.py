@@ -6,6 +6,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from megatron_crnet.config.model_size import flops_per_token, total_parameters
+from megatron_crnet.config.phases import phases_of
+from megatron_crnet.config.positions import METHODS
 from megatron_crnet.training.callbacks.base import Callback, Step
 from megatron_crnet.training.metrics import largest_peak_memory_bytes
 from megatron_crnet.training.preflight import Preflight
@@ -40,6 +42,7 @@ class StepLog(Callback):
 
     def _values(self, trainer: Trainer) -> dict[str, Any]:
         steps, state, config, plan = self._steps, trainer.state, trainer.config, trainer.preflight.plan
+        model = trainer.phase.config.model
         seconds = trainer.training_s - self._started
         positions = plan.seq_length * sum(step.samples for step in steps)
         context = sum(step.context for step in steps) / positions
@@ -51,12 +54,14 @@ class StepLog(Callback):
             "lr": state.lr,
             "step_time_s": seconds / len(steps),
             "tokens_per_s": sum(step.tokens for step in steps) / seconds,
-            "tflops_per_device": flops_per_token(config.model, context) * rate,
-            "tflops_per_device_whole_attention": flops_per_token(config.model, context, whole_attention=True) * rate,
+            "tflops_per_device": flops_per_token(model, context) * rate,
+            "tflops_per_device_whole_attention": flops_per_token(model, context, whole_attention=True) * rate,
             "peak_memory_bytes": largest_peak_memory_bytes(trainer.context.device),
         }
         if plan.sizes.has_ramp:
             values["samples"], values["global_batch_size"] = state.samples, steps[-1].samples
+        if METHODS[config.model.variant].has_frozen:
+            values["restarts"] = state.restarts
         if config.recompute.traits.inverts:
             values["num_extra_checkpoints"] = trainer.engine.num_extra_checkpoints
         if config.faults.on_bad_step == "skip":
@@ -91,7 +96,11 @@ def cost_of_run(preflight: Preflight) -> str:
     config, plan, processes = preflight.config, preflight.plan, preflight.context.world_size
     steps, ramp = config.training.train_steps, plan.ramp_line()
     tokens = plan.tokens_of_run(steps)
-    flops = flops_per_token(config.model, plan.seq_length) * tokens
+    flops = sum(
+        flops_per_token(phase.config.model, plan.seq_length)
+        * (plan.tokens_of_run(phase.stop) - plan.tokens_of_run(phase.start))
+        for phase in phases_of(config)
+    )
     return (
         f"{config.model.variant} of {total_parameters(config.model):,} parameters on {processes} "
         f"{'process' if processes == 1 else 'processes'}: {steps:,} steps x {plan.tokens_per_step:,} tokens"

@@ -18,6 +18,14 @@ from tests.helpers import tiny_config
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
 
+RESTARTS = {"lr_decay_style": "cosine_restarts"}
+NVME = {"device": "nvme", "nvme_path": "/tmp"}
+
+
+def relora(**changes: Any) -> dict[str, Any]:
+    return {"model": {"variant": "relora"}, "relora": changes}
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model": {"hidden_size": 34}}, "model.hidden_size 34 does not divide by model.num_attention_heads 4: use"),
     ({"model": {"hidden_size": 36}}, "heads of width 9"),
@@ -47,6 +55,33 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": {"lr_decay_style": "wsd", "lr_wsd_decay_steps": -5}}, "optimizer.lr_wsd_decay_steps is -5"),
     ({"optimizer": {"lr_decay_style": "wsd", "lr_wsd_decay_steps": 999}}, "more than training.train_steps"),
     ({"optimizer": {"lr_decay_style": "wsd", "lr_warmup_steps": 950}}, "lr_wsd_decay_steps 100 are more than"),
+    ({"optimizer": RESTARTS}, "neither optimizer.lr_restart_interval nor relora.restart_interval is set"),
+    ({"optimizer": {**RESTARTS, "lr_restart_interval": 300}}, r"300 does not divide the 1000 steps .* use 900 or 1200"),
+    ({"optimizer": {**RESTARTS, "lr_restart_interval": 100}, **relora(restart_interval=50)}, "50 is not a multiple of"),
+    ({"optimizer": {**RESTARTS, "lr_restart_interval": 50}}, "lr_restart_warmup_steps 100 is above .* 50"),
+    (
+        {"optimizer": {**RESTARTS, "lr_restart_interval": 100}, "training": {"rampup_batch_size": [4, 4, 40]}},
+        "cosine_restarts counts steps, but training.rampup_batch_size",
+    ),
+    ({"relora": {"restart_interval": 10}}, "relora.restart_interval is set, but model.variant is crnet"),
+    ({**relora(prune="smallest")}, 'relora.prune is "smallest", but must be one of magnitude, random, reset'),
+    ({**relora(prune_share=1.5)}, "relora.prune_share is 1.5"),
+    ({**relora(), "model": {"variant": "relora", "rank": 33}}, r"rank is 33 for q of layer 0, .* a side of 32"),
+    ({**relora(warm_start_steps=1000)}, "relora.warm_start_steps 1000 and optimizer.lr_warmup_steps 2"),
+    ({**relora(warm_start_steps=998)}, "leave none of training.train_steps 1000"),
+    ({**relora(restart_interval=500, warm_start_steps=500)}, "500 is not below the 500 steps after the warm start"),
+    (
+        {**relora(warm_start_steps=5), "training": {"rampup_batch_size": [4, 4, 40]}},
+        "relora.warm_start_steps 5 with training.rampup_batch_size",
+    ),
+    (
+        {**relora(), "deepspeed_section": {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}},
+        "zero_hpz_partition_size is 2, but model.variant is relora",
+    ),
+    (
+        {**relora(), "deepspeed_section": {"zero_optimization": {"stage": 3, "offload_param": NVME}}},
+        "offload_param is .* model.variant is relora",
+    ),
     ({"optimizer": {"name": "adamw8bit", "adam_eps": 1e-11}}, "adam_eps is 1e-11, .* use at least 1e-10, or adamw"),
     ({"parallel": {"sequence_parallel": True}}, "parallel.sequence_parallel is true"),
     ({"parallel": {"virtual_pipeline_model_parallel_size": 2}}, "needs pipeline_model_parallel_size above 1"),

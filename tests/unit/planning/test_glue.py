@@ -21,6 +21,9 @@ LOW_RANK = 26 * H + 8 * F + 1128
 CRNET = LOW_RANK + 2 * (5 * H + 2 * F) + 2 * F + 2 * 2 * H + 3 * 4 * H
 # silu of z, and its gradient
 COLA = LOW_RANK + 5 * 7 * 1024
+# copies of X W, to which products are added; s z and its gradient; gradients of q, k, v and of gate, up side by side,
+# and the sum of both paths' gradients of each group's input
+RELORA = LOW_RANK + 2 * (5 * H + 2 * F) + 2 * 2 * 7 * 1024 + 2 * (3 * H + 2 * F) + 3 * (3 * H + F)
 # gradients of q, k, v and of gate, up side by side
 FULL_RANK = LOW_RANK + 2 * (3 * H + 2 * F)
 
@@ -34,13 +37,14 @@ def test_bytes_and_launches_do_not_grow(capsys: pytest.CaptureFixture[str]) -> N
     rows = counted(capsys, "--training.dtype", "bf16", "--training.micro_batch_size", "1")
     found = {variant: row["bytes_per_token_layer"] / BYTES for variant, row in rows.items()}
     assert found == pytest.approx(
-        {"crnet": CRNET, "low_rank": LOW_RANK, "cola": COLA, "full_rank": FULL_RANK}, rel=2e-3
+        {"crnet": CRNET, "low_rank": LOW_RANK, "cola": COLA, "full_rank": FULL_RANK, "relora": RELORA}, rel=2e-3
     )
     assert {variant: row[LAUNCHES] for variant, row in rows.items()} == {
         "crnet": 57,
         "low_rank": 47,
         "cola": 55,
         "full_rank": 28,
+        "relora": 76,
     }
 
 

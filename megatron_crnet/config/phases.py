@@ -1,0 +1,77 @@
+"""The phases of a run: ReLoRA's warm start trains full-rank weights, what follows its frozen ones with factors.
+
+Each phase is trained by an engine of its own, with a schedule and Adam's counts that begin anew
+(docs/decisions/relora.md). Every other run has one phase.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_crnet.config.schema import OF_VARIANT, Config, ModelConfig, ReloraConfig
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Consecutive steps that one engine trains.
+
+    Attributes:
+        config: what the engine is built from: the model of the phase, and a schedule whose first step is that after
+            `start`.
+        start, stop: steps of the run that are done before the phase, and with its last one.
+    """
+
+    config: Config
+    start: int
+    stop: int
+
+
+def phases_of(config: Config) -> list[Phase]:
+    """The phases of a run, in order."""
+    relora, warm, steps = config.relora, config.relora.warm_start_steps, config.training.train_steps
+    if warm == 0:
+        return [Phase(config, 0, steps)]
+    optimizer = config.optimizer
+    style = "cosine" if optimizer.lr_decay_style == "cosine_restarts" else optimizer.lr_decay_style
+    dense = replace(
+        config,
+        model=dense_model(config.model),
+        optimizer=replace(optimizer, lr=relora.warm_start_lr or optimizer.lr / 2, lr_decay_style=style),
+        relora=ReloraConfig(),
+    )
+    # steps that are profiled are the loop's business, and numbered over the whole run
+    low_rank = replace(
+        config,
+        training=replace(config.training, train_steps=steps - warm),
+        relora=replace(relora, warm_start_steps=0, warm_start_lr=None),
+        logging=replace(config.logging, profile_steps=None),
+    )
+    return [Phase(dense, 0, warm), Phase(low_rank, warm, steps)]
+
+
+def dense_model(model: ModelConfig) -> ModelConfig:
+    """The full-rank model of the same shape."""
+    return replace(model, variant="full_rank", **OF_VARIANT)
+
+
+def phase_at(config: Config, step: int) -> Phase:
+    """The phase whose state a run has after `step`: at the end of a phase, that of the next."""
+    phases = phases_of(config)
+    return next((phase for phase in phases if step < phase.stop), phases[-1])
+
+
+def is_warm_start(values: Mapping[str, Any], step: int) -> bool:
+    """Whether a run of these resolved values has the weights of its warm start after `step`."""
+    return step < (values.get("relora") or {}).get("warm_start_steps", 0)
+
+
+def saved_model(values: Mapping[str, Any], step: int) -> ModelConfig:
+    """The model whose weights the checkpoint of `step` of a run holds.
+
+    Args:
+        values: the run's resolved configuration, which an earlier version may have written.
+    """
+    model = ModelConfig(**values["model"])
+    return dense_model(model) if is_warm_start(values, step) else model

@@ -1,0 +1,211 @@
+"""ReLoRA on every layout and ZeRO stage against its page of plain PyTorch, over restarts."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_crnet.config.phases import phases_of
+from megatron_crnet.config.schema import Config, ReloraConfig
+from megatron_crnet.engine.engine import TrainEngine
+from megatron_crnet.engine.relora import restart
+from megatron_crnet.engine.state_kinds import MOMENTS
+from megatron_crnet.model.gpt import build_model_chunks
+from megatron_crnet.model.weights import by_parameter
+from tests.distributed.engines import build_engine, close_engine
+from tests.distributed.spawn import fresh_world, run_distributed
+from tests.distributed.test_layouts import BF16_BOUNDS, FP32_BOUND
+from tests.helpers import Errors, compare_with_reference, local_weights, micro_batches, tiny_config
+
+RELORA: dict[str, Any] = {"variant": "relora", "rank": {"q": 8, "k": 7, "v": 6, "o": 5, "gate": 8, "up": 8, "down": 4}}
+PADDED = {"variant": "relora", "ffn_hidden_size": 125, "rank": 31}
+# B is a few updates of Adam's after a restart, whose signs bf16 decides where gradients are small; for the same reason
+# moments are pruned at random in bf16: which are the largest is rounding
+BF16 = dataclasses.replace(BF16_BOUNDS, parameters=0.15)
+PARTITION_EVERYTHING = {"stage3_param_persistence_threshold": 0}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Sizes of parallelism, and how moments are pruned."""
+
+    tp: int = 1
+    sp: bool | None = None
+    pp: int = 1
+    vpp: int = 1
+    zero: int = 0
+    dtype: str = "fp32"
+    prune: str = "magnitude"
+    model: dict[str, Any] = field(default_factory=lambda: RELORA, hash=False)
+    keys: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def config(self) -> Config:
+        return tiny_config(
+            self.model,
+            {
+                "tensor_model_parallel_size": self.tp,
+                "pipeline_model_parallel_size": self.pp,
+                "virtual_pipeline_model_parallel_size": self.vpp,
+                "sequence_parallel": self.sp,
+            },
+            {"dtype": self.dtype, "train_steps": 100},
+            {"lr_decay_style": "cosine_restarts", "lr_restart_interval": 2, "lr_restart_warmup_steps": 2},
+            {"zero_optimization": {"stage": self.zero, **self.keys}},
+            relora={"restart_interval": 2, "prune": self.prune, "prune_share": 0.8},
+        )
+
+
+ON_TWO = [
+    *(Row(zero=zero) for zero in (0, 1, 2, 3)),
+    *(Row(tp=2, zero=zero) for zero in (0, 3)),
+    Row(tp=2, sp=False, prune="random"),
+    Row(pp=2, zero=1, prune="random"),
+    Row(tp=2, zero=1, model=PADDED),
+    Row(pp=2, vpp=2, model={**RELORA, "full_rank_layers": [0]}),
+    Row(tp=2, zero=1, dtype="bf16", prune="random"),
+    Row(zero=2, dtype="bf16", prune="random"),
+    Row(zero=3, dtype="bf16", prune="random", keys=PARTITION_EVERYTHING),
+]
+MATRIX = [
+    Row(tp=tp, pp=pp, zero=zero, dtype=dtype, prune="random" if dtype == "bf16" else "magnitude")
+    for tp, pp, zero, dtype in itertools.product((1, 2), (1, 2), (0, 1, 2, 3), ("fp32", "bf16"))
+    if (pp == 1 or zero <= 1) and (dtype == "fp32" or zero > 0)
+]
+
+
+def measure(rows: list[Row]) -> list[Errors]:
+    found = []
+    for row in rows:
+        try:
+            found.append(compare_with_reference(row.config(), steps=5))
+        except Exception as error:
+            raise RuntimeError(f"row {row}") from error
+        fresh_world()
+    return found
+
+
+def check(row: Row, errors: Errors) -> None:
+    if row.dtype == "fp32":
+        assert errors.worst() < FP32_BOUND, errors
+        return
+    for name in ("loss", "grad_norm", "gradients", "parameters"):
+        assert getattr(errors, name) < getattr(BF16, name), errors
+
+
+@pytest.fixture(scope="module")
+def two() -> list[Errors]:
+    return run_distributed(measure, 2, ON_TWO, timeout_s=900)[0]
+
+
+@pytest.mark.parametrize("index", range(len(ON_TWO)), ids=[str(row) for row in ON_TWO])
+def test_restarts_on_two_ranks(index: int, two: list[Errors]) -> None:
+    check(ON_TWO[index], two[index])
+
+
+@pytest.mark.long
+def test_restarts_on_four_ranks() -> None:
+    for row, errors in zip(MATRIX, run_distributed(measure, 4, MATRIX, timeout_s=1500)[0], strict=True):
+        check(row, errors)
+
+
+SWITCHES = [
+    Row(tp=2, zero=3, dtype="bf16", keys=PARTITION_EVERYTHING),
+    Row(zero=2, dtype="bf16"),
+    Row(pp=2, zero=1, model=PADDED),
+    Row(tp=2),
+]
+
+
+def switch(rows: list[Row]) -> list[tuple[set[str], float, int]]:
+    """Of each row: weights that the next phase has anew, errors of those that it takes over, Adam's count."""
+    found = []
+    for row in rows:
+        config = row.config()
+        relora = dataclasses.replace(config.relora, warm_start_steps=4)
+        dense, low_rank = phases_of(dataclasses.replace(config, relora=relora))
+        first = build_engine(dense.config)
+        first.forward_backward(micro_batches(dense.config, first.context.dp_rank, first.context.world_size), 50)
+        first.update()
+        masters = first.masters()
+        first.close()
+        second = TrainEngine(low_rank.config, build_model_chunks(low_rank.config), first.context)
+        second.start_from(masters)
+        now = second.masters()
+        error = max(float((now[name] - value).abs().max()) for name, value in masters.items())
+        found.append((now.keys() - masters.keys(), error, second.zero.steps))
+        close_engine(second)
+    return found
+
+
+def test_the_warm_start_hands_its_weights_on_in_every_layout() -> None:
+    for of_rank in run_distributed(switch, 2, SWITCHES):
+        for missing, error, steps in of_rank:
+            assert missing
+            assert all(name.endswith((".a.weight", ".b.weight")) for name in missing)
+            assert (error, steps) == (0.0, 0)
+
+
+def restarted(config: Config) -> tuple[dict[str, Any], ...]:
+    """Masters and first moments before a restart, after it, and masters after the next step."""
+    engine = build_engine(config)
+    for step in range(3):
+        engine.forward_backward(micro_batches(config, 0, 1, step), 50)
+        engine.update()
+    before = state_of(engine)
+    restart(engine.zero, engine.chunks, config.relora, config.training.seed, 1)
+    after = state_of(engine)
+    weights = {w.name: w.local().clone() for w in local_weights(engine)}
+    engine.forward_backward(micro_batches(config, 0, 1, 3), 50)
+    engine.update()
+    last = engine.masters()
+    close_engine(engine)
+    return before, after, weights, last
+
+
+def state_of(engine: TrainEngine) -> dict[str, Any]:
+    kinds = {"master": engine.masters()}
+    for parameter, weights in by_parameter(local_weights(engine)).items():
+        for kind in MOMENTS if parameter.requires_grad else ():
+            values = engine.zero.read(parameter, kind)
+            assert values is not None
+            kinds.setdefault(kind, {}).update({w.name: w.local(values).clone() for w in weights})
+    return kinds
+
+
+def test_a_restart_merges_what_bf16_would_lose_and_begins_anew() -> None:
+    """The traps of others' code: both factors zero, a merge in bf16, a reset that resets nothing."""
+    config = Row(zero=1, dtype="bf16").config()
+    config = dataclasses.replace(
+        config,
+        optimizer=dataclasses.replace(config.optimizer, lr=1e-5, adam_eps=1e-8),
+        relora=ReloraConfig(prune_share=0.8),
+    )
+    (before, after, weights, last) = run_distributed(restarted, 1, config)[0]
+    lost = []
+    for name in (n for n in before["master"] if n.endswith(".a.weight")):
+        base = name.removesuffix(".a.weight")
+        a, b, w = (before["master"][f"{base}.{part}weight"] for part in ("a.", "b.", ""))
+        assert b.any(), "B has learned, so A was not zero"
+        change = 0.25 * b @ a
+        merged = after["master"][f"{base}.weight"]
+        assert (merged - w - change).norm() < 1e-2 * change.norm()
+        assert torch.equal(weights[f"{base}.weight"], merged.bfloat16())
+        lost.append((w.bfloat16() + change.bfloat16() == w.bfloat16()).float().mean())
+        assert not after["master"][f"{base}.b.weight"].any()
+        assert not torch.equal(after["master"][name], a)
+        assert last[f"{base}.b.weight"].any()
+        for kind, part in itertools.product(MOMENTS, ("a", "b")):
+            kept = after[kind][f"{base}.{part}.weight"].count_nonzero() / a.new_tensor(
+                b.numel() if part == "b" else a.numel()
+            )
+            assert kept < 0.21
+            assert kept > 0
+    assert min(lost) > 0.9, "most of what is merged would be lost in bf16"
+    untouched = [n for n in after["exp_avg"] if not n.endswith((".a.weight", ".b.weight"))]
+    assert untouched
+    assert all(torch.equal(after[kind][n], before[kind][n]) for n in untouched for kind in MOMENTS)

@@ -1,0 +1,108 @@
+"""A whole run of ReLoRA, warm start and restarts: resumed around each of them to the bit, and exported merged."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_crnet.hf.export import to_hf
+from tests.integration.conftest import Corpus, lines_of, start_here
+
+WARM, INTERVAL, STEPS = 2, 3, 8
+RUN: dict[str, Any] = {
+    "model__variant": "relora",
+    "training__train_steps": STEPS,
+    "training__eval_steps": 0,
+    "training__dtype": "bf16",
+    "deepspeed__zero_optimization__stage": 1,
+    "optimizer__lr_decay_style": "cosine_restarts",
+    "optimizer__lr_restart_warmup_steps": 2,
+    "relora__restart_interval": INTERVAL,
+    "relora__warm_start_steps": WARM,
+    "checkpoint__save_interval": 1,
+}
+FACTOR = "model.layers.2.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("relora") / "run"
+    outcome = start_here(corpus.options(output, **RUN))
+    assert outcome.status == 0, outcome.stderr
+    return output
+
+
+def checkpoint(output: Path, step: int) -> Path:
+    return output / "checkpoints" / f"step_{step:08d}"
+
+
+def saved(output: Path, step: int) -> dict[str, torch.Tensor]:
+    files = checkpoint(output, step).glob("*.safetensors")
+    return {name: value for file in files for name, value in load_file(file).items()}
+
+
+def test_the_rate_starts_anew_after_the_warm_start_and_drops_at_restarts(whole: Path) -> None:
+    lr, peak = lines_of(whole, "lr"), 1e-3
+    assert lr[1] == pytest.approx(peak / 2)
+    assert lr[2] < lr[1]
+    assert lr[WARM + 1] == pytest.approx(peak)
+    assert lr[WARM + INTERVAL + 1] == pytest.approx(lr[WARM + INTERVAL + 2] / 2)
+    assert lines_of(whole, "restarts") == {s: int(s >= WARM + INTERVAL) for s in range(1, STEPS + 1)}
+
+
+def test_the_warm_start_is_a_full_rank_run(whole: Path, corpus: Corpus, tmp_path: Path) -> None:
+    changes = {k: v for k, v in RUN.items() if not k.startswith(("relora", "model", "optimizer"))}
+    dense = {"model__variant": "full_rank", "optimizer__lr": 5e-4}
+    assert start_here(corpus.options(tmp_path / "dense", **changes, **dense)).status == 0
+    assert [lines_of(tmp_path / "dense", "loss")[s] for s in (1, 2)] == [lines_of(whole, "loss")[s] for s in (1, 2)]
+
+
+def test_weights_are_frozen_from_the_warm_start_and_change_at_restarts_alone(whole: Path) -> None:
+    states = {step: saved(whole, step) for step in range(1, STEPS + 1)}
+    weights = {step: state[f"master.{FACTOR}.weight"] for step, state in states.items()}
+    same = {step: torch.equal(weights[step], weights[step - 1]) for step in range(2, STEPS + 1)}
+    assert same == {step: step > WARM and step != WARM + INTERVAL for step in same}
+    at = states[WARM + INTERVAL]
+    assert not at[f"master.{FACTOR}.b.weight"].any()
+    assert not torch.equal(at[f"master.{FACTOR}.a.weight"], states[WARM + INTERVAL - 1][f"master.{FACTOR}.a.weight"])
+    assert f"exp_avg.{FACTOR}.weight" in states[1]
+    assert f"exp_avg.{FACTOR}.weight" not in at
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        WARM - 1,
+        pytest.param(WARM, marks=pytest.mark.long),
+        pytest.param(WARM + INTERVAL - 1, marks=pytest.mark.long),
+        WARM + INTERVAL,
+    ],
+)
+def test_a_run_killed_around_a_change_continues_to_the_bit(
+    step: int, whole: Path, corpus: Corpus, tmp_path: Path
+) -> None:
+    cut = tmp_path / "cut"
+    shutil.copytree(checkpoint(whole, step), checkpoint(cut, step))
+    outcome = start_here(corpus.options(cut, **RUN))
+    assert outcome.status == 0, outcome.stderr
+    losses = lines_of(whole, "loss")
+    assert lines_of(cut, "loss") == {s: losses[s] for s in range(step + 1, STEPS + 1)}
+    mine, theirs = saved(cut, STEPS), saved(whole, STEPS)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+
+
+@pytest.mark.parametrize("step", [WARM - 1, WARM + INTERVAL, STEPS])
+def test_an_export_is_full_rank_and_merged(step: int, whole: Path, tmp_path: Path) -> None:
+    to_hf(checkpoint(whole, step), tmp_path / "export")
+    exported, state = load_file(tmp_path / "export" / "model.safetensors"), saved(whole, step)
+    wanted = state[f"master.{FACTOR}.weight"]
+    if step > WARM:
+        wanted = wanted + 0.25 * state[f"master.{FACTOR}.b.weight"] @ state[f"master.{FACTOR}.a.weight"]
+    assert torch.equal(exported[f"{FACTOR}.weight"], wanted)
+    assert not [name for name in exported if name.endswith((".a.weight", ".b.weight"))]
