@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from torch import Tensor
 
 from megatron_crnet.config.schema import Config, DataConfig, ModelConfig, TrainingConfig
+from megatron_crnet.data.corpus import iter_documents
+from megatron_crnet.data.corpus_stats import CorpusStats
 from megatron_crnet.data.datasets import Datasets, build_datasets
 from megatron_crnet.data.standard_library import standard_library_files
 from megatron_crnet.data.tokenizer import Ids, Tokenizer
@@ -112,3 +120,25 @@ def write_even_and_odd(folder: Path) -> list[str]:
         documents = [[2 * (x // 2) + i for x in d] for d in random_documents(count, VOCAB, seed=i, longest=50)]
         parts.append(write_indexed(folder / f"part{i}", documents))
     return parts
+
+
+TEXTS = ["first", "second", "third"]
+
+
+def lines(texts: list[str] = TEXTS) -> bytes:
+    return b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+
+
+def read(*paths: Path, **options: object) -> tuple[list[str], list[str]]:
+    """The documents and the summary."""
+    stats = CorpusStats()
+    return list(iter_documents(paths, stats=stats, **options)), stats.summary()  # type: ignore[arg-type]
+
+
+def write_parquet(path: Path, rows: list[dict[str, object]], **options: object) -> Path:
+    pq.write_table(pa.Table.from_pylist(rows), path, **options)
+    return path
+
+
+def give_standard_input(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BufferedReader(io.BytesIO(data))))  # type: ignore[arg-type]

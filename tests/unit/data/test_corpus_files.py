@@ -4,42 +4,26 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import io
 import json
 import lzma
 import os
-import runpy
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from megatron_crnet.data.corpus import iter_documents, read_chunks
+from megatron_crnet.data.corpus import read_chunks
 from megatron_crnet.data.corpus_files import Format, list_files
-from megatron_crnet.data.corpus_stats import CorpusStats
-from megatron_crnet.data.preprocess import preprocess
-from megatron_crnet.utils.errors import ConfigError, DataError
-from tests.unit.data_helpers import train_small_tokenizer, write_jsonl
+from megatron_crnet.utils.errors import DataError
+from tests.unit.data_helpers import TEXTS, give_standard_input, lines, read, write_jsonl, write_parquet
 
-TEXTS = ["first", "second", "third"]
 TOOL = Path(__file__).parents[3] / "tools" / "preprocess_data.py"
-
-
-def lines(texts: list[str] = TEXTS) -> bytes:
-    return b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
-
-
-def read(*paths: Path, **options: object) -> tuple[list[str], list[str]]:
-    """The documents and the summary."""
-    stats = CorpusStats()
-    return list(iter_documents(paths, stats=stats, **options)), stats.summary()  # type: ignore[arg-type]
 
 
 def long_zstd(data: bytes, window_log: int) -> bytes:
@@ -149,10 +133,6 @@ def test_json_lines_under_another_name_are_refused_unless_a_format_is_given(tmp_
         read(tmp_path / name)
     assert read(tmp_path / name, file_format="jsonl") == (TEXTS, [])
     assert read(tmp_path / name, file_format="text") == ([lines().decode()], [])
-
-
-def give_standard_input(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BufferedReader(io.BytesIO(data))))  # type: ignore[arg-type]
 
 
 @pytest.mark.fault("D2")
@@ -356,183 +336,3 @@ def test_an_object_with_the_text_twice_is_named(tmp_path: Path, key: str, wrap: 
     assert summary[1:] == [f"  {tmp_path}/a.jsonl: 1 with the text key twice (first at 1)"]
     with pytest.raises(DataError, match=rf"a\.jsonl:1 has the key '{key}' twice"):
         read(tmp_path / "a.jsonl", text_key=key, strict=True)
-
-
-def write_parquet(path: Path, rows: list[dict[str, object]], **options: object) -> Path:
-    pq.write_table(pa.Table.from_pylist(rows), path, **options)
-    return path
-
-
-def test_parquet_is_read_in_order_over_row_groups(tmp_path: Path) -> None:
-    texts = [f"text {i}" for i in range(5000)]
-    path = write_parquet(
-        tmp_path / "a.parquet", [{"id": i, "text": t} for i, t in enumerate(texts)], row_group_size=700
-    )
-    assert read(path) == (texts, [])
-    chunks = list(read_chunks(list_files([path]), 10_000))
-    assert len(chunks) > 3
-    assert sum(chunk.input_bytes for chunk in chunks) == path.stat().st_size
-    (tmp_path / "copy").write_bytes(path.read_bytes())
-    assert read(tmp_path / "copy") == (texts, []), "known by its first bytes"
-
-
-@pytest.mark.parametrize(
-    ("row", "key"),
-    [
-        ({"data": {"text": "a", "other": "b"}}, "data.text"),
-        ({"data": {"deep": {"text": "a"}}}, "data.deep.text"),
-        ({"data.text": "a", "data": {"text": "nested"}}, "data.text"),
-        ({"data.text": "a"}, "data.text"),
-        ({"text": b"a"}, "text"),
-    ],
-)
-def test_text_columns_of_parquet(tmp_path: Path, row: dict[str, object], key: str) -> None:
-    assert read(write_parquet(tmp_path / "a.parquet", [row]), text_key=key) == (["a"], [])
-
-
-def test_dictionaries_and_large_strings_of_parquet(tmp_path: Path) -> None:
-    columns = {"text": pa.array(TEXTS).dictionary_encode(), "large": pa.array(TEXTS, pa.large_string())}
-    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
-    assert read(tmp_path / "a.parquet") == (TEXTS, [])
-    assert read(tmp_path / "a.parquet", text_key="large") == (TEXTS, [])
-
-
-def test_rows_of_parquet_without_text_are_named(tmp_path: Path) -> None:
-    column = pa.array([b"a", None, b"\xff", b" ", b"b"])
-    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
-    pq.write_table(pa.table({"text": column[:0]}), tmp_path / "none.parquet")
-    documents, summary = read(tmp_path)
-    assert documents == ["a", "b"]
-    assert summary[1:] == [
-        f"  {tmp_path}/a.parquet: 1 without the text key (first at 2), 1 not UTF-8 (first at 3), 1 empty (first at 4)",
-        f"  {tmp_path}/none.parquet: 1 empty",
-    ]
-    with pytest.raises(DataError, match=r"a\.parquet:2 has no text"):
-        read(tmp_path / "a.parquet", strict=True)
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"content": "a", "id": 1}, "has no column 'text', but content, id"),
-        ({"text": 5}, "has int64 in the column 'text', not text"),
-        ({"text": ["a"]}, r"has list<.* in the column 'text', not text"),
-    ],
-)
-def test_parquet_without_a_text_column_is_refused_before_any_work(
-    tmp_path: Path, row: dict[str, object], message: str
-) -> None:
-    write_parquet(tmp_path / "a.parquet", [row])
-    with pytest.raises(DataError, match=message):
-        list_files([tmp_path])
-
-
-@pytest.mark.parametrize("damage", ["cut", "garbage", "a page"])
-def test_damaged_parquet_is_an_error(tmp_path: Path, damage: str) -> None:
-    path = write_parquet(tmp_path / "a.parquet", [{"text": os.urandom(40).hex()} for _ in range(3000)])
-    content = path.read_bytes()
-    page = bytes(b ^ 0xFF for b in content[4:40])
-    changed = {"cut": content[:-100], "garbage": b"garbage", "a page": content[:4] + page + content[40:]}
-    path.write_bytes(changed[damage])
-    with pytest.raises(DataError, match=r"a\.parquet is truncated or damaged, or not Parquet"):
-        read(path)
-
-
-def test_missing_pyarrow_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_parquet(tmp_path / "a.parquet", [{"text": "a"}])
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(DataError, match="pip install pyarrow"):
-        read(tmp_path / "a.parquet")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return train_small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-def test_parquet_and_json_lines_give_the_same_tokens(model: str, tmp_path: Path) -> None:
-    texts = [f"def f{i}(): return {i}" for i in range(3000)]
-    write_parquet(tmp_path / "a.parquet", [{"data": {"text": text}} for text in texts])
-    write_jsonl(tmp_path / "a.jsonl", texts)
-    for name, key, workers in (("a.parquet", "data.text", 2), ("a.jsonl", "text", 0)):
-        prefix = tmp_path / name.partition(".")[2]
-        preprocess([tmp_path / name], prefix, "sentencepiece", model, workers=workers, text_key=key)
-    assert (tmp_path / "parquet.bin").read_bytes() == (tmp_path / "jsonl.bin").read_bytes()
-
-
-@pytest.mark.fault("F11")
-@pytest.mark.parametrize("prefix", ["", ".", "..", "d/", "d/.", "a\0b"])
-def test_an_output_without_a_name_is_refused(model: str, tmp_path: Path, prefix: str) -> None:
-    write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    with pytest.raises(DataError, match="must end in the name of the files"):
-        preprocess([tmp_path / "a.jsonl"], prefix, "sentencepiece", model)
-
-
-@pytest.mark.fault("F11")
-def test_names_that_are_too_long_are_refused(model: str, tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    with pytest.raises(DataError, match=r"cannot be used .File name too long"):
-        preprocess([path], tmp_path / ("x" * 300), "sentencepiece", model)
-    with pytest.raises(DataError, match=r"cannot be read .File name too long"):
-        preprocess([tmp_path / ("x" * 300)], tmp_path / "out", "sentencepiece", model)
-
-
-@pytest.mark.fault("F11")
-@pytest.mark.parametrize("workers", [-1, 2000])
-def test_a_number_of_workers_beyond_sense_is_refused(model: str, tmp_path: Path, workers: int) -> None:
-    with pytest.raises(ConfigError, match=f"workers is {workers}, but must be 0 to"):
-        preprocess([tmp_path], tmp_path / "out", "sentencepiece", model, workers=workers)
-
-
-def test_an_output_in_the_input_is_refused(model: str, tmp_path: Path) -> None:
-    (tmp_path / "in" / "below").mkdir(parents=True)
-    write_jsonl(tmp_path / "in" / "a.jsonl", TEXTS)
-    (tmp_path / "link").symlink_to("in")
-    for folder in ("in", "in/below", "link", "in/new"):
-        with pytest.raises(DataError, match="lies inside the input folder"):
-            preprocess([tmp_path / "in"], tmp_path / folder / "out", "sentencepiece", model)
-    (tmp_path / "out.bin").write_text("text")
-    with pytest.raises(DataError, match=r"out\.bin is also the input"):
-        preprocess([tmp_path / "out.bin"], tmp_path / "out", "sentencepiece", model, overwrite=True)
-    assert (tmp_path / "out.bin").read_text() == "text"
-    write_jsonl(tmp_path / "a.fingerprint.json", TEXTS)
-    with pytest.raises(DataError, match=r"a\.fingerprint\.json is also the input"):
-        preprocess([tmp_path / "a.fingerprint.json"], tmp_path / "a", "sentencepiece", model)
-
-
-def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """preprocess_data.py in this process, which has imported Megatron-Core already; returns its status."""
-    monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments])
-    status: int = runpy.run_path(str(TOOL))["main"]()
-    return status
-
-
-@pytest.mark.fault("D2", "D3", "M11")
-def test_the_tool_reads_standard_input_and_names_what_it_left_out(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    give_standard_input(monkeypatch, lines() + b"no JSON\n")
-    command = ["-", "--output", str(tmp_path / "out"), "--tokenizer-model", model, "--workers=0"]
-    assert run_tool(monkeypatch, *command) == 2
-    assert capsys.readouterr().err.startswith("error: standard input (-) has no suffix")
-    assert run_tool(monkeypatch, *command, "--format=jsonl") == 0
-    printed = capsys.readouterr()
-    assert "out: 3 documents" in printed.out
-    assert "\n  standard input: 1 not a JSON object (first at 4)\n" in printed.out
-    assert printed.err == "reading 1 files, of unknown size\n"
-    give_standard_input(monkeypatch, lines() + b"no JSON\n")
-    assert run_tool(monkeypatch, *command, "--format=jsonl", "--strict", "--overwrite") == 2
-    assert "standard input:4 is not a JSON object" in capsys.readouterr().err
-
-
-@pytest.mark.fault("F11")
-@pytest.mark.parametrize("output", ["", "d/"])
-def test_the_tool_refuses_an_output_without_a_name(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], output: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    assert run_tool(monkeypatch, "a.jsonl", "--output", output, "--tokenizer-model", model) == 2
-    assert capsys.readouterr().err.startswith(f"error: the output prefix is {output!r}")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import os
 import random
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,126 +21,25 @@ from megatron_crnet.config.schema import Config
 from megatron_crnet.reporting.inputs import read_inputs
 from megatron_crnet.reporting.page import markdown_page
 from megatron_crnet.reporting.scaling_report import build_sections
-from megatron_crnet.reporting.step_identity import identify_step
 from megatron_crnet.reporting.steps import PARTS
-from megatron_crnet.utils.environment import write_run_file
+from tests.unit.reporting.report_files import (
+    ROWS,
+    Checker,
+    measured_row,
+    report,
+    row,
+    write_benchmark,
+    write_counted,
+    write_estimate,
+    write_run,
+    write_simulation,
+)
 
 ROOT = Path(__file__).parents[3]
 SECTIONS = (
     *("In short", "Loss", "Speed by number of ranks", "Variants, layouts, recomputation"),
     *("Estimated, simulated, measured", "Memory by part", "Traffic by kind", "Where these figures come from"),
 )
-MEMORY = {"weights": 4 << 20, "optimizer": 8 << 20, "gradients": 4 << 20, "activations": 6 << 20}
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("scaling_report_tool", ROOT / "tools" / "scaling_report.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def write_run(folder: Path, processes: int = 2) -> Path:
-    folder.mkdir(parents=True)
-    config = Config()
-    save_config(config, folder / "config.yaml")
-    write_run_file(folder, ["pretrain_crnet.py", "--config", "my.yaml"], processes)
-    flops = flops_per_token(config.model, config.training.seq_length)
-    lines = [
-        {
-            "step": step,
-            "tokens": step * 100,
-            "loss": 8.0 - step / 10,
-            "step_time_s": 0.5,
-            "tokens_per_s": 200.0,
-            "tflops_per_device": flops * 200 / processes / 1e12,
-        }
-        for step in (1, 5, 10)
-    ]
-    last = {"step": 10, "tokens": 1000, "validation_loss": 6.5, "validation_perplexity": 665.14}
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, last]))
-    return folder
-
-
-def row(sweep: str, name: str, processes: int = 1, **changes: Any) -> dict[str, Any]:
-    return {
-        "sweep": sweep,
-        "name": name,
-        "processes": processes,
-        "error": None,
-        "parameters": 1000,
-        "flops_per_token": 6000.0,
-        "tokens_per_step": 1024,
-        "median_s": 0.5 + len(name) / 1000,
-        "spread": 0.1,
-        "tokens_per_s": 2000.0 * processes**0.5,
-        "tflops_per_device": 0.01,
-        "mfu": 0.25,
-        "memory": MEMORY,
-        "peak_bytes": sum(MEMORY.values()),
-        "traffic": {"TP all_reduce": 2 << 20} if processes > 1 else {},
-        "speed_of_first": processes**0.5,
-        "cpu_speed_of_first": 1.0,
-        **changes,
-    }
-
-
-ROWS = (
-    *(row("variants", name) for name in ("full_rank", "crnet")),
-    *(row("recompute", name) for name in ("none", "replay")),
-    *(row(sweep, f"{n} of {sweep}", n) for sweep in ("strong", "weak") for n in (1, 2, 4)),
-    row("layouts", "TP 2 x PP 1 x DP 1", 2),
-)
-
-
-def write_benchmark(path: Path, *rows: dict[str, Any]) -> Path:
-    found = rows or ROWS
-    facts = {"machine": {"processor": "abacus", "cores": 2, "gpus": []}, "versions": {"torch": "9"}, "complete": True}
-    record = {"kind": "benchmark", "command": "python tools/benchmark.py --x", "device": "cpu", "peak_flops": 1e12}
-    path.write_text(json.dumps({**record, **facts, "rows": found}))
-    return path
-
-
-def write_simulation(path: Path) -> Path:
-    memory = {"weights": 10, "gradients": 20, "optimizer": 30, "buffers": 5, "kept": 7, "transient": 3, "update": 50}
-    flow = {"kind": "all_gather", "group": "DP", "size": 8, "calls": 3, "bytes": 1 << 20}
-    counted = {"memory": memory, "flows": [flow, flow], "flops": 1}
-    path.write_text(json.dumps({"kind": "simulation", "counted": counted}))
-    return path
-
-
-def report(tool: ModuleType, tmp_path: Path, *inputs: Path) -> tuple[int, str, str]:
-    target = tmp_path / "out" / "report.html"
-    status = tool.main([*map(str, inputs), "-o", str(target), "--overwrite"])
-    pages = [path.read_text() if path.exists() else "" for path in (target, target.with_suffix(".md"))]
-    return status, pages[0], pages[1]
-
-
-class Checker(HTMLParser):
-    """Tags must close in order, and nothing may be loaded."""
-
-    VOID = {"meta", "path", "rect", "polyline", "br", "use"}
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.pictures = 0
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert tag not in ("script", "link", "img", "iframe")
-        assert all(not (value or "").startswith("http") for key, value in attrs if key in ("href", "src"))
-        self.pictures += tag == "figure"
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        pass
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
 
 
 def test_every_section_is_there_with_its_pictures(tool: ModuleType, tmp_path: Path) -> None:
@@ -322,141 +219,6 @@ def test_the_parts_of_a_simulation_add_up_to_its_peak(tmp_path: Path) -> None:
     parts = {"weights": 10, "optimizer": 30, "gradients": 20, "activations": 55}
     assert {part: profile[part] for part in PARTS} == parts
     assert profile["traffic"] == {"DP all_gather": 2 << 20}
-
-
-STEP = {"fingerprint": "0123456789ab", "line": "crnet of 1M parameters, 2 ranks"}
-STATE = {"weights": 1 << 20, "gradients": 1 << 20, "optimizer": 2 << 20, "buffers": 0}
-PASSES = {**STATE, "kept": 5 << 20, "transient": 1 << 20, "reduction": 1, "update": 2}  # 10 MiB
-
-
-def flow(group: str, kind: str, mebibytes: int) -> dict[str, Any]:
-    return {"group": group, "kind": kind, "bytes": mebibytes << 20}
-
-
-def write_estimate(path: Path, machine: str = "h100", **changes: Any) -> Path:
-    """Two stages, of which the second is the fuller one."""
-    small = {
-        "memory": {**STATE, "kept": 0, "transient": 0},
-        "operations": {"passes": 1, "recomputation": 0},
-        "flows": [],
-    }
-    flows = [flow("PP", "send", 3), flow("PP", "all_reduce", 1)]
-    large = {"memory": PASSES, "operations": {"passes": 4 * 10**9, "recomputation": 10**9}, "flows": flows}
-    record = {
-        "kind": "estimate",
-        "command": "python tools/estimate.py --x",
-        "step": STEP,
-        "world_size": 2,
-        "machine": {"name": machine, "peak_flops": 1e15},
-        "stages": [small, large],
-        "seconds": {"step": 0.25},
-        "tokens_per_second": 4000.0,
-    }
-    path.write_text(json.dumps({**record, **changes}))
-    return path
-
-
-def write_counted(path: Path, rank: int, kept: int) -> Path:
-    """A simulation of the fuller stage."""
-    memory, flows = {**PASSES, "kept": kept << 20}, [flow("PP", "send", 4)]
-    record = {
-        "kind": "simulation",
-        "command": "python tools/simulate.py --x",
-        "step": STEP,
-        "world_size": 2,
-        "rank": rank,
-    }
-    counted = {"memory": memory, "flows": flows, "flops": 5 * 10**9}
-    path.write_text(json.dumps({**record, "counted": counted}))
-    return path
-
-
-def measured_row(**changes: Any) -> dict[str, Any]:
-    memory = {"weights": 1 << 20, "optimizer": 2 << 20, "gradients": 1 << 20, "activations": 4 << 20}  # 8 MiB
-    first = {"memory": MEMORY, "operations": 1, "traffic": {"PP send": 1}}
-    second = {"memory": memory, "operations": 5 * 10**9, "traffic": {"PP send": 2 << 20, "PP all_reduce": 2 << 20}}
-    facts = {"step": STEP, "ranks": [first, second], "median_s": 0.5, "tokens_per_s": 2000.0}
-    return row("rows", "two", 2, **{**facts, **changes})
-
-
-def sides(tool: ModuleType, tmp_path: Path, *inputs: Path) -> list[str]:
-    """Lines of the section, without padding, and what was left out."""
-    status, page, markdown = report(tool, tmp_path, *inputs)
-    assert status == 0
-    checker = Checker()
-    checker.feed(page)
-    assert checker.open == []
-    section = markdown.partition("## Estimated, simulated")[2].partition("\n## ")[0]
-    left_out = [line for line in markdown.splitlines() if line.startswith("- left out: ")]
-    return [re.sub(" +", " ", line) for line in [*section.splitlines(), *left_out]]
-
-
-def test_figures_of_one_step_stand_beside_each_other(tool: ModuleType, tmp_path: Path) -> None:
-    lines = sides(
-        tool,
-        tmp_path,
-        write_estimate(tmp_path / "e.json"),
-        write_counted(tmp_path / "s.json", 1, 5),
-        write_benchmark(tmp_path / "b.json", measured_row()),
-    )
-    assert f"**{STEP['line']}; rank 1**" in lines
-    assert "| source | peak memory, MiB | operations, GFLOP | PP, MiB | ms/step | tokens/s |" in lines
-    # the rank that was simulated, of the stage that holds it; times of another machine stand alone
-    assert "| estimated: e, for h100 | 10.00 (+25.0%) | 5.00 (equal) | 4.00 (equal) | 250.00 | 4,000 |" in lines
-    assert "| simulated: s | 10.00 (+25.0%) | 5.00 (equal) | 4.00 (equal) | - | - |" in lines
-    assert "| measured: b, rows: two, 2 ranks | 8.00 | 5.00 | 4.00 | 500.00 | 2,000 |" in lines
-    assert not any(line.startswith("- left out") for line in lines)
-
-
-def test_a_time_is_compared_on_the_device_that_was_measured(tool: ModuleType, tmp_path: Path) -> None:
-    estimate = write_estimate(tmp_path / "e.json", "abacus")
-    lines = sides(tool, tmp_path, estimate, write_benchmark(tmp_path / "b.json", measured_row()))
-    found = next(line for line in lines if line.startswith("| estimated: e, for abacus"))
-    assert found.endswith("| 250.00 (-50.0%) | 4,000 (+100.0%) |")
-    assert any("; rank 1**" in line for line in lines)  # the fullest stage, without a simulation
-
-
-def test_without_a_measurement_the_simulation_is_compared_with(tool: ModuleType, tmp_path: Path) -> None:
-    estimate, simulation = write_estimate(tmp_path / "e.json"), write_counted(tmp_path / "s.json", 1, 15)
-    lines = sides(tool, tmp_path, estimate, simulation)
-    assert any(line.startswith("| estimated: e, for h100 | 10.00 (-50.0%) |") for line in lines)
-    assert any(line.startswith("| simulated: s | 20.00 |") for line in lines)
-
-
-def test_a_run_is_measured_by_its_time_alone(tool: ModuleType, tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run")
-    estimate = write_estimate(tmp_path / "e.json", step=identify_step(Config(), 2))
-    lines = sides(tool, tmp_path, run, estimate)
-    assert "| measured: run run | - | - | - | 500.00 | 200.00 |" in lines
-
-
-OTHER = {**STEP, "fingerprint": "another"}
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"step": OTHER}, "nothing to compare with e (estimated): crnet of 1M parameters, 2 ranks"),
-        ({"step": None}, "made before files named their step, so in no pair: e"),
-        ({"step": {"fingerprint": 7}}, "made before files named their step, so in no pair: e"),
-        ({"world_size": "2"}, "nothing to compare with e (estimated)"),
-        ({"world_size": 3}, "nothing to compare with e (estimated)"),
-        ({"world_size": 0}, "nothing to compare with e (estimated)"),
-    ],
-)
-def test_what_has_no_pair_is_named(tool: ModuleType, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
-    estimate = write_estimate(tmp_path / "e.json", **changes)
-    lines = sides(tool, tmp_path, estimate, write_benchmark(tmp_path / "b.json", measured_row()))
-    assert any(said in line for line in lines)
-    assert not any(line.startswith("**") for line in lines)
-
-
-@pytest.mark.parametrize("ranks", [None, [], [3], "text", [{"memory": MEMORY, "traffic": 7}]])
-def test_a_row_without_figures_of_the_rank_keeps_its_time(tool: ModuleType, tmp_path: Path, ranks: Any) -> None:
-    benchmark = write_benchmark(tmp_path / "b.json", measured_row(ranks=ranks))
-    lines = sides(tool, tmp_path, write_estimate(tmp_path / "e.json"), benchmark)
-    assert "| measured: b, rows: two, 2 ranks | - | - | - | 500.00 | 2,000 |" in lines
-    assert any("row 1, two,: damaged and left out: ranks" in line for line in lines) == bool(ranks)
 
 
 HOSTILE: tuple[Any, ...] = (
