@@ -46,7 +46,7 @@ from megatron_crnet.checkpoint.weight_files import ShardReader
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.phases import is_warm_start
 from megatron_crnet.config.positions import METHODS
-from megatron_crnet.config.schema import Config
+from megatron_crnet.config.schema import Config, ModelConfig
 from megatron_crnet.data.fingerprint import TrainedOn
 from megatron_crnet.distributed.consensus import gather, report_together, run_on_all_ranks, run_on_main
 from megatron_crnet.engine.engine import TrainEngine
@@ -62,7 +62,7 @@ NOT_OF_THE_MODEL = {
     *("beta_init", "init_method_std", "scale_residual_init"),
     *("hidden_dropout", "attention_dropout", "max_position_embeddings"),
 }
-OLDER = {"only_lr_act": False}
+OLDER = {"only_lr_act": False, "relora_scale": ModelConfig.relora_scale}
 """Values in checkpoints of versions without these fields of the model."""
 WRITING_LIMIT = timedelta(minutes=30)
 """Timeout of the collective calls of a save, longer than that of training: a slow file system is not a lost rank."""

@@ -123,7 +123,7 @@ def test_large_exports_are_cut_with_an_index(checkpoint: Path, weights: Weights,
 
 def test_a_checkpoint_of_an_older_version_lacks_later_fields(config: Config, tmp_path: Path) -> None:
     older = resolved(config)
-    del older["model"]["only_lr_act"]
+    del older["model"]["only_lr_act"], older["model"]["relora_scale"], older["relora"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(older))
     check_resumable(config, tmp_path)
     cola = dataclasses.replace(config, model=dataclasses.replace(config.model, variant="cola", only_lr_act=True))
