@@ -25,6 +25,8 @@ $(VENV)/.installed: requirements-torch.txt requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV) || { echo "error: the venv module is missing: apt-get install python3-venv"; exit 2; }
 	$(if $(TORCH),$(PIP) -r $(TORCH))
 	$(PIP) -r requirements.txt -r requirements-dev.txt
+	@# a test compares with its optimizer, which needs nothing more; its package would bring bitsandbytes
+	$(PIP) --no-deps galore-torch==1.0
 	$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -28,8 +28,9 @@ from megatron_crnet.config.schema import (
 from megatron_crnet.data.documents import DOCUMENT_LENGTHS, document_lengths, positions_within
 from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.engine.engine import TrainEngine
+from megatron_crnet.engine.galore import GaLore, Projection
 from megatron_crnet.engine.state_kinds import MASTER
-from megatron_crnet.engine.zero import kinds_of, local_shape
+from megatron_crnet.engine.zero import local_shape
 from megatron_crnet.model.gpt import build_model_chunks
 from megatron_crnet.model.reference import ReferenceCRNet
 from megatron_crnet.model.reference_relora import prune_at_random, prune_by_magnitude, restart
@@ -224,7 +225,7 @@ def largest_padding(engine: TrainEngine) -> float:
     """Largest value of masters and moments that belongs to no canonical weight; a collective call."""
     found = 0.0
     for parameter, weights in by_parameter(local_weights(engine)).items():
-        for kind in kinds_of(parameter):
+        for kind in engine.zero.kinds_of(parameter):
             values = engine.zero.read(parameter, kind)
             assert values is not None
             for weight in weights:
@@ -247,7 +248,7 @@ def compare_with_reference(config: Config, steps: int = 3) -> Errors:
         assert sum(p.numel() for p in here if not p.requires_grad) == local.frozen_numel
     reference = reference_model(config, engine.chunks[0].config)
     named = dict(reference.named_parameters())
-    optimizer = _plain_adamw(named, config)
+    optimizer = _plain_optimizer(named, config)
     errors = torch.zeros(4, dtype=torch.float64)
     for step in range(steps):
         (tokens, labels), mask = random_tokens(config, step), random_mask(config, step)
@@ -301,20 +302,22 @@ def restart_reference(
     restart(reference, optimizer, draw, prune)
 
 
-def _plain_adamw(named: dict[str, Tensor], config: Config) -> torch.optim.AdamW:
+def _plain_optimizer(named: dict[str, Tensor], config: Config) -> torch.optim.Optimizer:
+    """AdamW, or the plain GaLore, whose groups say what is projected: all linear maps of layers."""
     section = config.optimizer
-    return torch.optim.AdamW(
-        [
-            {
-                "params": [parameter],
-                "weight_decay": section.weight_decay if parameter.dim() >= 2 else 0.0,
-                "lr_mult": _plain_multiplier(name, {**section.lr_multipliers}),
-            }
-            for name, parameter in named.items()
-        ],
-        betas=(section.adam_beta1, section.adam_beta2),
-        eps=section.adam_eps,
-    )
+    options: dict[str, Any] = {"betas": (section.adam_beta1, section.adam_beta2), "eps": section.adam_eps}
+    groups = [
+        {
+            "params": [parameter],
+            "weight_decay": section.weight_decay if parameter.dim() >= 2 else 0.0,
+            "lr_mult": _plain_multiplier(name, {**section.lr_multipliers}),
+            "is_projected": name.startswith("model.layers.") and parameter.dim() == 2,
+        }
+        for name, parameter in named.items()
+    ]
+    if section.name == "galore":
+        return GaLore(groups, Projection.of(section), lr=0.0, **options)
+    return torch.optim.AdamW(groups, **options)
 
 
 def _plain_multiplier(name: str, multipliers: dict[str, float]) -> float:

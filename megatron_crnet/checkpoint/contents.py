@@ -17,7 +17,10 @@ from megatron_crnet.checkpoint.directory import FINAL, checkpoints_at, damage, n
 from megatron_crnet.checkpoint.train_state import TrainingState
 from megatron_crnet.checkpoint.weight_files import canonical_shapes, frozen_weights, headers_of
 from megatron_crnet.config.phases import saved_model
-from megatron_crnet.engine.state_kinds import KINDS, MASTER
+from megatron_crnet.config.positions import position_table
+from megatron_crnet.config.schema import OptimizerConfig
+from megatron_crnet.engine.galore import kept_shapes
+from megatron_crnet.engine.state_kinds import MASTER
 from megatron_crnet.utils.errors import DataError, describe
 
 NEEDED = ("step", "tokens", "samples")
@@ -88,9 +91,13 @@ def _wrong_tensors(checkpoint: Path) -> str | None:
         return "has a config.yaml whose sections are not all mappings"
     saved = headers_of(checkpoint).state_dict_metadata
     model = saved_model(config, json.loads((checkpoint / "state.json").read_text())["step"])
+    known = {field.name for field in fields(OptimizerConfig)} & set(config.get("optimizer", {}))
+    optimizer, table = OptimizerConfig(**{key: config["optimizer"][key] for key in known}), position_table(model)
     frozen = frozen_weights(model)
-    for name, shape in canonical_shapes(model).items():
-        for full in (f"{kind}.{name}" for kind in ((MASTER,) if name in frozen else KINDS)):
+    for name, whole in canonical_shapes(model).items():
+        kept = {MASTER: whole} if name in frozen else kept_shapes(name, whole, optimizer, table)
+        for kind, shape in kept.items():
+            full = f"{kind}.{name}"
             found = saved.get(full)
             if not isinstance(found, TensorStorageMetadata):
                 return f"lacks the tensor {full} of its model"

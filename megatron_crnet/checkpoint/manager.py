@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import timedelta
@@ -218,7 +218,8 @@ class Checkpointer:
             CheckpointError: the checkpoint does not fit the model.
         """
         about, reader = run_on_all_ranks(lambda: saved_state(checkpoint)), shared_reader(checkpoint)
-        fill(reader, self.zero, self.weights, about["adam_steps"])
+        steps = about["adam_steps"]
+        fill(reader, self.zero, self.weights, steps, KINDS if steps else (MASTER,))
         self.changed_layout = run_on_all_ranks(lambda: self._restore_random_states(reader, about))
         self.loaded_from = about.get("loaded_from")
         return TrainingState.from_values(about)
@@ -230,7 +231,7 @@ class Checkpointer:
             CheckpointError: the checkpoint does not fit the model.
         """
         steps = run_on_all_ranks(lambda: saved_state(checkpoint))["adam_steps"] if optimizer else 0
-        fill(shared_reader(checkpoint), self.zero, self.weights, steps, KINDS if optimizer else (MASTER,))
+        fill(shared_reader(checkpoint), self.zero, self.weights, steps, KINDS if steps else (MASTER,))
 
     def _restore_random_states(self, reader: ShardReader, about: dict[str, Any]) -> str | None:
         """Restore the random generators; else return why that is not possible, such as another kind of device."""
@@ -329,14 +330,17 @@ def check_resumable(
     checkpoint: Path,
     remedy: str = "use the saved values or another logging.output_dir",
     step: int | None = None,
+    *,
+    with_moments: bool = True,
 ) -> dict[str, Any]:
-    """Raise for a checkpoint of another model. Returns its resolved configuration.
+    """Raise for a checkpoint of another model, or with moments of another form. Returns its resolved configuration.
 
     Args:
         step: at which the run will be; None: at the checkpoint's.
+        with_moments: whether moments are to be read.
 
     Raises:
-        ConfigError: a field that defines the weights differs; names all that do.
+        ConfigError: a field that defines the weights or the form of moments differs; names all that do.
         CheckpointError: the checkpoint's configuration cannot be read.
     """
     try:
@@ -357,4 +361,18 @@ def check_resumable(
     if names:
         difference = ", ".join(f"model.{name} {found.get(name)} instead of {wanted[name]}" for name in names)
         raise ConfigError(f"checkpoint {checkpoint} was written with {difference}: {remedy}")
+    before, now = _form_of_moments(saved.get("optimizer") or {}), _form_of_moments(resolved(config)["optimizer"])
+    if with_moments and before != now and saved_state(checkpoint)["adam_steps"]:
+        raise ConfigError(
+            f"checkpoint {checkpoint} holds moments of {before}, from which none of {now} follow: {remedy}, or begin a "
+            "new run with its weights alone by checkpoint.load"
+        )
     return dict(saved)
+
+
+def _form_of_moments(section: Mapping[str, Any]) -> str:
+    """What their shapes depend on, in a resolved `optimizer` section; older ones have no name."""
+    names = {"galore": ("galore_rank", "proj_type")}.get(section.get("name", ""))
+    if names is None:
+        return "full rank"
+    return ", ".join(f"optimizer.{name} {section.get(name)}" for name in names)

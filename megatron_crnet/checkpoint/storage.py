@@ -6,7 +6,7 @@ Nothing is unpickled (docs/decisions/checkpoint-format.md).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from megatron_crnet.checkpoint.directory import unwritable
 from megatron_crnet.checkpoint.weight_files import ShardReader, headers_of, portions
 from megatron_crnet.distributed.consensus import run_on_all_ranks, run_on_main
 from megatron_crnet.engine.state_kinds import KINDS
-from megatron_crnet.engine.zero import ZeroState, kinds_of, local_shape
+from megatron_crnet.engine.zero import ZeroState, local_shape
 from megatron_crnet.model.weights import Weight, by_parameter
 from megatron_crnet.utils.errors import CheckpointError, describe
 
@@ -132,7 +132,7 @@ def collect(zero: ZeroState, weights: list[Weight]) -> dict[str, Box | Exception
     boxes: dict[str, Box | Exception] = {}
     turn = 0
     for parameter, parts in by_parameter(weights).items():
-        for kind in kinds_of(parameter):
+        for kind in zero.kinds_of(parameter):
             owners: dict[str, int] = {}
             for weight in parts:
                 turn += 1
@@ -141,14 +141,18 @@ def collect(zero: ZeroState, weights: list[Weight]) -> dict[str, Box | Exception
             values = zero.read(parameter, kind, {*owners.values()})
             for weight in parts:
                 if values is not None and owners.get(weight.name) == dp_rank:
-                    boxes[f"{kind}.{weight.name}"] = _copied(weight, values)
+                    boxes[f"{kind}.{weight.name}"] = _copied(partial(_box, weight), weight.local(values))
+    # where replicas keep the same, they take turns
+    for turn, (name, state) in enumerate(zero.galore.states().items() if zero.galore is not None else ()):
+        if zero.stage > 0 or turn % dp_size == dp_rank:
+            boxes |= {f"{kind}.{name}": _copied(whole, tensor) for kind, tensor in state.items()}
     return boxes
 
 
-def _copied(weight: Weight, values: Tensor) -> Box | Exception:
+def _copied(box: Callable[[Tensor], Box], values: Tensor) -> Box | Exception:
     try:
         # a copy, because the values may be a view of a larger tensor
-        return _box(weight, weight.local(values).to("cpu", copy=True))
+        return box(values.to("cpu", copy=True))
     except Exception as error:  # out of memory
         return error
 
@@ -217,7 +221,7 @@ def fill(
 
     Args:
         steps: Adam's count of updates.
-        kinds: what is read; the rest is zero.
+        kinds: KINDS, or MASTER alone; then moments are zero.
 
     Raises:
         CheckpointError: some rank cannot read its part; raised on every rank.
@@ -230,7 +234,7 @@ def fill(
 def _fill_own(reader: ShardReader, zero: ZeroState, weights: list[Weight], kinds: Sequence[str]) -> None:
     parts = by_parameter(weights)
     for parameters in portions({p: 4 * len(KINDS) * local_shape(p).numel() for p in parts}):
-        values = {p: {kind: torch.zeros(local_shape(p)) for kind in kinds_of(p)} for p in parameters}
+        values = {p: {kind: torch.zeros(local_shape(p)) for kind in zero.kinds_of(p)} for p in parameters}
         read(
             reader,
             {
@@ -243,3 +247,8 @@ def _fill_own(reader: ShardReader, zero: ZeroState, weights: list[Weight], kinds
         )
         for parameter, found in values.items():
             zero.write(parameter, {kind: tensor.to(parameter.device) for kind, tensor in found.items()})
+    if zero.galore is not None and len(kinds) > 1:
+        for name, state in zero.galore.states().items():
+            found = {kind: torch.zeros(tensor.shape) for kind, tensor in state.items()}
+            read(reader, {f"{kind}.{name}": whole(tensor) for kind, tensor in found.items()})
+            zero.galore.subspaces[name].tensors = {kind: tensor.to(zero.device) for kind, tensor in found.items()}

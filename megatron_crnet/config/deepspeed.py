@@ -26,6 +26,12 @@ ONLY_STAGE_3 = {
 }
 """Keys of `zero_optimization` that the other stages do not read."""
 
+ON_DEVICE_ONLY = {
+    "adamw8bit": "whose moments are neither updated on the host nor moved to disks",
+    "galore": "whose projected moments belong to whole matrices, not to what DeepSpeed moves to the host",
+}
+"""Optimizers that cannot be offloaded, and why."""
+
 
 def zero_stage(config: Config) -> int:
     """DeepSpeed's ZeRO stage, by default 0."""
@@ -112,11 +118,11 @@ def _zero_rules(config: Config, stage: int, tp: int, pp: int) -> Iterator[tuple[
         on_host and stage == 0,
         "stage 0 partitions nothing that could be moved: use stage 1, 2 or 3",
     )
+    why = ON_DEVICE_ONLY.get(config.optimizer.name, "")
     yield (
         "offload_optimizer",
-        on_host and config.optimizer.name == "adamw8bit",
-        "optimizer.name is adamw8bit, whose moments are neither updated on the host nor moved to disks: use adamw, or "
-        "leave offload_optimizer out",
+        on_host and bool(why),
+        f"optimizer.name is {config.optimizer.name}, {why}: use adamw, or leave offload_optimizer out",
     )
     yield (
         "offload_optimizer",

@@ -32,7 +32,7 @@ from megatron_crnet.config.field_types import (
     Text,
     shown,
 )
-from megatron_crnet.config.positions import Rank
+from megatron_crnet.config.positions import Rank, RankSize
 from megatron_crnet.config.validation import check_config
 from megatron_crnet.utils.errors import require
 
@@ -188,10 +188,11 @@ class TrainingConfig(Section, name="training"):
 
 @dataclass(frozen=True)
 class OptimizerConfig(Section, name="optimizer"):
-    """AdamW and the learning-rate schedule."""
+    """The optimizer and the learning-rate schedule."""
 
-    name: Literal["adamw", "adamw8bit"] = "adamw"
-    """adamw; adamw8bit: the moments of matrices take 8 bits per element."""
+    name: Literal["adamw", "adamw8bit", "galore"] = "adamw"
+    """adamw; adamw8bit: the moments of matrices take 8 bits per element; galore (arXiv 2403.03507): those of the
+    layers' linear maps are of low rank, for variant full_rank."""
     lr: LearningRate = 1e-3
     """Peak learning rate."""
     lr_multipliers: LrMultipliers = field(default_factory=dict)
@@ -218,6 +219,18 @@ class OptimizerConfig(Section, name="optimizer"):
     """Decay of the second moment."""
     adam_eps: Epsilon = 1e-8
     """Added to the root of the second moment."""
+    galore_rank: RankSize = 128
+    """galore: rank r of the projected gradients, at most the smaller side of every linear map."""
+    update_proj_gap: PositiveCount = 200
+    """galore: updates between two singular value decompositions of a gradient."""
+    galore_scale: Annotated[float, Ge(SMALLEST), Le(1000)] = 0.25
+    """galore: factor of the learning rate of the projected maps."""
+    proj_type: Literal["std", "reverse_std", "right", "left", "full"] = "std"
+    """galore: which inner dimension of a map [m, n] is projected: std the shorter side's, reverse_std the longer
+    side's, right n, left m, full both."""
+    rotate_moments: bool = False
+    """galore: express moments in the coordinates of a new projection. false, as the original: they stay numbers of the
+    old ones."""
     weight_decay: Annotated[float, Ge(0), Le(1000)] = 0.1
     """Decoupled weight decay of matrices; beta and norm weights get none."""
     clip_grad: NonNegative = 1.0

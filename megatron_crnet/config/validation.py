@@ -136,9 +136,27 @@ def _check_optimizer(config: Config) -> None:
         f"{train_steps} together: lower one or train longer",
     )
     require(
-        optimizer.name == "adamw" or optimizer.adam_eps >= SMALLEST_EPS_8BIT,
+        optimizer.name != "adamw8bit" or optimizer.adam_eps >= SMALLEST_EPS_8BIT,
         f"optimizer.adam_eps is {optimizer.adam_eps}, but adamw8bit takes gradients below 1e-12 for 0: use at least "
         f"{SMALLEST_EPS_8BIT}, or adamw",
+    )
+    if optimizer.name == "galore":
+        _check_galore(config)
+
+
+def _check_galore(config: Config) -> None:
+    """There are full-rank maps to project, none of them smaller than the rank."""
+    rank, model = config.optimizer.galore_rank, config.model
+    require(
+        model.variant == "full_rank",
+        f"optimizer.name is galore, but the linear maps of model.variant {model.variant} are of low rank themselves: "
+        "use variant full_rank, or adamw",
+    )
+    position, shape = min(position_table(model).shapes.items(), key=lambda item: min(item[1]))
+    require(
+        rank <= min(shape),
+        f"optimizer.galore_rank {rank} is above {min(shape)}, the smaller side of the linear map {position}: use at "
+        f"most {min(shape)}",
     )
 
 

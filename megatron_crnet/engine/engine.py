@@ -29,10 +29,11 @@ from megatron_crnet.config.positions import METHODS
 from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed.consensus import Vote
 from megatron_crnet.distributed.process_groups import MegatronMpu, NormMpu, ParallelContext
+from megatron_crnet.engine.galore import is_projected
 from megatron_crnet.engine.inverse_guard import plan_inverse_segments
 from megatron_crnet.engine.optimizer import (
     ParamGroup,
-    build_adamw,
+    build_optimizer,
     build_scheduler,
     count_groups,
     lr_multiplier,
@@ -42,7 +43,7 @@ from megatron_crnet.engine.optimizer import (
 from megatron_crnet.engine.relora import restart
 from megatron_crnet.engine.schedule import Batch, ScheduledChunk, loss_totals, run_logits, run_schedule
 from megatron_crnet.engine.state_kinds import MASTER
-from megatron_crnet.engine.zero import kinds_of, zero_state
+from megatron_crnet.engine.zero import zero_state
 from megatron_crnet.model.gpt import CRNetModel
 from megatron_crnet.model.linear import LowRankGroup
 from megatron_crnet.model.weights import Weight, by_parameter, canonical_weights
@@ -83,7 +84,7 @@ class TrainEngine:
         """Checkpointed layers that the guard of `inverse` has added on all pipeline stages."""
         self.zero = zero_state(self.deepspeed, self.stage)
         self.zero.forget_first_step()
-        self.zero.prepare()
+        self.zero.prepare(self._projected)
         self._on_weights_loaded()
         self.scheduler, self._steps = build_scheduler(config, self.optimizer), 0
         self.last_grad_norm: float | None = None
@@ -101,16 +102,25 @@ class TrainEngine:
         ]
 
     def _parameter_groups(self) -> list[ParamGroup]:
-        section, config = self.config.optimizer, self.config
-        weights = [weight for chunk in self.chunks for weight in canonical_weights(chunk)]
+        section, config, weights = self.config.optimizer, self.config, self._weights
         needs_equal_numbers = config.parallel.pipeline_model_parallel_size > 1 and not config.training.bf16
         return parameter_groups(
             self.chunks,
             section.weight_decay,
             partial_apart=self.stage >= 2,
             multipliers={weight.parameter: lr_multiplier(weight.name, section.lr_multipliers) for weight in weights},
-            at_least=count_groups(config.model, section.lr_multipliers) if needs_equal_numbers else 0,
+            projected={weight.parameter for weight in self._projected},
+            at_least=count_groups(config.model, section) if needs_equal_numbers else 0,
         )
+
+    @property
+    def _weights(self) -> list[Weight]:
+        return [weight for chunk in self.chunks for weight in canonical_weights(chunk)]
+
+    @property
+    def _projected(self) -> list[Weight]:
+        section, table = self.config.optimizer, self.chunks[0].config.table
+        return [weight for weight in self._weights if is_projected(weight.name, section, table)]
 
     def _optimizer_factory(
         self, in_fp32: dict[nn.Parameter, Tensor]
@@ -119,7 +129,7 @@ class TrainEngine:
             # DeepSpeed has just cast every parameter to bf16; beta goes back to fp32 before ZeRO sees it
             for parameter, value in in_fp32.items():
                 parameter.data = value.to(parameter.device)
-            return build_adamw(groups, self.config.optimizer, on_host=offloads_optimizer(self.config))
+            return build_optimizer(groups, self.config.optimizer, on_host=offloads_optimizer(self.config))
 
         return factory
 
@@ -255,7 +265,7 @@ class TrainEngine:
             for weight in weights:
                 if weight.name in masters:
                     weight.local(whole).copy_(masters[weight.name])
-            moments = {kind: torch.zeros_like(whole) for kind in kinds_of(parameter) if kind != MASTER}
+            moments = {kind: torch.zeros_like(whole) for kind in self.zero.kinds_of(parameter) if kind != MASTER}
             self.zero.write(parameter, {MASTER: whole, **moments})
         self.zero.finish(0)
 

@@ -1,9 +1,9 @@
-"""AdamW over parameter groups, and the learning rate over time."""
+"""The optimizer over parameter groups, and the learning rate over time."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from megatron_crnet.config.positions import position_table
 from megatron_crnet.config.schema import Config, LrPart, ModelConfig, OptimizerConfig
 from megatron_crnet.config.validation import restart_interval, wsd_decay_steps
 from megatron_crnet.engine.adam8bit import AdamW8bit
+from megatron_crnet.engine.galore import Projection, is_projected
+from megatron_crnet.engine.sharded_galore import ShardedGaLore
 from megatron_crnet.utils.errors import require
 
 ParamGroup = dict[str, Any]
@@ -37,15 +39,20 @@ def lr_multiplier(name: str, multipliers: Mapping[LrPart, float]) -> float:
     return math.prod(multipliers.get(part, 1.0) for part, applies in parts.items() if applies)
 
 
-def count_groups(model: ModelConfig, multipliers: Mapping[LrPart, float]) -> int:
+def count_groups(model: ModelConfig, section: OptimizerConfig) -> int:
     """Groups of the parameters of a whole fp32 model."""
     table, names = position_table(model), ["model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"]
     for layer in range(model.num_layers):
         kinds = ["weight"] if table.is_full_rank(layer) else ["a.weight", "b.weight"]
         kinds += ["beta"] if table.has_previous(layer) else []
-        names += [f"model.layers.{layer}.map.{kind}" for kind in kinds]
+        names += [f"model.layers.{layer}.{p.module}.{kind}" for p in table.architecture.positions for kind in kinds]
     undecayed = ("norm.weight", ".beta")
-    return len({(name.endswith(undecayed), lr_multiplier(name, multipliers)) for name in names})
+    return len(
+        {
+            (name.endswith(undecayed), lr_multiplier(name, section.lr_multipliers), is_projected(name, section, table))
+            for name in names
+        }
+    )
 
 
 def parameter_groups(
@@ -54,9 +61,10 @@ def parameter_groups(
     *,
     partial_apart: bool = False,
     multipliers: Mapping[nn.Parameter, float] | None = None,
+    projected: Collection[nn.Parameter] = (),
     at_least: int = 0,
 ) -> list[ParamGroup]:
-    """Groups by weight decay (matrices only: none for beta and norms), learning rate and dtype.
+    """Groups by weight decay (matrices only: none for beta and norms), projection, learning rate and dtype.
 
     fp32 parameters of a bf16 model need groups of their own, because DeepSpeed flattens each group into one tensor.
     An fp32 model has the same number of groups on every pipeline stage, whatever its layers: DeepSpeed's ZeRO-1 sums
@@ -64,23 +72,25 @@ def parameter_groups(
 
     Args:
         multipliers: factors of the learning rate, if they are not 1.
+        projected: what GaLore projects, in groups of its own.
         at_least: number of groups to which they are divided if they are fewer.
         partial_apart: also keep parameters with partial gradients in groups of their own, so that these can be
             summed where ZeRO 2 and 3 keep them, flattened by group. Stages then differ: not for pipelines.
     """
-    groups: dict[tuple[bool, bool, torch.dtype, float], ParamGroup] = {}
+    groups: dict[tuple[bool, bool, bool, torch.dtype, float], ParamGroup] = {}
     for parameter in (p for module in modules for p in module.parameters() if p.requires_grad):
         decays = parameter.dim() >= 2
         partial = partial_apart and is_partial(parameter)
         multiplier = (multipliers or {}).get(parameter, 1.0)
         group = groups.setdefault(
-            (decays, partial, parameter.dtype, multiplier),
+            (decays, parameter in projected, partial, parameter.dtype, multiplier),
             {
                 "params": [],
                 "weight_decay": weight_decay if decays else 0.0,
                 "wd_mult": 1.0 if decays else 0.0,
                 "lr_mult": multiplier,
                 "is_matrix": decays,
+                "is_projected": parameter in projected,
             },
         )
         group["params"].append(parameter)
@@ -100,8 +110,10 @@ def _divided(groups: list[ParamGroup], at_least: int) -> list[ParamGroup]:
     return groups
 
 
-def build_adamw(groups: list[ParamGroup], config: OptimizerConfig, *, on_host: bool = False) -> torch.optim.Optimizer:
-    """AdamW8bit if the name asks for it; else Apex's FusedAdam where it is installed, or PyTorch's, fused on CUDA.
+def build_optimizer(
+    groups: list[ParamGroup], config: OptimizerConfig, *, on_host: bool = False
+) -> torch.optim.Optimizer:
+    """What the name asks for; adamw is Apex's FusedAdam where it is installed, or PyTorch's, fused on CUDA.
 
     Args:
         on_host: DeepSpeed will give it master weights in host memory, which Apex's kernels cannot reach.
@@ -114,6 +126,8 @@ def build_adamw(groups: list[ParamGroup], config: OptimizerConfig, *, on_host: b
     }
     if config.name == "adamw8bit":
         return AdamW8bit(groups, **arguments)
+    if config.name == "galore":
+        return ShardedGaLore(groups, Projection.of(config), **arguments)
     if on_host or not torch.cuda.is_available():
         return torch.optim.AdamW(groups, **arguments)
     try:

@@ -10,12 +10,11 @@ Gradients: who reduces and divides them, and where they lie after the last backw
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from itertools import accumulate
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_grad
@@ -24,19 +23,23 @@ from torch import Tensor, nn
 
 from megatron_crnet.engine.adam8bit import AdamW8bit, BlockwiseMoment
 from megatron_crnet.engine.optimizer import is_partial
-from megatron_crnet.engine.param_shard import ParamShard
+from megatron_crnet.engine.param_shard import (
+    ParamShard,
+    Placement,
+    equal_parts,
+    exchange_shards,
+    frozen_shard,
+    overlap,
+)
+from megatron_crnet.engine.sharded_galore import ShardedGaLore
 from megatron_crnet.engine.state_kinds import KINDS, MASTER
+from megatron_crnet.model.weights import Weight
 from megatron_crnet.utils.errors import CheckpointError
 
 
 def local_shape(parameter: nn.Parameter) -> torch.Size:
     """Shape of this rank's parameter, which ZeRO-3 empties."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def kinds_of(parameter: nn.Parameter) -> tuple[str, ...]:
-    """What is kept of a parameter: a frozen one has no moments."""
-    return KINDS if parameter.requires_grad else (MASTER,)
 
 
 def held_partition(parameter: nn.Parameter) -> Tensor:
@@ -54,7 +57,7 @@ class ZeroState:
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
         self.engine, self.optimizer, self.device = engine, engine.optimizer, engine.device
-        self._places: dict[nn.Parameter, list[tuple[int, int] | None]] | None = None
+        self._projected: set[nn.Parameter] = set()
         self.swaps = bool(getattr(self.optimizer, "swap_optimizer", False))
         """State lives on NVMe; DeepSpeed alone can read it."""
 
@@ -72,12 +75,25 @@ class ZeroState:
         for group in self.adam.param_groups:
             group.pop("step", None)  # where Apex's FusedAdam counts
 
-    def prepare(self) -> None:
-        """Before the first step: masters of frozen parameters, and blocks of 8-bit moments for each of the others."""
+    def prepare(self, projected: Sequence[Weight]) -> None:
+        """Before the first step: masters of frozen parameters; what the optimizer's tensors hold, what it projects."""
         shards = self._adam_shards()
         if isinstance(self.adam, AdamW8bit):
             for shard in shards:
                 self.adam.segments.setdefault(shard.master, []).append((shard.start, shard.numel))
+        if self.galore is not None:
+            self._projected = {weight.parameter for weight in projected}
+            parts = [(weight, self.placement(weight.parameter), local_shape(weight.parameter)) for weight in projected]
+            self.galore.plan(parts, self._replica if self.stage > 0 else None)
+
+    def kinds_of(self, parameter: nn.Parameter) -> Sequence[str]:
+        """What is kept of a parameter: frozen ones have no moments, of those that GaLore projects it keeps its own."""
+        return KINDS if parameter.requires_grad and parameter not in self._projected else (MASTER,)
+
+    @property
+    def galore(self) -> ShardedGaLore | None:
+        """The optimizer, if it is GaLore, which keeps the state of whole matrices."""
+        return self.adam if isinstance(self.adam, ShardedGaLore) else None
 
     # gradients
 
@@ -108,51 +124,59 @@ class ZeroState:
     @cached_property
     def shards(self) -> dict[nn.Parameter, ParamShard | None]:
         """This rank's shard of every parameter; None where it has none."""
-        every = self.engine.module.parameters()
-        return {p: self._shard(p) if p.requires_grad else self._frozen_shard(p) for p in every}
+        return {p: self._shard(p) for p in self.engine.module.parameters()}
 
     def _adam_shards(self) -> list[ParamShard]:
         """Of what the optimizer updates."""
         return [shard for p, shard in self.shards.items() if shard is not None and p.requires_grad]
 
-    def _frozen_shard(self, parameter: nn.Parameter) -> ParamShard | None:
-        """Of a frozen parameter, which DeepSpeed's optimizer does not know: this replica's share of it in fp32.
-
-        In an fp32 model that is the parameter's own memory. In bf16 it lies on the host, where only merges and
-        checkpoints touch it, because what a merge adds may be less than bf16 can hold.
-        """
-        held, start, offset, numel = self._held(parameter)
-        if numel <= 0:
-            return None
-        if held.dtype == torch.float32:
-            return ParamShard(held, start, offset, numel)
-        part = held.detach().view(-1).narrow(0, start, numel)
-        return ParamShard(part.to("cpu", torch.float32, copy=True), 0, offset, numel)
-
-    def _held(self, parameter: nn.Parameter) -> tuple[Tensor, int, int, int]:
-        """Memory of a frozen parameter, and where in it and in the parameter this replica's share starts; its size."""
-        replicas = 1 if self.stage == 0 else parallel_state.get_data_parallel_world_size()
-        share = -(-parameter.numel() // replicas)
-        start = share * (parallel_state.get_data_parallel_rank() if self.stage else 0)
-        return parameter, start, start, min(share, parameter.numel() - start)
-
     def _shard(self, parameter: nn.Parameter) -> ParamShard | None:
-        return self._fp32_copies.get(parameter, ParamShard(parameter, 0, 0, parameter.numel()))
+        offset, numel = self._places(parameter)[self._replica]
+        if not numel:
+            return None
+        if not parameter.requires_grad:  # DeepSpeed's optimizer does not know it
+            return frozen_shard(*self._held(parameter, offset), offset, numel)
+        placement = self.placement(parameter)
+        return ParamShard(placement.master, placement.start, offset, numel)
+
+    def _held(self, parameter: nn.Parameter, offset: int) -> tuple[Tensor, int]:
+        """Memory of a frozen parameter, and where in it this replica's share, from `offset` on, starts."""
+        return parameter, offset
+
+    def _places(self, parameter: nn.Parameter) -> Sequence[tuple[int, int]]:
+        """Offset and size of each replica's shard."""
+        if parameter.requires_grad:
+            return self.placement(parameter).shards
+        return equal_parts(local_shape(parameter).numel(), self._replicas if self.stage > 0 else 1)
+
+    @property
+    def _replica(self) -> int:
+        """Number of this rank's shard in placements."""
+        return parallel_state.get_data_parallel_rank() if self.stage > 0 else 0
+
+    @property
+    def _replicas(self) -> int:
+        return parallel_state.get_data_parallel_world_size()
+
+    def placement(self, parameter: nn.Parameter) -> Placement:
+        """Where the replicas keep a parameter's fp32 master."""
+        master, start = self._fp32_copies.get(parameter, (parameter, 0))
+        return Placement(master, start, [(0, parameter.numel())])
 
     @cached_property
-    def _fp32_copies(self) -> dict[nn.Parameter, ParamShard]:
-        """In bf16: one for each parameter, or with Apex one for each group."""
+    def _fp32_copies(self) -> dict[nn.Parameter, tuple[Tensor, int]]:
+        """In bf16: one for each parameter, or with Apex one for each group, in which it has a start."""
         low, found = getattr(self.optimizer, "fp16_groups", []), {}
         if hasattr(self.optimizer, "fp32_groups_flat"):
             for parameters, flat in zip(low, self.optimizer.fp32_groups_flat, strict=True):
                 start = 0
                 for parameter in parameters:
-                    found[parameter] = ParamShard(flat, start, 0, parameter.numel())
+                    found[parameter] = flat, start
                     start += parameter.numel()
         elif hasattr(self.optimizer, "fp32_groups"):
             for parameters, masters in zip(low, self.optimizer.fp32_groups, strict=True):
                 for parameter, master in zip(parameters, masters, strict=True):
-                    found[parameter] = ParamShard(master, 0, 0, parameter.numel())
+                    found[parameter] = master, 0
         return found
 
     def read(self, parameter: nn.Parameter, kind: str, owners: Collection[int] | None = None) -> Tensor | None:
@@ -173,39 +197,8 @@ class ZeroState:
             if found is not None and mine is not None:
                 found.cut(whole).copy_(mine)
         if self.stage > 0:
-            self._exchange(parameter, mine, whole, owners)
+            exchange_shards(mine, whole, self._places(parameter), owners)
         return None if whole is None else whole.view(local_shape(parameter))
-
-    def _exchange(
-        self, parameter: nn.Parameter, mine: Tensor | None, whole: Tensor | None, owners: Collection[int] | None
-    ) -> None:
-        """Send this replica's shard to the owners, and receive the others' where this is one."""
-        group = parallel_state.get_data_parallel_group()
-        rank, places = dist.get_rank(group), self._places_of_replicas()[parameter]
-        peers = [other for other in range(len(places)) if other != rank]
-        calls = [
-            dist.P2POp(dist.isend, mine, dist.get_global_rank(group, other), group)
-            for other in peers
-            if mine is not None and (owners is None or other in owners)
-        ]
-        if whole is not None:
-            parts = [(other, place) for other in peers if (place := places[other]) is not None]
-            calls += [
-                dist.P2POp(dist.irecv, whole.narrow(0, *place), dist.get_global_rank(group, other), group)
-                for other, place in parts
-            ]
-        for call in dist.batch_isend_irecv(calls) if calls else []:
-            call.wait()
-
-    def _places_of_replicas(self) -> dict[nn.Parameter, list[tuple[int, int] | None]]:
-        """Offset and size of each replica's shard of each parameter; the first time a collective call over replicas."""
-        if self._places is None:
-            mine = [None if found is None else (found.offset, found.numel) for found in self.shards.values()]
-            group = parallel_state.get_data_parallel_group()
-            everyone: list[Any] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(everyone, mine, group=group)
-            self._places = {parameter: list(places) for parameter, *places in zip(self.shards, *everyone, strict=True)}
-        return self._places
 
     def write(self, parameter: nn.Parameter, values: Mapping[str, Tensor]) -> None:
         """Set master and moments from whole values; the parameter itself follows, under ZeRO-3 with `finish`."""
@@ -261,6 +254,8 @@ class ZeroState:
             for master in {id(shard.master): shard.master for shard in self._adam_shards()}.values():
                 device = master.device if fused else None
                 self.adam.state[master]["step"] = torch.tensor(float(steps), device=device)
+        if self.galore is not None:
+            self.galore.restore_count(steps)
 
     # what a simulated step counts
 
@@ -271,6 +266,7 @@ class ZeroState:
     def state(self) -> list[Tensor]:
         """Every tensor of master weights and moments, of weights where they are the masters."""
         found = [p.data for group in self.adam.param_groups for p in group["params"]]
+        found += self.galore.tensors if self.galore is not None else []
         for value in (value for state in self.adam.state.values() for value in state.values()):
             found += value.tensors if isinstance(value, BlockwiseMoment) else [value] if torch.is_tensor(value) else []
         return found
@@ -300,12 +296,23 @@ class Stage1(ZeroState):
         else:
             self.engine.allreduce_gradients()
 
-    def _shard(self, parameter: nn.Parameter) -> ParamShard | None:
-        found = parameter._hp_mapping  # type: ignore[attr-defined]
-        if found is None:
-            return None
-        here, there = found.hp_fragment_address, found.lp_fragment_address
-        return ParamShard(self._masters[found.param_group_index], here.start, there.start, here.numel)
+    def placement(self, parameter: nn.Parameter) -> Placement:
+        """From where it lies in its flattened group, of which every rank has an equal part."""
+        group, first = self._positions[parameter]
+        master = self._masters[group]
+        size = master.numel()
+        shards = [overlap(first, parameter.numel(), d * size, size) for d in range(self._replicas)]
+        return Placement(master, max(first - self._replica * size, 0), shards)
+
+    @cached_property
+    def _positions(self) -> dict[nn.Parameter, tuple[int, int]]:
+        """Of each parameter the number of its group, and where it begins in that."""
+        grouped = zip(*self._groups_and_offsets, strict=True)
+        return {p: (i, start) for i, pair in enumerate(grouped) for p, start in zip(*pair, strict=False)}
+
+    @property
+    def _groups_and_offsets(self) -> tuple[list[list[nn.Parameter]], list[list[int]]]:
+        return self.optimizer.round_robin_bit16_groups, self.optimizer.round_robin_bit16_offsets
 
     @property
     def _masters(self) -> list[Tensor]:
@@ -329,6 +336,11 @@ class Stage1BF16(Stage1):
         """DeepSpeed's setter fails for a parameter that is cut between ranks under this optimizer."""
         for gradient in (gradient for group in self.optimizer.fp32_groups_gradients for gradient in group):
             gradient.fill_(math.nan)
+
+    @property
+    def _groups_and_offsets(self) -> tuple[list[list[nn.Parameter]], list[list[int]]]:
+        groups = self.optimizer.bf16_groups
+        return groups, [list(accumulate((p.numel() for p in group), initial=0)) for group in groups]
 
     @property
     def _masters(self) -> list[Tensor]:
@@ -371,17 +383,14 @@ class Stage3(Stage2):
         """From the master: the parameter itself may be rounded to bf16."""
         return safe_get_full_fp32_param(parameter)
 
-    def _held(self, parameter: nn.Parameter) -> tuple[Tensor, int, int, int]:
-        """See the base; the last partition is padded."""
-        held, rank = held_partition(parameter), dist.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
-        offset = held.numel() * rank
-        return held, 0, offset, min(held.numel(), parameter.ds_numel - offset)  # type: ignore[attr-defined]
+    def _held(self, parameter: nn.Parameter, offset: int) -> tuple[Tensor, int]:
+        """See the base."""
+        return held_partition(parameter), 0
 
-    def _shard(self, parameter: nn.Parameter) -> ParamShard | None:
-        group, start, size = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
-        offset = size * dist.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
-        numel = min(size, parameter.ds_numel - offset)  # type: ignore[attr-defined]  # the last partition is padded
-        return ParamShard(self._masters[group], start, offset, numel) if numel > 0 else None
+    def placement(self, parameter: nn.Parameter) -> Placement:
+        """From equal parts of the parameter itself, of which the last is padded."""
+        group, start, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+        return Placement(self._masters[group], start, equal_parts(local_shape(parameter).numel(), self._replicas))
 
     @property
     def _masters(self) -> list[Tensor]:

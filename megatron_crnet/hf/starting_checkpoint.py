@@ -24,9 +24,11 @@ from megatron_crnet.checkpoint.directory import (
 )
 from megatron_crnet.checkpoint.run_folder import RunFolders, states_in
 from megatron_crnet.checkpoint.train_state import TrainingState
+from megatron_crnet.config.positions import position_table
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.fingerprint import TrainedOn
-from megatron_crnet.engine.state_kinds import MASTER, MOMENTS
+from megatron_crnet.engine.galore import kept_shapes
+from megatron_crnet.engine.state_kinds import MASTER
 from megatron_crnet.utils.errors import DataError
 from megatron_crnet.utils.versions import library_versions
 
@@ -54,7 +56,7 @@ def write_starting_checkpoint(
             )
         shutil.rmtree(unfinished, ignore_errors=True)  # of a writer that was killed
         unfinished.mkdir()
-        names = [_write_masters(unfinished, i, weights) for i, weights in enumerate(portions, start=1)]
+        names = [_write_masters(unfinished, i, weights, config) for i, weights in enumerate(portions, start=1)]
         seal(unfinished, target, config, _fresh_state(trained_on, origin), file_entries(unfinished, names))
         point_latest_at(target)
     return target
@@ -83,12 +85,16 @@ def _partial_checkpoint(target: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _write_masters(folder: Path, number: int, weights: dict[str, Tensor]) -> str:
+def _write_masters(folder: Path, number: int, weights: dict[str, Tensor], config: Config) -> str:
     """One file as a rank would write it that owns these weights whole. Returns its name."""
     name = f"shard-{number:05d}-model-00001-of-00001.safetensors"
-    masters = {f"{MASTER}.{n}": tensor for n, tensor in weights.items()}
-    moments = {f"{kind}.{n}": torch.zeros(t.shape) for kind in MOMENTS for n, t in weights.items()}
-    save_tensors({**masters, **moments}, folder / name)
+    table = position_table(config.model)
+    tensors = {
+        f"{kind}.{n}": tensor if kind == MASTER else torch.zeros(shape)
+        for n, tensor in weights.items()
+        for kind, shape in kept_shapes(n, tuple(tensor.shape), config.optimizer, table).items()
+    }
+    save_tensors(tensors, folder / name)
     return name
 
 

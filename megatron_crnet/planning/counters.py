@@ -26,6 +26,7 @@ KINDS = {
     "reduce_scatter_tensor_coalesced_": "reduce_scatter",
     "allreduce_": "all_reduce",
     "allreduce_coalesced_": "all_reduce",
+    "alltoall_base_": "all_to_all",
     "broadcast_": "broadcast",
     "send": "send",
 }

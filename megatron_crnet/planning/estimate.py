@@ -14,7 +14,7 @@ from megatron_crnet.config.model_size import flops_per_token
 from megatron_crnet.config.schema import Config
 from megatron_crnet.planning.machines import MACHINES, Machine
 from megatron_crnet.planning.memory import estimate_memory
-from megatron_crnet.planning.profile import DATA, PIPELINE, TENSOR, CommVolume, Memory
+from megatron_crnet.planning.profile import DATA, PIPELINE, STAGE, TENSOR, CommVolume, Memory
 from megatron_crnet.planning.roofline import Operations, StepTime, estimate_operations, estimate_time
 from megatron_crnet.planning.shards import build_local_models
 from megatron_crnet.planning.volume import estimate_volumes
@@ -109,5 +109,5 @@ def node_crossings(tp: int, pp: int, dp: int, gpus_per_node: int) -> dict[str, f
         return rank // gpus_per_node != following // gpus_per_node
 
     world = tp * pp * dp
-    rings = {TENSOR: (tp, 1), DATA: (dp, tp), PIPELINE: (pp, tp * dp)}
+    rings = {TENSOR: (tp, 1), DATA: (dp, tp), PIPELINE: (pp, tp * dp), STAGE: (tp * dp, 1)}
     return {name: sum(crosses(rank, *ring) for rank in range(world)) / world for name, ring in rings.items()}

@@ -14,8 +14,9 @@ from megatron_crnet.config.deepspeed import DEFAULT_BUCKET, offloads_optimizer, 
 from megatron_crnet.engine.adam8bit import BLOCK, CHUNK
 from megatron_crnet.model.block import boundary_widths
 from megatron_crnet.model.glue import FEW
+from megatron_crnet.planning.galore import galore_share
 from megatron_crnet.planning.profile import Memory
-from megatron_crnet.planning.shards import Chunk, LocalModel
+from megatron_crnet.planning.shards import PROJECTED, Chunk, LocalModel
 from megatron_crnet.planning.volume import persistent, zero3_gathers
 from megatron_crnet.recompute.planner import kept_widths, layer_widths, micro_batches_in_flight
 
@@ -23,6 +24,9 @@ SUB_GROUP = 1_000_000_000
 """DeepSpeed's default of `sub_group_size`: elements that stage 3 updates at once."""
 EIGHT_BIT_UPDATE = 17
 """Bytes of temporary tensors per element of `adam8bit.update_blocks`."""
+GALORE_UPDATE = 16
+"""Bytes per element of the largest projected matrix: gradient, direction, what is sent and received, or with a new
+projection the gradient and its singular vectors. The workspace of the decomposition itself is not in it."""
 
 
 def estimate_memory(model: LocalModel, plan: BatchPlan) -> Memory:
@@ -42,15 +46,14 @@ def _state(model: LocalModel, dp: int) -> dict[str, float]:
     """State with the optimizer on the device, and memory for reduction and update; betas count as bf16."""
     stage, bf16, n, size = model.stage, model.bf16, model.padded(dp), model.element
     bucket, tensor = 4 * model.bucket, max(p.numel for p in model.parameters)
-    partial = model.partial_numel if stage >= 2 else 0
-    share = max(partial, n - partial) / dp  # of the larger parameter group
-    moments = _moments_per_element(model)
-    state: dict[str, float] = {"weights": n * size, "optimizer": (4 + moments) * n / dp}
-    state |= {"reduction": 0, "update": _update(model, share)}
+    share = _largest_group(model) / dp
+    state: dict[str, float] = {"weights": n * size, "optimizer": 4 * n / dp + _optimizer_state(model, n / dp, dp)}
+    state |= {"reduction": 0, "update": _update(model, share, dp)}
     if stage == 0:
         copies = 4 if bf16 else 0
-        state |= {"optimizer": n * (copies + moments), "reduction": size * min(n, DEFAULT_BUCKET + tensor)}
-        return {**state, "gradients": n * size, "buffers": 0, "update": _update(model, tensor) + copies * n}
+        optimizer = n * copies + _optimizer_state(model, n, dp)
+        state |= {"optimizer": optimizer, "reduction": size * min(n, DEFAULT_BUCKET + tensor)}
+        return {**state, "gradients": n * size, "buffers": 0, "update": _update(model, tensor, dp) + copies * n}
     if stage == 1 and bf16:  # flat fp32 gradients, reduced in one piece
         return {**state, "gradients": 4 * n, "buffers": 0, "reduction": 4 * n}
     if stage == 1:  # two buckets
@@ -60,7 +63,7 @@ def _state(model: LocalModel, dp: int) -> dict[str, float]:
         return {**state, "buffers": 0}
     whole = persistent(model) * size  # not while the optimizer steps
     group = min(share, zero_option(model.config, "sub_group_size", SUB_GROUP))
-    update = max(0, 4 * group + _update(model, group) - whole)
+    update = max(0, 4 * group + _update(model, group, dp) - whole)
     return {**state, "weights": n / dp * size + whole, "buffers": bucket, "update": update}
 
 
@@ -72,19 +75,35 @@ def _frozen(model: LocalModel, state: dict[str, float], dp: int) -> dict[str, fl
     return {"weights": state["weights"] + n * model.element / shards[0], "host": state.get("host", 0) + masters}
 
 
-def _moments_per_element(model: LocalModel) -> float:
-    """Bytes of both moments; `engine/adam8bit.py` keeps those of matrices as codes with a scale per block."""
-    if model.config.optimizer.name == "adamw":
-        return 8
-    matrices = sum(p.numel for p in model.parameters if p.kind == "matrix") / model.numel
-    return 8 * (1 - matrices) + (2 + 8 / BLOCK) * matrices
+def _largest_group(model: LocalModel) -> int:
+    """Elements of the largest parameter group; ZeRO 2 and 3 keep partial gradients apart."""
+    partial = model.partial_numel if model.stage >= 2 else 0
+    projected = sum(p.numel for p in model.parameters if p.kind == PROJECTED)
+    return max(partial, projected, model.padded(1) - partial - projected)
 
 
-def _update(model: LocalModel, numel: float) -> float:
+def _optimizer_state(model: LocalModel, numel: float, dp: int) -> float:
+    """Bytes of both moments of this rank's `numel` elements, and of GaLore's projections.
+
+    `engine/adam8bit.py` keeps those of matrices as codes with a scale per block.
+    """
+    name, every = model.config.optimizer.name, sum(p.numel for p in model.parameters)
+    if name == "galore":
+        plain = sum(p.numel for p in model.parameters if p.kind != PROJECTED) / every
+        return 8 * plain * numel + 4 * galore_share(model, dp).state
+    matrices = sum(p.numel for p in model.parameters if p.kind == "matrix") / every if name == "adamw8bit" else 0
+    return (8 * (1 - matrices) + (2 + 8 / BLOCK) * matrices) * numel
+
+
+def _update(model: LocalModel, numel: float, dp: int) -> float:
     """Bytes of temporary tensors while the optimizer updates a group of `numel` elements, without a fused kernel."""
-    if model.config.optimizer.name == "adamw":
-        return 8 * numel
-    return EIGHT_BIT_UPDATE * min(numel, max(p.numel for p in model.parameters), CHUNK)  # a parameter at a time
+    largest = max(p.numel for p in model.parameters)
+    if model.config.optimizer.name == "adamw8bit":
+        return EIGHT_BIT_UPDATE * min(numel, largest, CHUNK)  # a parameter at a time
+    if model.config.optimizer.name == "galore":
+        plain = sum(p.numel for p in model.parameters if p.kind == "matrix") / (dp if model.stage else 1)
+        return max(8 * min(numel, plain), GALORE_UPDATE * galore_share(model, dp).largest)
+    return 8 * numel
 
 
 def _offloaded(model: LocalModel, plan: BatchPlan) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 TENSOR, PIPELINE, DATA, MODEL, STAGE, WORLD = "TP", "PP", "DP", "TP x PP", "TP x DP", "world"
-"""Names of process groups. The last three reduce a few scalars per step."""
+"""Names of process groups. The last three reduce a few scalars per step; in STAGE GaLore also exchanges matrices."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class CommVolume:
     """Collective calls or messages of one kind in one group in a step.
 
     Attributes:
-        kind: all_gather, reduce_scatter, all_reduce or send.
+        kind: all_gather, reduce_scatter, all_reduce, all_to_all (of what leaves the rank) or send.
         group: one of the names above.
         size: ranks of the group.
         bytes: volume of this rank (see `planning/counters.py`), for `send` only what it sends.
@@ -69,8 +69,8 @@ class CommVolume:
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes sent by a ring algorithm: (n - 1) / n of the volume."""
-        return float(self.bytes) if self.kind == "send" else self.bytes * (self.size - 1) / self.size
+        """Bytes sent: by a ring algorithm (n - 1) / n of the volume, in messages and exchanges all."""
+        return float(self.bytes) if self.kind in ("send", "all_to_all") else self.bytes * (self.size - 1) / self.size
 
 
 @dataclass(frozen=True)

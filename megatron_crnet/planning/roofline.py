@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from megatron_crnet.config.batch import BatchPlan
 from megatron_crnet.config.deepspeed import offloads_optimizer
+from megatron_crnet.planning.galore import galore_share
 from megatron_crnet.planning.machines import Machine
-from megatron_crnet.planning.profile import DATA, PIPELINE, TENSOR, CommVolume, Memory
+from megatron_crnet.planning.profile import DATA, PIPELINE, STAGE, TENSOR, CommVolume, Memory
 from megatron_crnet.planning.shards import Chunk, LocalModel
 from megatron_crnet.planning.volume import repeats_outputs
 from megatron_crnet.recompute.planner import layer_widths
@@ -35,16 +36,18 @@ class Operations:
     Attributes:
         passes: forward and backward without recomputation.
         attention: share of attention in both.
+        update: of GaLore's projections, in fp32.
     """
 
     passes: int
     recomputation: int
     attention: int
+    update: int = 0
 
     @property
     def total(self) -> int:
         """All operations."""
-        return self.passes + self.recomputation
+        return self.passes + self.recomputation + self.update
 
 
 def estimate_operations(model: LocalModel, plan: BatchPlan) -> Operations:
@@ -62,7 +65,8 @@ def estimate_operations(model: LocalModel, plan: BatchPlan) -> Operations:
             shape = model.config.model
             passes += 6 * model.tokens * shape.hidden_size * (shape.vocab_size // model.tp)
     count = plan.num_microbatches
-    return Operations(passes * count, again * count, attended * count)
+    update = galore_share(model, plan.dp_size).operations if model.config.optimizer.name == "galore" else 0
+    return Operations(passes * count, again * count, attended * count, update)
 
 
 def _layer_products(model: LocalModel, layer: int) -> tuple[int, int]:
@@ -136,10 +140,10 @@ def estimate_time(
 ) -> StepTime:
     """The time of a step on a rank of this stage; `crossings` as in `node_crossings`."""
     # kernels on GPUs skip the masked half of attention
-    useful = operations.total - operations.attention / 2
+    useful = operations.passes + operations.recomputation - operations.attention / 2
     matmul = useful / (machine.peak(model.config.training.dtype) * machine.product_efficiency)
     elementwise = plan.num_microbatches * _activation_bytes(model) / machine.memory_bandwidth
-    seconds = dict.fromkeys((TENSOR, PIPELINE, DATA), 0.0)
+    seconds = dict.fromkeys((TENSOR, PIPELINE, DATA, STAGE), 0.0)
     for volume in volumes:
         seconds[volume.group] += _transfer_time(volume, machine, crossings[volume.group])
     kernels = sum(LAUNCHES * len(c.layers) + REBUILT_LAUNCHES * sum(map(len, c.segments)) for c in model.chunks)
@@ -152,8 +156,9 @@ def estimate_time(
         tensor_parallel=seconds[TENSOR],
         pipeline=seconds[PIPELINE],
         bubble=busy * (model.pp - 1) / (plan.num_microbatches * len(model.chunks)),
-        data_parallel=seconds[DATA],
-        update=_update_time(model, memory, plan, machine),
+        data_parallel=seconds[DATA] + seconds[STAGE],
+        update=_update_time(model, memory, plan, machine)
+        + operations.update / (machine.peak("fp32") * machine.product_efficiency),
     )
 
 

@@ -18,6 +18,9 @@ from megatron_crnet.config.positions import Group
 from megatron_crnet.config.schema import Config
 from megatron_crnet.recompute.planner import initial_segments, plan_inverse_segments
 
+PROJECTED = "projected"
+"""Kind of the linear maps that GaLore projects."""
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -43,7 +46,7 @@ class LocalParameter:
     Attributes:
         layer: -1 for the embedding, num_layers for final norm and output layer.
         numel: elements on this rank.
-        kind: matrix, norm or beta, which are separate parameter groups in bf16.
+        kind: matrix, `PROJECTED`, norm or beta, which are separate parameter groups in bf16.
         is_partial: its gradient is a partial sum over tensor-parallel ranks.
         is_frozen: it is not trained.
     """
@@ -107,7 +110,7 @@ class LocalModel:
             return sum(-(-p.numel // dp_size) * dp_size for p in self.parameters)
         groups = Counter[str]()
         for p in self.parameters:
-            groups[p.kind if self.bf16 or p.kind == "matrix" else "norm"] += p.numel
+            groups[p.kind if self.bf16 or p.kind in ("matrix", PROJECTED) else "norm"] += p.numel
         return sum(-(-numel // (2 * dp_size)) * 2 * dp_size for numel in groups.values())
 
     @cached_property
@@ -160,19 +163,20 @@ def _weights(config: Config, transformer: CRNetTransformerConfig, chunk: Chunk) 
     for layer in chunk.layers:
         yield from [LocalParameter(layer, h, sp, "norm")] * len(transformer.table.architecture.norms)
         for group in transformer.table.architecture.groups:
-            yield from _group(transformer, layer, group)
+            yield from _group(config, transformer, layer, group)
     if chunk.predicts:
         yield from (LocalParameter(last, h, sp, "norm"), LocalParameter(last, vocabulary))
 
 
-def _group(transformer: CRNetTransformerConfig, layer: int, group: Group) -> Iterator[LocalParameter]:
+def _group(config: Config, transformer: CRNetTransformerConfig, layer: int, group: Group) -> Iterator[LocalParameter]:
     """Parameters of a group of positions."""
     table, t, sp = transformer.table, transformer.tensor_model_parallel_size, transformer.sequence_parallel
     positions, is_row = [position.name for position in group.positions], group.is_row
     ranks, widths = [table.padded_ranks[layer][p] for p in positions], [table.local_shapes[p][1] for p in positions]
     h_in = table.local_shapes[positions[0]][0]
     if table.is_full_rank(layer):
-        yield LocalParameter(layer, h_in * sum(widths))
+        kind = PROJECTED if config.optimizer.name == "galore" else "matrix"
+        yield LocalParameter(layer, h_in * sum(widths), kind=kind)
         return
     yield LocalParameter(layer, sum(ranks) * h_in, sp and not is_row)
     # stacks of one shape are one parameter

@@ -60,7 +60,8 @@ def estimate_tables(found: Estimate, with_time: bool = True) -> list[str]:
         "memory of a rank, GiB (peak: state plus the largest of kept + transient, reduction, update)",
         *memory_table({f"stage {rank}": found.stages[rank].memory for rank in shown}),
         f"operations of a step: {found.model_flops():.3e} useful over all ranks; on a rank of stage {found.fullest} "
-        f"{operations.passes:.3e}, recomputation {operations.recomputation:.3e} (attention without the mask)",
+        f"{operations.passes:.3e}, recomputation {operations.recomputation:.3e} (attention without the mask)"
+        + (f", update {operations.update:.3e}" if operations.update else ""),
         f"volume of a rank of stage {found.fullest} in a step",
         *volume_rows(stage.flows, found.crossings),
     ]

@@ -14,7 +14,8 @@ from megatron_crnet.config.batch import BatchPlan
 from megatron_crnet.config.deepspeed import zero_option
 from megatron_crnet.config.schema import STRATEGIES
 from megatron_crnet.model.block import boundary_widths, interleaved_width
-from megatron_crnet.planning.profile import DATA, PIPELINE, TENSOR, CommVolume
+from megatron_crnet.planning.galore import galore_share
+from megatron_crnet.planning.profile import DATA, PIPELINE, STAGE, TENSOR, CommVolume
 from megatron_crnet.planning.shards import Chunk, LocalModel, LocalParameter
 
 CROSS_ENTROPY = 3 * 4
@@ -35,7 +36,11 @@ def estimate_volumes(model: LocalModel, plan: BatchPlan) -> list[CommVolume]:
         found[PIPELINE, "send"] = count * model.local_tokens * model.element * _boundaries(model)
     if plan.dp_size > 1:
         found |= {(DATA, kind): volume for kind, volume in _data_parallel(model, plan).items()}
-    sizes = {TENSOR: model.tp, PIPELINE: model.pp, DATA: plan.dp_size}
+    sizes = {TENSOR: model.tp, PIPELINE: model.pp, DATA: plan.dp_size, STAGE: model.tp * plan.dp_size}
+    if model.config.optimizer.name == "galore":
+        replicas = plan.dp_size if model.stage else 1
+        group = (STAGE if model.tp > 1 else DATA) if replicas > 1 else TENSOR
+        found[group, "all_to_all"] = 4 * galore_share(model, plan.dp_size).exchanged
     return [CommVolume(kind, group, sizes[group], round(n)) for (group, kind), n in sorted(found.items()) if n]
 
 

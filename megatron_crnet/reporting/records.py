@@ -74,7 +74,9 @@ StepMemory: Any = create_model(  # type: ignore[call-overload]
 )
 """The finer parts of an estimate or a simulation (`planning`)."""
 Flow = model("Flow", {"group kind": Name, "bytes": Amount})
-Operations = model("Operations", {"passes recomputation": Amount})
+Operations: Any = create_model(
+    "Operations", __base__=model("OperationsOfPasses", {"passes recomputation": Amount}), update=(Amount, 0)
+)
 Profile = model("Profile", {"memory": StepMemory}, {"operations": Operations, "flops": Amount, "flows": many(Flow)})
 """One rank's step, estimated or counted in a simulation."""
 Step = model("Step", {"fingerprint": Name, "line": Text})

@@ -87,7 +87,7 @@ def differences(config: Config, checkpoint: Path, saved: Values, state: Values, 
                     f"{differs}, so the training data may come in another order from here: some samples may be seen "
                     "again and some not"
                 )
-        elif key == "optimizer.name":
+        elif key == "optimizer.name" and {old, new} <= MOMENTS_CONVERTED.keys():  # else there are none yet
             lines.append(f"{differs}: {MOMENTS_CONVERTED[new]}")
         elif key == "parallel.pad_widths_to" or not key.startswith(OF_NO_RESULT):
             settings.append(f"{key} {old} -> {new}")

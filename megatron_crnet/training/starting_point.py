@@ -73,7 +73,8 @@ def _examine_state(
 ) -> tuple[tuple[dict[str, Any], list[str]], dict[str, str]]:
     state = saved_state(checkpoint)
     at = None if config.training.eval_only else 0
-    check_resumable(config, checkpoint, "use the saved values or another checkpoint.load", at)
+    remedy = "use the saved values or another checkpoint.load"
+    check_resumable(config, checkpoint, remedy, at, with_moments=config.checkpoint.load_optimizer)
     before, remarks = TrainedOn.from_state(state), []
     if before is not None and before.tokenizer and before.tokenizer != trained_on.tokenizer:
         remarks.append(

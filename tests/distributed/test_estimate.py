@@ -74,6 +74,11 @@ def eight_bit(config: Config) -> Config:
     return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name="adamw8bit"))
 
 
+def galore(config: Config, **options: Any) -> Config:
+    section = dataclasses.replace(config.optimizer, name="galore", galore_rank=16, **options)
+    return dataclasses.replace(config, optimizer=section)
+
+
 @cache
 def rows() -> dict[str, Config]:
     return {
@@ -121,6 +126,12 @@ def rows() -> dict[str, Config]:
         "zero 2, bf16, 8-bit": eight_bit(row("bf16", 2)),
         "zero 3, bf16, 8-bit": eight_bit(row("bf16", 3, None, REPLAY, TIGHT)),
         "tp, 8-bit": eight_bit(row("bf16", 1, TP)),
+        "zero 1, bf16, galore": galore(row("bf16", 1, variant="full_rank")),
+        "zero 3, bf16, galore": galore(row("bf16", 3, None, REPLAY, TIGHT, variant="full_rank")),
+        "tp, galore": galore(row("bf16", 1, TP, variant="full_rank")),
+        "zero 0, fp32, galore": galore(row("fp32", 0, variant="full_rank")),
+        "zero 2, bf16, galore, projecting": galore(row("bf16", 2, variant="full_rank"), update_proj_gap=1),
+        "pp, galore, full": galore(row("fp32", 1, PP, variant="full_rank"), proj_type="full"),
     }
 
 
@@ -141,6 +152,7 @@ SOON = (
     "zero 1, bf16, offload",
     "zero 1, bf16, 8-bit",
     "tp, relora, replay",
+    "zero 3, bf16, galore",
 )
 """The others are marked long: every row costs a second on an idle machine, and more where process groups are built."""
 RARE = tuple(name for name in rows() if name not in SOON)

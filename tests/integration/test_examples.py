@@ -20,6 +20,7 @@ from tests.integration.conftest import ROOT, Corpus, lines_of, start, start_here
 # studies are files of another kind: tests/unit/reporting/test_study.py
 EXAMPLES = sorted(path for path in (ROOT / "examples").glob("**/*.yaml") if path.parent.name != "studies")
 LAYOUTS = [path for path in EXAMPLES if path.parent.name == "layouts"]
+METHODS = [path for path in EXAMPLES if path.parent.name == "methods"]
 PARAMETERS = {  # benchmark-protocol figures: CR-Net at CoLA's rank, and full rank
     "llama2_60m": (44.7e6, 58.1e6),
     "llama2_130m": (97.3e6, 134.1e6),
@@ -51,6 +52,7 @@ def test_there_are_examples() -> None:
     assert {path.stem for path in EXAMPLES} >= {"quickstart", *PARAMETERS}
     layouts = {f"llama2_{size}_{gpus}gpu" for size in ("7b", "13b") for gpus in (8, 32, 128)}
     assert {path.stem for path in LAYOUTS} == layouts
+    assert {path.stem for path in METHODS} >= {f"galore_{size}" for size in ("60m", "130m", "350m", "1b")}
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -63,6 +65,12 @@ def test_parameter_counts_are_those_of_the_protocol(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
+def test_a_preset_of_a_method_has_the_sizes_of_the_dense_model(path: Path) -> None:
+    _, full_rank = PARAMETERS[f"llama2_{path.stem.partition('_')[2]}"]
+    assert total_parameters(load_config(path).model) == pytest.approx(full_rank, rel=1e-3)
+
+
 def test_every_example_trains_two_steps_at_a_small_size(corpus: Corpus, tmp_path: Path) -> None:
     for path in EXAMPLES:
         options = corpus.options(
@@ -70,6 +78,7 @@ def test_every_example_trains_two_steps_at_a_small_size(corpus: Corpus, tmp_path
             training__train_steps=2,
             parallel__tensor_model_parallel_size=1,
             parallel__pipeline_model_parallel_size=1,
+            optimizer__galore_rank=4,
         )
         outcome = start_here([*(f"--config={file}" for file in files_of(path)), *options])
         assert outcome.status == 0, outcome.stderr

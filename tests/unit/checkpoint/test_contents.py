@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from megatron_crnet.checkpoint.contents import wrong_contents
 from megatron_crnet.checkpoint.directory import MANIFEST, PARTIAL, complete, damage, file_entries, seal
 from megatron_crnet.checkpoint.weight_files import canonical_shapes
+from megatron_crnet.config.schema import Config
 from megatron_crnet.data.fingerprint import TrainedOn
 from megatron_crnet.hf.starting_checkpoint import _fresh_state, _write_masters
 from tests.helpers import tiny_config
@@ -24,11 +25,15 @@ SHARD = "shard-00001-model-00001-of-00001.safetensors"
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    config, target = tiny_config(), tmp_path / "step_00000000"
+    return written(tmp_path, tiny_config())
+
+
+def written(tmp_path: Path, config: Config) -> Path:
+    target = tmp_path / "step_00000000"
     partial = tmp_path / f"{PARTIAL}step_00000000"
     partial.mkdir()
     weights = {name: torch.ones(shape) for name, shape in canonical_shapes(config.model).items()}
-    names = [_write_masters(partial, 1, weights)]
+    names = [_write_masters(partial, 1, weights, config)]
     seal(partial, target, config, _fresh_state(TrainedOn(), "a test"), file_entries(partial, names))
     return target
 
@@ -122,3 +127,18 @@ def test_a_manifest_of_other_types_is_damage(manifest: Any, checkpoint: Path) ->
 def test_files_that_the_manifest_does_not_know_are_damage(checkpoint: Path) -> None:
     (checkpoint / "more.safetensors").write_bytes(b"")
     assert damage(checkpoint) == f"holds more.safetensors, of which {MANIFEST} knows nothing"
+
+
+def test_states_of_galore_have_the_shapes_of_their_subspaces(tmp_path: Path) -> None:
+    optimizer = {"name": "galore", "galore_rank": 4}
+    checkpoint = written(tmp_path, tiny_config({"variant": "full_rank"}, optimizer=optimizer))
+    assert wrong_contents(checkpoint) is None
+    name = "exp_avg.model.layers.0.mlp.down_proj.weight"
+
+    def widen(found: dict[str, torch.Tensor]) -> None:
+        assert found[name].shape == (4, 48)
+        found[name] = torch.zeros(32, 48)
+
+    tensors(widen)(checkpoint)
+    sealed_again(checkpoint)
+    assert wrong_contents(checkpoint) == f"has {name} in the shape (32, 48) instead of (4, 48)"

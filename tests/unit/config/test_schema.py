@@ -82,6 +82,21 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {**relora(), "deepspeed_section": {"zero_optimization": {"stage": 3, "offload_param": NVME}}},
         "offload_param is .* model.variant is relora",
     ),
+    (
+        {"optimizer": {"name": "galore"}},
+        "name is galore, but .* model.variant crnet .*: use variant full_rank",
+    ),
+    (
+        {"model": {"variant": "full_rank", "num_query_groups": 2}, "optimizer": {"name": "galore", "galore_rank": 17}},
+        "galore_rank 17 is above 16, the smaller side of the linear map k: use at most 16$",
+    ),
+    ({"optimizer": {"galore_rank": 0}}, "galore_rank is 0, but must be"),
+    ({"optimizer": {"update_proj_gap": 0}}, "update_proj_gap is 0, but must be"),
+    ({"optimizer": {"galore_scale": 0.0}}, "galore_scale is 0.0, but must be"),
+    (
+        {"optimizer": {"proj_type": "both"}},
+        'proj_type is "both", but must be one of std, reverse_std, right',
+    ),
     ({"optimizer": {"name": "adamw8bit", "adam_eps": 1e-11}}, "adam_eps is 1e-11, .* use at least 1e-10, or adamw"),
     ({"parallel": {"sequence_parallel": True}}, "parallel.sequence_parallel is true"),
     ({"parallel": {"virtual_pipeline_model_parallel_size": 2}}, "needs pipeline_model_parallel_size above 1"),
@@ -285,13 +300,13 @@ def test_faults_that_cannot_be_handled_so_are_refused(faults: dict[str, Any], me
 
 
 @pytest.mark.parametrize("device", ["cpu", "nvme"])
-def test_8_bit_moments_are_not_offloaded(device: str) -> None:
+@pytest.mark.parametrize("name", ["adamw8bit", "galore"])
+def test_moments_of_another_form_than_the_weights_are_not_offloaded(name: str, device: str) -> None:
+    model, optimizer = {"variant": "full_rank"}, {"name": name, "galore_rank": 8}
     zero = {"stage": 3, "offload_optimizer": {"device": device, "nvme_path": "/tmp"}}
-    with pytest.raises(
-        ConfigError, match=r"optimizer.name is adamw8bit, .*: use adamw, or leave offload_optimizer out$"
-    ):
-        tiny_config(optimizer={"name": "adamw8bit"}, deepspeed_section={"zero_optimization": zero})
-    tiny_config(optimizer={"name": "adamw8bit"}, deepspeed_section={"zero_optimization": {"stage": 3}})
+    with pytest.raises(ConfigError, match=rf"optimizer.name is {name}, .*: use adamw, or leave offload_optimizer out$"):
+        tiny_config(model, optimizer=optimizer, deepspeed_section={"zero_optimization": zero})
+    tiny_config(model, optimizer=optimizer, deepspeed_section={"zero_optimization": {"stage": 3}})
 
 
 def test_the_defaults_are_valid() -> None:

@@ -17,7 +17,7 @@ from megatron_crnet.engine.adam8bit import (
     compiled_update,
     update_blocks,
 )
-from megatron_crnet.engine.optimizer import build_adamw, parameter_groups
+from megatron_crnet.engine.optimizer import build_optimizer, parameter_groups
 from megatron_crnet.engine.state_kinds import MOMENTS
 from megatron_crnet.utils.errors import ConfigError
 from tests.helpers import tiny_config
@@ -127,7 +127,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_name_chooses_it_and_groups_say_what_is_a_matrix() -> None:
     module = nn.Linear(4, 4)
     config = tiny_config(optimizer={"name": "adamw8bit"})
-    found = build_adamw(parameter_groups([module], 0.1), config.optimizer)
+    found = build_optimizer(parameter_groups([module], 0.1), config.optimizer)
     assert isinstance(found, AdamW8bit)
     assert {(group["is_matrix"], group["params"][0].dim()) for group in found.param_groups} == {(True, 2), (False, 1)}
 

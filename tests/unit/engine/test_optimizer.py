@@ -7,14 +7,21 @@ import types
 import pytest
 import torch
 
-from megatron_crnet.engine.optimizer import build_adamw, build_scheduler, count_groups, lr_multiplier, parameter_groups
+from megatron_crnet.config.schema import OptimizerConfig
+from megatron_crnet.engine.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    count_groups,
+    lr_multiplier,
+    parameter_groups,
+)
 from megatron_crnet.utils.errors import ConfigError
 from tests.helpers import tiny_config
 
 
 def _rates(steps: int, **optimizer: object) -> list[float]:
     config = tiny_config(training={"train_steps": steps}, optimizer={"lr": 1.0, **optimizer})
-    adamw = build_adamw([{"params": [torch.zeros(1, requires_grad=True)]}], config.optimizer)
+    adamw = build_optimizer([{"params": [torch.zeros(1, requires_grad=True)]}], config.optimizer)
     scheduler, rates = build_scheduler(config, adamw), []
     for _ in range(steps):
         rates.append(adamw.param_groups[0]["lr"])
@@ -73,7 +80,7 @@ def test_every_pipeline_stage_has_the_same_groups_whatever_its_layers() -> None:
 def test_a_multiplier_scales_the_whole_schedule_of_its_group() -> None:
     config = tiny_config(training={"train_steps": 20}, optimizer={"lr": 1.0, "lr_warmup_steps": 5})
     groups = [{"params": [torch.zeros(1, requires_grad=True)], "lr_mult": factor} for factor in (1.0, 0.25)]
-    adamw = build_adamw(groups, config.optimizer)
+    adamw = build_optimizer(groups, config.optimizer)
     scheduler, rates = build_scheduler(config, adamw), []
     for _ in range(20):
         rates.append([group["lr"] for group in adamw.param_groups])
@@ -100,8 +107,10 @@ def test_the_multiplier_of_a_weight_is_the_product_of_its_parts(name: str, facto
 
 def test_stages_with_fewer_groups_divide_some_and_refuse_what_cannot_be_divided() -> None:
     module = torch.nn.ParameterDict(FULL_RANK)
-    assert count_groups(tiny_config().model, {}) == 2
-    assert count_groups(tiny_config().model, {"first_layer": 0.5, "beta": 2.0, "a": 1.0}) == 4
+    model = tiny_config().model
+    assert count_groups(model, OptimizerConfig()) == 2
+    assert count_groups(model, OptimizerConfig(lr_multipliers={"first_layer": 0.5, "beta": 2.0, "a": 1.0})) == 4
+    assert count_groups(tiny_config({"variant": "full_rank"}).model, OptimizerConfig(name="galore")) == 3
     found = parameter_groups([module, torch.nn.ParameterDict({"other": torch.zeros(5, 5)})], 0.1, at_least=3)
     assert [(g["weight_decay"], len(g["params"])) for g in found] == [(0.0, 1), (0.1, 1), (0.1, 1)]
     with pytest.raises(ConfigError, match=r"optimizer\.lr_multipliers needs 3 groups .* one has only 2 parameters"):
@@ -117,7 +126,7 @@ def test_offloaded_masters_get_an_optimizer_that_works_on_the_host(
     monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
     monkeypatch.setitem(sys.modules, "apex.optimizers", apex)
     parameters = [{"params": [torch.zeros(1, requires_grad=True)]}]
-    found = build_adamw(parameters, tiny_config().optimizer, on_host=offload)
+    found = build_optimizer(parameters, tiny_config().optimizer, on_host=offload)
     if offload:
         assert type(found) is torch.optim.AdamW
         assert not found.defaults["fused"]
