@@ -43,7 +43,7 @@ class MapObservation:
     Attributes:
         cosine: mean over tokens of the cosine similarity of y and p.
         errors: by rank.
-        spectrum: [i, singular value i of Y, of Y - b P at `spectrum_rank`'s b], from 1, in units of ||Y||.
+        spectrum: [i, singular value i of Y, of Y - b P with the middle rank's b], from 1, in units of ||Y||.
     """
 
     layer: int

@@ -20,7 +20,7 @@ def add_calibration_options(parser: argparse.ArgumentParser, required: bool) -> 
     source = parser.add_mutually_exclusive_group(required=required)
     source.add_argument("--text", type=Path, help="calibration text: a file or folder, as for crnet preprocess")
     source.add_argument("--prefix", help="the same from PREFIX.bin and PREFIX.idx")
-    parser.add_argument("--tokens", type=int, default=65536, help="of calibration, at most (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=65536, help="of it, in whole rows (default: %(default)s)")
     parser.add_argument("--seq-length", type=int, help="tokens in a row (default: max_position_embeddings)")
     parser.add_argument("--batch-size", type=int, default=4, help="rows at once (default: %(default)s)")
     parser.add_argument("--tokenizer", help="path of the tokenizer (default: the model's own)")

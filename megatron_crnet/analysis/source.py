@@ -103,7 +103,7 @@ def calibration_rows(
     """The first tokens of a text or of PREFIX.bin, documents joined and cut into rows; [rows, s].
 
     Args:
-        tokens: about so many, in whole rows.
+        tokens: so many, in whole rows, of which there is at least one.
         seq_length: s; None takes the model's longest.
 
     Raises:
@@ -117,7 +117,7 @@ def calibration_rows(
         f"a row of {length} tokens is longer than the model's max_position_embeddings {source.longest}: lower "
         "--seq-length",
     )
-    count = -(-tokens // length)
+    count = max(tokens // length, 1)
     documents = (
         indexed_documents(prefix, source.tokenizer)
         if prefix is not None
