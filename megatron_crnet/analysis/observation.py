@@ -7,6 +7,9 @@ For outputs Y of a linear map and P of the same map in the previous layer, both 
 
 where LR_r is the best approximation of rank r. Their ratio is what CR-Net (arXiv 2509.18993) is built on: 0.4 to 0.97
 there, at r = h/4. LR_r may be any matrix of N rows; that a layer's X A B can reach it is not said (`fit.py` says it).
+
+The same is taken of the residual stream behind a layer, with the stream before it as P: for comparison, because these
+two have much in common by construction.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch import Tensor
 
 from megatron_crnet.analysis.outputs import MapOutputs, each_map
 from megatron_crnet.analysis.source import SourceModel
+from megatron_crnet.analysis.stream import STREAM
 
 POINTS = 48
 """Singular values that are kept of a spectrum, at most: indices in geometric steps."""
@@ -66,7 +70,7 @@ def observe(
     batch_size: int = 4,
     progress: Callable[[int], None] = lambda layers: None,
 ) -> list[MapObservation]:
-    """Every linear map of every layer of a model.
+    """Every linear map of every layer of a model, and the residual stream behind it, for comparison.
 
     Args:
         rows: tokens of the text, [rows, s].
@@ -77,7 +81,8 @@ def observe(
     Raises:
         DataError: a weight is not finite, or zero all over.
     """
-    return each_map(source, rows, partial(_observed, ranks), devices, batch_size, progress)
+    positions = (*source.table.architecture.names, STREAM)
+    return each_map(source, rows, positions, partial(_observed, ranks), devices, batch_size, progress)
 
 
 def _observed(ranks: Sequence[int], outputs: MapOutputs) -> MapObservation:

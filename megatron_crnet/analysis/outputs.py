@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -37,28 +38,29 @@ class MapOutputs:
 def each_map(
     source: SourceModel,
     rows: Tensor,
+    positions: Sequence[str],
     look: Callable[[MapOutputs], T],
     devices: Sequence[torch.device],
     batch_size: int = 4,
     progress: Callable[[int], None] = lambda layers: None,
 ) -> list[T]:
-    """What `look` gives for every linear map, in the order of layers and positions.
+    """What `look` gives for every layer and each of these positions, in this order.
 
     Args:
         rows: tokens of the text, [rows, s].
+        positions: linear maps, and `STREAM`.
         devices: share the rows, and then the positions of a layer.
         progress: called with the layers that are done.
 
     Raises:
         DataError: a weight of the model is not finite, or zero all over.
     """
-    positions = source.table.architecture.names
     stream = Activations(source.read(EMBEDDING)[""], rows, batch_size, devices)
     before: Sums | None = None
     found: list[T] = []
     with ThreadPoolExecutor(len(devices)) as pool:
         for layer in range(source.config.model.num_layers):
-            sums = stream.advance(source.layer(layer), collect_outputs)
+            sums = stream.advance(source.layer(layer), partial(collect_outputs, positions))
             jobs = {
                 position: pool.submit(_look_at, look, layer, position, sums, before, devices[i % len(devices)])
                 for i, position in enumerate(positions)
@@ -69,9 +71,10 @@ def each_map(
     return found
 
 
-def collect_outputs(sums: Sums, maps: dict[str, Map]) -> None:
+def collect_outputs(positions: Sequence[str], sums: Sums, maps: dict[str, Map]) -> None:
     """Add Y^T Y, Y^T P, the cosine similarities of their rows and the number of these."""
-    for position, one in maps.items():
+    for position in positions:
+        one = maps[position]
         sums.add_product(("yy", position), one.y, one.y)
         if one.previous is not None:
             sums.add_product(("yp", position), one.y, one.previous)

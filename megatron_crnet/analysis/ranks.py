@@ -104,7 +104,7 @@ def spectra_of(
         scale = s if chained else None
         return Spectrum(outputs.layer, outputs.position, scale, energies, difference.total(s) / whole)
 
-    found = each_map(source, rows, look, devices, batch_size, progress)
+    found = each_map(source, rows, table.architecture.names, look, devices, batch_size, progress)
     return [one for one in found if one is not None]
 
 

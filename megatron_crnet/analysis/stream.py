@@ -22,6 +22,9 @@ from torch import Tensor, nn
 
 from megatron_crnet.model.reference import ReferenceLayer
 
+STREAM = "stream"
+"""In place of a position: a layer as a whole, from the residual stream before it to the one after it."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -123,7 +126,7 @@ class Activations:
 
 
 def run_layer(layer: ReferenceLayer, batch: Batch) -> tuple[dict[str, Map], Batch]:
-    """A layer's linear maps on a batch, by position, and the batch behind the layer."""
+    """A layer's linear maps on a batch, by position, the layer itself as `STREAM`, and the batch behind it."""
     inputs: dict[str, Tensor] = {}
 
     def note(position: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -139,4 +142,5 @@ def run_layer(layer: ReferenceLayer, batch: Batch) -> tuple[dict[str, Map], Batc
         p: Map(inputs[p].flatten(0, 1), y.flatten(0, 1), before[p].flatten(0, 1) if p in before else None)
         for p, y in outputs.items()
     }
-    return maps, Batch(hidden, outputs)
+    stream_in, stream_out = batch.hidden.flatten(0, 1), hidden.flatten(0, 1)
+    return {**maps, STREAM: Map(stream_in, stream_out, stream_in)}, Batch(hidden, outputs)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from megatron_crnet.analysis.stream import STREAM
 from megatron_crnet.reporting.page import Section, Table
 from megatron_crnet.reporting.pictures import Lines, Picture, Series
 
@@ -27,7 +28,8 @@ def observation_section(records: Sequence[Record]) -> Section:
         "Relative errors of a layer's outputs Y on given text: LR_r(Y), the best approximation of rank r, and "
         "b P + LR_r(Y - b P) with the best b, where P are the outputs of the same map in the previous layer. A ratio "
         "below 1 is what the previous outputs save; CR-Net's paper reports 0.4 to 0.97 at r = h/4. LR_r may be any "
-        "matrix, also one that no X A B gives.",
+        "matrix, also one that no X A B gives. The stream is the residual stream behind a layer, with the one before "
+        "it as P: these two have much in common by construction.",
     )
     models = [model for record in records for model in record["models"]]
     if not models:
@@ -71,7 +73,7 @@ def _errors(model: Record) -> pd.DataFrame:
 def _summary(frames: Sequence[pd.DataFrame]) -> Table:
     rows = []
     for (label, rank), found in pd.concat(frames).groupby(["label", "rank"], sort=False):
-        chained = found.dropna(subset="ratio")
+        chained, stream = (found[of].dropna(subset="ratio") for of in (~_is_stream(found), _is_stream(found)))
         rows.append(
             {
                 "model": label,
@@ -83,9 +85,15 @@ def _summary(frames: Sequence[pd.DataFrame]) -> Table:
                 "most": f"{chained['ratio'].max():.3f}",
                 "b": f"{chained['coefficient'].mean():.3f}",
                 "cosine": f"{chained['cosine'].mean():.3f}",
+                "stream's ratio": f"{stream['ratio'].mean():.3f}",
             }
         )
     return Table(rows, title="Relative errors, means over layers and positions with previous outputs")
+
+
+def _is_stream(frame: pd.DataFrame) -> pd.Series:
+    """Which rows are of the residual stream, not of a linear map."""
+    return frame["position"] == STREAM
 
 
 def _by_layer(frame: pd.DataFrame) -> Table:
@@ -124,7 +132,8 @@ def _over_training(frame: pd.DataFrame) -> list[Picture]:
 def _spectra(model: Record, frame: pd.DataFrame) -> list[Picture]:
     """Of the middle layer, the positions with the least and the largest ratio."""
     middle = max(frame["layer"].max() // 2, 1)
-    found = frame[(frame["layer"] == middle) & (frame["rank"] == frame["nominal"])].dropna(subset="ratio")
+    found = frame[(frame["layer"] == middle) & (frame["rank"] == frame["nominal"]) & ~_is_stream(frame)]
+    found = found.dropna(subset="ratio")
     if found.empty:
         return []
     chosen = [found.loc[index(found["ratio"]), "position"] for index in (pd.Series.idxmin, pd.Series.idxmax)]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_crnet.analysis.source import SourceModel
+from megatron_crnet.analysis.stream import STREAM
 from megatron_crnet.config.schema import Config, DataConfig
 from megatron_crnet.model.reference import ReferenceCRNet
 from tests.helpers import tiny_config
@@ -39,7 +40,10 @@ def reference(config: Config, weights: dict[str, Tensor]) -> ReferenceCRNet:
 
 
 def activations(source: SourceModel, rows: Tensor) -> list[dict[str, tuple[Tensor, Tensor]]]:
-    """Inputs and outputs [tokens, width] of all maps of a plain forward pass, by layer and position, in fp64."""
+    """Inputs and outputs [tokens, width] of all maps of a plain forward pass, by layer and position, in fp64.
+
+    The layers themselves are among them, as `STREAM`.
+    """
     model = reference(source.config, source.read("")).double()
     found: list[dict[str, tuple[Tensor, Tensor]]] = []
     for layer in model.model["layers"]:
@@ -50,5 +54,10 @@ def activations(source: SourceModel, rows: Tensor) -> list[dict[str, tuple[Tenso
                 at[position] = x[0].flatten(0, 1), y.flatten(0, 1)
 
             layer.get_submodule(module).register_forward_hook(hook)
+
+        def layer_hook(_module: Any, x: Any, y: Any, at: Any = found[-1]) -> None:
+            at[STREAM] = x[0].flatten(0, 1), y[0].flatten(0, 1)
+
+        layer.register_forward_hook(layer_hook)
     model(rows)
     return found

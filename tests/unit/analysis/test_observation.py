@@ -61,7 +61,7 @@ def test_the_command_prints_records_and_reports(
     assert errors.count("warning: ") == 2
     assert "dense, step 1: ratio of the errors at rank 8" in printed
     (model,) = json.loads(record.read_text())["models"]
-    assert (model["step"], model["ranks"], len(model["maps"])) == (1, [4, 8, 16], 28)
+    assert (model["step"], model["ranks"], len(model["maps"])) == (1, [4, 8, 16], 32)
     later = {**model, "step": 5}
     record.write_text(json.dumps({**json.loads(record.read_text()), "models": [model, later]}))
     assert main(["report", str(record), "-o", str(tmp_path / "page.html")]) == 0
