@@ -6,11 +6,12 @@ exactly. The time is a roofline; docs/planning.md lists its assumptions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from megatron_crnet.config.batch import BatchPlan, plan_batches
 from megatron_crnet.config.model_size import flops_per_token
+from megatron_crnet.config.phases import phases_of
 from megatron_crnet.config.schema import Config
 from megatron_crnet.planning.machines import MACHINES, Machine
 from megatron_crnet.planning.memory import estimate_memory
@@ -39,6 +40,8 @@ class Estimate:
         stages: by pipeline rank.
         crossings: by kind of group, the share of bytes that crosses nodes.
         time: of the slowest stage.
+        steps: of the run that are like this one.
+        earlier: other steps before them: those of ReLoRA's warm start.
     """
 
     config: Config
@@ -48,6 +51,8 @@ class Estimate:
     stages: list[StageEstimate]
     crossings: dict[str, float]
     time: StepTime
+    steps: int
+    earlier: tuple[Estimate, ...] = ()
 
     @property
     def fullest(self) -> int:
@@ -56,8 +61,13 @@ class Estimate:
 
     @property
     def peak(self) -> int:
-        """Peak bytes of that rank."""
-        return self.stages[self.fullest].memory.total
+        """Peak bytes of that rank, or of earlier steps if these need more."""
+        return max(self.stages[self.fullest].memory.total, *(steps.peak for steps in self.earlier), 0)
+
+    @property
+    def run_seconds(self) -> float:
+        """Of all steps of the run."""
+        return self.steps * self.time.total + sum(steps.run_seconds for steps in self.earlier)
 
     @property
     def tokens_per_second(self) -> float:
@@ -77,11 +87,16 @@ class Estimate:
 def estimate(
     config: Config, world_size: int, machine: Machine = MACHINES["h100"], gpus_per_node: int = GPUS_PER_NODE
 ) -> Estimate:
-    """Estimate a step on `world_size` ranks.
+    """Estimate a step on `world_size` ranks: of a run with a warm start, a step after it.
 
     Raises:
         ConfigError: the batch or the layout does not fit `world_size` ranks.
     """
+    *before, last = phases_of(config)
+    earlier = [
+        replace(estimate(phase.config, world_size, machine, gpus_per_node), steps=phase.stop - phase.start)
+        for phase in before
+    ]
     plan = plan_batches(config, world_size)
     models = build_local_models(config)
     crossings = node_crossings(models[0].tp, models[0].pp, plan.dp_size, gpus_per_node)
@@ -93,7 +108,8 @@ def estimate(
         for model, stage in zip(models, stages, strict=True)
     ]
     slowest = max(times, key=lambda time: time.total)
-    return Estimate(config, plan, world_size, machine, stages, crossings, slowest)
+    steps = last.stop - last.start
+    return Estimate(config, plan, world_size, machine, stages, crossings, slowest, steps, tuple(earlier))
 
 
 @cache  # a search asks for the same layout many times

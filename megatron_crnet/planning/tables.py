@@ -48,7 +48,7 @@ def verdict(found: Estimate) -> str:
         f"{fits}: {found.peak / GIB:,.1f} of {available / GIB:,.1f} GiB per {found.machine.name}; "
         f"{found.tokens_per_second:,.0f} tokens/s on {found.world_size} "
         f"(MFU {found.utilization():.1%}, non-causal {found.utilization(whole_attention=True):.1%}); "
-        f"{steps:,} steps in {format_duration(steps * found.time.total)}"
+        f"{steps:,} steps in {format_duration(found.run_seconds)}"
     )
 
 
@@ -64,6 +64,11 @@ def estimate_tables(found: Estimate, with_time: bool = True) -> list[str]:
         + (f", update {operations.update:.3e}" if operations.update else ""),
         f"volume of a rank of stage {found.fullest} in a step",
         *volume_rows(stage.flows, found.crossings),
+        *(
+            f"the first {steps.steps:,} steps are {steps.config.model.variant}, with a peak of "
+            f"{steps.peak / GIB:.3f} GiB per rank"
+            for steps in found.earlier
+        ),
     ]
     if not with_time:
         return lines

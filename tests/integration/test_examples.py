@@ -32,6 +32,15 @@ PARAMETERS = {  # benchmark-protocol figures: CR-Net at CoLA's rank, and full ra
 }
 
 
+METHOD_PARAMETERS = {  # published (CoLA 609M, CR-Net 583M), else by the formula
+    "cola_1b": 609.3e6,
+    "crnet_1b": 582.4e6,
+    "crnet_350m": 192.8e6,
+    "galore_1b": 1339.1e6,
+    "relora_1b": 1339.1e6 + 24 * 128 * (11 * 2048 + 3 * 5461),
+}
+
+
 def files_of(path: Path) -> list[Path]:
     """A layout, MODEL_Ngpu.yaml, is laid over the example of its model."""
     return [ROOT / "examples" / f"{path.stem.rpartition('_')[0]}.yaml", path] if path in LAYOUTS else [path]
@@ -52,7 +61,8 @@ def test_there_are_examples() -> None:
     assert {path.stem for path in EXAMPLES} >= {"quickstart", *PARAMETERS}
     layouts = {f"llama2_{size}_{gpus}gpu" for size in ("7b", "13b") for gpus in (8, 32, 128)}
     assert {path.stem for path in LAYOUTS} == layouts
-    assert {path.stem for path in METHODS} >= {f"galore_{size}" for size in ("60m", "130m", "350m", "1b")}
+    names, sizes = ("crnet", "cola", "galore", "relora"), ("60m", "130m", "350m", "1b")
+    assert {path.stem for path in METHODS} >= {f"{name}_{s}" for name in names for s in sizes}
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -65,24 +75,39 @@ def test_parameter_counts_are_those_of_the_protocol(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("name", METHOD_PARAMETERS)
+def test_parameter_counts_of_methods(name: str) -> None:
+    model = load_config(ROOT / "examples" / "methods" / f"{name}.yaml").model
+    assert total_parameters(model) == pytest.approx(METHOD_PARAMETERS[name], rel=1e-3)
+
+
 @pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
-def test_a_preset_of_a_method_has_the_sizes_of_the_dense_model(path: Path) -> None:
-    _, full_rank = PARAMETERS[f"llama2_{path.stem.partition('_')[2]}"]
-    assert total_parameters(load_config(path).model) == pytest.approx(full_rank, rel=1e-3)
+def test_a_methods_example_has_the_shape_data_and_tokens_of_its_size(path: Path) -> None:
+    size = path.stem.rpartition("_")[2]
+    mine, theirs = load_config(path), load_config(ROOT / "examples" / f"llama2_{size}.yaml")
+    for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size"):
+        assert getattr(mine.model, name) == getattr(theirs.model, name), name
+    assert (mine.data, mine.training) == (theirs.data, theirs.training)
 
 
-def test_every_example_trains_two_steps_at_a_small_size(corpus: Corpus, tmp_path: Path) -> None:
+def test_every_example_trains_a_few_steps_at_a_small_size(corpus: Corpus, tmp_path: Path) -> None:
     for path in EXAMPLES:
+        # a step of each phase and a restart, where there are
+        restarts = config_of(path).model.variant == "relora"
+        few: dict[str, object] = {"relora__warm_start_steps": 1, "relora__restart_interval": 1} if restarts else {}
+        few |= {"optimizer__lr_restart_warmup_steps": 1, "optimizer__lr_warmup_steps": 1}
+        steps = 3 if restarts else 2
         options = corpus.options(
             tmp_path / path.stem,
-            training__train_steps=2,
+            training__train_steps=steps,
             parallel__tensor_model_parallel_size=1,
             parallel__pipeline_model_parallel_size=1,
             optimizer__galore_rank=4,
+            **few,
         )
         outcome = start_here([*(f"--config={file}" for file in files_of(path)), *options])
         assert outcome.status == 0, outcome.stderr
-        assert set(lines_of(tmp_path / path.stem, "loss")) == {1, 2}
+        assert set(lines_of(tmp_path / path.stem, "loss")) == {*range(1, steps + 1)}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -234,3 +234,14 @@ def test_the_report_names_every_part_and_json_holds_the_same_figures() -> None:
     values = json.loads(json.dumps(as_values(estimated)))
     assert values["stages"][0]["memory"]["peak"] == estimated.stages[0].memory.total
     assert values["fits"] is True
+
+
+def test_a_warm_start_needs_the_memory_of_full_rank() -> None:
+    relora = {"model": {"variant": "relora"}, "training": {"train_steps": 20}}
+    warm = estimate(tiny_config(**relora, relora={"warm_start_steps": 5}), 1)
+    dense = estimate(tiny_config(model={"variant": "full_rank"}, training={"train_steps": 20}), 1)
+    plain = estimate(tiny_config(**relora), 1)
+    assert plain.peak < warm.peak == dense.peak
+    assert warm.run_seconds == pytest.approx(5 * dense.time.total + 15 * plain.time.total)
+    (line,) = [line for line in estimate_tables(warm) if "first 5 steps" in line]
+    assert "full_rank" in line
