@@ -247,8 +247,9 @@ def _fill_own(reader: ShardReader, zero: ZeroState, weights: list[Weight], kinds
         )
         for parameter, found in values.items():
             zero.write(parameter, {kind: tensor.to(parameter.device) for kind, tensor in found.items()})
-    if zero.galore is not None and len(kinds) > 1:
+    if zero.galore is not None:
         for name, state in zero.galore.states().items():
             found = {kind: torch.zeros(tensor.shape) for kind, tensor in state.items()}
-            read(reader, {f"{kind}.{name}": whole(tensor) for kind, tensor in found.items()})
-            zero.galore.subspaces[name].tensors = {kind: tensor.to(zero.device) for kind, tensor in found.items()}
+            if len(kinds) > 1:
+                read(reader, {f"{kind}.{name}": whole(tensor) for kind, tensor in found.items()})
+            zero.galore.load(name, found if len(kinds) > 1 else {})

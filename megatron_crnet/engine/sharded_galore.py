@@ -206,10 +206,20 @@ class ShardedGaLore(GaLore):
             for matrix in self.owned
         }
 
+    def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Set the state of an owned matrix, by kind; with none it is as before the first update."""
+        device = next(matrix for matrix in self.owned if matrix.name == name).weights.device
+        self.subspaces[name].tensors = {kind: tensor.to(device) for kind, tensor in tensors.items()}
+
     def _share(self, projection: Tensor) -> None:
         """Replace this replica's projection by that of the first one, whose SVD may have rounded otherwise."""
         if self._replicas is not None and dist.get_world_size(self._replicas) > 1:
             dist.broadcast(projection, dist.get_global_rank(self._replicas, 0), self._replicas)
+
+    @property
+    def count(self) -> int:
+        """Updates so far."""
+        return max(plan.count for plan in self._plans.values())
 
     def restore_count(self, steps: int) -> None:
         """Go on as after `steps` updates."""
@@ -220,13 +230,12 @@ class ShardedGaLore(GaLore):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every tensor that has a gradient; a collective call over the ranks that hold parts of matrices."""
         assert closure is None
-        for group in self.param_groups:
-            tensors = [tensor for tensor in group["params"] if tensor.grad is not None]
+        for group in (group for group in self.param_groups if group["params"]):  # ZeRO-3 empties those of other calls
             if not group["is_projected"]:
-                for tensor in tensors:
+                for tensor in (tensor for tensor in group["params"] if tensor.grad is not None):
                     self.update_by_adamw(tensor, group)
-            elif tensors and tensors[0] in self._plans:  # DeepSpeed also steps before there is a plan
-                self._update_matrices(self._plans[tensors[0]], group)
+            elif self._plans:  # DeepSpeed also steps before there is a plan
+                self._update_matrices(self._plans[group["params"][0]], group)
 
     def _update_matrices(self, plan: Plan, group: ParamGroup) -> None:
         plan.count += 1

@@ -127,8 +127,8 @@ class ZeroState:
         return {p: self._shard(p) for p in self.engine.module.parameters()}
 
     def _adam_shards(self) -> list[ParamShard]:
-        """Of what the optimizer updates."""
-        return [shard for p, shard in self.shards.items() if shard is not None and p.requires_grad]
+        """Of what Adam updates as it lies."""
+        return [shard for p, shard in self.shards.items() if shard is not None and self.kinds_of(p) == KINDS]
 
     def _shard(self, parameter: nn.Parameter) -> ParamShard | None:
         offset, numel = self._places(parameter)[self._replica]
@@ -225,6 +225,8 @@ class ZeroState:
     @property
     def steps(self) -> int:
         """How often Adam has updated, for its bias correction."""
+        if self.galore is not None:
+            return self.galore.count
         counts = [state["step"] for state in self.adam.state.values() if "step" in state]
         counts += [group["step"] for group in self.adam.param_groups if "step" in group]  # Apex
         return int(counts[0]) if counts else 0

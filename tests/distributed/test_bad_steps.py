@@ -11,7 +11,6 @@ from torch import Tensor
 from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.engine.engine import TrainEngine
-from megatron_crnet.engine.state_kinds import KINDS
 from megatron_crnet.engine.zero import ZeroState
 from megatron_crnet.model.gpt import build_model_chunks
 from tests.distributed.spawn import fresh_world, run_distributed
@@ -27,6 +26,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "zero2": {"stage": 2},
     "zero3-bf16": {"stage": 3, "dtype": "bf16", "stage3_param_persistence_threshold": 0},
     "pp2-vpp2-zero1": {"stage": 1, "parallel": VPP},
+    "galore-zero2-bf16": {"stage": 2, "dtype": "bf16", "galore_rank": 4},
 }
 MORE_ROWS: dict[str, dict[str, Any]] = {
     "zero1": {"stage": 1},
@@ -35,18 +35,27 @@ MORE_ROWS: dict[str, dict[str, Any]] = {
     "tp2-zero0": {"stage": 0, "parallel": TP},
     "tp2-zero3": {"stage": 3, "parallel": TP},
     "pp2-zero1-bf16": {"stage": 1, "dtype": "bf16", "parallel": PP},
+    "galore-zero1-bf16": {"stage": 1, "dtype": "bf16", "galore_rank": 4},
+    "galore-tp2-zero0": {"stage": 0, "parallel": TP, "galore_rank": 4},
+    "galore-tp2-zero3": {"stage": 3, "parallel": TP, "galore_rank": 4},
 }
 HOW = ("none", "discarded", "not a number")
 """What becomes of the second of three steps."""
 
 
-def row_config(stage: int, dtype: str = "fp32", parallel: dict[str, Any] | None = None, **zero: Any) -> Config:
+def row_config(
+    stage: int, dtype: str = "fp32", parallel: dict[str, Any] | None = None, galore_rank: int | None = None, **zero: Any
+) -> Config:
     section = {"zero_optimization": {"stage": stage, **zero}}
-    return tiny_config(None, parallel, {"dtype": dtype}, deepspeed_section=section)
+    model = {"variant": "full_rank"} if galore_rank else {}
+    optimizer = {"name": "galore", "galore_rank": galore_rank} if galore_rank else {}
+    return tiny_config(model, parallel, {"dtype": dtype}, optimizer, section)
 
 
 def everything(engine: TrainEngine, zero: ZeroState) -> list[Tensor]:
-    return [zero.read(p, kind).cpu().clone() for p in zero.shards for kind in KINDS]
+    found = [zero.read(p, kind) for p in zero.shards for kind in zero.kinds_of(p)]
+    found += zero.galore.tensors if zero.galore is not None else []
+    return [tensor.cpu().clone() for tensor in found if tensor is not None]
 
 
 def train(config: Config, how: str) -> tuple[bool, list[float], list[Tensor]]:

@@ -46,6 +46,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "grouped-queries-tp2-zero0": {"stage": 0, "model": {"num_query_groups": 2}, "parallel": TP},
     "odd-layers-zero2": {"stage": 2, "model": {"num_layers": 3}},
     "sub-groups-zero3": {"stage": 3, "sub_group_size": 3000, "stage3_param_persistence_threshold": 0},
+    "parameters-on-host-zero3": {"stage": 3, "offload_param": {"device": "cpu"}},
     "multipliers-zero1": {"stage": 1, "lr_multipliers": {"first_layer": 0.25, "embedding": 3.0}},
     "multipliers-pp2-zero1": {"stage": 1, "lr_multipliers": {"first_layer": 0.25}, "parallel": PP},
 }
@@ -131,7 +132,9 @@ def resume_rows(folder: str, names: list[str]) -> dict[str, Any]:
     for name in names:
         config, checkpoint = config_of(ROWS[name], f"{folder}/{name}"), Path(folder, name, "step_00000003")
         whole, _ = train(config, save_at=3, steps=6)
-        found[name] = whole, train(config, checkpoint, steps=6)[0], with_engine(config, checkpoint)
+        again, _ = train(config, checkpoint, save_at=5, steps=5)
+        again += train(config, checkpoint.with_name("step_00000005"), steps=6)[0]
+        found[name] = whole, again, with_engine(config, checkpoint)
     return found
 
 
@@ -145,7 +148,7 @@ RESHAPES_OF_RARE = {"zero2-fp32": "pp2-zero1", "pp2x2-zero1-bf16": "tp2-zero1-bf
 
 
 def check_resumed(name: str, found: list[dict[str, Any]]) -> None:
-    """Saved between two projections: step 4 still uses those of step 3."""
+    """Saved between two projections (step 4 still uses those of step 3), and saved again by the resumed run."""
     whole, again, _ = found[0][name]
     assert len(again) == 3
     assert again == whole[3:]
