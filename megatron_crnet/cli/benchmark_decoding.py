@@ -13,17 +13,20 @@ from typing import Any
 
 from megatron_crnet.cli.main import Call
 from megatron_crnet.config.options import ToolParser
-from megatron_crnet.hf.configuration_crnet import VARIANTS
+from megatron_crnet.config.schema import VARIANTS
 from megatron_crnet.utils.errors import require_positive
 from megatron_crnet.utils.record_file import add_record_options, check_record_file, report_record
 from megatron_crnet.utils.tables import table
+
+EXPORTED = tuple(variant for variant in VARIANTS if variant != "relora")
+"""Variants of exports: relora is merged into full_rank."""
 
 
 def build_parser(prog: str) -> ToolParser:
     """The options."""
     parser = ToolParser(prog=prog, description=__doc__)
     parser.add_argument("--config", required=True, help="YAML whose model section gives the shape")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["crnet", "full_rank"])
+    parser.add_argument("--variants", nargs="+", choices=EXPORTED, default=["crnet", "full_rank"])
     parser.add_argument("--batch-size", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--prompt-tokens", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--new-tokens", type=int, default=64, help="default: %(default)s")
