@@ -84,6 +84,7 @@ def _convert(source: SourceModel, config: Config, args: argparse.Namespace) -> N
     from megatron_crnet.analysis.stream import default_devices
     from megatron_crnet.config.model_size import total_parameters
     from megatron_crnet.data.fingerprint import TrainedOn, digest_of_tokenizer
+    from megatron_crnet.hf.export import with_tokenizer
     from megatron_crnet.hf.starting_checkpoint import write_starting_checkpoint
 
     check_target(source.config, config, has_text=args.text is not None or args.prefix is not None)
@@ -92,7 +93,8 @@ def _convert(source: SourceModel, config: Config, args: argparse.Namespace) -> N
     conversion = Conversion(source, config, rows, default_devices(), args.batch_size, progress=progress)
     trained_on = TrainedOn(digest_of_tokenizer(source.tokenizer))
     # with the tokenizer that the embedding was trained with, and so that a run with this file continues from here
-    saved = replace(config, data=source.config.data, checkpoint=replace(config.checkpoint, dir=str(args.folder)))
+    saved = with_tokenizer(config, str(source.config.data.tokenizer_model))
+    saved = replace(saved, checkpoint=replace(config.checkpoint, dir=str(args.folder)))
     target = write_starting_checkpoint(args.folder, saved, trained_on, f"dense {source.path}", conversion.weights())
     if conversion.fits:
         print(_table(conversion.fits))
