@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_crnet.checkpoint.manager import Checkpointer
+from megatron_crnet.checkpoint.train_state import TrainingState
+from megatron_crnet.checkpoint.weight_files import CheckpointWeights
 from megatron_crnet.config.phases import phases_of
-from megatron_crnet.config.schema import Config, ReloraConfig
+from megatron_crnet.config.schema import CheckpointConfig, Config, ReloraConfig
 from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.engine.relora import restart
 from megatron_crnet.engine.state_kinds import MOMENTS
@@ -20,13 +24,14 @@ from megatron_crnet.model.weights import by_parameter
 from tests.distributed.engines import build_engine, close_engine
 from tests.distributed.spawn import fresh_world, run_distributed
 from tests.distributed.test_layouts import BF16_BOUNDS, FP32_BOUND
-from tests.helpers import Errors, compare_with_reference, local_weights, micro_batches, tiny_config
+from tests.helpers import Errors, compare_with_reference, local_weights, micro_batches, random_mask, tiny_config
 
 RELORA: dict[str, Any] = {"variant": "relora", "rank": {"q": 8, "k": 7, "v": 6, "o": 5, "gate": 8, "up": 8, "down": 4}}
 PADDED = {"variant": "relora", "ffn_hidden_size": 125, "rank": 31}
 # B is a few updates of Adam's after a restart, whose signs bf16 decides where gradients are small; for the same reason
 # moments are pruned at random in bf16: which are the largest is rounding
 BF16 = dataclasses.replace(BF16_BOUNDS, parameters=0.15)
+FROZEN = "model.layers.2.mlp.up_proj.weight"
 PARTITION_EVERYTHING = {"stage3_param_persistence_threshold": 0}
 
 
@@ -209,3 +214,44 @@ def test_a_restart_merges_what_bf16_would_lose_and_begins_anew() -> None:
     untouched = [n for n in after["exp_avg"] if not n.endswith((".a.weight", ".b.weight"))]
     assert untouched
     assert all(torch.equal(after[kind][n], before[kind][n]) for n in untouched for kind in MOMENTS)
+
+
+OVER_LAYOUTS = [Row(tp=2, zero=3, keys=PARTITION_EVERYTHING), Row(zero=1), Row(pp=2, zero=1)]
+
+
+def one_more_step(rows: list[Row], folder: str) -> list[tuple[int, dict[str, Any]]]:
+    """Three steps in the first layout, saved; from there in each layout a fourth, with a restart, saved."""
+    found, start = [], Path()
+    for index, row in enumerate((rows[0], *rows)):
+        config = dataclasses.replace(row.config(), checkpoint=CheckpointConfig(dir=f"{folder}/{index}"))
+        engine = build_engine(config)
+        checkpointer, state = Checkpointer(config, engine), TrainingState()
+        if index:
+            state = checkpointer.load(start)
+            engine.restore_schedule(state.step)
+            engine.restarts = state.restarts
+        for step in range(state.step, 4 if index else 3):
+            batches = micro_batches(config, engine.context.dp_rank, engine.context.world_size, step)
+            engine.forward_backward(batches, int(random_mask(config, step).sum()))
+            engine.update()
+        steps = 4 if index else 3
+        checkpointer.save(dataclasses.replace(state, step=steps, restarts=engine.restarts))
+        written = checkpointer.wait()
+        assert written is not None
+        start = start if index else written
+        weights = CheckpointWeights(written)
+        found.append((engine.restarts, weights.read(weights.shapes)))
+        close_engine(engine)
+    return found
+
+
+def test_restarts_go_on_in_another_layout(tmp_path: Path) -> None:
+    (before, first), *others = run_distributed(one_more_step, 2, OVER_LAYOUTS, str(tmp_path))[0]
+    assert before == 1
+    (_, wanted), *rest = others
+    assert not torch.equal(first[FROZEN], wanted[FROZEN])
+    for restarts, masters in rest:
+        assert restarts == 2
+        assert masters.keys() == wanted.keys()
+        for name, value in masters.items():
+            torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6)
