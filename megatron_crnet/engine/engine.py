@@ -84,7 +84,7 @@ class TrainEngine:
         """Checkpointed layers that the guard of `inverse` has added on all pipeline stages."""
         self.zero = zero_state(self.deepspeed, self.stage)
         self.zero.forget_first_step()
-        self.zero.prepare(self._projected)
+        self.zero.prepare(self._projected, context.heartbeat.progress)
         self._on_weights_loaded()
         self.scheduler, self._steps = build_scheduler(config, self.optimizer), 0
         self.last_grad_norm: float | None = None

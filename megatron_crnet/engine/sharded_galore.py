@@ -16,7 +16,7 @@ tensor-parallel ranks exchange; replicas take their projections from the first o
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,17 +150,26 @@ class ShardedGaLore(GaLore):
         self.subspaces: dict[str, Subspace] = {}
         """Of the matrices that this rank owns, by canonical name."""
         self._plans: dict[Tensor, Plan] = {}
+        self._progress: Callable[[], None] = lambda: None
         self._group: dist.ProcessGroup | None = None
         self._replicas: dist.ProcessGroup | None = None
         self._rank, self._ranks = 0, 1
 
-    def plan(self, parts: Sequence[tuple[Weight, Placement, torch.Size]], replica: int | None) -> None:
+    def plan(
+        self,
+        parts: Sequence[tuple[Weight, Placement, torch.Size]],
+        replica: int | None,
+        progress: Callable[[], None] = lambda: None,
+    ) -> None:
         """Assign owners to the matrices that are projected.
 
         Args:
             parts: each matrix, where the replicas keep the parameter that holds it, and that parameter's local shape.
             replica: this rank's number among those that have cut the parameters; None where each has the whole.
+            progress: is told of each round, because the decompositions of a 7B model take ten minutes on one GPU, as
+                long as a rank that makes no progress may be at a step.
         """
+        self._progress = progress
         tp = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
         if replica is None:
             self._group = parallel_state.get_tensor_model_parallel_group()
@@ -240,6 +249,7 @@ class ShardedGaLore(GaLore):
     def _update_matrices(self, plan: Plan, group: ParamGroup) -> None:
         plan.count += 1
         for one in plan.rounds:
+            self._progress()
             own = one.get(self._rank)
             received = self._exchange([matrix.gradient for matrix in one.values()], one, to_owners=True)
             directions = self._directions(own, received, plan.count, group) if own is not None else []

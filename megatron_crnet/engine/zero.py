@@ -10,7 +10,7 @@ Gradients: who reduces and divides them, and where they lie after the last backw
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 
@@ -75,8 +75,12 @@ class ZeroState:
         for group in self.adam.param_groups:
             group.pop("step", None)  # where Apex's FusedAdam counts
 
-    def prepare(self, projected: Sequence[Weight]) -> None:
-        """Before the first step: masters of frozen parameters; what the optimizer's tensors hold, what it projects."""
+    def prepare(self, projected: Sequence[Weight], progress: Callable[[], None]) -> None:
+        """Before the first step: masters of frozen parameters; what the optimizer's tensors hold, what it projects.
+
+        Args:
+            progress: is called in the course of long updates.
+        """
         shards = self._adam_shards()
         if isinstance(self.adam, AdamW8bit):
             for shard in shards:
@@ -84,7 +88,7 @@ class ZeroState:
         if self.galore is not None:
             self._projected = {weight.parameter for weight in projected}
             parts = [(weight, self.placement(weight.parameter), local_shape(weight.parameter)) for weight in projected]
-            self.galore.plan(parts, self._replica if self.stage > 0 else None)
+            self.galore.plan(parts, self._replica if self.stage > 0 else None, progress)
 
     def kinds_of(self, parameter: nn.Parameter) -> Sequence[str]:
         """What is kept of a parameter: frozen ones have no moments, of those that GaLore projects it keeps its own."""

@@ -6,6 +6,7 @@ import re
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from megatron_crnet.checkpoint.manager import Checkpointer, check_resumable
 from megatron_crnet.config.schema import Config
+from megatron_crnet.distributed.watchdog import Heartbeat
 from megatron_crnet.engine.sharded_galore import ShardedGaLore
 from megatron_crnet.utils.errors import ConfigError
-from tests.distributed.engines import build_engine, close_engine
+from tests.distributed.engines import build_engine, close_engine, run_step
 from tests.distributed.spawn import fresh_world, run_distributed
 from tests.distributed.test_checkpoint import row_config, train
 from tests.helpers import PADDED, Errors, compare_with_reference
@@ -219,6 +221,24 @@ def test_rarer_layouts_resume_and_reshape_as_well(tmp_path: Path) -> None:
     reshaped = run_distributed(reshape_rows, 2, str(tmp_path), RESHAPES_OF_RARE)
     for before in RESHAPES_OF_RARE:
         check_reshaped(before, resumed, reshaped)
+
+
+def count_progress(row: dict[str, Any]) -> int:
+    """How often the watchdog hears from this rank in the course of an update."""
+    with patch.object(Heartbeat, "progress", autospec=True) as progress:
+        engine = build_engine(config_of(row))
+        run_step(engine)
+        before = progress.call_count
+        engine.update()
+        found = progress.call_count - before
+    close_engine(engine)
+    return found
+
+
+def test_every_round_of_an_update_is_progress() -> None:
+    """New projections of a large model take longer than a rank may be silent: no more than one of them may."""
+    layers = config_of(ROWS["zero1-bf16"]).model.num_layers
+    assert min(run_distributed(count_progress, 2, ROWS["zero1-bf16"])) > 7 * layers // 2
 
 
 def convert(folder: str) -> list[str | None]:
