@@ -102,6 +102,10 @@ class Checkpointer:
         self.zero = engine.zero
         self.weights = [weight for chunk in engine.chunks for weight in canonical_weights(chunk)]
 
+    def detach(self) -> None:
+        """Let go of the engine, before the next one takes memory."""
+        del self.zero, self.weights
+
     def save(self, state: TrainingState, aside: bool = False) -> None:
         """Copy the state and write it in the background.
 

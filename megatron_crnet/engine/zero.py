@@ -99,6 +99,15 @@ class ZeroState:
         """The optimizer, if it is GaLore, which keeps the state of whole matrices."""
         return self.adam if isinstance(self.adam, ShardedGaLore) else None
 
+    def release(self) -> None:
+        """Let go of the weights and of what DeepSpeed has tied to them: views of its buffers, methods bound to them.
+
+        These are cycles that PyTorch's tensors do not let Python collect.
+        """
+        for parameter in self.engine.module.parameters():
+            vars(parameter).clear()
+            parameter.grad, parameter.data = None, torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+
     # gradients
 
     def reduce_gradients(self) -> None:

@@ -93,7 +93,9 @@ class Trainer:
         self.context.heartbeat.report(f"the next phase, after step {self.state.step}", may_take_long=True)
         masters = self.engine.masters()
         self.engine.close()
-        del self.engine  # before the next one takes memory
+        self.engine.zero.release()  # before the next one takes memory
+        self.checkpointer.detach()
+        del self.engine
         gc.collect()
         self.phase = phase_at(self.config, self.state.step)
         self.engine = self._build_engine()

@@ -138,6 +138,7 @@ def switch(rows: list[Row]) -> list[tuple[set[str], float, int]]:
         first.update()
         masters = first.masters()
         first.close()
+        first.zero.release()
         second = TrainEngine(low_rank.config, build_model_chunks(low_rank.config), first.context)
         second.start_from(masters)
         now = second.masters()

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.hf.export import to_hf
+from megatron_crnet.training.trainer import Trainer
 from tests.integration.conftest import Corpus, lines_of, start_here
 
 WARM, INTERVAL, STEPS = 2, 3, 8
@@ -35,6 +38,26 @@ def whole(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     outcome = start_here(corpus.options(output, **RUN))
     assert outcome.status == 0, outcome.stderr
     return output
+
+
+def test_the_first_engine_is_gone_before_the_second_takes_memory(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build, built, alive = Trainer._build_engine, list[StorageWeakRef](), list[bool]()
+
+    def watched(trainer: Trainer) -> TrainEngine:
+        alive.extend(not storage.expired() for storage in built)
+        engine = build(trainer)
+        tensors = [*engine.zero.weights(), *engine.zero.state()]
+        built.extend(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
+        return engine
+
+    monkeypatch.setattr(Trainer, "_build_engine", watched)
+    changes = {**RUN, "training__train_steps": WARM + 2, "optimizer__lr_decay_style": "cosine"}
+    changes |= {"relora__restart_interval": "null", "checkpoint__save_interval": 0}
+    assert start_here(corpus.options(tmp_path / "run", **changes)).status == 0
+    assert alive
+    assert not any(alive)
 
 
 def checkpoint(output: Path, step: int) -> Path:
