@@ -166,8 +166,8 @@ class ShardedGaLore(GaLore):
         Args:
             parts: each matrix, where the replicas keep the parameter that holds it, and that parameter's local shape.
             replica: this rank's number among those that have cut the parameters; None where each has the whole.
-            progress: is told of each round, because the decompositions of a 7B model take ten minutes on one GPU, as
-                long as a rank that makes no progress may be at a step.
+            progress: is called in each round, because all decompositions of a large model together may take longer
+                than the watchdog lets a rank be without progress.
         """
         self._progress = progress
         tp = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 from megatron_crnet.config.positions import Group
@@ -31,8 +32,9 @@ class GaLoreShare:
     exchanged: int
 
 
+@lru_cache(maxsize=8)
 def galore_share(model: LocalModel, dp_size: int) -> GaLoreShare:
-    """The share of a rank of this stage."""
+    """The share of a rank of this stage, which memory, operations, volume and time ask for."""
     projection = Projection.of(model.config.optimizer)
     found = list(_matrices(model, dp_size))
     parts = [part for _, part in found]

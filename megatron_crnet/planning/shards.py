@@ -58,7 +58,7 @@ class LocalParameter:
     is_frozen: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity
 class LocalModel:
     """The model of every rank of pipeline stage `pp_rank`.
 

@@ -13,6 +13,7 @@ import yaml
 
 from megatron_crnet.config.loading import load_config
 from megatron_crnet.planning.estimate import Estimate, estimate, node_crossings
+from megatron_crnet.planning.galore import galore_share
 from megatron_crnet.planning.machines import MACHINES, find_machine
 from megatron_crnet.planning.profile import DATA, PIPELINE, TENSOR, CommVolume, Memory
 from megatron_crnet.planning.shards import build_local_models
@@ -51,6 +52,15 @@ def test_padding_is_part_of_what_ranks_hold_and_compute_and_not_of_the_model() -
     totals = [line for text in (report, dry_run_report(even, 2)) for line in text.splitlines() if " total " in line]
     assert len(totals) == 2
     assert totals[0] == totals[1]
+
+
+def test_an_estimate_assigns_galores_matrices_once() -> None:
+    config = tiny_config({"variant": "full_rank"}, optimizer={"name": "galore", "galore_rank": 4})
+    before = galore_share.cache_info()
+    estimate(config, 2)
+    after = galore_share.cache_info()
+    assert after.misses == before.misses + 1
+    assert after.hits > before.hits
 
 
 def test_a_rank_holds_what_the_whole_model_has_in_parts() -> None:
