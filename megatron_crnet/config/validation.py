@@ -171,6 +171,13 @@ def _check_relora(config: Config) -> None:
             "relora out, or use variant relora",
         )
         return
+    needed = {"prune": "restart_interval", "prune_share": "restart_interval", "warm_start_lr": "warm_start_steps"}
+    for name, switch in needed.items():
+        require(
+            bool(getattr(relora, switch)) or getattr(relora, name) == getattr(type(relora), name),
+            f"relora.{name} is {getattr(relora, name)}, but relora.{switch} is {getattr(relora, switch)}, so that "
+            f"nothing reads it: set relora.{switch}, or leave it out",
+        )
     for layer, ranks in enumerate((table := position_table(model)).ranks):
         for position, rank in ranks.items():
             require(

@@ -189,7 +189,7 @@ def test_a_restart_merges_what_bf16_would_lose_and_begins_anew() -> None:
     config = dataclasses.replace(
         config,
         optimizer=dataclasses.replace(config.optimizer, lr=1e-5, adam_eps=1e-8),
-        relora=ReloraConfig(prune_share=0.8),
+        relora=ReloraConfig(restart_interval=50, prune_share=0.8),
     )
     (before, after, weights, last) = run_distributed(restarted, 1, config)[0]
     lost = []

@@ -66,6 +66,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"relora": {"restart_interval": 10}}, "relora.restart_interval is set, but model.variant is crnet"),
     ({**relora(prune="smallest")}, 'relora.prune is "smallest", but must be one of magnitude, random, reset'),
     ({**relora(prune_share=1.5)}, "relora.prune_share is 1.5"),
+    ({**relora(prune="reset")}, "relora.prune is reset, but relora.restart_interval is None, so that nothing reads it"),
+    ({**relora(warm_start_lr=1e-3)}, "relora.warm_start_lr is 0.001, but relora.warm_start_steps is 0, so that"),
     ({**relora(), "model": {"variant": "relora", "rank": 33}}, r"rank is 33 for q of layer 0, .* a side of 32"),
     ({**relora(warm_start_steps=1000)}, "relora.warm_start_steps 1000 and optimizer.lr_warmup_steps 2"),
     ({**relora(warm_start_steps=998)}, "leave none of training.train_steps 1000"),
