@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_crnet.checkpoint.directory import FINAL, saved_step
-from megatron_crnet.checkpoint.weight_files import CheckpointWeights, WeightSource
+from megatron_crnet.checkpoint.weight_files import WeightSource
 from megatron_crnet.config.positions import PositionTable, position_table
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.tokenizer import Tokenizer
@@ -48,8 +48,8 @@ class SourceModel:
     @property
     def step(self) -> int | None:
         """Of training, where the weights are a checkpoint's."""
-        checkpoint = self.weights.checkpoint if isinstance(self.weights, CheckpointWeights) else Path()
-        return saved_step(checkpoint) if FINAL.fullmatch(checkpoint.name) else None
+        checkpoint = self.weights.checkpoint
+        return saved_step(checkpoint) if checkpoint and FINAL.fullmatch(checkpoint.name) else None
 
     @property
     def longest(self) -> int:

@@ -66,11 +66,13 @@ class WeightSource(ABC):
         where: names the files in messages.
         shapes: of all weights in them.
         dtypes: of all weights in them, as the files name them.
+        checkpoint: whose weights they are; None of an export.
     """
 
     where: str
     shapes: Shapes
     dtypes: dict[str, str]
+    checkpoint: Path | None = None
 
     @abstractmethod
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:

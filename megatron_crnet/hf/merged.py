@@ -24,7 +24,7 @@ class MergedWeights(WeightSource):
     """
 
     def __init__(self, source: WeightSource, scale: float) -> None:
-        self.where, self._source, self._scale = source.where, source, scale
+        self.where, self.checkpoint, self._source, self._scale = source.where, source.checkpoint, source, scale
         names = [name for name in source.shapes if not name.endswith((".a.weight", ".b.weight"))]
         self.shapes = {name: source.shapes[name] for name in names}
         self.dtypes = {name: source.dtypes[name] for name in names}
