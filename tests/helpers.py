@@ -268,6 +268,7 @@ def compare_with_reference(config: Config, steps: int = 3) -> Errors:
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr * param_group["lr_mult"]
         optimizer.step()
+        engine.restart_if_due()
         if (interval := config.relora.restart_interval) and (step + 1) % interval == 0:
             restart_reference(reference, optimizer, config, engine.chunks[0].config, (step + 1) // interval)
         parameters = relative_error(

@@ -362,6 +362,12 @@ def check_resumable(
             f"checkpoint {checkpoint} holds {kinds[holds]}, but relora.warm_start_steps "
             f"{config.relora.warm_start_steps} needs {kinds[needs]} there: {remedy}",
         )
+        before, now = ((values.get("relora") or {}).get("warm_start_steps", 0) for values in (saved, resolved(config)))
+        require(
+            holds or step is not None or before == now,
+            f"checkpoint {checkpoint} is of a run whose warm start had {before} steps, but relora.warm_start_steps is "
+            f"{now}, from which the schedule and restarts after it are counted: {remedy}",
+        )
     if names:
         difference = ", ".join(f"model.{name} {found.get(name)} instead of {wanted[name]}" for name in names)
         raise ConfigError(f"checkpoint {checkpoint} was written with {difference}: {remedy}")

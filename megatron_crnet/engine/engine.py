@@ -210,7 +210,7 @@ class TrainEngine:
         else:
             self.deepspeed.zero_grad()
         self._weights_changed()
-        self._end_step()
+        self._advance_schedule()
         self.last_grad_norm = norm if plain else float(self.deepspeed.get_global_grad_norm())
         return self.last_grad_norm, lr
 
@@ -226,11 +226,10 @@ class TrainEngine:
         else:
             self.zero.poison_gradients()
             self.deepspeed.step()
-        self._end_step()
-
-    def _end_step(self) -> None:
-        """Advance the schedule, and restart where the configuration says so, also after a step that was dropped."""
         self._advance_schedule()
+
+    def restart_if_due(self) -> None:
+        """ReLoRA's restart after an update, or a step that was dropped, where the configuration says so."""
         interval = self.config.relora.restart_interval
         if interval and self._steps % interval == 0 and self._steps < self.config.training.train_steps:
             self.restarts += 1

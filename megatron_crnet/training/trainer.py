@@ -112,7 +112,10 @@ class Trainer:
         self.checkpointer.load_initial(start.checkpoint, start.optimizer)
         self.checkpointer.loaded_from = start.facts
         # eval_only keeps the counters of the run that it evaluates
-        return TrainingState.from_values(start.state) if self.config.training.eval_only else TrainingState()
+        if self.config.training.eval_only:
+            return TrainingState.from_values(start.state)
+        # of the loaded weights, whose next draws must be others
+        return TrainingState(restarts=start.state.get("restarts", 0))
 
     def run(self) -> None:
         """Train from the loaded state to the last step, or until a callback stops the run."""
@@ -168,6 +171,7 @@ class Trainer:
             )
         else:
             self._call("on_bad_step", problem, lr)
+        self.engine.restart_if_due()  # a bad step that ends the run has saved the state before
         due = self.preflight.is_validated(self.state.step)
         self.state = replace(self.state, validation_due=due, restarts=self.engine.restarts)
         if self.state.step == self.phase.stop and not self.is_last_step:

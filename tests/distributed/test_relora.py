@@ -235,6 +235,7 @@ def one_more_step(rows: list[Row], folder: str) -> list[tuple[int, dict[str, Any
             batches = micro_batches(config, engine.context.dp_rank, engine.context.world_size, step)
             engine.forward_backward(batches, int(random_mask(config, step).sum()))
             engine.update()
+            engine.restart_if_due()
         steps = 4 if index else 3
         checkpointer.save(dataclasses.replace(state, step=steps, restarts=engine.restarts))
         written = checkpointer.wait()

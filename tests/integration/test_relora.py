@@ -11,9 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from megatron_crnet.analysis.source import open_source
+from megatron_crnet.config.loading import load_config
 from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.hf.export import to_hf
-from megatron_crnet.training.trainer import Trainer
+from megatron_crnet.training.callbacks.base import Callback, Step
+from megatron_crnet.training.trainer import Trainer, run_training
+from megatron_crnet.utils.errors import BadStepError
 from tests.integration.conftest import Corpus, lines_of, start_here
 
 WARM, INTERVAL, STEPS = 2, 3, 8
@@ -129,3 +133,46 @@ def test_an_export_is_full_rank_and_merged(step: int, whole: Path, tmp_path: Pat
         wanted = wanted + 0.25 * state[f"master.{FACTOR}.b.weight"] @ state[f"master.{FACTOR}.a.weight"]
     assert torch.equal(exported[f"{FACTOR}.weight"], wanted)
     assert not [name for name in exported if name.endswith((".a.weight", ".b.weight"))]
+    assert open_source(checkpoint(whole, step)).step == step
+
+
+class SpoilGradients(Callback):
+    """Makes the gradients of the step after `step` NaN, whose loss is finite."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, trainer: Trainer, step: Step) -> None:
+        if trainer.state.step == self.step:
+            for parameter in trainer.engine.deepspeed.module.parameters():
+                if parameter.requires_grad:
+                    parameter.register_hook(lambda grad: grad * float("nan"))
+
+
+def test_a_bad_step_at_a_restart_leaves_the_state_before_both(whole: Path, corpus: Corpus, tmp_path: Path) -> None:
+    output, last = tmp_path / "run", WARM + INTERVAL - 1
+    with pytest.raises(BadStepError, match="the state just before this step is kept beside it"):
+        run_training(load_config({}, corpus.options(output, **RUN)), callbacks=[SpoilGradients(last)])
+    (aside,) = (output / "checkpoints").glob("rejected_*.from_*")
+    kept = {name: value for file in aside.glob("*.safetensors") for name, value in load_file(file).items()}
+    wanted = saved(whole, last)
+    assert kept.keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in kept.items())
+
+
+def test_a_checkpoint_after_restarts_starts_a_run_that_draws_other_factors(
+    whole: Path, corpus: Corpus, tmp_path: Path
+) -> None:
+    changes = {**RUN, "relora__warm_start_steps": 0, "training__train_steps": 6}
+    outcome = start_here(corpus.options(tmp_path / "new", **changes, checkpoint__load=checkpoint(whole, STEPS)))
+    assert outcome.status == 0, outcome.stderr
+    assert lines_of(tmp_path / "new", "restarts") == {1: 1, 2: 1, 3: 2, 4: 2, 5: 2, 6: 2}
+
+
+def test_another_warm_start_is_refused_after_its_end(whole: Path, corpus: Corpus, tmp_path: Path) -> None:
+    cut = tmp_path / "cut"
+    shutil.copytree(checkpoint(whole, WARM + 2), checkpoint(cut, WARM + 2))
+    changes = {**RUN, "relora__warm_start_steps": WARM + 1, "training__train_steps": STEPS + 1}
+    outcome = start_here(corpus.options(cut, **changes))
+    assert outcome.status == 2
+    assert "is of a run whose warm start had 2 steps, but relora.warm_start_steps is 3" in outcome.stderr

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_crnet.config.schema import ReloraConfig
+from megatron_crnet.engine.determinism import deterministic_algorithms
 from megatron_crnet.engine.optimizer import build_scheduler
 from megatron_crnet.engine.relora import pruned
 from megatron_crnet.model.reference_relora import prune_by_magnitude
@@ -31,6 +32,13 @@ def test_moments_of_more_elements_than_quantile_takes_are_pruned() -> None:
     with pytest.raises(RuntimeError, match="too large"):
         moment.quantile(0.5)
     assert prune(moment, "magnitude").count_nonzero() == round(0.1 * 2**24)
+
+
+@pytest.mark.gpu
+def test_moments_on_gpus_are_pruned_as_on_cpus_where_results_must_repeat() -> None:
+    moment = torch.randn(37, 53, generator=torch.Generator().manual_seed(0))
+    with deterministic_algorithms(wanted=True):
+        assert torch.equal(prune(moment.cuda(), "magnitude").cpu(), prune(moment, "magnitude"))
 
 
 def test_moments_that_are_still_zero_stay_so() -> None:
