@@ -17,7 +17,8 @@ from typing import Any
 from megatron_crnet.cli.main import Call
 from megatron_crnet.config.loading import ConfigParser
 from megatron_crnet.config.options import positive_integer
-from megatron_crnet.config.schema import STRATEGIES, Config
+from megatron_crnet.config.recompute_section import STRATEGIES
+from megatron_crnet.config.schema import Config
 from megatron_crnet.utils.errors import require
 from megatron_crnet.utils.record_file import add_record_options, check_record_file, report_record
 from megatron_crnet.utils.tables import table

@@ -9,7 +9,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_crnet.config.deepspeed import zero_stage
 from megatron_crnet.config.positions import PositionTable, position_table
-from megatron_crnet.config.schema import STRATEGIES, Config, Strategy
+from megatron_crnet.config.recompute_section import STRATEGIES, Strategy
+from megatron_crnet.config.schema import Config
 
 DEFAULT_INVERSE_TOLERANCE = {"bf16": 2.0**-4, "fp32": 1e-4}
 

@@ -33,6 +33,7 @@ from megatron_crnet.config.field_types import (
     shown,
 )
 from megatron_crnet.config.positions import Rank, RankSize
+from megatron_crnet.config.recompute_section import Layers, RecomputeConfig
 from megatron_crnet.config.validation import check_config
 from megatron_crnet.utils.errors import require
 
@@ -40,7 +41,6 @@ Variant = Literal["crnet", "full_rank", "low_rank", "cola", "relora"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 OF_VARIANT: dict[str, Any] = {"full_rank_layers": None, "only_lr_act": None}
 """Fields of the model that fit some variants only, for a change to another: null is each variant's own."""
-Layers = Annotated[int, Ge(1), Le(1000)]
 Width = Annotated[int, Ge(1), Le(2**20)]
 LearningRate = Annotated[float, Ge(SMALLEST), Le(1000)]
 DataPaths = Annotated[list[Positive | FilePath], Rule("a list of prefixes, or of a weight above 0 before each prefix")]
@@ -292,56 +292,6 @@ class ParallelConfig(Section, name="parallel"):
     def shards_sequence(self) -> bool:
         """Whether the residual stream is sharded along the sequence."""
         return self.tensor_model_parallel_size > 1 if self.sequence_parallel is None else self.sequence_parallel
-
-
-@dataclass(frozen=True)
-class Strategy:
-    """What a recomputation strategy saves beside the start of every segment.
-
-    Attributes:
-        recomputes: anything at all.
-        saves_z: the low-rank outputs of every layer, so that no product with A is repeated.
-        inverts: the residual stream that enters every layer, and the outputs at the end of a chain, because outputs
-            are rebuilt by division. Its segments follow from values, so they are planned after every update.
-    """
-
-    recomputes: bool = True
-    saves_z: bool = False
-    inverts: bool = False
-
-    @property
-    def repeats_layers(self) -> bool:
-        """Whether whole layers run again, attention and all."""
-        return self.recomputes and not self.saves_z
-
-
-STRATEGIES = {
-    "none": Strategy(recomputes=False),
-    "full": Strategy(),
-    "replay": Strategy(saves_z=True),
-    "inverse": Strategy(saves_z=True, inverts=True),
-}
-
-
-@dataclass(frozen=True)
-class RecomputeConfig(Section, name="recompute"):
-    """Activation recomputation."""
-
-    strategy: Literal["none", "replay", "inverse", "full"] = "none"
-    """none keeps every activation. replay keeps low-rank outputs and segment starts and recomputes the rest, exactly.
-    inverse is the paper's: it divides by s(beta) and is exact to inverse_tolerance. full runs the layers again."""
-    segment_length: Layers | Literal["auto"] = "auto"
-    """Layers in a segment; under inverse, at most. auto takes the least memory (inverse: 8)."""
-    keep_attention_output: bool = False
-    """Keep attention's output (not under full) instead of recomputing it; pays off for long sequences."""
-    inverse_tolerance: Epsilon | None = None
-    """Relative error up to which rounding may grow in backward order under inverse, by the rule of
-    docs/recomputation.md; null means 1/16 in bf16 and 1e-4 in fp32. Where it would be passed, a layer is kept."""
-
-    @property
-    def traits(self) -> Strategy:
-        """What the strategy saves."""
-        return STRATEGIES[self.strategy]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from torch._subclasses import FakeTensorMode
 
 from megatron_crnet.config.megatron import build_transformer_config
 from megatron_crnet.config.positions import METHODS, position_table
-from megatron_crnet.config.schema import OF_VARIANT, Config, RecomputeConfig
+from megatron_crnet.config.recompute_section import RecomputeConfig
+from megatron_crnet.config.schema import OF_VARIANT, Config
 from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.model.block import CRNetTransformerBlock

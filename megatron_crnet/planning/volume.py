@@ -12,7 +12,7 @@ from itertools import accumulate
 
 from megatron_crnet.config.batch import BatchPlan
 from megatron_crnet.config.deepspeed import zero_option
-from megatron_crnet.config.schema import STRATEGIES
+from megatron_crnet.config.recompute_section import STRATEGIES
 from megatron_crnet.model.block import boundary_widths, interleaved_width
 from megatron_crnet.planning.galore import galore_share
 from megatron_crnet.planning.profile import DATA, PIPELINE, STAGE, TENSOR, CommVolume

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.engine.engine import TrainEngine
-from megatron_crnet.engine.zero import ZeroState
+from megatron_crnet.engine.zero_state import ZeroState
 from megatron_crnet.model.gpt import build_model_chunks
 from tests.distributed.spawn import fresh_world, run_distributed
 from tests.helpers import micro_batches, tiny_config

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from megatron_crnet.config.schema import Config, RecomputeConfig
+from megatron_crnet.config.recompute_section import RecomputeConfig
+from megatron_crnet.config.schema import Config
 from megatron_crnet.utils.errors import ConfigError
 from tests.helpers import tiny_config
 

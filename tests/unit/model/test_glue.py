@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_crnet.config.schema import RecomputeConfig
+from megatron_crnet.config.recompute_section import RecomputeConfig
 from megatron_crnet.distributed.process_groups import initialize_parallel, shutdown_parallel
 from megatron_crnet.engine.inverse_guard import plan_inverse_segments
 from megatron_crnet.model import compiled as module

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from megatron_crnet.config.loading import load_config, save_config
-from megatron_crnet.config.schema import Config, RecomputeConfig
+from megatron_crnet.config.recompute_section import RecomputeConfig
+from megatron_crnet.config.schema import Config
 from megatron_crnet.planning.estimate import estimate
 from megatron_crnet.planning.machines import MACHINES, Machine
 from megatron_crnet.planning.search import (

@@ -1,0 +1,287 @@
+"""fp32 masters, moments and gradients by parameter: what all ZeRO stages have in common, and stage 0.
+
+See `zero.py`, which has the other stages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from deepspeed import DeepSpeedEngine
+from deepspeed.utils import safe_set_full_grad
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from megatron_crnet.engine.adam8bit import AdamW8bit, BlockwiseMoment
+from megatron_crnet.engine.optimizer import is_partial
+from megatron_crnet.engine.param_shard import (
+    ParamShard,
+    Placement,
+    equal_parts,
+    exchange_shards,
+    frozen_shard,
+)
+from megatron_crnet.engine.sharded_galore import ShardedGaLore
+from megatron_crnet.engine.state_kinds import KINDS, MASTER
+from megatron_crnet.model.weights import Weight
+from megatron_crnet.utils.errors import CheckpointError
+
+
+def local_shape(parameter: nn.Parameter) -> torch.Size:
+    """Shape of this rank's parameter, which ZeRO-3 empties."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def held_partition(parameter: nn.Parameter) -> Tensor:
+    """What this rank holds of a parameter under ZeRO-3."""
+    return parameter.ds_tensor  # type: ignore[attr-defined]
+
+
+class ZeroState:
+    """What one DeepSpeed engine keeps per parameter: gradients, fp32 master weights and Adam's moments.
+
+    This class is stage 0, where DeepSpeed partitions nothing; in bf16 it keeps fp32 copies.
+    """
+
+    stage = 0
+
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        self.engine, self.optimizer, self.device = engine, engine.optimizer, engine.device
+        self._projected: set[nn.Parameter] = set()
+        self.swaps = bool(getattr(self.optimizer, "swap_optimizer", False))
+        """State lives on NVMe; DeepSpeed alone can read it."""
+
+    @property
+    def adam(self) -> torch.optim.Optimizer:
+        """The optimizer inside of DeepSpeed's."""
+        return self.engine.basic_optimizer if self.stage == 0 else self.optimizer.optimizer
+
+    def forget_first_step(self) -> None:
+        """Undo the step (with rate 0) that DeepSpeed's wrapper has taken to allocate the moments.
+
+        It would count in Adam's bias correction.
+        """
+        self.adam.state.clear()
+        for group in self.adam.param_groups:
+            group.pop("step", None)  # where Apex's FusedAdam counts
+
+    def prepare(self, projected: Sequence[Weight], progress: Callable[[], None]) -> None:
+        """Before the first step: masters of frozen parameters; what the optimizer's tensors hold, what it projects.
+
+        Args:
+            progress: is called in the course of long updates.
+        """
+        shards = self._adam_shards()
+        if isinstance(self.adam, AdamW8bit):
+            for shard in shards:
+                self.adam.segments.setdefault(shard.master, []).append((shard.start, shard.numel))
+        if self.galore is not None:
+            self._projected = {weight.parameter for weight in projected}
+            parts = [(weight, self.placement(weight.parameter), local_shape(weight.parameter)) for weight in projected]
+            self.galore.plan(parts, self._replica if self.stage > 0 else None, progress)
+
+    def kinds_of(self, parameter: nn.Parameter) -> Sequence[str]:
+        """What is kept of a parameter: frozen ones have no moments, of those that GaLore projects it keeps its own."""
+        return KINDS if parameter.requires_grad and parameter not in self._projected else (MASTER,)
+
+    @property
+    def galore(self) -> ShardedGaLore | None:
+        """The optimizer, if it is GaLore, which keeps the state of whole matrices."""
+        return self.adam if isinstance(self.adam, ShardedGaLore) else None
+
+    def release(self) -> None:
+        """Let go of the weights and of what DeepSpeed has tied to them: views of its buffers, methods bound to them.
+
+        These are cycles that PyTorch's tensors do not let Python collect.
+        """
+        for parameter in self.engine.module.parameters():
+            vars(parameter).clear()
+            parameter.grad, parameter.data = None, torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+
+    # gradients
+
+    def reduce_gradients(self) -> None:
+        """Average gradients over replicas, where no hook has."""
+        self.engine.allreduce_gradients()
+
+    def partial_gradients(self) -> list[Tensor]:
+        """Gradients that are partial sums over tensor-parallel ranks, wherever DeepSpeed keeps them."""
+        return [p.grad for p in self.engine.module.parameters() if is_partial(p) and p.grad is not None]
+
+    def poison_gradients(self) -> None:
+        """Make all gradients NaN, so that DeepSpeed drops them."""
+        for parameter in (p for p in self.engine.module.parameters() if p.requires_grad):
+            if parameter.grad is not None:
+                parameter.grad.fill_(math.nan)
+            else:
+                # ZeRO-3 cuts equal parts for all ranks; what the last one has beyond the parameter must stay 0
+                value = torch.full((local_shape(parameter).numel(),), math.nan, device=self.device)
+                safe_set_full_grad(parameter, F.pad(value, (0, parallel_state.get_data_parallel_world_size())))
+
+    # master weights and moments
+
+    def exact(self, parameter: nn.Parameter) -> Tensor:
+        """The whole value of a parameter that is kept in fp32; a collective call over replicas."""
+        return parameter.detach()
+
+    @cached_property
+    def shards(self) -> dict[nn.Parameter, ParamShard | None]:
+        """This rank's shard of every parameter; None where it has none."""
+        return {p: self._shard(p) for p in self.engine.module.parameters()}
+
+    def _adam_shards(self) -> list[ParamShard]:
+        """Of what Adam updates as it lies."""
+        return [shard for p, shard in self.shards.items() if shard is not None and self.kinds_of(p) == KINDS]
+
+    def _shard(self, parameter: nn.Parameter) -> ParamShard | None:
+        offset, numel = self._places(parameter)[self._replica]
+        if not numel:
+            return None
+        if not parameter.requires_grad:  # DeepSpeed's optimizer does not know it
+            return frozen_shard(*self._held(parameter, offset), offset, numel)
+        placement = self.placement(parameter)
+        return ParamShard(placement.master, placement.start, offset, numel)
+
+    def _held(self, parameter: nn.Parameter, offset: int) -> tuple[Tensor, int]:
+        """Memory of a frozen parameter, and where in it this replica's share, from `offset` on, starts."""
+        return parameter, offset
+
+    def _places(self, parameter: nn.Parameter) -> Sequence[tuple[int, int]]:
+        """Offset and size of each replica's shard."""
+        if parameter.requires_grad:
+            return self.placement(parameter).shards
+        return equal_parts(local_shape(parameter).numel(), self._replicas if self.stage > 0 else 1)
+
+    @property
+    def _replica(self) -> int:
+        """Number of this rank's shard in placements."""
+        return parallel_state.get_data_parallel_rank() if self.stage > 0 else 0
+
+    @property
+    def _replicas(self) -> int:
+        return parallel_state.get_data_parallel_world_size()
+
+    def placement(self, parameter: nn.Parameter) -> Placement:
+        """Where the replicas keep a parameter's fp32 master."""
+        master, start = self._fp32_copies.get(parameter, (parameter, 0))
+        return Placement(master, start, [(0, parameter.numel())])
+
+    @cached_property
+    def _fp32_copies(self) -> dict[nn.Parameter, tuple[Tensor, int]]:
+        """In bf16: one for each parameter, or with Apex one for each group, in which it has a start."""
+        low, found = getattr(self.optimizer, "fp16_groups", []), {}
+        if hasattr(self.optimizer, "fp32_groups_flat"):
+            for parameters, flat in zip(low, self.optimizer.fp32_groups_flat, strict=True):
+                start = 0
+                for parameter in parameters:
+                    found[parameter] = flat, start
+                    start += parameter.numel()
+        elif hasattr(self.optimizer, "fp32_groups"):
+            for parameters, masters in zip(low, self.optimizer.fp32_groups, strict=True):
+                for parameter, master in zip(parameters, masters, strict=True):
+                    found[parameter] = master, 0
+        return found
+
+    def read(self, parameter: nn.Parameter, kind: str, owners: Collection[int] | None = None) -> Tensor | None:
+        """The whole fp32 master or moment, of the parameter's local shape; a collective call over replicas.
+
+        Each replica sends its shard to those that are to have the whole, and nothing else travels.
+
+        Args:
+            owners: data-parallel ranks that get it; the others get None. All of them by default.
+        """
+        if self.swaps:
+            return self.optimizer.get_full_hp_param(parameter, None if kind == MASTER else kind).float()
+        found, rank = self.shards[parameter], parallel_state.get_data_parallel_rank()
+        mine = None if found is None else found.read(self._tensor(parameter, found.master, kind)).to(self.device)
+        whole = None
+        if owners is None or rank in owners:
+            whole = torch.zeros(local_shape(parameter).numel(), device=self.device)
+            if found is not None and mine is not None:
+                found.cut(whole).copy_(mine)
+        if self.stage > 0:
+            exchange_shards(mine, whole, self._places(parameter), owners)
+        return None if whole is None else whole.view(local_shape(parameter))
+
+    def write(self, parameter: nn.Parameter, values: Mapping[str, Tensor]) -> None:
+        """Set master and moments from whole values; the parameter itself follows, under ZeRO-3 with `finish`."""
+        found = self.shards[parameter]
+        if found is not None:
+            for kind, whole in values.items():
+                found.write(self._tensor(parameter, found.master, kind), found.cut(whole))
+        self._write_parameter(parameter, values[MASTER])
+
+    def _write_parameter(self, parameter: nn.Parameter, whole: Tensor) -> None:
+        parameter.detach().copy_(whole)
+
+    def _tensor(self, parameter: nn.Parameter, master: Tensor, kind: str) -> Tensor | BlockwiseMoment:
+        if kind == MASTER:
+            return master
+        state = self.adam.state[master]
+        if kind not in state:  # before the first step
+            if isinstance(self.adam, AdamW8bit):
+                state[kind] = self.adam.new_moment(master, kind, is_matrix=len(local_shape(parameter)) >= 2)
+            else:
+                state[kind] = torch.zeros_like(master, requires_grad=False)
+        return state[kind]
+
+    @property
+    def steps(self) -> int:
+        """How often Adam has updated, for its bias correction."""
+        if self.galore is not None:
+            return self.galore.count
+        counts = [state["step"] for state in self.adam.state.values() if "step" in state]
+        counts += [group["step"] for group in self.adam.param_groups if "step" in group]  # Apex
+        return int(counts[0]) if counts else 0
+
+    def begin(self) -> None:
+        """Prepare for `write`; a collective call.
+
+        Raises:
+            CheckpointError: DeepSpeed keeps the state on NVMe, where it cannot be put.
+        """
+        if self.swaps:
+            raise CheckpointError(
+                "offload_optimizer.device is nvme, into which no checkpoint can be loaded: resume with device cpu"
+            )
+
+    def finish(self, steps: int) -> None:
+        """Complete what `write` has begun; a collective call.
+
+        Args:
+            steps: as `steps` was when the values were read.
+        """
+        if type(self.adam).__name__ == "FusedAdam":  # Apex counts by group
+            for group in self.adam.param_groups:
+                group["step"] = steps
+        else:
+            fused = any(group.get("fused") for group in self.adam.param_groups)
+            for master in {id(shard.master): shard.master for shard in self._adam_shards()}.values():
+                device = master.device if fused else None
+                self.adam.state[master]["step"] = torch.tensor(float(steps), device=device)
+        if self.galore is not None:
+            self.galore.restore_count(steps)
+
+    # what a simulated step counts
+
+    def weights(self) -> list[Tensor]:
+        """Every tensor of weights."""
+        return [parameter.data for parameter in self.engine.module.parameters()]
+
+    def state(self) -> list[Tensor]:
+        """Every tensor of master weights and moments, of weights where they are the masters."""
+        found = [p.data for group in self.adam.param_groups for p in group["params"]]
+        found += self.galore.tensors if self.galore is not None else []
+        for value in (value for state in self.adam.state.values() for value in state.values()):
+            found += value.tensors if isinstance(value, BlockwiseMoment) else [value] if torch.is_tensor(value) else []
+        return found
+
+    def buffers(self) -> Iterator[Tensor]:
+        """Every buffer in which gradients are reduced."""
+        for bucket in getattr(self.optimizer, "ipg_buckets", {}).values():
+            buffer = bucket.buffer
+            yield from [buffer] if isinstance(buffer, Tensor) else [x for x in buffer or () if isinstance(x, Tensor)]
