@@ -30,7 +30,7 @@ from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.engine.galore import GaLore, Projection
 from megatron_crnet.engine.state_kinds import MASTER
-from megatron_crnet.engine.zero_state import local_shape
+from megatron_crnet.engine.zero import local_shape
 from megatron_crnet.model.gpt import build_model_chunks
 from megatron_crnet.model.reference import ReferenceCRNet
 from megatron_crnet.model.reference_relora import prune_at_random, prune_by_magnitude, restart

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_crnet.distributed.consensus import digest_of, gather
 from megatron_crnet.distributed.watchdog import ranks_line
-from megatron_crnet.engine.zero_state import held_partition
+from megatron_crnet.engine.zero import held_partition
 from megatron_crnet.model.weights import Weight
 
 BITS = {2: torch.int16, 4: torch.int32}

@@ -39,7 +39,8 @@ from megatron_crnet.checkpoint.directory import unwritable
 from megatron_crnet.checkpoint.weight_files import ShardReader, headers_of, portions
 from megatron_crnet.distributed.consensus import run_on_all_ranks, run_on_main
 from megatron_crnet.engine.state_kinds import KINDS
-from megatron_crnet.engine.zero_state import ZeroState, local_shape
+from megatron_crnet.engine.zero import local_shape
+from megatron_crnet.engine.zero_state import ZeroState
 from megatron_crnet.model.weights import Weight, by_parameter
 from megatron_crnet.utils.errors import CheckpointError, describe
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from megatron_crnet.config.schema import ReloraConfig
 from megatron_crnet.engine.state_kinds import MASTER, MOMENTS
-from megatron_crnet.engine.zero_state import ZeroState, local_shape
+from megatron_crnet.engine.zero import local_shape
+from megatron_crnet.engine.zero_state import ZeroState
 from megatron_crnet.model.gpt import CRNetModel
 from megatron_crnet.model.linear import FrozenGroup
 from megatron_crnet.model.weights import Weight, by_parameter, canonical_generator, canonical_weights, initial_value

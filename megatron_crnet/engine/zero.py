@@ -1,4 +1,4 @@
-"""DeepSpeed's private buffers, which this module and zero_state.py alone read: one small class per ZeRO stage.
+"""DeepSpeed's private buffers: the only module that reads them, with one small class per ZeRO stage.
 
 fp32 master weights and Adam's moments: a ZeRO stage flattens parameters into buffers, cuts these over data-parallel
 ranks, and may move them to the host. Here each parameter knows its shard of that, so that it can be read and written
@@ -10,24 +10,83 @@ Gradients: who reduces and divides them, and where they lie after the last backw
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import cached_property
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from deepspeed import DeepSpeedEngine
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_grad
+from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megatron_crnet.engine.optimizer import is_partial
-from megatron_crnet.engine.param_shard import (
-    Placement,
-    equal_parts,
-    overlap,
-)
-from megatron_crnet.engine.zero_state import ZeroState, held_partition, local_shape
+from megatron_crnet.engine.param_shard import Placement, equal_parts, overlap
+from megatron_crnet.engine.zero_state import ZeroState
 
 
-class Stage1(ZeroState):
+def local_shape(parameter: nn.Parameter) -> torch.Size:
+    """Shape of this rank's parameter, which ZeRO-3 empties."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def held_partition(parameter: nn.Parameter) -> Tensor:
+    """What this rank holds of a parameter under ZeRO-3."""
+    return parameter.ds_tensor  # type: ignore[attr-defined]
+
+
+class Stage0(ZeroState):
+    """DeepSpeed partitions nothing; in bf16 it keeps fp32 copies."""
+
+    @property
+    def adam(self) -> torch.optim.Optimizer:
+        """The optimizer inside of DeepSpeed's."""
+        return self.engine.basic_optimizer if self.stage == 0 else self.optimizer.optimizer
+
+    def local_shape(self, parameter: nn.Parameter) -> torch.Size:
+        """See the base."""
+        return local_shape(parameter)
+
+    def poison_gradients(self) -> None:
+        """Make all gradients NaN, so that DeepSpeed drops them."""
+        for parameter in (p for p in self.engine.module.parameters() if p.requires_grad):
+            if parameter.grad is not None:
+                parameter.grad.fill_(math.nan)
+            else:
+                # ZeRO-3 cuts equal parts for all ranks; what the last one has beyond the parameter must stay 0
+                value = torch.full((local_shape(parameter).numel(),), math.nan, device=self.device)
+                safe_set_full_grad(parameter, F.pad(value, (0, parallel_state.get_data_parallel_world_size())))
+
+    def placement(self, parameter: nn.Parameter) -> Placement:
+        """Where the replicas keep a parameter's fp32 master."""
+        master, start = self._fp32_copies.get(parameter, (parameter, 0))
+        return Placement(master, start, [(0, parameter.numel())])
+
+    @cached_property
+    def _fp32_copies(self) -> dict[nn.Parameter, tuple[Tensor, int]]:
+        """In bf16: one for each parameter, or with Apex one for each group, in which it has a start."""
+        low, found = getattr(self.optimizer, "fp16_groups", []), {}
+        if hasattr(self.optimizer, "fp32_groups_flat"):
+            for parameters, flat in zip(low, self.optimizer.fp32_groups_flat, strict=True):
+                start = 0
+                for parameter in parameters:
+                    found[parameter] = flat, start
+                    start += parameter.numel()
+        elif hasattr(self.optimizer, "fp32_groups"):
+            for parameters, masters in zip(low, self.optimizer.fp32_groups, strict=True):
+                for parameter, master in zip(parameters, masters, strict=True):
+                    found[parameter] = master, 0
+        return found
+
+    def buffers(self) -> Iterator[Tensor]:
+        """Every buffer in which gradients are reduced."""
+        for bucket in getattr(self.optimizer, "ipg_buckets", {}).values():
+            buffer = bucket.buffer
+            yield from [buffer] if isinstance(buffer, Tensor) else [x for x in buffer or () if isinstance(x, Tensor)]
+
+
+class Stage1(Stage0):
     """Optimizer state is partitioned; plain autograd accumulates, and everything is reduced once."""
 
     stage = 1
@@ -176,4 +235,4 @@ def zero_state(engine: DeepSpeedEngine, stage: int) -> ZeroState:
     """The class of an engine of this ZeRO stage."""
     if stage == 1 and hasattr(engine.optimizer, "fp32_groups_gradients"):
         return Stage1BF16(engine)
-    return (ZeroState, Stage1, Stage2, Stage3)[stage](engine)
+    return (Stage0, Stage1, Stage2, Stage3)[stage](engine)

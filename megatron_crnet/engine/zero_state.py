@@ -1,18 +1,16 @@
-"""fp32 masters, moments and gradients by parameter: what all ZeRO stages have in common, and stage 0.
+"""fp32 masters, moments and gradients by parameter: what all ZeRO stages have in common.
 
-See `zero.py`, which has the other stages.
+Where DeepSpeed keeps them is known to `zero.py` alone, which has a class per stage.
 """
 
 from __future__ import annotations
 
-import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from deepspeed import DeepSpeedEngine
-from deepspeed.utils import safe_set_full_grad
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
@@ -31,21 +29,8 @@ from megatron_crnet.model.weights import Weight
 from megatron_crnet.utils.errors import CheckpointError
 
 
-def local_shape(parameter: nn.Parameter) -> torch.Size:
-    """Shape of this rank's parameter, which ZeRO-3 empties."""
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def held_partition(parameter: nn.Parameter) -> Tensor:
-    """What this rank holds of a parameter under ZeRO-3."""
-    return parameter.ds_tensor  # type: ignore[attr-defined]
-
-
-class ZeroState:
-    """What one DeepSpeed engine keeps per parameter: gradients, fp32 master weights and Adam's moments.
-
-    This class is stage 0, where DeepSpeed partitions nothing; in bf16 it keeps fp32 copies.
-    """
+class ZeroState(ABC):
+    """What one DeepSpeed engine keeps per parameter: gradients, fp32 master weights and Adam's moments."""
 
     stage = 0
 
@@ -55,10 +40,30 @@ class ZeroState:
         self.swaps = bool(getattr(self.optimizer, "swap_optimizer", False))
         """State lives on NVMe; DeepSpeed alone can read it."""
 
+    # where DeepSpeed keeps what
+
     @property
+    @abstractmethod
     def adam(self) -> torch.optim.Optimizer:
         """The optimizer inside of DeepSpeed's."""
-        return self.engine.basic_optimizer if self.stage == 0 else self.optimizer.optimizer
+
+    @abstractmethod
+    def local_shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Shape of this rank's parameter, which ZeRO-3 empties."""
+
+    @abstractmethod
+    def placement(self, parameter: nn.Parameter) -> Placement:
+        """Where the replicas keep a parameter's fp32 master."""
+
+    @abstractmethod
+    def poison_gradients(self) -> None:
+        """Make all gradients NaN, so that DeepSpeed drops them."""
+
+    @abstractmethod
+    def buffers(self) -> Iterator[Tensor]:
+        """Every buffer in which gradients are reduced."""
+
+    # the optimizer
 
     def forget_first_step(self) -> None:
         """Undo the step (with rate 0) that DeepSpeed's wrapper has taken to allocate the moments.
@@ -81,7 +86,7 @@ class ZeroState:
                 self.adam.segments.setdefault(shard.master, []).append((shard.start, shard.numel))
         if self.galore is not None:
             self._projected = {weight.parameter for weight in projected}
-            parts = [(weight, self.placement(weight.parameter), local_shape(weight.parameter)) for weight in projected]
+            parts = [(w, self.placement(w.parameter), self.local_shape(w.parameter)) for w in projected]
             self.galore.plan(parts, self._replica if self.stage > 0 else None, progress)
 
     def kinds_of(self, parameter: nn.Parameter) -> Sequence[str]:
@@ -111,16 +116,6 @@ class ZeroState:
     def partial_gradients(self) -> list[Tensor]:
         """Gradients that are partial sums over tensor-parallel ranks, wherever DeepSpeed keeps them."""
         return [p.grad for p in self.engine.module.parameters() if is_partial(p) and p.grad is not None]
-
-    def poison_gradients(self) -> None:
-        """Make all gradients NaN, so that DeepSpeed drops them."""
-        for parameter in (p for p in self.engine.module.parameters() if p.requires_grad):
-            if parameter.grad is not None:
-                parameter.grad.fill_(math.nan)
-            else:
-                # ZeRO-3 cuts equal parts for all ranks; what the last one has beyond the parameter must stay 0
-                value = torch.full((local_shape(parameter).numel(),), math.nan, device=self.device)
-                safe_set_full_grad(parameter, F.pad(value, (0, parallel_state.get_data_parallel_world_size())))
 
     # master weights and moments
 
@@ -154,7 +149,7 @@ class ZeroState:
         """Offset and size of each replica's shard."""
         if parameter.requires_grad:
             return self.placement(parameter).shards
-        return equal_parts(local_shape(parameter).numel(), self._replicas if self.stage > 0 else 1)
+        return equal_parts(self.local_shape(parameter).numel(), self._replicas if self.stage > 0 else 1)
 
     @property
     def _replica(self) -> int:
@@ -164,27 +159,6 @@ class ZeroState:
     @property
     def _replicas(self) -> int:
         return parallel_state.get_data_parallel_world_size()
-
-    def placement(self, parameter: nn.Parameter) -> Placement:
-        """Where the replicas keep a parameter's fp32 master."""
-        master, start = self._fp32_copies.get(parameter, (parameter, 0))
-        return Placement(master, start, [(0, parameter.numel())])
-
-    @cached_property
-    def _fp32_copies(self) -> dict[nn.Parameter, tuple[Tensor, int]]:
-        """In bf16: one for each parameter, or with Apex one for each group, in which it has a start."""
-        low, found = getattr(self.optimizer, "fp16_groups", []), {}
-        if hasattr(self.optimizer, "fp32_groups_flat"):
-            for parameters, flat in zip(low, self.optimizer.fp32_groups_flat, strict=True):
-                start = 0
-                for parameter in parameters:
-                    found[parameter] = flat, start
-                    start += parameter.numel()
-        elif hasattr(self.optimizer, "fp32_groups"):
-            for parameters, masters in zip(low, self.optimizer.fp32_groups, strict=True):
-                for parameter, master in zip(parameters, masters, strict=True):
-                    found[parameter] = master, 0
-        return found
 
     def read(self, parameter: nn.Parameter, kind: str, owners: Collection[int] | None = None) -> Tensor | None:
         """The whole fp32 master or moment, of the parameter's local shape; a collective call over replicas.
@@ -200,12 +174,12 @@ class ZeroState:
         mine = None if found is None else found.read(self._tensor(parameter, found.master, kind)).to(self.device)
         whole = None
         if owners is None or rank in owners:
-            whole = torch.zeros(local_shape(parameter).numel(), device=self.device)
+            whole = torch.zeros(self.local_shape(parameter).numel(), device=self.device)
             if found is not None and mine is not None:
                 found.cut(whole).copy_(mine)
         if self.stage > 0:
             exchange_shards(mine, whole, self._places(parameter), owners)
-        return None if whole is None else whole.view(local_shape(parameter))
+        return None if whole is None else whole.view(self.local_shape(parameter))
 
     def write(self, parameter: nn.Parameter, values: Mapping[str, Tensor]) -> None:
         """Set master and moments from whole values; the parameter itself follows, under ZeRO-3 with `finish`."""
@@ -224,7 +198,7 @@ class ZeroState:
         state = self.adam.state[master]
         if kind not in state:  # before the first step
             if isinstance(self.adam, AdamW8bit):
-                state[kind] = self.adam.new_moment(master, kind, is_matrix=len(local_shape(parameter)) >= 2)
+                state[kind] = self.adam.new_moment(master, kind, is_matrix=len(self.local_shape(parameter)) >= 2)
             else:
                 state[kind] = torch.zeros_like(master, requires_grad=False)
         return state[kind]
@@ -279,9 +253,3 @@ class ZeroState:
         for value in (value for state in self.adam.state.values() for value in state.values()):
             found += value.tensors if isinstance(value, BlockwiseMoment) else [value] if torch.is_tensor(value) else []
         return found
-
-    def buffers(self) -> Iterator[Tensor]:
-        """Every buffer in which gradients are reduced."""
-        for bucket in getattr(self.optimizer, "ipg_buckets", {}).values():
-            buffer = bucket.buffer
-            yield from [buffer] if isinstance(buffer, Tensor) else [x for x in buffer or () if isinstance(x, Tensor)]

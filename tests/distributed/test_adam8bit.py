@@ -17,7 +17,7 @@ from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.engine.adam8bit import BlockwiseMoment
 from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.engine.state_kinds import KINDS, MASTER, MOMENTS
-from megatron_crnet.engine.zero_state import local_shape
+from megatron_crnet.engine.zero import local_shape
 from megatron_crnet.model.gpt import build_model_chunks
 from tests.distributed.spawn import fresh_world, run_distributed
 from tests.distributed.test_checkpoint import row_config, train

@@ -127,7 +127,7 @@ def test_every_call_counts_all_its_tensors_under_its_kind_or_its_own_name(traffi
     n, calls = 6, traffic["calls"]
     assert calls["all_gather"] == Traffic(2, 2 * n + 2 * n, 4 * 2 * n + 2 * 2 * n)
     assert calls["reduce_scatter"] == Traffic(1, 2 * n, 4 * 2 * n)
-    assert calls["alltoall_base_"] == Traffic(1, n, 4 * n)
+    assert calls["all_to_all"] == Traffic(1, n, 4 * n)
     assert calls["send"] == Traffic(1, n, 2 * n)
     assert calls["barrier"].calls == 1
 

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from megatron_crnet.checkpoint import weight_files
 from megatron_crnet.checkpoint.storage import collect, fill, shared_reader, write
 from megatron_crnet.engine.state_kinds import KINDS
-from megatron_crnet.engine.zero_state import local_shape
+from megatron_crnet.engine.zero import local_shape
 from megatron_crnet.planning.counters import CommunicationCounter
 from tests.distributed.engines import build_engine, close_engine, run_step
 from tests.distributed.spawn import run_distributed
