@@ -42,16 +42,19 @@ class Launch:
     binds_devices: bool = False
     remark: str = ""
 
-    def export(self) -> None:
-        """Set torchrun's variables, which libraries read."""
-        os.environ["LOCAL_RANK"] = str(self.local_rank or 0)  # DeepSpeed insists on it
+    def export(self) -> dict[str, str | None]:
+        """Set torchrun's variables, which libraries read. Returns their values before, None where there was none."""
+        values = {"LOCAL_RANK": str(self.local_rank or 0)}  # DeepSpeed insists on it
         if self.world_size > 1:
-            os.environ.update(
-                RANK=str(self.rank),
-                WORLD_SIZE=str(self.world_size),
-                MASTER_ADDR=str(self.address),
-                MASTER_PORT=str(self.port),
-            )
+            values |= {
+                "RANK": str(self.rank),
+                "WORLD_SIZE": str(self.world_size),
+                "MASTER_ADDR": str(self.address),
+                "MASTER_PORT": str(self.port),
+            }
+        before = {name: os.environ.get(name) for name in values}
+        os.environ.update(values)
+        return before
 
 
 @dataclass(frozen=True)

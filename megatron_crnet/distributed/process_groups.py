@@ -102,10 +102,21 @@ def join_processes(config: Config) -> tuple[torch.device, Heartbeat]:
 
 
 def shutdown_parallel() -> None:
-    """Leave the groups; safe after an error on this rank alone."""
+    """Leave the groups and put the environment back; safe after an error on this rank alone."""
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    while _exported:
+        name, before = _exported.popitem()
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+
+
+_exported: dict[str, str | None] = {}
+"""Variables that `_join` has set, with their values before. Left behind, LOCAL_RANK alone would make other libraries
+of a process that goes on (Accelerate) look for the other ranks."""
 
 
 def keep_launch_order(config: Config) -> None:
@@ -150,7 +161,8 @@ def device_index(launch: Launch, devices: int) -> int:
 
 def _join(config: Config) -> Heartbeat:
     limit, launch = config.parallel.distributed_timeout_minutes, read_launch()
-    launch.export()
+    for name, before in launch.export().items():
+        _exported.setdefault(name, before)
     # else every gloo group opens a socket to every rank, though its calls need a few neighbours
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     store = shared_store(launch, limit)

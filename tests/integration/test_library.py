@@ -44,7 +44,8 @@ def test_the_example_trains_exports_and_continues(tmp_path: Path) -> None:
 
 def process_state() -> tuple[Any, ...]:
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
-    return handlers, signal.set_wakeup_fd(-1), dist.is_initialized(), set(threading.enumerate())
+    launcher = {name: value for name, value in os.environ.items() if "RANK" in name or name.startswith("MASTER_")}
+    return handlers, signal.set_wakeup_fd(-1), dist.is_initialized(), set(threading.enumerate()), launcher
 
 
 def test_training_leaves_the_process_as_it_was_and_its_model_is_measured(corpus: Corpus, tmp_path: Path) -> None:
