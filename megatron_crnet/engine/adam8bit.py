@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from megatron_crnet.engine.adam import ParamGroup, PerParameterOptimizer
 from megatron_crnet.engine.state_kinds import MOMENTS
 from megatron_crnet.model.compiled import cannot_compile
 
@@ -116,7 +116,7 @@ class BlockwiseMoment:
             store(part.sqrt() if self.is_root else part, codes, scales, self.code_map)
 
 
-class AdamW8bit(torch.optim.Optimizer):
+class AdamW8bit(PerParameterOptimizer):
     """AdamW with 8-bit moments in groups with `is_matrix`, and fp32 moments in the others.
 
     Args:
@@ -140,26 +140,17 @@ class AdamW8bit(torch.optim.Optimizer):
         segments = self.segments.get(like, [(0, like.numel())])
         return BlockwiseMoment(like, segments, self._code_maps[kind], is_root=kind == MOMENTS[1])
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
-        assert closure is None
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
-
-    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def update(self, parameter: Tensor, gradient: Tensor, group: ParamGroup) -> None:
+        """See the base."""
+        if not group["is_matrix"]:
+            self.update_by_adamw(parameter, gradient, group)
+            return
         state: dict[str, Any] = self.state[parameter]
         if "step" not in state:
             state["step"] = torch.tensor(0.0)
-            state |= {kind: self.new_moment(parameter, kind, group["is_matrix"]) for kind in MOMENTS}
+            state |= {kind: self.new_moment(parameter, kind, is_matrix=True) for kind in MOMENTS}
         first, second = (state[kind] for kind in MOMENTS)
         (beta1, beta2), eps, lr, decay = group["betas"], group["eps"], group["lr"], group["weight_decay"]
-        if isinstance(first, Tensor):
-            options = {"lr": lr, "weight_decay": decay, "eps": eps, "amsgrad": False, "maximize": False}
-            adamw([parameter], [gradient], [first], [second], [], [state["step"]], beta1=beta1, beta2=beta2, **options)
-            return
         state["step"] += 1
         step = int(state["step"])
         # tensors, because numbers that change would be compiled anew

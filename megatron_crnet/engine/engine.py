@@ -269,7 +269,7 @@ class TrainEngine:
         self.zero.finish(0)
 
     def _weights_by_parameter(self) -> dict[nn.Parameter, list[Weight]]:
-        return by_parameter(weight for chunk in self.chunks for weight in canonical_weights(chunk))
+        return by_parameter(self._weights)
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off the weights, which would keep the engine, and through it the groups, alive."""

@@ -30,13 +30,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from megatron_crnet.config.positions import PositionTable
 from megatron_crnet.config.schema import OptimizerConfig
+from megatron_crnet.engine.adam import ParamGroup, PerParameterOptimizer
 from megatron_crnet.engine.state_kinds import KINDS, LEFT, MASTER, MOMENTS, RIGHT
-
-ParamGroup = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,7 @@ def singular_vectors(gradient: Tensor) -> tuple[Tensor, Tensor]:
     return u.to(gradient.device, torch.float32), vt.to(gradient.device, torch.float32)
 
 
-class GaLore(torch.optim.Optimizer):
+class GaLore(PerParameterOptimizer):
     """GaLore on whole matrices in groups with `is_projected`, AdamW on everything in the others.
 
     Args:
@@ -172,46 +170,16 @@ class GaLore(torch.optim.Optimizer):
         super().__init__(groups, options)
         self.projection = projection
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
-        assert closure is None
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    (self._update if group["is_projected"] else self.update_by_adamw)(parameter, group)
-
-    def _update(self, parameter: Tensor, group: ParamGroup) -> None:
+    def update(self, parameter: Tensor, gradient: Tensor, group: ParamGroup) -> None:
+        """See the base."""
+        if not group["is_projected"]:
+            self.update_by_adamw(parameter, gradient, group)
+            return
         state: dict[str, Any] = self.state[parameter]
         if "subspace" not in state:
             state.update(step=0, subspace=Subspace(self.projection))
         state["step"] += 1
-        apply(
-            parameter, state["subspace"].direction(parameter.grad, state["step"], group["betas"], group["eps"]), group
-        )
-
-    def update_by_adamw(self, parameter: Tensor, group: ParamGroup) -> None:
-        """Update one tensor as `torch.optim.AdamW` does."""
-        state: dict[str, Any] = self.state[parameter]
-        if "step" not in state:
-            state["step"] = torch.tensor(0.0)
-            state.update({kind: torch.zeros_like(parameter, requires_grad=False) for kind in MOMENTS})
-        assert parameter.grad is not None
-        adamw(
-            [parameter],
-            [parameter.grad],
-            [state[MOMENTS[0]]],
-            [state[MOMENTS[1]]],
-            [],
-            [state["step"]],
-            amsgrad=False,
-            maximize=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-        )
+        apply(parameter, state["subspace"].direction(gradient, state["step"], group["betas"], group["eps"]), group)
 
 
 def apply(weights: Tensor, direction: Tensor, group: ParamGroup) -> None:

@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_crnet.engine.galore import GaLore, ParamGroup, Projection, Subspace, apply
+from megatron_crnet.engine.adam import ParamGroup
+from megatron_crnet.engine.galore import GaLore, Projection, Subspace, apply
 from megatron_crnet.engine.param_shard import Placement, overlap
 from megatron_crnet.model.weights import Weight
 
@@ -242,7 +243,7 @@ class ShardedGaLore(GaLore):
         for group in (group for group in self.param_groups if group["params"]):  # ZeRO-3 empties those of other calls
             if not group["is_projected"]:
                 for tensor in (tensor for tensor in group["params"] if tensor.grad is not None):
-                    self.update_by_adamw(tensor, group)
+                    self.update_by_adamw(tensor, tensor.grad, group)
             elif self._plans:  # DeepSpeed also steps before there is a plan
                 self._update_matrices(self._plans[group["params"][0]], group)
 
