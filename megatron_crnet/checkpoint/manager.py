@@ -51,7 +51,6 @@ from megatron_crnet.data.fingerprint import TrainedOn
 from megatron_crnet.distributed.consensus import gather, report_together, run_on_all_ranks, run_on_main
 from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.engine.state_kinds import KINDS, MASTER
-from megatron_crnet.model.weights import canonical_weights
 from megatron_crnet.recompute.rng import RngStates
 from megatron_crnet.utils.environment import note_in_run_file
 from megatron_crnet.utils.errors import CheckpointError, ConfigError, describe, require
@@ -99,8 +98,7 @@ class Checkpointer:
 
     def attach(self, engine: TrainEngine) -> None:
         """Save and load the state of another engine from now on."""
-        self.zero = engine.zero
-        self.weights = [weight for chunk in engine.chunks for weight in canonical_weights(chunk)]
+        self.zero, self.weights = engine.zero, engine.weights
 
     def detach(self) -> None:
         """Let go of the engine, before the next one takes memory."""
@@ -351,33 +349,41 @@ def check_resumable(
         saved = yaml.safe_load((checkpoint / "config.yaml").read_text())
     except (OSError, yaml.YAMLError) as error:
         raise CheckpointError(f"checkpoint {checkpoint} has no readable config.yaml: remove it") from error
-    wanted, found = resolved(config)["model"], OLDER | saved["model"]
+    asked = resolved(config)
+    wanted, found = asked["model"], OLDER | saved["model"]
     names = [name for name in wanted if name not in NOT_OF_THE_MODEL and found.get(name) != wanted[name]]
-    if METHODS[config.model.variant].has_frozen and not names:
-        at = saved_state(checkpoint)["step"]
-        holds, needs = is_warm_start(saved, at), is_warm_start(resolved(config), at if step is None else step)
-        kinds = {True: "the full-rank weights of a warm start", False: "frozen weights with factors"}
-        require(
-            holds == needs,
-            f"checkpoint {checkpoint} holds {kinds[holds]}, but relora.warm_start_steps "
-            f"{config.relora.warm_start_steps} needs {kinds[needs]} there: {remedy}",
-        )
-        before, now = ((values.get("relora") or {}).get("warm_start_steps", 0) for values in (saved, resolved(config)))
-        require(
-            holds or step is not None or before == now,
-            f"checkpoint {checkpoint} is of a run whose warm start had {before} steps, but relora.warm_start_steps is "
-            f"{now}, from which the schedule and restarts after it are counted: {remedy}",
-        )
     if names:
         difference = ", ".join(f"model.{name} {found.get(name)} instead of {wanted[name]}" for name in names)
         raise ConfigError(f"checkpoint {checkpoint} was written with {difference}: {remedy}")
-    before, now = _form_of_moments(saved.get("optimizer") or {}), _form_of_moments(resolved(config)["optimizer"])
+    if METHODS[config.model.variant].has_frozen:
+        _check_phase(saved, asked, checkpoint, step, remedy)
+    before, now = _form_of_moments(saved.get("optimizer") or {}), _form_of_moments(asked["optimizer"])
     if with_moments and before != now and saved_state(checkpoint)["adam_steps"]:
         raise ConfigError(
             f"checkpoint {checkpoint} holds moments of {before}, from which none of {now} follow: {remedy}, or begin a "
             "new run with its weights alone by checkpoint.load"
         )
     return dict(saved)
+
+
+def _check_phase(
+    saved: Mapping[str, Any], asked: Mapping[str, Any], checkpoint: Path, step: int | None, remedy: str
+) -> None:
+    """Raise where a checkpoint is of the other phase of ReLoRA, or the run's phases were cut elsewhere."""
+    at = saved_state(checkpoint)["step"]
+    before, now = ((values.get("relora") or {}).get("warm_start_steps", 0) for values in (saved, asked))
+    holds, needs = is_warm_start(saved, at), is_warm_start(asked, at if step is None else step)
+    kinds = {True: "the full-rank weights of a warm start", False: "frozen weights with factors"}
+    require(
+        holds == needs,
+        f"checkpoint {checkpoint} holds {kinds[holds]}, but relora.warm_start_steps {now} needs {kinds[needs]} there: "
+        f"{remedy}",
+    )
+    require(
+        holds or step is not None or before == now,
+        f"checkpoint {checkpoint} is of a run whose warm start had {before} steps, but relora.warm_start_steps is "
+        f"{now}, from which the schedule and restarts after it are counted: {remedy}",
+    )
 
 
 def _form_of_moments(section: Mapping[str, Any]) -> str:

@@ -102,7 +102,7 @@ class TrainEngine:
         ]
 
     def _parameter_groups(self) -> list[ParamGroup]:
-        section, config, weights = self.config.optimizer, self.config, self._weights
+        section, config, weights = self.config.optimizer, self.config, self.weights
         needs_equal_numbers = config.parallel.pipeline_model_parallel_size > 1 and not config.training.bf16
         return parameter_groups(
             self.chunks,
@@ -114,13 +114,14 @@ class TrainEngine:
         )
 
     @property
-    def _weights(self) -> list[Weight]:
+    def weights(self) -> list[Weight]:
+        """This rank's part of every canonical weight."""
         return [weight for chunk in self.chunks for weight in canonical_weights(chunk)]
 
     @property
     def _projected(self) -> list[Weight]:
         section, table = self.config.optimizer, self.chunks[0].config.table
-        return [weight for weight in self._weights if is_projected(weight.name, section, table)]
+        return [weight for weight in self.weights if is_projected(weight.name, section, table)]
 
     def _optimizer_factory(
         self, in_fp32: dict[nn.Parameter, Tensor]
@@ -269,7 +270,7 @@ class TrainEngine:
         self.zero.finish(0)
 
     def _weights_by_parameter(self) -> dict[nn.Parameter, list[Weight]]:
-        return by_parameter(self._weights)
+        return by_parameter(self.weights)
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off the weights, which would keep the engine, and through it the groups, alive."""
