@@ -26,8 +26,9 @@ from megatron_crnet.analysis.fit import DAMPING, damped, fit_map, truncated_svd
 from megatron_crnet.analysis.source import LAYER, SourceModel, layer_of
 from megatron_crnet.analysis.stream import Activations, Map, Sums
 from megatron_crnet.checkpoint.weight_files import EMBEDDING
+from megatron_crnet.config.architectures import Architecture
 from megatron_crnet.config.loading import resolved
-from megatron_crnet.config.positions import Architecture, PositionTable, position_table
+from megatron_crnet.config.positions import PositionTable, position_table
 from megatron_crnet.config.schema import Config, ModelConfig
 from megatron_crnet.utils.errors import require
 

@@ -61,7 +61,10 @@ NOT_OF_THE_MODEL = {
     *("beta_init", "init_method_std", "scale_residual_init"),
     *("hidden_dropout", "attention_dropout", "max_position_embeddings"),
 }
-OLDER = {"only_lr_act": False, "relora_scale": ModelConfig.relora_scale}
+OLDER = {
+    **{"architecture": "llama", "tie_word_embeddings": False},
+    **{"only_lr_act": False, "relora_scale": ModelConfig.relora_scale},
+}
 """Values in checkpoints of versions without these fields of the model."""
 WRITING_LIMIT = timedelta(minutes=30)
 """Timeout of the collective calls of a save, longer than that of training: a slow file system is not a lost rank."""

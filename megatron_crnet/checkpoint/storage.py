@@ -132,7 +132,7 @@ def collect(zero: ZeroState, weights: list[Weight]) -> dict[str, Box | Exception
     )
     boxes: dict[str, Box | Exception] = {}
     turn = 0
-    for parameter, parts in by_parameter(weights).items():
+    for parameter, parts in by_parameter(w for w in weights if not w.is_copy).items():
         for kind in zero.kinds_of(parameter):
             owners: dict[str, int] = {}
             for weight in parts:

@@ -16,7 +16,7 @@ import yaml
 
 from megatron_crnet.config.field_types import FilePath, checked, is_text, nearest, shown, types_of
 from megatron_crnet.config.options import ToolParser
-from megatron_crnet.config.positions import resolve_full_rank_layers, resolve_only_lr_act
+from megatron_crnet.config.positions import head_width, position_table, resolve_full_rank_layers
 from megatron_crnet.config.schema import Config
 from megatron_crnet.utils.errors import require
 from megatron_crnet.utils.files import replace_text
@@ -121,7 +121,11 @@ def resolved(config: Config) -> dict[str, Any]:
     values["model"]["full_rank_layers"] = resolve_full_rank_layers(
         model.variant, model.full_rank_layers, model.num_layers
     )
-    values["model"]["only_lr_act"] = resolve_only_lr_act(model.variant, model.only_lr_act, model.hidden_size)
+    table = position_table(model)
+    values["model"]["only_lr_act"] = not table.activates
+    values["model"]["tie_word_embeddings"] = table.ties_head
+    if head_width(model) * model.num_attention_heads == model.hidden_size:
+        values["model"]["kv_channels"] = None
     values["model"]["num_query_groups"] = model.num_query_groups or model.num_attention_heads
     values["model"]["max_position_embeddings"] = model.max_position_embeddings or config.training.seq_length
     values["parallel"]["virtual_pipeline_model_parallel_size"] = parallel.sizes[2]

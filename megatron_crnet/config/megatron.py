@@ -8,7 +8,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_crnet.config.deepspeed import zero_stage
-from megatron_crnet.config.positions import PositionTable, position_table
+from megatron_crnet.config.positions import PositionTable, head_width, position_table
 from megatron_crnet.config.recompute_section import STRATEGIES, Strategy
 from megatron_crnet.config.schema import Config
 
@@ -82,6 +82,7 @@ def build_transformer_config(config: Config) -> CRNetTransformerConfig:
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups or model.num_attention_heads,
         layernorm_epsilon=model.layernorm_epsilon,
+        kv_channels=head_width(model),
         normalization="RMSNorm",
         add_bias_linear=False,
         gated_linear_unit=True,

@@ -5,7 +5,8 @@ Symbols: h hidden, f FFN width, L layers, V vocabulary, s sequence, r rank. For 
 
 from __future__ import annotations
 
-from megatron_crnet.config.positions import FULL_RANK, PositionTable, position_table
+from megatron_crnet.config.architectures.base import NORMS, QK_NORMS
+from megatron_crnet.config.positions import FULL_RANK, PositionTable, head_width, position_table, ties_head
 from megatron_crnet.config.schema import ModelConfig
 
 UNUSED_SHARE = 0.05
@@ -31,15 +32,18 @@ def parameters_by_part(model: ModelConfig) -> dict[str, int]:
     """Parameter counts of the whole model: embedding, full-rank and low-rank maps, betas, norms, output."""
     h, layers, table = model.hidden_size, range(model.num_layers), position_table(model)
     full = [layer for layer in layers if table.is_full_rank(layer)]
-    frozen = sum(frozen_parameters(table, layer) for layer in layers)
+    frozen, architecture = sum(frozen_parameters(table, layer) for layer in layers), table.architecture
+    qk_norms = model.num_layers * len(QK_NORMS) * head_width(model) if architecture.has_qk_norm else 0
     return {
         "embedding": model.vocab_size * h,
+        **({} if architecture.is_rotary else {"positions": (model.max_position_embeddings or 0) * h}),
         "full-rank maps": sum(linear_parameters(table, layer) for layer in full),
         "low-rank maps": sum(linear_parameters(table, layer) for layer in layers if layer not in full),
         **({"frozen maps": frozen} if frozen else {}),
         "betas": len(table.shapes) * (model.num_layers - len(table.chain_starts)),
-        "norms": (len(table.architecture.norms) * model.num_layers + 1) * h,
-        "output layer": model.vocab_size * h,
+        **({"biases": model.num_layers * sum(w for _, w in table.shapes.values())} if architecture.has_biases else {}),
+        "norms": (len(NORMS) * model.num_layers + 1) * h * len(architecture.norm_suffixes) + qk_norms,
+        **({} if table.ties_head else {"output layer": model.vocab_size * h}),
     }
 
 
@@ -54,7 +58,8 @@ def remark_on_unused_rows(model: ModelConfig, tokens: int) -> str:
     Args:
         tokens: the tokenizer's largest id plus one. Rows beyond it are never trained on a token.
     """
-    unused, total = 2 * (model.vocab_size - tokens) * model.hidden_size, total_parameters(model)
+    copies = 1 if ties_head(model) else 2
+    unused, total = copies * (model.vocab_size - tokens) * model.hidden_size, total_parameters(model)
     if unused < UNUSED_SHARE * total:
         return ""
     return (
@@ -78,6 +83,7 @@ def flops_per_token(model: ModelConfig, seq_length: float, whole_attention: bool
     """
     table = position_table(model)
     linear = sum(linear_parameters(table, layer) for layer in range(model.num_layers))
-    attention = (4 if whole_attention else 2) * seq_length * model.hidden_size * model.num_layers
+    width = model.num_attention_heads * head_width(model)
+    attention = (4 if whole_attention else 2) * seq_length * width * model.num_layers
     frozen = sum(frozen_parameters(table, layer) for layer in range(model.num_layers))
     return 4.0 * frozen + 3.0 * (2 * (linear + model.hidden_size * model.vocab_size) + attention)

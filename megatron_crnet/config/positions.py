@@ -1,8 +1,9 @@
-"""Architectures: which linear maps a layer has; and the table of a model: ranks, widths and chains, resolved once.
+"""The table of a model: ranks, widths and chains of its positions, resolved once.
 
 A linear map of a layer is a *position* (the paper's P). Positions that share an input form a *group*. Everything that
-depends on how many there are, how they are called or how wide they are asks an `Architecture`, or the `PositionTable`
-that a model configuration resolves to; the layer built from it is `model/layer.py`.
+depends on how many there are, how they are called or how wide they are asks an `Architecture`
+(`config/architectures/`), or the `PositionTable` that a model configuration resolves to; the layer built from it is
+`model/layer.py`.
 """
 
 from __future__ import annotations
@@ -10,18 +11,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge, Le
 
+from megatron_crnet.config.architectures import ARCHITECTURES, LLAMA, Architecture
 from megatron_crnet.config.field_types import Rule
 from megatron_crnet.utils.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_crnet.config.schema import ModelConfig
-
-T = TypeVar("T")
 
 FULL_RANK = 0
 """Rank that marks a full-rank map."""
@@ -31,116 +30,12 @@ SMALLEST_MULTIPLE = 8
 """Elements of bf16 in 16 bytes, the alignment without which matrix units need slow kernels."""
 
 
-@dataclass(frozen=True)
-class Position:
-    """One linear map of a layer.
-
-    Attributes:
-        name: in configurations.
-        module: in exports, within a layer.
-        h_in: width of its input: `hidden`, `key_value` or `ffn`.
-        h_out: width of its output, likewise.
-    """
-
-    name: str
-    module: str
-    h_in: str
-    h_out: str
-
-
-@dataclass(frozen=True)
-class Group:
-    """Positions that share an input.
-
-    Attributes:
-        is_row: A is split over its inputs under tensor parallelism, as in Megatron-Core's row-parallel layers, and
-            the output is added to the residual stream. Otherwise outputs are split.
-    """
-
-    name: str
-    positions: tuple[Position, ...]
-    is_row: bool = False
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The linear maps of a layer, and what else of it has to be known outside of the layer itself.
-
-    Attributes:
-        groups: in the order of the layer's outputs.
-        norms: by the layer's attribute, the name in exports.
-        attention: position whose input is attention's output.
-        other_activations: what backward of a layer needs beside linear outputs: multiples of the residual stream
-            (`hidden`) and of positions' outputs.
-        paddable: widths that may be padded by zeros: between their positions stand only functions of single elements
-            that map zeros to zeros.
-        rotated: positions of which backward needs the output after RoPE, not the output.
-    """
-
-    groups: tuple[Group, ...]
-    norms: Mapping[str, str]
-    attention: str
-    other_activations: Mapping[str, int]
-    paddable: frozenset[str] = frozenset()
-    rotated: tuple[str, ...] = ()
-
-    @property
-    def positions(self) -> tuple[Position, ...]:
-        """All positions, in the order of a layer's outputs."""
-        return tuple(position for group in self.groups for position in group.positions)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of all positions."""
-        return tuple(position.name for position in self.positions)
-
-    @property
-    def rows(self) -> tuple[str, ...]:
-        """Names of the positions of row groups, whose outputs are added to the residual stream."""
-        return tuple(position.name for group in self.groups if group.is_row for position in group.positions)
-
-    def group(self, name: str) -> Group:
-        """The group of this name."""
-        return next(group for group in self.groups if group.name == name)
-
-    def by_group(self, values: Sequence[T]) -> dict[str, tuple[T, ...]]:
-        """One value per position, such as a layer's outputs, by the name of the group."""
-        remaining = iter(values)
-        return {group.name: tuple(islice(remaining, len(group.positions))) for group in self.groups}
-
-
-LLAMA = Architecture(
-    groups=(
-        Group(
-            "qkv",
-            (
-                Position("q", "self_attn.q_proj", "hidden", "hidden"),
-                Position("k", "self_attn.k_proj", "hidden", "key_value"),
-                Position("v", "self_attn.v_proj", "hidden", "key_value"),
-            ),
-        ),
-        Group("o", (Position("o", "self_attn.o_proj", "hidden", "hidden"),), is_row=True),
-        Group(
-            "gate_up",
-            (Position("gate", "mlp.gate_proj", "hidden", "ffn"), Position("up", "mlp.up_proj", "hidden", "ffn")),
-        ),
-        Group("down", (Position("down", "mlp.down_proj", "ffn", "hidden"),), is_row=True),
-    ),
-    norms={"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"},
-    attention="o",
-    # two norms' inputs and outputs; attention's output; silu(gate) up
-    other_activations={"hidden": 4, "q": 1, "up": 1},
-    rotated=("q", "k"),
-    paddable=frozenset({"ffn"}),  # silu(0) 0 = 0
-)
-"""LLaMA-2: q, k, v, o of attention, gate, up, down of SwiGLU, RMSNorm before each."""
-
 RankSize = Annotated[int, Ge(1), Le(2**20)]
 Rank = Annotated[
     RankSize | list[RankSize] | dict[str, RankSize | list[RankSize]],
     Rule(
-        f"a rank from 1 to {2**20}, a list with one per layer, or a mapping of the positions {', '.join(LLAMA.names)} "
-        "to either"
+        f"a rank from 1 to {2**20}, a list with one per layer, or a mapping of the architecture's positions "
+        f"({', '.join(LLAMA.names)} in LLaMA) to either"
     ),
 ]
 
@@ -187,8 +82,9 @@ class PositionTable:
         tp_size: tensor-parallel ranks.
         pad_to: see `padded`.
         method: what the maps of low-rank layers are.
-        gate_has_silu: silu(gate) up, else gate up.
+        activates: silu(gate) up or gelu(up), else gate up.
         scale: what X A B is multiplied by.
+        ties_head: the output layer multiplies by the embedding's weights.
     """
 
     architecture: Architecture = LLAMA
@@ -198,8 +94,9 @@ class PositionTable:
     tp_size: int = 1
     pad_to: int = 1
     method: Method = METHODS["crnet"]
-    gate_has_silu: bool = True
+    activates: bool = True
     scale: float = 1.0
+    ties_head: bool = False
 
     @cached_property
     def padded_ranks(self) -> tuple[Mapping[str, int], ...]:
@@ -255,7 +152,9 @@ class PositionTable:
         return self.method.has_frozen or self.is_full_rank(layer)
 
     def position_of(self, weight: str) -> str:
-        """The position that holds the exported weight of this name; empty for embeddings and norms."""
+        """The position whose linear map the exported weight of this name belongs to; empty for all others."""
+        if weight.endswith(".bias"):
+            return ""
         return next((p.name for p in self.architecture.positions if f".{p.module}." in weight), "")
 
 
@@ -284,39 +183,49 @@ def position_table(model: ModelConfig, tp_size: int = 1, pad_to: int = 1) -> Pos
     Raises:
         ConfigError: `model.rank`, `model.full_rank_layers` or `model.only_lr_act` does not fit the model.
     """
+    architecture, method = ARCHITECTURES[model.architecture], METHODS[model.variant]
     full = resolve_full_rank_layers(model.variant, model.full_rank_layers, model.num_layers)
-    heads, method = model.num_attention_heads, METHODS[model.variant]
+    heads, width = model.num_attention_heads, head_width(model)
     widths = {
         "hidden": model.hidden_size,
-        "key_value": model.hidden_size // heads * (model.num_query_groups or heads),
+        "query": width * heads,
+        "key_value": width * (model.num_query_groups or heads),
         "ffn": model.ffn_hidden_size,
     }
     return PositionTable(
-        LLAMA,
-        tuple(resolve_ranks(model.rank, model.num_layers, full)),
+        architecture,
+        tuple(resolve_ranks(model.rank, model.num_layers, full, architecture.names)),
         frozenset({0, *full} if method.is_chained else range(model.num_layers)),
-        {p.name: (widths[p.h_in], widths[p.h_out]) for p in LLAMA.positions},
+        {p.name: (widths[p.h_in], widths[p.h_out]) for p in architecture.positions},
         tp_size,
         pad_to,
         method,
-        not resolve_only_lr_act(model.variant, model.only_lr_act, model.hidden_size),
+        not resolve_only_lr_act(model, architecture),
         model.relora_scale if method.has_frozen else 1.0,
+        ties_head(model),
     )
 
 
-def resolve_only_lr_act(variant: str, asked: bool | None, hidden_size: int) -> bool:
-    """Whether silu stands between factors alone, and not in SwiGLU.
+def head_width(model: ModelConfig) -> int:
+    """Width d of an attention head."""
+    return model.kv_channels or model.hidden_size // model.num_attention_heads
 
-    Args:
-        variant: `model.variant`.
-        asked: `model.only_lr_act`; None is true where CoLA's configurations have it.
-    """
-    if METHODS[variant].has_silu:
-        return hidden_size >= ONLY_LR_ACT_FROM if asked is None else asked
+
+def ties_head(model: ModelConfig) -> bool:
+    """Whether the output layer multiplies by the embedding's weights."""
+    asked = model.tie_word_embeddings
+    return ARCHITECTURES[model.architecture].ties_head if asked is None else asked
+
+
+def resolve_only_lr_act(model: ModelConfig, architecture: Architecture) -> bool:
+    """Whether silu stands between factors alone, and not in SwiGLU: `model.only_lr_act`, or what CoLA's models have."""
+    asked, is_gated = model.only_lr_act, architecture.activation == "swiglu"
+    if METHODS[model.variant].has_silu and is_gated:
+        return model.hidden_size >= ONLY_LR_ACT_FROM if asked is None else asked
     if asked:
-        raise ConfigError(
-            f"model.only_lr_act is true, but variant {variant} has no silu between factors: leave it out, or use cola"
-        )
+        where = f"variant {model.variant}" if is_gated else f"architecture {model.architecture}"
+        lacks = "no silu between factors" if is_gated else "no gate"
+        raise ConfigError(f"model.only_lr_act is true, but {where} has {lacks}: leave it out, or use cola")
     return False
 
 
@@ -349,7 +258,7 @@ def resolve_full_rank_layers(variant: str, layers: Sequence[int] | None, num_lay
 
 
 def resolve_ranks(
-    rank: Rank, num_layers: int, full_rank_layers: Sequence[int], names: Sequence[str] = LLAMA.names
+    rank: Rank, num_layers: int, full_rank_layers: Sequence[int], names: Sequence[str]
 ) -> list[dict[str, int]]:
     """The rank of each position of each layer; FULL_RANK in the full-rank layers."""
     if isinstance(rank, Mapping):

@@ -39,6 +39,7 @@ from megatron_crnet.utils.errors import require
 
 Variant = Literal["crnet", "full_rank", "low_rank", "cola", "relora"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
+ArchitectureName = Literal["llama", "gpt2", "qwen3"]
 OF_VARIANT: dict[str, Any] = {"full_rank_layers": None, "only_lr_act": None}
 """Fields of the model that fit some variants only, for a change to another: null is each variant's own."""
 Width = Annotated[int, Ge(1), Le(2**20)]
@@ -55,29 +56,37 @@ Ramp = Annotated[list[PositiveCount], Rule("[start, increment, samples], integer
 
 @dataclass(frozen=True)
 class ModelConfig(Section, name="model"):
-    """Shape of the decoder-only LLaMA-2 block that CR-Net is built on (arXiv 2509.18993)."""
+    """Shape of the decoder-only transformer that CR-Net is built on (arXiv 2509.18993)."""
 
     variant: Variant = "crnet"
     """crnet: Y_l = s(beta_l) Y_{l-1} + X_l A_l B_l. low_rank: X A B. cola: B silu(X A) (arXiv
     2502.10940), see only_lr_act. relora: X W + s X A B, W frozen
     between restarts (arXiv 2307.05695), see the section relora. full_rank: X W, the plain LLaMA-2."""
+    architecture: ArchitectureName = "llama"
+    """llama; gpt2: LayerNorm, GELU, biases, learned positions; qwen3: an RMSNorm per head of q and k."""
     num_layers: Layers = 8
     """Transformer layers."""
     hidden_size: Width = 256
     """Width h of the residual stream."""
     ffn_hidden_size: Annotated[int, Ge(1), Le(2**22)] = 688
-    """Width f of the SwiGLU feed-forward network."""
+    """Width f of the feed-forward network."""
     num_attention_heads: Parallelism = 8
-    """Query heads; hidden_size must divide by it."""
+    """Query heads; hidden_size must divide by it, unless kv_channels is set."""
     num_query_groups: Parallelism | None = None
     """Key-value heads (grouped-query attention); null means one per query head."""
+    kv_channels: Width | None = None
+    """Width d of a head; null means hidden_size / num_attention_heads."""
     vocab_size: Annotated[int, Ge(1), Le(2**24)] = 32000
     """Rows of the embedding and of the output layer; at least the tokenizer's size."""
     max_position_embeddings: PositiveCount | None = None
-    """Longest sequence of the model, written into exports; null means training.seq_length."""
+    """Longest sequence of the model, written into exports; null means training.seq_length. gpt2 learns a vector for
+    each of these positions and needs it."""
+    tie_word_embeddings: bool | None = None
+    """Whether the output layer multiplies by the embedding's weights; null means true for gpt2, false for the
+    others."""
     rank: Rank = 128
     """Rank r of the low-rank maps: an integer, a list with one per layer, or a mapping of the
-    positions q, k, v, o, gate, up, down to either."""
+    positions q, k, v, o, gate (not in gpt2), up, down to either."""
     full_rank_layers: list[Count] | None = None
     """Layers (from 0) with full-rank weights, which start a new cross-layer chain. null means [0] for
     crnet, all for full_rank, [] for the others."""
@@ -91,7 +100,7 @@ class ModelConfig(Section, name="model"):
     cross_layer_epsilon: Epsilon = 1e-6
     """eps of s(b) = sign(b)(|b| + eps), which keeps s away from zero."""
     layernorm_epsilon: Epsilon = 1e-6
-    """eps of RMSNorm."""
+    """eps of RMSNorm or LayerNorm."""
     rotary_base: Annotated[int, Ge(1), Le(10**12)] = 10000
     """Base of the rotary position embedding (rotate-half form)."""
     init_method_std: Annotated[float, Ge(SMALLEST), Le(1000)] = 0.02

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from megatron_crnet.config.architectures import ARCHITECTURES
 from megatron_crnet.config.field_types import MOST
-from megatron_crnet.config.positions import METHODS, position_table
+from megatron_crnet.config.positions import METHODS, head_width, position_table
 from megatron_crnet.utils.errors import require
 
 if TYPE_CHECKING:
@@ -44,16 +45,22 @@ def check_config(config: Config) -> None:
 
 def _check_model(model: ModelConfig) -> None:
     """Heads and ranks fit the model's widths and layers."""
-    h, heads = model.hidden_size, model.num_attention_heads
+    h, heads, architecture = model.hidden_size, model.num_attention_heads, ARCHITECTURES[model.architecture]
     require(
-        h % heads == 0,
+        model.kv_channels is not None or h % heads == 0,
         f"model.hidden_size {h} does not divide by model.num_attention_heads {heads}: "
-        f"use hidden_size {h // heads * heads or heads} or {(h // heads + 1) * heads}",
+        f"use hidden_size {h // heads * heads or heads} or {(h // heads + 1) * heads}, or set kv_channels",
+    )
+    width = head_width(model)
+    source = f"hidden_size {h} / num_attention_heads {heads}" if model.kv_channels is None else "kv_channels"
+    require(
+        not architecture.is_rotary or width % 2 == 0,
+        f"model.{source} gives heads of width {width}, but rotary embeddings need an even width: change it",
     )
     require(
-        (h // heads) % 2 == 0,
-        f"model.hidden_size {h} / num_attention_heads {heads} gives heads of width {h // heads}, but "
-        "rotary embeddings need an even width: change one of the two",
+        architecture.is_rotary or model.max_position_embeddings is not None,
+        f"model.max_position_embeddings is not set, but architecture {model.architecture} learns a vector for each "
+        "position: set it to the longest sequence of the model",
     )
     groups = model.num_query_groups or heads
     require(

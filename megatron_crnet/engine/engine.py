@@ -20,6 +20,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.activation_checkpointing import checkpointing
+from deepspeed.runtime.constants import PIPE_REPLICATED
 from deepspeed.runtime.utils import clip_grad_norm_
 from megatron.core import parallel_state
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ from megatron_crnet.engine.state_kinds import MASTER
 from megatron_crnet.engine.zero import zero_state
 from megatron_crnet.model.gpt import CRNetModel
 from megatron_crnet.model.linear import LowRankGroup
-from megatron_crnet.model.weights import Weight, by_parameter, canonical_weights
+from megatron_crnet.model.weights import EMBEDDING, Weight, by_parameter, canonical_weights
 from megatron_crnet.recompute.rng import RngStates
 from megatron_crnet.utils.noise import without_memory_lines
 
@@ -320,12 +321,27 @@ class TrainEngine:
 
     def _clip(self) -> float:
         limit = self.config.optimizer.clip_grad or float("inf")
-        return float(clip_grad_norm_(self.deepspeed.module.parameters(), limit, mpu=NormMpu()))
+        parameters = list(self.deepspeed.module.parameters())
+        copied = [p for p in parameters if hasattr(p, PIPE_REPLICATED)]
+        norm = clip_grad_norm_([p for p in parameters if not hasattr(p, PIPE_REPLICATED)], limit, mpu=NormMpu())
+        for parameter in copied:  # the same operations as DeepSpeed's on the other copy, the same bits
+            assert parameter.grad is not None
+            parameter.grad.mul_((torch.full((1,), limit, device=norm.device) / (norm + 1e-6)).clamp(max=1))
+        return float(norm)
+
+    def _gradients_of_tied_head(self) -> list[Tensor]:
+        """Of the embedding on the first and of its copy on the last of several pipeline stages."""
+        if self.config.parallel.pipeline_model_parallel_size == 1 or not self.chunks[0].config.table.ties_head:
+            return []
+        found = [self.zero.gradient(w.parameter) for w in self.weights if w.name == EMBEDDING]
+        return [gradient for gradient in found if gradient is not None]
 
     def reduce_gradients(self) -> None:
         """Sum partial gradients over tensor-parallel ranks and average over replicas, where no hook has."""
         if parallel_state.get_tensor_model_parallel_world_size() > 1:
             _sum_over_tensor_parallel(self.zero.partial_gradients())
+        for gradient in self._gradients_of_tied_head():
+            dist.all_reduce(gradient, group=parallel_state.get_embedding_group())
         self.zero.reduce_gradients()
 
 

@@ -17,6 +17,7 @@ from megatron_crnet.config.validation import restart_interval, wsd_decay_steps
 from megatron_crnet.engine.adam8bit import AdamW8bit
 from megatron_crnet.engine.galore import Projection, is_projected
 from megatron_crnet.engine.sharded_galore import ShardedGaLore
+from megatron_crnet.model.weights import EMBEDDING
 from megatron_crnet.utils.errors import require
 
 ParamGroup = dict[str, Any]
@@ -30,8 +31,8 @@ def is_partial(parameter: nn.Parameter) -> bool:
 def lr_multiplier(name: str, multipliers: Mapping[LrPart, float]) -> float:
     """The factor of the learning rate of a canonical weight under `optimizer.lr_multipliers`."""
     parts: dict[LrPart, bool] = {
-        "embedding": name == "model.embed_tokens.weight",
-        "first_layer": name.startswith("model.layers.0.") and not name.endswith("norm.weight"),
+        "embedding": name.startswith("model.embed_"),
+        "first_layer": name.startswith("model.layers.0.") and not name.endswith(("norm.weight", "norm.bias")),
         "a": name.endswith(".a.weight"),
         "b": name.endswith(".b.weight"),
         "beta": name.endswith(".beta"),
@@ -41,12 +42,13 @@ def lr_multiplier(name: str, multipliers: Mapping[LrPart, float]) -> float:
 
 def count_groups(model: ModelConfig, section: OptimizerConfig) -> int:
     """Groups of the parameters of a whole fp32 model."""
-    table, names = position_table(model), ["model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"]
+    table, names = position_table(model), [EMBEDDING, "lm_head.weight", "model.norm.weight"]
     for layer in range(model.num_layers):
         kinds = ["weight"] if table.is_full_rank(layer) else ["a.weight", "b.weight"]
         kinds += ["beta"] if table.has_previous(layer) else []
+        kinds += ["bias"] if table.architecture.has_biases else []
         names += [f"model.layers.{layer}.{p.module}.{kind}" for p in table.architecture.positions for kind in kinds]
-    undecayed = ("norm.weight", ".beta")
+    undecayed = ("norm.weight", ".beta", ".bias")
     return len(
         {
             (name.endswith(undecayed), lr_multiplier(name, section.lr_multipliers), is_projected(name, section, table))

@@ -135,10 +135,14 @@ class Stage1BF16(Stage1):
         """By the engine."""
         self.engine.allreduce_gradients()
 
-    def partial_gradients(self) -> list[Tensor]:
-        """From the fp32 gradients."""
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """The one in fp32."""
+        return self._fp32_gradients.get(parameter)
+
+    @cached_property
+    def _fp32_gradients(self) -> dict[nn.Parameter, Tensor]:
         both = zip(self.optimizer.bf16_groups, self.optimizer.fp32_groups_gradients, strict=True)
-        return [gradient for pair in both for p, gradient in zip(*pair, strict=True) if is_partial(p)]
+        return {p: gradient for pair in both for p, gradient in zip(*pair, strict=True)}
 
     def poison_gradients(self) -> None:
         """DeepSpeed's setter fails for a parameter that is cut between ranks under this optimizer."""

@@ -115,7 +115,11 @@ class ZeroState(ABC):
 
     def partial_gradients(self) -> list[Tensor]:
         """Gradients that are partial sums over tensor-parallel ranks, wherever DeepSpeed keeps them."""
-        return [p.grad for p in self.engine.module.parameters() if is_partial(p) and p.grad is not None]
+        return [g for p in self.engine.module.parameters() if is_partial(p) and (g := self.gradient(p)) is not None]
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """The gradient that has not been reduced over replicas, where a stage keeps it whole; None if there is none."""
+        return parameter.grad
 
     # master weights and moments
 

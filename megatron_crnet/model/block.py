@@ -130,9 +130,10 @@ class CRNetTransformerBlock(TransformerBlock):
             hidden_states, context = unpack(self.input_tensor, self.config, self.first_layer)
             self.input_tensor = None  # the graph holds it until backward; here it would stay, with its gradient
         hidden_states = make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True)
-        assert rotary_pos_emb is not None, "positions are rotary here"
-        angles = rotary_pos_emb if documents is None else documents.positions_of(rotary_pos_emb)
-        shared = {"rotation": rotation_of(angles), "documents": documents}
+        rotation = None
+        if rotary_pos_emb is not None:
+            rotation = rotation_of(rotary_pos_emb if documents is None else documents.positions_of(rotary_pos_emb))
+        shared = {"rotation": rotation, "documents": documents}
         parallel_random = self.config.sequence_parallel and self.config.has_dropout
         with tensor_parallel.get_cuda_rng_tracker().fork() if parallel_random else nullcontext():
             if self.segments and self.training:

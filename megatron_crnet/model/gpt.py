@@ -21,7 +21,7 @@ from megatron_crnet.model.weights import initialize, mark_tensor_parallel
 
 
 class CRNetModel(GPTModel):
-    """Embedding, RoPE's angles and output layer are Megatron-Core's own.
+    """Embeddings, RoPE's angles and output layer are Megatron-Core's own.
 
     Args:
         vocab_size: rows of the embedding, divisible by the tensor-parallel size.
@@ -46,15 +46,25 @@ class CRNetModel(GPTModel):
             transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[]),
             vocab_size=vocab_size,
             max_sequence_length=max_sequence_length,
-            position_embedding_type="rope",
+            position_embedding_type="rope" if config.table.architecture.is_rotary else "learned_absolute",
+            share_embeddings_and_output_weights=config.table.ties_head,
             rotary_base=rotary_base,
             pg_collection=groups,
             **stage,
         )
         # GPTModel hard-codes TransformerBlock; an empty one is replaced
         self.decoder = CRNetTransformerBlock(config=config, pg_collection=groups, **stage)
+        if first and not config.table.architecture.is_rotary:
+            # Megatron-Core leaves them to its module for half precision
+            word, position = self.embedding.word_embeddings.weight, self.embedding.position_embeddings
+            position.to(device=word.device, dtype=word.dtype)
         self.glue = choose_glue(next(self.parameters()), config.cross_layer_fusion)
         mark_tensor_parallel(self)
+
+    def setup_embeddings_and_output_layer(self) -> None:
+        """In place of Megatron-Core's, which sends a tied weight to its copy: here both are drawn by their name."""
+        if self.share_embeddings_and_output_weights and self.post_process and not self.pre_process:
+            self.output_layer.weight.ds_pipe_replicated = True  # DeepSpeed's mark: its norm counts the weight once
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross-entropy of every token, [b, s]; labels: [b, s], logits: [s, b, V/t]."""

@@ -1,4 +1,4 @@
-"""One LLaMA-2 layer: takes the previous layer's linear outputs and returns its own."""
+"""One layer of any architecture: takes the previous layer's linear outputs and returns its own."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from megatron.core.transformer.transformer_layer import BaseTransformerLayer, ge
 from megatron.core.utils import get_pg_rank
 from torch import Tensor, nn
 
+from megatron_crnet.config.architectures import Group
 from megatron_crnet.config.megatron import CRNetTransformerConfig
 from megatron_crnet.data.documents import PackedDocuments
 from megatron_crnet.model.attention import SDPACoreAttention
+from megatron_crnet.model.bias import GroupBias
 from megatron_crnet.model.compiled import choose_glue
 from megatron_crnet.model.linear import LinearGroup, LowRankGroup, build_group
-from megatron_crnet.model.norm import CRNetNorm, LeanRMSNorm
+from megatron_crnet.model.norm import CRNetNorm, LeanRMSNorm, rms_norm
 from megatron_crnet.model.regions import Regions, Rotation
 from megatron_crnet.recompute.tape import LayerOutputs, LayerTape, Mode
 
@@ -35,7 +37,7 @@ class CRNetLayerSubmodules:
 
 
 class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
-    """Attention and SwiGLU with RMSNorm before each, LLaMA-2 style.
+    """Attention and a feed-forward network with a norm before each; what they are made of says the architecture.
 
     Args:
         layer_number: number of the layer on its pipeline stage, from 1 (as Megatron-Core counts).
@@ -54,16 +56,19 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
         self.layer_number = layer_number + get_transformer_layer_offset(config, vp_stage, get_pg_rank(groups.pp))
         layer = self.index = self.layer_number - 1
         self.returns_outputs = config.table.has_next(layer)
-        norm = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
-        self.input_layernorm = submodules.norm(**norm)
-        self.linear_qkv = build_group(config, "qkv", groups, layer)
+        architecture, width, eps = config.table.architecture, config.hidden_size, config.layernorm_epsilon
+        self.input_layernorm = submodules.norm(config=config, hidden_size=width, eps=eps)
         self.core_attention = build_module(submodules.core_attention, config=config, layer_number=self.layer_number)
-        self.linear_o = build_group(config, "o", groups, layer)
-        self.pre_mlp_layernorm = submodules.norm(**norm)
-        self.linear_gate_up = build_group(config, "gate_up", groups, layer)
-        self.linear_down = build_group(config, "down", groups, layer)
-        glue = choose_glue(next(self.linear_o.parameters()), config.cross_layer_fusion)
-        self.regions = Regions(glue, config.cross_layer_epsilon, config.table.gate_has_silu)
+        self.pre_mlp_layernorm = submodules.norm(config=config, hidden_size=width, eps=eps)
+        if architecture.has_qk_norm:
+            # each tensor-parallel rank sees heads of its own
+            of_heads = {"width": config.kv_channels, "eps": eps, "is_partial": config.tensor_model_parallel_size > 1}
+            self.q_layernorm, self.k_layernorm = rms_norm(config, **of_heads), rms_norm(config, **of_heads)
+        self.linear = nn.ModuleDict({g.name: build_group(config, g.name, groups, layer) for g in architecture.groups})
+        biased = architecture.groups if architecture.has_biases else ()
+        self.biases = nn.ModuleDict({group.name: GroupBias(config, group, groups) for group in biased})
+        glue = choose_glue(next(self.linear.parameters()), config.cross_layer_fusion)
+        self.regions = Regions(glue, config.cross_layer_epsilon, config.table.activates)
         self._next_groups: dict[str, LowRankGroup] = {}
 
     def scales_gradients_of(self, following: CRNetTransformerLayer) -> None:
@@ -90,23 +95,53 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
         the outputs are returned in any case (`recompute/tape.py`). With `documents`, attention stays within them, as
         `rotation` does.
         """
-        assert rotation is not None
+        of_qkv, of_o, inner, of_down = self.config.table.architecture.groups
         y, m = self._by_group(context), tape.groups if tape else {}
+
+        def linear(group: Group, x: Tensor) -> LayerOutputs:
+            found: LayerOutputs = self.linear[group.name](x, y[group.name], m.get(group.name))
+            return found
+
         normed, hidden_states = _norm(self.input_layernorm, hidden_states)
-        q, k, v = self.linear_qkv(normed, y["qkv"], m.get("qkv"))
-        (query, key, v), outputs = self.regions.rotary(rotation, self._next_betas("qkv"), q, k, v)
-        value = v.unflatten(-1, (-1, self.config.kv_channels))
-        attention = self.core_attention(query, key, value, tape, documents)
-        (o,) = self.linear_o(attention, y["o"], m.get("o"))
-        used, carried = self._carry(o, "o")
-        outputs, hidden_states = outputs + carried, hidden_states + self._dropout(used, "o", tape)
+        inputs, outputs = self._attention_inputs(rotation, linear(of_qkv, normed))
+        attention = self.core_attention(*inputs, tape, documents)
+        (o,), carried = self._carry(of_o.name, linear(of_o, attention))
+        outputs, hidden_states = outputs + carried, hidden_states + self._dropout(o, of_o.name, tape)
         normed, hidden_states = _norm(self.pre_mlp_layernorm, hidden_states)
-        gate, up = self.linear_gate_up(normed, y["gate_up"], m.get("gate_up"))
-        activation, carried = self.regions.swiglu(self._next_betas("gate_up"), gate, up)
-        (down,) = self.linear_down(activation, y["down"], m.get("down"))
-        used, of_down = self._carry(down, "down")
-        outputs, hidden_states = outputs + carried + of_down, hidden_states + self._dropout(used, "down", tape)
+        activation, carried = self._activate(inner.name, linear(inner, normed))
+        (down,), of_rows = self._carry(of_down.name, linear(of_down, activation))
+        outputs, hidden_states = outputs + carried + of_rows, hidden_states + self._dropout(down, of_down.name, tape)
         return hidden_states, outputs if self.returns_outputs or tape else None
+
+    def _attention_inputs(
+        self, rotation: Rotation | None, outputs: LayerOutputs
+    ) -> tuple[tuple[Tensor, ...], LayerOutputs]:
+        """Query, key and value, [s, b, heads, d], from q, k and v; and these for the next layer."""
+        has_qk_norm = self.config.table.architecture.has_qk_norm
+        if rotation is not None and not has_qk_norm and not self.biases:
+            (query, key, v), outputs = self.regions.rotary(rotation, self._next_betas("qkv"), *outputs)
+            return (query, key, self._heads(v)), outputs
+        used, outputs = self._carry("qkv", outputs)
+        query, key, value = (self._heads(x) for x in used)
+        if has_qk_norm:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        if rotation is not None:
+            (query, key, _), _ = self.regions.rotary(rotation, None, query.flatten(2), key.flatten(2), value.flatten(2))
+        return (query, key, value), outputs
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.config.kv_channels))
+
+    def _activate(self, group: str, outputs: LayerOutputs) -> tuple[Tensor, LayerOutputs]:
+        """The input of down from the outputs of `group`; and these for the next layer."""
+        is_gated = self.config.table.architecture.activation == "swiglu"
+        if is_gated and not self.biases:
+            return self.regions.swiglu(self._next_betas(group), *outputs)
+        used, outputs = self._carry(group, outputs)
+        if is_gated:
+            return self.regions.swiglu(None, *used)[0], outputs
+        (up,) = used
+        return F.gelu(up, approximate="tanh"), outputs
 
     def rebuild(
         self, hidden_states: Tensor, context: LayerOutputs | None, tape: LayerTape
@@ -128,7 +163,7 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
             outputs = tuple(y for g in self.groups for y in g.rebuild(tape.groups[g.group], previous[g.group]))
             tape.set_outputs(outputs)
         for group in rows:
-            (y,) = tape.groups[group.group].outputs or ()
+            (y,) = self._biased(group.group, tape.groups[group.group].outputs or ())
             hidden_states = hidden_states + self._dropout(y, group.group, tape)
         return hidden_states, outputs
 
@@ -142,7 +177,7 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
     @property
     def groups(self) -> tuple[LinearGroup, ...]:
         """The linear groups, in the order of the architecture."""
-        return self.linear_qkv, self.linear_o, self.linear_gate_up, self.linear_down
+        return tuple(self.linear.values())  # type: ignore[arg-type]
 
     def _by_group(self, outputs: LayerOutputs | None) -> dict[str, Any]:
         """Outputs of each group, None for all of them where a chain starts."""
@@ -151,8 +186,15 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
             return dict.fromkeys(group.name for group in architecture.groups)
         return architecture.by_group(outputs)
 
-    def _carry(self, y: Tensor, group: str) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return self.regions.carry(self._next_betas(group), y) if self.returns_outputs else (y, (y,))
+    def _carry(self, group: str, outputs: LayerOutputs) -> tuple[LayerOutputs, LayerOutputs]:
+        """Outputs of a group for this layer, with their biases, and for the next one."""
+        used = outputs
+        if self.returns_outputs:
+            used, outputs = self.regions.carry(self._next_betas(group), *outputs)
+        return self._biased(group, used), outputs
+
+    def _biased(self, group: str, outputs: LayerOutputs) -> LayerOutputs:
+        return self.biases[group](*outputs) if self.biases else outputs
 
     def _next_betas(self, group: str) -> Tensor | None:
         following = self._next_groups.get(group)

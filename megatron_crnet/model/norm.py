@@ -1,7 +1,7 @@
-"""RMSNorm: Transformer Engine's or Apex's where they are installed, PyTorch's otherwise.
+"""RMSNorm: Transformer Engine's or Apex's where they are installed, PyTorch's otherwise. LayerNorm: PyTorch's.
 
-`WrappedTorchNorm` of Megatron-Core refuses sequence parallelism; here the weight is marked, so that its
-gradient, a partial sum over the sequence shard, is reduced with the other marked ones.
+`WrappedTorchNorm` of Megatron-Core refuses sequence parallelism; here the weights are marked, so that their
+gradients, partial sums over the sequence shard, are reduced with the other marked ones.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from functools import cache
 from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_crnet.config.megatron import CRNetTransformerConfig
 from megatron_crnet.model.compiled import choose_glue
 from megatron_crnet.model.glue import EAGER, Glue
 from megatron_crnet.model.regions import Norm
@@ -48,16 +48,35 @@ class LeanRMSNorm(nn.RMSNorm):
 
 
 class CRNetNorm:
-    """Makes an RMSNorm over the last dimension; a class, because Megatron-Core's specs build only classes."""
+    """Makes a norm over the last dimension; a class, because Megatron-Core's specs build only classes."""
 
-    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> nn.Module:  # type: ignore[misc]
-        """The norm of width `hidden_size`, in the configuration's dtype, on its device."""
-        device = torch.device("cpu" if config.use_cpu_initialization else torch.cuda.current_device())
-        fused = fused_norm_class()
-        if fused is not None:
-            norm = fused(hidden_size, eps=eps).to(dtype=config.params_dtype, device=device)
-        else:
-            norm = LeanRMSNorm(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
-            norm.glue = choose_glue(norm.weight, getattr(config, "cross_layer_fusion", False))
-        norm.weight.sequence_parallel = config.sequence_parallel  # type: ignore[union-attr]
-        return norm
+    def __new__(cls, config: CRNetTransformerConfig, hidden_size: int, eps: float = 1e-6) -> nn.Module:  # type: ignore[misc]
+        """The architecture's norm of width `hidden_size`, in the configuration's dtype, on its device."""
+        if config.table.architecture.norm == "rms":
+            return rms_norm(config, hidden_size, eps, is_partial=config.sequence_parallel)
+        norm = nn.LayerNorm(hidden_size, eps, dtype=config.params_dtype, device=_device(config))
+        return _marked(norm, config.sequence_parallel)
+
+
+def rms_norm(config: CRNetTransformerConfig, width: int, eps: float, *, is_partial: bool) -> nn.Module:
+    """An RMSNorm.
+
+    Args:
+        is_partial: its gradient is a partial sum over tensor-parallel ranks.
+    """
+    fused = fused_norm_class()
+    if fused is not None:
+        return _marked(fused(width, eps=eps).to(dtype=config.params_dtype, device=_device(config)), is_partial)
+    norm = LeanRMSNorm(width, eps=eps, dtype=config.params_dtype, device=_device(config))
+    norm.glue = choose_glue(norm.weight, config.cross_layer_fusion)
+    return _marked(norm, is_partial)
+
+
+def _device(config: CRNetTransformerConfig) -> torch.device:
+    return torch.device("cpu" if config.use_cpu_initialization else torch.cuda.current_device())
+
+
+def _marked(norm: nn.Module, is_partial: bool) -> nn.Module:
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = is_partial  # type: ignore[attr-defined]
+    return norm

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_crnet.config.positions import FULL_RANK, METHODS, PositionTable, position_table
+from megatron_crnet.config.architectures import ARCHITECTURES
+from megatron_crnet.config.positions import FULL_RANK, METHODS, PositionTable, head_width, position_table
 from megatron_crnet.config.schema import ModelConfig
 from megatron_crnet.model.glue import signed_scale
 
@@ -36,6 +37,9 @@ class CrossLayerLinear(nn.Module):
             self.a = nn.Linear(h_in, rank, bias=False)
             self.b = nn.Linear(rank, h_out, bias=False)
         self.beta = nn.Parameter(torch.tensor(model.beta_init)) if has_previous else None
+        has_bias = ARCHITECTURES[model.architecture].has_biases
+        self.bias = nn.Parameter(torch.zeros(h_out)) if has_bias else None
+        """Added to what this layer uses, not to what the next layer's chain takes."""
 
     def forward(self, x: Tensor, previous: Tensor | None) -> Tensor:
         """x: [..., h_in]; previous: [..., h_out], the same map's output in the previous layer."""
@@ -66,24 +70,27 @@ def apply_rope(x: Tensor, base: float, positions: Tensor | None = None) -> Tenso
 
 
 class ReferenceLayer(nn.Module):
-    """A LLaMA-2 block whose seven linear maps see the previous layer's seven outputs."""
+    """A layer whose linear maps see the previous layer's outputs."""
 
     def __init__(self, model: ModelConfig, table: PositionTable, layer: int) -> None:
         super().__init__()
-        ranks, has_previous, h = table.ranks[layer], table.has_previous(layer), model.hidden_size
-        self.heads, self.rope_base = model.num_attention_heads, model.rotary_base
-        self.gate_has_silu = table.gate_has_silu
-        self.modules_of_positions = {p.name: p.module for p in table.architecture.positions}
-        maps = {p: CrossLayerLinear(*shape, ranks[p], has_previous, model) for p, shape in table.shapes.items()}
-        self.self_attn = nn.ModuleDict({f"{p}_proj": maps[p] for p in "qkvo"})
-        self.mlp = nn.ModuleDict({f"{p}_proj": maps[p] for p in ("gate", "up", "down")})
-        self.input_layernorm = nn.RMSNorm(h, eps=model.layernorm_epsilon)
-        self.post_attention_layernorm = nn.RMSNorm(h, eps=model.layernorm_epsilon)
+        ranks, has_previous = table.ranks[layer], table.has_previous(layer)
+        self.architecture, self.activates = table.architecture, table.activates
+        self.head_width, self.rope_base = head_width(model), model.rotary_base
+        self.modules_of_positions = {p.name: p.module for p in self.architecture.positions}
+        self.self_attn, self.mlp = nn.Module(), nn.Module()
+        for position, shape in table.shapes.items():
+            linear = CrossLayerLinear(*shape, ranks[position], has_previous, model)
+            self.set_submodule(self.modules_of_positions[position], linear)
+        self.input_layernorm, self.post_attention_layernorm = norm_of(model), norm_of(model)
+        if self.architecture.has_qk_norm:
+            self.self_attn.q_norm = nn.RMSNorm(self.head_width, eps=model.layernorm_epsilon)
+            self.self_attn.k_norm = nn.RMSNorm(self.head_width, eps=model.layernorm_epsilon)
 
     def forward(
         self, x: Tensor, previous: dict[str, Tensor], positions: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """x: [b, s, h]. Returns the residual stream and this layer's seven linear outputs.
+        """x: [b, s, h]. Returns the residual stream and this layer's linear outputs, without biases.
 
         Args:
             positions: see `apply_rope`.
@@ -92,20 +99,30 @@ class ReferenceLayer(nn.Module):
         y: dict[str, Tensor] = {}
 
         def linear(position: str, value: Tensor) -> Tensor:
-            y[position] = self.get_submodule(self.modules_of_positions[position])(value, previous.get(position))
-            return y[position]
+            module = self.get_submodule(self.modules_of_positions[position])
+            assert isinstance(module, CrossLayerLinear)
+            y[position] = module(value, previous.get(position))
+            return y[position] if module.bias is None else y[position] + module.bias
 
         normed = self.input_layernorm(x)
-        q, k, v = (self._split_heads(linear(p, normed)) for p in "qkv")
-        q, k = (apply_rope(y, self.rope_base, positions) for y in (q, k))
+        q, k, v = (linear(p, normed).unflatten(-1, (-1, self.head_width)).transpose(1, 2) for p in "qkv")
+        if self.architecture.has_qk_norm:
+            q, k = self.get_submodule("self_attn.q_norm")(q), self.get_submodule("self_attn.k_norm")(k)
+        if self.architecture.is_rotary:
+            q, k = (apply_rope(y, self.rope_base, positions) for y in (q, k))
         attention = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
         x = x + linear("o", attention.transpose(1, 2).flatten(2))
         normed = self.post_attention_layernorm(x)
+        if self.architecture.activation == "gelu":
+            return x + linear("down", F.gelu(linear("up", normed), approximate="tanh")), y
         gate, up = linear("gate", normed), linear("up", normed)
-        return x + linear("down", (F.silu(gate) if self.gate_has_silu else gate) * up), y
+        return x + linear("down", (F.silu(gate) if self.activates else gate) * up), y
 
-    def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.input_layernorm.weight.numel() // self.heads)).transpose(1, 2)
+
+def norm_of(model: ModelConfig) -> nn.Module:
+    """The architecture's norm over the residual stream."""
+    make = nn.LayerNorm if ARCHITECTURES[model.architecture].norm == "layer" else nn.RMSNorm
+    return make(model.hidden_size, eps=model.layernorm_epsilon)
 
 
 class ReferenceCRNet(nn.Module):
@@ -118,17 +135,23 @@ class ReferenceCRNet(nn.Module):
             {
                 "embed_tokens": nn.Embedding(model.vocab_size, model.hidden_size),
                 "layers": nn.ModuleList(ReferenceLayer(model, table, layer) for layer in range(model.num_layers)),
-                "norm": nn.RMSNorm(model.hidden_size, eps=model.layernorm_epsilon),
+                "norm": norm_of(model),
             }
         )
-        self.lm_head = nn.Linear(model.hidden_size, model.vocab_size, bias=False)
+        if not table.architecture.is_rotary:
+            assert model.max_position_embeddings is not None
+            self.model["embed_positions"] = nn.Embedding(model.max_position_embeddings, model.hidden_size)
+        if not table.ties_head:
+            self.lm_head = nn.Linear(model.hidden_size, model.vocab_size, bias=False)
+        self.ties_head = table.ties_head
 
-    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, documents: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
         """tokens: [b, s]. Returns logits [b, s, vocabulary].
 
         Args:
             documents: number of the document of every token, [b, s], which does not fall; attention and positions stay
                 within documents. None: each row is one.
+            position_ids: learned positions of the tokens, [b, s]; None counts from the start of each row.
         """
         x = self.model["embed_tokens"](tokens)
         positions = mask = None
@@ -136,10 +159,14 @@ class ReferenceCRNet(nn.Module):
             same = documents[:, :, None] == documents[:, None, :]
             mask = same.tril()[:, None]
             positions = mask.sum(-1) - 1  # how many of its document come before a token
+        if "embed_positions" in self.model:
+            counted = torch.arange(tokens.shape[1], device=tokens.device)
+            x = x + self.model["embed_positions"](counted if position_ids is None else position_ids)
         outputs: dict[str, Tensor] = {}
         for layer in self.model["layers"].children():
             x, outputs = layer(x, outputs, positions, mask)
-        return self.lm_head(self.model["norm"](x))
+        x = self.model["norm"](x)
+        return F.linear(x, self.get_parameter("model.embed_tokens.weight")) if self.ties_head else self.lm_head(x)
 
     def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy in nats over all positions; labels: [b, s]."""

@@ -33,12 +33,12 @@ class Regions:
     Attributes:
         glue: what computes them.
         eps: `model.cross_layer_epsilon`.
-        gate_has_silu: silu(gate) up, else gate up.
+        activates: silu(gate) up, else gate up.
     """
 
     glue: Glue = EAGER
     eps: float = 1e-6
-    gate_has_silu: bool = True
+    activates: bool = True
 
     def rotary(
         self, rotation: Rotation, betas: Tensor | None, q: Tensor, k: Tensor, v: Tensor
@@ -54,16 +54,16 @@ class Regions:
 
     def swiglu(self, betas: Tensor | None, gate: Tensor, up: Tensor) -> tuple[Tensor, Outputs]:
         """silu(gate) up, or gate up; then gate and up for the next layer. Shapes [s, b, w]; betas: see `rotary`."""
-        if not self.gate_has_silu:
+        if not self.activates:
             assert betas is None, "only cola has a gate without silu, and no chain"
             return _Product.apply(self.glue, gate, up), (gate, up)
         activation, *outputs = _SwiGLU.apply(self, betas, gate, up)
         return activation, tuple(outputs)
 
-    def carry(self, betas: Tensor | None, y: Tensor) -> tuple[Tensor, Outputs]:
-        """An output for its own layer, and for the next one; betas: see `rotary`."""
-        used, output = _Carry.apply(self, betas, y)
-        return used, (output,)
+    def carry(self, betas: Tensor | None, *outputs: Tensor) -> tuple[Outputs, Outputs]:
+        """Outputs for their own layer, and for the next one; betas: see `rotary`."""
+        out = _Carry.apply(self, betas, *outputs)
+        return out[: len(outputs)], out[len(outputs) :]
 
     def receive(self, betas: Tensor, previous: Sequence[Tensor]) -> Outputs:
         """The previous layer's outputs, where that layer does not know this one's betas."""
@@ -154,16 +154,17 @@ class _Product(torch.autograd.Function):
 
 class _Carry(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, regions: Regions, betas: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor]:
-        _save(ctx, regions, betas, y if betas is not None else None)
-        return y.detach(), y.detach()
+    def forward(ctx: Any, regions: Regions, betas: Tensor | None, *outputs: Tensor) -> tuple[Tensor, ...]:
+        _save(ctx, regions, betas, *(y if betas is not None else None for y in outputs))
+        return *(y.detach() for y in outputs), *(y.detach() for y in outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        betas, y = ctx.saved_tensors
-        (beta,) = each(betas, 1)
-        grad, grad_beta = ctx.regions.glue.add_carried(*grads, y, beta, ctx.regions.eps)
-        return None, _stacked(grad_beta), grad
+        betas, *outputs = ctx.saved_tensors
+        count = len(outputs)
+        parts = zip(grads[:count], grads[count:], outputs, each(betas, count), strict=True)
+        found = [ctx.regions.glue.add_carried(*part, ctx.regions.eps) for part in parts]
+        return None, _stacked(*(grad_beta for _, grad_beta in found)), *(grad for grad, _ in found)
 
 
 class _Receive(torch.autograd.Function):

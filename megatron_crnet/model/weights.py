@@ -3,11 +3,12 @@
 The canonical form is the `state_dict` of `model/reference.py`, which is also the exported form. Initial values are
 drawn for each canonical weight from a seed of its own, so they are the same in every parallel layout:
 
-    full-rank maps, embedding, output layer   N(0, init_method_std)
+    full-rank maps, embeddings, output layer  N(0, init_method_std)
     A                                         N(0, 1/sqrt(h_in))
     B                                         N(0, init_method_std sqrt(h_in/r)), so A B looks full-rank
     beta                                      beta_init
     norms                                     1
+    biases                                    0
 
 Of relora, whose B starts at 0, A is uniform between -1/sqrt(h_in) and 1/sqrt(h_in), and drawn anew at each restart.
 With `scale_residual_init`, full-rank maps and B of o and down are smaller by 1/sqrt(2 L).
@@ -29,6 +30,9 @@ from megatron_crnet.utils.errors import CheckpointError
 if TYPE_CHECKING:
     from megatron_crnet.model.gpt import CRNetModel
 
+EMBEDDING = "model.embed_tokens.weight"
+"""Name of the embedding."""
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -41,6 +45,7 @@ class Weight:
         shape: shape of the whole weight.
         shard_dim: dimension split over tensor-parallel ranks; None for a replicated weight.
         span: elements of that dimension that this rank holds, if it is split; the last rank may hold fewer than others.
+        is_copy: the weight lives on another pipeline stage, which writes it to checkpoints: a tied output layer.
     """
 
     name: str
@@ -49,6 +54,7 @@ class Weight:
     shape: tuple[int, ...]
     shard_dim: int | None = None
     span: range = range(0)
+    is_copy: bool = False
 
     def local(self, tensor: Tensor | None = None) -> Tensor:
         """The shard inside the parameter, or inside `tensor` of the parameter's shape (its gradient)."""
@@ -67,23 +73,32 @@ def canonical_weights(model: CRNetModel) -> Iterator[Weight]:
     rows = model.vocab_size // group.size()
     span = range(rows * group.rank(), rows * (group.rank() + 1))
     if model.pre_process:
-        yield Weight("model.embed_tokens.weight", model.embedding.word_embeddings.weight, (...,), vocabulary, 0, span)
+        yield Weight(EMBEDDING, model.embedding.word_embeddings.weight, (...,), vocabulary, 0, span)
+        if not model.config.table.architecture.is_rotary:
+            positions = model.embedding.position_embeddings.weight
+            yield Weight("model.embed_positions.weight", positions, (...,), tuple(positions.shape))
     for layer in model.decoder.layers:
         yield from _layer_weights(layer)
     if model.post_process:
-        norm = model.decoder.final_layernorm.weight
-        yield Weight("model.norm.weight", norm, (...,), (model.config.hidden_size,))
-        yield Weight("lm_head.weight", model.output_layer.weight, (...,), vocabulary, 0, span)
+        yield from _norm_weights("model.norm", model.decoder.final_layernorm)
+        if not model.config.table.ties_head:
+            yield Weight("lm_head.weight", model.output_layer.weight, (...,), vocabulary, 0, span)
+        elif not model.pre_process:
+            yield Weight(EMBEDDING, model.output_layer.weight, (...,), vocabulary, 0, span, is_copy=True)
+
+
+def _norm_weights(name: str, norm: Any) -> Iterator[Weight]:
+    for suffix, parameter in norm.named_parameters():
+        yield Weight(f"{name}.{suffix}", parameter, (...,), tuple(parameter.shape))
 
 
 def _layer_weights(layer: Any) -> Iterator[Weight]:
     prefix = f"model.layers.{layer.layer_number - 1}"
     architecture = layer.config.table.architecture
     for attribute, name in architecture.norms.items():
-        norm = getattr(layer, attribute).weight
-        yield Weight(f"{prefix}.{name}.weight", norm, (...,), (layer.config.hidden_size,))
+        yield from _norm_weights(f"{prefix}.{name}", getattr(layer, attribute))
     modules = {position.name: position.module for position in architecture.positions}
-    for shard in (shard for group in layer.groups for shard in group.shards()):
+    for shard in (shard for module in (*layer.groups, *layer.biases.values()) for shard in module.shards()):
         name = f"{prefix}.{modules[shard.position]}.{shard.suffix}"
         yield Weight(name, shard.parameter, shard.index, shard.shape, shard.shard_dim, shard.span)
 
@@ -104,6 +119,8 @@ def initial_value(name: str, shape: tuple[int, ...], config: Any, seed: int, res
     """
     if name.endswith("norm.weight"):
         return torch.ones(shape)
+    if name.endswith("bias"):
+        return torch.zeros(shape)
     if name.endswith("beta"):
         return torch.full(shape, config.beta_init)
     generator = canonical_generator(f"{name}@{restart}" if restart else name, seed)

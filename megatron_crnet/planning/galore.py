@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
-from megatron_crnet.config.positions import Group
+from megatron_crnet.config.architectures import Group
 from megatron_crnet.engine.galore import Projection
 from megatron_crnet.engine.param_shard import overlap
 from megatron_crnet.engine.sharded_galore import assign_owners, in_rounds

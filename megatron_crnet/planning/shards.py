@@ -12,9 +12,10 @@ import torch
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_crnet.config.architectures import Group
+from megatron_crnet.config.architectures.base import NORMS, QK_NORMS
 from megatron_crnet.config.deepspeed import reduce_bucket_size, zero_stage
 from megatron_crnet.config.megatron import CRNetTransformerConfig, build_transformer_config
-from megatron_crnet.config.positions import Group
 from megatron_crnet.config.schema import Config
 from megatron_crnet.recompute.planner import initial_segments, plan_inverse_segments
 
@@ -46,7 +47,7 @@ class LocalParameter:
     Attributes:
         layer: -1 for the embedding, num_layers for final norm and output layer.
         numel: elements on this rank.
-        kind: matrix, `PROJECTED`, norm or beta, which are separate parameter groups in bf16.
+        kind: matrix, `PROJECTED`, norm (or bias) or beta, which are separate parameter groups in bf16.
         is_partial: its gradient is a partial sum over tensor-parallel ranks.
         is_frozen: it is not trained.
     """
@@ -158,14 +159,22 @@ def _chunks(transformer: CRNetTransformerConfig, pp_rank: int) -> list[Chunk]:
 def _weights(config: Config, transformer: CRNetTransformerConfig, chunk: Chunk) -> Iterator[LocalParameter]:
     h, sp, last = config.model.hidden_size, transformer.sequence_parallel, config.model.num_layers
     vocabulary = config.model.vocab_size // transformer.tensor_model_parallel_size * h
+    architecture = transformer.table.architecture
     if chunk.embeds:
         yield LocalParameter(-1, vocabulary)
+        if not architecture.is_rotary:
+            yield LocalParameter(-1, (config.model.max_position_embeddings or 0) * h)
     for layer in chunk.layers:
-        yield from [LocalParameter(layer, h, sp, "norm")] * len(transformer.table.architecture.norms)
-        for group in transformer.table.architecture.groups:
+        yield from [LocalParameter(layer, h, sp, "norm")] * (len(NORMS) * len(architecture.norm_suffixes))
+        if architecture.has_qk_norm:
+            of_heads = transformer.tensor_model_parallel_size > 1
+            yield from [LocalParameter(layer, transformer.kv_channels, of_heads, "norm")] * len(QK_NORMS)
+        for group in architecture.groups:
             yield from _group(config, transformer, layer, group)
     if chunk.predicts:
-        yield from (LocalParameter(last, h, sp, "norm"), LocalParameter(last, vocabulary))
+        yield from [LocalParameter(last, h, sp, "norm")] * len(architecture.norm_suffixes)
+        if not (transformer.table.ties_head and chunk.embeds):
+            yield LocalParameter(last, vocabulary)
 
 
 def _group(config: Config, transformer: CRNetTransformerConfig, layer: int, group: Group) -> Iterator[LocalParameter]:
@@ -174,6 +183,8 @@ def _group(config: Config, transformer: CRNetTransformerConfig, layer: int, grou
     positions, is_row = [position.name for position in group.positions], group.is_row
     ranks, widths = [table.padded_ranks[layer][p] for p in positions], [table.local_shapes[p][1] for p in positions]
     h_in = table.local_shapes[positions[0]][0]
+    if table.architecture.has_biases:
+        yield LocalParameter(layer, sum(widths), sp and is_row, "norm")
     if table.is_full_rank(layer):
         kind = PROJECTED if config.optimizer.name == "galore" else "matrix"
         yield LocalParameter(layer, h_in * sum(widths), kind=kind)

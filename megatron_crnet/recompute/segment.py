@@ -20,8 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from megatron_crnet.config.architectures import Architecture
 from megatron_crnet.config.megatron import CRNetTransformerConfig
-from megatron_crnet.config.positions import Architecture
 from megatron_crnet.recompute.planner import amplification_limit, errors_of_previous
 from megatron_crnet.recompute.rng import RngStates
 from megatron_crnet.recompute.storage import ActivationStore, StoredTensors

@@ -76,7 +76,7 @@ def _inverse_error(case: Case, config: Config) -> Found:
     context = initialize_parallel(config)
     chunks = build_model_chunks(config)
     for layer in chunks[0].decoder.layers:
-        for piece in (*layer.linear_qkv.shards(), *layer.linear_gate_up.shards()):
+        for piece in (*layer.linear["qkv"].shards(), *layer.linear["gate_up"].shards()):
             if piece.position in ("v", "up") and piece.suffix == "b.weight":
                 piece.parameter.data[piece.index].mul_(case.growth**layer.index)
     if case.outlier:
@@ -103,9 +103,9 @@ def _answer_strongly_to_the_first_token(model: Any, strength: float) -> None:
     embedding, layer = model.embedding.word_embeddings.weight, model.decoder.layers[0]
     direction = embedding[0].float() / embedding[0].float().norm()
     embedding[1:] -= ((embedding[1:].float() @ direction)[:, None] * direction).to(embedding.dtype)
-    for piece in layer.linear_o.shards():  # so that the residual stream keeps the embedding's directions
+    for piece in layer.linear["o"].shards():  # so that the residual stream keeps the embedding's directions
         piece.parameter[piece.index].zero_()
-    for piece in layer.linear_gate_up.shards():
+    for piece in layer.linear["gate_up"].shards():
         if piece.position == "up":
             up = piece.parameter[piece.index]
             answer = torch.randn(up.shape[0], generator=torch.Generator().manual_seed(1))

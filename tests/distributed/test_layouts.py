@@ -15,7 +15,7 @@ import pytest
 from megatron_crnet.config.schema import Config
 from megatron_crnet.utils.errors import ConfigError
 from tests.distributed.spawn import fresh_world, run_distributed
-from tests.helpers import PADDED, Errors, compare_with_reference, tiny_config
+from tests.helpers import ARCHITECTURES, PADDED, PADDED_GPT2, Errors, compare_with_reference, tiny_config
 
 FP32_BOUND = 1e-5
 # see test_zero.py
@@ -85,6 +85,7 @@ DOCUMENTS = {"reset_attention_mask": True, "reset_position_ids": True, "eod_mask
 LR_MULTIPLIERS = {"embedding": 3.0, "first_layer": 0.25, "a": 2.0, "b": 0.5, "beta": 4.0}
 
 VARIANTS = ("crnet", "full_rank", "low_rank", "cola")
+GPT2, QWEN3 = ARCHITECTURES["gpt2"], ARCHITECTURES["qwen3"]
 ON_TWO = [
     *(Layout(tp=2, zero=zero) for zero in (0, 3)),
     Layout(tp=2, sp=False, zero=0),
@@ -111,6 +112,15 @@ ON_TWO = [
     Layout(tp=2, zero=3, lr_multipliers=LR_MULTIPLIERS),
     Layout(pp=2, zero=1, dtype="bf16", lr_multipliers=LR_MULTIPLIERS),
     Layout(pp=2, vpp=2, zero=1, lr_multipliers={"beta": 0.0, "first_layer": 0.5}),
+    Layout(tp=2, model=GPT2, data=DOCUMENTS),
+    Layout(tp=2, sp=False, zero=3, model={**PADDED_GPT2, "variant": "cola"}),
+    Layout(pp=2, vpp=2, zero=1, model=GPT2, lr_multipliers=LR_MULTIPLIERS),
+    Layout(pp=2, zero=1, dtype="bf16", model=GPT2),
+    Layout(pp=2, model={**GPT2, "variant": "full_rank", "tie_word_embeddings": False}),
+    Layout(tp=2, zero=2, model={**QWEN3, "variant": "low_rank"}),
+    Layout(tp=2, sp=False, model=QWEN3, data=DOCUMENTS),
+    Layout(pp=2, model={**QWEN3, "variant": "full_rank"}),
+    Layout(zero=3, dtype="bf16", model=QWEN3),
 ]
 MORE_ON_TWO = [
     Layout(tp=2, model={"variant": "full_rank"}),
@@ -148,6 +158,11 @@ MORE_ON_TWO = [
     *(Layout(pp=2, zero=zero, model={**PADDED, "variant": v}) for v in VARIANTS for zero in (0, 1)),
     *(Layout(zero=zero, model={**PADDED, "variant": v}) for v in VARIANTS for zero in (0, 1, 2, 3)),
     *(Layout(tp=2, zero=zero, dtype="bf16", model=PADDED) for zero in (1, 2, 3)),
+    *(Layout(zero=zero, model=PADDED_GPT2) for zero in (0, 1, 2, 3)),
+    *(Layout(tp=2, model={**a, "variant": v}) for a in (GPT2, QWEN3) for v in VARIANTS),
+    *(Layout(pp=2, zero=1, model={**a, "variant": v}) for a in (GPT2, QWEN3) for v in VARIANTS),
+    *(Layout(pp=2, model={**a, "tie_word_embeddings": tied}) for a in (GPT2, QWEN3) for tied in (False, True)),
+    *(Layout(tp=2, data={"reset_attention_mask": True}, model=a) for a in (GPT2, QWEN3)),
 ]
 ON_FOUR = [
     Layout(tp=2, pp=2, vpp=2, zero=1, data=DOCUMENTS),
@@ -158,6 +173,8 @@ ON_FOUR = [
     Layout(tp=2, pp=2, model={"full_rank_layers": [0, 2], "rank": RANKS}),
     Layout(tp=2, pp=2, zero=1, model=PADDED),
     Layout(pp=4, zero=1, lr_multipliers=LR_MULTIPLIERS),
+    Layout(tp=2, pp=2, vpp=2, zero=1, model=GPT2),
+    Layout(tp=2, pp=2, zero=1, dtype="bf16", model=QWEN3),
 ]
 MORE_ON_FOUR = [
     Layout(tp=2, pp=2, vpp=2, zero=1),
@@ -186,6 +203,11 @@ MATRIX = [
     )
     if (tp > 1 or sp) and (pp > 1 or vpp == 1) and (pp == 1 or zero <= 1)
     if zero > 0 or dtype == "fp32" or tp * pp == 1
+]
+MATRIX += [
+    dataclasses.replace(row, model={**row.model, **model})
+    for row, model in product(MATRIX, (GPT2, QWEN3))
+    if row.model["variant"] == "crnet" or row.dtype == "fp32"
 ]
 MATRIX += [
     Layout(tp=2, zero=zero, model={"variant": "crnet"}, keys=keys)
@@ -245,7 +267,7 @@ def test_more_layouts(world_size: int, rows: list[Layout]) -> None:
 ON_EIGHT = [
     dataclasses.replace(row, sequences=16)
     for row in MATRIX
-    if row.dtype == "fp32" and row.model.get("variant") == "crnet"
+    if row.dtype == "fp32" and row.model.get("variant") == "crnet" and "architecture" not in row.model
 ]
 ROWS_IN_A_SPAWN = 12
 

@@ -17,13 +17,14 @@ from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.planning.counters import CommunicationCounter, LiveMemory
 from tests.distributed.engines import INVERSE, INVERSE_TOLERANCE, build_engine, close_engine, run_step, settled
 from tests.distributed.spawn import run_distributed
-from tests.helpers import PADDED, gradient_of, local_weights, micro_batches, random_tokens, tiny_config
+from tests.helpers import ARCHITECTURES, PADDED, gradient_of, local_weights, micro_batches, random_tokens, tiny_config
 
 REPLAY = RecomputeConfig(strategy="replay", segment_length=2)
 REPLAY_AUTO = RecomputeConfig(strategy="replay", keep_attention_output=True)
 FULL = RecomputeConfig(strategy="full", segment_length=2)
 FULL_AUTO = RecomputeConfig(strategy="full")
 VARIANTS = ("crnet", "full_rank", "low_rank", "cola")
+GPT2, QWEN3 = ARCHITECTURES["gpt2"], ARCHITECTURES["qwen3"]
 EXACT = (REPLAY, REPLAY_AUTO, FULL)
 EVERYTHING_STORED = {
     "partition_activations": True,
@@ -83,8 +84,20 @@ ROWS = [
     Row("tp2-documents", {"num_query_groups": 2}, TP, strategies=(REPLAY_AUTO, INVERSE), data=DOCUMENTS),
     Row("tp2-documents-dropout", DROPOUT, TP, strategies=(REPLAY_AUTO,), data=DOCUMENTS),
     Row("pp2-vpp2-documents", {"num_layers": 8}, VPP, "bf16", {"stage": 1}, strategies=(REPLAY,), data=DOCUMENTS),
+    Row("tp2-gpt2", {**GPT2, "num_layers": 6}, TP, strategies=(REPLAY_AUTO, FULL, INVERSE), data=DOCUMENTS),
+    Row("pp2-vpp2-gpt2", {**GPT2, "num_layers": 8}, VPP, "bf16", {"stage": 1}, strategies=(REPLAY,)),
+    Row("tp2-zero3-gpt2-dropout", {**GPT2, **DROPOUT}, TP, "bf16", PARTITIONED, strategies=(REPLAY,)),
+    Row("tp2-qwen3", {**QWEN3, "num_layers": 6}, WITHOUT_SP, strategies=(REPLAY, FULL, INVERSE)),
 ]
 MORE_ON_TWO = [
+    *(
+        Row(f"tp2-{name}-{v}", {**model, "variant": v}, TP, strategies=EXACT)
+        for name, model in (("gpt2", GPT2), ("qwen3", QWEN3))
+        for v in VARIANTS
+    ),
+    Row("pp2-qwen3", {**QWEN3, "num_layers": 8}, PP, "fp32", {"stage": 1}, strategies=(*EXACT, INVERSE)),
+    Row("dp2-zero3-qwen3", QWEN3, {}, "bf16", PARTITIONED, strategies=(*EXACT, INVERSE)),
+    Row("tp2-gpt2-dropout", {**GPT2, **DROPOUT}, TP, strategies=EXACT, data=DOCUMENTS),
     Row("pp2-vpp2-zero1-bf16", {"num_layers": 8}, VPP, "bf16", {"stage": 1}, strategies=(FULL,)),
     Row("tp2-padded", {**PADDED, "num_layers": 6}, TP, strategies=(REPLAY, FULL)),
     Row("tp2-relora", {"variant": "relora"}, TP, strategies=(FULL,)),

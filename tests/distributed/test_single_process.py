@@ -62,7 +62,7 @@ def test_logits_loss_and_every_gradient_equal_the_reference(name: str) -> None:
         torch.nn.init.normal_(parameter, std=0.2) if parameter.dim() else parameter.data.add_(0.1 * torch.randn(()))
     load_canonical(model, reference.state_dict())
     if name == "small_beta":
-        for group in (model.decoder.layers[1].linear_o, model.decoder.layers[2].linear_qkv):
+        for group in (model.decoder.layers[1].linear["o"], model.decoder.layers[2].linear["qkv"]):
             torch.nn.init.zeros_(group.beta)
         values = {w.name: w.local().detach().clone() for w in canonical_weights(model)}
         reference.load_state_dict(values)
@@ -166,13 +166,13 @@ def test_documents_are_kept_once_for_all_layers(strategy: str) -> None:
 
 def test_the_stacked_b_matrices_are_one_parameter_where_shapes_allow() -> None:
     (model,) = build_model_chunks(tiny_config())
-    assert model.decoder.layers[1].linear_qkv.b0.shape == (3, 32, 8)
+    assert model.decoder.layers[1].linear["qkv"].b0.shape == (3, 32, 8)
     (grouped,) = build_model_chunks(tiny_config(model={"num_query_groups": 2}))
-    qkv = grouped.decoder.layers[1].linear_qkv
+    qkv = grouped.decoder.layers[1].linear["qkv"]
     assert (qkv.b0.shape, qkv.b1.shape) == ((1, 32, 8), (2, 16, 8))
 
 
 def test_beta_is_fp32_in_a_bf16_model() -> None:
     (model,) = build_model_chunks(tiny_config(training={"dtype": "bf16"}))
-    group = model.decoder.layers[1].linear_qkv
+    group = model.decoder.layers[1].linear["qkv"]
     assert (group.a.dtype, group.beta.dtype) == (torch.bfloat16, torch.float32)

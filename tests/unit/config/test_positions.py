@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
+from megatron_crnet.config.architectures import LLAMA
 from megatron_crnet.config.loading import load_config
 from megatron_crnet.config.positions import (
     FULL_RANK,
-    LLAMA,
     padded,
     position_table,
     resolve_full_rank_layers,
@@ -18,14 +18,14 @@ from megatron_crnet.utils.errors import ConfigError
 
 
 def test_one_integer_is_the_rank_of_every_low_rank_map() -> None:
-    table, names = resolve_ranks(8, 3, [0]), LLAMA.names
+    table, names = resolve_ranks(8, 3, [0], LLAMA.names), LLAMA.names
     assert table == [dict.fromkeys(names, rank) for rank in (FULL_RANK, 8, 8)]
 
 
 def test_a_list_gives_one_rank_a_layer_and_a_mapping_one_a_position() -> None:
-    assert [row["q"] for row in resolve_ranks([1, 2, 3], 3, [])] == [1, 2, 3]
+    assert [row["q"] for row in resolve_ranks([1, 2, 3], 3, [], LLAMA.names)] == [1, 2, 3]
     mapping = {**dict.fromkeys(LLAMA.names, 4), "down": [5, 6, 7]}
-    table = resolve_ranks(mapping, 3, [1])
+    table = resolve_ranks(mapping, 3, [1], LLAMA.names)
     assert [row["down"] for row in table] == [5, FULL_RANK, 7]
     assert [row["up"] for row in table] == [4, FULL_RANK, 4]
 
@@ -40,7 +40,7 @@ def test_a_list_gives_one_rank_a_layer_and_a_mapping_one_a_position() -> None:
 )
 def test_wrong_ranks_are_refused(rank: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        resolve_ranks(rank, 3, [])  # type: ignore[arg-type]
+        resolve_ranks(rank, 3, [], LLAMA.names)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_chains_start_at_the_first_and_at_full_rank_layers_of_crnet_only() -> No
     ],
 )
 def test_colas_silu_stands_where_its_configurations_have_it(changes: dict[str, Any], has_silu: bool) -> None:
-    assert position_table(ModelConfig(**changes)).gate_has_silu is has_silu
+    assert position_table(ModelConfig(**changes)).activates is has_silu
 
 
 def test_only_lr_act_is_colas() -> None:

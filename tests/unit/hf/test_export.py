@@ -21,8 +21,8 @@ from megatron_crnet.checkpoint.contents import find_checkpoint
 from megatron_crnet.checkpoint.directory import MANIFEST, damage
 from megatron_crnet.checkpoint.manager import check_resumable
 from megatron_crnet.checkpoint.weight_files import CheckpointWeights, ExportWeights
+from megatron_crnet.config.architectures import LLAMA
 from megatron_crnet.config.loading import resolved
-from megatron_crnet.config.positions import LLAMA
 from megatron_crnet.config.schema import Config, DataConfig
 from megatron_crnet.hf.export import from_hf, saved_config, to_hf
 from megatron_crnet.hf.generate import open_model

@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 
+from megatron_crnet.config.architectures import Architecture, Group, Position
 from megatron_crnet.config.megatron import CRNetTransformerConfig, build_transformer_config
 from megatron_crnet.config.model_size import linear_parameters
-from megatron_crnet.config.positions import Architecture, Group, Position, PositionTable
+from megatron_crnet.config.positions import PositionTable
 from megatron_crnet.model.block import boundary_widths, pack, unpack
 from megatron_crnet.recompute.planner import layer_widths
 from megatron_crnet.recompute.segment import Boundary
@@ -25,8 +26,6 @@ SIX = Architecture(
         Group("fc", (Position("fc", "mlp.fc", "hidden", "ffn"),)),
         Group("out", (Position("out", "mlp.out", "ffn", "hidden"),), is_row=True),
     ),
-    norms={"ln_1": "ln_1", "ln_2": "ln_2"},
-    attention="proj",
     other_activations={"hidden": 4, "q": 1, "fc": 1},
 )
 SHAPES = {**dict.fromkeys(("q", "k", "v", "proj"), (H, H)), "fc": (H, FFN), "out": (FFN, H)}

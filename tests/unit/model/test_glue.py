@@ -123,7 +123,7 @@ def test_swiglus_gradients_are_the_same_by_few_rows(monkeypatch: pytest.MonkeyPa
 def test_a_gate_without_silu_is_a_product() -> None:
     leaves = [random(*SHAPE, seed=seed) for seed in (0, 1)]
     results = []
-    for product in (lambda gate, up: gate * up, lambda *x: Regions(gate_has_silu=False).swiglu(None, *x)[0]):
+    for product in (lambda gate, up: gate * up, lambda *x: Regions(activates=False).swiglu(None, *x)[0]):
         mine = [leaf.clone().requires_grad_() for leaf in leaves]
         y = product(*mine)
         results.append([y, *torch.autograd.grad(y, mine, random(*SHAPE, seed=5))])

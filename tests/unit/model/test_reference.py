@@ -61,7 +61,7 @@ def test_every_layer_sees_the_outputs_of_the_layer_before() -> None:
         layer.register_forward_hook(lambda module, args, out: seen.append(out[1]))
     last = model.model.layers[2]
     with torch.no_grad():
-        for linear in (*last.self_attn.values(), *last.mlp.values()):
+        for linear in (*last.self_attn.children(), *last.mlp.children()):
             linear.b.weight.zero_()
             linear.beta.fill_(0.5)
     model(torch.randint(32, (2, 6)))
