@@ -25,6 +25,7 @@ import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
+from megatron_crnet.config.architectures.base import QK_NORMS
 from megatron_crnet.utils.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -76,27 +77,30 @@ def canonical_weights(model: CRNetModel) -> Iterator[Weight]:
         yield Weight(EMBEDDING, model.embedding.word_embeddings.weight, (...,), vocabulary, 0, span)
         if not model.config.table.architecture.is_rotary:
             positions = model.embedding.position_embeddings.weight
-            yield Weight("model.embed_positions.weight", positions, (...,), tuple(positions.shape))
+            shape = model.max_sequence_length, model.config.hidden_size
+            yield Weight("model.embed_positions.weight", positions, (...,), shape)
     for layer in model.decoder.layers:
         yield from _layer_weights(layer)
     if model.post_process:
-        yield from _norm_weights("model.norm", model.decoder.final_layernorm)
+        yield from _norm_weights("model.norm", model.decoder.final_layernorm, model.config.hidden_size)
         if not model.config.table.ties_head:
             yield Weight("lm_head.weight", model.output_layer.weight, (...,), vocabulary, 0, span)
         elif not model.pre_process:
             yield Weight(EMBEDDING, model.output_layer.weight, (...,), vocabulary, 0, span, is_copy=True)
 
 
-def _norm_weights(name: str, norm: Any) -> Iterator[Weight]:
+def _norm_weights(name: str, norm: Any, width: int) -> Iterator[Weight]:
+    # not the parameter's own shape, which ZeRO-3 empties
     for suffix, parameter in norm.named_parameters():
-        yield Weight(f"{name}.{suffix}", parameter, (...,), tuple(parameter.shape))
+        yield Weight(f"{name}.{suffix}", parameter, (...,), (width,))
 
 
 def _layer_weights(layer: Any) -> Iterator[Weight]:
     prefix = f"model.layers.{layer.layer_number - 1}"
     architecture = layer.config.table.architecture
     for attribute, name in architecture.norms.items():
-        yield from _norm_weights(f"{prefix}.{name}", getattr(layer, attribute))
+        width = layer.config.kv_channels if attribute in QK_NORMS else layer.config.hidden_size
+        yield from _norm_weights(f"{prefix}.{name}", getattr(layer, attribute), width)
     modules = {position.name: position.module for position in architecture.positions}
     for shard in (shard for module in (*layer.groups, *layer.biases.values()) for shard in module.shards()):
         name = f"{prefix}.{modules[shard.position]}.{shard.suffix}"

@@ -21,7 +21,7 @@ from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.model.gpt import build_model_chunks
 from megatron_crnet.utils.errors import CheckpointError, ConfigError
 from tests.distributed.spawn import fresh_world, run_distributed
-from tests.helpers import micro_batches, tiny_config
+from tests.helpers import ARCHITECTURES, micro_batches, tiny_config
 
 STEPS = 4
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
@@ -39,6 +39,12 @@ ROWS: dict[str, dict[str, Any]] = {
         "parallel": {"pipeline_model_parallel_size": 2},
         "lr_multipliers": {"embedding": 3.0, "first_layer": 0.25, "a": 2.0, "b": 0.5, "beta": 4.0},
     },
+    "pp2-zero1-gpt2": {
+        "stage": 1,
+        "parallel": {"pipeline_model_parallel_size": 2},
+        "model": {**ARCHITECTURES["gpt2"], **DROPOUT},
+    },
+    "dp2-zero3-bf16-qwen3": {"stage": 3, "dtype": "bf16", "model": ARCHITECTURES["qwen3"]},
     "dp2-zero3-bf16-multipliers": {"stage": 3, "dtype": "bf16", "lr_multipliers": {"first_layer": 0.25, "b": 0.5}},
 }
 OTHER = {"adam_beta1": 0.5, "adam_beta2": 0.7, "adam_eps": 1e-3, "weight_decay": 0.3, "clip_grad": 0.25}

@@ -17,7 +17,7 @@ from megatron_crnet.engine.state_kinds import KINDS
 from megatron_crnet.model.gpt import build_model_chunks
 from megatron_crnet.utils.errors import CheckpointError
 from tests.distributed.spawn import fresh_world, run_distributed
-from tests.helpers import PADDED, largest_padding, local_weights, micro_batches, tiny_config
+from tests.helpers import ARCHITECTURES, PADDED, PADDED_GPT2, largest_padding, local_weights, micro_batches, tiny_config
 
 STEPS, SAVED_AT = 4, 2
 TP: dict[str, Any] = {"tensor_model_parallel_size": 2}
@@ -33,17 +33,33 @@ LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {
     "pp2-zero1": (PP, 1),
     "pp2-vpp2-zero1": ({**PP, "virtual_pipeline_model_parallel_size": 2}, 1),
 }
-WRITERS = {"fp32": ("tp2-zero1", "dp2-zero0", "dp2-zero3", "pp2-vpp2-zero1"), "bf16": ("dp2-zero1", "dp2-zero3")}
-READERS = {"fp32": tuple(LAYOUTS), "bf16": ("dp2-zero0", "dp2-zero1", "dp2-zero3", "tp2-zero1")}
-FROM_EACH = {"fp32": "tp2-zero1", "bf16": "dp2-zero3"}
+MODELS: dict[str, dict[str, Any]] = {
+    "fp32": PADDED,
+    "bf16": PADDED,
+    "gpt2": PADDED_GPT2,  # its output layer is tied to the embedding
+    "qwen3": {**ARCHITECTURES["qwen3"], "variant": "low_rank"},
+}
+WRITERS = {
+    "fp32": ("tp2-zero1", "dp2-zero0", "dp2-zero3", "pp2-vpp2-zero1"),
+    "bf16": ("dp2-zero1", "dp2-zero3"),
+    "gpt2": ("pp2-vpp2-zero1", "tp2-zero3-without-sp"),
+    "qwen3": ("tp2-zero3-without-sp",),
+}
+READERS = {
+    "fp32": tuple(LAYOUTS),
+    "bf16": ("dp2-zero0", "dp2-zero1", "dp2-zero3", "tp2-zero1"),
+    "gpt2": ("pp2-vpp2-zero1", "pp2-zero1", "dp2-zero3", "tp2-zero1"),
+    "qwen3": ("tp2-zero3-without-sp", "pp2-zero1"),
+}
+FROM_EACH = {"fp32": "tp2-zero1", "bf16": "dp2-zero3", "gpt2": "pp2-vpp2-zero1", "qwen3": "tp2-zero3-without-sp"}
 """The writer whose files every reader takes; those of the others only the same layout takes."""
 
 
-def layout_config(name: str, dtype: str, **model: Any) -> Config:
+def layout_config(name: str, kind: str, **model: Any) -> Config:
     parallel, stage = LAYOUTS[name]
-    training = {"dtype": dtype, "train_steps": STEPS}
+    training = {"dtype": "bf16" if kind == "bf16" else "fp32", "train_steps": STEPS}
     return tiny_config(
-        {**PADDED, **model}, parallel, training, deepspeed_section={"zero_optimization": {"stage": stage}}
+        {**MODELS[kind], **model}, parallel, training, deepspeed_section={"zero_optimization": {"stage": stage}}
     )
 
 
@@ -70,15 +86,15 @@ def train(config: Config, load: Path | None = None, save: Path | None = None) ->
 
 
 def through_files(folder: str) -> dict[tuple[str, str, str], tuple[Any, Any]]:
-    """By dtype, writer and reader: what the writer measured after saving, and what the reader measured."""
+    """By kind of model, writer and reader: what the writer measured after saving, and what the reader measured."""
     found = {}
-    for dtype, writers in WRITERS.items():
+    for kind, writers in WRITERS.items():
         for writer in writers:
-            saved = Path(folder, f"{dtype}-{writer}")
-            whole = train(layout_config(writer, dtype), save=saved)
-            readers = READERS[dtype] if writer == FROM_EACH[dtype] else (writer,)
+            saved = Path(folder, f"{kind}-{writer}")
+            whole = train(layout_config(writer, kind), save=saved)
+            readers = READERS[kind] if writer == FROM_EACH[kind] else (writer,)
             for reader in readers:
-                found[dtype, writer, reader] = whole[SAVED_AT:], train(layout_config(reader, dtype), load=saved)
+                found[kind, writer, reader] = whole[SAVED_AT:], train(layout_config(reader, kind), load=saved)
     return found
 
 
@@ -92,17 +108,17 @@ def runs(folder: str) -> dict[tuple[str, str, str], tuple[Any, Any]]:
     return run_distributed(through_files, 2, folder)[0]
 
 
-@pytest.mark.parametrize("dtype", WRITERS)
-def test_the_same_layout_goes_on_bit_for_bit(runs: Any, dtype: str) -> None:
-    for writer in WRITERS[dtype]:
-        whole, resumed = runs[dtype, writer, writer]
+@pytest.mark.parametrize("kind", WRITERS)
+def test_the_same_layout_goes_on_bit_for_bit(runs: Any, kind: str) -> None:
+    for writer in WRITERS[kind]:
+        whole, resumed = runs[kind, writer, writer]
         assert resumed == whole, writer
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2)])
-def test_any_other_layout_goes_on_to_rounding(runs: Any, dtype: str, tolerance: float) -> None:
-    for reader in READERS[dtype]:
-        whole, resumed = runs[dtype, FROM_EACH[dtype], reader]
+@pytest.mark.parametrize(("kind", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2), ("gpt2", 1e-5), ("qwen3", 1e-5)])
+def test_any_other_layout_goes_on_to_rounding(runs: Any, kind: str, tolerance: float) -> None:
+    for reader in READERS[kind]:
+        whole, resumed = runs[kind, FROM_EACH[kind], reader]
         for step, other in zip(whole, resumed, strict=True):
             assert other == pytest.approx(step, rel=tolerance), reader
 
