@@ -46,6 +46,7 @@ from megatron_crnet.checkpoint.weight_files import ShardReader
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.phases import is_warm_start
 from megatron_crnet.config.positions import METHODS
+from megatron_crnet.config.rank_section import rank_after
 from megatron_crnet.config.schema import Config, ModelConfig
 from megatron_crnet.data.fingerprint import TrainedOn
 from megatron_crnet.distributed.consensus import gather, report_together, run_on_all_ranks, run_on_main
@@ -354,6 +355,10 @@ def check_resumable(
         raise CheckpointError(f"checkpoint {checkpoint} has no readable config.yaml: remove it") from error
     asked = resolved(config)
     wanted, found = asked["model"], OLDER | saved["model"]
+    if saved.get("rank_schedule") or config.rank_schedule.steps:
+        at = saved_state(checkpoint)["step"]
+        found["rank"] = rank_after(found.get("rank"), saved.get("rank_schedule"), at)
+        wanted["rank"] = rank_after(wanted["rank"], config.rank_schedule, at if step is None else step)
     names = [name for name in wanted if name not in NOT_OF_THE_MODEL and found.get(name) != wanted[name]]
     if names:
         difference = ", ".join(f"model.{name} {found.get(name)} instead of {wanted[name]}" for name in names)

@@ -1,15 +1,18 @@
-"""The phases of a run: ReLoRA's warm start trains full-rank weights, what follows its frozen ones with factors.
+"""The phases of a run, each trained by an engine of its own.
 
-Each phase is trained by an engine of its own, with a schedule and Adam's counts that begin anew
-(docs/decisions/relora.md). Every other run has one phase.
+ReLoRA's warm start trains full-rank weights, what follows its frozen ones with factors; schedule and Adam's counts
+begin anew (docs/decisions/relora.md). A rank schedule changes the ranks of the factors; schedule, moments and counts go
+on (docs/decisions/rank_schedule.md). Every other run has one phase.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
+from megatron_crnet.config.rank_section import RankScheduleConfig, rank_after
 from megatron_crnet.config.schema import OF_VARIANT, Config, ModelConfig, ReloraConfig
 
 
@@ -21,18 +24,25 @@ class Phase:
         config: what the engine is built from: the model of the phase, and a schedule whose first step is that after
             `start`.
         start, stop: steps of the run that are done before the phase, and with its last one.
+        continues: moments, Adam's count and the learning-rate schedule are those of the phase before, gone on.
     """
 
     config: Config
     start: int
     stop: int
+    continues: bool = False
+
+    @property
+    def schedule_start(self) -> int:
+        """Steps of the run that are done at the first one of the learning-rate schedule."""
+        return 0 if self.continues else self.start
 
 
 def phases_of(config: Config) -> list[Phase]:
     """The phases of a run, in order."""
     relora, warm, steps = config.relora, config.relora.warm_start_steps, config.training.train_steps
     if warm == 0:
-        return [Phase(config, 0, steps)]
+        return _rank_phases(config)
     optimizer = config.optimizer
     style = "cosine" if optimizer.lr_decay_style == "cosine_restarts" else optimizer.lr_decay_style
     dense = replace(
@@ -49,6 +59,16 @@ def phases_of(config: Config) -> list[Phase]:
         logging=replace(config.logging, profile_steps=None),
     )
     return [Phase(dense, 0, warm), Phase(low_rank, warm, steps)]
+
+
+def _rank_phases(config: Config) -> list[Phase]:
+    schedule = config.rank_schedule
+    phases = []
+    for start, stop in pairwise([0, *schedule.steps, config.training.train_steps]):
+        model = replace(config.model, rank=rank_after(config.model.rank, schedule, start))
+        of_phase = replace(config, model=model, rank_schedule=RankScheduleConfig())
+        phases.append(Phase(of_phase, start, stop, continues=start > 0))
+    return phases
 
 
 def dense_model(model: ModelConfig) -> ModelConfig:
@@ -74,4 +94,5 @@ def saved_model(values: Mapping[str, Any], step: int) -> ModelConfig:
         values: the run's resolved configuration, which an earlier version may have written.
     """
     model = ModelConfig(**values["model"])
+    model = replace(model, rank=rank_after(model.rank, values.get("rank_schedule"), step))
     return dense_model(model) if is_warm_start(values, step) else model

@@ -33,6 +33,7 @@ from megatron_crnet.config.field_types import (
     shown,
 )
 from megatron_crnet.config.positions import Rank, RankSize
+from megatron_crnet.config.rank_section import RankScheduleConfig
 from megatron_crnet.config.recompute_section import Layers, RecomputeConfig
 from megatron_crnet.config.validation import check_config
 from megatron_crnet.utils.errors import require
@@ -372,6 +373,7 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     relora: ReloraConfig = field(default_factory=ReloraConfig)
+    rank_schedule: RankScheduleConfig = field(default_factory=RankScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -13,7 +13,7 @@ Megatron-Core counts micro-batches and DeepSpeed is told 1, or gradients would b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import deepspeed
@@ -41,6 +41,7 @@ from megatron_crnet.engine.optimizer import (
     parameter_groups,
     position,
 )
+from megatron_crnet.engine.rank_change import States
 from megatron_crnet.engine.relora import restart
 from megatron_crnet.engine.schedule import Batch, ScheduledChunk, loss_totals, run_logits, run_schedule
 from megatron_crnet.engine.state_kinds import MASTER
@@ -243,32 +244,36 @@ class TrainEngine:
         self.scheduler.step(position(self.config, self._steps + 1) - position(self.config, before + 1))
 
     @torch.no_grad()
-    def masters(self) -> dict[str, Tensor]:
-        """fp32 weights of this rank by canonical name, in host memory; a collective call."""
-        found: dict[str, Tensor] = {}
+    def states(self, kinds: Sequence[str] = (MASTER,)) -> States:
+        """This rank's fp32 weights, or also moments, by canonical name, in host memory; a collective call."""
+        found: States = {}
         for parameter, weights in self._weights_by_parameter().items():
-            whole = self.zero.read(parameter, MASTER)
-            assert whole is not None
-            found |= {weight.name: weight.local(whole).to("cpu", copy=True) for weight in weights}
+            for kind in (kind for kind in kinds if kind in self.zero.kinds_of(parameter)):
+                whole = self.zero.read(parameter, kind)
+                assert whole is not None
+                for weight in weights:
+                    found.setdefault(weight.name, {})[kind] = weight.local(whole).to("cpu", copy=True)
         return found
 
     @torch.no_grad()
-    def start_from(self, masters: Mapping[str, Tensor]) -> None:
-        """Take the weights that another model of the same layout has, and moments of zero; a collective call.
+    def start_from(self, states: States, steps: int = 0) -> None:
+        """Take the weights and moments that another model of the same layout has; a collective call.
 
         Args:
-            masters: `masters()` of its engine. Weights that it does not hold keep their initial values.
+            states: `states()` of its engine. Weights that it does not hold keep their initial values, moments are 0.
+            steps: Adam's count of updates.
         """
         self.zero.begin()
         for parameter, weights in self._weights_by_parameter().items():
             whole = self.zero.read(parameter, MASTER)
             assert whole is not None
-            for weight in weights:
-                if weight.name in masters:
-                    weight.local(whole).copy_(masters[weight.name])
             moments = {kind: torch.zeros_like(whole) for kind in self.zero.kinds_of(parameter) if kind != MASTER}
-            self.zero.write(parameter, {MASTER: whole, **moments})
-        self.zero.finish(0)
+            values = {MASTER: whole, **moments}
+            for weight in weights:
+                for kind, found in states.get(weight.name, {}).items():
+                    weight.local(values[kind]).copy_(found)
+            self.zero.write(parameter, values)
+        self.zero.finish(steps)
 
     def _weights_by_parameter(self) -> dict[nn.Parameter, list[Weight]]:
         return by_parameter(self.weights)

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_crnet.checkpoint.weight_files import CheckpointWeights, WeightSource, canonical_shapes
 from megatron_crnet.config.phases import dense_model, phase_at
 from megatron_crnet.config.positions import METHODS
+from megatron_crnet.config.rank_section import RankScheduleConfig
 from megatron_crnet.config.schema import Config, OptimizerConfig, ReloraConfig
 from megatron_crnet.utils.files import read_json_object
 
@@ -52,7 +53,7 @@ def weights_of(checkpoint: Path, config: Config) -> tuple[Config, WeightSource]:
     model, source = phase_at(config, step).config.model, CheckpointWeights(checkpoint)
     source.check(canonical_shapes(model))
     if not METHODS[config.model.variant].has_frozen:
-        return config, source
+        return replace(config, model=model, rank_schedule=RankScheduleConfig()), source
     merged = replace(
         config, model=dense_model(model), relora=ReloraConfig(), optimizer=OptimizerConfig(lr_warmup_steps=0)
     )

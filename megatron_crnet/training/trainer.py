@@ -21,8 +21,9 @@ from megatron_crnet.checkpoint.directory import checkpoint_dir, checkpoint_name
 from megatron_crnet.checkpoint.manager import Checkpointer
 from megatron_crnet.checkpoint.train_state import TrainingState
 from megatron_crnet.config.batch import BatchSizes
+from megatron_crnet.config.model_size import total_parameters
 from megatron_crnet.config.phases import phase_at
-from megatron_crnet.config.schema import Config
+from megatron_crnet.config.schema import Config, ModelConfig
 from megatron_crnet.data.documents import to_device
 from megatron_crnet.data.loader import global_batches
 from megatron_crnet.distributed.consensus import Vote, run_on_all_ranks
@@ -30,7 +31,9 @@ from megatron_crnet.distributed.process_groups import initialize_parallel, seed_
 from megatron_crnet.distributed.watchdog import report_lost_ranks
 from megatron_crnet.engine.determinism import deterministic_algorithms
 from megatron_crnet.engine.engine import TrainEngine
+from megatron_crnet.engine.rank_change import change_ranks
 from megatron_crnet.engine.schedule import Batch, GlobalWork, global_work, loss_totals
+from megatron_crnet.engine.state_kinds import KINDS, MASTER
 from megatron_crnet.model.gpt import build_model_chunks
 from megatron_crnet.training.callbacks.base import Callback, Step
 from megatron_crnet.training.callbacks.checkpoints import Checkpoints
@@ -71,7 +74,7 @@ class Trainer:
         # another layout than the checkpoint's has no random states of its own to continue from
         seed_random_states(config.training.seed + preflight.step)
         self.state = self._load()
-        self.engine.restore_schedule(max(self.state.step - self.phase.start, 0))
+        self.engine.restore_schedule(max(self.state.step - self.phase.schedule_start, 0))
         self.engine.restarts = self.state.restarts
         self.vote = Vote(self.wants_stop, lambda: any(callback.wants_save() for callback in callbacks))
         self.stopping = self.save_due = False
@@ -91,18 +94,23 @@ class Trainer:
     def _begin_next_phase(self) -> None:
         """Hand the weights on to the engine of the next phase."""
         self.context.heartbeat.report(f"the next phase, after step {self.state.step}", may_take_long=True)
-        masters = self.engine.masters()
+        following = phase_at(self.config, self.state.step)
+        states = self.engine.states(KINDS if following.continues else (MASTER,))
+        adam_steps = self.engine.zero.steps if following.continues else 0
         self.engine.close()
         self.engine.zero.release()  # before the next one takes memory
         self.checkpointer.detach()
         del self.engine
         gc.collect()
-        self.phase = phase_at(self.config, self.state.step)
+        before, self.phase = self.phase, following
         self.engine = self._build_engine()
-        self.engine.start_from(masters)
-        self.engine.restore_schedule(0)
+        if following.continues:
+            for chunk in self.engine.chunks:
+                change_ranks(states, chunk, self.config.training.seed, self.context.device)
+        self.engine.start_from(states, adam_steps)
+        self.engine.restore_schedule(self.state.step - following.schedule_start)
         self.checkpointer.attach(self.engine)
-        self.progress.line(f"step {self.state.step}: from here {self.phase.config.model.variant} is trained")
+        self.progress.line(f"step {self.state.step}: {_change(before.config.model, following.config.model)}")
 
     def _load(self) -> TrainingState:
         """Fill weights and optimizer from what the preflight found. Returns the counters."""
@@ -228,6 +236,13 @@ class Trainer:
             sizes=sizes,
         ):
             yield [to_device(batch, self.context.device) for batch in batches]
+
+
+def _change(before: ModelConfig, after: ModelConfig) -> str:
+    if before.variant != after.variant:
+        return f"from here {after.variant} is trained"
+    counts = [total_parameters(model) / 1e6 for model in (before, after)]
+    return f"ranks change, parameters {counts[0]:.3g}M -> {counts[1]:.3g}M"
 
 
 def default_callbacks(preflight: Preflight, interruption: Interruption) -> list[Callback]:

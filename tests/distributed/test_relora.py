@@ -18,9 +18,8 @@ from megatron_crnet.config.phases import phases_of
 from megatron_crnet.config.schema import CheckpointConfig, Config, ReloraConfig
 from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.engine.relora import restart
-from megatron_crnet.engine.state_kinds import MOMENTS
+from megatron_crnet.engine.state_kinds import KINDS, MASTER, MOMENTS
 from megatron_crnet.model.gpt import build_model_chunks
-from megatron_crnet.model.weights import by_parameter
 from tests.distributed.engines import build_engine, close_engine
 from tests.distributed.spawn import fresh_world, run_distributed
 from tests.distributed.test_layouts import BF16_BOUNDS, FP32_BOUND
@@ -136,13 +135,13 @@ def switch(rows: list[Row]) -> list[tuple[set[str], float, int]]:
         first = build_engine(dense.config)
         first.forward_backward(micro_batches(dense.config, first.context.dp_rank, first.context.world_size), 50)
         first.update()
-        masters = first.masters()
+        masters = first.states()
         first.close()
         first.zero.release()
         second = TrainEngine(low_rank.config, build_model_chunks(low_rank.config), first.context)
         second.start_from(masters)
-        now = second.masters()
-        error = max(float((now[name] - value).abs().max()) for name, value in masters.items())
+        now = second.states()
+        error = max(float((now[name][MASTER] - kinds[MASTER]).abs().max()) for name, kinds in masters.items())
         found.append((now.keys() - masters.keys(), error, second.zero.steps))
         close_engine(second)
     return found
@@ -168,18 +167,16 @@ def restarted(config: Config) -> tuple[dict[str, Any], ...]:
     weights = {w.name: w.local().clone() for w in local_weights(engine)}
     engine.forward_backward(micro_batches(config, 0, 1, 3), 50)
     engine.update()
-    last = engine.masters()
+    last = {name: kinds[MASTER] for name, kinds in engine.states().items()}
     close_engine(engine)
     return before, after, weights, last
 
 
 def state_of(engine: TrainEngine) -> dict[str, Any]:
-    kinds = {"master": engine.masters()}
-    for parameter, weights in by_parameter(local_weights(engine)).items():
-        for kind in MOMENTS if parameter.requires_grad else ():
-            values = engine.zero.read(parameter, kind)
-            assert values is not None
-            kinds.setdefault(kind, {}).update({w.name: w.local(values).clone() for w in weights})
+    kinds: dict[str, Any] = {}
+    for name, of_weight in engine.states(KINDS).items():
+        for kind, values in of_weight.items():
+            kinds.setdefault(kind, {})[name] = values
     return kinds
 
 

@@ -1,0 +1,104 @@
+"""Weights and moments of maps whose rank changes, for the engine of the next phase (`config/phases.py`).
+
+    growth      A gets rows, drawn as in a new model, B columns of zeros: the map computes what it did. Moments of both
+                are zero there, those of the old rows and columns go on
+    shrinking   A' = P A and B' = B Q with the best approximation of B A of rank r' (Eckart and Young), cut evenly:
+                B' = U sqrt(S), A' = sqrt(S) V. First moments go through the same matrices, second ones through their
+                squares, as if entries were independent
+
+With B = Q_B R_B and A = L_A Q_A the singular values of B A are those of the small R_B L_A, and R_B^T R_B = B^T B,
+L_A L_A^T = A A^T: sums over rows and columns, wherever tensor parallelism has cut them. The rank is never cut.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_crnet.engine.state_kinds import KINDS, MASTER
+from megatron_crnet.model.gpt import CRNetModel
+from megatron_crnet.model.weights import Weight, canonical_weights, initial_value
+
+States = dict[str, dict[str, Tensor]]
+"""By canonical name, this rank's shards of fp32 master and moments, by kind."""
+A, B = ".a.weight", ".b.weight"
+
+
+@torch.no_grad()
+def change_ranks(states: States, model: CRNetModel, seed: int, device: torch.device) -> None:
+    """Bring states of a model to the ranks of another one, in place; a collective call of the tensor-parallel ranks.
+
+    Args:
+        states: of the model so far, in host memory.
+        model: the next one, or a chunk of it, in the same layout.
+        seed: `training.seed`, which new rows of A are drawn from.
+        device: where factors are decomposed.
+    """
+    config, group = model.config, model.pg_collection.tp
+    named = {weight.name: weight for weight in canonical_weights(model)}
+    for name, weight in named.items():
+        if not name.endswith(A):
+            continue
+        of_a, of_b, rank = states[name], states[_of_b(name)], weight.shape[0]
+        before = of_a[MASTER].shape[0]
+        if rank > before:
+            _grow(of_a, of_b, weight, initial_value(name, weight.shape, config, seed))
+        elif rank < before:
+            whole = [named[n].shard_dim is None for n in (name, _of_b(name))]
+            factors = of_a[MASTER], of_b[MASTER].t()
+            grams = [_gram(x.to(device), None if w else group) for x, w in zip(factors, whole, strict=True)]
+            _shrink(of_a, of_b, *(x.to("cpu") for x in reductions(*grams, rank)))
+
+
+def _of_b(name: str) -> str:
+    return name.removesuffix(A) + B
+
+
+def _grow(a: dict[str, Tensor], b: dict[str, Tensor], weight: Weight, drawn: Tensor) -> None:
+    before, rank = a[MASTER].shape[0], weight.shape[0]
+    for kind in KINDS:
+        a[kind] = F.pad(a[kind], (0, 0, 0, rank - before))
+        b[kind] = F.pad(b[kind], (0, rank - before))
+    a[MASTER][before:] = weight.shard(drawn)[before:]
+
+
+def _shrink(a: dict[str, Tensor], b: dict[str, Tensor], p: Tensor, q: Tensor) -> None:
+    for kind in KINDS:
+        left, right = (p, q) if kind != KINDS[2] else (p.square(), q.square())
+        a[kind] = (left @ a[kind].double()).to(a[kind].dtype)
+        b[kind] = (b[kind].double() @ right).to(b[kind].dtype)
+
+
+def _gram(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The inner products of whole rows, of which each rank holds a part, in fp64."""
+    wide = rows.double()
+    gram = wide @ wide.t()
+    if group is not None and group.size() > 1:
+        dist.all_reduce(gram, group=group)
+    return gram
+
+
+def reductions(gram_a: Tensor, gram_b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """P [r', r] and Q [r, r'], for which B Q P A is the best approximation of B A of rank r'.
+
+    Args:
+        gram_a: A A^T, [r, r].
+        gram_b: B^T B, [r, r].
+    """
+    root_a, inverse_a = _root(gram_a)
+    root_b, inverse_b = _root(gram_b)
+    u, s, v = torch.linalg.svd(root_b @ root_a)
+    scale = s[:rank].sqrt()
+    return scale[:, None] * v[:rank] @ inverse_a, inverse_b @ u[:, :rank] * scale
+
+
+def _root(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """The symmetric root of a Gram matrix and its pseudo-inverse."""
+    values, vectors = torch.linalg.eigh(gram)
+    values = values.clamp(min=0)
+    held = values > values.max() * len(values) * torch.finfo(values.dtype).eps
+    roots = values.sqrt()
+    inverse = torch.where(held, roots, 1).reciprocal() * held
+    return vectors * roots @ vectors.t(), vectors * inverse @ vectors.t()
