@@ -11,8 +11,8 @@ what goes in and out, and where to start.
     model         CR-Net: the mathematics (reference.py), and in Megatron-Core's transformer blocks
     engine        one optimizer step under DeepSpeed
     checkpoint    a run's state by canonical weight, for any layout
-    training      preflight, the training loop and its callbacks
     hf            conversion to and from Hugging Face transformers
+    training      preflight, the training loop and its callbacks
     analysis      linear maps on calibration text: CR-Net from a dense model, ranks, errors
     planning      estimates by formula, and simulation by the real code on fake tensors
     reporting     benchmarks and reports

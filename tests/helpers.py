@@ -15,6 +15,8 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_crnet.config.batch import plan_batches
+from megatron_crnet.config.distillation_section import DistillationConfig
+from megatron_crnet.config.megatron import build_transformer_config
 from megatron_crnet.config.schema import (
     Config,
     DataConfig,
@@ -27,12 +29,14 @@ from megatron_crnet.config.schema import (
 )
 from megatron_crnet.data.documents import DOCUMENT_LENGTHS, document_lengths, positions_within
 from megatron_crnet.distributed.process_groups import initialize_parallel
+from megatron_crnet.engine.distillation import build_teacher, teacher_config
 from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.engine.galore import GaLore, Projection
 from megatron_crnet.engine.state_kinds import MASTER
 from megatron_crnet.engine.zero import local_shape
-from megatron_crnet.model.gpt import build_model_chunks
+from megatron_crnet.model.gpt import CRNetModel, build_model_chunks
 from megatron_crnet.model.reference import ReferenceCRNet
+from megatron_crnet.model.reference_distillation import distillation_losses, features_and_logits
 from megatron_crnet.model.reference_relora import prune_at_random, prune_by_magnitude, restart
 from megatron_crnet.model.weights import Weight, by_parameter, canonical_generator, canonical_weights, initial_value
 from megatron_crnet.planning.shards import build_local_models
@@ -74,6 +78,7 @@ def tiny_config(
     data: dict[str, Any] | None = None,
     logging: dict[str, Any] | None = None,
     relora: dict[str, Any] | None = None,
+    distillation: dict[str, Any] | None = None,
 ) -> Config:
     """A configuration that trains in milliseconds.
 
@@ -90,6 +95,7 @@ def tiny_config(
         ),
         deepspeed=deepspeed_section or {},
         relora=ReloraConfig(**(relora or {})),
+        distillation=DistillationConfig(**(distillation or {})),
         data=DataConfig(**(data or {})),
         logging=LoggingConfig(**(logging or {})),
     )
@@ -155,12 +161,33 @@ def micro_batches(config: Config, dp_rank: int, world_size: int, step: int = 0) 
     return [make_batch(*(whole[i : i + size] for whole in (tokens, labels, mask)), config.data) for i in starts]
 
 
-def masked_loss(reference: ReferenceCRNet, tokens: Tensor, labels: Tensor, mask: Tensor, config: Config) -> Tensor:
+def masked_loss(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     """Mean cross-entropy over the trained tokens of the whole global batch."""
-    positions = make_batch(tokens, labels, mask, config.data)["position_ids"]
-    logits = reference(tokens, document_numbers(config, tokens), positions)
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     return (losses * mask.flatten()).sum() / mask.sum()
+
+
+def plain_losses(
+    reference: ReferenceCRNet, teacher: ReferenceCRNet | None, config: Config, step: int
+) -> dict[str, Tensor]:
+    """The losses of the whole global batch by name: `loss`, and with a teacher those of distillation whose weight is
+    not 0."""
+    (tokens, labels), mask = random_tokens(config, step), random_mask(config, step)
+    positions = make_batch(tokens, labels, mask, config.data)["position_ids"]
+    inputs = tokens, document_numbers(config, tokens), positions
+    if teacher is None:
+        return {"loss": masked_loss(reference(*inputs), labels, mask)}
+    features, logits = features_and_logits(reference, *inputs)
+    with torch.no_grad():
+        taught = features_and_logits(teacher, *inputs)
+    of_features, of_logits = distillation_losses((features, logits), taught, mask)
+    found = {"loss": masked_loss(logits, labels, mask), "feature_loss": of_features, "logit_loss": of_logits}
+    return {name: loss for name, loss in found.items() if loss_weights(config)[name]}
+
+
+def loss_weights(config: Config) -> dict[str, float]:
+    """What each of `plain_losses` counts in the gradient."""
+    return {"loss": 1.0, "feature_loss": config.distillation.kd_alpha, "logit_loss": config.distillation.kd_beta}
 
 
 def reference_model(config: Config, transformer_config: Any) -> ReferenceCRNet:
@@ -170,6 +197,17 @@ def reference_model(config: Config, transformer_config: Any) -> ReferenceCRNet:
     values = {n: initial_value(n, tuple(v.shape), transformer_config, seed) for n, v in reference.state_dict().items()}
     reference.load_state_dict(values)
     return reference.double()
+
+
+def random_teacher(config: Config) -> tuple[ReferenceCRNet | None, list[CRNetModel] | None]:
+    """A teacher with weights of its own, plain and in this rank's layout; None where the configuration has none."""
+    if config.distillation.teacher is None:
+        return None, None
+    dense = teacher_config(config)
+    other = dataclasses.replace(dense, training=dataclasses.replace(dense.training, seed=99))
+    plain = reference_model(other, build_transformer_config(other))
+    weights = plain.state_dict()
+    return plain, build_teacher(config, lambda weight: weights[weight.name])
 
 
 @dataclass(frozen=True)
@@ -248,7 +286,8 @@ def compare_with_reference(config: Config, steps: int = 3) -> Errors:
     The reference is one fp64 model on the whole global batch with plain autograd, clipping and AdamW.
     """
     context = initialize_parallel(config)
-    engine = TrainEngine(config, build_model_chunks(config), context)
+    plain_teacher, teacher = random_teacher(config)
+    engine = TrainEngine(config, build_model_chunks(config), context, teacher)
     if engine.stage < 3:
         here = [p for chunk in engine.chunks for p in chunk.parameters()]
         local = build_local_models(config)[parallel_state.get_pipeline_model_parallel_rank()]
@@ -259,12 +298,11 @@ def compare_with_reference(config: Config, steps: int = 3) -> Errors:
     optimizer = _plain_optimizer(named, config)
     errors = torch.zeros(4, dtype=torch.float64)
     for step in range(steps):
-        (tokens, labels), mask = random_tokens(config, step), random_mask(config, step)
         batches = micro_batches(config, context.dp_rank, context.world_size, step)
-        loss = engine.forward_backward(batches, int(mask.sum()))
-        plain_loss = masked_loss(reference, tokens, labels, mask, config)
+        loss = engine.forward_backward(batches, int(random_mask(config, step).sum()))
+        plain = plain_losses(reference, plain_teacher, config, step)
         optimizer.zero_grad()
-        plain_loss.backward()
+        torch.stack([loss_weights(config)[name] * value for name, value in plain.items()]).sum().backward()
         whole = {name: parameter.grad.clone() for name, parameter in named.items() if parameter.requires_grad}
         gradients = relative_error(
             (w.name, gradient_of(engine, w), w.shard(whole[w.name]), whole[w.name])
@@ -285,8 +323,11 @@ def compare_with_reference(config: Config, steps: int = 3) -> Errors:
             # biases begin at 0 and are nothing but updates, which differ as gradients do in bf16
             if not (config.training.bf16 and w.name.endswith("bias"))
         )
-        losses = abs(loss / float(plain_loss) - 1), abs(grad_norm / float(plain_norm) - 1)
-        errors = torch.maximum(errors, torch.tensor([*losses, gradients, parameters], dtype=torch.float64))
+        ours = {"loss": loss, **engine.distillation_losses}
+        assert ours.keys() == plain.keys()
+        losses = max(abs(ours[name] / float(value) - 1) for name, value in plain.items())
+        found = [losses, abs(grad_norm / float(plain_norm) - 1), gradients, parameters]
+        errors = torch.maximum(errors, torch.tensor(found, dtype=torch.float64))
     if config.model.ffn_hidden_size == PADDED["ffn_hidden_size"]:
         assert engine.chunks[0].config.table.padding()
         assert largest_padding(engine) == 0.0

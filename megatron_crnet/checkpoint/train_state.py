@@ -18,6 +18,7 @@ class TrainingState:
             datasets give all epochs and blended sources.
         skipped, skipped_in_a_row: bad steps that were skipped, in total and since the last good one.
         unlogged_loss, unlogged_steps: sum of the losses since the last metric line, and of how many good steps.
+        unlogged_distillation: the same of the losses of distillation, by name.
         grad_norm, lr: of the last good step.
         recent_losses: of the last good steps, for what faults.spike_deviations compares with.
         restarts: ReLoRA's restarts so far, which number what they draw.
@@ -31,6 +32,7 @@ class TrainingState:
     skipped_in_a_row: int = 0
     unlogged_loss: float = 0.0
     unlogged_steps: int = 0
+    unlogged_distillation: dict[str, float] | None = None
     grad_norm: float = 0.0
     lr: float = 0.0
     recent_losses: tuple[float, ...] = ()
@@ -43,7 +45,15 @@ class TrainingState:
         return self.step - self.skipped_in_a_row
 
     def trained(
-        self, *, samples: int, tokens: int, loss: float, grad_norm: float, lr: float, window: int
+        self,
+        *,
+        samples: int,
+        tokens: int,
+        loss: float,
+        grad_norm: float,
+        lr: float,
+        window: int,
+        distillation: Mapping[str, float] | None = None,
     ) -> TrainingState:
         """The state after a good step.
 
@@ -54,8 +64,9 @@ class TrainingState:
             grad_norm: global gradient norm before clipping.
             lr: learning rate of the step.
             window: losses to remember.
+            distillation: the step's losses of distillation by name.
         """
-        losses = (*self.recent_losses, loss)
+        losses, before = (*self.recent_losses, loss), self.unlogged_distillation or {}
         return replace(
             self,
             step=self.step + 1,
@@ -64,6 +75,7 @@ class TrainingState:
             skipped_in_a_row=0,
             unlogged_loss=self.unlogged_loss + loss,
             unlogged_steps=self.unlogged_steps + 1,
+            unlogged_distillation={name: before.get(name, 0.0) + value for name, value in (distillation or {}).items()},
             grad_norm=grad_norm,
             lr=lr,
             recent_losses=losses[max(len(losses) - window, 0) :],
@@ -81,7 +93,7 @@ class TrainingState:
 
     def logged(self) -> TrainingState:
         """The state after a metric line."""
-        return replace(self, unlogged_loss=0.0, unlogged_steps=0)
+        return replace(self, unlogged_loss=0.0, unlogged_steps=0, unlogged_distillation=None)
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> TrainingState:

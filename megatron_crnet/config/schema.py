@@ -13,6 +13,7 @@ from annotated_types import Ge, Le
 
 from megatron_crnet.config.deepspeed import check_deepspeed
 from megatron_crnet.config.deepspeed_keys import checked_deepspeed
+from megatron_crnet.config.distillation_section import DistillationConfig
 from megatron_crnet.config.field_types import (
     SMALLEST,
     Count,
@@ -374,6 +375,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     relora: ReloraConfig = field(default_factory=ReloraConfig)
     rank_schedule: RankScheduleConfig = field(default_factory=RankScheduleConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

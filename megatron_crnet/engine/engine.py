@@ -30,6 +30,7 @@ from megatron_crnet.config.positions import METHODS
 from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed.consensus import Vote
 from megatron_crnet.distributed.process_groups import MegatronMpu, NormMpu, ParallelContext
+from megatron_crnet.engine.distillation import Distillation
 from megatron_crnet.engine.galore import is_projected
 from megatron_crnet.engine.inverse_guard import plan_inverse_segments
 from megatron_crnet.engine.optimizer import (
@@ -58,10 +59,18 @@ class TrainEngine:
 
     Args:
         chunks: this rank's model chunks.
+        teacher: of `distillation` (`build_teacher`), where there is one.
     """
 
-    def __init__(self, config: Config, chunks: list[CRNetModel], context: ParallelContext) -> None:
+    def __init__(
+        self,
+        config: Config,
+        chunks: list[CRNetModel],
+        context: ParallelContext,
+        teacher: list[CRNetModel] | None = None,
+    ) -> None:
         self.config, self.chunks, self.context = config, chunks, context
+        self.distillation = Distillation(config, teacher) if teacher else None
         self.stage = zero_stage(config)
         module = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
         in_fp32: dict[nn.Parameter, Tensor] = {}
@@ -90,6 +99,8 @@ class TrainEngine:
         self._on_weights_loaded()
         self.scheduler, self._steps = build_scheduler(config, self.optimizer), 0
         self.last_grad_norm: float | None = None
+        self.distillation_losses: dict[str, float] = {}
+        """Of the last step, by name, without their weights."""
         self.restarts = 0
         """ReLoRA's restarts of the run so far."""
         hooked = self.stage >= 2
@@ -179,7 +190,7 @@ class TrainEngine:
             self.deepspeed.set_gradient_accumulation_boundary(True)
 
     def forward_backward(self, batches: list[Batch], tokens: int, vote: Vote | None = None) -> float:
-        """All micro-batches of one step; gradients are left reduced over every group. Returns the mean loss.
+        """All micro-batches of one step; gradients are left reduced over every group. Returns the mean cross-entropy.
 
         Args:
             batches: this rank's micro-batches, tensors of [b, s].
@@ -189,16 +200,24 @@ class TrainEngine:
         results = self.accumulate(batches, tokens)
         self.context.heartbeat.progress()
         self.reduce_gradients()
-        loss_sum, count = loss_totals(results, self.context.device, vote)
-        return loss_sum / count if count else math.nan  # a batch without labels: see training/callbacks/faults.py
+        squares = self.distillation.squares if self.distillation else None
+        loss_sum, count = loss_totals(results, self.context.device, vote, squares)
+        if not count:  # a batch without labels: see training/callbacks/faults.py
+            return math.nan
+        if self.distillation:
+            self.distillation_losses = self.distillation.losses(count)
+        return loss_sum / count
 
     def accumulate(self, batches: list[Batch], tokens: int) -> list[dict[str, Tensor]]:
         """The passes of one step alone; see `forward_backward` and `run_schedule`."""
+        assert (self.distillation is None) == (self.config.distillation.teacher is None), (
+            "a run trains with its teacher"
+        )
         self.calibrate_output_norms(batches)
         self.deepspeed.train()
         checkpointing.reset()  # frees what an abandoned step has left in DeepSpeed's hands
         self.deepspeed.set_gradient_accumulation_boundary(True)
-        return run_schedule(self.scheduled, batches, tokens=tokens)
+        return run_schedule(self.scheduled, batches, tokens=tokens, distillation=self.distillation)
 
     def update(self) -> tuple[float, float]:
         """Clip, update the weights, advance the schedule. Returns gradient norm and learning rate.

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from megatron_crnet.config.megatron import CRNetTransformerConfig
 from megatron_crnet.data.documents import DOCUMENT_LENGTHS
 from megatron_crnet.distributed.consensus import Vote
+from megatron_crnet.engine.distillation import Distillation
 from megatron_crnet.model.block import boundary_widths, interleaved_width
 from megatron_crnet.model.gpt import CRNetModel, call_model
 
@@ -50,19 +51,24 @@ class ScheduledChunk(nn.Module):
         super().__init__()
         self.model, self.call, self.progress = model, call, progress
         self.config = copy.copy(model.config)
-        self.config.hidden_size = interleaved_width(model.config) or model.config.hidden_size
         self.config.no_sync_func = no_sync
         self.model_type = ModelType.encoder_or_decoder
         self.vp_stage = model.vp_stage
+        self._received: Tensor | None = None
 
     def set_input_tensor(self, tensor: Any) -> None:
-        """Hand over the packed boundary tensor that the stage before sent."""
-        self.model.set_input_tensor(tensor)
+        """Hand over the packed boundary tensor that the stage before sent; None on the first stage."""
+        self._received = tensor[0] if isinstance(tensor, list) else tensor
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, distillation: Distillation | None = None) -> Tensor:
         """Token losses [b, s] on the last stage (logits without labels), the packed boundary tensor elsewhere."""
         self.progress()
-        output = call_model(self.call, batch)
+        received, self._received = self._received, None
+        if distillation is not None:
+            output = distillation.forward(self.model, self.call, batch, received)
+        else:
+            self.model.set_input_tensor(received)
+            output = call_model(self.call, batch)
         self.progress()
         return output
 
@@ -75,14 +81,14 @@ def _received_width(config: CRNetTransformerConfig, rank: int) -> int | None:
 
 
 def _shapes_of_this_rank(
-    config: CRNetTransformerConfig, receive: list[tuple[int, ...]], send: list[tuple[int, ...]]
+    config: CRNetTransformerConfig, besides: int, receive: list[tuple[int, ...]], send: list[tuple[int, ...]]
 ) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """What 1F1B receives from the stage before and sends to the stage after; boundaries may differ."""
     rank = parallel_state.get_pipeline_model_parallel_rank()
     received, sent = _received_width(config, rank), _received_width(config, rank + 1)
     return (
-        [(*shape[:2], received or shape[2]) for shape in receive],
-        [(*shape[:2], sent or shape[2]) for shape in send],
+        [(*shape[:2], received + besides if received else shape[2]) for shape in receive],
+        [(*shape[:2], sent + besides if sent else shape[2]) for shape in send],
     )
 
 
@@ -91,9 +97,11 @@ def _loss(mask: Tensor, scale: float, token_losses: Tensor) -> tuple[Tensor, dic
     return total * scale, {"loss_sum": total.detach(), "tokens": mask.sum()}
 
 
-def _forward_step(scale: float, iterator: Iterator[Batch], chunk: ScheduledChunk) -> tuple[Tensor, Any]:
+def _forward_step(
+    scale: float, distillation: Distillation | None, iterator: Iterator[Batch], chunk: ScheduledChunk
+) -> tuple[Tensor, Any]:
     batch = next(iterator)
-    return chunk(batch), partial(_loss, batch["loss_mask"], scale)
+    return chunk(batch, distillation), partial(_loss, batch["loss_mask"], scale)
 
 
 def _logits_at(position: int, logits: Tensor, non_loss_data: bool) -> Tensor:
@@ -105,9 +113,18 @@ def _logits_step(position: int, iterator: Iterator[Batch], chunk: ScheduledChunk
     return chunk(next(iterator)), partial(_logits_at, position)
 
 
-def _run(chunks: Sequence[ScheduledChunk], batches: list[Batch], forward_step: Any, **options: Any) -> list[Any]:
+def _run(
+    chunks: Sequence[ScheduledChunk], batches: list[Batch], forward_step: Any, besides: int = 0, **options: Any
+) -> list[Any]:
+    """Run a schedule.
+
+    Args:
+        besides: what crosses pipeline stages beside the chunks' own, in width.
+    """
     shape, config = batches[0]["tokens"].shape, chunks[0].model.config
     one_f_one_b = config.pipeline_model_parallel_size > 1 and len(chunks) == 1
+    for chunk in chunks:
+        chunk.config.hidden_size = (interleaved_width(config) or config.hidden_size) + besides
     iterators = [iter(batches) for _ in chunks]
     return get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -116,13 +133,18 @@ def _run(chunks: Sequence[ScheduledChunk], batches: list[Batch], forward_step: A
         num_microbatches=len(batches),
         seq_length=shape[1],
         micro_batch_size=shape[0],
-        adjust_tensor_shapes_fn=partial(_shapes_of_this_rank, config) if one_f_one_b else None,
+        adjust_tensor_shapes_fn=partial(_shapes_of_this_rank, config, besides) if one_f_one_b else None,
         **options,
     )
 
 
 def run_schedule(
-    chunks: Sequence[ScheduledChunk], batches: list[Batch], *, forward_only: bool = False, tokens: float = 1.0
+    chunks: Sequence[ScheduledChunk],
+    batches: list[Batch],
+    *,
+    forward_only: bool = False,
+    tokens: float = 1.0,
+    distillation: Distillation | None = None,
 ) -> list[dict[str, Tensor]]:
     """Run all micro-batches of one step.
 
@@ -133,12 +155,18 @@ def run_schedule(
         batches: this rank's micro-batches, each with tokens, labels, position_ids, loss_mask of [b, s], and
             `document_lengths` where attention stays within documents.
         tokens: trained tokens of the global batch over all ranks.
+        distillation: adds its losses' gradients, and counts them.
 
     Returns:
         On the last pipeline stage, loss sum and token count of each micro-batch; else an empty list.
     """
     scale = len(batches) * parallel_state.get_data_parallel_world_size() / max(tokens, 1.0)
-    return _run(chunks, batches, partial(_forward_step, scale), forward_only=forward_only)
+    besides = 0
+    if distillation is not None:
+        distillation.begin_step(tokens)
+        besides = distillation.width
+    step = partial(_forward_step, scale, distillation)
+    return _run(chunks, batches, step, besides, forward_only=forward_only)
 
 
 def run_logits(chunks: Sequence[ScheduledChunk], batch: Batch, copies: int, position: int) -> Tensor | None:
@@ -183,22 +211,32 @@ def global_work(batches: list[Batch], device: torch.device) -> GlobalWork:
 
 
 def loss_totals(
-    results: list[dict[str, Tensor]], device: torch.device, vote: Vote | None = None
+    results: list[dict[str, Tensor]],
+    device: torch.device,
+    vote: Vote | None = None,
+    others: Tensor | None = None,
 ) -> tuple[float, float]:
     """Sum of the loss in nats and number of tokens over all ranks; the same numbers on every rank.
 
-    Only last pipeline stages contribute, and their tensor-parallel ranks contribute the same.
+    Only last pipeline stages contribute a loss, and their tensor-parallel ranks contribute the same.
 
     Args:
         vote: is counted by the same all-reduce.
+        others: further sums, [n] in fp64, which become those over all ranks by the same all-reduce; what
+            tensor-parallel ranks do not have alike, each has times their number.
     """
     own = [] if vote is None else vote.cast()
     totals = torch.tensor([0.0, 0.0, *own], dtype=torch.float64, device=device)
     for result in results:
         totals[:2] += torch.stack([result["loss_sum"].double(), result["tokens"].double()])
+    if others is not None:
+        totals = torch.cat([totals, others])
     dist.all_reduce(totals)
+    replicas = parallel_state.get_tensor_model_parallel_world_size()
+    if others is not None:
+        totals, summed = totals.split([2 + len(own), len(others)])
+        others.copy_(summed / replicas)
     loss_sum, tokens, *sums = totals.tolist()
     if vote is not None:
         vote.count(sums)
-    replicas = parallel_state.get_tensor_model_parallel_world_size()
     return loss_sum / replicas, tokens / replicas

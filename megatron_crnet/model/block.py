@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_crnet.config.megatron import CRNetTransformerConfig
 from megatron_crnet.data.documents import PackedDocuments
-from megatron_crnet.model.layer import layer_spec
+from megatron_crnet.model.layer import StreamHook, layer_spec
 from megatron_crnet.model.norm import CRNetNorm
 from megatron_crnet.model.regions import rotation_of
 from megatron_crnet.recompute.planner import initial_segments, plan_inverse_segments
@@ -118,6 +118,7 @@ class CRNetTransformerBlock(TransformerBlock):
         hidden_states: Tensor,
         rotary_pos_emb: Tensor | None = None,
         documents: PackedDocuments | None = None,
+        stream_hook: StreamHook | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """hidden_states: [s/t, b, h]; a later pipeline stage takes the packed `input_tensor` instead.
@@ -133,7 +134,7 @@ class CRNetTransformerBlock(TransformerBlock):
         rotation = None
         if rotary_pos_emb is not None:
             rotation = rotation_of(rotary_pos_emb if documents is None else documents.positions_of(rotary_pos_emb))
-        shared = {"rotation": rotation, "documents": documents}
+        shared = {"rotation": rotation, "documents": documents, "stream_hook": stream_hook}
         parallel_random = self.config.sequence_parallel and self.config.has_dropout
         with tensor_parallel.get_cuda_rng_tracker().fork() if parallel_random else nullcontext():
             if self.segments and self.training:

@@ -16,8 +16,9 @@ from megatron_crnet.config.schema import Config
 from megatron_crnet.data.documents import documents_of
 from megatron_crnet.model.block import CRNetTransformerBlock
 from megatron_crnet.model.compiled import choose_glue
+from megatron_crnet.model.layer import StreamHook
 from megatron_crnet.model.loss import token_losses
-from megatron_crnet.model.weights import initialize, mark_tensor_parallel
+from megatron_crnet.model.weights import Weight, initialize, load_canonical, mark_tensor_parallel
 
 
 class CRNetModel(GPTModel):
@@ -80,22 +81,28 @@ class CRNetModel(GPTModel):
         return call_model(self, batch)
 
 
-def call_model(call: Callable[..., Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+def call_model(
+    call: Callable[..., Tensor], batch: Mapping[str, Tensor], stream_hook: StreamHook | None = None
+) -> Tensor:
     """What `CRNetModel.forward` returns for a micro-batch, within its documents if it names them.
 
     Args:
         call: the model, or what wraps it.
         batch: tokens, position_ids, and for losses labels, each [b, s]; `document_lengths` (`data/documents.py`)
             or not.
+        stream_hook: called behind every layer of the chunk (`model/layer.py`).
     """
-    documents = documents_of(batch)
     # Megatron-Core's way of handing the block something of one's own
-    extra = {} if documents is None else {"extra_block_kwargs": {"documents": documents}}
-    return call(batch["tokens"], batch["position_ids"], None, labels=batch.get("labels"), **extra)
+    extra = {"documents": documents_of(batch), "stream_hook": stream_hook}
+    return call(batch["tokens"], batch["position_ids"], None, labels=batch.get("labels"), extra_block_kwargs=extra)
 
 
-def build_model_chunks(config: Config) -> list[CRNetModel]:
-    """This rank's part of the model: one chunk, or one for each virtual pipeline stage, initialized."""
+def build_model_chunks(config: Config, value_of: Callable[[Weight], Tensor] | None = None) -> list[CRNetModel]:
+    """This rank's part of the model: one chunk, or one for each virtual pipeline stage.
+
+    Args:
+        value_of: gives the whole value of a weight; None draws initial ones.
+    """
     transformer = build_transformer_config(config)
     chunks = config.parallel.virtual_pipeline_model_parallel_size or 1
     models = [
@@ -109,5 +116,8 @@ def build_model_chunks(config: Config) -> list[CRNetModel]:
         for chunk in range(chunks)
     ]
     for model in models:
-        initialize(model, config.training.seed)
+        if value_of is None:
+            initialize(model, config.training.seed)
+        else:
+            load_canonical(model, value_of)
     return models

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -26,6 +27,10 @@ from megatron_crnet.model.linear import LinearGroup, LowRankGroup, build_group
 from megatron_crnet.model.norm import CRNetNorm, LeanRMSNorm, rms_norm
 from megatron_crnet.model.regions import Regions, Rotation
 from megatron_crnet.recompute.tape import LayerOutputs, LayerTape, Mode
+
+StreamHook = Callable[[int, Tensor], Tensor]
+"""Takes a layer's index (from 0) and the residual stream behind it, [s/t, b, h], and returns the stream to go on with,
+of the same values: recomputation rebuilds streams without it."""
 
 
 @dataclass
@@ -85,6 +90,7 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
         rotation: Rotation | None = None,
         tape: LayerTape | None = None,
         documents: PackedDocuments | None = None,
+        stream_hook: StreamHook | None = None,
         **_: Any,
     ) -> tuple[Tensor, LayerOutputs | None]:
         """hidden_states: [s/t, b, h] with sequence parallelism, [s, b, h] without.
@@ -93,7 +99,7 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
         previous layer, None where a chain starts. Returns the residual stream and this layer's outputs, None
         where the next layer does not use them. With `tape` the call is recorded there or replayed from there, and
         the outputs are returned in any case (`recompute/tape.py`). With `documents`, attention stays within them, as
-        `rotation` does.
+        `rotation` does. `stream_hook` is called with the layer's index and its residual stream.
         """
         of_qkv, of_o, inner, of_down = self.config.table.architecture.groups
         y, m = self._by_group(context), tape.groups if tape else {}
@@ -111,6 +117,8 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
         activation, carried = self._activate(inner.name, linear(inner, normed))
         (down,), of_rows = self._carry(of_down.name, linear(of_down, activation))
         outputs, hidden_states = outputs + carried + of_rows, hidden_states + self._dropout(down, of_down.name, tape)
+        if stream_hook is not None:
+            hidden_states = stream_hook(self.index, hidden_states)
         return hidden_states, outputs if self.returns_outputs or tape else None
 
     def _attention_inputs(

@@ -21,6 +21,7 @@ from megatron_crnet.config.batch import plan_batches
 from megatron_crnet.config.deepspeed import zero_stage
 from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed.process_groups import ParallelContext
+from megatron_crnet.engine.distillation import build_teacher
 from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.engine.schedule import Batch, loss_totals
 from megatron_crnet.model.gpt import build_model_chunks
@@ -45,7 +46,7 @@ def count_step(config: Config, context: ParallelContext, passed: Progress = lamb
     """Build this rank's model and count its second step, when everything is allocated; a collective call."""
     plan, memory = plan_batches(config, context.world_size), LiveMemory()
     with Counters(memory) as counters:
-        engine = TrainEngine(config, build_model_chunks(config), context)
+        engine = TrainEngine(config, build_model_chunks(config), context, build_teacher(config))
         batch = synthetic_batch(config, context.device)
         # virtual stages need a micro-batch per stage; ZeRO-3 records the order of modules in the first micro-batch and
         # decides in the second what it keeps between uses
@@ -124,6 +125,7 @@ def state_bytes(engine: TrainEngine) -> tuple[int, int, int]:
     """Bytes of weights, optimizer state and communication buffers."""
     weights, seen = engine.zero.weights(), set[int]()
     weights += [m.beta_fp32 for m in engine.deepspeed.module.modules() if getattr(m, "beta_fp32", None) is not None]
+    weights += engine.distillation.weights if engine.distillation else []
     # Megatron-Core's column layers gather sequences in a global buffer
     buffers = [*parallel_state.get_global_memory_buffer().buffer.values(), *engine.zero.buffers()]
     return _bytes(weights, seen), _bytes(engine.zero.state(), seen), _bytes(buffers, seen)

@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch._subclasses import FakeTensorMode
 
+from megatron_crnet.config.distillation_section import DistillationConfig
 from megatron_crnet.config.megatron import build_transformer_config
 from megatron_crnet.config.positions import METHODS, position_table
 from megatron_crnet.config.recompute_section import RecomputeConfig
@@ -90,6 +91,7 @@ def _shortened(config: Config, changes: dict[str, Any], pp: int, vpp: int | None
             num_layers_in_first_pipeline_stage=None,
             num_layers_in_last_pipeline_stage=None,
         ),
+        distillation=DistillationConfig(),
         deepspeed={"zero_optimization": {"stage": 1}},  # takes every layout and dtype
     )
 

@@ -97,6 +97,7 @@ class _TrainingRank:
         from megatron_crnet.config.batch import plan_batches
         from megatron_crnet.distributed.launcher import read_launch
         from megatron_crnet.distributed.process_groups import initialize_parallel
+        from megatron_crnet.engine.distillation import build_teacher
         from megatron_crnet.engine.engine import TrainEngine
         from megatron_crnet.model.gpt import build_model_chunks
         from megatron_crnet.planning.counted_step import synthetic_batch
@@ -107,7 +108,7 @@ class _TrainingRank:
         self.memory: Any = _AllocatorMemory() if torch.cuda.is_available() else LiveMemory()
         with self.memory:
             self.context = initialize_parallel(config)
-            self.engine = TrainEngine(config, build_model_chunks(config), self.context)
+            self.engine = TrainEngine(config, build_model_chunks(config), self.context, build_teacher(config))
         # ranks that share a replica read the same tokens
         generator = torch.Generator().manual_seed(config.training.seed + self.context.dp_rank)
         batch = synthetic_batch(config, self.context.device)

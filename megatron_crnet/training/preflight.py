@@ -36,6 +36,7 @@ from megatron_crnet.training.metrics import check_sinks, validated_steps
 from megatron_crnet.training.resumption import differences
 from megatron_crnet.training.shared_reads import Known, read_together, view_of
 from megatron_crnet.training.starting_point import StartingPoint, find_starting_point
+from megatron_crnet.training.teacher import Teacher, find_teacher
 from megatron_crnet.utils.errors import ConfigError, DataError, describe
 
 
@@ -48,6 +49,7 @@ class Preflight:
         trained_on: tokenizer and data of this run.
         checkpoint: the newest whole one of this run; None for a new run.
         start: whose weights a new run starts from; None if they are random.
+        teacher: that the run trains beside; None without distillation.
         saved: resolved configuration of `checkpoint`.
         state: state.json of `checkpoint`.
         damaged: a line on each newer checkpoint that is damaged.
@@ -65,6 +67,7 @@ class Preflight:
     trained_on: TrainedOn
     checkpoint: Path | None
     start: StartingPoint | None
+    teacher: Teacher | None
     saved: dict[str, Any]
     state: dict[str, Any]
     damaged: list[str]
@@ -121,6 +124,7 @@ def _examine_all(config: Config, context: ParallelContext, folders: RunFolders) 
     saved, state = run_on_all_ranks(partial(_examine_checkpoint, config, checkpoint, damaged, trained_on))
     loads = config.checkpoint.load is not None and (checkpoint is None or config.training.eval_only)
     start = find_starting_point(config, trained_on) if loads else None
+    teacher = find_teacher(config, trained_on)
     test_steps, untested = run_on_all_ranks(partial(_planned_test, config))
     datasets = _datasets(config, tokenizer, plan, TrainingState.from_values(state), test_steps, known)
     known.keep()
@@ -134,6 +138,7 @@ def _examine_all(config: Config, context: ParallelContext, folders: RunFolders) 
         trained_on=trained_on,
         checkpoint=checkpoint,
         start=start,
+        teacher=teacher,
         saved=saved,
         state=state,
         damaged=damaged,
@@ -155,6 +160,7 @@ def _examine_all(config: Config, context: ParallelContext, folders: RunFolders) 
         *(f"warning: {line}" for line in (*damaged, space) if line),
         *(f"note: {line}" for line in notes if line),
         *(start.remarks if start else []),
+        *(teacher.remarks if teacher else []),
         *(differences(config, checkpoint, saved, state, trained_on) if checkpoint and not start else []),
     ]
     return replace(found, remarks=remarks)

@@ -22,6 +22,11 @@ def printable(text: str, stream: TextIO) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def _besides(values: dict[str, Any]) -> str:
+    """The losses beside the cross-entropy."""
+    return "".join(f"{name[:-5]} loss {value:.4g} | " for name, value in values.items() if name.endswith("_loss"))
+
+
 class Progress(AbstractContextManager["Progress"]):
     """A bar on a terminal, plain lines where the output goes to a file; silent on ranks other than the main one.
 
@@ -55,7 +60,8 @@ class Progress(AbstractContextManager["Progress"]):
                     self._bar.set_postfix_str(f"loss {values['loss']:.4f} lr {values['lr']:.2e} {speed}")
         if values and self._lines:
             self.line(
-                f"step {step}/{self.total} | loss {values['loss']:.4f} | grad norm {values['grad_norm']:.3f} | "
+                f"step {step}/{self.total} | loss {values['loss']:.4f} | {_besides(values)}"
+                f"grad norm {values['grad_norm']:.3f} | "
                 f"lr {values['lr']:.3e} | {values['tokens_per_s']:.0f} tokens/s | "
                 f"{values['step_time_s'] * 1000:.0f} ms | ETA {self.time_left()}"
             )

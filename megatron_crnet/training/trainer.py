@@ -62,6 +62,7 @@ class Trainer:
         save_due: whether a callback of some rank wants a checkpoint of this step.
         training_s: seconds spent on batches and steps, without what callbacks took.
         losses: the last ones, by the names of TrainResult.
+        teacher: this rank's part of it (`distillation`); None without one.
     """
 
     def __init__(self, preflight: Preflight, callbacks: Sequence[Callback]) -> None:
@@ -69,6 +70,7 @@ class Trainer:
         self.preflight, self.config, self.callbacks = preflight, config, callbacks
         start = preflight.start
         self.phase = phase_at(config, start.state["step"] if start and config.training.eval_only else preflight.step)
+        self.teacher = preflight.teacher.build(config) if preflight.teacher else None
         self.engine = self._build_engine()
         self.checkpointer = Checkpointer(config, self.engine, preflight.trained_on, preflight.folders.check)
         # another layout than the checkpoint's has no random states of its own to continue from
@@ -89,7 +91,7 @@ class Trainer:
 
     def _build_engine(self) -> TrainEngine:
         config = self.phase.config
-        return TrainEngine(config, build_model_chunks(config), self.context)
+        return TrainEngine(config, build_model_chunks(config), self.context, self.teacher)
 
     def _begin_next_phase(self) -> None:
         """Hand the weights on to the engine of the next phase."""
@@ -173,6 +175,7 @@ class Trainer:
                 samples=samples,
                 tokens=trained,
                 loss=loss,
+                distillation=self.engine.distillation_losses,
                 grad_norm=grad_norm,
                 lr=lr,
                 window=losses_to_remember(faults),

@@ -50,6 +50,7 @@ class StepLog(Callback):
         values = {
             "tokens": state.tokens,
             "loss": state.unlogged_loss / state.unlogged_steps,
+            **{name: total / state.unlogged_steps for name, total in (state.unlogged_distillation or {}).items()},
             "grad_norm": state.grad_norm,
             "lr": state.lr,
             "step_time_s": seconds / len(steps),

@@ -1,0 +1,160 @@
+"""Distillation in every layout, ZeRO stage and recomputation strategy against its page of plain PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_crnet.config.schema import Config, RecomputeConfig
+from megatron_crnet.distributed.process_groups import initialize_parallel
+from megatron_crnet.engine.engine import TrainEngine
+from megatron_crnet.model.gpt import build_model_chunks
+from tests.distributed.engines import INVERSE_TOLERANCE, close_engine
+from tests.distributed.spawn import fresh_world, run_distributed
+from tests.distributed.test_layouts import BF16_BOUNDS, DOCUMENTS, FP32_BOUND, PARTITION_EVERYTHING
+from tests.helpers import (
+    ARCHITECTURES,
+    PADDED,
+    Errors,
+    compare_with_reference,
+    micro_batches,
+    random_mask,
+    random_teacher,
+    tiny_config,
+)
+
+BOTH = {"kd_alpha": 3.0, "kd_beta": 0.5}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Sizes of parallelism, the model, and the losses' weights."""
+
+    tp: int = 1
+    sp: bool | None = None
+    pp: int = 1
+    vpp: int = 1
+    zero: int = 0
+    dtype: str = "fp32"
+    recompute: str = "none"
+    model: dict[str, Any] = field(default_factory=dict, hash=False)
+    weights: dict[str, float] = field(default_factory=lambda: BOTH, hash=False)
+    keys: dict[str, Any] = field(default_factory=dict, hash=False)
+    data: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def config(self) -> Config:
+        config = tiny_config(
+            self.model,
+            {
+                "tensor_model_parallel_size": self.tp,
+                "pipeline_model_parallel_size": self.pp,
+                "virtual_pipeline_model_parallel_size": self.vpp,
+                "sequence_parallel": self.sp,
+            },
+            {"dtype": self.dtype},
+            deepspeed_section={"zero_optimization": {"stage": self.zero, **self.keys}},
+            data=self.data,
+            distillation={"teacher": "of the test", **self.weights},
+        )
+        return dataclasses.replace(config, recompute=RecomputeConfig(strategy=self.recompute))
+
+
+ON_TWO = [
+    *(Row(zero=zero) for zero in (0, 1, 2)),
+    Row(zero=3, recompute="replay", keys=PARTITION_EVERYTHING),
+    Row(tp=2),
+    Row(tp=2, zero=3, recompute="full"),
+    Row(tp=2, sp=False, recompute="replay"),
+    Row(tp=2, recompute="inverse"),
+    Row(tp=2, model={**PADDED, "num_query_groups": 2}, weights={"kd_alpha": 2.0}, data=DOCUMENTS),
+    Row(model={"variant": "low_rank"}, weights={"kd_alpha": 0.0, "kd_beta": 1.0}),
+    Row(tp=2, zero=1, model={"variant": "cola"}),
+    Row(pp=2, zero=1, model=ARCHITECTURES["gpt2"]),
+    Row(pp=2, vpp=2, zero=1, recompute="replay"),
+    Row(tp=2, zero=1, dtype="bf16"),
+    Row(zero=3, dtype="bf16", keys=PARTITION_EVERYTHING),
+]
+ON_FOUR = [
+    Row(tp=2, zero=2),
+    Row(tp=2, zero=3, keys=PARTITION_EVERYTHING),
+    Row(tp=2, sp=False, zero=1),
+    Row(tp=2, pp=2, data=DOCUMENTS),
+    *(Row(tp=2, pp=2, zero=1, model=model, weights={"kd_alpha": 2.0}) for model in ARCHITECTURES.values()),
+    Row(tp=2, pp=2, vpp=2, zero=1, weights={"kd_alpha": 2.0}),
+    Row(pp=4, zero=1, dtype="bf16"),
+    *(
+        Row(tp=tp, pp=pp, zero=1, recompute=recompute, model={"variant": variant})
+        for (tp, pp), recompute, variant in itertools.product(
+            ((2, 1), (1, 2)), ("none", "replay", "full"), ("crnet", "full_rank", "low_rank", "cola", "relora")
+        )
+    ),
+]
+
+
+def measure(rows: list[Row]) -> list[Errors]:
+    found = []
+    for row in rows:
+        try:
+            found.append(compare_with_reference(row.config()))
+        except Exception as error:
+            raise RuntimeError(f"row {row}") from error
+        fresh_world()
+    return found
+
+
+def check(row: Row, errors: Errors) -> None:
+    if row.dtype == "fp32":
+        assert errors.worst() < (FP32_BOUND if row.recompute != "inverse" else INVERSE_TOLERANCE["fp32"]), errors
+        return
+    for name in ("loss", "grad_norm", "gradients", "parameters"):
+        assert getattr(errors, name) < getattr(BF16_BOUNDS, name), errors
+
+
+@pytest.fixture(scope="module")
+def two() -> list[Errors]:
+    return run_distributed(measure, 2, ON_TWO, timeout_s=900)[0]
+
+
+@pytest.mark.parametrize("index", range(len(ON_TWO)), ids=[str(row) for row in ON_TWO])
+def test_two_ranks(index: int, two: list[Errors]) -> None:
+    check(ON_TWO[index], two[index])
+
+
+@pytest.mark.long
+def test_four_ranks() -> None:
+    for row, errors in zip(ON_FOUR, run_distributed(measure, 4, ON_FOUR, timeout_s=1500)[0], strict=True):
+        check(row, errors)
+
+
+def frozen(row: Row) -> None:
+    """Train; the teacher's weights stay the same bits, and neither DeepSpeed nor a checkpoint knows them."""
+    config = row.config()
+    context = initialize_parallel(config)
+    _, teacher = random_teacher(config)
+    assert teacher is not None
+    engine = TrainEngine(config, build_model_chunks(config), context, teacher)
+    assert engine.distillation is not None
+    weights = engine.distillation.weights
+    before = [weight.clone() for weight in weights]
+    known = {id(p) for p in engine.deepspeed.module.parameters()} | {id(w.parameter) for w in engine.weights}
+    for step in range(2):
+        batches = micro_batches(config, context.dp_rank, context.world_size, step)
+        engine.forward_backward(batches, int(random_mask(config, step).sum()))
+        engine.update()
+    for weight, value in zip(weights, before, strict=True):
+        assert torch.equal(weight, value)
+        assert weight.grad is None
+        assert not weight.requires_grad
+        assert id(weight) not in known
+        assert not hasattr(weight, "ds_id"), "ZeRO-3 has not partitioned it"
+    assert not any(weight.shape[0] == config.model.vocab_size for weight in weights[1:]), "no output layer is held"
+    close_engine(engine)
+
+
+def test_the_teacher_is_frozen_and_nobody_elses() -> None:
+    run_distributed(frozen, 1, Row(zero=3, weights={"kd_alpha": 1.0}, keys=PARTITION_EVERYTHING))
