@@ -221,6 +221,7 @@ def to_hf(
     dtype: Dtype = "fp32",
     tokenizer: PathLike | None = None,
     shard_size: int | str = "5GB",
+    plain: bool = False,
     overwrite: bool = False,
 ) -> Path:
     """Write a checkpoint as a folder that Hugging Face transformers opens. Returns it.
@@ -230,9 +231,11 @@ def to_hf(
         dtype: of all weights but beta, which stays fp32.
         tokenizer: path of the tokenizer; None takes the one that the checkpoint's configuration names.
         shard_size: largest file of weights.
+        plain: of a full-rank model, for Transformers' own class, such as LlamaForCausalLM.
         overwrite: replace an older export.
 
     Raises:
+        ConfigError: `plain` of a model that Transformers has no class for.
         DataError: there is no complete checkpoint or no tokenizer, or `out` exists or cannot be written.
     """
     from megatron_crnet.checkpoint.contents import find_checkpoint
@@ -240,12 +243,22 @@ def to_hf(
 
     checkpoint, notes = find_checkpoint(Path(run))
     _warn(notes)
-    write(checkpoint, Path(out), dtype=dtype, tokenizer=_text(tokenizer), shard_size=shard_size, overwrite=overwrite)
+    write(
+        checkpoint,
+        Path(out),
+        dtype=dtype,
+        tokenizer=_text(tokenizer),
+        shard_size=shard_size,
+        plain=plain,
+        overwrite=overwrite,
+    )
     return Path(out)
 
 
 def from_hf(export: PathLike, folder: PathLike, tokenizer: PathLike | None = None) -> Path:
-    """Write an export as a checkpoint of step 0, from which a run with `checkpoint.dir` FOLDER continues. Returns it.
+    """Write an export, `plain` or not, as a checkpoint of step 0. Returns it.
+
+    A run with `checkpoint.dir` FOLDER continues from it.
 
     Args:
         tokenizer: path of the tokenizer for the run to come; None takes the export's own.

@@ -32,8 +32,6 @@ Shapes = dict[str, tuple[int, ...]]
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-BUFFERS = ".rotary_emb.inv_freq"
-"""Ends of names in older files of LLaMA that are no weights."""
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What weights may be stored as, by the names of safetensors."""
 Cast = Callable[[str, Tensor], Tensor]
@@ -117,7 +115,7 @@ class WeightSource(ABC):
         """As `read`, then `cast`, with a check of every value.
 
         Raises:
-            DataError: a value is not finite, or a matrix or a norm is zero all over.
+            DataError: a value is not finite, or a matrix or a norm is zero all over; a bias may be.
         """
         found = {}
         for name, stored in self.read(names).items():
@@ -127,7 +125,7 @@ class WeightSource(ABC):
                 raise DataError(
                     f"{self.where} holds values in {name} that are not finite{after}: use weights of a good run"
                 )
-            if tensor.dim() and not tensor.any():
+            if tensor.dim() and not name.endswith(".bias") and not tensor.any():
                 raise DataError(
                     f"{self.where} holds only zeros in {name}{after}: use weights that were trained and written"
                 )
@@ -233,28 +231,6 @@ class ExportWeights(WeightSource):
             with safe_open(file, framework="pt") as opened:
                 found.update({name: opened.get_tensor(name) for name in wanted})
         return found
-
-
-class LlamaWeights(ExportWeights):
-    """The files of a Hugging Face LLaMA: without the buffers of older files, and with an output layer of its own.
-
-    Args:
-        tied: the output layer is the embedding.
-    """
-
-    def __init__(self, folder: Path, tied: bool) -> None:
-        super().__init__(folder)
-        for name in [name for name in self.shapes if name.endswith(BUFFERS)]:
-            del self.shapes[name]
-        self._stored_as = {HEAD: EMBEDDING} if tied and EMBEDDING in self.shapes else {}
-        for name, stored in self._stored_as.items():
-            self.shapes[name], self.dtypes[name] = self.shapes[stored], self.dtypes[stored]
-
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """See WeightSource."""
-        stored = {name: self._stored_as.get(name, name) for name in names}
-        found = super().read(dict.fromkeys(stored.values()))
-        return {name: found[own] if name == own else found[own].clone() for name, own in stored.items()}
 
 
 def _files_of(folder: Path) -> list[Path]:

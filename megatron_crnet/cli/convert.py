@@ -26,9 +26,10 @@ def build_parser(prog: str) -> ToolParser:
     out.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of all but beta (default: fp32)")
     out.add_argument("--tokenizer", help="path of the tokenizer, where the checkpoint's configuration is out of date")
     out.add_argument("--shard-size", default="5GB", help="largest file of weights (default: %(default)s)")
+    out.add_argument("--plain", action="store_true", help="of a full-rank model: for Transformers' own class")
     out.add_argument("--overwrite", action="store_true", help="replace an older export")
     back = commands.add_parser("from-hf", help="Hugging Face -> checkpoint")
-    back.add_argument("export", type=Path, help="a folder that to-hf has written")
+    back.add_argument("export", type=Path, help="a folder that to-hf has written, or a LLaMA, GPT-2 or Qwen3")
     back.add_argument("--tokenizer", help="path of the tokenizer for the run to come (default: the export's own)")
     back.add_argument("folder", type=Path, help="writes FOLDER/step_00000000: checkpoint.dir of the run to come")
     return parser
@@ -57,6 +58,7 @@ def _to_hf(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         tokenizer=args.tokenizer,
         shard_size=args.shard_size,
+        plain=args.plain,
         overwrite=args.overwrite,
     )
     print(f"{args.out}: {parameters:,} parameters of {checkpoint}")

@@ -5,19 +5,46 @@ This file needs transformers alone.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PretrainedConfig
 
 VARIANTS = ("crnet", "low_rank", "cola", "full_rank")
-POSITIONS = ("q", "k", "v", "o", "gate", "up", "down")
-"""The linear maps of a layer, in the order in which its outputs are handed on."""
 
+
+@dataclass(frozen=True)
+class Traits:
+    """What the layers of an architecture have.
+
+    Attributes:
+        positions: the linear maps of a layer, in the order in which its outputs are handed on: q, k, v, o, and those
+            of the feed-forward network, down last.
+        norm: rms, or layer: LayerNorm with a bias.
+        activation: swiglu: silu(gate) up; gelu: gelu(up) in its tanh form.
+        token_positions: rotary embedding of queries and keys, or a learned vector per position.
+        has_biases: of all linear maps; outside of the chain: this layer uses Y + bias, the next one takes Y.
+        has_qk_norm: an RMSNorm over each head of queries and keys.
+    """
+
+    positions: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    norm: str = "rms"
+    activation: str = "swiglu"
+    token_positions: str = "rotary"
+    has_biases: bool = False
+    has_qk_norm: bool = False
+
+
+ARCHITECTURES = {
+    "llama": Traits(),
+    "gpt2": Traits(("q", "k", "v", "o", "up", "down"), "layer", "gelu", "learned", has_biases=True),
+    "qwen3": Traits(has_qk_norm=True),
+}
+"""By `CRNetConfig.architecture`."""
+HIDDEN_ACT = {"swiglu": "silu", "gelu": "gelu_pytorch_tanh"}
+"""`hidden_act` in LlamaConfig's words."""
 FIXED = {
-    "hidden_act": "silu",
-    "attention_bias": False,
     "attention_dropout": 0.0,
-    "mlp_bias": False,
     "pretraining_tp": 1,
     "sliding_window": None,
     "quantization_config": None,
@@ -29,9 +56,12 @@ class CRNetConfig(PretrainedConfig):
     """Shape of the model, with LlamaConfig's field names where it has them.
 
     Args:
+        architecture: llama, gpt2 or qwen3: see `ARCHITECTURES`.
+        head_dim: width of a head; None is hidden_size / num_attention_heads.
+        max_position_embeddings: longest sequence; of learned positions, as many are learned.
+        rms_norm_eps: eps of the norms, of LayerNorm as well.
         variant: crnet; low_rank: X A B; cola: B silu(X A); full_rank: X W in every layer.
-        rank: an integer, a list with one for each layer, or a mapping of the positions q, k, v, o, gate, up, down
-            to either.
+        rank: an integer, a list with one for each layer, or a mapping of the architecture's positions to either.
         full_rank_layers: layers (from 0) that hold X W and start a new cross-layer chain.
         only_lr_act: gate up in place of silu(gate) up, for cola.
         cross_layer_epsilon: eps of s(beta).
@@ -53,10 +83,12 @@ class CRNetConfig(PretrainedConfig):
         num_hidden_layers: int = 8,
         num_attention_heads: int = 8,
         num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
         max_position_embeddings: int = 256,
         rms_norm_eps: float = 1e-6,
         rope_theta: float = 10000,
         initializer_range: float = 0.02,
+        architecture: str = "llama",
         variant: str = "crnet",
         rank: int | list[int] | dict[str, int | list[int]] = 128,
         full_rank_layers: list[int] | None = None,
@@ -74,6 +106,9 @@ class CRNetConfig(PretrainedConfig):
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        if head_dim is None and hidden_size % num_attention_heads:
+            raise ValueError(f"hidden_size {hidden_size} does not divide by {num_attention_heads} heads: set head_dim")
+        self.head_dim = head_dim or hidden_size // num_attention_heads
         self.max_position_embeddings = max_position_embeddings
         self.rms_norm_eps = rms_norm_eps
         # the two ways in which later versions of transformers spell it
@@ -81,6 +116,7 @@ class CRNetConfig(PretrainedConfig):
         _check_rotary(rotary)
         self.rope_theta = rotary.get("rope_theta", rope_theta)
         self.initializer_range = initializer_range
+        self.architecture = architecture
         self.variant = variant
         self.rank = rank
         self.full_rank_layers = [0] if full_rank_layers is None else full_rank_layers
@@ -98,32 +134,51 @@ class CRNetConfig(PretrainedConfig):
         Raises:
             ValueError: sizes that contradict each other, an unknown variant, or a setting of LLaMA that CR-Net lacks.
         """
-        for name, only in FIXED.items():
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(f"architecture is {self.architecture!r}, but must be one of {', '.join(ARCHITECTURES)}")
+        traits = self.traits
+        biases = {"attention_bias": traits.has_biases, "mlp_bias": traits.has_biases}
+        for name, only in {**FIXED, **biases, "hidden_act": HIDDEN_ACT[traits.activation]}.items():
             if (value := getattr(self, name, only)) not in (only, None):
-                raise ValueError(f"{name} is {value!r}, which CR-Net does not have: leave it out")
+                raise ValueError(
+                    f"{name} is {value!r}, which CR-Net does not have as {self.architecture}: leave it out"
+                )
         _check_rotary(getattr(self, "rope_parameters", None) or {})
         if self.variant not in VARIANTS:
             raise ValueError(f"variant is {self.variant!r}, but must be one of {', '.join(VARIANTS)}")
-        if self.only_lr_act and self.variant != "cola":
-            raise ValueError(f"only_lr_act is true, but variant {self.variant} has no silu between factors: use cola")
-        heads, width = self.num_attention_heads, self.hidden_size
-        if width % heads or (width // heads) % 2:
-            raise ValueError(f"hidden_size {width} does not give {heads} num_attention_heads an even width each")
+        if self.only_lr_act and (self.variant != "cola" or traits.activation != "swiglu"):
+            raise ValueError(
+                f"only_lr_act is true, but {self.architecture} as {self.variant} has not both a gate and silu between "
+                "factors: use cola, or leave it out"
+            )
+        self._check_heads()
+        self._check_ranks()
+
+    def _check_heads(self) -> None:
+        heads, width = self.num_attention_heads, self.head_dim
+        if self.traits.token_positions == "rotary" and width % 2:
+            raise ValueError(f"head_dim is {width}, but rotary embeddings need an even width: change it")
         if heads % self.num_key_value_heads:
             raise ValueError(f"num_key_value_heads {self.num_key_value_heads} does not divide {heads} heads")
-        if (head_dim := getattr(self, "head_dim", None)) not in (None, width // heads):
-            raise ValueError(f"head_dim is {head_dim}, but CR-Net's is hidden_size / num_attention_heads: leave it out")
-        if isinstance(self.rank, dict) and set(self.rank) != set(POSITIONS):
+
+    def _check_ranks(self) -> None:
+        positions = self.traits.positions
+        if isinstance(self.rank, dict) and set(self.rank) != set(positions):
             raise ValueError(
-                f"rank names {sorted(self.rank)}, but must name all of {', '.join(POSITIONS)}, and no other"
+                f"rank names {sorted(self.rank)}, but must name all of {', '.join(positions)}, and no other"
             )
-        for position in POSITIONS:
+        for position in positions:
             ranks = self.ranks(position)
             if len(ranks) != self.num_hidden_layers or not all(isinstance(r, int) and r > 0 for r in ranks):
                 raise ValueError(
                     f"rank of {position} is {ranks!r}, but must be a positive integer for each of "
                     f"{self.num_hidden_layers} layers"
                 )
+
+    @property
+    def traits(self) -> Traits:
+        """What its layers have."""
+        return ARCHITECTURES[self.architecture]
 
     def ranks(self, position: str) -> list[int]:
         """What `rank` says of one position, by layer, full-rank layers included."""

@@ -26,7 +26,7 @@ from megatron_crnet.config.batch import BatchSizes
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.corpus import iter_documents
 from megatron_crnet.data.corpus_stats import CorpusStats
-from megatron_crnet.data.documents import DOCUMENT_LENGTHS, document_lengths, positions_within
+from megatron_crnet.data.documents import DOCUMENT_LENGTHS, document_lengths
 from megatron_crnet.data.fingerprint import check_tokenizer_of_data
 from megatron_crnet.data.tokenizer import Tokenizer
 from megatron_crnet.hf.generate import OpenModel
@@ -38,7 +38,7 @@ LONGEST = 2**20
 Ids = npt.NDArray[np.integer[Any]]
 Row = Mapping[str, Tensor]
 """int64 tokens and labels [s], and loss_mask [s], 1 where a label counts: as the trainer's datasets give them. With
-`document_lengths` (`data/documents.py`), attention stays within documents."""
+`document_lengths` (`data/documents.py`), attention stays within documents; `position_ids` [s] are counted without."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def evaluate(
         inputs, labels, mask = (
             torch.stack([row[key] for row in group]).to(model.device) for key in ("tokens", "labels", "loss_mask")
         )
-        logits = model(inputs, use_cache=False, **_positions(group, model.device)).logits.float()
+        logits = model(inputs, use_cache=False, **_documents(group, model.device)).logits.float()
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
         batch_total, count = float((losses.double() * mask.flatten()).sum()), int(mask.sum())
         total, tokens = total + batch_total, tokens + count
@@ -109,11 +109,15 @@ def check_memory(model: Any, rows: int, length: int) -> None:
     )
 
 
-def _positions(rows: list[Row], device: torch.device) -> dict[str, Tensor]:
-    """Positions that start anew with each document, by which transformers tells documents apart."""
+def _documents(rows: list[Row], device: torch.device) -> dict[str, Tensor]:
+    """Whom each token sees within its document, [b, 1, s, s], and the positions of the tokens, as in training."""
     if DOCUMENT_LENGTHS not in rows[0]:
         return {}
-    return {"position_ids": torch.stack([positions_within(row[DOCUMENT_LENGTHS]) for row in rows]).to(device)}
+    counted = torch.arange(len(rows[0]["tokens"]))
+    numbers = torch.stack([torch.arange(len(n)).repeat_interleave(n) for n in (r[DOCUMENT_LENGTHS] for r in rows)])
+    mask = (numbers[:, :, None] == numbers[:, None]).tril()[:, None]
+    positions = torch.stack([row.get("position_ids", counted) for row in rows])
+    return {"attention_mask": mask.to(device), "position_ids": positions.to(device)}
 
 
 def packed_rows(documents: Iterable[Ids], length: int) -> Iterator[Row]:
@@ -276,6 +280,11 @@ def rows_to_evaluate(
         length <= opened.longest or allow_longer,
         f"a row of {length} tokens is longer than the model's max_position_embeddings {opened.longest}: lower "
         "--seq-length, or give --allow-longer to measure positions that it was not trained for",
+    )
+    require(
+        length <= opened.longest or opened.model.config.traits.token_positions != "learned",
+        f"a row of {length} tokens is longer than the {opened.longest} positions that the model has learned a vector "
+        "for: lower --seq-length",
     )
     require(length <= LONGEST, f"a row of {length} tokens is longer than {LONGEST}: lower --seq-length")
     if validation_of is not None:

@@ -8,7 +8,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.serialization import StateDictSplit, split_state_dict_into_shards_factory
@@ -17,7 +17,6 @@ from torch import Tensor
 from megatron_crnet.checkpoint.weight_files import (
     INDEX,
     ExportWeights,
-    LlamaWeights,
     WeightSource,
     canonical_shapes,
 )
@@ -25,20 +24,24 @@ from megatron_crnet.config.loading import load_config
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.fingerprint import TrainedOn, digest_of_tokenizer
 from megatron_crnet.data.tokenizer import Tokenizer, TokenizerKind, check_vocabulary, load_tokenizer
-from megatron_crnet.hf.export_config import LLAMA_TYPE, hugging_face_fields, read_export_config
+from megatron_crnet.hf.export_config import CRNET_TYPE, LENGTH, hugging_face_fields, read_export_config
 from megatron_crnet.hf.export_tokenizer import tokenizer_of, write_tokenizer
 from megatron_crnet.hf.merged import weights_of
+from megatron_crnet.hf.plain import FORMATS, plain_fields
+from megatron_crnet.hf.plain_weights import FromPlain, ToPlain
 from megatron_crnet.hf.starting_checkpoint import save_tensors, write_starting_checkpoint
 from megatron_crnet.utils.errors import DataError, require
 from megatron_crnet.utils.files import atomic_folder, exists, read_json_object
 
-CODE = ("configuration_crnet.py", "linear_crnet.py", "modeling_crnet.py")
+CODE = ("configuration_crnet.py", "linear_crnet.py", "layer_crnet.py", "modeling_crnet.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_crnet.CRNetConfig",
     "AutoModel": "modeling_crnet.CRNetModel",
     "AutoModelForCausalLM": "modeling_crnet.CRNetForCausalLM",
     "AutoModelForSequenceClassification": "modeling_crnet.CRNetForSequenceClassification",
 }
+EXPORTED_BY = {"exported_by": "megatron_crnet"}
+"""In config.json of a plain export, by which --overwrite knows it."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Dtype = Literal["fp32", "bf16"]
 PATTERN = "model{suffix}.safetensors"
@@ -73,6 +76,7 @@ def to_hf(
     dtype: Dtype = "fp32",
     tokenizer: str | None = None,
     shard_size: int | str = "5GB",
+    plain: bool = False,
     overwrite: bool = False,
 ) -> int:
     """Write OUT from a whole checkpoint. Host memory holds about one file of weights at a time.
@@ -81,13 +85,14 @@ def to_hf(
         dtype: of all weights but beta, which stays fp32.
         tokenizer: path of the tokenizer; None takes the one that the checkpoint's configuration names.
         shard_size: largest file of weights; more than that are cut, with an index.
+        plain: for Transformers' own class of the architecture, which holds full-rank weights (`plain.py`).
         overwrite: replace an older export.
 
     Returns:
         The number of parameters.
 
     Raises:
-        ConfigError: no such `shard_size`.
+        ConfigError: no such `shard_size`, or `plain` of a model that Transformers has no class for.
         DataError: OUT exists or cannot be written, the tokenizer is missing, or a weight is missing, unknown, of
             another shape, not finite or zero all over. Nothing is left behind.
     """
@@ -101,23 +106,27 @@ def to_hf(
     config, source = weights_of(checkpoint, config)
     if exists(out) and overwrite and not _is_export(out):
         raise DataError(f"{out} is not an export, so --overwrite does not replace it: choose another folder")
+    about = _plain_about(config) if plain else _crnet_about(config)
+    if plain:
+        source = ToPlain(source, FORMATS[config.model.architecture], canonical_shapes(config.model))
     with atomic_folder(out, overwrite) as folder:
-        for name in CODE:
+        for name in () if plain else CODE:
             shutil.copyfile(Path(__file__).with_name(name), folder / name)
-        _write_descriptions(config, folder, dtype)
+        _write_descriptions(config, about, folder, dtype)
         _write_weights(source, folder, dtype, shard_size)
     return sum(torch.Size(shape).numel() for shape in source.shapes.values())
 
 
 def _is_export(folder: Path) -> bool:
-    return read_json_object(folder / "config.json").get("model_type") == "crnet"
+    about = read_json_object(folder / "config.json")
+    return about.get("model_type") == CRNET_TYPE or EXPORTED_BY.items() <= about.items()
 
 
 def _write_weights(source: WeightSource, folder: Path, dtype: Dtype, shard_size: int | str) -> None:
     plan = _plan_files(source, dtype, shard_size)
     for file, names in plan.filename_to_tensors.items():
         save_tensors(source.checked(names, partial(cast, dtype)), folder / file)
-        shutil.copymode(folder / CODE[0], folder / file)  # safetensors lets only the owner read
+        shutil.copymode(folder / "config.json", folder / file)  # safetensors lets only the owner read
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
@@ -131,26 +140,26 @@ def _plan_files(source: WeightSource, dtype: Dtype, shard_size: int | str) -> St
     )
 
 
-def _write_descriptions(config: Config, folder: Path, dtype: Dtype) -> None:
+def _crnet_about(config: Config) -> dict[str, Any]:
+    about = {"architectures": ["CRNetForCausalLM"], "auto_map": AUTO_MAP, "model_type": CRNET_TYPE}
+    return {**about, **hugging_face_fields(config)}
+
+
+def _plain_about(config: Config) -> dict[str, Any]:
+    fields = plain_fields(config)
+    return {"architectures": [FORMATS[config.model.architecture].model_class], **EXPORTED_BY, **fields}
+
+
+def _write_descriptions(config: Config, about: dict[str, Any], folder: Path, dtype: Dtype) -> None:
     """config.json, generation_config.json and the tokenizer."""
-    fields = hugging_face_fields(config)
     kind, path = config.data.tokenizer_type, _tokenizer_path(config)
     try:
-        tokenizer = write_tokenizer(kind, path, folder, fields["max_position_embeddings"])
+        tokenizer = write_tokenizer(kind, path, folder, hugging_face_fields(config)[LENGTH])
     except DataError as error:
         raise DataError(f"{error}, or give another with --tokenizer") from error
     check_vocabulary(tokenizer, config.model.vocab_size)
     ends = {"eos_token_id": tokenizer.eod, "pad_token_id": tokenizer.pad}
-    about = {
-        "architectures": ["CRNetForCausalLM"],
-        "auto_map": AUTO_MAP,
-        "model_type": "crnet",
-        **fields,
-        "tie_word_embeddings": False,
-        "bos_token_id": None,
-        **ends,
-        "dtype": str(DTYPES[dtype]).removeprefix("torch."),
-    }
+    about = {**about, "bos_token_id": None, **ends, "dtype": str(DTYPES[dtype]).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
     (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
 
@@ -174,19 +183,19 @@ def named_tokenizer(config: Config) -> Tokenizer:
 
 
 def open_export(folder: Path) -> tuple[Config, WeightSource]:
-    """The configuration of an export or of a Hugging Face LLaMA, which is a full-rank model here, and its weights.
+    """The configuration of an export or of a model of Transformers' own classes, and its weights.
 
     Raises:
         DataError, ConfigError: see `read_export_config` and `ExportWeights`.
     """
-    config, values = read_export_config(folder), read_json_object(folder / "config.json")
-    if values["model_type"] == LLAMA_TYPE:
-        return config, LlamaWeights(folder, tied=bool(values.get("tie_word_embeddings")))
+    config, kind = read_export_config(folder), read_json_object(folder / "config.json")["model_type"]
+    if kind in FORMATS:
+        return config, FromPlain(folder, FORMATS[kind], canonical_shapes(config.model))
     return config, ExportWeights(folder)
 
 
 def from_hf(export: Path, folder: Path, tokenizer: str | None = None) -> Path:
-    """Write the weights of an export, or of a LLaMA, as a checkpoint of step 0, with moments of zero. Returns it.
+    """Write the weights of an export, `plain` or not, as a checkpoint of step 0, with moments of zero. Returns it.
 
     A run with the same model section and `checkpoint.dir FOLDER` continues from it under any layout.
 

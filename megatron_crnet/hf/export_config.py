@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_crnet.config.loading import resolved
+from megatron_crnet.config.positions import head_width
 from megatron_crnet.config.schema import Config, ModelConfig, TrainingConfig
-from megatron_crnet.hf.configuration_crnet import FIXED, CRNetConfig
-from megatron_crnet.utils.errors import ConfigError, DataError
+from megatron_crnet.hf.configuration_crnet import ARCHITECTURES, FIXED, CRNetConfig
+from megatron_crnet.hf.plain import FORMATS, read_plain
+from megatron_crnet.utils.errors import ConfigError, DataError, require
 
 FIELDS = {
+    "architecture": "architecture",
     "variant": "variant",
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -19,6 +22,7 @@ FIELDS = {
     "num_hidden_layers": "num_layers",
     "num_attention_heads": "num_attention_heads",
     "num_key_value_heads": "num_query_groups",
+    "head_dim": "kv_channels",
     "max_position_embeddings": "max_position_embeddings",
     "rms_norm_eps": "layernorm_epsilon",
     "rope_theta": "rotary_base",
@@ -29,27 +33,39 @@ FIELDS = {
     "initializer_range": "init_method_std",
     "only_lr_act": "only_lr_act",
     "scale_residual_init": "scale_residual_init",
+    "tie_word_embeddings": "tie_word_embeddings",
 }
 """Hugging Face's name of each field of ModelConfig; dropout belongs to training alone."""
-OLDER = {"only_lr_act": False, "scale_residual_init": False}
+OLDER = {
+    "architecture": "llama",
+    "head_dim": None,
+    "only_lr_act": False,
+    "scale_residual_init": False,
+    "tie_word_embeddings": False,
+}
 """Values in exports of versions without these fields."""
 LENGTH = "max_position_embeddings"
-LLAMA_TYPE = "llama"
-CRNET_ALONE = ("variant", "rank", "full_rank_layers", "cross_layer_epsilon", "beta_init")
-LLAMA_MAY_LACK = ("num_key_value_heads", "rms_norm_eps", "rope_theta", "initializer_range")
-"""Fields that older files of LLaMA do not have; the defaults of ModelConfig are those of LlamaConfig."""
-FOREIGN = (*FIXED, "head_dim", "rope_parameters", "rope_scaling")
+CRNET_TYPE = "crnet"
+FOREIGN = (*FIXED, "hidden_act", "attention_bias", "mlp_bias", "rope_parameters", "rope_scaling")
 """Fields of LLaMA that CRNetConfig looks at and refuses."""
 
 
 def hugging_face_fields(config: Config) -> dict[str, Any]:
-    """What CRNetConfig is made from."""
+    """What CRNetConfig is made from.
+
+    Raises:
+        ConfigError: the model that travels with exports does not know the architecture.
+    """
     model = resolved(config)["model"]
-    return {theirs: model[ours] for theirs, ours in FIELDS.items()}
+    require(
+        model["architecture"] in ARCHITECTURES,
+        f"model.architecture is {model['architecture']}, which is not exported yet: use {', '.join(ARCHITECTURES)}",
+    )
+    return {theirs: model[ours] for theirs, ours in FIELDS.items()} | {"head_dim": head_width(config.model)}
 
 
 def read_export_config(folder: Path) -> Config:
-    """A configuration whose model section is that of an export or of a LLaMA; every other field has its default.
+    """A configuration whose model section is that of an export, `--plain` or not; every other field has its default.
 
     Raises:
         DataError: config.json is missing, damaged or of another kind of model.
@@ -61,15 +77,13 @@ def read_export_config(folder: Path) -> Config:
         kind = values["model_type"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is not readable ({error!r}): give a folder that to-hf has written") from error
-    if kind not in ("crnet", LLAMA_TYPE):
+    if kind in FORMATS:
+        return read_plain(values, str(path))
+    if kind != CRNET_TYPE:
         raise DataError(
-            f"{path} describes a model of type {kind!r}, not crnet or {LLAMA_TYPE}: give a folder that to-hf has "
-            "written, or a LLaMA"
+            f"{path} describes a model of type {kind!r}, not {CRNET_TYPE}, {', '.join(FORMATS)}: give a folder that "
+            "to-hf has written, or a model of one of these types"
         )
-    if kind == LLAMA_TYPE:
-        values = _full_rank(values)
-    elif values.get("tie_word_embeddings"):
-        raise DataError(f"{path} ties the output layer to the embedding, which no model here does: untie them")
     values = OLDER | values
     # null, which the trainer takes for the length of its sequences, is nothing here
     length = values.get(LENGTH)
@@ -89,12 +103,3 @@ def read_export_config(folder: Path) -> Config:
             f"{path} gives rope_theta {values['rope_theta']}, but {theirs.rope_theta} within rope_parameters: keep one"
         )
     return config
-
-
-def _full_rank(llama: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a LLaMA as those of a full-rank export."""
-    ours = ModelConfig(variant="full_rank")
-    absent = {name: getattr(ours, FIELDS[name]) for name in (*CRNET_ALONE, *LLAMA_MAY_LACK)}
-    rotary = llama.get("rope_parameters")  # where later versions of transformers write it
-    inside = {name: rotary[name] for name in ("rope_theta",) if isinstance(rotary, dict) and name in rotary}
-    return {**absent, **inside, **llama}

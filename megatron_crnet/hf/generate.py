@@ -103,7 +103,8 @@ def open_files(path: Path, tokenizer: str | None = None) -> tuple[Config, Weight
     if (path / "config.json").is_file():
         config, source = open_export(path)
         config = with_tokenizer(config, tokenizer or tokenizer_of(path)[1])
-        notes += [note for note in [note_on_added_tokens(path)] if note and not tokenizer]
+        if tokenizer is None and (note := note_on_added_tokens(path)):
+            notes.append(note)
     else:
         checkpoint, notes = find_checkpoint(path)
         config, source = weights_of(checkpoint, saved_config(checkpoint))
@@ -115,7 +116,7 @@ def open_files(path: Path, tokenizer: str | None = None) -> tuple[Config, Weight
 def open_model(
     path: Path, *, dtype: Dtype = "fp32", device: torch.device | None = None, tokenizer: str | None = None
 ) -> OpenModel:
-    """Open an export, a LLaMA, a checkpoint, a folder of checkpoints or the folder of a run.
+    """Open an export, a model of Transformers' own classes, a checkpoint, a folder of checkpoints or a run's folder.
 
     Args:
         tokenizer: path of the tokenizer; None takes the model's own.
@@ -130,6 +131,7 @@ def open_model(
         model = CRNetForCausalLM(CRNetConfig(**hugging_face_fields(config), dtype=DTYPES[dtype]))
     for weights in source.portions(partial(cast, dtype)):
         model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
     model.eval().requires_grad_(False).to(device or default_device())
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = own.eod, own.pad
     return OpenModel(model, own, config, notes)

@@ -53,13 +53,13 @@ class CrossLayerLinear(nn.Linear):
     """One low-rank linear map of one layer: s(beta) Y_previous + X A B, X A B, or B silu(X A).
 
     An nn.Linear for libraries that wrap linear maps, such as peft: what they add to its output goes to the next layer
-    with it.
+    with it. A bias does not: the layer adds it to what it uses (`layer_crnet.used`).
     """
 
     def __init__(self, config: CRNetConfig, layer: int, position: str, h_in: int, h_out: int) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would make a matrix
         self.in_features, self.out_features = h_in, h_out
-        self.register_parameter("bias", None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(h_out)) if config.traits.has_biases else None)
         self.eps, self.nonlinear = config.cross_layer_epsilon, config.variant == "cola"
         rank = config.rank_of(layer, position)
         self.a = Factor(h_in, rank, h_in**-0.5)
@@ -110,14 +110,14 @@ class CrossLayerLinear(nn.Linear):
 
 
 class FullRankLinear(nn.Linear):
-    """X W, which ignores the previous layer.
+    """X W, which ignores the previous layer; its bias is added by the layer.
 
     Args:
         std: of its initial values.
     """
 
-    def __init__(self, h_in: int, h_out: int, std: float) -> None:
-        super().__init__(h_in, h_out, bias=False)
+    def __init__(self, h_in: int, h_out: int, std: float, bias: bool) -> None:
+        super().__init__(h_in, h_out, bias=bias)
         self.std = std
 
     def forward(self, x: Tensor, previous: Tensor | None = None) -> Tensor:
@@ -129,7 +129,8 @@ def linear_map(config: CRNetConfig, layer: int, position: str, h_in: int, h_out:
     """The linear map of a position of a layer."""
     if config.rank_of(layer, position):
         return CrossLayerLinear(config, layer, position, h_in, h_out)
-    return FullRankLinear(h_in, h_out, config.initializer_range * config.std_factor(position))
+    std = config.initializer_range * config.std_factor(position)
+    return FullRankLinear(h_in, h_out, std, config.traits.has_biases)
 
 
 def base_layer(module: nn.Module) -> nn.Module | None:

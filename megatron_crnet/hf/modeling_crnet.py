@@ -1,7 +1,8 @@
 """CR-Net (arXiv 2509.18993) and its comparisons for Hugging Face transformers. Travels with every export.
 
-This file needs configuration_crnet.py, linear_crnet.py, torch and transformers alone. Weights have the names of LLaMA;
-in a layer that continues a chain a linear map holds `a`, `b` and `beta` in `weight`'s place:
+This file needs configuration_crnet.py, linear_crnet.py, layer_crnet.py, torch and transformers alone. Weights have the
+names of LLaMA, whatever the architecture; in a layer that continues a chain a linear map holds `a`, `b` and `beta` in
+`weight`'s place:
 
     Y_l = s(beta) Y_{l-1} + X_l A B,    s(beta) = sign(beta) (|beta| + eps)
 
@@ -15,154 +16,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_crnet import POSITIONS, CRNetConfig
-from .linear_crnet import CrossLayerLinear, Factor, adapter_deltas, base_layer, linear_map
-
-Outputs = tuple[Tensor, ...]
-"""Output of each of the seven linear positions of a layer, [b, s, width] each, in the order of POSITIONS; or empty."""
-
-
-def rotary_embedding(position_ids: Tensor, head_width: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotate-half form, [b, s, d] each, computed in fp32."""
-    exponents = torch.arange(0, head_width, 2, device=position_ids.device, dtype=torch.float32) / head_width
-    angles = position_ids[..., None].float() * base**-exponents
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-class CRNetAttention(nn.Module):
-    """Causal attention whose four linear maps take the outputs of the previous layer's."""
-
-    def __init__(self, config: CRNetConfig, layer: int) -> None:
-        super().__init__()
-        # names that transformers' attention functions read
-        self.config, self.layer_idx, self.is_causal = config, layer, True
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        h, kv = config.hidden_size, self.head_dim * config.num_key_value_heads
-        self.q_proj = linear_map(config, layer, "q", h, h)
-        self.k_proj = linear_map(config, layer, "k", h, kv)
-        self.v_proj = linear_map(config, layer, "v", h, kv)
-        self.o_proj = linear_map(config, layer, "o", h, h)
-
-    def forward(
-        self,
-        x: Tensor,
-        previous: Outputs,
-        rotary: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> tuple[Outputs, Tensor | None]:
-        """x: [b, s, h], after the norm. Returns the outputs of q, k, v and o, and the probabilities if there are any.
-
-        The output of o is the attention's.
-        """
-        before = previous[:4] or (None,) * 4
-        y = [linear(x, p) for linear, p in zip((self.q_proj, self.k_proj, self.v_proj), before, strict=False)]
-        query, key, value = (one.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for one in y)
-        query, key = apply_rotary_pos_emb(query, key, *rotary)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        found, weights = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
-        return (*y, self.o_proj(found.flatten(2), before[3])), weights
-
-
-class CRNetMLP(nn.Module):
-    """SwiGLU whose three linear maps take the outputs of the previous layer's."""
-
-    def __init__(self, config: CRNetConfig, layer: int) -> None:
-        super().__init__()
-        h, f, self.gate_has_silu = config.hidden_size, config.intermediate_size, not config.only_lr_act
-        self.gate_proj = linear_map(config, layer, "gate", h, f)
-        self.up_proj = linear_map(config, layer, "up", h, f)
-        self.down_proj = linear_map(config, layer, "down", f, h)
-
-    def forward(self, x: Tensor, previous: Outputs) -> Outputs:
-        """x: [b, s, h], after the norm. Returns the outputs of gate, up and down; the last is the network's."""
-        before = previous[4:] or (None,) * 3
-        gate, up = self.gate_proj(x, before[0]), self.up_proj(x, before[1])
-        return gate, up, self.down_proj((F.silu(gate) if self.gate_has_silu else gate) * up, before[2])
-
-
-class CRNetDecoderLayer(GradientCheckpointingLayer):
-    """A LLaMA-2 block that hands its seven linear outputs to the next one."""
-
-    def __init__(self, config: CRNetConfig, layer: int) -> None:
-        super().__init__()
-        self.self_attn = CRNetAttention(config, layer)
-        self.mlp = CRNetMLP(config, layer)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.hands_on = layer + 1 < config.num_hidden_layers and config.has_previous(layer + 1)
-
-    def forward(self, x: Tensor, *previous: Tensor, **attention: Any) -> tuple[Tensor, ...]:
-        """x: [b, s, h]; previous: the outputs of the layer before, if this one needs them.
-
-        Returns the residual stream, and this layer's outputs if the next one needs them. All are arguments and results
-        of their own: a re-entrant checkpoint sees no tensor inside of a collection.
-        """
-        y, _ = self.self_attn(self.input_layernorm(x), previous, **attention)
-        x = x + y[-1]
-        y += self.mlp(self.post_attention_layernorm(x), previous)
-        return (x + y[-1], *(y if self.hands_on else ()))
-
-
-class CRNetLayers(nn.ModuleList):
-    """The layers, and how peft's adapters are merged into them."""
-
-    weight = None  # peft reads it of every module that it unloads
-
-    def __init__(self, config: CRNetConfig) -> None:
-        super().__init__(CRNetDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
-        self.config = config
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
-    ) -> CRNetLayers:
-        """What peft calls in `merge_and_unload`: X A B + X D U is X (A D) (B U), of a higher rank and exact.
-
-        Raises:
-            ValueError: an adapter cannot be merged into a low-rank map. Nothing was changed then.
-        """
-        wrapped: dict[str, Any] = {n: m for n, m in self.named_modules() if isinstance(base_layer(m), nn.Linear)}
-        low_rank = {n: m for n, m in wrapped.items() if merge and isinstance(m.base_layer, CrossLayerLinear)}
-        deltas = {name: list(adapter_deltas(name, module, adapter_names)) for name, module in low_rank.items()}
-        for name, module in wrapped.items():
-            for down, up in deltas.get(name, ()):
-                module.base_layer.widen(down, up)
-            if merge and name not in low_rank:
-                module.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            parent, _, child = name.rpartition(".")
-            setattr(self.get_submodule(parent), child, module.base_layer)
-        if low_rank:
-            self._note_ranks()
-        return self
-
-    def _note_ranks(self) -> None:
-        ranks: dict[str, Any] = {position: self.config.ranks(position) for position in POSITIONS}
-        for index, layer in enumerate(self):
-            for module in layer.modules():
-                for position in POSITIONS:
-                    linear = getattr(module, f"{position}_proj", None)
-                    if isinstance(linear, CrossLayerLinear):
-                        ranks[position][index] = len(linear.a.weight)
-        self.config.rank = ranks
+from .configuration_crnet import CRNetConfig
+from .layer_crnet import CRNetAttention, CRNetDecoderLayer, CRNetLayers, Outputs, make_norm, rotary_embedding
+from .linear_crnet import CrossLayerLinear, Factor
 
 
 class CRNetPreTrainedModel(PreTrainedModel):
@@ -203,8 +69,10 @@ class CRNetPreTrainedModel(PreTrainedModel):
                 nn.init.constant_(module.beta, self.config.beta_init)
         elif isinstance(module, nn.Linear | nn.Embedding | Factor):
             nn.init.normal_(module.weight, std=getattr(module, "std", self.config.initializer_range))
-        elif isinstance(module, nn.RMSNorm):
+        elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
             nn.init.ones_(module.weight)
+        if isinstance(bias := getattr(module, "bias", None), Tensor):
+            nn.init.zeros_(bias)
 
 
 class CRNetModel(CRNetPreTrainedModel):
@@ -213,8 +81,10 @@ class CRNetModel(CRNetPreTrainedModel):
     def __init__(self, config: CRNetConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        is_learned = config.traits.token_positions == "learned"
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if is_learned else None
         self.layers = CRNetLayers(config)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = make_norm(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -235,7 +105,8 @@ class CRNetModel(CRNetPreTrainedModel):
         Args:
             input_ids: [b, s]; or inputs_embeds, [b, s, h].
             attention_mask: [b, t], 0 for padding; or [b, 1, s, t].
-            position_ids: [b, s]; None continues from the cache. A position that is not its predecessor's plus one
+            position_ids: [b, s]; None continues from the cache, and where positions are learned from the first token
+                that the attention_mask [b, t] of its row has. A position that is not its predecessor's plus one
                 begins another document, within which attention stays (without attention_mask and cache).
             kwargs: output_hidden_states, output_attentions (of eager attention) and return_dict, as LLaMA takes them.
         """
@@ -248,6 +119,8 @@ class CRNetModel(CRNetPreTrainedModel):
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
+            if self.embed_positions is not None and attention_mask is not None and attention_mask.dim() == 2:
+                position_ids = (attention_mask.cumsum(-1)[:, position_ids[0]] - 1).clamp(min=0)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x,
@@ -255,8 +128,10 @@ class CRNetModel(CRNetPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        head_width = self.config.hidden_size // self.config.num_attention_heads
-        rotary = rotary_embedding(position_ids, head_width, self.config.rope_theta, x.dtype)
+        if self.embed_positions is None:
+            rotary = rotary_embedding(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
+        else:
+            rotary, x = None, x + self.embed_positions(position_ids)
         previous: Outputs = ()
         for layer in self.layers:
             x, *rest = layer(

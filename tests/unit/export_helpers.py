@@ -33,6 +33,12 @@ SHAPE: dict[str, Any] = {
     "initializer_range": 0.2,
 }
 """Fields that CRNetConfig and LlamaConfig share, of a small model."""
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gpt2": {"architecture": "gpt2"},
+    "qwen3": {"architecture": "qwen3", "head_dim": 6, "num_key_value_heads": 2},
+}
+"""By architecture, what CRNetConfig has beside them."""
 
 
 def random_weights(config: Config) -> Weights:

@@ -229,7 +229,10 @@ def test_an_older_llama_is_read(dense: SourceModel, tmp_path: Path) -> None:
     [
         ({"model_type": "mistral"}, "a model of type 'mistral'"),
         ({"attention_bias": True}, "attention_bias is True"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}}, "rope_type 'llama3'"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 8.0}},
+            "rope_type is 'linear'",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ],
 )

@@ -29,7 +29,7 @@ from megatron_crnet.hf.generate import open_model
 from megatron_crnet.hf.modeling_crnet import CRNetForCausalLM
 from megatron_crnet.model.reference import ReferenceCRNet
 from megatron_crnet.utils.errors import ConfigError, CrnetError, DataError
-from tests.helpers import tiny_config
+from tests.helpers import ARCHITECTURES, tiny_config
 from tests.unit.data_helpers import train_small_tokenizer
 from tests.unit.export_helpers import Weights, random_weights, write_checkpoint
 
@@ -39,10 +39,15 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     return train_small_tokenizer(tmp_path_factory.mktemp("tokenizer"), 400)
 
 
+def config_of(tokenizer: str, **model: Any) -> Config:
+    return dataclasses.replace(
+        tiny_config(model={"vocab_size": 416, **model}), data=DataConfig(tokenizer_model=tokenizer)
+    )
+
+
 @pytest.fixture(scope="module")
 def config(tokenizer: str) -> Config:
-    config = tiny_config(model={"vocab_size": 416, "rank": dict.fromkeys(LLAMA.names, 8)})
-    return dataclasses.replace(config, data=DataConfig(tokenizer_model=tokenizer))
+    return config_of(tokenizer, rank=dict.fromkeys(LLAMA.names, 8))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +69,24 @@ def export(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_the_export_holds_every_weight_bit_for_bit(export: Path, weights: Weights) -> None:
+@pytest.fixture(scope="module", params=["llama", *ARCHITECTURES])
+def each(
+    request: pytest.FixtureRequest, tokenizer: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Weights, Config]:
+    """An export of each architecture, its weights and configuration."""
+    folder = tmp_path_factory.mktemp(request.param)
+    config = config_of(tokenizer, **ARCHITECTURES.get(request.param, {}))
+    weights = random_weights(config)
+    weights["model.layers.1.mlp.up_proj.beta"].zero_()  # which is no mistake
+    for name in weights:
+        if name.endswith("k_proj.bias"):
+            weights[name].zero_()  # nor is this
+    to_hf(write_checkpoint(folder / "step_00000007", weights, config), folder / "out")
+    return folder / "out", weights, config
+
+
+def test_the_export_holds_every_weight_bit_for_bit(each: tuple[Path, Weights, Config]) -> None:
+    export, weights, _ = each
     found = load_file(export / "model.safetensors")
     assert set(found) == set(weights)
     assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in weights.items())
@@ -72,6 +94,7 @@ def test_the_export_holds_every_weight_bit_for_bit(export: Path, weights: Weight
         "config.json",
         "configuration_crnet.py",
         "generation_config.json",
+        "layer_crnet.py",
         "linear_crnet.py",
         "model.safetensors",
         "modeling_crnet.py",
@@ -82,12 +105,14 @@ def test_the_export_holds_every_weight_bit_for_bit(export: Path, weights: Weight
     assert len({path.stat().st_mode for path in export.iterdir()}) == 1
 
 
-def test_transformers_opens_it_and_gives_the_references_logits(export: Path, weights: Weights, config: Config) -> None:
+def test_transformers_opens_it_and_gives_the_references_logits(each: tuple[Path, Weights, Config]) -> None:
+    export, weights, config = each
     model = CRNetForCausalLM.from_pretrained(export)
     reference = ReferenceCRNet(config.model)
     reference.load_state_dict(weights)
     ids = torch.randint(416, (2, 16))
     torch.testing.assert_close(model(ids).logits, reference(ids), rtol=1e-5, atol=1e-5)
+    assert torch.equal(open_model(export).model(ids).logits, model(ids).logits)
     assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (1, 0)
 
 
@@ -125,13 +150,15 @@ def test_a_checkpoint_of_an_older_version_lacks_later_fields(config: Config, tmp
     older = resolved(config)
     del older["model"]["only_lr_act"], older["model"]["relora_scale"], older["relora"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(older))
+    (tmp_path / "state.json").write_text('{"step": 1}')
     check_resumable(config, tmp_path)
     cola = dataclasses.replace(config, model=dataclasses.replace(config.model, variant="cola", only_lr_act=True))
     with pytest.raises(ConfigError, match="only_lr_act False instead of True"):
         check_resumable(cola, tmp_path)
 
 
-def test_the_way_out_and_back_changes_no_bit(export: Path, weights: Weights, config: Config, tmp_path: Path) -> None:
+def test_the_way_out_and_back_changes_no_bit(each: tuple[Path, Weights, Config], tmp_path: Path) -> None:
+    export, weights, config = each
     back = from_hf(export, tmp_path / "checkpoints")
     assert damage(back) is None
     assert (back.name, (back.parent / "latest").read_text()) == ("step_00000000", "step_00000000\n")
@@ -285,10 +312,12 @@ def test_the_newest_whole_checkpoint_is_found(weights: Weights, config: Config, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "of type 'gpt2'"),
+        ({"model_type": "bert"}, "of type 'bert'"),
+        ({"architecture": "gpt3"}, 'model.architecture is "gpt3"'),
+        ({"architecture": "gpt2"}, "names the position 'gate'"),
         ({"rank": None}, "model.rank is null, but must be a rank"),
-        ({"tie_word_embeddings": True}, "ties the output layer"),
-        ({"hidden_size": 33}, "model.hidden_size 33"),
+        ({"tie_word_embeddings": True}, "holds the weight lm_head.weight, which the model does not have"),
+        ({"hidden_size": 33}, "in the shape"),
         ({"variant": "full_rank", "full_rank_layers": [0, 1, 2, 3]}, "lacks the weight"),
         ({"num_key_value_heads": 3}, "num_query_groups"),
     ],

@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_crnet.hf.configuration_crnet import VARIANTS
 from megatron_crnet.hf.linear_crnet import CrossLayerLinear
 from megatron_crnet.hf.modeling_crnet import CRNetConfig, CRNetForCausalLM, CRNetForSequenceClassification
-from tests.unit.export_helpers import SHAPE
+from tests.unit.export_helpers import SHAPE, SHAPES
 
 pytestmark = pytest.mark.fault("4: LoRA")
 
@@ -30,7 +30,11 @@ PROJECTIONS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "do
 
 def make(variant: str = "crnet", **changes: Any) -> CRNetForCausalLM:
     torch.manual_seed(1)
-    return CRNetForCausalLM(CRNetConfig(**{**SHAPE, "variant": variant, "rank": 8, **changes})).eval()
+    model = CRNetForCausalLM(CRNetConfig(**{**SHAPE, "variant": variant, "rank": 8, **changes})).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
 
 
 def lora(**changes: Any) -> LoraConfig:
@@ -83,12 +87,15 @@ def test_a_fresh_adapter_changes_nothing_and_trains_every_map(variant: str, targ
     assert all(torch.equal(value, base[name]) for name, value in unloaded.state_dict().items())
 
 
-@pytest.mark.parametrize("variant", ["crnet", "low_rank", "full_rank"])
+@pytest.mark.parametrize(
+    ("variant", "architecture"),
+    [("crnet", "llama"), ("low_rank", "llama"), ("full_rank", "llama"), ("crnet", "gpt2"), ("crnet", "qwen3")],
+)
 @pytest.mark.parametrize("targets", [PROJECTIONS, ["q_proj", "down_proj", "lm_head", "embed_tokens"]])
 def test_a_merged_adapter_gives_the_same_logits_and_is_saved_as_a_wider_rank(
-    variant: str, targets: list[str], tmp_path: Path
+    variant: str, architecture: str, targets: list[str], tmp_path: Path
 ) -> None:
-    adapted = get_peft_model(make(variant), lora(target_modules=targets, use_rslora=True))
+    adapted = get_peft_model(make(variant, **SHAPES[architecture]), lora(target_modules=targets, use_rslora=True))
     train(adapted)
     wanted = adapted.double()(tokens()).logits
     merged = adapted.merge_and_unload()
@@ -96,7 +103,7 @@ def test_a_merged_adapter_gives_the_same_logits_and_is_saved_as_a_wider_rank(
     assert not any("lora" in name for name, _ in merged.named_modules())
     torch.testing.assert_close(merged(tokens()).logits, wanted, rtol=1e-11, atol=1e-11)
     for layer in range(4):
-        for name in ("q", "gate"):
+        for name in ("q", "up"):
             full = variant == "full_rank" or layer == 0
             wide = 11 if f"{name}_proj" in targets else 8
             assert merged.config.rank_of(layer, name) == (0 if full else wide)

@@ -16,8 +16,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     StaticCache,
     Trainer,
     TrainingArguments,
@@ -25,20 +29,44 @@ from transformers import (
 
 from megatron_crnet.hf.configuration_crnet import VARIANTS
 from megatron_crnet.hf.modeling_crnet import CRNetConfig, CRNetForCausalLM, CRNetForSequenceClassification
+from megatron_crnet.hf.plain import FORMATS
+from megatron_crnet.hf.plain_weights import stored_as
 from megatron_crnet.planning.counters import LiveMemory
-from tests.unit.export_helpers import SHAPE, write_export
+from tests.unit.export_helpers import SHAPE, SHAPES, write_export
 
 
 def make(variant: str = "crnet", model: type = CRNetForCausalLM, **changes: Any) -> Any:
     torch.manual_seed(1)
     config = CRNetConfig(**{**SHAPE, "variant": variant, "rank": 8, "pad_token_id": 0, **changes})
-    return model(config).eval()
+    made = model(config).eval()
+    for name, parameter in made.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    return made
 
 
-def llama(model: CRNetForCausalLM) -> LlamaForCausalLM:
-    """LLaMA with the weights of a full-rank model: the measure of everything here."""
-    twin = LlamaForCausalLM(LlamaConfig(**SHAPE, pad_token_id=0, bos_token_id=None, eos_token_id=None)).eval()
-    twin.load_state_dict(model.state_dict())
+TWINS: dict[str, tuple[type, type, dict[str, Any]]] = {
+    "llama": (LlamaForCausalLM, LlamaConfig, SHAPE),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {**SHAPE, "head_dim": 6, "num_key_value_heads": 2}),
+    "gpt2": (
+        GPT2LMHeadModel,
+        GPT2Config,
+        {
+            **{"vocab_size": 64, "n_embd": 32, "n_inner": 48, "n_layer": 4, "n_head": 4, "n_positions": 64},
+            **{"initializer_range": 0.2, "layer_norm_epsilon": 1e-6, "tie_word_embeddings": False},
+        },
+    ),
+}
+"""Transformers' own models of the sizes that `make` gives each architecture."""
+
+
+def twin_of(model: CRNetForCausalLM) -> Any:
+    """Transformers' own model with the weights of a full-rank one: the measure of everything here."""
+    cls, config, fields = TWINS[model.config.architecture]
+    twin = cls(config(**fields, pad_token_id=0, bos_token_id=None, eos_token_id=None)).eval()
+    about, weights = FORMATS[model.config.architecture], model.state_dict()
+    stored = stored_as(about, {name: tuple(value.shape) for name, value in weights.items()}, about.prefix)
+    twin.load_state_dict({name: one.join(weights) for name, one in stored.items()})
     return twin
 
 
@@ -66,6 +94,7 @@ def assert_same_parts(one: Any, other: Any, values: bool = True) -> None:
             assert getattr(found[path], "shape", found[path]) == getattr(value, "shape", value), path
 
 
+KINDS = [*((variant, "llama") for variant in VARIANTS), ("crnet", "gpt2"), ("crnet", "qwen3")]
 IDS, LABELS = tokens(), tokens().masked_fill(torch.arange(12) > 7, -100)
 LEFT = (torch.arange(12) >= torch.tensor([[4], [0]])).long()
 CAUSAL = torch.ones(12, 12).tril().bool()[None, None].expand(2, 1, 12, 12)
@@ -103,7 +132,7 @@ def after_resizing(model: Any) -> Any:
 
 USES: dict[str, Callable[[Any], Any]] = {
     "tuple": lambda m: m(IDS, return_dict=False),
-    "tuple of the base": lambda m: m.model(IDS, return_dict=False),
+    "tuple of the base": lambda m: m.base_model(IDS, return_dict=False),
     "hidden states": lambda m: m(IDS, output_hidden_states=True),
     "hidden states by config": with_config(output_hidden_states=True),
     "not after all": lambda m: (setattr(m.config, "output_hidden_states", True), m(IDS, output_hidden_states=False)),
@@ -140,18 +169,25 @@ USES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+MOST = ("attentions", "labels", "some logits", "packed positions", "embeddings", "left padding", "beams", "resized")
+"""Uses in which other architectures go ways of their own."""
+
+
 @pytest.mark.fault("D12")
-@pytest.mark.parametrize("name", USES)
-def test_it_gives_what_llama_gives(name: str) -> None:
-    model = make("full_rank")
-    twin = llama(model)
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [*(("llama", name) for name in USES), *((other, name) for other in ("gpt2", "qwen3") for name in MOST)],
+)
+def test_it_gives_what_transformers_own_model_gives(architecture: str, name: str) -> None:
+    model = make("full_rank", **SHAPES[architecture])
+    twin = twin_of(model)
     assert_same_parts(USES[name](model), USES[name](twin))
 
 
 @pytest.mark.fault("D12")
 @pytest.mark.parametrize("name", ["tuple", "hidden states by config", "attentions", "shifted labels"])
 def test_layers_that_hand_their_outputs_on_give_the_same_parts(name: str) -> None:
-    assert_same_parts(USES[name](make()), USES[name](llama(make("full_rank"))), values=False)
+    assert_same_parts(USES[name](make()), USES[name](twin_of(make("full_rank"))), values=False)
 
 
 @pytest.mark.fault("D12")
@@ -189,10 +225,10 @@ FOREIGN: dict[str, dict[str, Any]] = {
     "attention_bias": {"attention_bias": True},
     "attention_dropout": {"attention_dropout": 0.1},
     "mlp_bias": {"mlp_bias": True},
-    "head_dim is 16": {"head_dim": 16},
+    "head_dim is 7": {"head_dim": 7},
+    "architecture is 'gpt3'": {"architecture": "gpt3"},
     "sliding_window": {"sliding_window": 8},
     "variant is 'llama'": {"variant": "llama"},
-    "even width": {"hidden_size": 30},
     "does not divide": {"num_key_value_heads": 3},
     "each of 4 layers": {"rank": [8, 8]},
     "rank names": {"rank": {"q": 8}},
@@ -233,10 +269,10 @@ def test_quantized_and_sharded_loading_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("D12")
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "architecture"), KINDS)
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_saved_model_comes_back_bit_for_bit(variant: str, tied: bool, tmp_path: Path) -> None:
-    model = make(variant, tie_word_embeddings=tied)
+def test_a_saved_model_comes_back_bit_for_bit(variant: str, architecture: str, tied: bool, tmp_path: Path) -> None:
+    model = make(variant, tie_word_embeddings=tied, **SHAPES[architecture])
     wanted = model(IDS).logits
     model.save_pretrained(tmp_path, max_shard_size="10KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
@@ -249,10 +285,10 @@ def test_a_saved_model_comes_back_bit_for_bit(variant: str, tied: bool, tmp_path
 
 
 @pytest.mark.fault("4 gradient checkpointing")
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "architecture"), KINDS)
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointed_gradients_are_exact(variant: str, reentrant: bool) -> None:
-    plain, saving = make(variant).train(), make(variant).train()
+def test_checkpointed_gradients_are_exact(variant: str, architecture: str, reentrant: bool) -> None:
+    plain, saving = (make(variant, **SHAPES[architecture]).train() for _ in range(2))
     saving.gradient_checkpointing_enable({"use_reentrant": reentrant})
     for model in (plain, saving):
         model(IDS, attention_mask=LEFT, labels=LABELS).loss.backward()
@@ -300,8 +336,9 @@ def classifier(**changes: Any) -> CRNetForSequenceClassification:
 
 
 @pytest.mark.fault("4 sequence classification")
-def test_a_text_is_classified_by_its_last_token_on_whatever_side_the_padding_is() -> None:
-    model = classifier()
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_text_is_classified_by_its_last_token_on_whatever_side_the_padding_is(architecture: str) -> None:
+    model = classifier(**SHAPES[architecture])
     alone = torch.cat([model(IDS[:1, :7]).logits, model(IDS[1:, :5]).logits])
     right, left = torch.zeros(2, 9, dtype=torch.int64), torch.zeros(2, 9, dtype=torch.int64)
     for row, length in enumerate((7, 5)):

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_crnet.config.architectures import ARCHITECTURES as TRAINED
 from megatron_crnet.config.megatron import build_transformer_config
 from megatron_crnet.data.documents import positions_within
-from megatron_crnet.hf import configuration_crnet, linear_crnet, modeling_crnet, tokenization_crnet
+from megatron_crnet.hf import configuration_crnet, layer_crnet, linear_crnet, modeling_crnet, tokenization_crnet
 from megatron_crnet.hf.export_config import hugging_face_fields
 from megatron_crnet.hf.modeling_crnet import CRNetConfig, CRNetForCausalLM
 from megatron_crnet.model.reference import ReferenceCRNet
 from megatron_crnet.model.weights import initial_value
-from tests.helpers import tiny_config
+from tests.helpers import ARCHITECTURES, tiny_config
 
 PER_POSITION = {"q": [3, 4, 5, 6], "k": 4, "v": 4, "o": 6, "gate": 7, "up": 7, "down": [9, 8, 7, 6]}
 MODELS: dict[str, dict[str, Any]] = {
@@ -32,6 +34,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "two_chains": {"full_rank_layers": [0, 2]},
     "first_layer_low_rank": {"full_rank_layers": []},
     "other_constants": {"rotary_base": 500, "layernorm_epsilon": 1e-3, "cross_layer_epsilon": 1e-2},
+    **ARCHITECTURES,
+    "gpt2_full_rank_untied": {**ARCHITECTURES["gpt2"], "variant": "full_rank", "tie_word_embeddings": False},
+    "gpt2_cola": {**ARCHITECTURES["gpt2"], "variant": "cola"},
+    "gpt2_low_rank": {**ARCHITECTURES["gpt2"], "variant": "low_rank", "kv_channels": 5, "num_query_groups": 2},
+    "qwen3_full_rank": {**ARCHITECTURES["qwen3"], "variant": "full_rank"},
+    "qwen3_cola": {**ARCHITECTURES["qwen3"], "variant": "cola", "tie_word_embeddings": False},
 }
 
 
@@ -46,7 +54,9 @@ def pair(changes: dict[str, Any]) -> tuple[CRNetForCausalLM, ReferenceCRNet]:
     for beta, value in zip(betas, (0.0, -0.7), strict=False):
         beta.data.fill_(value)
     model = CRNetForCausalLM(CRNetConfig(**hugging_face_fields(config)))
-    model.load_state_dict(reference.state_dict())
+    found = model.load_state_dict(reference.state_dict(), strict=False)
+    assert found.missing_keys == (["lm_head.weight"] if reference.ties_head else [])
+    assert not found.unexpected_keys
     return model.eval(), reference
 
 
@@ -84,7 +94,7 @@ def test_fp32_logits_differ_from_the_reference_by_rounding_alone() -> None:
         torch.testing.assert_close(model(tokens()).logits, reference(tokens()), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["crnet", "full_rank", "cola", "grouped_query", "two_chains"])
+@pytest.mark.parametrize("name", ["crnet", "full_rank", "cola", "grouped_query", "two_chains", *ARCHITECTURES])
 def test_decoding_with_the_cache_gives_the_logits_of_the_whole(name: str) -> None:
     model, _ = pair(MODELS[name])
     ids = tokens()
@@ -98,8 +108,9 @@ def test_decoding_with_the_cache_gives_the_logits_of_the_whole(name: str) -> Non
     assert cache.get_seq_length() == ids.shape[1]
 
 
-def test_a_row_padded_on_the_left_is_the_row_alone() -> None:
-    model, _ = pair({})
+@pytest.mark.parametrize("name", ["crnet", *ARCHITECTURES])
+def test_a_row_padded_on_the_left_is_the_row_alone(name: str) -> None:
+    model, _ = pair(MODELS[name])
     ids = tokens(1, 7)
     padded = torch.cat((torch.zeros(1, 5, dtype=torch.int64), ids), dim=1)
     other = tokens(1, 12)
@@ -110,7 +121,7 @@ def test_a_row_padded_on_the_left_is_the_row_alone() -> None:
     torch.testing.assert_close(batch[1], model(other).logits[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["crnet", "full_rank", "grouped_query"])
+@pytest.mark.parametrize("name", ["crnet", "full_rank", "grouped_query", *ARCHITECTURES])
 def test_generate_batches_caches_and_repeats(name: str) -> None:
     model, _ = pair(MODELS[name])
     ids = tokens(2, 4)
@@ -153,10 +164,11 @@ def test_the_configuration_comes_back_from_its_file(tmp_path: Path) -> None:
     assert [again.rank_of(layer, "down") for layer in range(4)] == [0, 8, 7, 6]
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-def test_initial_values_are_drawn_as_the_trainer_draws_them(scaled: bool) -> None:
+@pytest.mark.parametrize(("name", "scaled"), [("crnet", False), ("crnet", True), ("gpt2", True), ("qwen3", False)])
+def test_initial_values_are_drawn_as_the_trainer_draws_them(name: str, scaled: bool) -> None:
     config = tiny_config(
         model={
+            **MODELS[name],
             **{"hidden_size": 128, "ffn_hidden_size": 192, "rank": 32, "vocab_size": 256},
             "scale_residual_init": scaled,
         }
@@ -181,7 +193,8 @@ def test_hidden_states_and_kept_logits() -> None:
 
 def test_the_files_that_travel_import_nothing_of_this_package() -> None:
     for module, allowed in (
-        (configuration_crnet, {"__future__", "typing", "transformers"}),
+        (configuration_crnet, {"__future__", "dataclasses", "typing", "transformers"}),
+        (layer_crnet, {"__future__", "collections", "typing", "torch", "transformers"}),
         (linear_crnet, {"__future__", "collections", "typing", "torch"}),
         (modeling_crnet, {"__future__", "collections", "typing", "torch", "transformers"}),
         (tokenization_crnet, {"__future__", "itertools", "re", "typing", "transformers"}),
@@ -192,21 +205,33 @@ def test_the_files_that_travel_import_nothing_of_this_package() -> None:
         names |= {str(node.module) for node in parts if not node.level}
         assert {name.partition(".")[0] for name in names} <= allowed
         # beside it in every export
-        assert {str(node.module) for node in parts if node.level} <= {"configuration_crnet", "linear_crnet"}
+        assert {str(node.module) for node in parts if node.level} <= {
+            "configuration_crnet",
+            "layer_crnet",
+            "linear_crnet",
+        }
+
+
+def test_the_traits_that_travel_are_those_that_are_trained() -> None:
+    for name, traits in configuration_crnet.ARCHITECTURES.items():
+        for field in fields(traits):
+            trained = getattr(TRAINED[name], {"positions": "names"}.get(field.name, field.name))
+            assert getattr(traits, field.name) == trained, (name, field.name)
 
 
 @pytest.mark.fault("documents")
 # transformers' eager attention takes its softmax in fp32
 @pytest.mark.parametrize(("implementation", "tolerance"), [("eager", 1e-6), ("sdpa", 1e-9)])
-@pytest.mark.parametrize("name", ["crnet", "full_rank", "low_rank", "cola", "grouped_query"])
+@pytest.mark.parametrize("name", ["crnet", "full_rank", "low_rank", "cola", "grouped_query", *ARCHITECTURES])
 def test_positions_that_start_anew_keep_documents_apart(name: str, implementation: str, tolerance: float) -> None:
     model, reference = pair(MODELS[name])
     model.double(), reference.double()
     model.set_attn_implementation(implementation)
     ids, lengths = tokens(), torch.tensor([12, 1, 1, 4, 6, 3, 9])
     documents = torch.arange(len(lengths)).repeat_interleave(lengths).view_as(ids)
-    logits = model(ids, position_ids=positions_within(lengths).view_as(ids), use_cache=False).logits
-    plain = reference(ids, documents)
+    positions = positions_within(lengths).view_as(ids)
+    logits = model(ids, position_ids=positions, use_cache=False).logits
+    plain = reference(ids, documents, positions)
     torch.testing.assert_close(logits, plain, rtol=tolerance, atol=tolerance)
     for one in (logits, plain):
         torch.nn.functional.cross_entropy(one.flatten(0, 1), ids.roll(-1).flatten()).backward()
