@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -31,11 +32,12 @@ from megatron_crnet.data.documents import DOCUMENT_LENGTHS, document_lengths, po
 from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.engine.distillation import build_teacher, teacher_config
 from megatron_crnet.engine.engine import TrainEngine
+from megatron_crnet.engine.expert_load import load_metrics, routing_totals
 from megatron_crnet.engine.galore import GaLore, Projection
 from megatron_crnet.engine.state_kinds import MASTER
 from megatron_crnet.engine.zero import local_shape
 from megatron_crnet.model.gpt import CRNetModel, build_model_chunks
-from megatron_crnet.model.reference import ReferenceCRNet
+from megatron_crnet.model.reference import MixtureOfExperts, ReferenceCRNet
 from megatron_crnet.model.reference_distillation import distillation_losses, features_and_logits
 from megatron_crnet.model.reference_relora import prune_at_random, prune_by_magnitude, restart
 from megatron_crnet.model.weights import Weight, by_parameter, canonical_generator, canonical_weights, initial_value
@@ -64,8 +66,13 @@ PADDED: dict[str, Any] = {
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt2": {"architecture": "gpt2", "max_position_embeddings": 16},
     "qwen3": {"architecture": "qwen3", "kv_channels": 6, "num_query_groups": 2, "tie_word_embeddings": True},
+    "qwen3_moe": {
+        **{"architecture": "qwen3_moe", "num_query_groups": 2, "ffn_hidden_size": 20},
+        **{"num_experts": 4, "moe_router_topk": 2, "moe_aux_loss_coeff": 0.05, "moe_z_loss_coeff": 0.01},
+    },
 }
 """Architectures beside LLaMA, with what makes each different: tied output layers, heads of a width of their own."""
+PADDED_MOE = {**ARCHITECTURES["qwen3_moe"], **PADDED}
 PADDED_GPT2 = {**ARCHITECTURES["gpt2"], **PADDED, "rank": {p: r for p, r in PADDED["rank"].items() if p != "gate"}}
 
 
@@ -190,6 +197,22 @@ def loss_weights(config: Config) -> dict[str, float]:
     return {"loss": 1.0, "feature_loss": config.distillation.kd_alpha, "logit_loss": config.distillation.kd_beta}
 
 
+def check_routing(reference: ReferenceCRNet, engine: TrainEngine) -> None:
+    """Tokens of each expert, and the losses of routers, are the reference's; a collective call."""
+    totals, model = routing_totals(engine.chunks, engine.context.device), engine.config.model
+    auxiliary = reference.auxiliary_loss(engine.config.training.micro_batch_size)
+    for counted, mixture in zip(totals, mixtures_of(reference), strict=True):
+        expected = mixture.chosen.flatten().bincount(minlength=len(counted) - 1)
+        assert torch.equal(counted[:-1], expected.double())
+    z = sum(mixture.logits.logsumexp(-1).square().mean() for mixture in mixtures_of(reference))
+    load = load_metrics(totals, engine.config)["load_balancing_loss"] * model.num_layers
+    assert math.isclose(load * model.moe_aux_loss_coeff + z * model.moe_z_loss_coeff, auxiliary, rel_tol=1e-5)
+
+
+def mixtures_of(reference: ReferenceCRNet) -> list[MixtureOfExperts]:
+    return [module for module in reference.modules() if isinstance(module, MixtureOfExperts)]
+
+
 def reference_model(config: Config, transformer_config: Any) -> ReferenceCRNet:
     """The plain model in fp64, with the initial weights that every layout draws."""
     reference = ReferenceCRNet(config.model)
@@ -301,8 +324,11 @@ def compare_with_reference(config: Config, steps: int = 3) -> Errors:
         batches = micro_batches(config, context.dp_rank, context.world_size, step)
         loss = engine.forward_backward(batches, int(random_mask(config, step).sum()))
         plain = plain_losses(reference, plain_teacher, config, step)
+        if config.model.num_experts:
+            check_routing(reference, engine)
         optimizer.zero_grad()
-        torch.stack([loss_weights(config)[name] * value for name, value in plain.items()]).sum().backward()
+        total = torch.stack([loss_weights(config)[name] * value for name, value in plain.items()]).sum()
+        (total + reference.auxiliary_loss(config.training.micro_batch_size)).backward()
         whole = {name: parameter.grad.clone() for name, parameter in named.items() if parameter.requires_grad}
         gradients = relative_error(
             (w.name, gradient_of(engine, w), w.shard(whole[w.name]), whole[w.name])

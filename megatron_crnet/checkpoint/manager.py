@@ -61,10 +61,12 @@ from megatron_crnet.utils.versions import library_versions
 NOT_OF_THE_MODEL = {
     *("beta_init", "init_method_std", "scale_residual_init"),
     *("hidden_dropout", "attention_dropout", "max_position_embeddings"),
+    *("moe_aux_loss_coeff", "moe_z_loss_coeff"),
 }
 OLDER = {
     **{"architecture": "llama", "tie_word_embeddings": False},
     **{"only_lr_act": False, "relora_scale": ModelConfig.relora_scale},
+    **{"num_experts": None, "moe_router_topk": ModelConfig.moe_router_topk, "moe_router_pre_softmax": False},
 }
 """Values in checkpoints of versions without these fields of the model."""
 WRITING_LIMIT = timedelta(minutes=30)

@@ -71,6 +71,8 @@ Positive = Annotated[float, Ge(SMALLEST), Le(1e6)]
 """A number above 0."""
 NonNegative = Annotated[float, Ge(0), Le(1e6)]
 """A number from 0."""
+LearningRate = Annotated[float, Ge(SMALLEST), Le(1000)]
+"""A peak learning rate."""
 Epsilon = Annotated[float, Ge(SMALLEST), Le(1)]
 """A small number that keeps a division away from 0."""
 Share = Annotated[float, Ge(0), Le(1)]

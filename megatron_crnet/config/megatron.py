@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -98,6 +99,7 @@ def build_transformer_config(config: Config) -> CRNetTransformerConfig:
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
         sequence_parallel=parallel.shards_sequence,
+        **(_experts(config) if model.num_experts else {}),
         num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
         overlap_tp_communication=parallel.overlap_tp_communication,
@@ -113,3 +115,21 @@ def build_transformer_config(config: Config) -> CRNetTransformerConfig:
         deterministic_mode=config.training.deterministic,
         batch_p2p_comm=torch.cuda.is_available(),
     )
+
+
+def _experts(config: Config) -> dict[str, Any]:
+    """Megatron-Core's options of a mixture of experts. They are not cut: expert tensor parallelism is 1."""
+    model = config.model
+    return {
+        "num_moe_experts": model.num_experts,
+        "moe_ffn_hidden_size": model.ffn_hidden_size,
+        "moe_router_topk": model.moe_router_topk,
+        "moe_router_pre_softmax": model.moe_router_pre_softmax,
+        "moe_router_dtype": "fp32",
+        "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+        "moe_z_loss_coeff": model.moe_z_loss_coeff or None,
+        # every rank of the group sees every token once; with top-8 its all-to-all would send more (docs/parallelism.md)
+        "moe_token_dispatcher_type": "allgather",
+        "expert_model_parallel_size": config.parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": 1,
+    }

@@ -13,11 +13,15 @@ UNUSED_SHARE = 0.05
 """Share of the parameters above which unused rows are reported; padding to a round number stays below."""
 
 
-def linear_parameters(table: PositionTable, layer: int) -> int:
-    """Weights of the linear maps of a layer, without betas: h_in h_out, or r (h_in + h_out)."""
-    ranks = table.ranks[layer]
+def linear_parameters(table: PositionTable, layer: int, *, active: bool = False) -> int:
+    """Weights of the linear maps of a layer, without betas: h_in h_out, or r (h_in + h_out).
+
+    Args:
+        active: of experts, only as many as a token passes.
+    """
+    ranks, count = table.ranks[layer], table.uses if active else table.copies
     return sum(
-        h_in * h_out if ranks[p] == FULL_RANK else ranks[p] * (h_in + h_out)
+        count(p) * (h_in * h_out if ranks[p] == FULL_RANK else ranks[p] * (h_in + h_out))
         for p, (h_in, h_out) in table.shapes.items()
     )
 
@@ -40,7 +44,8 @@ def parameters_by_part(model: ModelConfig) -> dict[str, int]:
         "full-rank maps": sum(linear_parameters(table, layer) for layer in full),
         "low-rank maps": sum(linear_parameters(table, layer) for layer in layers if layer not in full),
         **({"frozen maps": frozen} if frozen else {}),
-        "betas": len(table.shapes) * (model.num_layers - len(table.chain_starts)),
+        **({"routers": model.num_layers * table.num_experts * h} if table.num_experts else {}),
+        "betas": len(architecture.names) * (model.num_layers - len(table.chain_starts)),
         **({"biases": model.num_layers * sum(w for _, w in table.shapes.values())} if architecture.has_biases else {}),
         "norms": (len(NORMS) * model.num_layers + 1) * h * len(architecture.norm_suffixes) + qk_norms,
         **({} if table.ties_head else {"output layer": model.vocab_size * h}),
@@ -50,6 +55,16 @@ def parameters_by_part(model: ModelConfig) -> dict[str, int]:
 def total_parameters(model: ModelConfig) -> int:
     """All parameters, embeddings included."""
     return sum(parameters_by_part(model).values())
+
+
+def active_parameters(model: ModelConfig) -> int:
+    """Parameters that a token passes: of experts, `model.moe_router_topk`."""
+    table = position_table(model)
+    idle = sum(
+        linear_parameters(table, layer) - linear_parameters(table, layer, active=True)
+        for layer in range(model.num_layers)
+    )
+    return total_parameters(model) - idle
 
 
 def remark_on_unused_rows(model: ModelConfig, tokens: int) -> str:
@@ -73,8 +88,7 @@ def flops_per_token(model: ModelConfig, seq_length: float, whole_attention: bool
     """Floating-point operations of forward and backward for one token.
 
     Matrix products count 2 per weight forward and 4 backward (2 of frozen weights), causal attention 2 s h per layer
-    forward. Element-wise
-    operations are left out.
+    forward; of experts those that a token passes, and the router. Element-wise operations are left out.
 
     Args:
         seq_length: where attention stays within documents of lengths n: sum(n^2) / sum(n).
@@ -82,7 +96,8 @@ def flops_per_token(model: ModelConfig, seq_length: float, whole_attention: bool
             torchtitan and nanochat do.
     """
     table = position_table(model)
-    linear = sum(linear_parameters(table, layer) for layer in range(model.num_layers))
+    linear = sum(linear_parameters(table, layer, active=True) for layer in range(model.num_layers))
+    linear += model.num_layers * table.num_experts * model.hidden_size
     width = model.num_attention_heads * head_width(model)
     attention = (4 if whole_attention else 2) * seq_length * width * model.num_layers
     frozen = sum(frozen_parameters(table, layer) for layer in range(model.num_layers))

@@ -78,7 +78,8 @@ class PositionTable:
     Attributes:
         ranks: by layer, the rank of each position; FULL_RANK in full-rank layers.
         chain_starts: layers (from 0) that use no output of the previous layer.
-        shapes: (h_in, h_out) of each position, over all tensor-parallel ranks.
+        shapes: (h_in, h_out) of each position, over all tensor-parallel ranks; of an expert's, of one expert.
+        num_experts, topk: experts of a layer, and how many a token is given to; 0 without.
         tp_size: tensor-parallel ranks.
         pad_to: see `padded`.
         method: what the maps of low-rank layers are.
@@ -97,6 +98,8 @@ class PositionTable:
     activates: bool = True
     scale: float = 1.0
     ties_head: bool = False
+    num_experts: int = 0
+    topk: int = 0
 
     @cached_property
     def padded_ranks(self) -> tuple[Mapping[str, int], ...]:
@@ -105,7 +108,7 @@ class PositionTable:
 
     @cached_property
     def local_shapes(self) -> Mapping[str, tuple[int, int]]:
-        """(h_in, h_out) of each position on one tensor-parallel rank, with padding.
+        """(h_in, h_out) of each position but experts' on one tensor-parallel rank, with padding.
 
         Rank t holds elements [t n, (t + 1) n) of a split width whose local size is n; zeros where the width has ended.
         """
@@ -155,7 +158,15 @@ class PositionTable:
         """The position whose linear map the exported weight of this name belongs to; empty for all others."""
         if weight.endswith(".bias"):
             return ""
-        return next((p.name for p in self.architecture.positions if f".{p.module}." in weight), "")
+        return next((p.name for p in self.architecture.maps if f".{p.module}." in weight), "")
+
+    def copies(self, position: str) -> int:
+        """How many maps of this position a layer has: one, or one per expert."""
+        return 1 if position in self.architecture.names else self.num_experts
+
+    def uses(self, position: str) -> int:
+        """How many of them a token passes."""
+        return 1 if position in self.architecture.names else self.topk
 
 
 def padded(width: int, multiple: int, parts: int = 1) -> int:
@@ -191,18 +202,22 @@ def position_table(model: ModelConfig, tp_size: int = 1, pad_to: int = 1) -> Pos
         "query": width * heads,
         "key_value": width * (model.num_query_groups or heads),
         "ffn": model.ffn_hidden_size,
+        "expert": model.ffn_hidden_size,
     }
+    names = tuple(p.name for p in architecture.maps)
     return PositionTable(
         architecture,
-        tuple(resolve_ranks(model.rank, model.num_layers, full, architecture.names)),
+        tuple(resolve_ranks(model.rank, model.num_layers, full, names)),
         frozenset({0, *full} if method.is_chained else range(model.num_layers)),
-        {p.name: (widths[p.h_in], widths[p.h_out]) for p in architecture.positions},
+        {p.name: (widths[p.h_in], widths[p.h_out]) for p in architecture.maps},
         tp_size,
         pad_to,
         method,
         not resolve_only_lr_act(model, architecture),
         model.relora_scale if method.has_frozen else 1.0,
         ties_head(model),
+        model.num_experts or 0,
+        model.moe_router_topk if model.num_experts else 0,
     )
 
 

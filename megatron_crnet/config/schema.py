@@ -19,6 +19,7 @@ from megatron_crnet.config.field_types import (
     Count,
     Epsilon,
     FilePath,
+    LearningRate,
     Minutes,
     Name,
     NonNegative,
@@ -36,16 +37,16 @@ from megatron_crnet.config.field_types import (
 from megatron_crnet.config.positions import Rank, RankSize
 from megatron_crnet.config.rank_section import RankScheduleConfig
 from megatron_crnet.config.recompute_section import Layers, RecomputeConfig
+from megatron_crnet.config.relora_section import ReloraConfig
 from megatron_crnet.config.validation import check_config
 from megatron_crnet.utils.errors import require
 
 Variant = Literal["crnet", "full_rank", "low_rank", "cola", "relora"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
-ArchitectureName = Literal["llama", "gpt2", "qwen3"]
+ArchitectureName = Literal["llama", "gpt2", "qwen3", "qwen3_moe"]
 OF_VARIANT: dict[str, Any] = {"full_rank_layers": None, "only_lr_act": None}
 """Fields of the model that fit some variants only, for a change to another: null is each variant's own."""
 Width = Annotated[int, Ge(1), Le(2**20)]
-LearningRate = Annotated[float, Ge(SMALLEST), Le(1000)]
 DataPaths = Annotated[list[Positive | FilePath], Rule("a list of prefixes, or of a weight above 0 before each prefix")]
 
 StepRange = Annotated[list[PositiveCount], Rule("[first, last], steps from 1")]
@@ -65,13 +66,26 @@ class ModelConfig(Section, name="model"):
     2502.10940), see only_lr_act. relora: X W + s X A B, W frozen
     between restarts (arXiv 2307.05695), see the section relora. full_rank: X W, the plain LLaMA-2."""
     architecture: ArchitectureName = "llama"
-    """llama; gpt2: LayerNorm, GELU, biases, learned positions; qwen3: an RMSNorm per head of q and k."""
+    """llama; gpt2: LayerNorm, GELU, biases, learned positions; qwen3: an RMSNorm per head of q and k; qwen3_moe: as
+    qwen3, with experts."""
     num_layers: Layers = 8
     """Transformer layers."""
     hidden_size: Width = 256
     """Width h of the residual stream."""
     ffn_hidden_size: Annotated[int, Ge(1), Le(2**22)] = 688
-    """Width f of the feed-forward network."""
+    """Width f of the feed-forward network; of each expert in qwen3_moe."""
+    num_experts: Annotated[int, Ge(2), Le(65536)] | None = None
+    """Experts of a layer, in qwen3_moe alone. No chain passes through them (docs/decisions/experts.md)."""
+    moe_router_topk: PositiveCount = 8
+    """Experts that each token is given to. No token is dropped."""
+    moe_router_pre_softmax: bool = False
+    """Weigh chosen experts by the softmax over all experts. false: by that over the chosen ones, Transformers'
+    norm_topk_prob."""
+    moe_aux_loss_coeff: NonNegative = 0.001
+    """Coefficient of the load-balancing loss of each layer, by the statistics of a micro-batch, as Megatron-Core's
+    aux_loss; 0 leaves it out. Losses are reported without it."""
+    moe_z_loss_coeff: NonNegative = 0.0
+    """Coefficient of the mean of logsumexp(router's logits)^2 (arXiv 2202.08906); 0 leaves it out."""
     num_attention_heads: Parallelism = 8
     """Query heads; hidden_size must divide by it, unless kv_channels is set."""
     num_query_groups: Parallelism | None = None
@@ -88,7 +102,7 @@ class ModelConfig(Section, name="model"):
     others."""
     rank: Rank = 128
     """Rank r of the low-rank maps: an integer, a list with one per layer, or a mapping of the
-    positions q, k, v, o, gate (not in gpt2), up, down to either."""
+    positions q, k, v, o, gate (not in gpt2), up, down to either; of qwen3_moe the last three are each expert's."""
     full_rank_layers: list[Count] | None = None
     """Layers (from 0) with full-rank weights, which start a new cross-layer chain. null means [0] for
     crnet, all for full_rank, [] for the others."""
@@ -249,26 +263,6 @@ class OptimizerConfig(Section, name="optimizer"):
 
 
 @dataclass(frozen=True)
-class ReloraConfig(Section, name="relora"):
-    """Restarts of `model.variant` relora (docs/methods.md)."""
-
-    restart_interval: PositiveCount | None = None
-    """Steps between restarts: W += s A B in fp32, A is drawn anew, B = 0, moments of both are pruned. null: none, which
-    is LoRA's pre-training."""
-    prune: Literal["magnitude", "random", "reset"] = "magnitude"
-    """Which entries of each moment of each A and B a restart zeroes: a share of them, the smallest or random ones; or
-    all."""
-    prune_share: Share = 0.9
-    """The share, for magnitude and random."""
-    warm_start_steps: Count = 0
-    """First steps of the run that train full-rank weights, which are frozen then. The schedule and Adam begin anew
-    after them."""
-    warm_start_lr: LearningRate | None = None
-    """Peak learning rate of the warm start, whose schedule is that of a full-rank run of train_steps; null means half
-    of optimizer.lr, the authors' rule."""
-
-
-@dataclass(frozen=True)
 class ParallelConfig(Section, name="parallel"):
     """Model parallelism; the remaining factor of the world size is data parallelism."""
 
@@ -280,6 +274,8 @@ class ParallelConfig(Section, name="parallel"):
     """Virtual stages per pipeline rank (interleaved schedule); null or 1 means one."""
     sequence_parallel: bool | None = None
     """Shard the residual stream along the sequence; null means on when tensor parallelism is."""
+    expert_model_parallel_size: Parallelism = 1
+    """Ranks over which the experts of a layer are spread: 1, or tensor_model_parallel_size (docs/parallelism.md)."""
     num_layers_in_first_pipeline_stage: Layers | None = None
     """Layers of the first pipeline rank, if layers are not distributed evenly."""
     num_layers_in_last_pipeline_stage: Layers | None = None

@@ -10,12 +10,13 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 from megatron_crnet.config.architectures import ARCHITECTURES
+from megatron_crnet.config.experts_rules import check_expert_parallel, check_experts
 from megatron_crnet.config.field_types import MOST
 from megatron_crnet.config.positions import METHODS, head_width, position_table
 from megatron_crnet.utils.errors import require
 
 if TYPE_CHECKING:
-    from megatron_crnet.config.schema import Config, ModelConfig, OptimizerConfig
+    from megatron_crnet.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig
 
 MOST_PROFILED = 100
 """Steps; each keeps its thousands of operations in the host's memory until all are written."""
@@ -38,6 +39,7 @@ def check_config(config: Config) -> None:
     _check_rank_schedule(config)
     _check_restarts(config)
     _check_parallel(config)
+    check_expert_parallel(config)
     _check_pipeline(config)
     _check_recompute(config)
     _check_kept_tensors(config)
@@ -69,6 +71,7 @@ def _check_model(model: ModelConfig) -> None:
         f"model.num_attention_heads {heads} does not divide by model.num_query_groups {groups}: use a divisor of "
         f"{heads}",
     )
+    check_experts(model)
     position_table(model)
 
 
@@ -301,17 +304,8 @@ def _check_parallel(config: Config) -> None:
             f"{section}.{name} {value} does not divide by parallel.tensor_model_parallel_size {tp}: "
             f"use {value // tp * tp or tp} or {(value // tp + 1) * tp}, or another tensor-parallel size",
         )
-    width = model.ffn_hidden_size
-    require(
-        parallel.pad_widths_to > 1 or width % tp == 0,
-        f"model.ffn_hidden_size {width} does not divide by parallel.tensor_model_parallel_size {tp}, and "
-        "parallel.pad_widths_to 1 does not pad it: use pad_widths_to 64, or another tensor-parallel size",
-    )
-    require(
-        -(-width // tp) * (tp - 1) < width,
-        f"model.ffn_hidden_size {width} cannot be cut into {tp} equal parts, as parallel.tensor_model_parallel_size "
-        f"asks, of which padding leaves none empty: use {-(-width // tp) * tp}, or another tensor-parallel size",
-    )
+    if ARCHITECTURES[model.architecture].experts is None:
+        _check_ffn_width(model.ffn_hidden_size, parallel)
     require(
         not (parallel.sequence_parallel and tp == 1),
         "parallel.sequence_parallel is true with tensor_model_parallel_size 1, but one rank "
@@ -321,6 +315,21 @@ def _check_parallel(config: Config) -> None:
         vpp == 1 or pp > 1,
         f"parallel.virtual_pipeline_model_parallel_size {vpp} needs pipeline_model_parallel_size above 1, "
         f"not {pp}: raise the second or leave the first out",
+    )
+
+
+def _check_ffn_width(width: int, parallel: ParallelConfig) -> None:
+    """The feed-forward network can be cut over tensor-parallel ranks."""
+    tp = parallel.tensor_model_parallel_size
+    require(
+        parallel.pad_widths_to > 1 or width % tp == 0,
+        f"model.ffn_hidden_size {width} does not divide by parallel.tensor_model_parallel_size {tp}, and "
+        "parallel.pad_widths_to 1 does not pad it: use pad_widths_to 64, or another tensor-parallel size",
+    )
+    require(
+        -(-width // tp) * (tp - 1) < width,
+        f"model.ffn_hidden_size {width} cannot be cut into {tp} equal parts, as parallel.tensor_model_parallel_size "
+        f"asks, of which padding leaves none empty: use {-(-width // tp) * tp}, or another tensor-parallel size",
     )
 
 

@@ -61,6 +61,9 @@ def initialize_parallel(config: Config) -> ParallelContext:
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=vpp if vpp and vpp > 1 else None,
+            # experts are not cut; Megatron-Core's default is the tensor-parallel size
+            expert_model_parallel_size=parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=1 if config.model.num_experts else None,
             distributed_timeout_minutes=collective_timeout(config) / timedelta(minutes=1),
             create_gloo_process_groups=False,  # second groups on the host, which nothing here uses
         )

@@ -47,7 +47,7 @@ def count_groups(model: ModelConfig, section: OptimizerConfig) -> int:
         kinds = ["weight"] if table.is_full_rank(layer) else ["a.weight", "b.weight"]
         kinds += ["beta"] if table.has_previous(layer) else []
         kinds += ["bias"] if table.architecture.has_biases else []
-        names += [f"model.layers.{layer}.{p.module}.{kind}" for p in table.architecture.positions for kind in kinds]
+        names += [f"model.layers.{layer}.{p.module}.{kind}" for p in table.architecture.maps for kind in kinds]
     undecayed = ("norm.weight", ".beta", ".bias")
     return len(
         {

@@ -46,10 +46,10 @@ def change_ranks(states: States, model: CRNetModel, seed: int, device: torch.dev
         if rank > before:
             _grow(of_a, of_b, weight, initial_value(name, weight.shape, config, seed))
         elif rank < before:
-            whole = [named[n].shard_dim is None for n in (name, _of_b(name))]
+            whole = [named[n].is_whole for n in (name, _of_b(name))]
             factors = of_a[MASTER], of_b[MASTER].t()
-            grams = [_gram(x.to(device), None if w else group) for x, w in zip(factors, whole, strict=True)]
-            _shrink(of_a, of_b, *(x.to("cpu") for x in reductions(*grams, rank)))
+            gram_a, gram_b = (_gram(x.to(device), None if w else group) for x, w in zip(factors, whole, strict=True))
+            _shrink(of_a, of_b, *(x.to("cpu") for x in reductions(gram_a, gram_b, rank)))
 
 
 def _of_b(name: str) -> str:

@@ -23,6 +23,7 @@ from megatron_crnet.data.documents import PackedDocuments
 from megatron_crnet.model.attention import SDPACoreAttention
 from megatron_crnet.model.bias import GroupBias
 from megatron_crnet.model.compiled import choose_glue
+from megatron_crnet.model.experts import build_experts
 from megatron_crnet.model.linear import LinearGroup, LowRankGroup, build_group
 from megatron_crnet.model.norm import CRNetNorm, LeanRMSNorm, rms_norm
 from megatron_crnet.model.regions import Regions, Rotation
@@ -31,6 +32,8 @@ from megatron_crnet.recompute.tape import LayerOutputs, LayerTape, Mode
 StreamHook = Callable[[int, Tensor], Tensor]
 """Takes a layer's index (from 0) and the residual stream behind it, [s/t, b, h], and returns the stream to go on with,
 of the same values: recomputation rebuilds streams without it."""
+EXPERTS = "experts"
+"""Where dropout is drawn for what experts give."""
 
 
 @dataclass
@@ -70,6 +73,7 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
             of_heads = {"width": config.kv_channels, "eps": eps, "is_partial": config.tensor_model_parallel_size > 1}
             self.q_layernorm, self.k_layernorm = rms_norm(config, **of_heads), rms_norm(config, **of_heads)
         self.linear = nn.ModuleDict({g.name: build_group(config, g.name, groups, layer) for g in architecture.groups})
+        self.experts = build_experts(config, layer, groups) if architecture.experts is not None else None
         biased = architecture.groups if architecture.has_biases else ()
         self.biases = nn.ModuleDict({group.name: GroupBias(config, group, groups) for group in biased})
         glue = choose_glue(next(self.linear.parameters()), config.cross_layer_fusion)
@@ -101,7 +105,7 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
         the outputs are returned in any case (`recompute/tape.py`). With `documents`, attention stays within them, as
         `rotation` does. `stream_hook` is called with the layer's index and its residual stream.
         """
-        of_qkv, of_o, inner, of_down = self.config.table.architecture.groups
+        of_qkv, of_o, *feed_forward = self.config.table.architecture.groups
         y, m = self._by_group(context), tape.groups if tape else {}
 
         def linear(group: Group, x: Tensor) -> LayerOutputs:
@@ -114,12 +118,25 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
         (o,), carried = self._carry(of_o.name, linear(of_o, attention))
         outputs, hidden_states = outputs + carried, hidden_states + self._dropout(o, of_o.name, tape)
         normed, hidden_states = _norm(self.pre_mlp_layernorm, hidden_states)
-        activation, carried = self._activate(inner.name, linear(inner, normed))
-        (down,), of_rows = self._carry(of_down.name, linear(of_down, activation))
-        outputs, hidden_states = outputs + carried + of_rows, hidden_states + self._dropout(down, of_down.name, tape)
+        if self.experts is not None:
+            hidden_states = hidden_states + self._dropout(self._mixture(normed, tape), EXPERTS, tape)
+        else:
+            inner, of_down = feed_forward
+            activation, carried = self._activate(inner.name, linear(inner, normed))
+            (down,), of_rows = self._carry(of_down.name, linear(of_down, activation))
+            outputs = outputs + carried + of_rows
+            hidden_states = hidden_states + self._dropout(down, of_down.name, tape)
         if stream_hook is not None:
             hidden_states = stream_hook(self.index, hidden_states)
         return hidden_states, outputs if self.returns_outputs or tape else None
+
+    def _mixture(self, x: Tensor, tape: LayerTape | None) -> Tensor:
+        """What the experts give, which a tape keeps for `rebuild`: less than what runs them again would need."""
+        assert self.experts is not None
+        y: Tensor = self.experts(x)[0]
+        if tape is not None and tape.mode is Mode.RECORD and tape.rebuilds_stream:
+            tape.experts.save(y)
+        return y
 
     def _attention_inputs(
         self, rotation: Rotation | None, outputs: LayerOutputs
@@ -157,7 +174,8 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
         """What `forward` returned, from the low-rank outputs on the tape: the same operations, the same bits.
 
         Only the products with B and the additions are done. Where no chain passes, only those that lead to the
-        residual stream, and None stands for the outputs.
+        residual stream, and None stands for the outputs. Of a layer with experts the stream is whole only where the
+        tape says that it will be rebuilt.
         """
         tape.enter(Mode.REBUILD)
         rows = [group for group in self.groups if group.is_row]
@@ -173,6 +191,8 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
         for group in rows:
             (y,) = self._biased(group.group, tape.groups[group.group].outputs or ())
             hidden_states = hidden_states + self._dropout(y, group.group, tape)
+        if self.experts is not None and tape.rebuilds_stream:
+            hidden_states = hidden_states + self._dropout(tape.experts.saved(), EXPERTS, tape)
         return hidden_states, outputs
 
     def invert(self, outputs: LayerOutputs, tape: LayerTape) -> tuple[LayerOutputs, Tensor]:

@@ -69,6 +69,54 @@ def apply_rope(x: Tensor, base: float, positions: Tensor | None = None) -> Tenso
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+class MixtureOfExperts(nn.Module):
+    """A router, and experts without a chain: y = sum over the top k of p_e down_e(silu(gate_e x) up_e x)."""
+
+    def __init__(self, model: ModelConfig, table: PositionTable, layer: int) -> None:
+        super().__init__()
+        self.model, self.activates, ranks = model, table.activates, table.ranks[layer]
+        self.gate = nn.Linear(model.hidden_size, table.num_experts, bias=False)
+        assert table.architecture.experts is not None
+        positions = table.architecture.experts.positions
+        self.experts = nn.ModuleList(
+            nn.ModuleDict(
+                {p.module: CrossLayerLinear(*table.shapes[p.name], ranks[p.name], False, model) for p in positions}
+            )
+            for _ in range(table.num_experts)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [b, s, h]. Keeps what `auxiliary_loss` asks for."""
+        self.logits = logits = self.gate(x)
+        top, self.chosen = logits.topk(self.model.moe_router_topk)
+        pre = self.model.moe_router_pre_softmax
+        weights = logits.softmax(-1).gather(-1, self.chosen) if pre else top.softmax(-1)
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            gate, up = expert["gate_proj"](x, None), expert["up_proj"](x, None)  # type: ignore[index]
+            hidden = (F.silu(gate) if self.activates else gate) * up
+            weight = (weights * (self.chosen == number)).sum(-1, keepdim=True)
+            y = y + weight * expert["down_proj"](hidden, None)  # type: ignore[index]
+        return y
+
+    def auxiliary_loss(self, sequences: int) -> Tensor:
+        """Load balancing, E sum_e f_e P_e (arXiv 2101.03961), and z-loss (arXiv 2202.08906), with their coefficients.
+
+        f_e is the share of expert e in what the tokens of a micro-batch were given to, P_e its mean probability.
+
+        Args:
+            sequences: of a micro-batch; the mean over micro-batches is taken.
+        """
+        model, losses = self.model, []
+        for logits, chosen in zip(self.logits.split(sequences), self.chosen.split(sequences), strict=True):
+            count = logits.shape[-1]
+            share = chosen.flatten().bincount(minlength=count) / chosen.numel()
+            balance = count * (share * logits.softmax(-1).flatten(0, 1).mean(0)).sum()
+            z = logits.logsumexp(-1).square().mean()
+            losses.append(model.moe_aux_loss_coeff * balance + model.moe_z_loss_coeff * z)
+        return torch.stack(losses).mean()
+
+
 class ReferenceLayer(nn.Module):
     """A layer whose linear maps see the previous layer's outputs."""
 
@@ -79,9 +127,11 @@ class ReferenceLayer(nn.Module):
         self.head_width, self.rope_base = head_width(model), model.rotary_base
         self.modules_of_positions = {p.name: p.module for p in self.architecture.positions}
         self.self_attn, self.mlp = nn.Module(), nn.Module()
-        for position, shape in table.shapes.items():
-            linear = CrossLayerLinear(*shape, ranks[position], has_previous, model)
-            self.set_submodule(self.modules_of_positions[position], linear)
+        for position, module in self.modules_of_positions.items():
+            linear = CrossLayerLinear(*table.shapes[position], ranks[position], has_previous, model)
+            self.set_submodule(module, linear)
+        if self.architecture.experts is not None:
+            self.mlp = MixtureOfExperts(model, table, layer)
         self.input_layernorm, self.post_attention_layernorm = norm_of(model), norm_of(model)
         if self.architecture.has_qk_norm:
             self.self_attn.q_norm = nn.RMSNorm(self.head_width, eps=model.layernorm_epsilon)
@@ -113,6 +163,8 @@ class ReferenceLayer(nn.Module):
         attention = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
         x = x + linear("o", attention.transpose(1, 2).flatten(2))
         normed = self.post_attention_layernorm(x)
+        if self.architecture.experts is not None:
+            return x + self.mlp(normed), y
         if self.architecture.activation == "gelu":
             return x + linear("down", F.gelu(linear("up", normed), approximate="tanh")), y
         gate, up = linear("gate", normed), linear("up", normed)
@@ -167,6 +219,11 @@ class ReferenceCRNet(nn.Module):
             x, outputs = layer(x, outputs, positions, mask)
         x = self.model["norm"](x)
         return F.linear(x, self.get_parameter("model.embed_tokens.weight")) if self.ties_head else self.lm_head(x)
+
+    def auxiliary_loss(self, sequences: int) -> Tensor:
+        """Of the routers of all layers in the last call; see `MixtureOfExperts`. 0 without experts."""
+        mixtures = [module for module in self.modules() if isinstance(module, MixtureOfExperts)]
+        return torch.stack([torch.zeros(()), *(mixture.auxiliary_loss(sequences) for mixture in mixtures)]).sum()
 
     def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy in nats over all positions; labels: [b, s]."""

@@ -29,6 +29,7 @@ from megatron_crnet.config.architectures.base import QK_NORMS
 from megatron_crnet.utils.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from megatron_crnet.config.architectures import Experts
     from megatron_crnet.model.gpt import CRNetModel
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -56,6 +57,11 @@ class Weight:
     shard_dim: int | None = None
     span: range = range(0)
     is_copy: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the shard is all of the weight: it is replicated, or this rank alone holds it, as an expert."""
+        return self.shard_dim is None or len(self.span) == self.shape[self.shard_dim]
 
     def local(self, tensor: Tensor | None = None) -> Tensor:
         """The shard inside the parameter, or inside `tensor` of the parameter's shape (its gradient)."""
@@ -105,6 +111,17 @@ def _layer_weights(layer: Any) -> Iterator[Weight]:
     for shard in (shard for module in (*layer.groups, *layer.biases.values()) for shard in module.shards()):
         name = f"{prefix}.{modules[shard.position]}.{shard.suffix}"
         yield Weight(name, shard.parameter, shard.index, shard.shape, shard.shard_dim, shard.span)
+    if architecture.experts is not None:
+        yield from _expert_weights(prefix, architecture.experts, layer)
+
+
+def _expert_weights(prefix: str, experts: Experts, layer: Any) -> Iterator[Weight]:
+    shape = layer.config.table.num_experts, layer.config.hidden_size
+    yield Weight(f"{prefix}.{experts.router}.weight", layer.experts.router.weight, (...,), shape)
+    modules = {position.name: position.module for position in experts.positions}
+    for number, shard in layer.experts.experts.shards():
+        name = f"{prefix}.{experts.module}.{number}.{modules[shard.position]}.{shard.suffix}"
+        yield Weight(name, shard.parameter, shard.index, shard.shape, shard.shard_dim, shard.span)
 
 
 def by_parameter(weights: Iterable[Weight]) -> dict[nn.Parameter, list[Weight]]:
@@ -147,7 +164,7 @@ def _std(name: str, shape: tuple[int, ...], config: Any) -> float:
     std, position = config.init_method_std, config.table.position_of(name)
     if name.endswith("b.weight"):
         std *= (config.table.shapes[position][0] / shape[1]) ** 0.5
-    if config.scale_residual_init and position in config.table.architecture.rows:
+    if config.scale_residual_init and position in config.table.architecture.joining:
         std *= (2 * config.num_layers) ** -0.5
     return std
 

@@ -154,7 +154,7 @@ def _measure(config: Config, fake: bool) -> dict[str, Any]:
             torch.nn.init.normal_(parameter, std=0.02)
             parameter.grad = torch.zeros_like(parameter)
     if transformer.strategy.inverts:  # for initial betas and equal norms
-        even = {layer: torch.ones(len(block.config.table.shapes)) for layer in block.layer_range}
+        even = {layer: torch.ones(len(block.config.table.architecture.names)) for layer in block.layer_range}
         block.plan_inverse_segments({layer: transformer.beta_init * ones for layer, ones in even.items()}, even)
     with tensors:
         device, batch = next(block.parameters()).device, (config.training.seq_length, config.training.micro_batch_size)

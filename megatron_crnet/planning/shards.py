@@ -149,7 +149,7 @@ def _chunks(transformer: CRNetTransformerConfig, pp_rank: int) -> list[Chunk]:
         segments = initial_segments(transformer, layers, pp_rank)
         if transformer.strategy.inverts:
             # without the checkpoints that depend on values
-            even = {layer: torch.ones(len(transformer.table.shapes)) for layer in layers}
+            even = {layer: torch.ones(len(transformer.table.architecture.names)) for layer in layers}
             segments, _ = plan_inverse_segments(transformer, layers, even, even)
         embeds, predicts = pp_rank == chunk == 0, pp_rank == pp - 1 and chunk == (vpp or 1) - 1
         chunks.append(Chunk(layers, embeds, predicts, segments))
@@ -171,6 +171,10 @@ def _weights(config: Config, transformer: CRNetTransformerConfig, chunk: Chunk) 
             yield from [LocalParameter(layer, transformer.kv_channels, of_heads, "norm")] * len(QK_NORMS)
         for group in architecture.groups:
             yield from _group(config, transformer, layer, group)
+        if architecture.experts is not None:
+            yield LocalParameter(layer, transformer.table.num_experts * h, sp)
+            for group in architecture.experts.groups:
+                yield from _experts(transformer, layer, group)
     if chunk.predicts:
         yield from [LocalParameter(last, h, sp, "norm")] * len(architecture.norm_suffixes)
         if not (transformer.table.ties_head and chunk.embeds):
@@ -198,3 +202,16 @@ def _group(config: Config, transformer: CRNetTransformerConfig, layer: int, grou
     if table.has_previous(layer):
         # outputs of a column group are sharded even without sequence parallelism
         yield LocalParameter(layer, len(positions), t > 1 and (sp or not is_row), "beta")
+
+
+def _experts(transformer: CRNetTransformerConfig, layer: int, group: Group) -> Iterator[LocalParameter]:
+    """Parameters of a group of positions of this rank's experts."""
+    table, size = transformer.table, transformer.expert_model_parallel_size
+    count, partial = table.num_experts // size, transformer.sequence_parallel and size == 1
+    shapes, ranks = [table.shapes[name] for name in group.names], [table.padded_ranks[layer][n] for n in group.names]
+    h_in, widths = shapes[0][0], [h_out for _, h_out in shapes]
+    if table.is_full_rank(layer):
+        yield LocalParameter(layer, count * h_in * sum(widths), partial)
+        return
+    yield LocalParameter(layer, count * sum(ranks) * h_in, partial)
+    yield from (LocalParameter(layer, count * w * r, partial) for w, r in zip(widths, ranks, strict=True))

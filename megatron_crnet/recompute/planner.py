@@ -33,6 +33,7 @@ class LayerWidths:
         attention: attention's output.
         outputs: the residual stream and the outputs that a rebuilt layer holds, and z gathered over the sequence.
         activations: everything that backward needs when nothing is recomputed.
+        stream: what is kept so that the residual stream behind the layer can be rebuilt: what experts gave.
     """
 
     start: float
@@ -40,6 +41,7 @@ class LayerWidths:
     attention: float
     outputs: float
     activations: float
+    stream: float = 0.0
 
 
 def layer_widths(config: CRNetTransformerConfig, layer: int) -> LayerWidths:
@@ -48,7 +50,7 @@ def layer_widths(config: CRNetTransformerConfig, layer: int) -> LayerWidths:
     architecture, ranks = table.architecture, table.padded_ranks[layer]
     width = {name: config.local_width(name) for name in architecture.names}
     all_outputs, residual = sum(width.values()), sum(width[name] for name in architecture.rows)
-    low_rank = sum(ranks.values()) if not table.is_full_rank(layer) else 0
+    low_rank = sum(ranks[name] for name in architecture.names) if not table.is_full_rank(layer) else 0
     z = 0 if table.has_dense(layer) else low_rank
     chained = table.has_previous(layer) or table.has_next(layer)
     # rebuilding gathers z of the column groups and holds it until the layer's backward
@@ -60,13 +62,32 @@ def layer_widths(config: CRNetTransformerConfig, layer: int) -> LayerWidths:
         inner += sum(width[name] for name in architecture.rotated)
     if table.method.has_silu:
         inner += z  # silu(z), beside the z that its gradient takes
+    inner += expert_activations(config, layer)
     return LayerWidths(
         start=h + (all_outputs if table.has_previous(layer) else 0),
         z=z,
         attention=table.shapes[architecture.attention][0] // (1 if config.sequence_parallel else t),
         outputs=h + (all_outputs + (gathered if config.sequence_parallel else 0) if chained else residual),
         activations=inner + low_rank + (all_outputs if has_next else all_outputs - residual),
+        stream=h if architecture.experts is not None and not table.has_dense(layer) else 0,
     )
+
+
+def expert_activations(config: CRNetTransformerConfig, layer: int) -> float:
+    """What backward needs of router and experts, where tokens are spread evenly, in the unit of `LayerWidths`."""
+    table = config.table
+    if table.architecture.experts is None:
+        return 0
+    # in fp32: the router's input, logits, weights and probabilities
+    found = 2 * config.hidden_size if config.bf16 else 0.0
+    found = (found + (2 if config.bf16 else 1) * 3 * table.num_experts) / table.topk
+    for group in table.architecture.experts.groups:
+        width, outputs = table.shapes[group.names[0]][0], sum(table.shapes[name][1] for name in group.names)
+        z = 0 if table.is_full_rank(layer) else sum(table.padded_ranks[layer][name] for name in group.names)
+        # what is multiplied by the tokens' weights is kept before and after
+        scaled = (z or width) if group.is_row else 0
+        found += width + z + scaled + (z if table.method.has_silu else 0) + (0 if group.is_row else outputs)
+    return table.topk * found
 
 
 def kept_widths(config: CRNetTransformerConfig, layers: range, segments: list[range]) -> float:
@@ -80,7 +101,7 @@ def kept_widths(config: CRNetTransformerConfig, layers: range, segments: list[ra
     if not segments:
         return sum(w.activations for w in widths.values())
     strategy = config.strategy
-    kept = sum(widths[segment.start].start for segment in segments)
+    kept = sum(widths[segment.start].start - _stream(config, widths[segment[-1]]) for segment in segments)
     kept += sum(_kept_of_layer(config, w) for w in widths.values())
     if strategy.inverts:
         kept += sum((len(segment) - 1) * config.hidden_size for segment in segments)
@@ -89,10 +110,14 @@ def kept_widths(config: CRNetTransformerConfig, layers: range, segments: list[ra
 
 
 def _kept_of_layer(config: CRNetTransformerConfig, widths: LayerWidths) -> float:
-    """What is kept of every layer, wherever segments start."""
+    """What is kept of every layer, wherever segments start; `_stream` not of the last of a segment."""
     if not config.strategy.saves_z:
         return 0
-    return widths.z + (widths.attention if config.recompute_keep_attention_output else 0)
+    return widths.z + (widths.attention if config.recompute_keep_attention_output else 0) + _stream(config, widths)
+
+
+def _stream(config: CRNetTransformerConfig, widths: LayerWidths) -> float:
+    return widths.stream if config.strategy.saves_z and not config.strategy.inverts else 0
 
 
 def micro_batches_in_flight(config: CRNetTransformerConfig, pp_rank: int) -> float:
@@ -121,7 +146,10 @@ def plan_segments(config: CRNetTransformerConfig, layers: range, in_flight: floa
     if config.recompute_segment_length is not None:
         return _equal_segments(layers, config.recompute_segment_length, cuts)
     widths = [layer_widths(config, layer) for layer in layers]
-    costs = tuple((w.start, _kept_of_layer(config, w), w.outputs if saves_z else w.activations) for w in widths)
+    costs = tuple(
+        (w.start - _stream(config, w), _kept_of_layer(config, w), w.outputs if saves_z else w.activations)
+        for w in widths
+    )
     lengths = cheapest_lengths(costs, frozenset(cut - layers.start for cut in cuts), in_flight)
     return _ranges(layers.start, lengths)
 

@@ -179,7 +179,7 @@ class TapedSegment(Segment):
         for layer in self.layers:
             # outputs are known in backward where the next segment starts with them, or where they are rebuilt
             known = layer.returns_outputs if layer is not self.layers[-1] else self.passes_on
-            tape = LayerTape(self.config, outputs_known=known)
+            tape = LayerTape(self.config, outputs_known=known, rebuilds_stream=self._rebuilds_stream_behind(layer))
             self.tapes.append(tape)
             streams.append(hidden_states)
             hidden_states, outputs = layer(hidden_states, context=context, tape=tape, **self.shared)
@@ -187,6 +187,10 @@ class TapedSegment(Segment):
             context = outputs if layer.returns_outputs else None
         self._put_away(self._saved_streams(streams, outputs))
         return hidden_states, context
+
+    def _rebuilds_stream_behind(self, layer: Layer) -> bool:
+        """Whether backward rebuilds the residual stream that leaves the layer."""
+        return False
 
     def _observe(self, layer: Layer, previous: LayerOutputs | None, outputs: LayerOutputs | None) -> None:
         """Called with every layer's outputs while they exist."""
@@ -239,6 +243,9 @@ class TapedSegment(Segment):
 
 class ReplaySegment(TapedSegment):
     """Rebuilds X and Y from its start, the same bits."""
+
+    def _rebuilds_stream_behind(self, layer: Layer) -> bool:
+        return layer is not self.layers[-1]
 
     @torch.no_grad()
     def _states(self) -> Iterator[LayerState]:

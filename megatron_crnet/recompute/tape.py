@@ -91,24 +91,27 @@ class LayerTape:
 
     Args:
         outputs_known: the layer's outputs will be known when it is replayed, so full-rank groups save their graphs.
+        rebuilds_stream: the residual stream that leaves the layer will be rebuilt.
 
     Attributes:
         groups: by the name of the linear group.
         attention: of core attention.
+        experts: of a mixture of experts, which saves what it gave where `rebuilds_stream`.
     """
 
-    def __init__(self, config: CRNetTransformerConfig, *, outputs_known: bool) -> None:
-        self.mode = Mode.RECORD
+    def __init__(self, config: CRNetTransformerConfig, *, outputs_known: bool, rebuilds_stream: bool = False) -> None:
+        self.mode, self.rebuilds_stream = Mode.RECORD, rebuilds_stream
         self._architecture = config.table.architecture
         self.groups = {group.name: Tape(saves_graph=outputs_known) for group in self._architecture.groups}
         self.attention = Tape(saves_graph=config.recompute_keep_attention_output)
+        self.experts = Tape()
         self._has_dropout = config.has_dropout
         self._rng: dict[str, RngStates] = {}
 
     def enter(self, mode: Mode) -> LayerTape:
         """From now on calls do what `mode` says. Returns the tape itself."""
         self.mode = mode
-        for tape in (self.attention, *self.groups.values()):
+        for tape in (self.attention, self.experts, *self.groups.values()):
             tape.mode = mode
         return self
 
@@ -123,7 +126,8 @@ class LayerTape:
 
     def tensors(self) -> dict[str, list[Tensor]]:
         """`Tape.tensors` by the operation's name."""
-        return {**{name: group.tensors for name, group in self.groups.items()}, "attention": self.attention.tensors}
+        others = {"attention": self.attention.tensors, "experts": self.experts.tensors}
+        return {**{name: group.tensors for name, group in self.groups.items()}, **others}
 
     def set_outputs(self, outputs: LayerOutputs) -> None:
         """Set the outputs of all groups: no product is repeated."""

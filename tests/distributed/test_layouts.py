@@ -15,7 +15,7 @@ import pytest
 from megatron_crnet.config.schema import Config
 from megatron_crnet.utils.errors import ConfigError
 from tests.distributed.spawn import fresh_world, run_distributed
-from tests.helpers import ARCHITECTURES, PADDED, PADDED_GPT2, Errors, compare_with_reference, tiny_config
+from tests.helpers import ARCHITECTURES, PADDED, PADDED_GPT2, PADDED_MOE, Errors, compare_with_reference, tiny_config
 
 FP32_BOUND = 1e-5
 # see test_zero.py
@@ -85,7 +85,8 @@ DOCUMENTS = {"reset_attention_mask": True, "reset_position_ids": True, "eod_mask
 LR_MULTIPLIERS = {"embedding": 3.0, "first_layer": 0.25, "a": 2.0, "b": 0.5, "beta": 4.0}
 
 VARIANTS = ("crnet", "full_rank", "low_rank", "cola")
-GPT2, QWEN3 = ARCHITECTURES["gpt2"], ARCHITECTURES["qwen3"]
+GPT2, QWEN3, MOE = ARCHITECTURES["gpt2"], ARCHITECTURES["qwen3"], ARCHITECTURES["qwen3_moe"]
+EP = {"expert_model_parallel_size": 2}
 ON_TWO = [
     *(Layout(tp=2, zero=zero) for zero in (0, 3)),
     Layout(tp=2, sp=False, zero=0),
@@ -121,6 +122,10 @@ ON_TWO = [
     Layout(tp=2, sp=False, model=QWEN3, data=DOCUMENTS),
     Layout(pp=2, model={**QWEN3, "variant": "full_rank"}),
     Layout(zero=3, dtype="bf16", model=QWEN3),
+    Layout(tp=2, model=MOE, data=DOCUMENTS),
+    Layout(tp=2, zero=3, model={**MOE, "variant": "cola", "moe_router_pre_softmax": True}, parallel=EP),
+    Layout(pp=2, vpp=2, zero=1, model=MOE),
+    Layout(zero=2, model={**MOE, "variant": "full_rank", "scale_residual_init": True}),
 ]
 MORE_ON_TWO = [
     Layout(tp=2, model={"variant": "full_rank"}),
@@ -163,6 +168,19 @@ MORE_ON_TWO = [
     *(Layout(pp=2, zero=1, model={**a, "variant": v}) for a in (GPT2, QWEN3) for v in VARIANTS),
     *(Layout(pp=2, model={**a, "tie_word_embeddings": tied}) for a in (GPT2, QWEN3) for tied in (False, True)),
     *(Layout(tp=2, data={"reset_attention_mask": True}, model=a) for a in (GPT2, QWEN3)),
+    *(Layout(tp=2, model={**MOE, "variant": v}) for v in VARIANTS),
+    *(Layout(tp=2, zero=zero, model=MOE, parallel=EP) for zero in (0, 1, 2, 3)),
+    *(Layout(tp=2, zero=1, model={**MOE, "variant": v}, parallel=EP) for v in VARIANTS),
+    *(Layout(pp=2, zero=1, model={**MOE, "variant": v}) for v in VARIANTS),
+    Layout(tp=2, zero=3, model={**MOE, "rank": RANKS}, parallel=EP, keys=PARTITION_EVERYTHING),
+    Layout(zero=3, model={**MOE, "tie_word_embeddings": True}, offload="offload_param"),
+    Layout(tp=2, zero=1, model=MOE, parallel=EP, lr_multipliers=LR_MULTIPLIERS),
+    Layout(tp=2, zero=1, model=PADDED_MOE, parallel=EP),
+    # in bf16 tokens would go to other experts than in fp64, unless they go to all
+    *(
+        Layout(tp=2, zero=z, dtype="bf16", model={**MOE, "moe_router_topk": 4}, parallel=p)
+        for z, p in ((1, EP), (3, {}))
+    ),
 ]
 ON_FOUR = [
     Layout(tp=2, pp=2, vpp=2, zero=1, data=DOCUMENTS),
@@ -175,6 +193,8 @@ ON_FOUR = [
     Layout(pp=4, zero=1, lr_multipliers=LR_MULTIPLIERS),
     Layout(tp=2, pp=2, vpp=2, zero=1, model=GPT2),
     Layout(tp=2, pp=2, zero=1, dtype="bf16", model=QWEN3),
+    Layout(tp=2, pp=2, vpp=2, zero=1, model=MOE, parallel=EP),
+    Layout(tp=2, zero=2, model=MOE, parallel=EP),
 ]
 MORE_ON_FOUR = [
     Layout(tp=2, pp=2, vpp=2, zero=1),
@@ -208,6 +228,13 @@ MATRIX += [
     dataclasses.replace(row, model={**row.model, **model})
     for row, model in product(MATRIX, (GPT2, QWEN3))
     if row.model["variant"] == "crnet" or row.dtype == "fp32"
+]
+MATRIX += [
+    dataclasses.replace(row, model={**row.model, **MOE}, parallel=parallel)
+    for row, parallel in product(MATRIX, ({}, EP))
+    # with tensor parallelism experts need sequence parallelism, and they are spread over its ranks; in bf16 tokens may
+    # go to other experts than in fp64
+    if "architecture" not in row.model and row.dtype == "fp32" and row.sp is not False and (row.tp > 1 or not parallel)
 ]
 MATRIX += [
     Layout(tp=2, zero=zero, model={"variant": "crnet"}, keys=keys)
@@ -304,6 +331,14 @@ IMPOSSIBLE = {
     ),
     "optimizer offload with a pipeline": (Layout(pp=2, zero=1, offload="offload_optimizer"), "offload_optimizer"),
     "parameter offload below stage 3": (Layout(zero=2, offload="offload_param"), "use stage 3"),
+    "experts over replicas": (Layout(model=MOE, parallel=EP), "use 1, or tensor_model_parallel_size 2$"),
+    "experts over some of the ranks": (Layout(tp=4, model={**MOE, "num_query_groups": 4}, parallel=EP), "use 1 or 4"),
+    "experts that do not divide": (
+        Layout(tp=2, model={**MOE, "num_experts": 5}, parallel=EP),
+        "model.num_experts 5 does not divide by .* use 4 or 6",
+    ),
+    "experts without sequence parallelism": (Layout(tp=2, sp=False, model=MOE), "leave sequence_parallel out"),
+    "expert parallelism without experts": (Layout(tp=2, parallel=EP), "needs a model with experts"),
 }
 
 

@@ -24,7 +24,7 @@ REPLAY_AUTO = RecomputeConfig(strategy="replay", keep_attention_output=True)
 FULL = RecomputeConfig(strategy="full", segment_length=2)
 FULL_AUTO = RecomputeConfig(strategy="full")
 VARIANTS = ("crnet", "full_rank", "low_rank", "cola")
-GPT2, QWEN3 = ARCHITECTURES["gpt2"], ARCHITECTURES["qwen3"]
+GPT2, QWEN3, MOE = ARCHITECTURES["gpt2"], ARCHITECTURES["qwen3"], ARCHITECTURES["qwen3_moe"]
 EXACT = (REPLAY, REPLAY_AUTO, FULL)
 EVERYTHING_STORED = {
     "partition_activations": True,
@@ -62,6 +62,7 @@ class Row:
 
 
 TP = {"tensor_model_parallel_size": 2}
+EP = {**TP, "expert_model_parallel_size": 2}
 PP = {"pipeline_model_parallel_size": 2}
 VPP = {**PP, "virtual_pipeline_model_parallel_size": 2}
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
@@ -87,9 +88,15 @@ ROWS = [
     Row("tp2-gpt2", {**GPT2, "num_layers": 6}, TP, strategies=(REPLAY_AUTO, FULL, INVERSE), data=DOCUMENTS),
     Row("pp2-vpp2-gpt2", {**GPT2, "num_layers": 8}, VPP, "bf16", {"stage": 1}, strategies=(REPLAY,)),
     Row("tp2-zero3-gpt2-dropout", {**GPT2, **DROPOUT}, TP, "bf16", PARTITIONED, strategies=(REPLAY,)),
+    Row("tp2-ep2-qwen3-moe", {**MOE, "num_layers": 6}, EP, strategies=(*EXACT, INVERSE)),
+    Row("tp2-qwen3-moe-dropout", {**MOE, **DROPOUT}, TP, "bf16", {"stage": 2}, strategies=(REPLAY, FULL)),
+    Row("pp2-vpp2-qwen3-moe", {**MOE, "num_layers": 8}, VPP, "bf16", {"stage": 1}, strategies=(REPLAY_AUTO, INVERSE)),
     Row("tp2-qwen3", {**QWEN3, "num_layers": 6}, WITHOUT_SP, strategies=(REPLAY, FULL, INVERSE)),
 ]
 MORE_ON_TWO = [
+    *(Row(f"tp2-ep2-{v}-moe", {**MOE, "variant": v}, EP, strategies=EXACT) for v in VARIANTS if v != "crnet"),
+    Row("dp2-zero3-moe", {**MOE, **DROPOUT}, {}, "bf16", PARTITIONED, strategies=(*EXACT, INVERSE)),
+    Row("dp2-moe-stored", MOE, {}, stored={"cpu_checkpointing": True}, strategies=(REPLAY, FULL)),
     *(
         Row(f"tp2-{name}-{v}", {**model, "variant": v}, TP, strategies=EXACT)
         for name, model in (("gpt2", GPT2), ("qwen3", QWEN3))

@@ -17,7 +17,16 @@ from megatron_crnet.engine.state_kinds import KINDS
 from megatron_crnet.model.gpt import build_model_chunks
 from megatron_crnet.utils.errors import CheckpointError
 from tests.distributed.spawn import fresh_world, run_distributed
-from tests.helpers import ARCHITECTURES, PADDED, PADDED_GPT2, largest_padding, local_weights, micro_batches, tiny_config
+from tests.helpers import (
+    ARCHITECTURES,
+    PADDED,
+    PADDED_GPT2,
+    PADDED_MOE,
+    largest_padding,
+    local_weights,
+    micro_batches,
+    tiny_config,
+)
 
 STEPS, SAVED_AT = 4, 2
 TP: dict[str, Any] = {"tensor_model_parallel_size": 2}
@@ -30,6 +39,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {
     "dp2-zero3": ({}, 3),
     "tp2-zero1": (TP, 1),
     "tp2-zero3-without-sp": ({**TP, "sequence_parallel": False}, 3),
+    "tp2-ep2-zero1": ({**TP, "expert_model_parallel_size": 2}, 1),
     "pp2-zero1": (PP, 1),
     "pp2-vpp2-zero1": ({**PP, "virtual_pipeline_model_parallel_size": 2}, 1),
 }
@@ -38,20 +48,26 @@ MODELS: dict[str, dict[str, Any]] = {
     "bf16": PADDED,
     "gpt2": PADDED_GPT2,  # its output layer is tied to the embedding
     "qwen3": {**ARCHITECTURES["qwen3"], "variant": "low_rank"},
+    "qwen3_moe": PADDED_MOE,
 }
 WRITERS = {
     "fp32": ("tp2-zero1", "dp2-zero0", "dp2-zero3", "pp2-vpp2-zero1"),
     "bf16": ("dp2-zero1", "dp2-zero3"),
     "gpt2": ("pp2-vpp2-zero1", "tp2-zero3-without-sp"),
     "qwen3": ("tp2-zero3-without-sp",),
+    "qwen3_moe": ("tp2-ep2-zero1", "dp2-zero3"),
 }
 READERS = {
-    "fp32": tuple(LAYOUTS),
+    "fp32": tuple(name for name in LAYOUTS if "ep" not in name),
     "bf16": ("dp2-zero0", "dp2-zero1", "dp2-zero3", "tp2-zero1"),
     "gpt2": ("pp2-vpp2-zero1", "pp2-zero1", "dp2-zero3", "tp2-zero1"),
     "qwen3": ("tp2-zero3-without-sp", "pp2-zero1"),
+    "qwen3_moe": ("tp2-ep2-zero1", "tp2-zero1", "pp2-zero1", "dp2-zero3"),
 }
-FROM_EACH = {"fp32": "tp2-zero1", "bf16": "dp2-zero3", "gpt2": "pp2-vpp2-zero1", "qwen3": "tp2-zero3-without-sp"}
+FROM_EACH = {
+    **{"fp32": "tp2-zero1", "bf16": "dp2-zero3", "gpt2": "pp2-vpp2-zero1"},
+    **{"qwen3": "tp2-zero3-without-sp", "qwen3_moe": "tp2-ep2-zero1"},
+}
 """The writer whose files every reader takes; those of the others only the same layout takes."""
 
 
@@ -115,7 +131,9 @@ def test_the_same_layout_goes_on_bit_for_bit(runs: Any, kind: str) -> None:
         assert resumed == whole, writer
 
 
-@pytest.mark.parametrize(("kind", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2), ("gpt2", 1e-5), ("qwen3", 1e-5)])
+@pytest.mark.parametrize(
+    ("kind", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2), ("gpt2", 1e-5), ("qwen3", 1e-5), ("qwen3_moe", 1e-5)]
+)
 def test_any_other_layout_goes_on_to_rounding(runs: Any, kind: str, tolerance: float) -> None:
     for reader in READERS[kind]:
         whole, resumed = runs[kind, FROM_EACH[kind], reader]

@@ -17,7 +17,7 @@ class Position:
     Attributes:
         name: in configurations.
         module: in exports, within a layer.
-        h_in: width of its input: `hidden`, `query`, `key_value` or `ffn`.
+        h_in: width of its input: `hidden`, `query`, `key_value`, `ffn` or `expert`.
         h_out: width of its output, likewise.
     """
 
@@ -47,12 +47,33 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Feed-forward networks in every layer, of which a router chooses some for each token.
+
+    Attributes:
+        router: name of the module of its weight in exports, within a layer.
+        module: of the experts, likewise; an expert is the module of its number within.
+        groups: linear maps of an expert, `Position.module` within the expert; no chain passes through them.
+    """
+
+    router: str
+    module: str
+    groups: tuple[Group, Group]
+
+    @property
+    def positions(self) -> tuple[Position, ...]:
+        """All positions of an expert."""
+        return tuple(position for group in self.groups for position in group.positions)
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A decoder-only transformer: attention and a feed-forward network in every layer, a norm before each.
 
     Attributes:
-        groups: in the order of the layer's outputs: attention's inputs, its output, the same of the feed-forward
-            network.
+        groups: in the order of the layer's outputs: attention's inputs, its output, and unless there are experts the
+            same of the feed-forward network.
+        experts: in place of one feed-forward network.
         norm: RMSNorm, or LayerNorm with a bias.
         activation: of the feed-forward network: silu(gate) up, or gelu(up) in its tanh form.
         token_positions: rotary embedding of queries and keys, or a learned vector per position.
@@ -68,8 +89,9 @@ class Architecture:
             that map zeros to zeros.
     """
 
-    groups: tuple[Group, Group, Group, Group]
+    groups: tuple[Group, ...]
     other_activations: Mapping[str, int]
+    experts: Experts | None = None
     norm: Literal["rms", "layer"] = "rms"
     activation: Literal["swiglu", "gelu"] = "swiglu"
     token_positions: Literal["rotary", "learned"] = "rotary"
@@ -82,18 +104,33 @@ class Architecture:
 
     @property
     def positions(self) -> tuple[Position, ...]:
-        """All positions, in the order of a layer's outputs."""
+        """The positions whose outputs a layer hands on, in that order: all but those of experts."""
         return tuple(position for group in self.groups for position in group.positions)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of all positions."""
+        """Names of these positions."""
         return tuple(position.name for position in self.positions)
+
+    @property
+    def maps(self) -> tuple[Position, ...]:
+        """All positions, those of an expert included."""
+        return self.positions + (self.experts.positions if self.experts is not None else ())
+
+    @property
+    def all_groups(self) -> tuple[Group, ...]:
+        """All groups, those of an expert included."""
+        return self.groups + (self.experts.groups if self.experts is not None else ())
 
     @property
     def rows(self) -> tuple[str, ...]:
         """Names of the positions of row groups, whose outputs are added to the residual stream."""
         return tuple(name for group in self.groups if group.is_row for name in group.names)
+
+    @property
+    def joining(self) -> tuple[str, ...]:
+        """Names of all positions whose outputs are added to the residual stream, those of experts included."""
+        return tuple(name for group in self.all_groups if group.is_row for name in group.names)
 
     @property
     def norms(self) -> dict[str, str]:
@@ -146,6 +183,18 @@ GATED = (
     DOWN,
 )
 """gate, up and down of SwiGLU."""
+EXPERTS = Experts(
+    "mlp.gate",
+    "mlp.experts",
+    (
+        Group(
+            "gate_up",
+            (Position("gate", "gate_proj", "hidden", "expert"), Position("up", "up_proj", "hidden", "expert")),
+        ),
+        Group("down", (Position("down", "down_proj", "expert", "hidden"),), is_row=True),
+    ),
+)
+"""gate, up and down of each expert, as Qwen3-MoE's files name them."""
 PLAIN = (Group("up", (Position("up", "mlp.up_proj", "hidden", "ffn"),)), DOWN)
 """up and down of a feed-forward network without a gate."""
 NORMS = {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"}

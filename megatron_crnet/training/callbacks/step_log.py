@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from megatron_crnet.config.model_size import flops_per_token, total_parameters
+from megatron_crnet.config.model_size import active_parameters, flops_per_token, total_parameters
 from megatron_crnet.config.phases import phases_of
 from megatron_crnet.config.positions import METHODS
+from megatron_crnet.engine.expert_load import load_metrics, routing_totals
 from megatron_crnet.training.callbacks.base import Callback, Step
 from megatron_crnet.training.metrics import largest_peak_memory_bytes
 from megatron_crnet.training.preflight import Preflight
@@ -63,6 +64,8 @@ class StepLog(Callback):
             values["samples"], values["global_batch_size"] = state.samples, steps[-1].samples
         if METHODS[config.model.variant].has_frozen:
             values["restarts"] = state.restarts
+        if config.model.num_experts:
+            values |= load_metrics(routing_totals(trainer.engine.chunks, trainer.context.device), config)
         if config.recompute.traits.inverts:
             values["num_extra_checkpoints"] = trainer.engine.num_extra_checkpoints
         if config.faults.on_bad_step == "skip":
@@ -102,8 +105,9 @@ def cost_of_run(preflight: Preflight) -> str:
         * (plan.tokens_of_run(phase.stop) - plan.tokens_of_run(phase.start))
         for phase in phases_of(config)
     )
+    active = f" ({active_parameters(config.model):,} active)" if config.model.num_experts else ""
     return (
-        f"{config.model.variant} of {total_parameters(config.model):,} parameters on {processes} "
+        f"{config.model.variant} of {total_parameters(config.model):,} parameters{active} on {processes} "
         f"{'process' if processes == 1 else 'processes'}: {steps:,} steps x {plan.tokens_per_step:,} tokens"
         f"{f' ({ramp})' if ramp else ''} = {tokens:,} tokens, {flops:.2e} FLOP"
     )

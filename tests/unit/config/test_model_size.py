@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_crnet.config.model_size import (
+    active_parameters,
     flops_per_token,
     parameters_by_part,
     remark_on_unused_rows,
@@ -12,7 +13,7 @@ from megatron_crnet.config.model_size import (
 )
 from megatron_crnet.config.schema import ModelConfig
 from megatron_crnet.model.reference import ReferenceCRNet
-from tests.helpers import TINY_MODEL
+from tests.helpers import ARCHITECTURES, TINY_MODEL
 
 LLAMA_1B = {"num_layers": 24, "hidden_size": 2048, "ffn_hidden_size": 5461, "num_attention_heads": 32}
 
@@ -42,6 +43,8 @@ def test_crnet_has_the_formulas_count() -> None:
         {"full_rank_layers": [0, 2]},
         {"full_rank_layers": []},
         {"rank": {"q": [1, 2, 3, 4], "k": 2, "v": 3, "o": 4, "gate": 5, "up": 6, "down": 7}},
+        *ARCHITECTURES.values(),
+        {**ARCHITECTURES["qwen3_moe"], "variant": "full_rank"},
     ],
 )
 def test_counts_are_those_of_a_real_model(changes: dict[str, object]) -> None:
@@ -68,6 +71,19 @@ def test_operations_are_those_that_torch_counts(variant: str) -> None:
     # the embedding's gradient is no product, and the first layer's inputs need one all the same
     assert products == pytest.approx(linear, rel=1e-9)
     assert counted >= products
+
+
+def test_qwen3_30b_has_3_billion_active_parameters() -> None:
+    """Qwen3-30B-A3B has 30.5B parameters, 3.3B of them active (2505.09388, table 2)."""
+    model = ModelConfig(
+        **{"variant": "full_rank", "architecture": "qwen3_moe", "num_layers": 48, "hidden_size": 2048},
+        **{"num_attention_heads": 32, "num_query_groups": 4, "kv_channels": 128, "ffn_hidden_size": 768},
+        **{"num_experts": 128, "moe_router_topk": 8, "vocab_size": 151936},
+    )
+    assert total_parameters(model) == pytest.approx(30.5e9, rel=2e-3)
+    assert active_parameters(model) == pytest.approx(3.35e9, rel=2e-3)
+    ours = 6 * (active_parameters(model) - 151936 * 2048) / flops_per_token(model, seq_length=0)
+    assert ours == pytest.approx(1.0, rel=1e-4)  # the embedding multiplies nothing, and norms are few
 
 
 @pytest.mark.fault("M9")

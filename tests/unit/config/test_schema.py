@@ -13,10 +13,11 @@ from megatron_crnet.config.field_types import is_text, shown
 from megatron_crnet.config.loading import read_config
 from megatron_crnet.config.schema import Config, FaultsConfig
 from megatron_crnet.utils.errors import ConfigError
-from tests.helpers import tiny_config
+from tests.helpers import ARCHITECTURES, tiny_config
 
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
+MOE = ARCHITECTURES["qwen3_moe"]
 
 RESTARTS = {"lr_decay_style": "cosine_restarts"}
 NVME = {"device": "nvme", "nvme_path": "/tmp"}
@@ -104,6 +105,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"optimizer": {"name": "adamw8bit", "adam_eps": 1e-11}}, "adam_eps is 1e-11, .* use at least 1e-10, or adamw"),
     ({"parallel": {"sequence_parallel": True}}, "parallel.sequence_parallel is true"),
+    ({"model": {"architecture": "qwen3_moe"}}, "model.num_experts is not set, but architecture qwen3_moe needs it"),
+    ({"model": {"num_experts": 4}}, "num_experts is set, but architecture llama has no experts: .* use qwen3_moe"),
+    ({"model": {"moe_router_topk": 2}}, "moe_router_topk is set, but architecture llama has no experts"),
+    ({"model": {**MOE, "num_experts": 1}}, "num_experts is 1, but must be"),
+    ({"model": {**MOE, "moe_router_topk": 5}}, "moe_router_topk 5 is above model.num_experts 4: use at most that"),
+    ({"model": {**MOE, "moe_router_topk": 1}}, "moe_router_topk is 1, .* set moe_router_pre_softmax"),
+    ({"model": {**MOE, "variant": "relora"}}, "variant is relora, .* architecture qwen3"),
+    ({"model": {**MOE, "moe_aux_loss_coeff": -1.0}}, "moe_aux_loss_coeff is -1.0, but must be"),
+    (
+        {"model": {**MOE, "variant": "full_rank"}, "optimizer": {"name": "galore", "galore_rank": 4}},
+        "optimizer.name is galore, .* use adamw or adamw8bit",
+    ),
     ({"parallel": {"virtual_pipeline_model_parallel_size": 2}}, "needs pipeline_model_parallel_size above 1"),
     ({"parallel": PP2, "deepspeed_section": {"zero_optimization": {"stage": 2}}}, "use stage 1"),
     (

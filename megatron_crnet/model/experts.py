@@ -1,0 +1,180 @@
+"""A mixture of experts: Megatron-Core's router and dispatcher, and the experts of this rank.
+
+An expert is down(silu(gate x) up x); no chain passes through it (docs/decisions/experts.md). The weights of a rank's
+experts are stacked, [experts, out, in], and all positions of a group share a product with A, as in `model/linear.py`.
+Experts are not cut: with expert parallelism each tensor-parallel rank holds whole ones of its own, whose gradients are
+whole; otherwise every rank holds all of them and gives them the tokens of its part of the sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor, nn
+
+from megatron_crnet.config.architectures import Group
+from megatron_crnet.config.megatron import CRNetTransformerConfig
+from megatron_crnet.model.compiled import choose_glue
+from megatron_crnet.model.linear import WeightShard
+from megatron_crnet.model.regions import Regions
+
+
+class CountingRouter(TopKRouter):
+    """Megatron-Core's router, which keeps what is logged: of passes with a gradient, so of each micro-batch once."""
+
+    def __init__(self, config: CRNetTransformerConfig, pg_collection: ProcessGroupCollection | None = None) -> None:
+        super().__init__(config=config, pg_collection=pg_collection)
+        self.reset_counts()
+
+    def reset_counts(self) -> None:
+        """Forget what was counted."""
+        self.tokens_per_expert = torch.zeros(self.num_experts, dtype=torch.float64)
+        self.balance_loss = torch.zeros(1, dtype=torch.float64)
+
+    def gating(self, input: Tensor) -> Tensor:  # noqa: A002
+        """Logits in fp32: Megatron-Core 0.16.1 names a function of Transformer Engine here also where there is none."""
+        return F.linear(input.float(), self.weight.float())
+
+    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:  # noqa: A002
+        """Weights of experts and which are chosen, [tokens, experts]."""
+        weights, chosen = super().forward(input, padding_mask)
+        if self.training and torch.is_grad_enabled():
+            self.tokens_per_expert = self.tokens_per_expert.to(chosen.device) + chosen.sum(0)
+        return weights, chosen
+
+    def attach_and_log_load_balancing_loss(
+        self, activation: Tensor, aux_loss_coeff: float, aux_loss: Tensor, *args: Any, **options: Any
+    ) -> Tensor:
+        """Have backward differentiate this rank's part of the load-balancing loss, and count it."""
+        self.balance_loss = self.balance_loss.to(aux_loss.device) + aux_loss.detach() / aux_loss_coeff
+        return super().attach_and_log_load_balancing_loss(activation, aux_loss_coeff, aux_loss, *args, **options)
+
+
+class ExpertGroup(nn.Module):
+    """Maps with a common input of all experts of this rank: X W, X A B, or for cola silu(X A) B.
+
+    Args:
+        layer: number of the layer, from 0.
+        count: experts of this rank.
+        first: number of the first of them.
+    """
+
+    def __init__(self, config: CRNetTransformerConfig, group: Group, layer: int, count: int, first: int) -> None:
+        super().__init__()
+        table, self.positions, self.count, self.first = config.table, group.names, count, first
+        self.config, self.is_spread = config, config.expert_model_parallel_size > 1
+        self.h_in, self.h_out = table.shapes[group.names[0]][0], [table.shapes[p][1] for p in group.names]
+        self.is_full_rank, self.has_silu = table.is_full_rank(layer), table.method.has_silu
+        self.ranks = [table.ranks[layer][p] for p in group.names]
+        self.padded_ranks = [table.padded_ranks[layer][p] for p in group.names]
+        if self.is_full_rank:
+            self.weight = self._parameter(sum(self.h_out), self.h_in)
+            return
+        self.a = self._parameter(sum(self.padded_ranks), self.h_in)
+        for index, (width, rank) in enumerate(zip(self.h_out, self.padded_ranks, strict=True)):
+            self.register_parameter(f"b{index}", self._parameter(width, rank))
+
+    def _parameter(self, *shape: int) -> nn.Parameter:
+        device = "cpu" if self.config.use_cpu_initialization else torch.cuda.current_device()
+        values = torch.zeros((self.count, *shape), dtype=self.config.params_dtype, device=device)
+        parameter = nn.Parameter(values)
+        # an expert that every rank holds is given a part of the sequence by each
+        partial = self.config.sequence_parallel and not self.is_spread
+        setattr(parameter, "sequence_parallel", partial)  # noqa: B010
+        return parameter
+
+    def forward(self, x: Tensor, counts: Sequence[int], scale: Tensor | None = None) -> tuple[Tensor, ...]:
+        """One output [tokens, w] per position.
+
+        Args:
+            x: tokens of the first expert, then of the next, [tokens, h_in].
+            counts: tokens of each expert.
+            scale: what outputs are multiplied by, [tokens, 1]; done where there are fewest elements.
+        """
+        if self.is_full_rank:
+            return stacked_product(_scaled(x, scale), self.weight, counts).split(self.h_out, dim=-1)
+        z = stacked_product(x, self.a, counts)
+        parts = _scaled(F.silu(z) if self.has_silu else z, scale).split(self.padded_ranks, dim=-1)
+        return tuple(stacked_product(part, getattr(self, f"b{i}"), counts) for i, part in enumerate(parts))
+
+    def shards(self) -> Iterator[tuple[int, WeightShard]]:
+        """Every map of every expert of this rank, with the expert's number; the rest of the parameters is padding."""
+        for local in range(self.count):
+            for shard in self._shards(local):
+                yield self.first + local, shard
+
+    def _shards(self, local: int) -> Iterator[WeightShard]:
+        row = start = 0
+        sizes = zip(self.positions, self.h_out, self.ranks, self.padded_ranks, strict=True)
+        for index, (position, width, rank, room) in enumerate(sizes):
+            if self.is_full_rank:
+                yield self._matrix(position, "weight", self.weight, local, start, (width, self.h_in))
+                start += width
+                continue
+            yield self._matrix(position, "a.weight", self.a, local, row, (rank, self.h_in))
+            yield self._matrix(position, "b.weight", getattr(self, f"b{index}"), local, 0, (width, rank))
+            row += room
+
+    def _matrix(
+        self, position: str, suffix: str, parameter: nn.Parameter, local: int, start: int, shape: tuple[int, int]
+    ) -> WeightShard:
+        index = (local, slice(start, start + shape[0]), slice(shape[1]))
+        # an expert of one rank alone is a shard that is all of the weight
+        dim, span = (0, range(shape[0])) if self.is_spread else (None, range(0))
+        return WeightShard(position, suffix, parameter, index, shape, dim, span)
+
+
+class Experts(nn.Module):
+    """The experts of a layer on this rank, as `MoELayer` builds and calls them."""
+
+    def __init__(
+        self, count: int, config: CRNetTransformerConfig, layer: int, pg_collection: ProcessGroupCollection
+    ) -> None:
+        super().__init__()
+        experts = config.table.architecture.experts
+        assert experts is not None
+        first = pg_collection.ep.rank() * count
+        self.inputs, self.output = (ExpertGroup(config, group, layer, count, first) for group in experts.groups)
+        glue = choose_glue(next(self.parameters()), config.cross_layer_fusion)
+        self.regions = Regions(glue, activates=config.table.activates)
+
+    def forward(self, x: Tensor, counts: Tensor, weights: Tensor) -> tuple[Tensor, None]:
+        """What the tokens' experts give, times their weights, [tokens, h]; and no bias.
+
+        Args:
+            x: [tokens, h], by expert.
+            counts: tokens of each expert, [experts].
+            weights: of the tokens, [tokens].
+        """
+        sizes = counts.tolist()
+        hidden, _ = self.regions.swiglu(None, *self.inputs(x, sizes))
+        (y,) = self.output(hidden, sizes, weights[:, None])
+        return y, None
+
+    def shards(self) -> Iterator[tuple[int, WeightShard]]:
+        """Every map of every expert of this rank, with the expert's number."""
+        yield from self.inputs.shards()
+        yield from self.output.shards()
+
+
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    return x if scale is None else (x * scale).to(x.dtype)
+
+
+def stacked_product(x: Tensor, weights: Tensor, counts: Sequence[int]) -> Tensor:
+    """X W of each expert's tokens, [tokens, out]; weights: [experts, out, in], all of which take part."""
+    return torch.cat([F.linear(part, weight) for part, weight in zip(x.split(counts), weights.unbind(), strict=True)])
+
+
+def build_experts(config: CRNetTransformerConfig, layer: int, pg_collection: ProcessGroupCollection) -> MoELayer:
+    """Router, dispatcher and experts of layer `layer` (from 0)."""
+    experts = ModuleSpec(module=Experts, params={"layer": layer})
+    # its number is not set: Megatron-Core would then add up losses in a dictionary of the process
+    return MoELayer(config, MoESubmodules(experts=experts, router=CountingRouter), pg_collection=pg_collection)
