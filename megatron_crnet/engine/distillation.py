@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from megatron_crnet.config.distillation_section import DistillationConfig
@@ -113,7 +114,7 @@ class Distillation:
         """
         teacher = self.teacher[model.vp_stage or 0]
         if received is not None:
-            own, of_teacher = received.split([received.shape[-1] - self.width, self.width], dim=-1)
+            own, of_teacher = _split(received, self.width)
             model.set_input_tensor(own)
             teacher.set_input_tensor(of_teacher.detach())
         targets, taught = self._taught(teacher, batch)
@@ -122,7 +123,7 @@ class Distillation:
         if model.post_process:
             output = self._token_losses(model, call, batch, match, taught if teacher.post_process else None)
         else:
-            output = torch.cat([call_model(call, batch, match), taught], dim=-1)
+            output = _join(call_model(call, batch, match), taught)
         if match is not None:
             self.squares[0] += match.squares * (self._tp if self._shards_sequence else 1)
         return output
@@ -158,6 +159,20 @@ class Distillation:
         self.squares[1] += squared_sum(difference) * self._tp
         logits = add_gradient(logits, difference, self._factors[1])
         return token_losses(logits, batch["labels"], model.pg_collection.tp, model.glue)
+
+
+def _join(own: Tensor, of_teacher: Tensor) -> Tensor:
+    """One fresh tensor [s/t, b, sum of widths] of two, one behind the other in memory."""
+    joined = torch.cat([own.flatten(), of_teacher.flatten()]).view(*own.shape[:2], -1)
+    # the schedule frees a sent tensor's storage, which it refuses to do for a view
+    return make_viewless_tensor(joined, requires_grad=joined.requires_grad, keep_graph=True)
+
+
+def _split(joined: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The inverse of `_join` where the second has this width; views, no copies."""
+    local, b, whole = joined.shape
+    own, of_teacher = joined.flatten().split([local * b * (whole - width), local * b * width])
+    return own.view(local, b, -1), of_teacher.view(local, b, -1)
 
 
 def _without_labels(batch: dict[str, Tensor]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from megatron_crnet.config.deepspeed import DEFAULT_BUCKET, offloads_optimizer, 
 from megatron_crnet.engine.adam8bit import BLOCK, CHUNK
 from megatron_crnet.model.block import boundary_widths
 from megatron_crnet.model.glue import FEW
+from megatron_crnet.planning.distillation import boundary_width, kept_differences, teacher_weights
 from megatron_crnet.planning.galore import galore_share
 from megatron_crnet.planning.profile import Memory
 from megatron_crnet.planning.shards import PROJECTED, Chunk, LocalModel
@@ -33,6 +34,7 @@ def estimate_memory(model: LocalModel, plan: BatchPlan) -> Memory:
     """The memory of a rank of this stage."""
     state = _offloaded(model, plan) if offloads_optimizer(model.config) else _state(model, plan.dp_size)
     state |= _frozen(model, state, plan.dp_size)
+    state["weights"] += teacher_weights(model)
     layers = [layer for chunk in model.chunks for layer in chunk.layers]
     gathers = model.chunks[-1].predicts or any(model.transformer.table.is_full_rank(layer) for layer in layers)
     if model.transformer.sequence_parallel and gathers:
@@ -125,8 +127,8 @@ def _kept(model: LocalModel, plan: BatchPlan) -> float:
     transformer, last, h = model.transformer, model.chunks[-1], model.config.model.hidden_size
     flight = min(micro_batches_in_flight(transformer, model.pp_rank), plan.num_microbatches)
     width = flight * sum(_kept_width(model, chunk) for chunk in model.chunks)
-    width += 2 * h if last.predicts else sum(boundary_widths(transformer, last.layers.stop))
-    return width * model.local_tokens * model.element + _logits(model, last)
+    width += 2 * h if last.predicts else sum(boundary_widths(transformer, last.layers.stop)) + boundary_width(model)
+    return width * model.local_tokens * model.element + _logits(model, last) + kept_differences(model, flight)
 
 
 def _kept_width(model: LocalModel, chunk: Chunk) -> float:
@@ -158,8 +160,10 @@ def _moments(model: LocalModel, plan: BatchPlan, chunk: Chunk) -> Iterator[float
     received = 0.0
     if not (first.embeds or plan.num_microbatches == 1 or len(model.chunks) > 1):
         # under 1F1B the received tensors and their gradients outlive their micro-batch
-        received = sum(boundary_widths(transformer, first.layers.start)) * size
+        received = (sum(boundary_widths(transformer, first.layers.start)) + boundary_width(model)) * size
     yield -_missing(model, plan)
+    if chunk.predicts and model.teacher is not None and model.config.distillation.kd_beta:
+        yield 2 * logits + 2 * received - _missing(model, plan)  # the sum of both losses' gradients, then transposed
     if chunk.predicts:  # what the loss takes in fp32 for a few tokens
         yield 8 * min(logits / model.element, FEW) + 2 * received - _missing(model, plan)
         copies = 6 if model.bf16 and model.stage >= 1 else model.element

@@ -23,6 +23,8 @@ ACTIVATION_USES = 4
 """Reads and writes of an activation and its gradient."""
 LAUNCHES, LAUNCH_SECONDS = 400, 5e-6
 """Kernels per layer and micro-batch, and the launch time of one: assumed."""
+FORWARD_USES = 2
+"""The same of a pass without backward."""
 REBUILT_USES, REBUILT_LAUNCHES = 2, LAUNCHES // 3
 """The same for what a recomputed layer adds."""
 HOST_ADAM_BANDWIDTH = 20e9
@@ -34,7 +36,7 @@ class Operations:
     """Floating-point operations of one rank in a step.
 
     Attributes:
-        passes: forward and backward without recomputation.
+        passes: forward and backward without recomputation, and the forward pass of a teacher.
         attention: share of attention in both.
         update: of GaLore's projections, in fp32.
     """
@@ -64,6 +66,11 @@ def estimate_operations(model: LocalModel, plan: BatchPlan) -> Operations:
         if chunk.predicts:
             shape = model.config.model
             passes += 6 * model.tokens * shape.hidden_size * (shape.vocab_size // model.tp)
+    for chunk in model.teacher.chunks if model.teacher else ():
+        passes += len(chunk.layers) * (_full_rank_products(model) + attention)
+        attended += len(chunk.layers) * attention
+        if chunk.predicts:
+            passes += 2 * model.tokens * model.config.model.hidden_size * (model.config.model.vocab_size // model.tp)
     count = plan.num_microbatches
     update = galore_share(model, plan.dp_size).operations if model.config.optimizer.name == "galore" else 0
     return Operations(passes * count, again * count, attended * count, update)
@@ -147,6 +154,7 @@ def estimate_time(
     for volume in volumes:
         seconds[volume.group] += _transfer_time(volume, machine, crossings[volume.group])
     kernels = sum(LAUNCHES * len(c.layers) + REBUILT_LAUNCHES * sum(map(len, c.segments)) for c in model.chunks)
+    kernels += sum(REBUILT_LAUNCHES * len(chunk.layers) for chunk in model.teacher.chunks) if model.teacher else 0
     launches = max(0.0, plan.num_microbatches * kernels * LAUNCH_SECONDS - matmul - elementwise)
     busy = matmul + elementwise + launches + seconds[TENSOR] + seconds[PIPELINE]
     return StepTime(
@@ -174,6 +182,9 @@ def _activation_bytes(model: LocalModel) -> float:
     uses = [(layer, ACTIVATION_USES) for chunk in model.chunks for layer in chunk.layers]
     uses += [(n, REBUILT_USES) for chunk in model.chunks for segment in chunk.segments for n in segment]
     layers = sum(times * layer_widths(model.transformer, layer).activations for layer, times in uses)
+    if model.teacher is not None:
+        its_layers = (layer for chunk in model.teacher.chunks for layer in chunk.layers)
+        layers += FORWARD_USES * sum(layer_widths(model.teacher.transformer, n).activations for n in its_layers)
     logits = model.tokens * model.config.model.vocab_size // model.tp * (model.element + 4) * ACTIVATION_USES
     return layers * model.local_tokens * model.element + (logits if model.chunks[-1].predicts else 0)
 

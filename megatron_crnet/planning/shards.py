@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 
@@ -17,6 +17,7 @@ from megatron_crnet.config.architectures.base import NORMS, QK_NORMS
 from megatron_crnet.config.deepspeed import reduce_bucket_size, zero_stage
 from megatron_crnet.config.megatron import CRNetTransformerConfig, build_transformer_config
 from megatron_crnet.config.schema import Config
+from megatron_crnet.engine.distillation import teacher_config
 from megatron_crnet.recompute.planner import initial_segments, plan_inverse_segments
 
 PROJECTED = "projected"
@@ -69,6 +70,7 @@ class LocalModel:
         stage: ZeRO stage.
         element: bytes of a weight and of an activation.
         tokens: per micro-batch; `local_tokens` are those of this rank under sequence parallelism.
+        teacher: what the rank holds of it (`distillation`); None without one. Nothing of it is trained.
     """
 
     config: Config
@@ -82,6 +84,7 @@ class LocalModel:
     element: int
     tokens: int
     local_tokens: int
+    teacher: LocalModel | None = None
 
     @property
     def bf16(self) -> bool:
@@ -131,12 +134,30 @@ def build_local_models(config: Config) -> list[LocalModel]:
     tp, pp = transformer.tensor_model_parallel_size, transformer.pipeline_model_parallel_size
     tokens, element = training.micro_batch_size * training.seq_length, 2 if training.bf16 else 4
     local, stage = tokens // tp if transformer.sequence_parallel else tokens, zero_stage(config)
-    models = []
-    for rank in range(pp):
+    models, teachers = [], _teachers(config)
+    for rank, teacher in enumerate(teachers):
         chunks = _chunks(transformer, rank)
         weights = [p for chunk in chunks for p in _weights(config, transformer, chunk)]
-        models.append(LocalModel(config, transformer, rank, chunks, weights, tp, pp, stage, element, tokens, local))
+        sizes = tp, pp, stage, element, tokens, local
+        models.append(LocalModel(config, transformer, rank, chunks, weights, *sizes, teacher))
     return models
+
+
+def _teachers(config: Config) -> list[LocalModel] | list[None]:
+    """The teacher's part on each pipeline rank, without what its loss does not need."""
+    if config.distillation.teacher is None:
+        return [None] * config.parallel.pipeline_model_parallel_size
+    found = build_local_models(teacher_config(config))
+    if config.distillation.kd_beta:
+        return found
+    return [
+        replace(
+            model,
+            chunks=[replace(chunk, predicts=False) for chunk in model.chunks],
+            weights=[p for p in model.weights if p.layer < config.model.num_layers],
+        )
+        for model in found
+    ]
 
 
 def _chunks(transformer: CRNetTransformerConfig, pp_rank: int) -> list[Chunk]:

@@ -14,6 +14,7 @@ from megatron_crnet.config.batch import BatchPlan
 from megatron_crnet.config.deepspeed import zero_option
 from megatron_crnet.config.recompute_section import STRATEGIES
 from megatron_crnet.model.block import boundary_widths, interleaved_width
+from megatron_crnet.planning.distillation import boundary_width, teacher_traffic
 from megatron_crnet.planning.galore import galore_share
 from megatron_crnet.planning.profile import DATA, PIPELINE, STAGE, TENSOR, CommVolume
 from megatron_crnet.planning.shards import Chunk, LocalModel, LocalParameter
@@ -26,10 +27,10 @@ def estimate_volumes(model: LocalModel, plan: BatchPlan) -> list[CommVolume]:
     """The volumes of a rank of this stage."""
     found, count = defaultdict[tuple[str, str], float](float), plan.num_microbatches
     if model.tp > 1:
-        for chunk in model.chunks:
-            for kind, width in _tensor_parallel(model, chunk):
-                factor = 2 if kind == "all_reduce" else 1
-                found[TENSOR, kind] += factor * count * model.tokens * width * model.element
+        of_chunks = (call for chunk in model.chunks for call in _tensor_parallel(model, chunk))
+        for kind, width in (*of_chunks, *teacher_traffic(model)):
+            factor = 2 if kind == "all_reduce" else 1
+            found[TENSOR, kind] += factor * count * model.tokens * width * model.element
         shares = plan.dp_size if model.stage >= 2 else 1  # gradients are sharded over replicas already
         found[TENSOR, "all_reduce"] += 2 * model.partial_numel * _sum_size(model) / shares
     if model.pp > 1:
@@ -89,7 +90,8 @@ def _boundaries(model: LocalModel) -> int:
     edges = [chunk.layers.stop for chunk in model.chunks if not chunk.predicts]
     edges += [chunk.layers.start for chunk in model.chunks if not chunk.embeds]
     width = interleaved_width(model.transformer)
-    return sum(width or sum(boundary_widths(model.transformer, edge)) for edge in edges)
+    besides = boundary_width(model)
+    return sum((width or sum(boundary_widths(model.transformer, edge))) + besides for edge in edges)
 
 
 def _data_parallel(model: LocalModel, plan: BatchPlan) -> dict[str, float]:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_crnet.config.distillation_section import DistillationConfig
 from megatron_crnet.config.loading import load_config
 from megatron_crnet.config.schema import Config, RecomputeConfig
 from megatron_crnet.distributed.process_groups import initialize_parallel
@@ -79,6 +80,10 @@ def galore(config: Config, **options: Any) -> Config:
     return dataclasses.replace(config, optimizer=section)
 
 
+def taught(config: Config, **weights: float) -> Config:
+    return dataclasses.replace(config, distillation=DistillationConfig("of the test", **weights))
+
+
 @cache
 def rows() -> dict[str, Config]:
     return {
@@ -131,6 +136,13 @@ def rows() -> dict[str, Config]:
         "tp, galore": galore(row("bf16", 1, TP, variant="full_rank")),
         "zero 0, fp32, galore": galore(row("fp32", 0, variant="full_rank")),
         "zero 2, bf16, galore, projecting": galore(row("bf16", 2, variant="full_rank"), update_proj_gap=1),
+        "tp, taught": taught(row("bf16", 1, TP)),
+        "pp, taught": taught(row("bf16", 1, PP)),
+        "vpp, taught": taught(row("bf16", 1, VPP)),
+        "zero 3, taught, replay": taught(row("bf16", 3, None, REPLAY, TIGHT)),
+        "taught in logits": taught(row("fp32", 0), kd_alpha=0.0, kd_beta=1.0),
+        "tp without sp, taught": taught(row("bf16", 1, {**TP, "sequence_parallel": False}), kd_beta=1.0),
+        "tp, taught in both": taught(row("fp32", 2, TP, FULL), kd_beta=1.0),
         "pp, galore, full": galore(row("fp32", 1, PP, variant="full_rank"), proj_type="full"),
     }
 
@@ -153,6 +165,7 @@ SOON = (
     "zero 1, bf16, 8-bit",
     "tp, relora, replay",
     "zero 3, bf16, galore",
+    "tp, taught",
 )
 """The others are marked long: every row costs a second on an idle machine, and more where process groups are built."""
 RARE = tuple(name for name in rows() if name not in SOON)

@@ -1,0 +1,45 @@
+"""What a teacher adds to a step of a rank (`distillation`): its weights, what its losses keep, its forward pass.
+
+Everything is nothing without a teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_crnet.planning.shards import LocalModel
+
+
+def teacher_weights(model: LocalModel) -> int:
+    """Bytes of the teacher's weights, which ZeRO does not partition."""
+    return sum(p.numel for p in model.teacher.weights) * model.element if model.teacher else 0
+
+
+def boundary_width(model: LocalModel) -> int:
+    """What crosses to another pipeline stage for the teacher, in elements per local token."""
+    return model.config.model.hidden_size if model.teacher else 0
+
+
+def kept_differences(model: LocalModel, flight: float) -> float:
+    """Bytes of the differences that backward needs, of the outputs of blocks and of logits.
+
+    Args:
+        flight: micro-batches in flight.
+    """
+    if model.teacher is None:
+        return 0.0
+    section, shape, last = model.config.distillation, model.config.model, model.chunks[-1]
+    layers = sum(len(chunk.layers) for chunk in model.chunks) if section.kd_alpha else 0
+    logits = model.tokens * shape.vocab_size // model.tp if section.kd_beta and last.predicts else 0
+    return (flight * layers * model.local_tokens * shape.hidden_size + logits) * model.element
+
+
+def teacher_traffic(model: LocalModel) -> Iterator[tuple[str, float]]:
+    """Tensor-parallel calls of the teacher's forward pass and their elements per token."""
+    for chunk in model.teacher.chunks if model.teacher else ():
+        h, columns, rows = model.config.model.hidden_size, 2 * len(chunk.layers), 2 * len(chunk.layers)
+        columns, rows = columns + chunk.predicts, rows + chunk.embeds
+        if model.transformer.sequence_parallel:
+            yield from (("all_gather", columns * h), ("reduce_scatter", rows * h))
+        else:
+            yield "all_reduce", rows * h
