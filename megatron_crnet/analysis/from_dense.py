@@ -41,6 +41,8 @@ FREE = (
     *("beta_init", "init_method_std", "scale_residual_init", "hidden_dropout", "attention_dropout"),
 )
 """Fields in which the model to come may differ from the dense one."""
+LENGTH = "max_position_embeddings"
+"""The one of them that learned positions fix."""
 
 
 class FittedMap(NamedTuple):
@@ -88,10 +90,9 @@ class Conversion:
         Raises:
             DataError: a weight of the dense model is not finite, or zero all over.
         """
-        embedding = self.dense.read(EMBEDDING)[""]
-        layers = self.target.model.num_layers
-        stream = None if self.rows is None else Activations(embedding, self.rows, self.batch_size, self.devices)
-        yield {EMBEDDING: embedding}
+        layers, rows = self.target.model.num_layers, self.rows
+        stream = None if rows is None else Activations(self.dense.embed(rows), self.batch_size, self.devices)
+        yield {EMBEDDING: self.dense.read(EMBEDDING)[""]}
         for index in range(layers):
             weights = self._convert(index, stream)
             if stream is not None and index + 1 < layers:
@@ -173,10 +174,11 @@ def check_target(dense: Config, target: Config, has_text: bool) -> None:
             calibration text where it is needed.
     """
     before, variant = resolved(dense)["model"], target.model.variant
+    has_learned_positions = not position_table(dense.model).architecture.is_rotary
     require(
         before["variant"] == "full_rank",
-        f"the model to convert is {before['variant']}, but only full_rank ones and LLaMA are converted: give one of "
-        "them",
+        f"the model to convert is {before['variant']}, but only full_rank ones are converted, Transformers' own "
+        "among them: give one",
     )
     require(
         variant in NEEDS_TEXT,
@@ -184,7 +186,7 @@ def check_target(dense: Config, target: Config, has_text: bool) -> None:
     )
     for name, value in resolved(target)["model"].items():
         require(
-            name in FREE or value == before[name],
+            value == before[name] or (name in FREE and not (name == LENGTH and has_learned_positions)),
             f"model.{name} is {value}, but {before[name]} in the dense model, whose weights are kept: leave it out",
         )
     table = position_table(target.model)

@@ -15,14 +15,13 @@ from torch import Tensor
 from megatron_crnet.analysis.difference import Difference
 from megatron_crnet.analysis.source import SourceModel
 from megatron_crnet.analysis.stream import Activations, Map, Sums
-from megatron_crnet.checkpoint.weight_files import EMBEDDING
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class MapOutputs:
-    """The outputs of a linear map on all tokens, as sums.
+    """The outputs of a linear map, without its bias, on all tokens, as sums.
 
     Attributes:
         difference: of Y and P, the outputs of the same map in the previous layer; without P in the first.
@@ -55,7 +54,7 @@ def each_map(
     Raises:
         DataError: a weight of the model is not finite, or zero all over.
     """
-    stream = Activations(source.read(EMBEDDING)[""], rows, batch_size, devices)
+    stream = Activations(source.embed(rows), batch_size, devices)
     before: Sums | None = None
     found: list[T] = []
     with ThreadPoolExecutor(len(devices)) as pool:

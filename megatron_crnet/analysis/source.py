@@ -9,10 +9,11 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_crnet.checkpoint.directory import FINAL, saved_step
-from megatron_crnet.checkpoint.weight_files import WeightSource
+from megatron_crnet.checkpoint.weight_files import EMBEDDING, LEARNED_POSITIONS, WeightSource
 from megatron_crnet.config.positions import PositionTable, position_table
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.tokenizer import Tokenizer
@@ -28,7 +29,7 @@ LAYER = "model.layers.{}."
 
 @dataclass(frozen=True)
 class SourceModel:
-    """An export, a LLaMA or a checkpoint.
+    """An export, a model of Transformers' own classes or a checkpoint.
 
     Attributes:
         notes: lines on newer checkpoints that were skipped.
@@ -65,6 +66,13 @@ class SourceModel:
         names = [name for name in self.weights.shapes if name.startswith(prefix)]
         return {n.removeprefix(prefix): w for n, w in self.weights.checked(names, partial(cast, "fp32")).items()}
 
+    def embed(self, rows: Tensor) -> Tensor:
+        """The residual stream before the first layer, [rows, s, h], on the CPU; rows: tokens, [rows, s]."""
+        hidden = F.embedding(rows, self.read(EMBEDDING)[""])
+        if LEARNED_POSITIONS in self.weights.shapes:
+            hidden += self.read(LEARNED_POSITIONS)[""][: rows.shape[1]]
+        return hidden
+
     def layer(self, index: int) -> ReferenceLayer:
         """A layer with its weights, on the CPU."""
         return layer_of(self.config, index, self.read(LAYER.format(index)))
@@ -79,7 +87,7 @@ def layer_of(config: Config, index: int, weights: Mapping[str, Tensor]) -> Refer
 
 
 def open_source(path: Path, tokenizer: str | None = None) -> SourceModel:
-    """Open an export, a LLaMA, a checkpoint, a folder of checkpoints or a run.
+    """Open an export, a model of Transformers' own classes, a checkpoint, a folder of checkpoints or a run.
 
     Args:
         tokenizer: path of the tokenizer; None takes the model's own.

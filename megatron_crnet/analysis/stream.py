@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_crnet.model.reference import ReferenceLayer
@@ -82,16 +81,15 @@ class Activations:
     """What rows carry from layer to layer.
 
     Args:
-        embedding: [vocabulary, h].
-        rows: tokens, [rows, s].
+        hidden: the residual stream before the first layer, [rows, s, h].
         batch_size: b.
         devices: the batches go to them in turn; sums are collected on the first.
     """
 
-    def __init__(self, embedding: Tensor, rows: Tensor, batch_size: int, devices: Sequence[torch.device]) -> None:
+    def __init__(self, hidden: Tensor, batch_size: int, devices: Sequence[torch.device]) -> None:
         self.devices = list(devices)
-        batches = enumerate(rows.split(batch_size))
-        self.batches = [Batch(F.embedding(part, embedding).to(self._device(i))) for i, part in batches]
+        batches = enumerate(hidden.split(batch_size))
+        self.batches = [Batch(part.to(self._device(i), copy=True)) for i, part in batches]
 
     def measure(self, layer: ReferenceLayer, collect: Collect) -> Sums:
         """Sums over the maps of a layer, after which the rows stand before it as they did."""

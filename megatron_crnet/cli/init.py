@@ -4,9 +4,9 @@
     %(prog)s runs/dense runs/small/checkpoints --model.variant low_rank --model.rank 64
     %(prog)s runs/dense runs/small/checkpoints --config run.yaml --config ranks.yaml --prefix data/train
 
-DENSE is a Hugging Face LLaMA, or an export, a checkpoint or a run of variant full_rank. The model section comes from
-it; configuration options say what is to differ: variant (default: crnet), rank, full_rank_layers. Without model.rank
-each map keeps 1 / --compression of its parameters.
+DENSE is a Hugging Face LLaMA, GPT-2 or Qwen3, or an export, a checkpoint or a run of variant full_rank. The model
+section comes from it; configuration options say what is to differ: variant (default: crnet), rank, full_rank_layers.
+Without model.rank each map keeps 1 / --compression of its parameters.
 
 low_rank takes the truncated SVD of each weight; with calibration text, and for crnet always, each map is fitted to its
 outputs on that text (docs/from-dense.md). One layer at a time is in memory; several GPUs share the rows.

@@ -101,7 +101,8 @@ class FromPlain(WeightSource):
         for name in [name for name in files.shapes if name.endswith(about.buffers)]:
             del files.shapes[name]
         is_base = not any(name.startswith(about.prefix) for name in files.shapes)
-        self._stored = stored_as(about, shapes, "" if is_base else about.prefix)
+        self._about, self._prefix = about, "" if is_base else about.prefix
+        self._stored = stored_as(about, shapes, self._prefix)
         self._of = {part: name for name, stored in self._stored.items() for part in stored.parts}
         self.shapes = shapes
         self.dtypes = {part: files.dtypes.get(name, "") for part, name in self._of.items()}
@@ -117,7 +118,8 @@ class FromPlain(WeightSource):
                     "tie_word_embeddings to false in its config.json, or remove that weight"
                 )
             del files.shapes[HEAD]
-        files.check({name: stored.shape(wanted) for name, stored in self._stored.items()})
+        stored = stored_as(self._about, wanted, self._prefix)
+        files.check({name: one.shape(wanted) for name, one in stored.items()})
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """See WeightSource."""

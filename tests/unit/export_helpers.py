@@ -40,6 +40,21 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """By architecture, what CRNetConfig has beside them."""
 
+PLAIN_SIZES: dict[str, Any] = {
+    **{"vocab_size": 416, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16},
+}
+PLAIN_GPT2 = {"vocab_size": 416, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "bos_token_id": None}
+PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {**PLAIN_SIZES, "rope_theta": 500000.0}),
+    "llama, tied": ("llama", {**PLAIN_SIZES, "head_dim": 12, "tie_word_embeddings": True}),
+    "gpt2": ("gpt2", {**PLAIN_GPT2, "eos_token_id": None}),
+    "gpt2, untied": ("gpt2", {**PLAIN_GPT2, "eos_token_id": None, "n_inner": 40, "tie_word_embeddings": False}),
+    "qwen3": ("qwen3", {**PLAIN_SIZES, "head_dim": 12, "rms_norm_eps": 1e-3}),
+    "qwen3, tied": ("qwen3", {**PLAIN_SIZES, "head_dim": 6, "tie_word_embeddings": True}),
+}
+"""Transformers' own models: `model_type`, and fields of its configuration."""
+
 
 def random_weights(config: Config) -> Weights:
     torch.manual_seed(3)
@@ -77,3 +92,17 @@ def write_export(folder: Path) -> Path:
     config = dataclasses.replace(tiny_config(model={"vocab_size": 416}), data=DataConfig(tokenizer_model=tokenizer))
     to_hf(write_checkpoint(folder / "step_00000001", random_weights(config), config), folder / "export")
     return folder / "export"
+
+
+def theirs(folder: Path, name: str, **changes: Any) -> Any:
+    """A model of Transformers' own class, of random weights, in FOLDER; without a tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind, fields = PLAIN[name]
+    fields = {**fields, **changes}
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields)).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    return model

@@ -17,7 +17,7 @@ from megatron_crnet.data.tokenizer import SentencePieceTokenizer
 from megatron_crnet.hf.evaluate import check_memory, text_documents
 from megatron_crnet.hf.generate import Sampling, open_model
 from megatron_crnet.utils.progress import CountPrinter
-from tests.unit.export_helpers import write_export
+from tests.unit.export_helpers import theirs, write_export
 
 ROOT = Path(__file__).parents[2]
 Tool = Callable[..., tuple[int, str, str]]
@@ -156,6 +156,33 @@ def test_from_hf_takes_a_tokenizer(export: Path, run: Tool, tmp_path: Path) -> N
     assert run(*asked)[0] == 2
     assert not (tmp_path / "back").exists()
     assert run(*asked, "--tokenizer", export / "tokenizer.model")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3, tied"])
+def test_the_tools_take_models_of_transformers(name: str, export: Path, run: Tool, tmp_path: Path) -> None:
+    theirs(tmp_path / "theirs", name)
+    taken = ["--tokenizer", export / "tokenizer.model"]
+    asked = ("convert_checkpoint", "from-hf", tmp_path / "theirs", tmp_path / "run" / "checkpoints")
+    assert run(*asked)[0] == 2
+    assert run(*asked, *taken)[0] == 0
+    asked = ("convert_checkpoint", "to-hf", tmp_path / "run", tmp_path / "plain", "--plain")
+    status, out, _ = run(*asked)
+    assert (status, "parameters of" in out) == (0, True)
+    (tmp_path / "text.txt").write_text("def read(self):\n    return 1\n")
+    found = [
+        (
+            run("evaluate", "--model", path, "--text", tmp_path / "text.txt", "--json", *rest)[1],
+            run("generate", "--model", path, "--prompt", "x", "import os", "--max-new-tokens", 4, "--json", *rest)[1],
+        )
+        for path, rest in ((tmp_path / "theirs", taken), (tmp_path / "plain", []), (tmp_path / "run", []))
+    ]
+    assert "loss" in json.loads(found[0][0])
+    assert [text for _, text in found] == [found[0][1]] * 3
+    losses = [json.loads(out)["loss"] for out, _ in found]
+    assert losses == [losses[0]] * 3
+    status, _, error = run("convert_checkpoint", "to-hf", export.parent / "step_00000001", tmp_path / "no", "--plain")
+    assert (status, error.count("\n"), (tmp_path / "no").exists()) == (2, 1, False)
+    assert "model.variant is crnet, but a LlamaForCausalLM holds full-rank weights: leave out --plain" in error
 
 
 @pytest.mark.fault("F11")

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_crnet.analysis.fit import truncated_svd
 from megatron_crnet.analysis.from_dense import Conversion, beta_of, compressed_ranks
@@ -21,13 +20,18 @@ from megatron_crnet.cli.main import main
 from megatron_crnet.config.loading import load_config
 from megatron_crnet.config.model_size import total_parameters
 from megatron_crnet.config.positions import position_table
-from megatron_crnet.hf.export import from_hf
 from megatron_crnet.hf.generate import open_model
 from megatron_crnet.model.glue import signed_scale
-from tests.unit.analysis.models import changed, random_rows, reference
+from tests.helpers import ARCHITECTURES
+from tests.unit.analysis.models import changed, dense_checkpoint, random_rows, reference
+from tests.unit.export_helpers import PLAIN, theirs
 
-SIDES = {"q": 32, "k": 16, "v": 16, "o": 32, "gate": 32, "up": 32, "down": 32}
 CPU = [torch.device("cpu")]
+
+
+def smaller_sides(dense: SourceModel) -> dict[str, int]:
+    """The ranks at which no map loses anything."""
+    return {position: min(shape) for position, shape in dense.table.shapes.items()}
 
 
 def converted(dense: SourceModel, rows: Tensor | None = None, **model: Any) -> tuple[Conversion, dict[str, Tensor]]:
@@ -36,9 +40,19 @@ def converted(dense: SourceModel, rows: Tensor | None = None, **model: Any) -> t
     return conversion, {name: value for portion in conversion.weights() for name, value in portion.items()}
 
 
-@pytest.mark.parametrize(("variant", "text"), [("crnet", True), ("low_rank", True), ("low_rank", False)])
-def test_at_full_rank_the_model_is_the_dense_one(variant: str, text: bool, dense: SourceModel) -> None:
-    conversion, weights = converted(dense, random_rows(40) if text else None, variant=variant, rank=SIDES)
+@pytest.mark.parametrize(
+    ("architecture", "variant", "text"),
+    [
+        *(("llama", variant, text) for variant, text in (("crnet", True), ("low_rank", True), ("low_rank", False))),
+        *((other, "crnet", True) for other in ARCHITECTURES),
+    ],
+)
+def test_at_full_rank_the_model_is_the_dense_one(
+    architecture: str, variant: str, text: bool, tokenizer: str, tmp_path: Path
+) -> None:
+    dense = open_source(dense_checkpoint(tmp_path, tokenizer, **ARCHITECTURES.get(architecture, {})))
+    ranks = smaller_sides(dense)
+    conversion, weights = converted(dense, random_rows(40) if text else None, variant=variant, rank=ranks)
     tokens = random_rows(2)
     wanted = reference(dense.config, dense.read(""))(tokens)
     torch.testing.assert_close(reference(conversion.target, weights)(tokens), wanted, rtol=1e-3, atol=1e-3)
@@ -173,35 +187,28 @@ def test_a_converted_model_is_not_converted_again(
     assert "the model to convert is low_rank, but only full_rank ones" in capsys.readouterr().err
 
 
-def llama(folder: Path, dense: SourceModel, **changes: Any) -> LlamaForCausalLM:
-    """A LLaMA as transformers writes it, with the dense model's tokenizer."""
-    torch.manual_seed(1)
-    sizes = {"vocab_size": 416, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16}
-    model = LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, "initializer_range": 0.2, **changes})).eval()
-    model.save_pretrained(folder)
+def with_tokenizer(folder: Path, name: str, dense: SourceModel, **changes: Any) -> Any:
+    """A model of Transformers' own class, with the dense model's tokenizer."""
+    model = theirs(folder, name, **changes)
     shutil.copyfile(str(dense.config.data.tokenizer_model), folder / "tokenizer.model")
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CRNetTokenizer"}))
     return model
 
 
-@pytest.mark.parametrize("changes", [{}, {"rope_theta": 500000.0}, {"tie_word_embeddings": True}])
-def test_a_llama_of_transformers_is_converted(changes: dict[str, Any], dense: SourceModel, tmp_path: Path) -> None:
-    model = llama(tmp_path / "llama", dense, **changes)
-    tokens = random_rows(2)
-    with torch.no_grad():
-        wanted = model(tokens).logits
-    torch.testing.assert_close(open_model(tmp_path / "llama").model(tokens).logits, wanted, rtol=1e-4, atol=1e-4)
-    from_hf(tmp_path / "llama", tmp_path / "full" / "checkpoints")
-    torch.testing.assert_close(open_model(tmp_path / "full").model(tokens).logits, wanted, rtol=1e-4, atol=1e-4)
-    words = ["init", str(tmp_path / "llama"), str(tmp_path / "low"), "--model.variant=low_rank"]
-    assert main([*words, f"--model.rank={json.dumps(SIDES)}"]) == 0
-    torch.testing.assert_close(open_model(tmp_path / "low").model(tokens).logits, wanted, rtol=1e-3, atol=1e-3)
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_model_of_transformers_is_converted(name: str, dense: SourceModel, tmp_path: Path) -> None:
+    model = with_tokenizer(tmp_path / "theirs", name, dense)
+    wanted = model(random_rows(2)).logits
+    ranks = json.dumps(smaller_sides(open_source(tmp_path / "theirs")))
+    words = ["init", str(tmp_path / "theirs"), str(tmp_path / "low"), "--model.variant=low_rank"]
+    assert main([*words, f"--model.rank={ranks}"]) == 0
+    found = open_model(tmp_path / "low").model(random_rows(2)).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_an_older_llama_is_read(dense: SourceModel, tmp_path: Path) -> None:
     """Without newer fields, and with a buffer among its weights."""
-    model = llama(tmp_path / "llama", dense, num_key_value_heads=4)
+    model = with_tokenizer(tmp_path / "llama", "llama", dense, rope_theta=10000.0, num_key_value_heads=4)
     path = tmp_path / "llama" / "config.json"
     values = json.loads(path.read_text())
     for name in ("rope_parameters", "num_key_value_heads", "initializer_range", "head_dim"):
@@ -239,7 +246,7 @@ def test_an_older_llama_is_read(dense: SourceModel, tmp_path: Path) -> None:
 def test_a_llama_that_crnet_cannot_be_is_one_line(
     changes: dict[str, Any], message: str, dense: SourceModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    llama(tmp_path / "llama", dense)
+    with_tokenizer(tmp_path / "llama", "llama", dense)
     capsys.readouterr()  # of transformers
     path = tmp_path / "llama" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_crnet.analysis.source import open_source
 from megatron_crnet.analysis.stream import STREAM, Activations, Map, Sums
-from megatron_crnet.checkpoint.weight_files import EMBEDDING
+from tests.helpers import ARCHITECTURES
 from tests.unit.analysis.models import activations, dense_checkpoint, random_rows
 
 
@@ -24,12 +25,16 @@ def everything(sums: Sums, maps: dict[str, Map]) -> None:
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-@pytest.mark.parametrize("variant", ["full_rank", "crnet"])
-def test_sums_are_those_of_whole_activations(variant: str, devices: int, tokenizer: str, tmp_path: Path) -> None:
-    source = open_source(dense_checkpoint(tmp_path, tokenizer, variant=variant))
+@pytest.mark.parametrize(
+    "model", [{"variant": "full_rank"}, {}, ARCHITECTURES["gpt2"], {"variant": "full_rank", **ARCHITECTURES["qwen3"]}]
+)
+def test_sums_are_those_of_whole_activations(
+    model: dict[str, Any], devices: int, tokenizer: str, tmp_path: Path
+) -> None:
+    source = open_source(dense_checkpoint(tmp_path, tokenizer, **{"variant": "crnet", **model}))
     rows = random_rows(5)
     wanted = activations(source, rows)
-    stream = Activations(source.read(EMBEDDING)[""], rows, 2, [torch.device("cpu")] * devices)
+    stream = Activations(source.embed(rows), 2, [torch.device("cpu")] * devices)
     for index in range(4):
         measured = stream.measure(source.layer(index), everything)
         sums = stream.advance(source.layer(index), everything)

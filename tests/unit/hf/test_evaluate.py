@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_crnet.data.documents import DOCUMENT_LENGTHS, positions_within
 from megatron_crnet.hf.evaluate import (
     evaluate,
     first_tokens,
@@ -19,9 +20,15 @@ from megatron_crnet.hf.evaluate import (
     packed_rows,
     padded_rows,
     text_documents,
+    within_documents,
 )
+from megatron_crnet.hf.export_config import hugging_face_fields
+from megatron_crnet.hf.modeling_crnet import CRNetConfig, CRNetForCausalLM
+from megatron_crnet.model.reference import ReferenceCRNet
 from megatron_crnet.utils.errors import DataError
+from tests.helpers import ARCHITECTURES, EOD, document_numbers, tiny_config
 from tests.unit.data_helpers import VOCAB, PlainTokenizer, write_indexed
+from tests.unit.export_helpers import random_weights
 
 
 class NextIs:
@@ -106,3 +113,23 @@ def test_documents_come_from_token_files_and_from_text(tmp_path: Path) -> None:
     high = write_indexed(tmp_path / "other", [[VOCAB + 1]])
     with pytest.raises(DataError, match="made with another tokenizer"):
         indexed_documents(high, tokenizer)
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+@pytest.mark.parametrize("name", ["llama", *ARCHITECTURES])
+def test_documents_are_kept_apart_and_positions_counted_as_in_training(name: str, restarts: bool) -> None:
+    config = tiny_config(model=ARCHITECTURES.get(name, {}), data={"reset_attention_mask": True})
+    reference, weights = ReferenceCRNet(config.model), random_weights(config)
+    reference.load_state_dict(weights)
+    model = CRNetForCausalLM(CRNetConfig(**hugging_face_fields(config))).eval()
+    model.load_state_dict(weights, strict=False)
+    ids = [[3, 4, 5, EOD], [6, EOD], [7, 8, 9, 10, 11, 12, 13, EOD], [14, 15, EOD]]
+    rows: list[Any] = list(within_documents(packed_rows(documents(*ids), 8), EOD))
+    if restarts:
+        rows = [{**row, "position_ids": positions_within(row[DOCUMENT_LENGTHS])} for row in rows]
+    tokens, labels, mask = (torch.stack([row[key] for row in rows]) for key in ("tokens", "labels", "loss_mask"))
+    positions = torch.stack([row["position_ids"] for row in rows]) if restarts else None
+    logits = reference(tokens, document_numbers(config, tokens), positions)
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    wanted = float((losses * mask.flatten()).sum() / mask.sum())
+    assert evaluate(model, rows, batch_size=2).loss == pytest.approx(wanted, rel=1e-5)

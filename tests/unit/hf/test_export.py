@@ -24,6 +24,7 @@ from megatron_crnet.checkpoint.weight_files import CheckpointWeights, ExportWeig
 from megatron_crnet.config.architectures import LLAMA
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.schema import Config, DataConfig
+from megatron_crnet.hf.evaluate import evaluate_rows, rows_to_evaluate
 from megatron_crnet.hf.export import from_hf, saved_config, to_hf
 from megatron_crnet.hf.generate import open_model
 from megatron_crnet.hf.modeling_crnet import CRNetForCausalLM
@@ -114,6 +115,17 @@ def test_transformers_opens_it_and_gives_the_references_logits(each: tuple[Path,
     torch.testing.assert_close(model(ids).logits, reference(ids), rtol=1e-5, atol=1e-5)
     assert torch.equal(open_model(export).model(ids).logits, model(ids).logits)
     assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (1, 0)
+
+
+def test_learned_positions_have_an_end(each: tuple[Path, Weights, Config], tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("import os\n" * 20)
+    opened = open_model(each[0])
+    asked: dict[str, Any] = {"text": tmp_path / "text.txt", "seq_length": 17, "allow_longer": True}
+    if each[2].model.architecture == "gpt2":
+        with pytest.raises(ConfigError, match="17 tokens is longer than the 16 positions that the model has learned"):
+            rows_to_evaluate(opened, **asked)
+    else:
+        assert evaluate_rows(opened.model, rows_to_evaluate(opened, **asked), 2).tokens > 17
 
 
 def test_an_opened_checkpoint_is_the_opened_export(export: Path, checkpoint: Path) -> None:

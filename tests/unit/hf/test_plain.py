@@ -23,38 +23,14 @@ from megatron_crnet.model.reference import ReferenceCRNet
 from megatron_crnet.utils.errors import ConfigError, CrnetError
 from tests.helpers import tiny_config
 from tests.unit.data_helpers import train_small_tokenizer
-from tests.unit.export_helpers import random_weights, write_checkpoint
+from tests.unit.export_helpers import PLAIN, random_weights, theirs, write_checkpoint
 
-SIZES: dict[str, Any] = {
-    **{"vocab_size": 416, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16},
-}
-GPT2 = {"vocab_size": 416, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "bos_token_id": None}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {**SIZES, "rope_theta": 500000.0}),
-    "llama, tied": ("llama", {**SIZES, "head_dim": 12, "tie_word_embeddings": True}),
-    "gpt2": ("gpt2", {**GPT2, "eos_token_id": None}),
-    "gpt2, untied": ("gpt2", {**GPT2, "eos_token_id": None, "n_inner": 40, "tie_word_embeddings": False}),
-    "qwen3": ("qwen3", {**SIZES, "head_dim": 12, "rms_norm_eps": 1e-3}),
-    "qwen3, tied": ("qwen3", {**SIZES, "head_dim": 6, "tie_word_embeddings": True}),
-}
 IDS = torch.randint(416, (2, 16), generator=torch.Generator().manual_seed(2))
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     return train_small_tokenizer(tmp_path_factory.mktemp("tokenizer"), 400)
-
-
-def theirs(folder: Path, name: str) -> Any:
-    """A model of Transformers' own class, of random weights, in FOLDER."""
-    kind, fields = MODELS[name]
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields)).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(folder)
-    return model
 
 
 def reference_of(folder: Path) -> ReferenceCRNet:
@@ -68,7 +44,7 @@ def test_every_architecture_of_exports_has_a_class() -> None:
     assert FORMATS.keys() == ARCHITECTURES.keys()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_model_comes_in_with_its_logits_and_goes_back_bit_for_bit(name: str, tokenizer: str, tmp_path: Path) -> None:
     wanted = theirs(tmp_path / "theirs", name)(IDS).logits
     torch.testing.assert_close(reference_of(tmp_path / "theirs")(IDS), wanted, rtol=1e-5, atol=1e-5)
@@ -79,10 +55,10 @@ def test_a_model_comes_in_with_its_logits_and_goes_back_bit_for_bit(name: str, t
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
-    assert type(again).__name__ == FORMATS[MODELS[name][0]].model_class
+    assert type(again).__name__ == FORMATS[PLAIN[name][0]].model_class
     assert torch.equal(again(IDS).logits, wanted)
     first, second = (AutoConfig.from_pretrained(tmp_path / folder).to_dict() for folder in ("theirs", "back"))
-    told = {key for key in FORMATS[MODELS[name][0]].fields if first.get(key) is not None}
+    told = {key for key in FORMATS[PLAIN[name][0]].fields if first.get(key) is not None}
     assert {key: second[key] for key in told} == {key: first[key] for key in told}
     assert first.get("rope_parameters") == second.get("rope_parameters")
     assert {file.name for file in (tmp_path / "back").glob("*.py")} == {"tokenization_crnet.py"}
