@@ -157,13 +157,24 @@ def _examine_all(config: Config, context: ParallelContext, folders: RunFolders) 
         unread if config.checkpoint.load and start is None else None,
     ]
     remarks = [
-        *(f"warning: {line}" for line in (*damaged, space) if line),
+        *(f"warning: {line}" for line in (*damaged, space, _steep_restarts(config)) if line),
         *(f"note: {line}" for line in notes if line),
         *(start.remarks if start else []),
         *(teacher.remarks if teacher else []),
         *(differences(config, checkpoint, saved, state, trained_on) if checkpoint and not start else []),
     ]
     return replace(found, remarks=remarks)
+
+
+def _steep_restarts(config: Config) -> str | None:
+    """A warning where ReLoRA's restarts prune moments under a rate that does not drop there."""
+    interval, style = config.relora.restart_interval, config.optimizer.lr_decay_style
+    if interval is None or style == "cosine_restarts":
+        return None
+    return (
+        f"relora.restart_interval {interval} prunes moments while optimizer.lr_decay_style {style} keeps its rate, "
+        "and the first updates after a restart may undo what was learnt: use cosine_restarts"
+    )
 
 
 def _is_validation_due(found: Preflight) -> bool:
