@@ -166,6 +166,14 @@ def compressed_ranks(table: PositionTable, factor: float) -> dict[str, int]:
     return ranks
 
 
+def refuse_experts(table: PositionTable) -> None:
+    """Raise ConfigError where layers have experts, whose maps no calibration looks at."""
+    require(
+        table.architecture.experts is None,
+        "the model's layers have experts, of which no spectra are taken and no factors fitted: give one without",
+    )
+
+
 def check_target(dense: Config, target: Config, has_text: bool) -> None:
     """Refuse what a dense model cannot be turned into.
 
@@ -190,6 +198,7 @@ def check_target(dense: Config, target: Config, has_text: bool) -> None:
             f"model.{name} is {value}, but {before[name]} in the dense model, whose weights are kept: leave it out",
         )
     table = position_table(target.model)
+    refuse_experts(table)
     for index, ranks in enumerate(table.ranks):
         for position, rank in ranks.items():
             require(

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megatron_crnet.analysis.from_dense import refuse_experts
 from megatron_crnet.analysis.outputs import MapOutputs, each_map
 from megatron_crnet.analysis.source import SourceModel
 from megatron_crnet.config.model_size import flops_per_token, total_parameters
@@ -92,8 +93,10 @@ def spectra_of(
 
     Raises:
         DataError: a weight of the model is not finite, or zero all over.
+        ConfigError: the model has experts.
     """
     table = position_table(target)
+    refuse_experts(table)
 
     def look(outputs: MapOutputs) -> Spectrum | None:
         if table.is_full_rank(outputs.layer):

@@ -26,9 +26,9 @@ from megatron_crnet.hf.modeling_crnet import CRNetConfig, CRNetForCausalLM
 from megatron_crnet.model.gpt import build_model_chunks
 from megatron_crnet.model.weights import canonical_weights, load_canonical
 from tests.distributed.spawn import fresh_world, run_distributed
-from tests.helpers import ARCHITECTURES, PADDED, micro_batches, random_mask, random_tokens, tiny_config
+from tests.helpers import PADDED, micro_batches, random_mask, random_tokens, tiny_config
 from tests.unit.data_helpers import train_small_tokenizer
-from tests.unit.export_helpers import random_weights, write_checkpoint
+from tests.unit.export_helpers import EXPORTED, random_weights, write_checkpoint
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"parallel": {"tensor_model_parallel_size": 2}, "stage": 1, "model": PADDED},
@@ -41,7 +41,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "low_rank": {"variant": "low_rank"},
     "cola": {"variant": "cola"},
     "grouped_query": {"num_query_groups": 2, "full_rank_layers": [0, 2]},
-    **ARCHITECTURES,
+    **EXPORTED,
 }
 SIZES = {"vocab_size": 400}
 FEASIBLE = {**PADDED, "rank": {**PADDED["rank"], "up": 30, "down": 29}}

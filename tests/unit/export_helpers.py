@@ -18,7 +18,7 @@ from megatron_crnet.config.schema import Config, DataConfig
 from megatron_crnet.engine.state_kinds import KINDS
 from megatron_crnet.hf.export import to_hf
 from megatron_crnet.model.reference import ReferenceCRNet
-from tests.helpers import tiny_config
+from tests.helpers import ARCHITECTURES, tiny_config
 from tests.unit.data_helpers import train_small_tokenizer
 
 Weights = dict[str, Tensor]
@@ -39,6 +39,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3": {"architecture": "qwen3", "head_dim": 6, "num_key_value_heads": 2},
 }
 """By architecture, what CRNetConfig has beside them."""
+EXPORTED = {name: model for name, model in ARCHITECTURES.items() if name in SHAPES}
+"""Architectures beside LLaMA that exports know, as configurations of ours."""
 
 PLAIN_SIZES: dict[str, Any] = {
     **{"vocab_size": 416, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},

@@ -22,9 +22,8 @@ from megatron_crnet.config.model_size import total_parameters
 from megatron_crnet.config.positions import position_table
 from megatron_crnet.hf.generate import open_model
 from megatron_crnet.model.glue import signed_scale
-from tests.helpers import ARCHITECTURES
 from tests.unit.analysis.models import changed, dense_checkpoint, random_rows, reference
-from tests.unit.export_helpers import PLAIN, theirs
+from tests.unit.export_helpers import EXPORTED, PLAIN, theirs
 
 CPU = [torch.device("cpu")]
 
@@ -44,13 +43,13 @@ def converted(dense: SourceModel, rows: Tensor | None = None, **model: Any) -> t
     ("architecture", "variant", "text"),
     [
         *(("llama", variant, text) for variant, text in (("crnet", True), ("low_rank", True), ("low_rank", False))),
-        *((other, "crnet", True) for other in ARCHITECTURES),
+        *((other, "crnet", True) for other in EXPORTED),
     ],
 )
 def test_at_full_rank_the_model_is_the_dense_one(
     architecture: str, variant: str, text: bool, tokenizer: str, tmp_path: Path
 ) -> None:
-    dense = open_source(dense_checkpoint(tmp_path, tokenizer, **ARCHITECTURES.get(architecture, {})))
+    dense = open_source(dense_checkpoint(tmp_path, tokenizer, **EXPORTED.get(architecture, {})))
     ranks = smaller_sides(dense)
     conversion, weights = converted(dense, random_rows(40) if text else None, variant=variant, rank=ranks)
     tokens = random_rows(2)

@@ -26,9 +26,9 @@ from megatron_crnet.hf.export_config import hugging_face_fields
 from megatron_crnet.hf.modeling_crnet import CRNetConfig, CRNetForCausalLM
 from megatron_crnet.model.reference import ReferenceCRNet
 from megatron_crnet.utils.errors import DataError
-from tests.helpers import ARCHITECTURES, EOD, document_numbers, tiny_config
+from tests.helpers import EOD, document_numbers, tiny_config
 from tests.unit.data_helpers import VOCAB, PlainTokenizer, write_indexed
-from tests.unit.export_helpers import random_weights
+from tests.unit.export_helpers import EXPORTED, random_weights
 
 
 class NextIs:
@@ -116,9 +116,9 @@ def test_documents_come_from_token_files_and_from_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("restarts", [False, True])
-@pytest.mark.parametrize("name", ["llama", *ARCHITECTURES])
+@pytest.mark.parametrize("name", ["llama", *EXPORTED])
 def test_documents_are_kept_apart_and_positions_counted_as_in_training(name: str, restarts: bool) -> None:
-    config = tiny_config(model=ARCHITECTURES.get(name, {}), data={"reset_attention_mask": True})
+    config = tiny_config(model=EXPORTED.get(name, {}), data={"reset_attention_mask": True})
     reference, weights = ReferenceCRNet(config.model), random_weights(config)
     reference.load_state_dict(weights)
     model = CRNetForCausalLM(CRNetConfig(**hugging_face_fields(config))).eval()

@@ -30,9 +30,9 @@ from megatron_crnet.hf.generate import open_model
 from megatron_crnet.hf.modeling_crnet import CRNetForCausalLM
 from megatron_crnet.model.reference import ReferenceCRNet
 from megatron_crnet.utils.errors import ConfigError, CrnetError, DataError
-from tests.helpers import ARCHITECTURES, tiny_config
+from tests.helpers import tiny_config
 from tests.unit.data_helpers import train_small_tokenizer
-from tests.unit.export_helpers import Weights, random_weights, write_checkpoint
+from tests.unit.export_helpers import EXPORTED, Weights, random_weights, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +70,13 @@ def export(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture(scope="module", params=["llama", *ARCHITECTURES])
+@pytest.fixture(scope="module", params=["llama", *EXPORTED])
 def each(
     request: pytest.FixtureRequest, tokenizer: str, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Weights, Config]:
     """An export of each architecture, its weights and configuration."""
     folder = tmp_path_factory.mktemp(request.param)
-    config = config_of(tokenizer, **ARCHITECTURES.get(request.param, {}))
+    config = config_of(tokenizer, **EXPORTED.get(request.param, {}))
     weights = random_weights(config)
     weights["model.layers.1.mlp.up_proj.beta"].zero_()  # which is no mistake
     for name in weights:

@@ -18,7 +18,8 @@ from megatron_crnet.hf.export_config import hugging_face_fields
 from megatron_crnet.hf.modeling_crnet import CRNetConfig, CRNetForCausalLM
 from megatron_crnet.model.reference import ReferenceCRNet
 from megatron_crnet.model.weights import initial_value
-from tests.helpers import ARCHITECTURES, tiny_config
+from tests.helpers import tiny_config
+from tests.unit.export_helpers import EXPORTED
 
 PER_POSITION = {"q": [3, 4, 5, 6], "k": 4, "v": 4, "o": 6, "gate": 7, "up": 7, "down": [9, 8, 7, 6]}
 MODELS: dict[str, dict[str, Any]] = {
@@ -34,12 +35,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "two_chains": {"full_rank_layers": [0, 2]},
     "first_layer_low_rank": {"full_rank_layers": []},
     "other_constants": {"rotary_base": 500, "layernorm_epsilon": 1e-3, "cross_layer_epsilon": 1e-2},
-    **ARCHITECTURES,
-    "gpt2_full_rank_untied": {**ARCHITECTURES["gpt2"], "variant": "full_rank", "tie_word_embeddings": False},
-    "gpt2_cola": {**ARCHITECTURES["gpt2"], "variant": "cola"},
-    "gpt2_low_rank": {**ARCHITECTURES["gpt2"], "variant": "low_rank", "kv_channels": 5, "num_query_groups": 2},
-    "qwen3_full_rank": {**ARCHITECTURES["qwen3"], "variant": "full_rank"},
-    "qwen3_cola": {**ARCHITECTURES["qwen3"], "variant": "cola", "tie_word_embeddings": False},
+    **EXPORTED,
+    "gpt2_full_rank_untied": {**EXPORTED["gpt2"], "variant": "full_rank", "tie_word_embeddings": False},
+    "gpt2_cola": {**EXPORTED["gpt2"], "variant": "cola"},
+    "gpt2_low_rank": {**EXPORTED["gpt2"], "variant": "low_rank", "kv_channels": 5, "num_query_groups": 2},
+    "qwen3_full_rank": {**EXPORTED["qwen3"], "variant": "full_rank"},
+    "qwen3_cola": {**EXPORTED["qwen3"], "variant": "cola", "tie_word_embeddings": False},
 }
 
 
@@ -94,7 +95,7 @@ def test_fp32_logits_differ_from_the_reference_by_rounding_alone() -> None:
         torch.testing.assert_close(model(tokens()).logits, reference(tokens()), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["crnet", "full_rank", "cola", "grouped_query", "two_chains", *ARCHITECTURES])
+@pytest.mark.parametrize("name", ["crnet", "full_rank", "cola", "grouped_query", "two_chains", *EXPORTED])
 def test_decoding_with_the_cache_gives_the_logits_of_the_whole(name: str) -> None:
     model, _ = pair(MODELS[name])
     ids = tokens()
@@ -108,7 +109,7 @@ def test_decoding_with_the_cache_gives_the_logits_of_the_whole(name: str) -> Non
     assert cache.get_seq_length() == ids.shape[1]
 
 
-@pytest.mark.parametrize("name", ["crnet", *ARCHITECTURES])
+@pytest.mark.parametrize("name", ["crnet", *EXPORTED])
 def test_a_row_padded_on_the_left_is_the_row_alone(name: str) -> None:
     model, _ = pair(MODELS[name])
     ids = tokens(1, 7)
@@ -121,7 +122,7 @@ def test_a_row_padded_on_the_left_is_the_row_alone(name: str) -> None:
     torch.testing.assert_close(batch[1], model(other).logits[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["crnet", "full_rank", "grouped_query", *ARCHITECTURES])
+@pytest.mark.parametrize("name", ["crnet", "full_rank", "grouped_query", *EXPORTED])
 def test_generate_batches_caches_and_repeats(name: str) -> None:
     model, _ = pair(MODELS[name])
     ids = tokens(2, 4)
@@ -222,7 +223,7 @@ def test_the_traits_that_travel_are_those_that_are_trained() -> None:
 @pytest.mark.fault("documents")
 # transformers' eager attention takes its softmax in fp32
 @pytest.mark.parametrize(("implementation", "tolerance"), [("eager", 1e-6), ("sdpa", 1e-9)])
-@pytest.mark.parametrize("name", ["crnet", "full_rank", "low_rank", "cola", "grouped_query", *ARCHITECTURES])
+@pytest.mark.parametrize("name", ["crnet", "full_rank", "low_rank", "cola", "grouped_query", *EXPORTED])
 def test_positions_that_start_anew_keep_documents_apart(name: str, implementation: str, tolerance: float) -> None:
     model, reference = pair(MODELS[name])
     model.double(), reference.double()
