@@ -92,7 +92,8 @@ def _check_model(config: Config, found: Config) -> None:
     teacher = found.model
     require(
         teacher.variant == "full_rank",
-        f"it is of variant {teacher.variant}, but a teacher is dense: give a LLaMA, or an export of variant full_rank",
+        f"it is of variant {teacher.variant}, but a teacher is dense: give a Hugging Face model, or an export of "
+        "variant full_rank",
     )
     length, longest = config.training.seq_length, teacher.max_position_embeddings
     require(
