@@ -77,7 +77,7 @@ def read_export_config(folder: Path) -> Config:
         kind = values["model_type"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is not readable ({error!r}): give a folder that to-hf has written") from error
-    if kind in FORMATS:
+    if isinstance(kind, str) and kind in FORMATS:
         return read_plain(values, str(path))
     if kind != CRNET_TYPE:
         raise DataError(

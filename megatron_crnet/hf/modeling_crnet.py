@@ -120,7 +120,7 @@ class CRNetModel(CRNetPreTrainedModel):
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
             if self.embed_positions is not None and attention_mask is not None and attention_mask.dim() == 2:
-                position_ids = (attention_mask.cumsum(-1)[:, position_ids[0]] - 1).clamp(min=0)
+                position_ids = (attention_mask.long().cumsum(-1)[:, position_ids[0]] - 1).clamp(min=0)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x,

@@ -204,7 +204,10 @@ def plain_fields(config: Config) -> dict[str, Any]:
         # at the top as well, where earlier versions of Transformers, and other engines, read it
         fields |= {ROPE: {k: v for k, v in rotary.items() if v is not None}, "rope_theta": rotary["rope_theta"]}
     fields = {name: value for name, value in fields.items() if value is not None}
-    after = resolved(read_plain(fields, f"config.json of a {about.model_class}"))["model"]
+    try:
+        after = resolved(read_plain(fields, "what --plain would write"))["model"]
+    except ConfigError as error:
+        raise ConfigError(f"{error}, or leave out --plain") from error
     after["kv_channels"] = head_width(ModelConfig(**after))
     for name in before.keys() - {*OF_TRAINING, *OF_VARIANTS, *({"rotary_base"} - {*about.fields.values()})}:
         require(

@@ -16,7 +16,10 @@ from megatron_crnet.checkpoint.train_state import TrainingState
 from megatron_crnet.config.loading import save_config
 from megatron_crnet.config.schema import Config, DataConfig
 from megatron_crnet.engine.state_kinds import KINDS
+from megatron_crnet.hf.configuration_crnet import ARCHITECTURES as TRAITS
 from megatron_crnet.hf.export import to_hf
+from megatron_crnet.hf.plain import FORMATS
+from megatron_crnet.hf.plain_weights import stored_as
 from megatron_crnet.model.reference import ReferenceCRNet
 from tests.helpers import ARCHITECTURES, tiny_config
 from tests.unit.data_helpers import train_small_tokenizer
@@ -39,7 +42,16 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3": {"architecture": "qwen3", "head_dim": 6, "num_key_value_heads": 2},
 }
 """By architecture, what CRNetConfig has beside them."""
-EXPORTED = {name: model for name, model in ARCHITECTURES.items() if name in SHAPES}
+TWINS: dict[str, dict[str, Any]] = {
+    "llama": SHAPE,
+    "gpt2": {
+        **{"vocab_size": 64, "n_embd": 32, "n_inner": 48, "n_layer": 4, "n_head": 4, "n_positions": 64},
+        **{"initializer_range": 0.2, "layer_norm_epsilon": 1e-6, "tie_word_embeddings": False},
+    },
+    "qwen3": {**SHAPE, "head_dim": 6, "num_key_value_heads": 2},
+}
+"""The same in the words of Transformers' own classes."""
+EXPORTED = {name: model for name, model in ARCHITECTURES.items() if name in TRAITS}
 """Architectures beside LLaMA that exports know, as configurations of ours."""
 
 PLAIN_SIZES: dict[str, Any] = {
@@ -108,3 +120,16 @@ def theirs(folder: Path, name: str, **changes: Any) -> Any:
         torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder)
     return model
+
+
+def twin_of(model: Any) -> Any:
+    """Transformers' own model with the weights of a full-rank one of `SHAPES`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind, weights = model.config.architecture, model.state_dict()
+    config = AutoConfig.for_model(kind, **TWINS[kind], pad_token_id=0, bos_token_id=None, eos_token_id=None)
+    twin = AutoModelForCausalLM.from_config(config).eval()
+    about = FORMATS[kind]
+    stored = stored_as(about, {name: tuple(value.shape) for name, value in weights.items()}, about.prefix)
+    twin.load_state_dict({name: one.join(weights) for name, one in stored.items()})
+    return twin

@@ -16,12 +16,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
     StaticCache,
     Trainer,
     TrainingArguments,
@@ -29,10 +23,8 @@ from transformers import (
 
 from megatron_crnet.hf.configuration_crnet import VARIANTS
 from megatron_crnet.hf.modeling_crnet import CRNetConfig, CRNetForCausalLM, CRNetForSequenceClassification
-from megatron_crnet.hf.plain import FORMATS
-from megatron_crnet.hf.plain_weights import stored_as
 from megatron_crnet.planning.counters import LiveMemory
-from tests.unit.export_helpers import SHAPE, SHAPES, write_export
+from tests.unit.export_helpers import SHAPE, SHAPES, twin_of, write_export
 
 
 def make(variant: str = "crnet", model: type = CRNetForCausalLM, **changes: Any) -> Any:
@@ -43,31 +35,6 @@ def make(variant: str = "crnet", model: type = CRNetForCausalLM, **changes: Any)
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.2)
     return made
-
-
-TWINS: dict[str, tuple[type, type, dict[str, Any]]] = {
-    "llama": (LlamaForCausalLM, LlamaConfig, SHAPE),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {**SHAPE, "head_dim": 6, "num_key_value_heads": 2}),
-    "gpt2": (
-        GPT2LMHeadModel,
-        GPT2Config,
-        {
-            **{"vocab_size": 64, "n_embd": 32, "n_inner": 48, "n_layer": 4, "n_head": 4, "n_positions": 64},
-            **{"initializer_range": 0.2, "layer_norm_epsilon": 1e-6, "tie_word_embeddings": False},
-        },
-    ),
-}
-"""Transformers' own models of the sizes that `make` gives each architecture."""
-
-
-def twin_of(model: CRNetForCausalLM) -> Any:
-    """Transformers' own model with the weights of a full-rank one: the measure of everything here."""
-    cls, config, fields = TWINS[model.config.architecture]
-    twin = cls(config(**fields, pad_token_id=0, bos_token_id=None, eos_token_id=None)).eval()
-    about, weights = FORMATS[model.config.architecture], model.state_dict()
-    stored = stored_as(about, {name: tuple(value.shape) for name, value in weights.items()}, about.prefix)
-    twin.load_state_dict({name: one.join(weights) for name, one in stored.items()})
-    return twin
 
 
 def tokens(rows: int = 2, length: int = 12) -> Tensor:

@@ -150,7 +150,16 @@ def test_what_a_configuration_must_not_say_is_named(changes: dict[str, Any], exp
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "5", '{"model_type": ' * 2000, '"' + "\\ud800" * 3, '{"model_type": 1' + "0" * 5000 + "}"]
+    "text",
+    [
+        "",
+        "[]",
+        "5",
+        '{"model_type": []}',
+        '{"model_type": ' * 2000,
+        '"' + "\\ud800" * 3,
+        '{"model_type": 1' + "0" * 5000 + "}",
+    ],
 )
 def test_a_damaged_configuration_is_named(text: str, export: Path) -> None:
     (export / "config.json").write_text(text)

@@ -23,7 +23,7 @@ from megatron_crnet.model.reference import ReferenceCRNet
 from megatron_crnet.utils.errors import ConfigError, CrnetError
 from tests.helpers import tiny_config
 from tests.unit.data_helpers import train_small_tokenizer
-from tests.unit.export_helpers import PLAIN, random_weights, theirs, write_checkpoint
+from tests.unit.export_helpers import EXPORTED, PLAIN, random_weights, theirs, write_checkpoint
 
 IDS = torch.randint(416, (2, 16), generator=torch.Generator().manual_seed(2))
 
@@ -139,8 +139,9 @@ def checkpoint_of(folder: Path, tokenizer: str, **model: Any) -> Path:
     return write_checkpoint(folder / "step_00000001", random_weights(config), config)
 
 
-def test_relora_goes_out_merged(tokenizer: str, tmp_path: Path) -> None:
-    checkpoint = checkpoint_of(tmp_path, tokenizer, variant="relora")
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_relora_goes_out_merged(architecture: str, tokenizer: str, tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(tmp_path, tokenizer, variant="relora", **EXPORTED.get(architecture, {}))
     to_hf(checkpoint, tmp_path / "out", plain=True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(model(IDS).logits, open_model(checkpoint).model(IDS).logits, rtol=1e-5, atol=1e-5)
