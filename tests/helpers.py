@@ -227,8 +227,10 @@ def random_teacher(config: Config) -> tuple[ReferenceCRNet | None, list[CRNetMod
     if config.distillation.teacher is None:
         return None, None
     dense = teacher_config(config)
-    other = dataclasses.replace(dense, training=dataclasses.replace(dense.training, seed=99))
-    plain = reference_model(other, build_transformer_config(other))
+    plain, generator = reference_model(dense, build_transformer_config(dense)), torch.Generator().manual_seed(99)
+    with torch.no_grad():
+        for weight in plain.parameters():  # another model than a full-rank one that it teaches
+            weight += 0.05 * torch.randn(weight.shape, generator=generator)
     weights = plain.state_dict()
     return plain, build_teacher(config, lambda weight: weights[weight.name])
 

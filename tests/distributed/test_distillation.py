@@ -73,6 +73,7 @@ ON_TWO = [
     Row(tp=2, model={**PADDED, "num_query_groups": 2}, weights={"kd_alpha": 2.0}, data=DOCUMENTS),
     Row(model={"variant": "low_rank"}, weights={"kd_alpha": 0.0, "kd_beta": 1.0}),
     Row(tp=2, zero=1, model={"variant": "cola"}),
+    Row(zero=1, model={"variant": "full_rank"}),
     Row(pp=2, zero=1, model=GPT2),
     Row(pp=2, vpp=2, zero=1, recompute="replay"),
     Row(tp=2, zero=1, dtype="bf16"),
@@ -88,8 +89,8 @@ ON_FOUR = [
     Row(pp=4, zero=1, dtype="bf16"),
     *(
         Row(tp=tp, pp=pp, zero=1, recompute=recompute, model={"variant": variant})
-        for (tp, pp), recompute, variant in itertools.product(
-            ((2, 1), (1, 2)), ("none", "replay", "full"), ("crnet", "full_rank", "low_rank", "cola", "relora")
+        for (tp, pp, recompute), variant in itertools.product(
+            ((2, 1, "replay"), (1, 2, "full")), ("crnet", "full_rank", "low_rank", "cola", "relora")
         )
     ),
 ]
