@@ -209,10 +209,11 @@ def plain_fields(config: Config) -> dict[str, Any]:
     except ConfigError as error:
         raise ConfigError(f"{error}, or leave out --plain") from error
     after["kv_channels"] = head_width(ModelConfig(**after))
-    for name in before.keys() - {*OF_TRAINING, *OF_VARIANTS, *({"rotary_base"} - {*about.fields.values()})}:
+    ignored = {*OF_TRAINING, *OF_VARIANTS, *({"rotary_base"} - {*about.fields.values()})}
+    for name, value in before.items():
         require(
-            before[name] == after[name],
-            f"model.{name} is {before[name]}, but {after[name]} in every {about.model_class} of these sizes: leave out "
+            name in ignored or value == after[name],
+            f"model.{name} is {value}, but {after[name]} in every {about.model_class} of these sizes: leave out "
             "--plain",
         )
     return fields
