@@ -19,12 +19,13 @@ class Traits:
 
     Attributes:
         positions: the linear maps of a layer, in the order in which its outputs are handed on: q, k, v, o, and those
-            of the feed-forward network, down last.
+            of the feed-forward network, down last; those of experts are not handed on.
         norm: rms, or layer: LayerNorm with a bias.
         activation: swiglu: silu(gate) up; gelu: gelu(up) in its tanh form.
         token_positions: rotary embedding of queries and keys, or a learned vector per position.
         has_biases: of all linear maps; outside of the chain: this layer uses Y + bias, the next one takes Y.
         has_qk_norm: an RMSNorm over each head of queries and keys.
+        has_experts: a router gives each token to some of many feed-forward networks, through which no chain passes.
     """
 
     positions: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
@@ -33,12 +34,14 @@ class Traits:
     token_positions: str = "rotary"
     has_biases: bool = False
     has_qk_norm: bool = False
+    has_experts: bool = False
 
 
 ARCHITECTURES = {
     "llama": Traits(),
     "gpt2": Traits(("q", "k", "v", "o", "up", "down"), "layer", "gelu", "learned", has_biases=True),
     "qwen3": Traits(has_qk_norm=True),
+    "qwen3_moe": Traits(has_qk_norm=True, has_experts=True),
 }
 """By `CRNetConfig.architecture`."""
 HIDDEN_ACT = {"swiglu": "silu", "gelu": "gelu_pytorch_tanh"}
@@ -56,7 +59,11 @@ class CRNetConfig(PretrainedConfig):
     """Shape of the model, with LlamaConfig's field names where it has them.
 
     Args:
-        architecture: llama, gpt2 or qwen3: see `ARCHITECTURES`.
+        architecture: llama, gpt2, qwen3 or qwen3_moe: see `ARCHITECTURES`.
+        intermediate_size: width of the feed-forward network, or of each expert.
+        num_experts: of a layer; None without experts.
+        num_experts_per_tok: how many a token is given to.
+        moe_router_pre_softmax: weigh them by the softmax over all experts; otherwise by that over the chosen ones.
         head_dim: width of a head; None is hidden_size / num_attention_heads.
         max_position_embeddings: longest sequence; of learned positions, as many are learned.
         rms_norm_eps: eps of the norms, of LayerNorm as well.
@@ -96,6 +103,9 @@ class CRNetConfig(PretrainedConfig):
         beta_init: float = 1.0,
         only_lr_act: bool = False,
         scale_residual_init: bool = False,
+        num_experts: int | None = None,
+        num_experts_per_tok: int = 8,
+        moe_router_pre_softmax: bool = False,
         use_cache: bool = True,
         tie_word_embeddings: bool = False,
         **kwargs: Any,
@@ -124,6 +134,9 @@ class CRNetConfig(PretrainedConfig):
         self.beta_init = beta_init
         self.only_lr_act = only_lr_act
         self.scale_residual_init = scale_residual_init
+        self.num_experts = num_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.moe_router_pre_softmax = moe_router_pre_softmax
         self.use_cache = use_cache
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
         self.check()
@@ -152,6 +165,7 @@ class CRNetConfig(PretrainedConfig):
                 "factors: use cola, or leave it out"
             )
         self._check_heads()
+        self._check_experts()
         self._check_ranks()
 
     def _check_heads(self) -> None:
@@ -160,6 +174,14 @@ class CRNetConfig(PretrainedConfig):
             raise ValueError(f"head_dim is {width}, but rotary embeddings need an even width: change it")
         if heads % self.num_key_value_heads:
             raise ValueError(f"num_key_value_heads {self.num_key_value_heads} does not divide {heads} heads")
+
+    def _check_experts(self) -> None:
+        experts, used = self.num_experts, self.num_experts_per_tok
+        if (experts is not None) != self.traits.has_experts:
+            need = "needs" if self.traits.has_experts else "has no"
+            raise ValueError(f"num_experts is {experts}, but {self.architecture} {need} experts: correct it")
+        if experts is not None and not 1 <= used <= experts:
+            raise ValueError(f"num_experts_per_tok is {used}, but must be from 1 to num_experts, {experts}")
 
     def _check_ranks(self) -> None:
         positions = self.traits.positions
@@ -196,9 +218,10 @@ class CRNetConfig(PretrainedConfig):
         added = self.scale_residual_init and position in ("o", "down")
         return (2 * self.num_hidden_layers) ** -0.5 if added else 1.0
 
-    def has_previous(self, layer: int) -> bool:
-        """Whether the previous layer's outputs are added to those of layer `layer`."""
-        return self.variant == "crnet" and layer > 0 and layer not in self.full_rank_layers
+    def has_previous(self, layer: int, position: str = "q") -> bool:
+        """Whether the previous layer's output is added to that of a position of layer `layer`."""
+        chains = self.variant == "crnet" and layer > 0 and layer not in self.full_rank_layers
+        return chains and (position in self.traits.positions[:4] or not self.traits.has_experts)
 
 
 def _check_rotary(rotary: Any) -> None:

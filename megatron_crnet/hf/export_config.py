@@ -34,14 +34,20 @@ FIELDS = {
     "only_lr_act": "only_lr_act",
     "scale_residual_init": "scale_residual_init",
     "tie_word_embeddings": "tie_word_embeddings",
+    "num_experts": "num_experts",
+    "num_experts_per_tok": "moe_router_topk",
+    "moe_router_pre_softmax": "moe_router_pre_softmax",
 }
-"""Hugging Face's name of each field of ModelConfig; dropout belongs to training alone."""
+"""Hugging Face's name of each field of ModelConfig; dropout and losses of routers belong to training alone."""
 OLDER = {
     "architecture": "llama",
     "head_dim": None,
     "only_lr_act": False,
     "scale_residual_init": False,
     "tie_word_embeddings": False,
+    "num_experts": None,
+    "num_experts_per_tok": ModelConfig.moe_router_topk,
+    "moe_router_pre_softmax": False,
 }
 """Values in exports of versions without these fields."""
 LENGTH = "max_position_embeddings"

@@ -133,13 +133,37 @@ class CRNetMLP(nn.Module):
         return (*y, self.down_proj(inner, before_down))
 
 
+class CRNetExperts(nn.Module):
+    """A router, and feed-forward networks of which each token passes some: sum over its experts of p_e MLP_e(x)."""
+
+    def __init__(self, config: CRNetConfig, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.gate = nn.Linear(config.hidden_size, config.num_experts or 0, bias=False)
+        self.experts = nn.ModuleList(CRNetMLP(config, layer) for _ in range(config.num_experts or 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [b, s, h], after the norm. Routing is computed in fp32 at least."""
+        tokens, wide = x.flatten(0, -2), torch.promote_types(x.dtype, torch.float32)
+        logits = F.linear(tokens.to(wide), self.gate.weight.to(wide))
+        top, chosen = logits.topk(self.config.num_experts_per_tok)
+        pre = self.config.moe_router_pre_softmax
+        weights = logits.softmax(-1).gather(-1, chosen) if pre else top.softmax(-1)
+        y = torch.zeros_like(tokens)
+        for number in chosen.unique().tolist():
+            token, slot = (chosen == number).nonzero(as_tuple=True)
+            found = self.experts[number](tokens[token], ())[-1] * weights[token, slot, None]
+            y = y.index_add(0, token, found.to(y.dtype))
+        return y.view_as(x)
+
+
 class CRNetDecoderLayer(GradientCheckpointingLayer):
     """A block that hands its linear outputs to the next one."""
 
     def __init__(self, config: CRNetConfig, layer: int) -> None:
         super().__init__()
         self.self_attn = CRNetAttention(config, layer)
-        self.mlp = CRNetMLP(config, layer)
+        self.mlp = (CRNetExperts if config.traits.has_experts else CRNetMLP)(config, layer)
         self.input_layernorm = make_norm(config)
         self.post_attention_layernorm = make_norm(config)
         self.hands_on = layer + 1 < config.num_hidden_layers and config.has_previous(layer + 1)
@@ -152,7 +176,10 @@ class CRNetDecoderLayer(GradientCheckpointingLayer):
         """
         y, _ = self.self_attn(self.input_layernorm(x), previous, **attention)
         x = x + used(self.self_attn.o_proj, y[-1])
-        y += self.mlp(self.post_attention_layernorm(x), previous)
+        normed = self.post_attention_layernorm(x)
+        if isinstance(self.mlp, CRNetExperts):
+            return (x + self.mlp(normed), *(y if self.hands_on else ()))
+        y += self.mlp(normed, previous)
         return (x + used(self.mlp.down_proj, y[-1]), *(y if self.hands_on else ()))
 
 

@@ -67,7 +67,7 @@ class CrossLayerLinear(nn.Linear):
         std = config.initializer_range * config.std_factor(position)
         self.b = Factor(rank, h_out, std * (h_in / rank) ** 0.5)
         # fp32 in every model: a step of 1e-3 at 1 is lost in bf16
-        has_previous = config.has_previous(layer)
+        has_previous = config.has_previous(layer, position)
         self.beta = nn.Parameter(torch.full((), config.beta_init, dtype=torch.float32)) if has_previous else None
 
     @property  # type: ignore[override]

@@ -126,9 +126,28 @@ FORMATS = {
         ROTARY_FIELDS,
         {**ROTARY_ONLY, "use_sliding_window": (False,), "layer_types": (None, "full_attention")},
     ),
+    "qwen3_moe": PlainFormat(
+        "Qwen3MoeForCausalLM",
+        {
+            **{name: ours for name, ours in ROTARY_FIELDS.items() if name != "intermediate_size"},
+            "moe_intermediate_size": "ffn_hidden_size",
+            "num_local_experts": "num_experts",
+            "num_experts_per_tok": "moe_router_topk",
+        },
+        {
+            **ROTARY_ONLY,
+            "use_sliding_window": (False,),
+            "norm_topk_prob": (True,),
+            "decoder_sparse_step": (1,),
+            "mlp_only_layers": ([],),  # an empty list names no layer
+        },
+    ),
 }
 """By `model.architecture`, which is Transformers' `model_type` as well."""
-OF_TRAINING = ("init_method_std", "scale_residual_init", "hidden_dropout", "attention_dropout", "beta_init")
+OF_TRAINING = (
+    *("init_method_std", "scale_residual_init", "hidden_dropout", "attention_dropout", "beta_init"),
+    *("moe_aux_loss_coeff", "moe_z_loss_coeff"),
+)
 """Fields of the model that say nothing of its logits."""
 OF_VARIANTS = ("variant", "rank", "full_rank_layers", "only_lr_act", "cross_layer_epsilon", "relora_scale")
 """Fields that say nothing of a full-rank model, and the variant."""
@@ -163,7 +182,9 @@ def read_plain(values: Values, where: str) -> Config:
         )
     found: dict[str, Any] = {}
     for name, ours in about.fields.items():
-        value = about.absent[name](theirs) if theirs[name] is None and name in about.absent else theirs[name]
+        value = theirs.get(name)
+        if value is None and name in about.absent:
+            value = about.absent[name](theirs)
         require(
             found.setdefault(ours, value) == value,
             f"{where} says that {name} is {value!r}, but another field {found[ours]!r}, and both are model.{ours}: "

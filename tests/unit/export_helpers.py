@@ -40,6 +40,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama": {},
     "gpt2": {"architecture": "gpt2"},
     "qwen3": {"architecture": "qwen3", "head_dim": 6, "num_key_value_heads": 2},
+    "qwen3_moe": {"architecture": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 20},
 }
 """By architecture, what CRNetConfig has beside them."""
 TWINS: dict[str, dict[str, Any]] = {
@@ -53,11 +54,14 @@ TWINS: dict[str, dict[str, Any]] = {
 """The same in the words of Transformers' own classes."""
 EXPORTED = {name: model for name, model in ARCHITECTURES.items() if name in TRAITS}
 """Architectures beside LLaMA that exports know, as configurations of ours."""
+DENSE = {name: model for name, model in EXPORTED.items() if "num_experts" not in model}
+"""Those of them without experts, which analysis knows."""
 
 PLAIN_SIZES: dict[str, Any] = {
     **{"vocab_size": 416, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16},
 }
+PLAIN_EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True}
 PLAIN_GPT2 = {"vocab_size": 416, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "bos_token_id": None}
 PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {**PLAIN_SIZES, "rope_theta": 500000.0}),
@@ -66,6 +70,8 @@ PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2, untied": ("gpt2", {**PLAIN_GPT2, "eos_token_id": None, "n_inner": 40, "tie_word_embeddings": False}),
     "qwen3": ("qwen3", {**PLAIN_SIZES, "head_dim": 12, "rms_norm_eps": 1e-3}),
     "qwen3, tied": ("qwen3", {**PLAIN_SIZES, "head_dim": 6, "tie_word_embeddings": True}),
+    "qwen3_moe": ("qwen3_moe", {**PLAIN_SIZES, **PLAIN_EXPERTS, "head_dim": 12}),
+    "qwen3_moe, no head_dim": ("qwen3_moe", {**PLAIN_SIZES, **PLAIN_EXPERTS}),
 }
 """Transformers' own models: `model_type`, and fields of its configuration."""
 

@@ -23,7 +23,7 @@ from megatron_crnet.config.positions import position_table
 from megatron_crnet.hf.generate import open_model
 from megatron_crnet.model.glue import signed_scale
 from tests.unit.analysis.models import changed, dense_checkpoint, random_rows, reference
-from tests.unit.export_helpers import EXPORTED, PLAIN, theirs
+from tests.unit.export_helpers import DENSE, PLAIN, theirs
 
 CPU = [torch.device("cpu")]
 
@@ -43,13 +43,13 @@ def converted(dense: SourceModel, rows: Tensor | None = None, **model: Any) -> t
     ("architecture", "variant", "text"),
     [
         *(("llama", variant, text) for variant, text in (("crnet", True), ("low_rank", True), ("low_rank", False))),
-        *((other, "crnet", True) for other in EXPORTED),
+        *((other, "crnet", True) for other in DENSE),
     ],
 )
 def test_at_full_rank_the_model_is_the_dense_one(
     architecture: str, variant: str, text: bool, tokenizer: str, tmp_path: Path
 ) -> None:
-    dense = open_source(dense_checkpoint(tmp_path, tokenizer, **EXPORTED.get(architecture, {})))
+    dense = open_source(dense_checkpoint(tmp_path, tokenizer, **DENSE.get(architecture, {})))
     ranks = smaller_sides(dense)
     conversion, weights = converted(dense, random_rows(40) if text else None, variant=variant, rank=ranks)
     tokens = random_rows(2)
@@ -194,7 +194,7 @@ def with_tokenizer(folder: Path, name: str, dense: SourceModel, **changes: Any) 
     return model
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", [name for name, (kind, _) in PLAIN.items() if kind != "qwen3_moe"])
 def test_a_model_of_transformers_is_converted(name: str, dense: SourceModel, tmp_path: Path) -> None:
     model = with_tokenizer(tmp_path / "theirs", name, dense)
     wanted = model(random_rows(2)).logits

@@ -78,7 +78,7 @@ def each(
     folder = tmp_path_factory.mktemp(request.param)
     config = config_of(tokenizer, **EXPORTED.get(request.param, {}))
     weights = random_weights(config)
-    weights["model.layers.1.mlp.up_proj.beta"].zero_()  # which is no mistake
+    weights["model.layers.1.self_attn.o_proj.beta"].zero_()  # which is no mistake
     for name in weights:
         if name.endswith("k_proj.bias"):
             weights[name].zero_()  # nor is this

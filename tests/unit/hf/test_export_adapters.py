@@ -89,7 +89,10 @@ def test_a_fresh_adapter_changes_nothing_and_trains_every_map(variant: str, targ
 
 @pytest.mark.parametrize(
     ("variant", "architecture"),
-    [("crnet", "llama"), ("low_rank", "llama"), ("full_rank", "llama"), ("crnet", "gpt2"), ("crnet", "qwen3")],
+    [
+        *(("crnet", "llama"), ("low_rank", "llama"), ("full_rank", "llama")),
+        *(("crnet", "gpt2"), ("crnet", "qwen3"), ("crnet", "qwen3_moe")),
+    ],
 )
 @pytest.mark.parametrize("targets", [PROJECTIONS, ["q_proj", "down_proj", "lm_head", "embed_tokens"]])
 def test_a_merged_adapter_gives_the_same_logits_and_is_saved_as_a_wider_rank(

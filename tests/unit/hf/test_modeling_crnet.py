@@ -41,6 +41,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt2_low_rank": {**EXPORTED["gpt2"], "variant": "low_rank", "kv_channels": 5, "num_query_groups": 2},
     "qwen3_full_rank": {**EXPORTED["qwen3"], "variant": "full_rank"},
     "qwen3_cola": {**EXPORTED["qwen3"], "variant": "cola", "tie_word_embeddings": False},
+    "qwen3_moe_full_rank": {**EXPORTED["qwen3_moe"], "variant": "full_rank", "moe_router_pre_softmax": True},
+    "qwen3_moe_cola": {**EXPORTED["qwen3_moe"], "variant": "cola", "only_lr_act": True},
 }
 
 
@@ -216,7 +218,13 @@ def test_the_files_that_travel_import_nothing_of_this_package() -> None:
 def test_the_traits_that_travel_are_those_that_are_trained() -> None:
     for name, traits in configuration_crnet.ARCHITECTURES.items():
         for field in fields(traits):
-            trained = getattr(TRAINED[name], {"positions": "names"}.get(field.name, field.name))
+            trained = getattr(
+                TRAINED[name], {"positions": "maps", "has_experts": "experts"}.get(field.name, field.name)
+            )
+            if field.name == "positions":
+                trained = tuple(position.name for position in trained)
+            if field.name == "has_experts":
+                trained = trained is not None
             assert getattr(traits, field.name) == trained, (name, field.name)
 
 
