@@ -60,9 +60,15 @@ class CRNetTransformerConfig(TransformerConfig):
         A tensor [s, b, w/t] holds as many elements as [s/t, b, w], so with sequence parallelism, where rows of the
         residual stream are [s/t, b, h], every output is counted in the second form. Padding is included.
         """
-        width = self.table.local_shapes[position][1]
-        is_whole = position in self.table.architecture.rows or not self.sequence_parallel
-        return width if is_whole else width * self.tensor_model_parallel_size
+        return self._spread(position, 1, position not in self.table.architecture.rows)
+
+    def local_input(self, position: str) -> int:
+        """The same of its input."""
+        return self._spread(position, 0, position in self.table.architecture.rows)
+
+    def _spread(self, position: str, side: int, is_split: bool) -> int:
+        width = self.table.local_shapes[position][side]
+        return width * self.tensor_model_parallel_size if is_split and self.sequence_parallel else width
 
 
 def build_transformer_config(config: Config) -> CRNetTransformerConfig:

@@ -10,13 +10,16 @@ from torch import Tensor, nn
 
 from megatron_crnet.config.architectures import Group
 from megatron_crnet.config.megatron import CRNetTransformerConfig
+from megatron_crnet.model.compiled import choose_glue
 from megatron_crnet.model.linear import WeightShard
+from megatron_crnet.model.regions import Outputs, Regions
 
 
 class GroupBias(nn.Module):
     """One bias per position, side by side in one parameter, cut over tensor-parallel ranks as the outputs are.
 
-    Of a row group, whose outputs are sequence shards under sequence parallelism, the gradient is a partial sum there.
+    The group before GELU gives GELU of that. Of a row group, whose outputs are sequence shards under sequence
+    parallelism, the gradient is a partial sum there.
     """
 
     def __init__(self, config: CRNetTransformerConfig, group: Group, pg_collection: ProcessGroupCollection) -> None:
@@ -24,13 +27,16 @@ class GroupBias(nn.Module):
         table, self.positions, self.is_row, self.tp_group = config.table, group.names, group.is_row, pg_collection.tp
         self.h_out = [table.shapes[position][1] for position in self.positions]
         self.local_out = [table.local_shapes[position][1] for position in self.positions]
+        self.activates = group in table.architecture.groups[2:3] and table.architecture.activation == "gelu"
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         self.value = nn.Parameter(torch.zeros(sum(self.local_out), dtype=config.params_dtype, device=device))
         setattr(self.value, "sequence_parallel", self.is_row and config.sequence_parallel)  # noqa: B010
+        self.regions = Regions(choose_glue(self.value, config.cross_layer_fusion), config.cross_layer_epsilon)
 
-    def forward(self, *outputs: Tensor) -> tuple[Tensor, ...]:
-        """Y + bias of each position, [s, b, w]."""
-        return tuple(y + bias for y, bias in zip(outputs, self.value.split(self.local_out), strict=True))
+    def forward(self, betas: Tensor | None, *outputs: Tensor) -> tuple[Outputs, Outputs]:
+        """What the layer uses of each position, [s, b, w]; and Y for the next layer, whose are the betas."""
+        use = self.regions.gelu if self.activates else self.regions.carry
+        return use(betas, self.value, *outputs)
 
     def shards(self) -> Iterator[WeightShard]:
         """Every bias; the rest of the parameter is padding, zeros that stay zeros."""

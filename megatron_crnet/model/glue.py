@@ -3,6 +3,8 @@
     norm        n = x / rms(x) * w, and the residual stream x goes on
     rotate      RoPE of q and k: (a, b) -> (a cos - b sin, b cos + a sin) of the halves a, b of a head
     swiglu      act = silu(gate) up
+    gelu        act = gelu(up + bias), in its tanh form
+    biased      Y_l + bias, for the layer itself; the chain takes Y_l
     product     act = gate up, where silu stands between factors alone (CoLA)
     scaled      s(beta_l) Y_{l-1}, to which the products with B are added in place: Y_l = s(beta_l) Y_{l-1} + Z_l B_l
     unscaled    Y_{l-1} = (Y_l - Z_l B_l) / s(beta_l), from the difference
@@ -28,6 +30,10 @@ from torch import Tensor, dot, float32
 
 FEW = 2**22
 """Elements that plain functions of wide tensors take at once: 16 MiB in fp32."""
+
+
+Gradients = tuple[Sequence[Tensor], Sequence[Tensor | None]]
+"""Gradients of wide tensors, and those that are sums over rows: of biases and betas."""
 
 
 def signed_scale(beta: Tensor, eps: float) -> Tensor:
@@ -95,22 +101,33 @@ def swiglu_backward(
     grad: Tensor, gate: Tensor, up: Tensor, carried: Sequence[Tensor | None], betas: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of gate and up, and of their betas, [2]; `carried` and `betas`: see `add_carried`, of both."""
-    if torch.compiler.is_compiling():
-        d_gate, d_up, d_betas = _swiglu_gradients(grad, gate, up, carried, betas, eps)
-        return d_gate.to(gate.dtype), d_up.to(up.dtype), d_betas
-    step, sums = max(1, FEW // gate[0].numel()), list[Tensor]()
-    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-    for start in range(0, len(gate), step):
-        rows = slice(start, start + step)
+
+    def of(rows: slice) -> Gradients:
         following = [None if x is None else x[rows] for x in carried]
-        d_gate[rows], d_up[rows], d_betas = _swiglu_gradients(grad[rows], gate[rows], up[rows], following, betas, eps)
-        sums += [] if d_betas is None else [d_betas]
-    return d_gate, d_up, torch.stack(sums).sum(0) if sums else None
+        return _swiglu_gradients(grad[rows], gate[rows], up[rows], following, betas, eps)
+
+    (d_gate, d_up), (d_betas,) = _by_rows(of, gate, up)
+    return d_gate, d_up, d_betas
+
+
+def _by_rows(gradients: Callable[[slice], Gradients], *like: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Gradients of the tensors `like`, and sums over all rows; by few rows where that is not one compiled pass."""
+    if torch.compiler.is_compiling():
+        found, sums = gradients(slice(None))
+        return [grad.to(x.dtype) for grad, x in zip(found, like, strict=True)], list(sums)
+    step, out, parts = max(1, FEW // like[0][0].numel()), [torch.empty_like(x) for x in like], []
+    for start in range(0, len(like[0]), step):
+        rows = slice(start, start + step)
+        found, sums = gradients(rows)
+        for whole, grad in zip(out, found, strict=True):
+            whole[rows] = grad
+        parts.append(sums)
+    return out, [torch.stack(same).sum(0) if same[0] is not None else None for same in zip(*parts, strict=True)]
 
 
 def _swiglu_gradients(
     grad: Tensor, gate: Tensor, up: Tensor, carried: Sequence[Tensor | None], betas: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> Gradients:
     wide, g, u = grad.float(), gate.float(), up.float()
     of_up, of_gate = F.silu(g).mul_(wide), torch.ops.aten.silu_backward(wide * u, g)
     found = []
@@ -120,7 +137,59 @@ def _swiglu_gradients(
             if beta is not None:
                 found.append(_inner(following, y))
             _add_scaled_(own, following, beta, eps)
-    return of_gate, of_up, torch.stack(found) if found else None
+    return (of_gate, of_up), (torch.stack(found) if found else None,)
+
+
+def gelu(up: Tensor, bias: Tensor | None) -> Tensor:
+    """gelu(up + bias) in its tanh form; up: [..., width], bias: [width] or None."""
+    return F.gelu(_plus(up.float(), bias), approximate="tanh").to(up.dtype)
+
+
+def gelu_backward(
+    grad: Tensor, up: Tensor, bias: Tensor | None, carried: Tensor | None, beta: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of up, of the bias and of the next layer's beta; `carried` and `beta`: see `add_carried`."""
+
+    def of(rows: slice) -> Gradients:
+        return _gelu_gradients(grad[rows], up[rows], bias, None if carried is None else carried[rows], beta, eps)
+
+    (d_up,), (d_bias, d_beta) = _by_rows(of, up)
+    return d_up, d_bias if d_bias is None else d_bias.to(up.dtype), d_beta
+
+
+def _gelu_gradients(
+    grad: Tensor, up: Tensor, bias: Tensor | None, carried: Tensor | None, beta: Tensor | None, eps: float
+) -> Gradients:
+    wide = up.float()
+    found = torch.ops.aten.gelu_backward(grad.float(), _plus(wide, bias), approximate="tanh")
+    of_bias = None if bias is None else _over_rows(found)
+    if carried is None:
+        return (found,), (of_bias, None)
+    following = carried.float()
+    of_beta = None if beta is None else _inner(following, wide)
+    return (_add_scaled_(found, following, beta, eps),), (of_bias, of_beta)
+
+
+def biased(y: Tensor, bias: Tensor) -> Tensor:
+    """Y + bias; y: [..., width], bias: [width]."""
+    return y + bias  # one rounding, of the sum in fp32
+
+
+def biased_backward(
+    grad: Tensor, carried: Tensor | None, y: Tensor | None, beta: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of Y, of the bias, which the next layer does not see, and of the beta; arguments: see `add_carried`."""
+    of_y, of_beta = add_carried(grad, carried, y, beta, eps)
+    return of_y, _over_rows(grad).to(grad.dtype), of_beta
+
+
+def _plus(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x if bias is None else x + bias.float()
+
+
+def _over_rows(x: Tensor) -> Tensor:
+    """The sum over all but the last dimension, in fp32."""
+    return x.sum(tuple(range(x.dim() - 1)), dtype=float32)
 
 
 def product(gate: Tensor, up: Tensor) -> Tensor:
@@ -224,6 +293,10 @@ class Glue:
     rotate_backward: Callable[..., Any] = rotate_backward
     swiglu: Callable[..., Any] = swiglu
     swiglu_backward: Callable[..., Any] = swiglu_backward
+    gelu: Callable[..., Any] = gelu
+    gelu_backward: Callable[..., Any] = gelu_backward
+    biased: Callable[..., Any] = biased
+    biased_backward: Callable[..., Any] = biased_backward
     product: Callable[..., Any] = product
     product_backward: Callable[..., Any] = product_backward
     add_carried: Callable[..., Any] = add_carried

@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_crnet.config.megatron import CRNetTransformerConfig, build_transformer_config
 from megatron_crnet.config.schema import Config
@@ -58,7 +58,7 @@ class CRNetModel(GPTModel):
         if first and not config.table.architecture.is_rotary:
             # Megatron-Core leaves them to its module for half precision
             word, position = self.embedding.word_embeddings.weight, self.embedding.position_embeddings
-            position.to(device=word.device, dtype=word.dtype)
+            position.weight = nn.Parameter(position.weight.to(device=word.device, dtype=word.dtype))
         self.glue = choose_glue(next(self.parameters()), config.cross_layer_fusion)
         mark_tensor_parallel(self)
 

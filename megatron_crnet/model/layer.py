@@ -159,14 +159,14 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
 
     def _activate(self, group: str, outputs: LayerOutputs) -> tuple[Tensor, LayerOutputs]:
         """The input of down from the outputs of `group`; and these for the next layer."""
-        is_gated = self.config.table.architecture.activation == "swiglu"
-        if is_gated and not self.biases:
-            return self.regions.swiglu(self._next_betas(group), *outputs)
-        used, outputs = self._carry(group, outputs)
-        if is_gated:
-            return self.regions.swiglu(None, *used)[0], outputs
-        (up,) = used
-        return F.gelu(up, approximate="tanh"), outputs
+        is_gated, betas = self.config.table.architecture.activation == "swiglu", self._next_betas(group)
+        if not self.biases:
+            if is_gated:
+                return self.regions.swiglu(betas, *outputs)
+            (activation,), outputs = self.regions.gelu(betas, None, *outputs)
+            return activation, outputs
+        used, outputs = self.biases[group](betas, *outputs)
+        return self.regions.swiglu(None, *used)[0] if is_gated else used[0], outputs
 
     def rebuild(
         self, hidden_states: Tensor, context: LayerOutputs | None, tape: LayerTape
@@ -189,7 +189,10 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
             outputs = tuple(y for g in self.groups for y in g.rebuild(tape.groups[g.group], previous[g.group]))
             tape.set_outputs(outputs)
         for group in rows:
-            (y,) = self._biased(group.group, tape.groups[group.group].outputs or ())
+            used = tape.groups[group.group].outputs or ()
+            if self.biases:
+                used, _ = self.biases[group.group](None, *used)
+            (y,) = used
             hidden_states = hidden_states + self._dropout(y, group.group, tape)
         if self.experts is not None and tape.rebuilds_stream:
             hidden_states = hidden_states + self._dropout(tape.experts.saved(), EXPERTS, tape)
@@ -216,13 +219,11 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
 
     def _carry(self, group: str, outputs: LayerOutputs) -> tuple[LayerOutputs, LayerOutputs]:
         """Outputs of a group for this layer, with their biases, and for the next one."""
-        used = outputs
-        if self.returns_outputs:
-            used, outputs = self.regions.carry(self._next_betas(group), *outputs)
-        return self._biased(group, used), outputs
-
-    def _biased(self, group: str, outputs: LayerOutputs) -> LayerOutputs:
-        return self.biases[group](*outputs) if self.biases else outputs
+        betas = self._next_betas(group)
+        if self.biases:
+            found: tuple[LayerOutputs, LayerOutputs] = self.biases[group](betas, *outputs)
+            return found
+        return self.regions.carry(betas, None, *outputs) if self.returns_outputs else (outputs, outputs)
 
     def _next_betas(self, group: str) -> Tensor | None:
         following = self._next_groups.get(group)

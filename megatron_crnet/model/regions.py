@@ -60,9 +60,19 @@ class Regions:
         activation, *outputs = _SwiGLU.apply(self, betas, gate, up)
         return activation, tuple(outputs)
 
-    def carry(self, betas: Tensor | None, *outputs: Tensor) -> tuple[Outputs, Outputs]:
-        """Outputs for their own layer, and for the next one; betas: see `rotary`."""
-        out = _Carry.apply(self, betas, *outputs)
+    def gelu(self, betas: Tensor | None, bias: Tensor | None, up: Tensor) -> tuple[Outputs, Outputs]:
+        """gelu(up + bias); then up for the next layer. Shapes [s, b, w], bias [w]; betas: see `rotary`."""
+        activation, up = _GELU.apply(self, betas, bias, up)
+        return (activation,), (up,)
+
+    def carry(self, betas: Tensor | None, bias: Tensor | None, *outputs: Tensor) -> tuple[Outputs, Outputs]:
+        """Outputs for their own layer, and for the next one.
+
+        Args:
+            betas: see `rotary`.
+            bias: of all outputs, side by side; the layer's own have it, the next one's have not.
+        """
+        out = _Carry.apply(self, betas, bias, *outputs)
         return out[: len(outputs)], out[len(outputs) :]
 
     def receive(self, betas: Tensor, previous: Sequence[Tensor]) -> Outputs:
@@ -152,19 +162,46 @@ class _Product(torch.autograd.Function):
         return None, *ctx.glue.product_backward(*grads, *ctx.saved_tensors)
 
 
+class _GELU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, regions: Regions, betas: Tensor | None, bias: Tensor | None, up: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        _save(ctx, regions, betas, bias, up)
+        return regions.glue.gelu(up, bias), up.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        betas, bias, up = ctx.saved_tensors
+        (beta,) = each(betas, 1)
+        grad, carried = grads
+        d_up, d_bias, d_beta = ctx.regions.glue.gelu_backward(grad, up, bias, carried, beta, ctx.regions.eps)
+        return None, _stacked(d_beta), d_bias, d_up
+
+
 class _Carry(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, regions: Regions, betas: Tensor | None, *outputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, regions: Regions, betas: Tensor | None, bias: Tensor | None, *outputs: Tensor
+    ) -> tuple[Tensor, ...]:
         _save(ctx, regions, betas, *(y if betas is not None else None for y in outputs))
-        return *(y.detach() for y in outputs), *(y.detach() for y in outputs)
+        ctx.is_biased = bias is not None
+        if bias is None:
+            return *(y.detach() for y in outputs), *(y.detach() for y in outputs)
+        biases = bias.split([y.shape[-1] for y in outputs])
+        used = (regions.glue.biased(y, part) for y, part in zip(outputs, biases, strict=True))
+        return *used, *(y.detach() for y in outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         betas, *outputs = ctx.saved_tensors
-        count = len(outputs)
-        parts = zip(grads[:count], grads[count:], outputs, each(betas, count), strict=True)
-        found = [ctx.regions.glue.add_carried(*part, ctx.regions.eps) for part in parts]
-        return None, _stacked(*(grad_beta for _, grad_beta in found)), *(grad for grad, _ in found)
+        count, glue, eps = len(outputs), ctx.regions.glue, ctx.regions.eps
+        parts = list(zip(grads[:count], grads[count:], outputs, each(betas, count), strict=True))
+        if not ctx.is_biased:
+            found = [glue.add_carried(*part, eps) for part in parts]
+            return None, _stacked(*(grad_beta for _, grad_beta in found)), None, *(grad for grad, _ in found)
+        of_outputs, of_biases, of_betas = zip(*(glue.biased_backward(*part, eps) for part in parts), strict=True)
+        return None, _stacked(*of_betas), torch.cat(of_biases), *of_outputs
 
 
 class _Receive(torch.autograd.Function):

@@ -28,6 +28,7 @@ from megatron_crnet.model.gpt import build_model_chunks
 from megatron_crnet.planning.counters import CommunicationCounter, Counters, LiveMemory, OperationCounter
 from megatron_crnet.planning.profile import (
     DATA,
+    EMBEDDING,
     MODEL,
     PIPELINE,
     STAGE,
@@ -158,7 +159,9 @@ def _group_name(ranks: tuple[int, ...]) -> str:
         TENSOR: parallel_state.get_tensor_model_parallel_group(),
         PIPELINE: parallel_state.get_pipeline_model_parallel_group(),
         DATA: parallel_state.get_data_parallel_group(),
+        EMBEDDING: parallel_state.get_embedding_group(check_initialized=False),
         MODEL: parallel_state.get_model_parallel_group(),
         STAGE: parallel_state.get_tensor_and_data_parallel_group(),
     }
-    return next((name for name, group in groups.items() if tuple(dist.get_process_group_ranks(group)) == ranks), WORLD)
+    members = {name: tuple(dist.get_process_group_ranks(group)) for name, group in groups.items() if group is not None}
+    return next((name for name, group in members.items() if group == ranks), WORLD)

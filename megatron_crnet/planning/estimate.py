@@ -15,7 +15,7 @@ from megatron_crnet.config.phases import phases_of
 from megatron_crnet.config.schema import Config
 from megatron_crnet.planning.machines import MACHINES, Machine
 from megatron_crnet.planning.memory import estimate_memory
-from megatron_crnet.planning.profile import DATA, PIPELINE, STAGE, TENSOR, CommVolume, Memory
+from megatron_crnet.planning.profile import DATA, EMBEDDING, PIPELINE, STAGE, TENSOR, CommVolume, Memory
 from megatron_crnet.planning.roofline import Operations, StepTime, estimate_operations, estimate_time
 from megatron_crnet.planning.shards import build_local_models
 from megatron_crnet.planning.volume import estimate_volumes
@@ -126,4 +126,5 @@ def node_crossings(tp: int, pp: int, dp: int, gpus_per_node: int) -> dict[str, f
 
     world = tp * pp * dp
     rings = {TENSOR: (tp, 1), DATA: (dp, tp), PIPELINE: (pp, tp * dp), STAGE: (tp * dp, 1)}
-    return {name: sum(crosses(rank, *ring) for rank in range(world)) / world for name, ring in rings.items()}
+    shares = {name: sum(crosses(rank, *ring) for rank in range(world)) / world for name, ring in rings.items()}
+    return {**shares, EMBEDDING: float(tp * dp * (pp - 1) >= gpus_per_node)}

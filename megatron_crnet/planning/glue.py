@@ -41,6 +41,8 @@ BACKWARD = (
     "norm_backward",
     "rotate_backward",
     "swiglu_backward",
+    "gelu_backward",
+    "biased_backward",
     "product_backward",
     "add_carried",
     "carried_backward",
@@ -145,7 +147,8 @@ def _counted(config: Config, variant: Variant, layers: int) -> tuple[GlueCounter
         block = CRNetTransformerBlock(transformer, None, groups, pre_process=True, post_process=False).train()
         shape = config.training.seq_length, config.training.micro_batch_size, model.hidden_size
         hidden = torch.empty(shape, dtype=transformer.params_dtype, requires_grad=True)
-        rotary = torch.empty(shape[0], 1, 1, transformer.kv_channels)
+        is_rotary = transformer.table.architecture.is_rotary
+        rotary = torch.empty(shape[0], 1, 1, transformer.kv_channels) if is_rotary else None
         regions = EAGER.map(lambda name, function: (backward if name in BACKWARD else forward).region(name, function))
         for module in block.modules():
             if hasattr(module, "glue"):

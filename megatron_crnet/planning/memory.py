@@ -23,6 +23,8 @@ from megatron_crnet.recompute.planner import kept_widths, layer_widths, micro_ba
 
 SUB_GROUP = 1_000_000_000
 """DeepSpeed's default of `sub_group_size`: elements that stage 3 updates at once."""
+FEW_BYTES = {("swiglu", True): 24, ("swiglu", False): 12, ("gelu", True): 16, ("gelu", False): 8}
+"""Bytes of temporary tensors per element in the backward of an activation, by it and by whether tensors are bf16."""
 EIGHT_BIT_UPDATE = 17
 """Bytes of temporary tensors per element of `adam8bit.update_blocks`."""
 GALORE_UPDATE = 16
@@ -167,8 +169,8 @@ def _moments(model: LocalModel, plan: BatchPlan, chunk: Chunk) -> Iterator[float
     if chunk.predicts:  # what the loss takes in fp32 for a few tokens
         yield 8 * min(logits / model.element, FEW) + 2 * received - _missing(model, plan)
         copies = 6 if model.bf16 and model.stage >= 1 else model.element
-        output = model.config.model.vocab_size // model.tp * model.config.model.hidden_size * copies
-        yield output + bucket + received - _missing(model, plan)
+        yield model.embedding * copies + bucket + received - _missing(model, plan)
+    architecture = transformer.table.architecture
     widest = max(transformer.local_width(position) for position in transformer.table.shapes)
     kept = kept_widths(transformer, chunk.layers, chunk.segments)
     for segment in chunk.segments or [range(layer, layer + 1) for layer in chunk.layers]:
@@ -176,8 +178,8 @@ def _moments(model: LocalModel, plan: BatchPlan, chunk: Chunk) -> Iterator[float
         width = kept_widths(transformer, range(chunk.layers.start, segment.stop), rest) - kept + widest
         width += _rebuilt(model, segment, bool(chunk.segments))
         moment = bucket + received - logits - _missing(model, plan, segment.stop)
-        # gradients of SwiGLU, and what the plain functions take for a few of its rows
-        few = min(widest * model.local_tokens, FEW) * (24 if model.bf16 else 12)
+        # what the plain functions take for a few rows of the activation's gradients
+        few = min(widest * model.local_tokens, FEW) * FEW_BYTES[architecture.activation, model.bf16]
         yield moment + (width + 2 * widest) * size + few
         if model.stage >= 2 and sum(p.numel for p in model.parameters if p.layer >= segment.start) >= model.bucket:
             yield moment + width * size + 4 * model.bucket  # the fp32 copy of a full bucket

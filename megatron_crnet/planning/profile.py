@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-TENSOR, PIPELINE, DATA, MODEL, STAGE, WORLD = "TP", "PP", "DP", "TP x PP", "TP x DP", "world"
-"""Names of process groups. The last three reduce a few scalars per step; in STAGE GaLore also exchanges matrices."""
+TENSOR, PIPELINE, DATA, EMBEDDING = "TP", "PP", "DP", "first+last"
+"""Names of process groups. EMBEDDING is the first and the last of three or more pipeline stages, of two PIPELINE."""
+MODEL, STAGE, WORLD = "TP x PP", "TP x DP", "world"
+"""These reduce a few scalars per step; in STAGE GaLore also exchanges matrices."""
 
 
 @dataclass(frozen=True)

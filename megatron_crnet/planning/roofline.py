@@ -14,7 +14,7 @@ from megatron_crnet.config.batch import BatchPlan
 from megatron_crnet.config.deepspeed import offloads_optimizer
 from megatron_crnet.planning.galore import galore_share
 from megatron_crnet.planning.machines import Machine
-from megatron_crnet.planning.profile import DATA, PIPELINE, STAGE, TENSOR, CommVolume, Memory
+from megatron_crnet.planning.profile import DATA, EMBEDDING, PIPELINE, STAGE, TENSOR, CommVolume, Memory
 from megatron_crnet.planning.shards import Chunk, LocalModel
 from megatron_crnet.planning.volume import repeats_outputs
 from megatron_crnet.recompute.planner import layer_widths
@@ -54,7 +54,8 @@ class Operations:
 
 def estimate_operations(model: LocalModel, plan: BatchPlan) -> Operations:
     """Operations of a rank of this stage."""
-    attention = 4 * model.tokens * plan.seq_length * model.config.model.hidden_size // model.tp
+    table = model.transformer.table
+    attention = 4 * model.tokens * plan.seq_length * table.local_shapes[table.architecture.attention][0]
     passes = again = attended = 0
     for chunk in model.chunks:
         for layer in chunk.layers:
@@ -64,13 +65,12 @@ def estimate_operations(model: LocalModel, plan: BatchPlan) -> Operations:
             again += repeated[0] * (inputs + frozen) + repeated[1] * outputs + with_attention * attention
             attended += attention * 7 // 2 + with_attention * attention
         if chunk.predicts:
-            shape = model.config.model
-            passes += 6 * model.tokens * shape.hidden_size * (shape.vocab_size // model.tp)
+            passes += 6 * model.tokens * model.embedding
     for chunk in model.teacher.chunks if model.teacher else ():
         passes += len(chunk.layers) * (_full_rank_products(model) + attention)
         attended += len(chunk.layers) * attention
         if chunk.predicts:
-            passes += 2 * model.tokens * model.config.model.hidden_size * (model.config.model.vocab_size // model.tp)
+            passes += 2 * model.tokens * model.embedding
     count = plan.num_microbatches
     update = galore_share(model, plan.dp_size).operations if model.config.optimizer.name == "galore" else 0
     return Operations(passes * count, again * count, attended * count, update)
@@ -150,7 +150,7 @@ def estimate_time(
     useful = operations.passes + operations.recomputation - operations.attention / 2
     matmul = useful / (machine.peak(model.config.training.dtype) * machine.product_efficiency)
     elementwise = plan.num_microbatches * _activation_bytes(model) / machine.memory_bandwidth
-    seconds = dict.fromkeys((TENSOR, PIPELINE, DATA, STAGE), 0.0)
+    seconds = dict.fromkeys((TENSOR, PIPELINE, DATA, STAGE, EMBEDDING), 0.0)
     for volume in volumes:
         seconds[volume.group] += _transfer_time(volume, machine, crossings[volume.group])
     kernels = sum(LAUNCHES * len(c.layers) + REBUILT_LAUNCHES * sum(map(len, c.segments)) for c in model.chunks)
@@ -164,7 +164,7 @@ def estimate_time(
         tensor_parallel=seconds[TENSOR],
         pipeline=seconds[PIPELINE],
         bubble=busy * (model.pp - 1) / (plan.num_microbatches * len(model.chunks)),
-        data_parallel=seconds[DATA] + seconds[STAGE],
+        data_parallel=seconds[DATA] + seconds[STAGE] + seconds[EMBEDDING],
         update=_update_time(model, memory, plan, machine)
         + operations.update / (machine.peak("fp32") * machine.product_efficiency),
     )

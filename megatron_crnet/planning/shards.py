@@ -101,6 +101,11 @@ class LocalModel:
         """Elements of weights that are not trained."""
         return sum(p.numel for p in self.weights if p.is_frozen)
 
+    @property
+    def embedding(self) -> int:
+        """Elements of the embedding, and of the output layer, on a rank that has them."""
+        return _embedding(self.config)
+
     @cached_property
     def numel(self) -> int:
         """Elements of all parameters."""
@@ -177,9 +182,14 @@ def _chunks(transformer: CRNetTransformerConfig, pp_rank: int) -> list[Chunk]:
     return chunks
 
 
+def _embedding(config: Config) -> int:
+    """Elements of the embedding, and of the output layer, on one rank."""
+    return config.model.vocab_size // config.parallel.tensor_model_parallel_size * config.model.hidden_size
+
+
 def _weights(config: Config, transformer: CRNetTransformerConfig, chunk: Chunk) -> Iterator[LocalParameter]:
     h, sp, last = config.model.hidden_size, transformer.sequence_parallel, config.model.num_layers
-    vocabulary = config.model.vocab_size // transformer.tensor_model_parallel_size * h
+    vocabulary = _embedding(config)
     architecture = transformer.table.architecture
     if chunk.embeds:
         yield LocalParameter(-1, vocabulary)

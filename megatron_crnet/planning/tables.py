@@ -116,7 +116,7 @@ def dry_run_report(config: Config, world_size: int) -> str:
     rows = [*parameters_by_part(model).items(), ("total", total_parameters(model))]
     lines = [
         yaml.safe_dump(resolved(config), sort_keys=False),
-        f"parameters ({model.variant})",
+        f"parameters ({model.variant}, {model.architecture})",
         *(f"  {name:<16}{count:>16,}" for name, count in rows),
         *_padding_lines(config),
         f"batch on {world_size} process{'es' if world_size > 1 else ' (set WORLD_SIZE=N before this command for N)'}",

@@ -16,7 +16,7 @@ from megatron_crnet.config.recompute_section import STRATEGIES
 from megatron_crnet.model.block import boundary_widths, interleaved_width
 from megatron_crnet.planning.distillation import boundary_width, teacher_traffic
 from megatron_crnet.planning.galore import galore_share
-from megatron_crnet.planning.profile import DATA, PIPELINE, STAGE, TENSOR, CommVolume
+from megatron_crnet.planning.profile import DATA, EMBEDDING, PIPELINE, STAGE, TENSOR, CommVolume
 from megatron_crnet.planning.shards import Chunk, LocalModel, LocalParameter
 
 CROSS_ENTROPY = 3 * 4
@@ -35,9 +35,12 @@ def estimate_volumes(model: LocalModel, plan: BatchPlan) -> list[CommVolume]:
         found[TENSOR, "all_reduce"] += 2 * model.partial_numel * _sum_size(model) / shares
     if model.pp > 1:
         found[PIPELINE, "send"] = count * model.local_tokens * model.element * _boundaries(model)
+        if model.transformer.table.ties_head and (model.chunks[0].embeds or model.chunks[-1].predicts):
+            group = PIPELINE if model.pp == 2 else EMBEDDING
+            found[group, "all_reduce"] = 2 * model.embedding * _sum_size(model)
     if plan.dp_size > 1:
         found |= {(DATA, kind): volume for kind, volume in _data_parallel(model, plan).items()}
-    sizes = {TENSOR: model.tp, PIPELINE: model.pp, DATA: plan.dp_size, STAGE: model.tp * plan.dp_size}
+    sizes = {TENSOR: model.tp, PIPELINE: model.pp, DATA: plan.dp_size, STAGE: model.tp * plan.dp_size, EMBEDDING: 2}
     if model.config.optimizer.name == "galore":
         replicas = plan.dp_size if model.stage else 1
         group = (STAGE if model.tp > 1 else DATA) if replicas > 1 else TENSOR
@@ -63,7 +66,9 @@ def _tensor_parallel(model: LocalModel, chunk: Chunk) -> Iterator[tuple[str, flo
             gathered, reduced = gathered + (times + 1) * columns + rows, reduced + times * rows + columns
         yield from (("all_gather", gathered), ("reduce_scatter", reduced)) if sp else (("all_reduce", reduced),)
     if chunk.embeds:
-        yield from (("reduce_scatter", h), ("all_gather", h)) if sp else (("all_reduce", h),)
+        # positions are added to the whole sequence, which is cut after that
+        summed = "reduce_scatter" if transformer.table.architecture.is_rotary else "all_reduce"
+        yield from ((summed, h), ("all_gather", h)) if sp else (("all_reduce", h),)
     if chunk.predicts:
         yield from (("all_gather", 2 * h), ("reduce_scatter", h)) if sp else (("all_reduce", h),)
         yield "all_reduce", CROSS_ENTROPY / model.element

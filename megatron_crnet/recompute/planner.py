@@ -55,18 +55,23 @@ def layer_widths(config: CRNetTransformerConfig, layer: int) -> LayerWidths:
     chained = table.has_previous(layer) or table.has_next(layer)
     # rebuilding gathers z of the column groups and holds it until the layer's backward
     gathered = t * (z - sum(ranks[name] for name in architecture.rows)) if t > 1 else 0
-    inner = sum(count * {"hidden": h, **width}[name] for name, count in architecture.other_activations.items())
-    full_rank, has_next = table.is_full_rank(layer), table.has_next(layer)
-    if full_rank or (has_next and not config.next_layer_scales):
-        # the outputs themselves stay, too: in the memory of those beside them, or for the next layer's backward
-        inner += sum(width[name] for name in architecture.rotated)
+    inner = 4 * h + sum(config.local_input(name) for name in architecture.rows)  # norms' inputs and outputs
+    has_next = table.has_next(layer)
+    # beside the outputs themselves, kept by the norms of heads, in the memory of those beside them, or for the next
+    # layer's backward
+    of_heads, scales_later = architecture.groups[0].names[:2], has_next and not config.next_layer_scales
+    rotates_outputs = architecture.is_rotary and not architecture.has_biases
+    if architecture.has_qk_norm or (rotates_outputs and (table.is_full_rank(layer) or scales_later)):
+        inner += sum(width[name] for name in of_heads)
+    if architecture.has_biases and has_next:  # Y + bias, beside Y for the chain
+        inner += sum(width[name] for group in architecture.with_kept_sums for name in group.names)
     if table.method.has_silu:
         inner += z  # silu(z), beside the z that its gradient takes
     inner += expert_activations(config, layer)
     return LayerWidths(
         start=h + (all_outputs if table.has_previous(layer) else 0),
         z=z,
-        attention=table.shapes[architecture.attention][0] // (1 if config.sequence_parallel else t),
+        attention=config.local_input(architecture.attention),
         outputs=h + (all_outputs + (gathered if config.sequence_parallel else 0) if chained else residual),
         activations=inner + low_rank + (all_outputs if has_next else all_outputs - residual),
         stream=h if architecture.experts is not None and not table.has_dense(layer) else 0,

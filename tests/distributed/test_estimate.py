@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_crnet.config.distillation_section import DistillationConfig
 from megatron_crnet.config.loading import load_config
 from megatron_crnet.config.positions import METHODS
-from megatron_crnet.config.schema import Config, RecomputeConfig
+from megatron_crnet.config.schema import VARIANTS, Config, RecomputeConfig
 from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.planning.counted_step import count_step
 from megatron_crnet.planning.counters import OperationCounter
@@ -23,10 +23,12 @@ from megatron_crnet.planning.estimate import StageEstimate, estimate
 from megatron_crnet.planning.profile import CommVolume, Memory, StepProfile
 from megatron_crnet.planning.simulation import simulate
 from tests.distributed.spawn import fresh_world, run_distributed
-from tests.helpers import tiny_config
+from tests.helpers import ARCHITECTURES, tiny_config
 
 # wide enough that activations and state weigh as in a real model, and DeepSpeed's buckets are not everything
 MODEL = {"hidden_size": 64, "ffn_hidden_size": 160, "vocab_size": 256, "rank": 16, "num_layers": 4}
+GPT2 = {**ARCHITECTURES["gpt2"], "max_position_embeddings": 64}
+QWEN3 = {**ARCHITECTURES["qwen3"], "kv_channels": 24}
 PADDED = {"ffn_hidden_size": 157, "rank": 31}  # 2 x 80 and 32; 160 on one rank
 TRAINING = {"seq_length": 64, "micro_batch_size": 2, "global_batch_size": 16}
 TP = {"tensor_model_parallel_size": 2}
@@ -83,6 +85,23 @@ def galore(config: Config, **options: Any) -> Config:
 
 def taught(config: Config, **weights: float) -> Config:
     return dataclasses.replace(config, distillation=DistillationConfig("of the test", **weights))
+
+
+LAYOUTS: dict[str, tuple[Any, ...]] = {
+    "zero 0, fp32": ("fp32", 0, None, None, None),
+    "zero 2, bf16": ("bf16", 2, None, None, None),
+    "tp": ("bf16", 1, TP, None, None),
+    "tp without sp": ("bf16", 1, {**TP, "sequence_parallel": False}, None, None),
+    "tp, replay": ("bf16", 1, TP, REPLAY, None),
+    "tp, full": ("bf16", 1, TP, FULL, None),
+    "pp": ("bf16", 1, PP, None, None),
+    "pp, fp32": ("fp32", 1, PP, REPLAY, None),
+    "vpp": ("bf16", 1, VPP, None, None),
+    "zero 3, bf16": ("bf16", 3, None, None, TIGHT),
+    "zero 3, bf16, replay": ("bf16", 3, None, REPLAY, TIGHT),
+    "inverse": ("fp32", 0, None, INVERSE, None),
+}
+"""Of the architectures beside LLaMA."""
 
 
 @cache
@@ -144,6 +163,18 @@ def rows() -> dict[str, Config]:
         "taught in logits": taught(row("fp32", 0), kd_alpha=0.0, kd_beta=1.0),
         "tp without sp, taught": taught(row("bf16", 1, {**TP, "sequence_parallel": False}), kd_beta=1.0),
         "tp, taught in both": taught(row("fp32", 2, TP, FULL), kd_beta=1.0),
+        **{
+            f"{name}, {variant}": row("bf16", 1, None, None, None, **{**model, "variant": variant})
+            for name, model in (("gpt2", GPT2), ("qwen3", QWEN3))
+            for variant in VARIANTS
+        },
+        **{
+            f"{kind}, {name}": row(dtype, zero, parallel, recompute, options, **model)
+            for name, model in (("gpt2", GPT2), ("qwen3", QWEN3))
+            for kind, (dtype, zero, parallel, recompute, options) in LAYOUTS.items()
+        },
+        "pp, gpt2, untied": row("bf16", 1, PP, None, None, **GPT2, tie_word_embeddings=False),
+        "tp, gpt2, padded": row("bf16", 1, TP, REPLAY, None, **{**GPT2, **PADDED}),
         "pp, galore, full": galore(row("fp32", 1, PP, variant="full_rank"), proj_type="full"),
     }
 
@@ -167,6 +198,10 @@ SOON = (
     "tp, relora, replay",
     "zero 3, bf16, galore",
     "tp, taught",
+    "pp, gpt2",
+    "tp, replay, gpt2",
+    "pp, qwen3",
+    "tp, replay, qwen3",
 )
 """The others are marked long: every row costs a second on an idle machine, and more where process groups are built."""
 RARE = tuple(name for name in rows() if name not in SOON)

@@ -248,7 +248,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_next_start_is_from_a_go
 def test_dry_run_prints_and_writes_nothing(corpus: Corpus, tmp_path: Path) -> None:
     result = start([*corpus.options(tmp_path / "run"), "--dry-run"])
     assert result.returncode == 0
-    resolved = yaml.safe_load(result.stdout.partition("parameters (crnet)")[0])
+    resolved = yaml.safe_load(result.stdout.partition("parameters (crnet, llama)")[0])
     assert resolved["training"]["train_steps"] == 6
     for part in (
         "embedding",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, TypeVar
@@ -81,16 +81,11 @@ class Architecture:
             takes is Y, what this layer uses Y + bias.
         has_qk_norm: an RMSNorm over each head of queries and keys, before the rotary embedding.
         ties_head: default of `model.tie_word_embeddings`.
-        other_activations: what backward of a layer needs beside linear outputs: multiples of the residual stream
-            (`hidden`) and of positions' outputs.
-        rotated: positions of which backward needs the output after RoPE, not the output.
-        changed: positions of which it needs the output with its bias, and for the chain the output as well.
         paddable: widths that may be padded by zeros: between their positions stand only functions of single elements
             that map zeros to zeros.
     """
 
     groups: tuple[Group, ...]
-    other_activations: Mapping[str, int]
     experts: Experts | None = None
     norm: Literal["rms", "layer"] = "rms"
     activation: Literal["swiglu", "gelu"] = "swiglu"
@@ -98,8 +93,6 @@ class Architecture:
     has_biases: bool = False
     has_qk_norm: bool = False
     ties_head: bool = False
-    rotated: tuple[str, ...] = ()
-    changed: tuple[str, ...] = ()
     paddable: frozenset[str] = frozenset()
 
     @property
@@ -131,6 +124,11 @@ class Architecture:
     def joining(self) -> tuple[str, ...]:
         """Names of all positions whose outputs are added to the residual stream, those of experts included."""
         return tuple(name for group in self.all_groups if group.is_row for name in group.names)
+
+    @property
+    def with_kept_sums(self) -> tuple[Group, ...]:
+        """Groups of which backward needs Y + bias itself: attention does, SwiGLU does, GELU adds the bias again."""
+        return self.groups[0:3:2] if self.activation == "swiglu" else self.groups[:1]
 
     @property
     def norms(self) -> dict[str, str]:

@@ -8,13 +8,10 @@ from megatron_crnet.config.architectures.base import ATTENTION, PLAIN, Architect
 
 GPT2 = Architecture(
     groups=(*ATTENTION, *PLAIN),
-    # two norms' inputs and outputs; attention's output; gelu(up)
-    other_activations={"hidden": 4, "q": 1, "up": 1},
     norm="layer",
     activation="gelu",
     token_positions="learned",
     has_biases=True,
     ties_head=True,
-    changed=("q", "k", "v", "up"),
     paddable=frozenset({"ffn"}),  # gelu(0) = 0
 )

@@ -4,8 +4,5 @@ from megatron_crnet.config.architectures.base import ATTENTION, GATED, Architect
 
 LLAMA = Architecture(
     groups=(*ATTENTION, *GATED),
-    # two norms' inputs and outputs; attention's output; silu(gate) up
-    other_activations={"hidden": 4, "q": 1, "up": 1},
-    rotated=("q", "k"),
     paddable=frozenset({"ffn"}),  # silu(0) 0 = 0
 )

@@ -8,8 +8,6 @@ from megatron_crnet.config.architectures.base import ATTENTION, EXPERTS, Archite
 
 QWEN3_MOE = Architecture(
     groups=ATTENTION,
-    # as Qwen3's, up to the experts
-    other_activations={"hidden": 4, "q": 2, "k": 1},
     experts=EXPERTS,
     has_qk_norm=True,
 )

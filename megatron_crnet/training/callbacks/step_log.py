@@ -98,6 +98,7 @@ def opening_lines(trainer: Trainer) -> list[str]:
 def cost_of_run(preflight: Preflight) -> str:
     """Parameters, tokens and operations of the whole run, in one line."""
     config, plan, processes = preflight.config, preflight.plan, preflight.context.world_size
+    model = config.model
     steps, ramp = config.training.train_steps, plan.ramp_line()
     tokens = plan.tokens_of_run(steps)
     flops = sum(
@@ -105,9 +106,9 @@ def cost_of_run(preflight: Preflight) -> str:
         * (plan.tokens_of_run(phase.stop) - plan.tokens_of_run(phase.start))
         for phase in phases_of(config)
     )
-    active = f" ({active_parameters(config.model):,} active)" if config.model.num_experts else ""
+    active = f" ({active_parameters(model):,} active)" if model.num_experts else ""
     return (
-        f"{config.model.variant} of {total_parameters(config.model):,} parameters{active} on {processes} "
+        f"{model.variant} ({model.architecture}) of {total_parameters(model):,} parameters{active} on {processes} "
         f"{'process' if processes == 1 else 'processes'}: {steps:,} steps x {plan.tokens_per_step:,} tokens"
         f"{f' ({ramp})' if ramp else ''} = {tokens:,} tokens, {flops:.2e} FLOP"
     )

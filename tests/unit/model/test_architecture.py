@@ -26,7 +26,6 @@ SIX = Architecture(
         Group("fc", (Position("fc", "mlp.fc", "hidden", "ffn"),)),
         Group("out", (Position("out", "mlp.out", "ffn", "hidden"),), is_row=True),
     ),
-    other_activations={"hidden": 4, "q": 1, "fc": 1},
 )
 SHAPES = {**dict.fromkeys(("q", "k", "v", "proj"), (H, H)), "fc": (H, FFN), "out": (FFN, H)}
 

@@ -48,12 +48,12 @@ def exact_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 Function = Callable[..., Sequence[Tensor]]
-"""From outputs and betas to what a layer uses of them, and s(beta) Y for the next layer."""
+"""From betas, a bias and outputs to what a layer uses of them, and s(beta) Y for the next layer."""
 
 
 def plain(use: Callable[..., Sequence[Tensor]]) -> Function:
-    def function(betas: Tensor, *outputs: Tensor) -> Sequence[Tensor]:
-        return [*use(*outputs), *(s * y for s, y in zip(signed_scale(betas, EPS), outputs, strict=True))]
+    def function(betas: Tensor, bias: Tensor, *outputs: Tensor) -> Sequence[Tensor]:
+        return [*use(bias, *outputs), *(s * y for s, y in zip(signed_scale(betas, EPS), outputs, strict=True))]
 
     return function
 
@@ -62,9 +62,9 @@ def by_regions(use: Callable[..., tuple[Any, Sequence[Tensor]]], receives: bool)
     """What hands an output on returns for it the gradient of s(beta) Y, unscaled, as the next layer's products do."""
     identity = torch.eye(HEADS * D)
 
-    def function(betas: Tensor, *outputs: Tensor) -> Sequence[Tensor]:
+    def function(betas: Tensor, bias: Tensor, *outputs: Tensor) -> Sequence[Tensor]:
         regions = Regions(EAGER, EPS)
-        used, carried = use(regions, None if receives else betas, *outputs)
+        used, carried = use(regions, None if receives else betas, bias, *outputs)
         if receives:
             carried = regions.receive(betas, carried)
         options = ProductOptions(regions=Regions(EAGER, EPS))
@@ -81,15 +81,30 @@ ROTATION = ANGLES.cos(), ANGLES.sin()
 REGIONS = {
     "rotary": (
         3,
-        lambda q, k, v: (exact_rotate(q, *ROTATION), exact_rotate(k, *ROTATION), v),
-        lambda regions, betas, q, k, v: regions.rotary(ROTATION, betas, q, k, v),
+        lambda _, q, k, v: (exact_rotate(q, *ROTATION), exact_rotate(k, *ROTATION), v),
+        lambda regions, betas, _, q, k, v: regions.rotary(ROTATION, betas, q, k, v),
     ),
     "swiglu": (
         2,
-        lambda gate, up: (F.silu(gate) * up,),
-        lambda regions, betas, gate, up: regions.swiglu(betas, gate, up),
+        lambda _, gate, up: (F.silu(gate) * up,),
+        lambda regions, betas, _, gate, up: regions.swiglu(betas, gate, up),
     ),
-    "carry": (1, lambda y: (y,), lambda regions, betas, y: regions.carry(betas, y)),
+    "gelu": (
+        1,
+        lambda bias, up: (F.gelu(up + bias, approximate="tanh"),),
+        lambda regions, betas, bias, up: regions.gelu(betas, bias, up),
+    ),
+    "gelu without a bias": (
+        1,
+        lambda _, up: (F.gelu(up, approximate="tanh"),),
+        lambda regions, betas, _, up: regions.gelu(betas, None, up),
+    ),
+    "carry": (1, lambda _, y: (y,), lambda regions, betas, _, y: regions.carry(betas, None, y)),
+    "carry with biases": (
+        2,
+        lambda bias, v, o: (v + bias, o + 2 * bias),
+        lambda regions, betas, bias, v, o: regions.carry(betas, torch.cat((bias, 2 * bias)), v, o),
+    ),
 }
 
 
@@ -100,24 +115,26 @@ def test_values_and_gradients_of_a_region_and_the_next_layers_residual_are_plain
 ) -> None:
     count, exact, region = REGIONS[name]
     betas = torch.tensor([0.9, -0.4, 0.0])[:count]
-    leaves = [betas, *(random(*SHAPE, seed=seed) for seed in range(count))]
+    leaves = [betas, random(HEADS * D, seed=8), *(random(*SHAPE, seed=seed) for seed in range(count))]
     found, wanted = [], []
     for results, function in ((wanted, plain(exact)), (found, by_regions(region, receives))):
         mine = [leaf.clone().requires_grad_() for leaf in leaves]
         outputs = function(*mine)
         weights = [random(*y.shape, seed=20 + i) for i, y in enumerate(outputs)]
-        results += [*outputs, *torch.autograd.grad(outputs, mine, weights)]
+        results += [*outputs, *torch.autograd.grad(outputs, mine, weights, materialize_grads=True)]
     for x, y in zip(found, wanted, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
 
-def test_swiglus_gradients_are_the_same_by_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = trial_inputs(CPU, torch.bfloat16)["swiglu_backward"]
-    at_once = EAGER.swiglu_backward(*inputs)
+@pytest.mark.parametrize("name", ["swiglu_backward", "gelu_backward"])
+def test_an_activations_gradients_are_the_same_by_few_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, function = trial_inputs(CPU, torch.bfloat16)[name], getattr(EAGER, name)
+    at_once = function(*inputs)
     monkeypatch.setattr(plain_functions, "FEW", 3 * inputs[1][0].numel())
-    *gradients, betas = EAGER.swiglu_backward(*inputs)
-    assert all(torch.equal(x, y) for x, y in zip(gradients, at_once, strict=False))
-    torch.testing.assert_close(betas, at_once[2])
+    for x, y in zip(function(*inputs), at_once, strict=True):
+        if x.shape == inputs[1].shape:
+            assert torch.equal(x, y)
+        torch.testing.assert_close(x, y)  # sums over rows to rounding
 
 
 def test_a_gate_without_silu_is_a_product() -> None:

@@ -28,8 +28,16 @@ RELORA = LOW_RANK + 2 * (5 * H + 2 * F) + 2 * 2 * 7 * 1024 + 2 * (3 * H + 2 * F)
 FULL_RANK = LOW_RANK + 2 * (3 * H + 2 * F)
 
 
-def counted(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, dict[str, float]]:
-    assert main(["measure-glue", "--config", str(ROOT / "examples/llama2_7b.yaml"), "--json", *words]) == 0
+# In h of 1024, f = 4h: two norms, five sums with biases, two of the stream, GELU, s(beta) Y; in backward five sums
+# with the next layer's gradient (4 h each, as they read Y for beta's), GELU (4 f), norms (3 h each), two sums.
+GPT2 = (4 + 10 + 6 + 8 + 18 + 20 + 16 + 6 + 6) * 1024
+# In h of 2048, k and v of h/2, f = 3h: as LLaMA-2's, with norms of q and k (2 and 3 passes over 1.5 h), after which
+# RoPE reads no gradient of the next layer, and q and k are summed as v, o and down are. Cosines, sines, sums.
+QWEN3 = (4 + 3 + 3 + 6 + 9 + 20 + 21 + 8 + 4.5 + 3 + 16) * 2048 + 512 + 40
+
+
+def counted(capsys: pytest.CaptureFixture[str], *words: str, example: str = "llama2_7b") -> dict[str, dict[str, float]]:
+    assert main(["measure-glue", "--config", str(ROOT / f"examples/{example}.yaml"), "--json", *words]) == 0
     return {row["variant"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
 
 
@@ -46,6 +54,16 @@ def test_bytes_and_launches_do_not_grow(capsys: pytest.CaptureFixture[str]) -> N
         "full_rank": 28,
         "relora": 76,
     }
+
+
+@pytest.mark.parametrize(("example", "elements", "launches"), [("gpt2_355m", GPT2, 63), ("qwen3_1_7b", QWEN3, 63)])
+def test_of_other_architectures_neither(
+    example: str, elements: float, launches: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "--training.micro_batch_size", "1", "--variants", "crnet"
+    row = counted(capsys, *words, example=example)["crnet"]
+    assert row["bytes_per_token_layer"] / BYTES == pytest.approx(elements, rel=4e-3)
+    assert row[LAUNCHES] == launches
 
 
 def test_regions_are_counted_in_the_pass_that_runs_them(capsys: pytest.CaptureFixture[str]) -> None:
