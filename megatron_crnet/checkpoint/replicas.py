@@ -1,8 +1,8 @@
 """Detects ranks whose copies of the same weights have drifted apart.
 
-Each rank updates its own copies: of the weights that tensor parallelism does not cut, and under ZeRO 0 to 2 of all
-weights over data-parallel ranks. Another version of a kernel on one node, or a faulty device, lets them drift apart
-unnoticed.
+Each rank updates its own copies: of the weights that tensor parallelism does not cut, under ZeRO 0 to 2 of all weights
+over data-parallel ranks, and of a tied embedding on the first and the last pipeline stage. Another version of a kernel
+on one node, or a faulty device, lets them drift apart unnoticed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_crnet.distributed.consensus import digest_of, gather
 from megatron_crnet.distributed.watchdog import ranks_line
 from megatron_crnet.engine.zero import held_partition
-from megatron_crnet.model.weights import Weight
+from megatron_crnet.model.weights import EMBEDDING, Weight
 
 BITS = {2: torch.int16, 4: torch.int32}
 
@@ -46,6 +46,8 @@ def checksums(weights: Sequence[Weight], stage: int) -> Checksums:
         parallel_state.get_data_parallel_rank(),
     )
     found: Checksums = {("tensor", pipeline, data): replicated}
+    if EMBEDDING in named:  # on the last stage a tied one
+        found["pipeline", tensor, data] = {EMBEDDING: named[EMBEDDING]}
     return found if partitioned else {**found, ("data", pipeline, tensor): named}
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_crnet.config.deepspeed_keys import DEEPSPEED_KEYS
 from megatron_crnet.config.field_types import shown
-from megatron_crnet.config.positions import METHODS
+from megatron_crnet.config.positions import METHODS, ties_head
 from megatron_crnet.utils.errors import require
 
 if TYPE_CHECKING:
@@ -94,6 +94,12 @@ def check_deepspeed(config: Config) -> None:
         f"deepspeed.zero_optimization.stage 0 does not work with training.dtype bf16, tensor_model_parallel_size {tp} "
         f"and pipeline_model_parallel_size {pp}, because DeepSpeed's bf16 wrapper counts only the first "
         "tensor-parallel rank in the gradient norm and hangs between pipeline stages: use stage 1",
+    )
+    require(
+        not (pp > 1 and stage > 0 and config.optimizer.name == "adamw8bit" and ties_head(config.model)),
+        f"optimizer.name is adamw8bit with a tied output layer and pipeline_model_parallel_size {pp}, but ZeRO stage "
+        f"{stage} cuts the embedding and its copy on the last stage at different places, so blocks of 8-bit moments "
+        "would round them differently: use adamw, stage 0 in fp32, or set model.tie_word_embeddings false",
     )
     for key, broken, why in _zero_rules(config, stage, tp, pp):
         value = shown(_zero(config).get(key))

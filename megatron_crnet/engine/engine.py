@@ -353,20 +353,33 @@ class TrainEngine:
             parameter.grad.mul_((torch.full((1,), limit, device=norm.device) / (norm + 1e-6)).clamp(max=1))
         return float(norm)
 
-    def _gradients_of_tied_head(self) -> list[Tensor]:
-        """Of the embedding on the first and of its copy on the last of several pipeline stages."""
+    def _sum_over_tied_copies(self) -> None:
+        """Sum the gradients of the embedding on the first and of its copy on the last pipeline stage, to the same bits.
+
+        How replicas round a sum follows from where a weight lies in a bucket, which differs between the stages, so
+        theirs comes first. Where it leaves a rank shards, which the stages cut elsewhere, they sum this gradient by
+        itself, and all but one hand on zeros.
+        """
         if self.config.parallel.pipeline_model_parallel_size == 1 or not self.chunks[0].config.table.ties_head:
-            return []
+            return
         found = [self.zero.gradient(w.parameter) for w in self.weights if w.name == EMBEDDING]
-        return [gradient for gradient in found if gradient is not None]
+        for gradient in (gradient for gradient in found if gradient is not None):
+            alone = not self.zero.reduces_in_place and self.context.dp_size > 1
+            if alone:
+                dist.all_reduce(gradient, group=parallel_state.get_data_parallel_group())
+            dist.all_reduce(gradient, group=parallel_state.get_embedding_group())
+            if alone and self.context.dp_rank > 0:
+                gradient.zero_()
 
     def reduce_gradients(self) -> None:
         """Sum partial gradients over tensor-parallel ranks and average over replicas, where no hook has."""
         if parallel_state.get_tensor_model_parallel_world_size() > 1:
             _sum_over_tensor_parallel(self.zero.partial_gradients())
-        for gradient in self._gradients_of_tied_head():
-            dist.all_reduce(gradient, group=parallel_state.get_embedding_group())
+        if not self.zero.reduces_in_place:
+            self._sum_over_tied_copies()
         self.zero.reduce_gradients()
+        if self.zero.reduces_in_place:
+            self._sum_over_tied_copies()
 
 
 def _sum_over_tensor_parallel(gradients: list[Tensor]) -> None:

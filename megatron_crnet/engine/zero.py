@@ -90,6 +90,7 @@ class Stage1(Stage0):
     """Optimizer state is partitioned; plain autograd accumulates, and everything is reduced once."""
 
     stage = 1
+    reduces_in_place = False
 
     def forget_first_step(self) -> None:
         """DeepSpeed takes none."""
@@ -130,6 +131,8 @@ class Stage1(Stage0):
 
 class Stage1BF16(Stage1):
     """DeepSpeed's `BF16_Optimizer`, which keeps gradients in fp32."""
+
+    reduces_in_place = True
 
     def reduce_gradients(self) -> None:
         """By the engine."""

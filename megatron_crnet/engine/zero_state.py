@@ -117,8 +117,11 @@ class ZeroState(ABC):
         """Gradients that are partial sums over tensor-parallel ranks, wherever DeepSpeed keeps them."""
         return [g for p in self.engine.module.parameters() if is_partial(p) and (g := self.gradient(p)) is not None]
 
+    reduces_in_place = True
+    """`reduce_gradients` leaves whole gradients where `gradient` gives them."""
+
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """The gradient that has not been reduced over replicas, where a stage keeps it whole; None if there is none."""
+        """The whole gradient, where a stage keeps it; None if there is none."""
         return parameter.grad
 
     # master weights and moments

@@ -77,7 +77,9 @@ def _shortened(config: Config, changes: dict[str, Any], pp: int, vpp: int | None
     rank: Any = dict(low[-1] if low else dict.fromkeys(table.shapes, 1))
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, vocab_size=8 * tp, max_position_embeddings=None, rank=rank, **changes),
+        model=dataclasses.replace(
+            config.model, vocab_size=8 * tp, max_position_embeddings=4 * tp, rank=rank, **changes
+        ),
         training=dataclasses.replace(
             config.training,
             micro_batch_size=1,
@@ -160,7 +162,9 @@ def _measure(config: Config, fake: bool) -> dict[str, Any]:
         device, batch = next(block.parameters()).device, (config.training.seq_length, config.training.micro_batch_size)
         hidden = torch.randn(*batch, config.model.hidden_size, dtype=transformer.params_dtype, device=device)
         hidden.requires_grad_()
-        rotary = torch.randn(batch[0], 1, 1, transformer.kv_channels, device=device)
+        rotary = None
+        if transformer.table.architecture.is_rotary:
+            rotary = torch.randn(batch[0], 1, 1, transformer.kv_channels, device=device)
         # in a separate pass, because PyTorch's counter keeps the inputs of modules alive
         with OperationCounter() as operations:
             block(hidden, rotary_pos_emb=rotary).sum().backward()

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import accumulate
 
 from megatron_crnet.config.batch import BatchPlan
-from megatron_crnet.config.deepspeed import zero_option
+from megatron_crnet.config.deepspeed import offloads_optimizer, zero_option
 from megatron_crnet.config.recompute_section import STRATEGIES
 from megatron_crnet.model.block import boundary_widths, interleaved_width
 from megatron_crnet.planning.distillation import boundary_width, teacher_traffic
@@ -33,13 +33,19 @@ def estimate_volumes(model: LocalModel, plan: BatchPlan) -> list[CommVolume]:
             found[TENSOR, kind] += factor * count * model.tokens * width * model.element
         shares = plan.dp_size if model.stage >= 2 else 1  # gradients are sharded over replicas already
         found[TENSOR, "all_reduce"] += 2 * model.partial_numel * _sum_size(model) / shares
+    at_ends = model.chunks[0].embeds or model.chunks[-1].predicts
+    is_tied = model.pp > 1 and model.transformer.table.ties_head and at_ends
+    # where replicas keep shards of what they reduce, they sum the gradient of a tied embedding before
+    alone = model.stage == 1 and (not model.bf16 or offloads_optimizer(model.config))
     if model.pp > 1:
         found[PIPELINE, "send"] = count * model.local_tokens * model.element * _boundaries(model)
-        if model.transformer.table.ties_head and (model.chunks[0].embeds or model.chunks[-1].predicts):
+        if is_tied:
             group = PIPELINE if model.pp == 2 else EMBEDDING
-            found[group, "all_reduce"] = 2 * model.embedding * _sum_size(model)
+            found[group, "all_reduce"] = 2 * model.embedding * (model.element if alone else _sum_size(model))
     if plan.dp_size > 1:
         found |= {(DATA, kind): volume for kind, volume in _data_parallel(model, plan).items()}
+        if is_tied and alone:
+            found[DATA, "all_reduce"] += 2 * model.embedding * model.element
     sizes = {TENSOR: model.tp, PIPELINE: model.pp, DATA: plan.dp_size, STAGE: model.tp * plan.dp_size, EMBEDDING: 2}
     if model.config.optimizer.name == "galore":
         replicas = plan.dp_size if model.stage else 1

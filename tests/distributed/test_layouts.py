@@ -192,6 +192,7 @@ ON_FOUR = [
     Layout(tp=2, pp=2, zero=1, model=PADDED),
     Layout(pp=4, zero=1, lr_multipliers=LR_MULTIPLIERS),
     Layout(tp=2, pp=2, vpp=2, zero=1, model=GPT2),
+    Layout(pp=2, zero=1, model=GPT2),
     Layout(tp=2, pp=2, zero=1, dtype="bf16", model=QWEN3),
     Layout(tp=2, pp=2, vpp=2, zero=1, model=MOE, parallel=EP),
     Layout(tp=2, zero=2, model=MOE, parallel=EP),

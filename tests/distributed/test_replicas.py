@@ -15,12 +15,15 @@ from megatron_crnet.checkpoint.train_state import TrainingState
 from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.model.gpt import build_model_chunks
+from megatron_crnet.model.weights import EMBEDDING
 from megatron_crnet.training.metrics import largest_peak_memory_bytes, peak_memory_bytes
 from tests.distributed.spawn import fresh_world, run_distributed
 from tests.distributed.test_checkpoint import row_config
 from tests.helpers import local_weights, micro_batches
 
 TP = {"tensor_model_parallel_size": 2}
+PP = {"pipeline_model_parallel_size": 2}
+TIED = {"tie_word_embeddings": True}
 NORM, WHOLE = "model.layers.1.input_layernorm.weight", "model.layers.2.mlp.down_proj.a.weight"
 ROWS: dict[str, tuple[dict[str, Any], str, bool]] = {
     "tp2": ({"parallel": TP}, NORM, True),
@@ -29,6 +32,8 @@ ROWS: dict[str, tuple[dict[str, Any], str, bool]] = {
     "dp2": ({}, WHOLE, True),
     "dp2-zero1-bf16": ({"stage": 1, "dtype": "bf16"}, WHOLE, True),
     "dp2-zero3": ({"stage": 3}, WHOLE, False),
+    "pp2-tied": ({"parallel": PP, "stage": 1, "dtype": "bf16", "model": TIED}, EMBEDDING, True),
+    "pp2-untied": ({"parallel": PP}, "lm_head.weight", False),
 }
 """Configuration, the weight that rank 1 changes, and whether another rank has a copy of it."""
 
@@ -48,9 +53,9 @@ def drift(folder: str) -> dict[str, list[list[str]]]:
             checkpointer.save(TrainingState(step + 1))
             checkpointer.wait()
             remarks.append(checkpointer.take_remarks())
-            (weight,) = [weight for weight in local_weights(engine) if weight.name == changed]
-            held = weight.parameter.ds_tensor if engine.stage == 3 else weight.local()  # type: ignore[attr-defined]
             if dist.get_rank() == 1:
+                (weight,) = [weight for weight in local_weights(engine) if weight.name == changed]
+                held = weight.parameter.ds_tensor if engine.stage == 3 else weight.local()  # type: ignore[attr-defined]
                 with torch.no_grad():
                     held.view(-1)[0] *= 1.01
         found[name] = remarks

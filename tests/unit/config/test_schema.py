@@ -17,7 +17,8 @@ from tests.helpers import ARCHITECTURES, tiny_config
 
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
-MOE = ARCHITECTURES["qwen3_moe"]
+MOE, GPT2, QWEN3 = (ARCHITECTURES[name] for name in ("qwen3_moe", "gpt2", "qwen3"))
+ZERO_1 = {"zero_optimization": {"stage": 1}}
 
 RESTARTS = {"lr_decay_style": "cosine_restarts"}
 NVME = {"device": "nvme", "nvme_path": "/tmp"}
@@ -28,6 +29,18 @@ def relora(**changes: Any) -> dict[str, Any]:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"model": {"architecture": "bert"}}, "architecture is .bert., but must be one of llama, gpt2, qwen3"),
+    ({"model": {"architecture": "gpt2"}}, "max_position_embeddings is not set, but architecture gpt2 learns a vector"),
+    ({"model": {**GPT2, "max_position_embeddings": 8}}, "max_position_embeddings 8 is below training.seq_length 16"),
+    ({"model": {**GPT2, "rotary_base": 500}}, "rotary_base is 500, but architecture gpt2 has no rotary embedding"),
+    ({"model": {**GPT2, "rank": {"gate": 4}}}, "names the position 'gate', but the positions are q, k, v, o, up, down"),
+    ({"model": {**GPT2, "variant": "cola", "only_lr_act": True}}, "only_lr_act is true, but architecture gpt2 has no"),
+    ({"model": {**QWEN3, "kv_channels": 7}}, "kv_channels gives heads of width 7, but rotary embeddings need an even"),
+    ({"model": {**QWEN3, "num_attention_heads": 3}}, "num_attention_heads 3 does not divide by model.num_query_groups"),
+    (
+        {"model": QWEN3, "parallel": PP2, "optimizer": {"name": "adamw8bit"}, "deepspeed_section": ZERO_1},
+        "adamw8bit with a tied output layer .* use adamw, stage 0 in fp32, or set model.tie_word_embeddings false",
+    ),
     ({"model": {"hidden_size": 34}}, "model.hidden_size 34 does not divide by model.num_attention_heads 4: use"),
     ({"model": {"hidden_size": 36}}, "heads of width 9"),
     ({"model": {"num_query_groups": 3}}, "num_query_groups 3"),
