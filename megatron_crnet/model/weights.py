@@ -154,7 +154,8 @@ def initial_value(name: str, shape: tuple[int, ...], config: Any, seed: int, res
 
 def canonical_generator(name: str, seed: int) -> torch.Generator:
     """What draws numbers of a canonical weight, in whatever layout."""
-    return torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+    # one number of 32 bits: PyTorch's generator on CPUs takes no more of a seed
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
 
 
 def _std(name: str, shape: tuple[int, ...], config: Any) -> float:

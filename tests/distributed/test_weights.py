@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -81,3 +82,10 @@ def test_a_missing_or_misshapen_weight_is_an_error(model: CRNetModel) -> None:
     del weights[name]
     with pytest.raises(CheckpointError, match=f"{name} is missing"):
         load_canonical(model, weights)
+
+
+def test_every_seed_draws_other_values(model: CRNetModel) -> None:
+    name = "model.layers.1.mlp.up_proj.a.weight"
+    drawn = [initial_value(name, (8, 32), model.config, seed) for seed in (0, 1, 1234)]
+    assert torch.equal(drawn[0], initial_value(name, (8, 32), model.config, 0))
+    assert not any(torch.equal(one, other) for one, other in combinations(drawn, 2))
