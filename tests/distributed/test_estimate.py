@@ -329,6 +329,11 @@ LARGE = {
     # one micro-batch of each rank: the same peak, soon simulated
     "7B, short": ("llama2_7b", SHORT),
     "7B of 6 layers, short": ("llama2_7b", [*SHORT, "--model.num_layers", "6"]),
+    "GPT-2 124M": ("gpt2_124m", []),
+    "GPT-2 355M, short": ("gpt2_355m", ["--training.global_batch_size", "96"]),
+    "Qwen3 0.6B, short": ("qwen3_0_6b", ["--training.global_batch_size", "32"]),
+    "Qwen3 1.7B, short": ("qwen3_1_7b", ["--training.global_batch_size", "16"]),
+    "Qwen3 8B, short": ("qwen3_8b", ["--training.global_batch_size", "8"]),
     "7B, ZeRO-2, short": ("llama2_7b", [*SHORT, "--deepspeed.zero_optimization.stage", "2"]),
     "7B, ZeRO-2, replay, short": (
         "llama2_7b",

@@ -20,11 +20,12 @@ from megatron_crnet.utils.errors import ConfigError
 from tests.distributed.engines import build_engine, close_engine, run_step
 from tests.distributed.spawn import fresh_world, run_distributed
 from tests.distributed.test_checkpoint import row_config, train
-from tests.helpers import PADDED, Errors, compare_with_reference
+from tests.helpers import ARCHITECTURES, PADDED, Errors, compare_with_reference
 
 GALORE = {"name": "galore", "galore_rank": 4, "update_proj_gap": 2, "galore_scale": 8.0}
 """Three steps have two projections, and change the weights by about as much as they are large."""
 TP, PP = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+GPT2, QWEN3 = ARCHITECTURES["gpt2"], ARCHITECTURES["qwen3"]
 PADDED_FFN = {"ffn_hidden_size": PADDED["ffn_hidden_size"]}
 ROWS: dict[str, dict[str, Any]] = {
     **{
@@ -50,6 +51,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "sub-groups-zero3": {"stage": 3, "sub_group_size": 3000, "stage3_param_persistence_threshold": 0},
     "parameters-on-host-zero3": {"stage": 3, "offload_param": {"device": "cpu"}},
     "multipliers-zero1": {"stage": 1, "lr_multipliers": {"first_layer": 0.25, "embedding": 3.0}},
+    "gpt2-tp2-zero1": {"stage": 1, "model": GPT2, "parallel": TP},
+    "gpt2-pp2-zero1": {"stage": 1, "model": GPT2, "parallel": PP},
+    "gpt2-zero3": {"stage": 3, "model": GPT2},
+    # norms of heads multiply the rounding of weights that change by half
+    "qwen3-tp2-zero2": {"stage": 2, "model": QWEN3, "parallel": TP, "optimizer": {"galore_scale": 4.0}},
+    "qwen3-pp2-zero0": {"stage": 0, "model": QWEN3, "parallel": PP, "optimizer": {"galore_scale": 4.0}},
     "multipliers-pp2-zero1": {"stage": 1, "lr_multipliers": {"first_layer": 0.25}, "parallel": PP},
 }
 SOON = (
@@ -60,6 +67,7 @@ SOON = (
     "padded-tp2-zero1",
     "odd-layers-zero2",
     "multipliers-pp2-zero1",
+    "gpt2-pp2-zero1",
 )
 """The others are marked long."""
 RARE = [name for name in ROWS if name not in SOON]

@@ -23,10 +23,19 @@ from megatron_crnet.model.gpt import build_model_chunks
 from tests.distributed.engines import build_engine, close_engine
 from tests.distributed.spawn import fresh_world, run_distributed
 from tests.distributed.test_layouts import BF16_BOUNDS, FP32_BOUND
-from tests.helpers import Errors, compare_with_reference, local_weights, micro_batches, random_mask, tiny_config
+from tests.helpers import (
+    ARCHITECTURES,
+    Errors,
+    compare_with_reference,
+    local_weights,
+    micro_batches,
+    random_mask,
+    tiny_config,
+)
 
 RELORA: dict[str, Any] = {"variant": "relora", "rank": {"q": 8, "k": 7, "v": 6, "o": 5, "gate": 8, "up": 8, "down": 4}}
 PADDED = {"variant": "relora", "ffn_hidden_size": 125, "rank": 31}
+GPT2, QWEN3 = ({"variant": "relora", "rank": 8, **ARCHITECTURES[name]} for name in ("gpt2", "qwen3"))
 # B is a few updates of Adam's after a restart, whose signs bf16 decides where gradients are small; for the same reason
 # moments are pruned at random in bf16: which are the largest is rounding
 BF16 = dataclasses.replace(BF16_BOUNDS, parameters=0.15)
@@ -71,6 +80,8 @@ ON_TWO = [
     Row(pp=2, zero=1, prune="random"),
     Row(tp=2, zero=1, model=PADDED),
     Row(pp=2, vpp=2, model={**RELORA, "full_rank_layers": [0]}),
+    Row(tp=2, zero=1, model=GPT2),
+    Row(pp=2, model=QWEN3),
     Row(tp=2, zero=1, dtype="bf16", prune="random"),
     Row(zero=2, dtype="bf16", prune="random"),
     Row(zero=3, dtype="bf16", prune="random", keys=PARTITION_EVERYTHING),
