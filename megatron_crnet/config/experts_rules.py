@@ -52,6 +52,22 @@ def _is_of_experts(name: str) -> bool:
     return name == "num_experts" or name.startswith("moe_")
 
 
+def check_counted_by_shapes(model: ModelConfig, instead: str) -> None:
+    """What follows from shapes alone can be counted of the model.
+
+    Args:
+        instead: the remedy.
+
+    Raises:
+        ConfigError: it has experts.
+    """
+    require(
+        model.num_experts is None,
+        f"model.num_experts is {model.num_experts}, but which expert a token is given to follows from values, which "
+        f"tensors without memory do not have: {instead}",
+    )
+
+
 def check_expert_parallel(config: Config) -> None:
     """Experts can be spread over ranks as asked, and every optimizer knows their weights.
 

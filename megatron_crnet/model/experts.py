@@ -142,7 +142,9 @@ class Experts(nn.Module):
         assert experts is not None
         first = pg_collection.ep.rank() * count
         self.inputs, self.output = (ExpertGroup(config, group, layer, count, first) for group in experts.groups)
-        glue = choose_glue(next(self.parameters()), config.cross_layer_fusion)
+        # compiled functions have fixed shapes: all tokens of a rank, k times, but of other ranks any number may come
+        fusion = config.cross_layer_fusion and config.expert_model_parallel_size == 1
+        glue = choose_glue(next(self.parameters()), fusion)
         self.regions = Regions(glue, activates=config.table.activates)
 
     def forward(self, x: Tensor, counts: Tensor, weights: Tensor) -> tuple[Tensor, None]:

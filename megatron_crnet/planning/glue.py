@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch._subclasses import FakeTensorMode
 
+from megatron_crnet.config.experts_rules import check_counted_by_shapes
 from megatron_crnet.config.megatron import build_transformer_config
 from megatron_crnet.config.positions import position_table
 from megatron_crnet.config.schema import OF_VARIANT, Config, Variant
@@ -131,6 +132,7 @@ def _record(config: Config, variant: Variant) -> dict[str, Any]:
 
 def _counted(config: Config, variant: Variant, layers: int) -> tuple[GlueCounter, GlueCounter]:
     """Counters of the forward and the backward pass of a micro-batch through a decoder of few layers."""
+    check_counted_by_shapes(config.model, "count architecture qwen3")
     table = position_table(config.model)
     low = [row for layer, row in enumerate(table.ranks) if not table.is_full_rank(layer)]
     model = dataclasses.replace(

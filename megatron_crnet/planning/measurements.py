@@ -16,6 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch._subclasses import FakeTensorMode
 
 from megatron_crnet.config.distillation_section import DistillationConfig
+from megatron_crnet.config.experts_rules import check_counted_by_shapes
 from megatron_crnet.config.megatron import build_transformer_config
 from megatron_crnet.config.positions import METHODS, position_table
 from megatron_crnet.config.recompute_section import RecomputeConfig
@@ -133,6 +134,8 @@ def measure_strategies(config: Config, *, fake: bool, segment_length: int | None
         fake: use fake tensors.
         segment_length: also measure `replay` and `full` with it.
     """
+    if fake:
+        check_counted_by_shapes(config.model, "use --tensors real")
     single, strategies = dataclasses.replace(config, parallel=type(config.parallel)(), deepspeed={}), dict(STRATEGIES)
     if segment_length:
         for name in ("replay", "full"):

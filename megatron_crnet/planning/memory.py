@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from megatron_crnet.config.batch import BatchPlan
 from megatron_crnet.config.deepspeed import DEFAULT_BUCKET, offloads_optimizer, zero_option
+from megatron_crnet.config.megatron import CRNetTransformerConfig
 from megatron_crnet.engine.adam8bit import BLOCK, CHUNK
 from megatron_crnet.model.block import boundary_widths
 from megatron_crnet.model.glue import FEW
@@ -38,7 +39,11 @@ def estimate_memory(model: LocalModel, plan: BatchPlan) -> Memory:
     state |= _frozen(model, state, plan.dp_size)
     state["weights"] += teacher_weights(model)
     layers = [layer for chunk in model.chunks for layer in chunk.layers]
-    gathers = model.chunks[-1].predicts or any(model.transformer.table.is_full_rank(layer) for layer in layers)
+    gathers = (
+        model.transformer.expert_model_parallel_size > 1
+        or model.chunks[-1].predicts
+        or any(model.transformer.table.is_full_rank(layer) for layer in layers)
+    )
     if model.transformer.sequence_parallel and gathers:
         # Megatron-Core's buffer for the whole sequence, the input of a full-rank column layer
         state["buffers"] += model.tokens * model.config.model.hidden_size * model.element
@@ -171,7 +176,7 @@ def _moments(model: LocalModel, plan: BatchPlan, chunk: Chunk) -> Iterator[float
         copies = 6 if model.bf16 and model.stage >= 1 else model.element
         yield model.embedding * copies + bucket + received - _missing(model, plan)
     architecture = transformer.table.architecture
-    widest = max(transformer.local_width(position) for position in transformer.table.shapes)
+    widest = _widest(transformer)
     kept = kept_widths(transformer, chunk.layers, chunk.segments)
     for segment in chunk.segments or [range(layer, layer + 1) for layer in chunk.layers]:
         rest = [other for other in chunk.segments if other.start < segment.stop]
@@ -183,6 +188,14 @@ def _moments(model: LocalModel, plan: BatchPlan, chunk: Chunk) -> Iterator[float
         yield moment + (width + 2 * widest) * size + few
         if model.stage >= 2 and sum(p.numel for p in model.parameters if p.layer >= segment.start) >= model.bucket:
             yield moment + width * size + 4 * model.bucket  # the fp32 copy of a full bucket
+
+
+def _widest(transformer: CRNetTransformerConfig) -> float:
+    """Elements per local token of the widest output, or of the widest of all that experts are given."""
+    table = transformer.table
+    experts = table.architecture.experts
+    given = max((max(table.shapes[p.name]) for p in experts.positions), default=0) if experts is not None else 0
+    return max(table.topk * given, *(transformer.local_width(name) for name in table.architecture.names))
 
 
 def _missing(model: LocalModel, plan: BatchPlan, layers: float = math.inf) -> float:

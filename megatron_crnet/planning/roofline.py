@@ -60,6 +60,8 @@ def estimate_operations(model: LocalModel, plan: BatchPlan) -> Operations:
     for chunk in model.chunks:
         for layer in chunk.layers:
             (inputs, outputs), frozen = _layer_products(model, layer), _frozen_products(model, layer)
+            experts = _expert_products(model, layer)
+            passes, again = passes + 3 * experts, again + bool(chunk.segments) * experts  # they run again in any case
             passes += 3 * (inputs + outputs) + 2 * frozen + attention * 7 // 2
             repeated, with_attention = _repeats(model, chunk, layer)
             again += repeated[0] * (inputs + frozen) + repeated[1] * outputs + with_attention * attention
@@ -86,6 +88,17 @@ def _layer_products(model: LocalModel, layer: int) -> tuple[int, int]:
     inputs = sum(2 * ranks[p] * (tokens if p in rows else local) * n for p, (n, _) in shapes.items())
     outputs = sum(2 * ranks[p] * (local if p in rows else tokens) * n for p, (_, n) in shapes.items())
     return inputs, outputs
+
+
+def _expert_products(model: LocalModel, layer: int) -> int:
+    """Forward operations per micro-batch of router and experts, where tokens are spread evenly."""
+    table, local = model.transformer.table, model.local_tokens
+    if table.architecture.experts is None:
+        return 0
+    ranks, names = table.padded_ranks[layer], [position.name for position in table.architecture.experts.positions]
+    shapes = {name: table.shapes[name] for name in names}
+    weights = sum(n * m if table.is_full_rank(layer) else ranks[p] * (n + m) for p, (n, m) in shapes.items())
+    return 2 * local * (model.config.model.hidden_size * table.num_experts + table.topk * weights)
 
 
 def _full_rank_products(model: LocalModel) -> int:

@@ -138,6 +138,8 @@ def configure(config: Config, choice: Choice) -> Config:
         parallel=dataclasses.replace(
             config.parallel,
             tensor_model_parallel_size=choice.tp,
+            # where experts are spread, they are over all tensor-parallel ranks
+            expert_model_parallel_size=choice.tp if config.parallel.expert_model_parallel_size > 1 else 1,
             pipeline_model_parallel_size=choice.pp,
             virtual_pipeline_model_parallel_size=choice.vpp,
             sequence_parallel=False if config.parallel.sequence_parallel is False else None,

@@ -51,6 +51,7 @@ class LocalParameter:
         kind: matrix, `PROJECTED`, norm (or bias) or beta, which are separate parameter groups in bf16.
         is_partial: its gradient is a partial sum over tensor-parallel ranks.
         is_frozen: it is not trained.
+        is_expert: of experts or their router.
     """
 
     layer: int
@@ -58,6 +59,7 @@ class LocalParameter:
     is_partial: bool = False
     kind: str = "matrix"
     is_frozen: bool = False
+    is_expert: bool = False
 
 
 @dataclass(frozen=True, eq=False)  # hashed by identity
@@ -203,7 +205,7 @@ def _weights(config: Config, transformer: CRNetTransformerConfig, chunk: Chunk) 
         for group in architecture.groups:
             yield from _group(config, transformer, layer, group)
         if architecture.experts is not None:
-            yield LocalParameter(layer, transformer.table.num_experts * h, sp)
+            yield LocalParameter(layer, transformer.table.num_experts * h, sp, is_expert=True)
             for group in architecture.experts.groups:
                 yield from _experts(transformer, layer, group)
     if chunk.predicts:
@@ -242,7 +244,7 @@ def _experts(transformer: CRNetTransformerConfig, layer: int, group: Group) -> I
     shapes, ranks = [table.shapes[name] for name in group.names], [table.padded_ranks[layer][n] for n in group.names]
     h_in, widths = shapes[0][0], [h_out for _, h_out in shapes]
     if table.is_full_rank(layer):
-        yield LocalParameter(layer, count * h_in * sum(widths), partial)
+        yield LocalParameter(layer, count * h_in * sum(widths), partial, is_expert=True)
         return
-    yield LocalParameter(layer, count * sum(ranks) * h_in, partial)
-    yield from (LocalParameter(layer, count * w * r, partial) for w, r in zip(widths, ranks, strict=True))
+    sizes = [sum(ranks) * h_in, *(w * r for w, r in zip(widths, ranks, strict=True))]
+    yield from (LocalParameter(layer, count * size, partial, is_expert=True) for size in sizes)

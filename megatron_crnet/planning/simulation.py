@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_crnet.config.batch import plan_batches
 from megatron_crnet.config.deepspeed import offloads_optimizer, offloads_parameters
+from megatron_crnet.config.experts_rules import check_counted_by_shapes
 from megatron_crnet.config.positions import METHODS
 from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed.process_groups import initialize_parallel, shutdown_parallel
@@ -65,6 +66,7 @@ def check_simulation(config: Config, world_size: int, rank: int) -> None:
         f"recompute.strategy is {config.recompute.strategy}, but which layers it keeps follows from "
         "values, which a simulation does not have: use replay, or count with crnet measure-recompute",
     )
+    check_counted_by_shapes(config.model, "use crnet estimate, which takes an even spread")
     require(
         not offloads_optimizer(config) and not offloads_parameters(config),
         "deepspeed.zero_optimization offloads to the host, but a simulation cannot tell host memory from the device's: "

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from megatron_crnet.config.loading import resolved
-from megatron_crnet.config.model_size import parameters_by_part, total_parameters
+from megatron_crnet.config.model_size import active_parameters, parameters_by_part, total_parameters
 from megatron_crnet.config.positions import position_table
 from megatron_crnet.config.schema import Config
 from megatron_crnet.planning.estimate import Estimate, estimate
@@ -114,6 +114,7 @@ def dry_run_report(config: Config, world_size: int) -> str:
     found = estimate(config, world_size)
     plan, model, training = found.plan, config.model, config.training
     rows = [*parameters_by_part(model).items(), ("total", total_parameters(model))]
+    rows += [("active", active_parameters(model))] if model.num_experts else []
     lines = [
         yaml.safe_dump(resolved(config), sort_keys=False),
         f"parameters ({model.variant}, {model.architecture})",

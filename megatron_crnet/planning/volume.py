@@ -21,6 +21,8 @@ from megatron_crnet.planning.shards import Chunk, LocalModel, LocalParameter
 
 CROSS_ENTROPY = 3 * 4
 """Bytes per token that cross-entropy all-reduces: maximum, target's logit, sum of exponentials."""
+COUNTER = 8
+"""Bytes of an integer."""
 
 
 def estimate_volumes(model: LocalModel, plan: BatchPlan) -> list[CommVolume]:
@@ -63,12 +65,17 @@ def _tensor_parallel(model: LocalModel, chunk: Chunk) -> Iterator[tuple[str, flo
         times = 2 if full or (table.has_dense(layer) and repeats_outputs(model, chunk, layer)) else 1
         if table.has_dense(layer):
             # a column layer gathers its input in forward and for the weights' gradient, if they have one
-            gathered += (times + (2 if table.is_full_rank(layer) else 1)) * 2 * h
-            reduced += (times + 1) * 2 * h
+            pairs = len(table.architecture.rows)
+            gathered += (times + (2 if table.is_full_rank(layer) else 1)) * pairs * h
+            reduced += (times + 1) * pairs * h
+        if transformer.expert_model_parallel_size > 1:
+            yield from _experts(model, chunk)
+        if table.num_experts and model.config.model.moe_aux_loss_coeff > 0:
+            yield "all_reduce", COUNTER * table.num_experts / (model.tokens * model.element)  # tokens of each
         if not table.is_full_rank(layer):
             ranks = table.padded_ranks[layer]
             rows = sum(ranks[p] for p in table.architecture.rows)
-            columns = sum(ranks.values()) - rows
+            columns = sum(ranks[p] for p in table.architecture.names) - rows
             gathered, reduced = gathered + (times + 1) * columns + rows, reduced + times * rows + columns
         yield from (("all_gather", gathered), ("reduce_scatter", reduced)) if sp else (("all_reduce", reduced),)
     if chunk.embeds:
@@ -78,6 +85,15 @@ def _tensor_parallel(model: LocalModel, chunk: Chunk) -> Iterator[tuple[str, flo
     if chunk.predicts:
         yield from (("all_gather", 2 * h), ("reduce_scatter", h)) if sp else (("all_reduce", h),)
         yield "all_reduce", CROSS_ENTROPY / model.element
+
+
+def _experts(model: LocalModel, chunk: Chunk) -> Iterator[tuple[str, float]]:
+    """Of a layer's experts on other ranks: tokens with the weights of experts, fp32 as what comes back, and a mask."""
+    passes, transformer = 2 if chunk.segments else 1, model.transformer
+    h, wide, experts = transformer.hidden_size, 4 / model.element, transformer.table.num_experts
+    there, back = h + experts * wide, h * wide
+    yield "all_gather", passes * (there + experts / model.element) + back
+    yield "reduce_scatter", passes * back + there
 
 
 def repeats_outputs(model: LocalModel, chunk: Chunk, layer: int) -> bool:
@@ -160,7 +176,8 @@ def zero3_gathers(model: LocalModel) -> tuple[int, int]:
 
 def _uses(model: LocalModel, chunk: Chunk) -> Iterator[int]:
     """Indices of the partitioned tensors in the order of their uses, forward and backward."""
-    transformer, layers = model.transformer, [p.layer for p in partitioned(model)]
+    transformer, parameters = model.transformer, partitioned(model)
+    layers = [p.layer for p in parameters]
     strategy = transformer.strategy if chunk.segments else STRATEGIES["none"]
     yield from range(len(layers))
     yield from (k for k in reversed(range(len(layers))) if layers[k] == chunk.layers.stop)
@@ -171,10 +188,11 @@ def _uses(model: LocalModel, chunk: Chunk) -> Iterator[int]:
         if strategy.repeats_layers:
             yield from own
         if strategy.saves_z and not strategy.inverts:
-            yield from (k for k in own if layers[k] in repeated & low)  # recomputes outputs by B
+            # recomputes outputs by B, but not those of experts
+            yield from (k for k in own if layers[k] in repeated & low and not parameters[k].is_expert)
         for layer in reversed(segment):
             mine = [k for k in own if layers[k] == layer]
-            if strategy.saves_z and layer in repeated | low:
-                yield from mine
+            if strategy.saves_z:  # experts run again in any case
+                yield from (k for k in mine if layer in repeated | low or parameters[k].is_expert)
             yield from reversed(mine)
     yield from (k for k in range(len(layers)) if layers[k] < 0)

@@ -74,6 +74,11 @@ def row(
     return dataclasses.replace(config, recompute=recompute or RecomputeConfig())
 
 
+MOE: dict[str, Any] = {**ARCHITECTURES["qwen3_moe"], "ffn_hidden_size": 64, "moe_router_topk": 4}
+"""Every token is given to every expert: the even spread that estimates assume."""
+EP = {**TP, "expert_model_parallel_size": 2}
+
+
 def eight_bit(config: Config) -> Config:
     return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, name="adamw8bit"))
 
@@ -175,6 +180,14 @@ def rows() -> dict[str, Config]:
         },
         "pp, gpt2, untied": row("bf16", 1, PP, None, None, **GPT2, tie_word_embeddings=False),
         "tp, gpt2, padded": row("bf16", 1, TP, REPLAY, None, **{**GPT2, **PADDED}),
+        "moe": row("fp32", 0, None, None, None, **MOE),
+        "moe, cola": row("bf16", 2, None, None, None, **MOE, variant="cola"),
+        "moe, full rank": row("bf16", 1, TP, None, None, **MOE, variant="full_rank"),
+        "tp, replay, moe": row("bf16", 1, TP, REPLAY, None, **MOE),
+        "ep, moe": row("bf16", 1, EP, None, None, **MOE),
+        "ep, full, moe": row("fp32", 1, EP, FULL, None, **MOE),
+        "pp, inverse, moe": row("fp32", 1, PP, INVERSE, None, **MOE),
+        "zero 3, replay, moe": row("bf16", 3, None, REPLAY, TIGHT, **MOE),
         "pp, galore, full": galore(row("fp32", 1, PP, variant="full_rank"), proj_type="full"),
     }
 
@@ -202,10 +215,11 @@ SOON = (
     "tp, replay, gpt2",
     "pp, qwen3",
     "tp, replay, qwen3",
+    "ep, moe",
 )
 """The others are marked long: every row costs a second on an idle machine, and more where process groups are built."""
 RARE = tuple(name for name in rows() if name not in SOON)
-SIMULATED = tuple(name for name in SOON if "offload" not in name)
+SIMULATED = tuple(name for name in SOON if "offload" not in name and "moe" not in name)
 
 
 def count_rows(names: list[str]) -> Found:

@@ -58,7 +58,7 @@ def config_of(path: Path) -> Config:
 
 
 def test_there_are_examples() -> None:
-    assert {path.stem for path in EXAMPLES} >= {"quickstart", *PARAMETERS}
+    assert {path.stem for path in EXAMPLES} >= {"quickstart", "qwen3_moe_small", "qwen3_30b_a3b", *PARAMETERS}
     layouts = {f"llama2_{size}_{gpus}gpu" for size in ("7b", "13b") for gpus in (8, 32, 128)}
     assert {path.stem for path in LAYOUTS} == layouts
     names, sizes = ("crnet", "cola", "galore", "relora"), ("60m", "130m", "350m", "1b")
@@ -102,12 +102,18 @@ def test_every_example_trains_a_few_steps_at_a_small_size(corpus: Corpus, tmp_pa
             training__train_steps=steps,
             parallel__tensor_model_parallel_size=1,
             parallel__pipeline_model_parallel_size=1,
+            parallel__expert_model_parallel_size=1,
+            data__tokenizer_type="sentencepiece",
             optimizer__galore_rank=4,
             **few,
         )
         outcome = start_here([*(f"--config={file}" for file in files_of(path)), *options])
         assert outcome.status == 0, outcome.stderr
         assert set(lines_of(tmp_path / path.stem, "loss")) == {*range(1, steps + 1)}
+        if experts := config_of(path).model.num_experts:
+            loads = lines_of(tmp_path / path.stem, "expert_load_max")
+            assert all(1 <= load <= experts for load in loads.values())
+            assert len(loads) == steps
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

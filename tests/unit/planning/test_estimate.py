@@ -17,10 +17,11 @@ from megatron_crnet.planning.galore import galore_share
 from megatron_crnet.planning.machines import MACHINES, find_machine
 from megatron_crnet.planning.profile import DATA, PIPELINE, TENSOR, CommVolume, Memory
 from megatron_crnet.planning.shards import build_local_models
+from megatron_crnet.planning.simulation import simulate
 from megatron_crnet.planning.tables import as_values, dry_run_report, estimate_tables
 from megatron_crnet.planning.volume import persistent, zero3_gathers
 from megatron_crnet.utils.errors import ConfigError
-from tests.helpers import PADDED, tiny_config
+from tests.helpers import ARCHITECTURES, PADDED, tiny_config
 
 H, F, V, R, LAYERS, TOKENS = 32, 48, 64, 8, 4, 2 * 16
 BANDWIDTHS = ("memory_bytes", "memory_bandwidth", "node_bandwidth", "network_bandwidth", "host_bandwidth")
@@ -255,3 +256,19 @@ def test_a_warm_start_needs_the_memory_of_full_rank() -> None:
     assert warm.run_seconds == pytest.approx(5 * dense.time.total + 15 * plain.time.total)
     (line,) = [line for line in estimate_tables(warm) if "first 5 steps" in line]
     assert "full_rank" in line
+
+
+def test_experts_are_not_counted_on_tensors_without_values() -> None:
+    with pytest.raises(ConfigError, match="num_experts is 4, but which expert a token is given to follows from values"):
+        simulate(tiny_config(ARCHITECTURES["qwen3_moe"]), 1, 0)
+
+
+def test_spread_experts_weigh_as_much_less_on_each_rank() -> None:
+    tp2 = {"tensor_model_parallel_size": 2}
+    whole, spread = (
+        tiny_config(ARCHITECTURES["qwen3_moe"], {**tp2, "expert_model_parallel_size": size}) for size in (1, 2)
+    )
+    h, f, r, full, low = 32, 20, 8, 1, 3
+    experts = 4 * (full * 3 * h * f + low * 3 * r * (h + f))
+    numels = [build_local_models(config)[0].numel for config in (whole, spread)]
+    assert numels[0] - numels[1] == experts // 2
