@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from megatron_crnet.config.model_size import total_parameters
 from megatron_crnet.config.rank_section import RankScheduleConfig, rank_after
 from megatron_crnet.config.schema import OF_VARIANT, Config, ModelConfig, ReloraConfig
 
@@ -69,6 +70,13 @@ def _rank_phases(config: Config) -> list[Phase]:
         of_phase = replace(config, model=model, rank_schedule=RankScheduleConfig())
         phases.append(Phase(of_phase, start, stop, continues=start > 0))
     return phases
+
+
+def with_largest_ranks(config: Config) -> Config:
+    """The configuration of a run that has, from its first step to its last, those ranks of its schedule with which the
+    model is largest."""
+    models = [phase.config.model for phase in _rank_phases(config)]
+    return replace(config, model=max(models, key=total_parameters), rank_schedule=RankScheduleConfig())
 
 
 def dense_model(model: ModelConfig) -> ModelConfig:

@@ -6,12 +6,12 @@ exactly. The time is a roofline; docs/planning.md lists its assumptions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 from megatron_crnet.config.batch import BatchPlan, plan_batches
 from megatron_crnet.config.model_size import flops_per_token
-from megatron_crnet.config.phases import phases_of
+from megatron_crnet.config.phases import Phase, phases_of, with_largest_ranks
 from megatron_crnet.config.schema import Config
 from megatron_crnet.planning.machines import MACHINES, Machine
 from megatron_crnet.planning.memory import estimate_memory
@@ -37,11 +37,12 @@ class Estimate:
     """A step of a run.
 
     Attributes:
+        config: of the run; of ranks that change, the largest.
         stages: by pipeline rank.
         crossings: by kind of group, the share of bytes that crosses nodes.
         time: of the slowest stage.
         steps: of the run that are like this one.
-        earlier: other steps before them: those of ReLoRA's warm start.
+        others: phases of other steps, with an estimate of such a step: ReLoRA's warm start, other ranks.
     """
 
     config: Config
@@ -52,7 +53,7 @@ class Estimate:
     crossings: dict[str, float]
     time: StepTime
     steps: int
-    earlier: tuple[Estimate, ...] = ()
+    others: tuple[tuple[Phase, Estimate], ...] = ()
 
     @property
     def fullest(self) -> int:
@@ -61,13 +62,14 @@ class Estimate:
 
     @property
     def peak(self) -> int:
-        """Peak bytes of that rank, or of earlier steps if these need more."""
-        return max(self.stages[self.fullest].memory.total, *(steps.peak for steps in self.earlier), 0)
+        """Peak bytes of that rank, or of other steps if these need more."""
+        return max(self.stages[self.fullest].memory.total, *(step.peak for _, step in self.others), 0)
 
     @property
     def run_seconds(self) -> float:
         """Of all steps of the run."""
-        return self.steps * self.time.total + sum(steps.run_seconds for steps in self.earlier)
+        others = sum((phase.stop - phase.start) * step.time.total for phase, step in self.others)
+        return self.steps * self.time.total + others
 
     @property
     def tokens_per_second(self) -> float:
@@ -87,16 +89,13 @@ class Estimate:
 def estimate(
     config: Config, world_size: int, machine: Machine = MACHINES["h100"], gpus_per_node: int = GPUS_PER_NODE
 ) -> Estimate:
-    """Estimate a step on `world_size` ranks: of a run with a warm start, a step after it.
+    """Estimate a step on `world_size` ranks: after a warm start, and with the largest ranks of a schedule.
 
     Raises:
         ConfigError: the batch or the layout does not fit `world_size` ranks.
     """
-    *before, last = phases_of(config)
-    earlier = [
-        replace(estimate(phase.config, world_size, machine, gpus_per_node), steps=phase.stop - phase.start)
-        for phase in before
-    ]
+    phases, config = phases_of(config), with_largest_ranks(config)
+    others = [phase for phase in phases if phase.config.model != config.model]
     plan = plan_batches(config, world_size)
     models = build_local_models(config)
     crossings = node_crossings(models[0].tp, models[0].pp, plan.dp_size, gpus_per_node)
@@ -108,8 +107,9 @@ def estimate(
         for model, stage in zip(models, stages, strict=True)
     ]
     slowest = max(times, key=lambda time: time.total)
-    steps = last.stop - last.start
-    return Estimate(config, plan, world_size, machine, stages, crossings, slowest, steps, tuple(earlier))
+    steps = config.training.train_steps - sum(phase.stop - phase.start for phase in others)
+    estimated = tuple((phase, estimate(phase.config, world_size, machine, gpus_per_node)) for phase in others)
+    return Estimate(config, plan, world_size, machine, stages, crossings, slowest, steps, estimated)
 
 
 @cache  # a search asks for the same layout many times

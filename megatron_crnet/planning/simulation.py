@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_crnet.config.batch import plan_batches
 from megatron_crnet.config.deepspeed import offloads_optimizer, offloads_parameters
 from megatron_crnet.config.experts_rules import check_counted_by_shapes
+from megatron_crnet.config.phases import with_largest_ranks
 from megatron_crnet.config.positions import METHODS
 from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed.process_groups import initialize_parallel, shutdown_parallel
@@ -35,12 +36,15 @@ LARGEST_WORLD = 4096
 
 
 def simulate(config: Config, world_size: int, rank: int, passed: Progress = lambda *_: None) -> StepProfile:
-    """Count a step of rank `rank` of `world_size`. The process must not be part of a world already.
+    """Count a step of rank `rank` of `world_size`; of a run with a rank schedule, one with the largest ranks.
+
+    The process must not be part of a world already.
 
     Raises:
         ConfigError: the world does not fit the configuration, or values that do not exist would decide something.
     """
     check_simulation(config, world_size, rank)
+    config = with_largest_ranks(config)
     plan_batches(config, world_size)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:

@@ -65,9 +65,9 @@ def estimate_tables(found: Estimate, with_time: bool = True) -> list[str]:
         f"volume of a rank of stage {found.fullest} in a step",
         *volume_rows(stage.flows, found.crossings),
         *(
-            f"the first {steps.steps:,} steps are {steps.config.model.variant}, with a peak of "
-            f"{steps.peak / GIB:.3f} GiB per rank"
-            for steps in found.earlier
+            f"steps {phase.start + 1:,} to {phase.stop:,} train a {step.config.model.variant} of "
+            f"{total_parameters(step.config.model):,} parameters, with a peak of {step.peak / GIB:.3f} GiB per rank"
+            for phase, step in found.others
         ),
     ]
     if not with_time:
@@ -112,14 +112,14 @@ def dry_run_report(config: Config, world_size: int) -> str:
         ConfigError: the batch or the layout does not fit `world_size` ranks.
     """
     found = estimate(config, world_size)
-    plan, model, training = found.plan, config.model, config.training
+    plan, model, training = found.plan, found.config.model, config.training
     rows = [*parameters_by_part(model).items(), ("total", total_parameters(model))]
     rows += [("active", active_parameters(model))] if model.num_experts else []
     lines = [
         yaml.safe_dump(resolved(config), sort_keys=False),
         f"parameters ({model.variant}, {model.architecture})",
         *(f"  {name:<16}{count:>16,}" for name, count in rows),
-        *_padding_lines(config),
+        *_padding_lines(found.config),
         f"batch on {world_size} process{'es' if world_size > 1 else ' (set WORLD_SIZE=N before this command for N)'}",
         f"  {plan.micro_batch_size} sequences x {plan.num_microbatches} micro-batches x {plan.dp_size} data-parallel "
         f"ranks = {plan.global_batch_size} sequences = {plan.tokens_per_step:,} tokens per step",

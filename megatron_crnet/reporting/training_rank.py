@@ -95,6 +95,7 @@ class _TrainingRank:
 
     def __init__(self, config: Config) -> None:
         from megatron_crnet.config.batch import plan_batches
+        from megatron_crnet.config.phases import with_largest_ranks
         from megatron_crnet.distributed.launcher import read_launch
         from megatron_crnet.distributed.process_groups import initialize_parallel
         from megatron_crnet.engine.distillation import build_teacher
@@ -103,6 +104,7 @@ class _TrainingRank:
         from megatron_crnet.planning.counted_step import synthetic_batch
         from megatron_crnet.planning.counters import LiveMemory
 
+        config = with_largest_ranks(config)
         plan = plan_batches(config, read_launch().world_size)
         self.tokens = plan.tokens_per_step
         self.memory: Any = _AllocatorMemory() if torch.cuda.is_available() else LiveMemory()

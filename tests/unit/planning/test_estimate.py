@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 from megatron_crnet.config.loading import load_config
+from megatron_crnet.config.model_size import total_parameters
+from megatron_crnet.config.rank_section import RankScheduleConfig
 from megatron_crnet.planning.estimate import Estimate, estimate, node_crossings
 from megatron_crnet.planning.galore import galore_share
 from megatron_crnet.planning.machines import MACHINES, find_machine
@@ -254,7 +256,7 @@ def test_a_warm_start_needs_the_memory_of_full_rank() -> None:
     plain = estimate(tiny_config(**relora), 1)
     assert plain.peak < warm.peak == dense.peak
     assert warm.run_seconds == pytest.approx(5 * dense.time.total + 15 * plain.time.total)
-    (line,) = [line for line in estimate_tables(warm) if "first 5 steps" in line]
+    (line,) = [line for line in estimate_tables(warm) if line.startswith("steps 1 to 5 ")]
     assert "full_rank" in line
 
 
@@ -272,3 +274,19 @@ def test_spread_experts_weigh_as_much_less_on_each_rank() -> None:
     experts = 4 * (full * 3 * h * f + low * 3 * r * (h + f))
     numels = [build_local_models(config)[0].numel for config in (whole, spread)]
     assert numels[0] - numels[1] == experts // 2
+
+
+@pytest.mark.parametrize("schedule", [([5], [8, 24]), ([5, 9], [8, 24, 12]), ([5], [24, 8])], ids=str)
+def test_ranks_that_change_are_estimated_at_their_largest(schedule: tuple[list[int], list[int]]) -> None:
+    steps, (first, *ranks) = schedule
+    training = {"train_steps": 20}
+    changing = tiny_config({"rank": first}, training=training)
+    changing = dataclasses.replace(changing, rank_schedule=RankScheduleConfig(steps, list(ranks)))
+    fixed = {rank: estimate(tiny_config({"rank": rank}, training=training), 1) for rank in (first, *ranks)}
+    found = estimate(changing, 1)
+    assert found.peak == fixed[24].peak == max(one.peak for one in fixed.values())
+    assert found.stages == fixed[24].stages
+    parts = zip([0, *steps], [*steps, 20], (first, *ranks), strict=True)
+    assert found.run_seconds == pytest.approx(sum((end - start) * fixed[rank].time.total for start, end, rank in parts))
+    assert len([line for line in estimate_tables(found) if line.startswith("steps ")]) == len(steps)
+    assert f"{total_parameters(fixed[24].config.model):,}" in dry_run_report(changing, 1)
