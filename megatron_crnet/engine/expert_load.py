@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_crnet.config.schema import Config
+from megatron_crnet.model.experts import CountingRouter
 from megatron_crnet.model.gpt import CRNetModel
+
+Counts = list[tuple[Tensor, Tensor]]
+"""What each router of this rank has counted: tokens per expert, and load-balancing losses."""
+
+
+def counts_so_far(chunks: Sequence[CRNetModel]) -> Counts:
+    """For the model of the next phase, which goes on from there; empty without experts."""
+    return [(router.tokens_per_expert, router.balance_loss) for _, router in _routers(chunks)]
+
+
+def go_on_from(counts: Counts, chunks: Sequence[CRNetModel]) -> None:
+    """Have routers count on from `counts_so_far` of another model in the same layout."""
+    for (_, router), counted in zip(_routers(chunks), counts, strict=True):
+        router.tokens_per_expert, router.balance_loss = counted
+
+
+def _routers(chunks: Sequence[CRNetModel]) -> Iterator[tuple[int, CountingRouter]]:
+    """Of this rank's layers with experts, each with the layer's index."""
+    for layer in (layer for chunk in chunks for layer in chunk.decoder.layers):
+        if layer.experts is not None:
+            yield layer.index, layer.experts.router
 
 
 def routing_totals(chunks: Sequence[CRNetModel], device: torch.device) -> Tensor:
@@ -19,9 +41,8 @@ def routing_totals(chunks: Sequence[CRNetModel], device: torch.device) -> Tensor
     """
     config = chunks[0].config
     totals = torch.zeros(config.num_layers, config.table.num_experts + 1, dtype=torch.float64, device=device)
-    for layer in (layer for chunk in chunks for layer in chunk.decoder.layers):
-        router = layer.experts.router
-        totals[layer.index, :-1], totals[layer.index, -1:] = router.tokens_per_expert, router.balance_loss
+    for index, router in _routers(chunks):
+        totals[index, :-1], totals[index, -1:] = router.tokens_per_expert, router.balance_loss
         router.reset_counts()
     dist.all_reduce(totals)  # tensor-parallel ranks have counted their parts of the sequence
     return totals

@@ -31,6 +31,7 @@ from megatron_crnet.distributed.process_groups import initialize_parallel, seed_
 from megatron_crnet.distributed.watchdog import report_lost_ranks
 from megatron_crnet.engine.determinism import deterministic_algorithms
 from megatron_crnet.engine.engine import TrainEngine
+from megatron_crnet.engine.expert_load import counts_so_far, go_on_from
 from megatron_crnet.engine.rank_change import change_ranks
 from megatron_crnet.engine.schedule import Batch, GlobalWork, global_work, loss_totals
 from megatron_crnet.engine.state_kinds import KINDS, MASTER
@@ -99,6 +100,7 @@ class Trainer:
         following = phase_at(self.config, self.state.step)
         states = self.engine.states(KINDS if following.continues else (MASTER,))
         adam_steps = self.engine.zero.steps if following.continues else 0
+        counts = counts_so_far(self.engine.chunks)
         self.engine.close()
         self.engine.zero.release()  # before the next one takes memory
         self.checkpointer.detach()
@@ -110,6 +112,7 @@ class Trainer:
             for chunk in self.engine.chunks:
                 change_ranks(states, chunk, self.config.training.seed, self.context.device)
         self.engine.start_from(states, adam_steps)
+        go_on_from(counts, self.engine.chunks)
         self.engine.restore_schedule(self.state.step - following.schedule_start)
         self.checkpointer.attach(self.engine)
         self.progress.line(f"step {self.state.step}: {_change(before.config.model, following.config.model)}")

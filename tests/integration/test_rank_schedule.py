@@ -68,6 +68,15 @@ def test_an_export_has_the_ranks_of_its_step(step: int, rank: int, whole: Path, 
     assert load_file(tmp_path / "export" / "model.safetensors")[FACTOR].shape[0] == rank
 
 
+def test_the_load_of_experts_is_logged_over_a_change(corpus: Corpus, tmp_path: Path) -> None:
+    experts = {"model__architecture": "qwen3_moe", "model__num_experts": 4, "model__moe_router_topk": 2}
+    changes = {"rank_schedule__steps": "[2]", "rank_schedule__ranks": "[12]", "training__train_steps": 3}
+    outcome = start_here(corpus.options(tmp_path / "run", **experts, **changes, training__eval_steps=0))
+    assert outcome.status == 0, outcome.stderr
+    for name in ("expert_load_max", "expert_load_min", "load_balancing_loss"):
+        assert all(0 < value < 4 for value in lines_of(tmp_path / "run", name).values()), name
+
+
 def test_a_later_change_may_be_added_and_an_earlier_one_not_moved(whole: Path, corpus: Corpus, tmp_path: Path) -> None:
     for step in (1, 2):
         shutil.copytree(checkpoint(whole, step), checkpoint(tmp_path / "cut", step))
