@@ -13,7 +13,7 @@ from megatron_crnet.config.architectures import ARCHITECTURES
 from megatron_crnet.config.experts_rules import check_expert_parallel, check_experts
 from megatron_crnet.config.field_types import MOST
 from megatron_crnet.config.positions import METHODS, head_width, position_table
-from megatron_crnet.utils.errors import require
+from megatron_crnet.utils.errors import ConfigError, require
 
 if TYPE_CHECKING:
     from megatron_crnet.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig
@@ -240,7 +240,10 @@ def _check_rank_schedule(config: Config) -> None:
         steps == sorted(set(steps)) and steps[-1] < last,
         f"{shown} must ascend and end below training.train_steps {last}: correct it",
     )
-    tables = [position_table(replace(model, rank=rank)) for rank in (model.rank, *schedule.ranks)]
+    try:
+        tables = [position_table(replace(model, rank=rank)) for rank in (model.rank, *schedule.ranks)]
+    except ConfigError as error:  # of one of the schedule's: that of model.rank has been checked
+        raise ConfigError(f"rank_schedule.ranks has an entry that cannot be model.rank: {error}") from error
     for before, after, step in zip(tables[:-1], tables[1:], steps, strict=True):
         shrinks = any(new[p] < old[p] for old, new in zip(before.ranks, after.ranks, strict=True) for p in old)
         require(

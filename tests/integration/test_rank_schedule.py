@@ -99,7 +99,7 @@ def test_a_later_change_may_be_added_and_an_earlier_one_not_moved(whole: Path, c
         ({"model__variant": "full_rank"}, "variant full_rank has no factors"),
         ({"model__variant": "relora"}, "variant relora has restarts of its own"),
         ({"model__variant": "cola"}, "shrink at step 4, but between the factors of cola stands silu"),
-        ({"rank_schedule__ranks": "[12, [1, 2]]"}, "lists 2 ranks"),
+        ({"rank_schedule__ranks": "[12, [1, 2]]"}, "rank_schedule.ranks has an entry that cannot be model.rank: "),
     ],
 )
 def test_a_schedule_that_cannot_be_is_one_line(
