@@ -43,6 +43,7 @@ from megatron_crnet.checkpoint.replicas import Checksums, checksums, compare_cop
 from megatron_crnet.checkpoint.storage import Box, collect, fill, read, shared_reader, whole, write
 from megatron_crnet.checkpoint.train_state import TrainingState
 from megatron_crnet.checkpoint.weight_files import ShardReader
+from megatron_crnet.config.architectures import ARCHITECTURES
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.phases import is_warm_start
 from megatron_crnet.config.positions import METHODS
@@ -361,7 +362,9 @@ def check_resumable(
         at = saved_state(checkpoint)["step"]
         found["rank"] = rank_after(found.get("rank"), saved.get("rank_schedule"), at)
         wanted["rank"] = rank_after(wanted["rank"], config.rank_schedule, at if step is None else step)
-    names = [name for name in wanted if name not in NOT_OF_THE_MODEL and found.get(name) != wanted[name]]
+    learns_positions = not ARCHITECTURES[config.model.architecture].is_rotary
+    of_weights = {*wanted} - NOT_OF_THE_MODEL | ({"max_position_embeddings"} if learns_positions else set())
+    names = [name for name in wanted if name in of_weights and found.get(name) != wanted[name]]
     if names:
         difference = ", ".join(f"model.{name} {found.get(name)} instead of {wanted[name]}" for name in names)
         raise ConfigError(f"checkpoint {checkpoint} was written with {difference}: {remedy}")

@@ -21,6 +21,7 @@ from tests.integration.conftest import Corpus, lines_of, start, start_here
 from tests.unit.data_helpers import library_texts
 
 QUIET: dict[str, Any] = {"training__eval_steps": 0}
+POSITIONS = "model__max_position_embeddings"
 STILL = {"optimizer__lr": 1e-30, "optimizer__weight_decay": 0}
 
 
@@ -97,8 +98,11 @@ def test_what_does_not_fit_is_one_line_and_nothing_is_written(other: Path, corpu
     shutil.copytree(other / "checkpoints" / "step_00000006", damaged / "step_00000006")
     (damaged / "step_00000006" / "config.yaml").write_text("{}")
     renamed = shutil.copytree(other / "checkpoints" / "step_00000006", tmp_path / "step_00000005")
+    learned, gpt2 = tmp_path / "learned", {"model__architecture": "gpt2"}
+    assert start_here(corpus.options(learned, **QUIET, **gpt2, **{POSITIONS: 32}, training__train_steps=2)).status == 0
     rows: list[tuple[dict[str, Any], str]] = [
         ({"checkpoint__load": other, "model__rank": 4}, "was written with model.rank 8 instead of 4: use the saved"),
+        ({"checkpoint__load": learned, **gpt2, POSITIONS: 64}, "with model.max_position_embeddings 32 instead of 64"),
         ({"checkpoint__load": tmp_path / "absent"}, "absent holds no checkpoint: give a step_ folder"),
         ({"checkpoint__load": corpus.train.parent}, "holds no checkpoint: give a step_ folder"),
         ({"checkpoint__load": damaged}, "holds no whole checkpoint (checkpoint "),
