@@ -48,6 +48,8 @@ def count_groups(model: ModelConfig, section: OptimizerConfig) -> int:
         kinds += ["beta"] if table.has_previous(layer) else []
         kinds += ["bias"] if table.architecture.has_biases else []
         names += [f"model.layers.{layer}.{p.module}.{kind}" for p in table.architecture.maps for kind in kinds]
+        if table.architecture.experts is not None:
+            names.append(f"model.layers.{layer}.{table.architecture.experts.router}.weight")
     undecayed = ("norm.weight", ".beta", ".bias")
     return len(
         {

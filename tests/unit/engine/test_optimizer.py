@@ -16,7 +16,7 @@ from megatron_crnet.engine.optimizer import (
     parameter_groups,
 )
 from megatron_crnet.utils.errors import ConfigError
-from tests.helpers import tiny_config
+from tests.helpers import ARCHITECTURES, tiny_config
 
 
 def _rates(steps: int, **optimizer: object) -> list[float]:
@@ -111,6 +111,9 @@ def test_stages_with_fewer_groups_divide_some_and_refuse_what_cannot_be_divided(
     assert count_groups(model, OptimizerConfig()) == 2
     assert count_groups(model, OptimizerConfig(lr_multipliers={"first_layer": 0.5, "beta": 2.0, "a": 1.0})) == 4
     assert count_groups(tiny_config({"variant": "full_rank"}).model, OptimizerConfig(name="galore")) == 3
+    moe = tiny_config({**ARCHITECTURES["qwen3_moe"], "variant": "low_rank"}).model
+    # the first layer's router, its factors, other weights, other factors; vectors
+    assert count_groups(moe, OptimizerConfig(lr_multipliers={"first_layer": 0.5, "a": 3.0, "b": 3.0})) == 5
     found = parameter_groups([module, torch.nn.ParameterDict({"other": torch.zeros(5, 5)})], 0.1, at_least=3)
     assert [(g["weight_decay"], len(g["params"])) for g in found] == [(0.0, 1), (0.1, 1), (0.1, 1)]
     with pytest.raises(ConfigError, match=r"optimizer\.lr_multipliers needs 3 groups .* one has only 2 parameters"):
