@@ -104,6 +104,7 @@ def test_every_example_trains_a_few_steps_at_a_small_size(corpus: Corpus, tmp_pa
             parallel__pipeline_model_parallel_size=1,
             parallel__expert_model_parallel_size=1,
             data__tokenizer_type="sentencepiece",
+            model__num_query_groups="null",
             optimizer__galore_rank=4,
             **few,
         )
