@@ -33,15 +33,14 @@ from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.engine.distillation import build_teacher, teacher_config
 from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.engine.expert_load import load_metrics, routing_totals
-from megatron_crnet.engine.galore import GaLore, Projection
 from megatron_crnet.engine.state_kinds import MASTER
 from megatron_crnet.engine.zero import local_shape
 from megatron_crnet.model.gpt import CRNetModel, build_model_chunks
 from megatron_crnet.model.reference import MixtureOfExperts, ReferenceCRNet
 from megatron_crnet.model.reference_distillation import distillation_losses, features_and_logits
-from megatron_crnet.model.reference_relora import prune_at_random, prune_by_magnitude, restart
-from megatron_crnet.model.weights import Weight, by_parameter, canonical_generator, canonical_weights, initial_value
+from megatron_crnet.model.weights import Weight, by_parameter, canonical_weights, initial_value
 from megatron_crnet.planning.shards import build_local_models
+from tests.plain_training import plain_optimizer, restart_reference
 
 EOD = 0
 """The token that ends documents."""
@@ -320,7 +319,7 @@ def compare_with_reference(config: Config, steps: int = 3) -> Errors:
         assert sum(p.numel() for p in here if not p.requires_grad) == local.frozen_numel
     reference = reference_model(config, engine.chunks[0].config)
     named = dict(reference.named_parameters())
-    optimizer = _plain_optimizer(named, config)
+    optimizer = plain_optimizer(named, config)
     errors = torch.zeros(4, dtype=torch.float64)
     for step in range(steps):
         batches = micro_batches(config, context.dp_rank, context.world_size, step)
@@ -363,49 +362,3 @@ def compare_with_reference(config: Config, steps: int = 3) -> Errors:
     engine.deepspeed.destroy()
     context.heartbeat.close()
     return Errors(*errors.tolist())
-
-
-def restart_reference(
-    reference: ReferenceCRNet, optimizer: torch.optim.Optimizer, config: Config, transformer: Any, number: int
-) -> None:
-    """Restart `number` as `config.relora` asks for it, with the numbers that every layout draws."""
-    section, seed = config.relora, config.training.seed
-
-    def prune(name: str, moment: Tensor) -> Tensor:
-        if section.prune == "magnitude":
-            return prune_by_magnitude(moment, section.prune_share)
-        return prune_at_random(moment, section.prune_share, canonical_generator(f"{name}@{number}", seed))
-
-    def draw(name: str, a: Tensor) -> Tensor:
-        return initial_value(name, tuple(a.shape), transformer, seed, number)
-
-    restart(reference, optimizer, draw, prune)
-
-
-def _plain_optimizer(named: dict[str, Tensor], config: Config) -> torch.optim.Optimizer:
-    """AdamW, or the plain GaLore, whose groups say what is projected: all linear maps of layers."""
-    section = config.optimizer
-    options: dict[str, Any] = {"betas": (section.adam_beta1, section.adam_beta2), "eps": section.adam_eps}
-    groups = [
-        {
-            "params": [parameter],
-            "weight_decay": section.weight_decay if parameter.dim() >= 2 else 0.0,
-            "lr_mult": _plain_multiplier(name, {**section.lr_multipliers}),
-            "is_projected": name.startswith("model.layers.") and parameter.dim() == 2,
-        }
-        for name, parameter in named.items()
-    ]
-    if section.name == "galore":
-        return GaLore(groups, Projection.of(section), lr=0.0, **options)
-    return torch.optim.AdamW(groups, **options)
-
-
-def _plain_multiplier(name: str, multipliers: dict[str, float]) -> float:
-    words, factor = name.split("."), 1.0
-    if "embed_tokens" in words or "embed_positions" in words:
-        factor *= multipliers.get("embedding", 1.0)
-    if words[:3] == ["model", "layers", "0"] and "norm" not in name:
-        factor *= multipliers.get("first_layer", 1.0)
-    for part in ("a", "b", "beta"):
-        factor *= multipliers.get(part, 1.0) if part in words else 1.0
-    return factor

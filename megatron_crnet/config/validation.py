@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING
 from megatron_crnet.config.architectures import ARCHITECTURES
 from megatron_crnet.config.experts_rules import check_expert_parallel, check_experts
 from megatron_crnet.config.field_types import MOST
+from megatron_crnet.config.optimizer_rules import check_optimizer, check_restarts
 from megatron_crnet.config.positions import METHODS, head_width, position_table
 from megatron_crnet.utils.errors import ConfigError, require
 
 if TYPE_CHECKING:
-    from megatron_crnet.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig
+    from megatron_crnet.config.schema import Config, ModelConfig, ParallelConfig
 
 MOST_PROFILED = 100
 """Steps; each keeps its thousands of operations in the host's memory until all are written."""
-SMALLEST_EPS_8BIT = 1e-10
-"""Below it, what `engine/adam8bit.py` takes for 0 would change updates."""
 
 
 def check_config(config: Config) -> None:
@@ -34,10 +33,10 @@ def check_config(config: Config) -> None:
     _check_data(config)
     _check_training(config)
     _check_ramp(config)
-    _check_optimizer(config)
+    check_optimizer(config)
     _check_relora(config)
     _check_rank_schedule(config)
-    _check_restarts(config)
+    check_restarts(config)
     _check_parallel(config)
     check_expert_parallel(config)
     _check_pipeline(config)
@@ -137,46 +136,6 @@ def _check_ramp(config: Config) -> None:
     )
 
 
-def _check_optimizer(config: Config) -> None:
-    """The schedule's parts fit the run."""
-    optimizer, train_steps = config.optimizer, config.training.train_steps
-    warmup = optimizer.lr_warmup_steps
-    require(
-        warmup < train_steps,
-        f"optimizer.lr_warmup_steps {warmup} is not below training.train_steps {train_steps}: set the first to at most "
-        f"{train_steps - 1} or the second to at least {warmup + 1}",
-    )
-    decay = wsd_decay_steps(optimizer, train_steps)
-    require(
-        optimizer.lr_decay_style != "wsd" or warmup + decay <= train_steps,
-        f"optimizer.lr_warmup_steps {warmup} and lr_wsd_decay_steps {decay} are more than training.train_steps "
-        f"{train_steps} together: lower one or train longer",
-    )
-    require(
-        optimizer.name != "adamw8bit" or optimizer.adam_eps >= SMALLEST_EPS_8BIT,
-        f"optimizer.adam_eps is {optimizer.adam_eps}, but adamw8bit takes gradients below 1e-12 for 0: use at least "
-        f"{SMALLEST_EPS_8BIT}, or adamw",
-    )
-    if optimizer.name == "galore":
-        _check_galore(config)
-
-
-def _check_galore(config: Config) -> None:
-    """There are full-rank maps to project, none of them smaller than the rank."""
-    rank, model = config.optimizer.galore_rank, config.model
-    require(
-        model.variant == "full_rank",
-        f"optimizer.name is galore, but the linear maps of model.variant {model.variant} are of low rank themselves: "
-        "use variant full_rank, or adamw",
-    )
-    position, shape = min(position_table(model).shapes.items(), key=lambda item: min(item[1]))
-    require(
-        rank <= min(shape),
-        f"optimizer.galore_rank {rank} is above {min(shape)}, the smaller side of the linear map {position}: use at "
-        f"most {min(shape)}",
-    )
-
-
 def _check_relora(config: Config) -> None:
     """The section relora is that of a model that has restarts, and they fit the run."""
     relora, model, optimizer = config.relora, config.model, config.optimizer
@@ -251,50 +210,6 @@ def _check_rank_schedule(config: Config) -> None:
             f"rank_schedule.ranks shrink at step {step}, but between the factors of {model.variant} stands silu, so "
             "that no smaller factors have nearly the same product: let them grow only",
         )
-
-
-def _check_restarts(config: Config) -> None:
-    """The cycles of the jagged cosine fill the run, and merges fall between them."""
-    optimizer, merges, name = config.optimizer, config.relora.restart_interval, "optimizer.lr_restart_interval"
-    if optimizer.lr_decay_style != "cosine_restarts":
-        return
-    require(
-        config.training.rampup_batch_size is None,
-        "optimizer.lr_decay_style cosine_restarts counts steps, but training.rampup_batch_size makes the schedule go "
-        "by sequences: leave the ramp out, or use cosine",
-    )
-    require(
-        bool(optimizer.lr_restart_interval or merges),
-        f"optimizer.lr_decay_style is cosine_restarts, but neither {name} nor relora.restart_interval is set: set one",
-    )
-    interval, steps = restart_interval(config), config.training.train_steps - config.relora.warm_start_steps
-    require(
-        steps % interval == 0,
-        f"{name} {interval} does not divide the {steps} steps of the schedule: use {steps // interval * interval} or "
-        f"{(steps // interval + 1) * interval} steps, or another interval",
-    )
-    require(
-        merges is None or merges % interval == 0,
-        f"relora.restart_interval {merges} is not a multiple of {name} {interval}, so merges would not fall where the "
-        "rate drops: use the same number for both",
-    )
-    for field, value in (
-        ("lr_warmup_steps", optimizer.lr_warmup_steps),
-        ("lr_restart_warmup_steps", optimizer.lr_restart_warmup_steps),
-    ):
-        require(value <= interval, f"optimizer.{field} {value} is above {name} {interval}: lower it")
-
-
-def restart_interval(config: Config) -> int:
-    """Steps of a cycle of cosine_restarts, the default filled in."""
-    found = config.optimizer.lr_restart_interval or config.relora.restart_interval
-    assert found is not None  # checked
-    return found
-
-
-def wsd_decay_steps(optimizer: OptimizerConfig, train_steps: int) -> int:
-    """Steps of wsd's final decay, the default filled in."""
-    return optimizer.lr_wsd_decay_steps or max(1, train_steps // 10)
 
 
 def _check_parallel(config: Config) -> None:

@@ -11,9 +11,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
 
 from megatron_crnet.config.batch import BatchSizes
+from megatron_crnet.config.optimizer_rules import restart_interval, wsd_decay_steps
 from megatron_crnet.config.positions import position_table
 from megatron_crnet.config.schema import Config, LrPart, ModelConfig, OptimizerConfig
-from megatron_crnet.config.validation import restart_interval, wsd_decay_steps
 from megatron_crnet.engine.adam8bit import AdamW8bit
 from megatron_crnet.engine.galore import Projection, is_projected
 from megatron_crnet.engine.sharded_galore import ShardedGaLore

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_crnet.checkpoint.compatibility import check_resumable, saved_state
 from megatron_crnet.checkpoint.directory import checkpoint_dir, checkpoints, saved_step
-from megatron_crnet.checkpoint.manager import check_resumable, newest_complete, saved_state, tidy
+from megatron_crnet.checkpoint.manager import newest_complete, tidy
 from megatron_crnet.checkpoint.run_folder import RunFolders, check_remains, check_space, hold_run_folders
 from megatron_crnet.checkpoint.train_state import TrainingState
 from megatron_crnet.config.batch import BatchPlan, check_memory, plan_batches

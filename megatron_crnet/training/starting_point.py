@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_crnet.checkpoint.compatibility import check_resumable, saved_state
 from megatron_crnet.checkpoint.directory import checkpoints_at
-from megatron_crnet.checkpoint.manager import check_resumable, newest_complete, saved_state
+from megatron_crnet.checkpoint.manager import newest_complete
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.fingerprint import SHOWN, TrainedOn
 from megatron_crnet.distributed.consensus import examine_together

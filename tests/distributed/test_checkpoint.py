@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import pytest
 
+from megatron_crnet.checkpoint.compatibility import check_resumable
 from megatron_crnet.checkpoint.directory import MANIFEST, PARTIAL, REPLACED, checkpoints, damage
-from megatron_crnet.checkpoint.manager import Checkpointer, check_resumable, newest_complete, tidy
+from megatron_crnet.checkpoint.manager import Checkpointer, newest_complete, tidy
 from megatron_crnet.checkpoint.train_state import TrainingState
 from megatron_crnet.config.loading import save_config
 from megatron_crnet.config.schema import CheckpointConfig, Config, RecomputeConfig

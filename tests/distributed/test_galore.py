@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_crnet.checkpoint.manager import Checkpointer, check_resumable
+from megatron_crnet.checkpoint.compatibility import check_resumable
+from megatron_crnet.checkpoint.manager import Checkpointer
 from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed.watchdog import Heartbeat
 from megatron_crnet.engine.sharded_galore import ShardedGaLore

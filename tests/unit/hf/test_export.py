@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from megatron_crnet.checkpoint import weight_files
+from megatron_crnet.checkpoint.compatibility import check_resumable
 from megatron_crnet.checkpoint.contents import find_checkpoint
 from megatron_crnet.checkpoint.directory import MANIFEST, damage
-from megatron_crnet.checkpoint.manager import check_resumable
 from megatron_crnet.checkpoint.weight_files import CheckpointWeights, ExportWeights
 from megatron_crnet.config.architectures import LLAMA
 from megatron_crnet.config.loading import resolved
