@@ -66,7 +66,7 @@ def check_resumable(
         raise CheckpointError(f"checkpoint {checkpoint} has no readable config.yaml: remove it") from error
     asked = resolved(config)
     wanted, found = asked["model"], OLDER | saved["model"]
-    if saved.get("rank_schedule") or config.rank_schedule.steps:
+    if (saved.get("rank_schedule") or {}).get("steps") or config.rank_schedule.steps:
         at = saved_state(checkpoint)["step"]
         found["rank"] = rank_after(found.get("rank"), saved.get("rank_schedule"), at)
         wanted["rank"] = rank_after(wanted["rank"], config.rank_schedule, at if step is None else step)
