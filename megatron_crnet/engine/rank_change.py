@@ -8,13 +8,19 @@
 
 With B = Q_B R_B and A = L_A Q_A the singular values of B A are those of the small R_B L_A, and R_B^T R_B = B^T B,
 L_A L_A^T = A A^T: sums over rows and columns, wherever tensor parallelism has cut them. The rank is never cut.
+
+Singular vectors are given up to their signs, and close ones up to a rotation, which another rounding changes. So all
+ranks that hold a part or a copy of a map take P and Q of one of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_crnet.engine.state_kinds import KINDS, MASTER
@@ -28,7 +34,7 @@ A, B = ".a.weight", ".b.weight"
 
 @torch.no_grad()
 def change_ranks(states: States, model: CRNetModel, seed: int, device: torch.device) -> None:
-    """Bring states of a model to the ranks of another one, in place; a collective call of the tensor-parallel ranks.
+    """Bring states of a model to the ranks of another one, in place; a collective call of all ranks of a stage.
 
     Args:
         states: of the model so far, in host memory.
@@ -46,10 +52,15 @@ def change_ranks(states: States, model: CRNetModel, seed: int, device: torch.dev
         if rank > before:
             _grow(of_a, of_b, weight, initial_value(name, weight.shape, config, seed))
         elif rank < before:
-            whole = [named[n].is_whole for n in (name, _of_b(name))]
+            both = weight, named[_of_b(name)]
             factors = of_a[MASTER], of_b[MASTER].t()
-            gram_a, gram_b = (_gram(x.to(device), None if w else group) for x, w in zip(factors, whole, strict=True))
-            _shrink(of_a, of_b, *(x.to("cpu") for x in reductions(gram_a, gram_b, rank)))
+            gram_a, gram_b = (
+                _gram(x.to(device), None if w.is_whole else group) for x, w in zip(factors, both, strict=True)
+            )
+            # an expert that this rank alone holds is no other's
+            is_alone = all(w.is_whole and w.shard_dim is not None for w in both)
+            holders = [*([] if is_alone else [group]), parallel_state.get_data_parallel_group()]
+            _shrink(of_a, of_b, *(_of_first(x, holders).to("cpu") for x in reductions(gram_a, gram_b, rank)))
 
 
 def _of_b(name: str) -> str:
@@ -69,6 +80,13 @@ def _shrink(a: dict[str, Tensor], b: dict[str, Tensor], p: Tensor, q: Tensor) ->
         left, right = (p, q) if kind != KINDS[2] else (p.square(), q.square())
         a[kind] = (left @ a[kind].double()).to(a[kind].dtype)
         b[kind] = (b[kind].double() @ right).to(b[kind].dtype)
+
+
+def _of_first(factor: Tensor, groups: Sequence[dist.ProcessGroup]) -> Tensor:
+    """The factor that the first rank of every group has."""
+    for group in groups:
+        dist.broadcast(factor, dist.get_global_rank(group, 0), group)
+    return factor
 
 
 def _gram(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
