@@ -153,7 +153,7 @@ class DataConfig(Section, name="data"):
     default: it reaches over the whole sample, as in most published runs (docs/decisions/documents.md)."""
     reset_position_ids: bool = False
     """Positions start anew with each document; needs reset_attention_mask. Rotary embeddings are relative, so within
-    documents this changes rounding alone."""
+    documents this changes rounding alone; learned positions (gpt2) are other vectors."""
     eod_mask_loss: bool = False
     """Packed samples: mask the loss of the token after an EOD. EOD itself is trained."""
     tokenizer_type: Literal["sentencepiece", "huggingface"] = "sentencepiece"
