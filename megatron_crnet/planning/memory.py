@@ -20,7 +20,7 @@ from megatron_crnet.planning.galore import galore_share
 from megatron_crnet.planning.profile import Memory
 from megatron_crnet.planning.shards import PROJECTED, Chunk, LocalModel
 from megatron_crnet.planning.volume import persistent, zero3_gathers
-from megatron_crnet.recompute.planner import kept_widths, layer_widths, micro_batches_in_flight
+from megatron_crnet.recompute.planner import kept_widths, layer_widths, micro_batches_in_flight, sums_beside_outputs
 
 SUB_GROUP = 1_000_000_000
 """DeepSpeed's default of `sub_group_size`: elements that stage 3 updates at once."""
@@ -144,9 +144,10 @@ def _kept_width(model: LocalModel, chunk: Chunk) -> float:
     width = kept_widths(transformer, chunk.layers, chunk.segments)
     if chunk.segments:
         return width
-    # the previous chunk's outputs are received; o and down of the last layer are sent
+    # the previous chunk's outputs are received; of the last layer o and down, and Y beside Y + bias, are sent
     received = 0 if chunk.embeds else sum(boundary_widths(transformer, chunk.layers.start)) - h
-    return width + received - (2 * h if transformer.table.has_next(last) else 0)
+    sent = 2 * h + sums_beside_outputs(transformer) if transformer.table.has_next(last) else 0
+    return width + received - sent
 
 
 def _logits(model: LocalModel, chunk: Chunk) -> float:
@@ -168,6 +169,8 @@ def _moments(model: LocalModel, plan: BatchPlan, chunk: Chunk) -> Iterator[float
     if not (first.embeds or plan.num_microbatches == 1 or len(model.chunks) > 1):
         # under 1F1B the received tensors and their gradients outlive their micro-batch
         received = (sum(boundary_widths(transformer, first.layers.start)) + boundary_width(model)) * size
+    last = model.chunks[-1]  # what it sends is gone in backward
+    sent = 0 if last.predicts else sum(boundary_widths(transformer, last.layers.stop)) * size
     yield -_missing(model, plan)
     if chunk.predicts and model.teacher is not None and model.config.distillation.kd_beta:
         yield 2 * logits + 2 * received - _missing(model, plan)  # the sum of both losses' gradients, then transposed
@@ -182,7 +185,7 @@ def _moments(model: LocalModel, plan: BatchPlan, chunk: Chunk) -> Iterator[float
         rest = [other for other in chunk.segments if other.start < segment.stop]
         width = kept_widths(transformer, range(chunk.layers.start, segment.stop), rest) - kept + widest
         width += _rebuilt(model, segment, bool(chunk.segments))
-        moment = bucket + received - logits - _missing(model, plan, segment.stop)
+        moment = bucket + received - logits - sent - _missing(model, plan, segment.stop)
         # what the plain functions take for a few rows of the activation's gradients
         few = min(widest * model.local_tokens, FEW) * FEW_BYTES[architecture.activation, model.bf16]
         yield moment + (width + 2 * widest) * size + few

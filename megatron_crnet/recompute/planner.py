@@ -63,8 +63,7 @@ def layer_widths(config: CRNetTransformerConfig, layer: int) -> LayerWidths:
     rotates_outputs = architecture.is_rotary and not architecture.has_biases
     if architecture.has_qk_norm or (rotates_outputs and (table.is_full_rank(layer) or scales_later)):
         inner += sum(width[name] for name in of_heads)
-    if architecture.has_biases and has_next:  # Y + bias, beside Y for the chain
-        inner += sum(width[name] for group in architecture.with_kept_sums for name in group.names)
+    inner += sums_beside_outputs(config) if has_next else 0
     if table.method.has_silu:
         inner += z  # silu(z), beside the z that its gradient takes
     inner += expert_activations(config, layer)
@@ -93,6 +92,13 @@ def expert_activations(config: CRNetTransformerConfig, layer: int) -> float:
         scaled = (z or width) if group.is_row else 0
         found += width + z + scaled + (z if table.method.has_silu else 0) + (0 if group.is_row else outputs)
     return table.topk * found
+
+
+def sums_beside_outputs(config: CRNetTransformerConfig) -> int:
+    """Widths of Y + bias that backward of a layer needs where the next layer's needs Y."""
+    architecture = config.table.architecture
+    groups = architecture.with_kept_sums if architecture.has_biases else ()
+    return sum(config.local_width(name) for group in groups for name in group.names)
 
 
 def kept_widths(config: CRNetTransformerConfig, layers: range, segments: list[range]) -> float:
