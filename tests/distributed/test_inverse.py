@@ -50,8 +50,8 @@ class Case:
 
 CASES = [Case(f"beta-{beta}", beta) for beta in BETAS]
 CASES += [
-    Case("growing", 1.0, growth=4.0),
-    Case("growing-outlier", 1.0, growth=4.0, outlier=300.0),
+    Case("growing", 1.0, growth=5.0),
+    Case("growing-outlier", 1.0, growth=5.0, outlier=300.0),
     Case("trained", 1.0, steps=20),
     Case("trained-small-beta", 0.3, steps=20),
 ]

@@ -118,7 +118,8 @@ ON_TWO = [
     Layout(pp=2, vpp=2, zero=1, model=GPT2, lr_multipliers=LR_MULTIPLIERS),
     Layout(pp=2, zero=1, dtype="bf16", model=GPT2),
     Layout(pp=2, model={**GPT2, "variant": "full_rank", "tie_word_embeddings": False}),
-    Layout(tp=2, zero=2, model={**QWEN3, "variant": "low_rank"}),
+    # the reference itself is off by more in fp32 where initial values are larger
+    Layout(tp=2, zero=2, model={**QWEN3, "variant": "low_rank", "init_method_std": 0.05}),
     Layout(tp=2, sp=False, model=QWEN3, data=DOCUMENTS),
     Layout(pp=2, model={**QWEN3, "variant": "full_rank"}),
     Layout(zero=3, dtype="bf16", model=QWEN3),
