@@ -85,15 +85,18 @@ ROWS = [
     Row("tp2-documents", {"num_query_groups": 2}, TP, strategies=(REPLAY_AUTO, INVERSE), data=DOCUMENTS),
     Row("tp2-documents-dropout", DROPOUT, TP, strategies=(REPLAY_AUTO,), data=DOCUMENTS),
     Row("pp2-vpp2-documents", {"num_layers": 8}, VPP, "bf16", {"stage": 1}, strategies=(REPLAY,), data=DOCUMENTS),
-    Row("tp2-gpt2", {**GPT2, "num_layers": 6}, TP, strategies=(REPLAY_AUTO, FULL, INVERSE), data=DOCUMENTS),
+    Row("tp2-gpt2", GPT2, TP, strategies=(REPLAY_AUTO, INVERSE), data=DOCUMENTS),
     Row("pp2-vpp2-gpt2", {**GPT2, "num_layers": 8}, VPP, "bf16", {"stage": 1}, strategies=(REPLAY,)),
+    Row("tp2-ep2-qwen3-moe", MOE, EP, strategies=(REPLAY_AUTO, INVERSE)),
+    Row("tp2-qwen3", QWEN3, WITHOUT_SP, strategies=(REPLAY,)),
+]
+MORE_ON_TWO = [
+    Row("tp2-gpt2", {**GPT2, "num_layers": 6}, TP, strategies=(REPLAY_AUTO, FULL, INVERSE), data=DOCUMENTS),
     Row("tp2-zero3-gpt2-dropout", {**GPT2, **DROPOUT}, TP, "bf16", PARTITIONED, strategies=(REPLAY,)),
     Row("tp2-ep2-qwen3-moe", {**MOE, "num_layers": 6}, EP, strategies=(*EXACT, INVERSE)),
     Row("tp2-qwen3-moe-dropout", {**MOE, **DROPOUT}, TP, "bf16", {"stage": 2}, strategies=(REPLAY, FULL)),
     Row("pp2-vpp2-qwen3-moe", {**MOE, "num_layers": 8}, VPP, "bf16", {"stage": 1}, strategies=(REPLAY_AUTO, INVERSE)),
     Row("tp2-qwen3", {**QWEN3, "num_layers": 6}, WITHOUT_SP, strategies=(REPLAY, FULL, INVERSE)),
-]
-MORE_ON_TWO = [
     *(Row(f"tp2-ep2-{v}-moe", {**MOE, "variant": v}, EP, strategies=EXACT) for v in VARIANTS if v != "crnet"),
     Row("dp2-zero3-moe", {**MOE, **DROPOUT}, {}, "bf16", PARTITIONED, strategies=(*EXACT, INVERSE)),
     Row("dp2-moe-stored", MOE, {}, stored={"cpu_checkpointing": True}, strategies=(REPLAY, FULL)),

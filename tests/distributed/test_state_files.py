@@ -60,7 +60,7 @@ WRITERS = {
 READERS = {
     "fp32": tuple(name for name in LAYOUTS if "ep" not in name),
     "bf16": ("dp2-zero0", "dp2-zero1", "dp2-zero3", "tp2-zero1"),
-    "gpt2": ("pp2-vpp2-zero1", "pp2-zero1", "dp2-zero3", "tp2-zero1"),
+    "gpt2": ("pp2-vpp2-zero1", "dp2-zero3", "tp2-zero1"),
     "qwen3": ("tp2-zero3-without-sp", "pp2-zero1"),
     "qwen3_moe": ("tp2-ep2-zero1", "tp2-zero1", "pp2-zero1", "dp2-zero3"),
 }

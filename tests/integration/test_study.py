@@ -92,7 +92,7 @@ def test_a_run_that_fails_or_diverges_is_a_row_with_the_reason(file: Path, tmp_p
     given = json.loads(file.read_text())
     tokenizer = json.loads(Path(given["base"]).read_text())["data"]["tokenizer_model"]
     axes = {"data.tokenizer_model": [tokenizer, "README.md"], "faults.spike_deviations": [1000, 1e-20]}
-    file.write_text(json.dumps({**given, "axes": axes, "options": {"faults.spike_window": 2}}))
+    file.write_text(json.dumps({**given, "axes": axes, "options": {"faults.spike_window": 2, "optimizer.lr": 0.1}}))
     status, table, errors = study(file, tmp_path / "out")
     assert status == 0, errors
     found = {tuple(row["settings"].values()): row for row in read_json_lines(tmp_path / "out/results.jsonl")}
