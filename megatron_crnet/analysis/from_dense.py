@@ -25,21 +25,18 @@ from torch import Tensor
 from megatron_crnet.analysis.fit import DAMPING, damped, fit_map, truncated_svd
 from megatron_crnet.analysis.source import LAYER, SourceModel, layer_of
 from megatron_crnet.analysis.stream import Activations, Map, Sums
-from megatron_crnet.checkpoint.weight_files import EMBEDDING
 from megatron_crnet.config.architectures import Architecture
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.positions import PositionTable, position_table
-from megatron_crnet.config.schema import Config, ModelConfig
+from megatron_crnet.config.schema import OF_TRAINING, Config, ModelConfig
+from megatron_crnet.model.reference import EMBEDDING
 from megatron_crnet.utils.errors import require
 
 Weights = dict[str, Tensor]
 
 NEEDS_TEXT = {"low_rank": False, "crnet": True}
 """Variants that a dense model is turned into, and whether only with calibration text."""
-FREE = (
-    *("variant", "rank", "full_rank_layers", "cross_layer_epsilon", "max_position_embeddings"),
-    *("beta_init", "init_method_std", "scale_residual_init", "hidden_dropout", "attention_dropout"),
-)
+FREE = (*OF_TRAINING, "variant", "rank", "full_rank_layers", "cross_layer_epsilon", "max_position_embeddings")
 """Fields in which the model to come may differ from the dense one."""
 LENGTH = "max_position_embeddings"
 """The one of them that learned positions fix."""

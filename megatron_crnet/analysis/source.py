@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_crnet.checkpoint.directory import FINAL, saved_step
-from megatron_crnet.checkpoint.weight_files import EMBEDDING, LEARNED_POSITIONS, WeightSource
+from megatron_crnet.checkpoint.weight_files import WeightSource
 from megatron_crnet.config.positions import PositionTable, position_table
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.tokenizer import Tokenizer
 from megatron_crnet.hf.evaluate import indexed_documents, packed_rows, text_documents
 from megatron_crnet.hf.export import cast, named_tokenizer
 from megatron_crnet.hf.generate import open_files
-from megatron_crnet.model.reference import ReferenceLayer
+from megatron_crnet.model.reference import EMBEDDING, LEARNED_POSITIONS, ReferenceLayer
 from megatron_crnet.utils.errors import DataError, require, require_positive
 
 LAYER = "model.layers.{}."

@@ -14,14 +14,10 @@ from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.phases import is_warm_start
 from megatron_crnet.config.positions import METHODS
 from megatron_crnet.config.rank_section import rank_after
-from megatron_crnet.config.schema import Config, ModelConfig
+from megatron_crnet.config.schema import OF_TRAINING, Config, ModelConfig
 from megatron_crnet.utils.errors import CheckpointError, ConfigError, describe, require
 
-NOT_OF_THE_MODEL = {
-    *("beta_init", "init_method_std", "scale_residual_init"),
-    *("hidden_dropout", "attention_dropout", "max_position_embeddings"),
-    *("moe_aux_loss_coeff", "moe_z_loss_coeff"),
-}
+NOT_OF_THE_MODEL = {*OF_TRAINING, "max_position_embeddings"}
 OLDER = {
     **{"architecture": "llama", "tie_word_embeddings": False},
     **{"only_lr_act": False, "relora_scale": ModelConfig.relora_scale},

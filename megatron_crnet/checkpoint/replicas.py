@@ -18,7 +18,8 @@ from torch import Tensor
 from megatron_crnet.distributed.consensus import digest_of, gather
 from megatron_crnet.distributed.watchdog import ranks_line
 from megatron_crnet.engine.zero import held_partition
-from megatron_crnet.model.weights import EMBEDDING, Weight
+from megatron_crnet.model.reference import EMBEDDING
+from megatron_crnet.model.weights import Weight
 
 BITS = {2: torch.int16, 4: torch.int32}
 

@@ -31,8 +31,6 @@ Shapes = dict[str, tuple[int, ...]]
 """Shapes by canonical name."""
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-LEARNED_POSITIONS = "model.embed_positions.weight"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What weights may be stored as, by the names of safetensors."""
 Cast = Callable[[str, Tensor], Tensor]

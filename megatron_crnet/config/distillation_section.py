@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from megatron_crnet.config.field_types import FilePath, NonNegative, Section
 from megatron_crnet.utils.errors import require
@@ -28,9 +28,9 @@ class DistillationConfig(Section, name="distillation"):
     def __post_init__(self) -> None:
         """Check the fields; there is a teacher, and something that it teaches."""
         super().__post_init__()
-        changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        changed = self.changed() if self.teacher is None else []
         require(
-            self.teacher is not None or not changed,
+            not changed,
             f"distillation.{changed[0] if changed else ''} is set, but distillation.teacher is not, so that nothing "
             "reads it: name the teacher's folder, or leave it out",
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from megatron_crnet.config.architectures import ARCHITECTURES
@@ -21,7 +20,7 @@ def check_experts(model: ModelConfig) -> None:
     """
     experts, topk = model.num_experts, model.moe_router_topk
     if ARCHITECTURES[model.architecture].experts is None:
-        changed = [f.name for f in fields(model) if _is_of_experts(f.name) and getattr(model, f.name) != f.default]
+        changed = [name for name in model.changed() if name == "num_experts" or name.startswith("moe_")]
         require(
             not changed,
             f"model.{changed[0] if changed else ''} is set, but architecture {model.architecture} has no experts: "
@@ -46,10 +45,6 @@ def check_experts(model: ModelConfig) -> None:
         f"model.variant is {model.variant}, whose restarts are not built for the stacked weights of experts: use "
         "another variant, or architecture qwen3",
     )
-
-
-def _is_of_experts(name: str) -> bool:
-    return name == "num_experts" or name.startswith("moe_")
 
 
 def check_counted_by_shapes(model: ModelConfig, instead: str) -> None:

@@ -113,6 +113,15 @@ class Section:
             name, value = f"{self.section}.{field.name}", getattr(self, field.name)
             object.__setattr__(self, field.name, checked(name, hints[field.name], value, remedy_of(field)))
 
+    def changed(self) -> list[str]:
+        """Names of the fields that have another value than their default."""
+        made: Any = type(self)
+        defaults = {
+            field.name: field.default_factory() if callable(field.default_factory) else field.default
+            for field in dataclasses.fields(made)
+        }
+        return [name for name, default in defaults.items() if getattr(self, name) != default]
+
 
 @cache
 def types_of(section: Any) -> dict[str, Any]:

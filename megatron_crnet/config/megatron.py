@@ -54,6 +54,11 @@ class CRNetTransformerConfig(TransformerConfig):
         """Whether dropout is on."""
         return self.hidden_dropout > 0 or self.attention_dropout > 0
 
+    @property
+    def initial_device(self) -> torch.device:
+        """Where weights are made."""
+        return torch.device("cpu" if self.use_cpu_initialization else torch.cuda.current_device())
+
     def local_width(self, position: str) -> int:
         """Elements of an output per local sequence position.
 

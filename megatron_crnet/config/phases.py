@@ -63,8 +63,9 @@ def phases_of(config: Config) -> list[Phase]:
 
 
 def _rank_phases(config: Config) -> list[Phase]:
-    schedule = config.rank_schedule
-    phases = []
+    schedule, phases = config.rank_schedule, list[Phase]()
+    if not schedule.steps:
+        return [Phase(config, 0, config.training.train_steps)]
     for start, stop in pairwise([0, *schedule.steps, config.training.train_steps]):
         model = replace(config.model, rank=rank_after(config.model.rank, schedule, start))
         of_phase = replace(config, model=model, rank_schedule=RankScheduleConfig())
@@ -75,8 +76,7 @@ def _rank_phases(config: Config) -> list[Phase]:
 def with_largest_ranks(config: Config) -> Config:
     """The configuration of a run that has, from its first step to its last, those ranks of its schedule with which the
     model is largest."""
-    models = [phase.config.model for phase in _rank_phases(config)]
-    return replace(config, model=max(models, key=total_parameters), rank_schedule=RankScheduleConfig())
+    return max(_rank_phases(config), key=lambda phase: total_parameters(phase.config.model)).config
 
 
 def dense_model(model: ModelConfig) -> ModelConfig:

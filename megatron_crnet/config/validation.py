@@ -6,7 +6,8 @@ those of files and tokenizer in `data/indexed.py`.
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from megatron_crnet.config.architectures import ARCHITECTURES
@@ -140,7 +141,7 @@ def _check_relora(config: Config) -> None:
     """The section relora is that of a model that has restarts, and they fit the run."""
     relora, model, optimizer = config.relora, config.model, config.optimizer
     if not METHODS[model.variant].has_frozen:
-        changed = [f.name for f in fields(relora) if getattr(relora, f.name) != f.default]
+        changed = relora.changed()
         require(
             not changed,
             f"relora.{changed[0] if changed else ''} is set, but model.variant is {model.variant}: leave the section "
@@ -203,7 +204,7 @@ def _check_rank_schedule(config: Config) -> None:
         tables = [position_table(replace(model, rank=rank)) for rank in (model.rank, *schedule.ranks)]
     except ConfigError as error:  # of one of the schedule's: that of model.rank has been checked
         raise ConfigError(f"rank_schedule.ranks has an entry that cannot be model.rank: {error}") from error
-    for before, after, step in zip(tables[:-1], tables[1:], steps, strict=True):
+    for (before, after), step in zip(pairwise(tables), steps, strict=True):
         shrinks = any(new[p] < old[p] for old, new in zip(before.ranks, after.ranks, strict=True) for p in old)
         require(
             not (shrinks and method.has_silu),

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from megatron_crnet.config.distillation_section import DistillationConfig
 from megatron_crnet.config.phases import dense_model
 from megatron_crnet.config.rank_section import RankScheduleConfig
 from megatron_crnet.config.schema import Config, OptimizerConfig, RecomputeConfig, ReloraConfig
+from megatron_crnet.model.block import pack
 from megatron_crnet.model.distillation import FeatureMatch, add_gradient, masked_difference, squared_sum
 from megatron_crnet.model.gpt import CRNetModel, build_model_chunks, call_model
 from megatron_crnet.model.loss import token_losses
@@ -123,7 +123,7 @@ class Distillation:
         if model.post_process:
             output = self._token_losses(model, call, batch, match, taught if teacher.post_process else None)
         else:
-            output = _join(call_model(call, batch, match), taught)
+            output = pack(call_model(call, batch, match), (taught,))
         if match is not None:
             self.squares[0] += match.squares * (self._tp if self._shards_sequence else 1)
         return output
@@ -161,15 +161,8 @@ class Distillation:
         return token_losses(logits, batch["labels"], model.pg_collection.tp, model.glue)
 
 
-def _join(own: Tensor, of_teacher: Tensor) -> Tensor:
-    """One fresh tensor [s/t, b, sum of widths] of two, one behind the other in memory."""
-    joined = torch.cat([own.flatten(), of_teacher.flatten()]).view(*own.shape[:2], -1)
-    # the schedule frees a sent tensor's storage, which it refuses to do for a view
-    return make_viewless_tensor(joined, requires_grad=joined.requires_grad, keep_graph=True)
-
-
 def _split(joined: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The inverse of `_join` where the second has this width; views, no copies."""
+    """The inverse of `pack` with one output, which has this width; views, no copies."""
     local, b, whole = joined.shape
     own, of_teacher = joined.flatten().split([local * b * (whole - width), local * b * width])
     return own.view(local, b, -1), of_teacher.view(local, b, -1)

@@ -49,7 +49,8 @@ from megatron_crnet.engine.state_kinds import MASTER
 from megatron_crnet.engine.zero import zero_state
 from megatron_crnet.model.gpt import CRNetModel
 from megatron_crnet.model.linear import LowRankGroup
-from megatron_crnet.model.weights import EMBEDDING, Weight, by_parameter, canonical_weights
+from megatron_crnet.model.reference import EMBEDDING
+from megatron_crnet.model.weights import Weight, by_parameter, canonical_weights
 from megatron_crnet.recompute.rng import RngStates
 from megatron_crnet.utils.noise import without_memory_lines
 

@@ -17,7 +17,7 @@ from megatron_crnet.config.schema import Config, LrPart, ModelConfig, OptimizerC
 from megatron_crnet.engine.adam8bit import AdamW8bit
 from megatron_crnet.engine.galore import Projection, is_projected
 from megatron_crnet.engine.sharded_galore import ShardedGaLore
-from megatron_crnet.model.weights import EMBEDDING
+from megatron_crnet.model.reference import EMBEDDING, HEAD
 from megatron_crnet.utils.errors import require
 
 ParamGroup = dict[str, Any]
@@ -42,7 +42,7 @@ def lr_multiplier(name: str, multipliers: Mapping[LrPart, float]) -> float:
 
 def count_groups(model: ModelConfig, section: OptimizerConfig) -> int:
     """Groups of the parameters of a whole fp32 model."""
-    table, names = position_table(model), [EMBEDDING, "lm_head.weight", "model.norm.weight"]
+    table, names = position_table(model), [EMBEDDING, HEAD, "model.norm.weight"]
     for layer in range(model.num_layers):
         kinds = ["weight"] if table.is_full_rank(layer) else ["a.weight", "b.weight"]
         kinds += ["beta"] if table.has_previous(layer) else []

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_crnet.engine.state_kinds import KINDS, MASTER
+from megatron_crnet.engine.state_kinds import KINDS, MASTER, MOMENTS
 from megatron_crnet.model.gpt import CRNetModel
 from megatron_crnet.model.weights import Weight, canonical_weights, initial_value
 
@@ -77,7 +77,7 @@ def _grow(a: dict[str, Tensor], b: dict[str, Tensor], weight: Weight, drawn: Ten
 
 def _shrink(a: dict[str, Tensor], b: dict[str, Tensor], p: Tensor, q: Tensor) -> None:
     for kind in KINDS:
-        left, right = (p, q) if kind != KINDS[2] else (p.square(), q.square())
+        left, right = (p, q) if kind != MOMENTS[1] else (p.square(), q.square())
         a[kind] = (left @ a[kind].double()).to(a[kind].dtype)
         b[kind] = (b[kind].double() @ right).to(b[kind].dtype)
 

@@ -10,30 +10,20 @@ from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.positions import head_width
 from megatron_crnet.config.schema import Config, ModelConfig, TrainingConfig
 from megatron_crnet.hf.configuration_crnet import ARCHITECTURES, FIXED, CRNetConfig
-from megatron_crnet.hf.plain import FORMATS, read_plain
+from megatron_crnet.hf.plain import FORMATS, LLAMA_FIELDS, read_plain
 from megatron_crnet.utils.errors import ConfigError, DataError, require
 
 FIELDS = {
+    **LLAMA_FIELDS,
+    "rope_theta": "rotary_base",
     "architecture": "architecture",
     "variant": "variant",
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "ffn_hidden_size",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_attention_heads",
-    "num_key_value_heads": "num_query_groups",
-    "head_dim": "kv_channels",
-    "max_position_embeddings": "max_position_embeddings",
-    "rms_norm_eps": "layernorm_epsilon",
-    "rope_theta": "rotary_base",
     "rank": "rank",
     "full_rank_layers": "full_rank_layers",
     "cross_layer_epsilon": "cross_layer_epsilon",
     "beta_init": "beta_init",
-    "initializer_range": "init_method_std",
     "only_lr_act": "only_lr_act",
     "scale_residual_init": "scale_residual_init",
-    "tie_word_embeddings": "tie_word_embeddings",
     "num_experts": "num_experts",
     "num_experts_per_tok": "moe_router_topk",
     "moe_router_pre_softmax": "moe_router_pre_softmax",

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.positions import METHODS, head_width
-from megatron_crnet.config.schema import Config, ModelConfig, TrainingConfig
+from megatron_crnet.config.schema import OF_TRAINING, Config, ModelConfig, TrainingConfig
 from megatron_crnet.utils.errors import ConfigError, describe, require
 
 Values = Mapping[str, Any]
@@ -49,7 +49,7 @@ class PlainFormat:
 
 
 ANYWHERE = {"tie_word_embeddings": "tie_word_embeddings", "vocab_size": "vocab_size"}
-ROTARY_FIELDS = {
+LLAMA_FIELDS = {
     **ANYWHERE,
     "hidden_size": "hidden_size",
     "intermediate_size": "ffn_hidden_size",
@@ -59,10 +59,10 @@ ROTARY_FIELDS = {
     "head_dim": "kv_channels",
     "max_position_embeddings": "max_position_embeddings",
     "rms_norm_eps": "layernorm_epsilon",
-    f"{ROPE}.rope_theta": "rotary_base",
     "initializer_range": "init_method_std",
-    "attention_dropout": "attention_dropout",
 }
+"""Of LLaMA, what followed it, and exports of this project."""
+ROTARY_FIELDS = {**LLAMA_FIELDS, f"{ROPE}.rope_theta": "rotary_base", "attention_dropout": "attention_dropout"}
 """Of LLaMA and what followed it."""
 ROTARY_ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -144,11 +144,6 @@ FORMATS = {
     ),
 }
 """By `model.architecture`, which is Transformers' `model_type` as well."""
-OF_TRAINING = (
-    *("init_method_std", "scale_residual_init", "hidden_dropout", "attention_dropout", "beta_init"),
-    *("moe_aux_loss_coeff", "moe_z_loss_coeff"),
-)
-"""Fields of the model that say nothing of its logits."""
 OF_VARIANTS = ("variant", "rank", "full_rank_layers", "only_lr_act", "cross_layer_epsilon", "relora_scale")
 """Fields that say nothing of a full-rank model, and the variant."""
 

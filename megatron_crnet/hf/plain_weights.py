@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_crnet.checkpoint.weight_files import EMBEDDING, HEAD, ExportWeights, Shapes, WeightSource
+from megatron_crnet.checkpoint.weight_files import ExportWeights, Shapes, WeightSource
 from megatron_crnet.hf.plain import PlainFormat
+from megatron_crnet.model.reference import EMBEDDING, HEAD
 from megatron_crnet.utils.errors import DataError
 
 CANONICAL = re.compile(r"model\.(?:layers\.(?P<layer>\d+)\.)?(?P<module>.+)\.(?P<suffix>\w+)")

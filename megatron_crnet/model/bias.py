@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from megatron_crnet.config.architectures import Group
 from megatron_crnet.config.megatron import CRNetTransformerConfig
 from megatron_crnet.model.compiled import choose_glue
-from megatron_crnet.model.linear import WeightShard
+from megatron_crnet.model.linear import WeightShard, zero_parameter
 from megatron_crnet.model.regions import Outputs, Regions
 
 
@@ -28,8 +27,7 @@ class GroupBias(nn.Module):
         self.h_out = [table.shapes[position][1] for position in self.positions]
         self.local_out = [table.local_shapes[position][1] for position in self.positions]
         self.activates = group in table.architecture.groups[2:3] and table.architecture.activation == "gelu"
-        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        self.value = nn.Parameter(torch.zeros(sum(self.local_out), dtype=config.params_dtype, device=device))
+        self.value = zero_parameter(config, sum(self.local_out))
         setattr(self.value, "sequence_parallel", self.is_row and config.sequence_parallel)  # noqa: B010
         self.regions = Regions(choose_glue(self.value, config.cross_layer_fusion), config.cross_layer_epsilon)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from megatron_crnet.config.architectures import Group
 from megatron_crnet.config.megatron import CRNetTransformerConfig
 from megatron_crnet.model.compiled import choose_glue
-from megatron_crnet.model.linear import WeightShard
+from megatron_crnet.model.linear import WeightShard, zero_parameter
 from megatron_crnet.model.regions import Regions
 
 
@@ -82,9 +82,7 @@ class ExpertGroup(nn.Module):
             self.register_parameter(f"b{index}", self._parameter(width, rank))
 
     def _parameter(self, *shape: int) -> nn.Parameter:
-        device = "cpu" if self.config.use_cpu_initialization else torch.cuda.current_device()
-        values = torch.zeros((self.count, *shape), dtype=self.config.params_dtype, device=device)
-        parameter = nn.Parameter(values)
+        parameter = zero_parameter(self.config, self.count, *shape)
         # an expert that every rank holds is given a part of the sequence by each
         partial = self.config.sequence_parallel and not self.is_spread
         setattr(parameter, "sequence_parallel", partial)  # noqa: B010

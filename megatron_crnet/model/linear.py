@@ -64,6 +64,11 @@ class WeightShard:
     span: range = range(0)
 
 
+def zero_parameter(config: CRNetTransformerConfig, *shape: int) -> nn.Parameter:
+    """A parameter of zeros, in the configuration's dtype, on its device: padding stays so (`model/weights.py`)."""
+    return nn.Parameter(torch.zeros(shape, dtype=config.params_dtype, device=config.initial_device))
+
+
 class LinearGroup(nn.Module):
     """Base of both kinds: which positions, their widths, and whether the group is a row group."""
 
@@ -177,12 +182,12 @@ class LowRankGroup(LinearGroup):
         self.layer = layer
         self.ranks = [config.table.ranks[layer][position] for position in self.positions]
         self.padded_ranks = [config.table.padded_ranks[layer][position] for position in self.positions]
-        self.a = self._parameter(sum(self.padded_ranks), self.local_in)
+        self.a = zero_parameter(config, sum(self.padded_ranks), self.local_in)
         # B matrices of one shape are one parameter
         shapes = zip(self.local_out, self.padded_ranks, strict=True)
         self.batches = [(shape, len(list(same))) for shape, same in groupby(shapes)]
         for index, (shape, count) in enumerate(self.batches):
-            self.register_parameter(f"b{index}", self._parameter(count, *shape))
+            self.register_parameter(f"b{index}", zero_parameter(config, count, *shape))
         beta = torch.full((len(self.positions),), config.beta_init, dtype=torch.float32, device=self.a.device)
         self.beta = nn.Parameter(beta) if config.table.has_previous(layer) else None
         self.regions = Regions(choose_glue(self.a, config.cross_layer_fusion), config.cross_layer_epsilon)
@@ -191,10 +196,6 @@ class LowRankGroup(LinearGroup):
         self.beta_fp32: Tensor | None = None
         """Exact value of beta where the parameter itself had to be rounded to bf16 (ZeRO-3)."""
         self._mark_gradients()
-
-    def _parameter(self, *shape: int) -> nn.Parameter:
-        device = "cpu" if self.config.use_cpu_initialization else torch.cuda.current_device()
-        return nn.Parameter(torch.zeros(shape, dtype=self.config.params_dtype, device=device))
 
     def _mark_gradients(self) -> None:
         """Mark (as Megatron does) parameters whose gradient is a partial sum over tensor-parallel ranks."""

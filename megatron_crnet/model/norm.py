@@ -54,7 +54,7 @@ class CRNetNorm:
         """The architecture's norm of width `hidden_size`, in the configuration's dtype, on its device."""
         if config.table.architecture.norm == "rms":
             return rms_norm(config, hidden_size, eps, is_partial=config.sequence_parallel)
-        norm = nn.LayerNorm(hidden_size, eps, dtype=config.params_dtype, device=_device(config))
+        norm = nn.LayerNorm(hidden_size, eps, dtype=config.params_dtype, device=config.initial_device)
         return _marked(norm, config.sequence_parallel)
 
 
@@ -66,14 +66,10 @@ def rms_norm(config: CRNetTransformerConfig, width: int, eps: float, *, is_parti
     """
     fused = fused_norm_class()
     if fused is not None:
-        return _marked(fused(width, eps=eps).to(dtype=config.params_dtype, device=_device(config)), is_partial)
-    norm = LeanRMSNorm(width, eps=eps, dtype=config.params_dtype, device=_device(config))
+        return _marked(fused(width, eps=eps).to(dtype=config.params_dtype, device=config.initial_device), is_partial)
+    norm = LeanRMSNorm(width, eps=eps, dtype=config.params_dtype, device=config.initial_device)
     norm.glue = choose_glue(norm.weight, config.cross_layer_fusion)
     return _marked(norm, is_partial)
-
-
-def _device(config: CRNetTransformerConfig) -> torch.device:
-    return torch.device("cpu" if config.use_cpu_initialization else torch.cuda.current_device())
 
 
 def _marked(norm: nn.Module, is_partial: bool) -> nn.Module:

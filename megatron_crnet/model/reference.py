@@ -18,6 +18,10 @@ from megatron_crnet.config.positions import FULL_RANK, METHODS, PositionTable, h
 from megatron_crnet.config.schema import ModelConfig
 from megatron_crnet.model.glue import signed_scale
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+LEARNED_POSITIONS = "model.embed_positions.weight"
+"""Names of weights outside of the layers."""
+
 
 class CrossLayerLinear(nn.Module):
     """One linear map of one layer: X W, s(beta) Y_prev + X A B, X A B, B silu(X A), or X W + s X A B with W frozen.
@@ -218,7 +222,7 @@ class ReferenceCRNet(nn.Module):
         for layer in self.model["layers"].children():
             x, outputs = layer(x, outputs, positions, mask)
         x = self.model["norm"](x)
-        return F.linear(x, self.get_parameter("model.embed_tokens.weight")) if self.ties_head else self.lm_head(x)
+        return F.linear(x, self.get_parameter(EMBEDDING)) if self.ties_head else self.lm_head(x)
 
     def auxiliary_loss(self, sequences: int) -> Tensor:
         """Of the routers of all layers in the last call; see `MixtureOfExperts`. 0 without experts."""

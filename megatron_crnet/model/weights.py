@@ -26,14 +26,12 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from torch import Tensor, nn
 
 from megatron_crnet.config.architectures.base import QK_NORMS
+from megatron_crnet.model.reference import EMBEDDING, HEAD, LEARNED_POSITIONS
 from megatron_crnet.utils.errors import CheckpointError
 
 if TYPE_CHECKING:
     from megatron_crnet.config.architectures import Experts
     from megatron_crnet.model.gpt import CRNetModel
-
-EMBEDDING = "model.embed_tokens.weight"
-"""Name of the embedding."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +82,13 @@ def canonical_weights(model: CRNetModel) -> Iterator[Weight]:
         if not model.config.table.architecture.is_rotary:
             positions = model.embedding.position_embeddings.weight
             shape = model.max_sequence_length, model.config.hidden_size
-            yield Weight("model.embed_positions.weight", positions, (...,), shape)
+            yield Weight(LEARNED_POSITIONS, positions, (...,), shape)
     for layer in model.decoder.layers:
         yield from _layer_weights(layer)
     if model.post_process:
         yield from _norm_weights("model.norm", model.decoder.final_layernorm, model.config.hidden_size)
         if not model.config.table.ties_head:
-            yield Weight("lm_head.weight", model.output_layer.weight, (...,), vocabulary, 0, span)
+            yield Weight(HEAD, model.output_layer.weight, (...,), vocabulary, 0, span)
         elif not model.pre_process:
             yield Weight(EMBEDDING, model.output_layer.weight, (...,), vocabulary, 0, span, is_copy=True)
 

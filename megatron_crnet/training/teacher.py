@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_crnet.checkpoint.weight_files import WeightSource, canonical_shapes
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.model_size import total_parameters
-from megatron_crnet.config.schema import Config
+from megatron_crnet.config.schema import OF_TRAINING, Config
 from megatron_crnet.data.fingerprint import SHOWN, TrainedOn, digest_of_tokenizer
 from megatron_crnet.data.tokenizer import load_tokenizer
 from megatron_crnet.distributed.consensus import examine_together, run_on_all_ranks
@@ -22,10 +22,7 @@ from megatron_crnet.model.gpt import CRNetModel
 from megatron_crnet.model.weights import Weight
 from megatron_crnet.utils.errors import ConfigError, CrnetError, DataError, require
 
-OF_NO_EFFECT = (
-    *("rank", "relora_scale", "cross_layer_epsilon", "max_position_embeddings", "beta_init", "init_method_std"),
-    *("scale_residual_init", "hidden_dropout", "attention_dropout"),
-)
+OF_NO_EFFECT = (*OF_TRAINING, "rank", "relora_scale", "cross_layer_epsilon", "max_position_embeddings")
 """Fields of the model that change nothing of what a full-rank one computes without dropout."""
 
 
