@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
@@ -15,12 +14,12 @@ from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.model.gpt import build_model_chunks
 from tests.distributed.engines import INVERSE_TOLERANCE, close_engine
-from tests.distributed.spawn import fresh_world, run_distributed
-from tests.distributed.test_layouts import BF16_BOUNDS, DOCUMENTS, FP32_BOUND, GPT2, PARTITION_EVERYTHING, QWEN3
+from tests.distributed.layouts import FP32_BOUND, Sizes, check, measure
+from tests.distributed.spawn import run_distributed
+from tests.distributed.test_layouts import DOCUMENTS, GPT2, PARTITION_EVERYTHING, QWEN3
 from tests.helpers import (
     PADDED,
     Errors,
-    compare_with_reference,
     micro_batches,
     random_mask,
     random_teacher,
@@ -31,32 +30,18 @@ BOTH = {"kd_alpha": 3.0, "kd_beta": 0.5}
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Sizes):
     """Sizes of parallelism, the model, and the losses' weights."""
 
-    tp: int = 1
-    sp: bool | None = None
-    pp: int = 1
-    vpp: int = 1
-    zero: int = 0
-    dtype: str = "fp32"
     recompute: str = "none"
-    model: dict[str, Any] = field(default_factory=dict, hash=False)
     weights: dict[str, float] = field(default_factory=lambda: BOTH, hash=False)
-    keys: dict[str, Any] = field(default_factory=dict, hash=False)
-    data: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def config(self) -> Config:
         config = tiny_config(
             self.model,
-            {
-                "tensor_model_parallel_size": self.tp,
-                "pipeline_model_parallel_size": self.pp,
-                "virtual_pipeline_model_parallel_size": self.vpp,
-                "sequence_parallel": self.sp,
-            },
+            self.parallel_section,
             {"dtype": self.dtype},
-            deepspeed_section={"zero_optimization": {"stage": self.zero, **self.keys}},
+            deepspeed_section=self.deepspeed_section,
             data=self.data,
             distillation={"teacher": "of the test", **self.weights},
         )
@@ -96,23 +81,8 @@ ON_FOUR = [
 ]
 
 
-def measure(rows: list[Row]) -> list[Errors]:
-    found = []
-    for row in rows:
-        try:
-            found.append(compare_with_reference(row.config()))
-        except Exception as error:
-            raise RuntimeError(f"row {row}") from error
-        fresh_world()
-    return found
-
-
-def check(row: Row, errors: Errors) -> None:
-    if row.dtype == "fp32":
-        assert errors.worst() < (FP32_BOUND if row.recompute != "inverse" else INVERSE_TOLERANCE["fp32"]), errors
-        return
-    for name in ("loss", "grad_norm", "gradients", "parameters"):
-        assert getattr(errors, name) < getattr(BF16_BOUNDS, name), errors
+def check_row(row: Row, errors: Errors) -> None:
+    check(row.dtype, errors, fp32=FP32_BOUND if row.recompute != "inverse" else INVERSE_TOLERANCE["fp32"])
 
 
 @pytest.fixture(scope="module")
@@ -122,13 +92,13 @@ def two() -> list[Errors]:
 
 @pytest.mark.parametrize("index", range(len(ON_TWO)), ids=[str(row) for row in ON_TWO])
 def test_two_ranks(index: int, two: list[Errors]) -> None:
-    check(ON_TWO[index], two[index])
+    check_row(ON_TWO[index], two[index])
 
 
 @pytest.mark.long
 def test_four_ranks() -> None:
     for row, errors in zip(ON_FOUR, run_distributed(measure, 4, ON_FOUR, timeout_s=1500)[0], strict=True):
-        check(row, errors)
+        check_row(row, errors)
 
 
 def frozen(row: Row) -> None:

@@ -21,12 +21,12 @@ from megatron_crnet.engine.relora import restart
 from megatron_crnet.engine.state_kinds import KINDS, MASTER, MOMENTS
 from megatron_crnet.model.gpt import build_model_chunks
 from tests.distributed.engines import build_engine, close_engine
-from tests.distributed.spawn import fresh_world, run_distributed
-from tests.distributed.test_layouts import BF16_BOUNDS, FP32_BOUND
+from tests.distributed.layouts import BF16_BOUNDS, Sizes, check, measure
+from tests.distributed.spawn import run_distributed
+from tests.distributed.test_layouts import PARTITION_EVERYTHING
 from tests.helpers import (
     ARCHITECTURES,
     Errors,
-    compare_with_reference,
     local_weights,
     micro_batches,
     random_mask,
@@ -40,35 +40,24 @@ GPT2, QWEN3 = ({"variant": "relora", "rank": 8, **ARCHITECTURES[name]} for name 
 # moments are pruned at random in bf16: which are the largest is rounding
 BF16 = dataclasses.replace(BF16_BOUNDS, parameters=0.15)
 FROZEN = "model.layers.2.mlp.up_proj.weight"
-PARTITION_EVERYTHING = {"stage3_param_persistence_threshold": 0}
+STEPS = 5
+"""With two restarts."""
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Sizes):
     """Sizes of parallelism, and how moments are pruned."""
 
-    tp: int = 1
-    sp: bool | None = None
-    pp: int = 1
-    vpp: int = 1
-    zero: int = 0
-    dtype: str = "fp32"
     prune: str = "magnitude"
     model: dict[str, Any] = field(default_factory=lambda: RELORA, hash=False)
-    keys: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def config(self) -> Config:
         return tiny_config(
             self.model,
-            {
-                "tensor_model_parallel_size": self.tp,
-                "pipeline_model_parallel_size": self.pp,
-                "virtual_pipeline_model_parallel_size": self.vpp,
-                "sequence_parallel": self.sp,
-            },
+            self.parallel_section,
             {"dtype": self.dtype, "train_steps": 100},
             {"lr_decay_style": "cosine_restarts", "lr_restart_interval": 2, "lr_restart_warmup_steps": 2},
-            {"zero_optimization": {"stage": self.zero, **self.keys}},
+            self.deepspeed_section,
             relora={"restart_interval": 2, "prune": self.prune, "prune_share": 0.8},
         )
 
@@ -93,39 +82,20 @@ MATRIX = [
 ]
 
 
-def measure(rows: list[Row]) -> list[Errors]:
-    found = []
-    for row in rows:
-        try:
-            found.append(compare_with_reference(row.config(), steps=5))
-        except Exception as error:
-            raise RuntimeError(f"row {row}") from error
-        fresh_world()
-    return found
-
-
-def check(row: Row, errors: Errors) -> None:
-    if row.dtype == "fp32":
-        assert errors.worst() < FP32_BOUND, errors
-        return
-    for name in ("loss", "grad_norm", "gradients", "parameters"):
-        assert getattr(errors, name) < getattr(BF16, name), errors
-
-
 @pytest.fixture(scope="module")
 def two() -> list[Errors]:
-    return run_distributed(measure, 2, ON_TWO, timeout_s=900)[0]
+    return run_distributed(measure, 2, ON_TWO, STEPS, timeout_s=900)[0]
 
 
 @pytest.mark.parametrize("index", range(len(ON_TWO)), ids=[str(row) for row in ON_TWO])
 def test_restarts_on_two_ranks(index: int, two: list[Errors]) -> None:
-    check(ON_TWO[index], two[index])
+    check(ON_TWO[index].dtype, two[index], bf16=BF16)
 
 
 @pytest.mark.long
 def test_restarts_on_four_ranks() -> None:
-    for row, errors in zip(MATRIX, run_distributed(measure, 4, MATRIX, timeout_s=1500)[0], strict=True):
-        check(row, errors)
+    for row, errors in zip(MATRIX, run_distributed(measure, 4, MATRIX, STEPS, timeout_s=1500)[0], strict=True):
+        check(row.dtype, errors, bf16=BF16)
 
 
 SWITCHES = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -12,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 import pretrain_crnet
 from megatron_crnet.distributed.process_groups import shutdown_parallel
@@ -111,6 +115,34 @@ def lines_of(output: Path, key: str) -> dict[int, float]:
     """A metric by step."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line[key] for line in lines if key in line}
+
+
+def checkpoint(output: Path, step: int) -> Path:
+    """Of a run."""
+    return output / "checkpoints" / f"step_{step:08d}"
+
+
+def saved(output: Path, step: int) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint."""
+    files = checkpoint(output, step).glob("*.safetensors")
+    return {name: value for file in files for name, value in load_file(file).items()}
+
+
+def check_continued(whole: Path, cut: Path, step: int, options: list[str]) -> None:
+    """A run that has only the checkpoint of `step` of a whole one goes on like that, to the bit.
+
+    Args:
+        options: of the run, whose output is `cut`.
+    """
+    shutil.copytree(checkpoint(whole, step), checkpoint(cut, step))
+    outcome = start_here(options)
+    assert outcome.status == 0, outcome.stderr
+    losses = lines_of(whole, "loss")
+    last = max(losses)
+    assert lines_of(cut, "loss") == {s: losses[s] for s in range(step + 1, last + 1)}
+    mine, theirs = saved(cut, last), saved(whole, last)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from megatron_crnet.hf.export import to_hf
-from tests.integration.conftest import Corpus, lines_of, start_here
+from tests.integration.conftest import Corpus, check_continued, checkpoint, lines_of, saved, start_here
 
 STEPS, CHANGES, RANKS = 6, [2, 4], [8, 12, 4]
 RUN: dict[str, Any] = {
@@ -37,27 +36,12 @@ def whole(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def checkpoint(output: Path, step: int) -> Path:
-    return output / "checkpoints" / f"step_{step:08d}"
-
-
-def saved(output: Path, step: int) -> dict[str, torch.Tensor]:
-    files = checkpoint(output, step).glob("*.safetensors")
-    return {name: value for file in files for name, value in load_file(file).items()}
-
-
 @pytest.mark.parametrize("step", [1, 2, 4, 5])
 def test_a_run_killed_around_a_change_continues_to_the_bit(
     step: int, whole: Path, corpus: Corpus, tmp_path: Path
 ) -> None:
-    shutil.copytree(checkpoint(whole, step), checkpoint(tmp_path / "cut", step))
-    outcome = start_here(corpus.options(tmp_path / "cut", **RUN))
-    assert outcome.status == 0, outcome.stderr
-    losses = lines_of(whole, "loss")
-    assert lines_of(tmp_path / "cut", "loss") == {s: losses[s] for s in range(step + 1, STEPS + 1)}
-    mine, theirs = saved(tmp_path / "cut", STEPS), saved(whole, STEPS)
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+    cut = tmp_path / "cut"
+    check_continued(whole, cut, step, corpus.options(cut, **RUN))
 
 
 @pytest.mark.parametrize(("step", "rank"), [(1, 8), (2, 12), (4, 4), (6, 4)])

@@ -18,7 +18,7 @@ from megatron_crnet.hf.export import to_hf
 from megatron_crnet.training.callbacks.base import Callback, Step
 from megatron_crnet.training.trainer import Trainer, run_training
 from megatron_crnet.utils.errors import BadStepError
-from tests.integration.conftest import Corpus, lines_of, start_here
+from tests.integration.conftest import Corpus, check_continued, checkpoint, lines_of, saved, start_here
 
 WARM, INTERVAL, STEPS = 2, 3, 8
 RUN: dict[str, Any] = {
@@ -64,15 +64,6 @@ def test_the_first_engine_is_gone_before_the_second_takes_memory(
     assert not any(alive)
 
 
-def checkpoint(output: Path, step: int) -> Path:
-    return output / "checkpoints" / f"step_{step:08d}"
-
-
-def saved(output: Path, step: int) -> dict[str, torch.Tensor]:
-    files = checkpoint(output, step).glob("*.safetensors")
-    return {name: value for file in files for name, value in load_file(file).items()}
-
-
 def test_the_rate_starts_anew_after_the_warm_start_and_drops_at_restarts(whole: Path) -> None:
     lr, peak = lines_of(whole, "lr"), 1e-3
     assert lr[1] == pytest.approx(peak / 2)
@@ -114,14 +105,7 @@ def test_a_run_killed_around_a_change_continues_to_the_bit(
     step: int, whole: Path, corpus: Corpus, tmp_path: Path
 ) -> None:
     cut = tmp_path / "cut"
-    shutil.copytree(checkpoint(whole, step), checkpoint(cut, step))
-    outcome = start_here(corpus.options(cut, **RUN))
-    assert outcome.status == 0, outcome.stderr
-    losses = lines_of(whole, "loss")
-    assert lines_of(cut, "loss") == {s: losses[s] for s in range(step + 1, STEPS + 1)}
-    mine, theirs = saved(cut, STEPS), saved(whole, STEPS)
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+    check_continued(whole, cut, step, corpus.options(cut, **RUN))
 
 
 @pytest.mark.parametrize("step", [WARM - 1, WARM + INTERVAL, STEPS])
