@@ -9,6 +9,7 @@ long finds out before it writes again (`check`).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -189,9 +190,10 @@ def take(file: Path, what: str, stale_s: float = STALE_S) -> FolderLock | None:
             found = _read(file)
             if found is not None and found.token in HELD and found.owner is not None and found.owner.pid == os.getpid():
                 return None
-            if found is not None and (stale := _wait_until_stale(file, found, what, stale_s)):
-                _clear(file, stale, what)
-            continue
+            stale = _wait_until_stale(file, found, what, stale_s) if found is not None else None
+            if stale is None or not _replace(file, stale, owner, what, stale_s):
+                continue
+            print(f"{what} was left by {stale.owner or 'a process'}, which has ended: taken over", file=sys.stderr)
         lock = HELD[owner.token] = FolderLock(file, owner, what)
         return lock
 
@@ -232,19 +234,30 @@ def _in_use(file: Path, owner: Owner | None, what: str) -> ConfigError:
     )
 
 
-def _clear(file: Path, stale: _Found, what: str) -> None:
-    """Remove a stale lock, but not one that has replaced it."""
-    aside = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
+def _replace(file: Path, stale: _Found, owner: Owner, what: str, stale_s: float) -> bool:
+    """Put a lock in the place of a stale one; False if another process has been faster.
+
+    Who does that first takes a lock on the stale one, a file named after its content: of many that have read it, one at
+    a time can replace it, and only if it is still there.
+    """
+    claim = file.with_name(f".{file.name}.{hashlib.sha256(stale.content).hexdigest()[:16]}")
     try:
-        file.rename(aside)  # succeeds in one of several processes
-    except FileNotFoundError:
-        return
-    if aside.read_bytes() == stale.content:
-        print(f"{what} was left by {stale.owner or 'a process'}, which has ended: taken over", file=sys.stderr)
-    else:
-        with suppress(OSError):  # otherwise its owner restores it with its next heartbeat
-            os.link(aside, file)
-    aside.unlink()
+        _create(claim, owner)
+    except FileExistsError:
+        found = _read(claim)
+        dead = _wait_until_stale(claim, found, what, stale_s) if found is not None else None
+        if dead is None or not _replace(claim, dead, owner, what, stale_s):
+            return False
+    try:
+        current = _read(file)
+        if current is None or current.content != stale.content:
+            return False
+        own = file.with_name(f".{file.name}.{owner.token}")
+        _create(own, owner)
+        own.replace(file)
+        return True
+    finally:
+        claim.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from megatron_crnet.utils.errors import ConfigError, FolderTakenError
-from megatron_crnet.utils.folder_lock import BEAT_S, STALE_S, Owner, holding, take, this_process
+from megatron_crnet.utils.folder_lock import BEAT_S, STALE_S, Owner, _read, _replace, holding, take, this_process
 
 HOLDER = """
 import sys, time
@@ -167,6 +168,29 @@ def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path: Path) -> None:
     for racer in racers:
         racer.communicate()
     assert sorted(said) == ["refused\n"] * 7 + ["won\n"]
+
+
+@pytest.mark.fault("B5", "L1")
+def test_who_comes_late_leaves_the_new_lock_alone(tmp_path: Path) -> None:
+    me = this_process()
+    write(tmp_path / "lock", dataclasses.replace(me, started=me.started - 1))
+    stale = _read(tmp_path / "lock")
+    assert stale is not None
+    write(tmp_path / "lock", OTHER)  # another process has taken it over since
+    node = (tmp_path / "lock").stat().st_ino
+    assert not _replace(tmp_path / "lock", stale, me, "it", 1.0)
+    assert (tmp_path / "lock").stat().st_ino == node
+    assert os.listdir(tmp_path) == ["lock"]
+
+
+@pytest.mark.fault("B5", "L1")
+def test_a_process_that_ended_while_it_took_a_lock_over_is_no_obstacle(tmp_path: Path) -> None:
+    me, lock = this_process(), tmp_path / "lock"
+    write(lock, dataclasses.replace(me, started=me.started - 1))
+    claim = tmp_path / f".lock.{hashlib.sha256(lock.read_bytes()).hexdigest()[:16]}"
+    write(claim, dataclasses.replace(me, started=me.started - 2))
+    with holding(lock, "it"):
+        assert os.listdir(tmp_path) == ["lock"]
 
 
 def test_one_process_may_hold_a_folder_under_two_names(tmp_path: Path) -> None:
