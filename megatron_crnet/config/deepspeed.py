@@ -204,9 +204,10 @@ def deepspeed_config(config: Config, dp_size: int, elements: int) -> dict[str, A
         # DeepSpeed's default would round the fp32 sums to bf16 before they are added up over replicas
         settings["communication_data_type"] = "fp32"
     if bf16 and stage == 1:
-        # every backward pass adds to the fp32 gradients at once, whoever started it
-        settings["bf16"]["immediate_grad_update"] = True
+        # hooks of our own do that (`engine/zero.py`)
+        settings["bf16"]["immediate_grad_update"] = False
     if stage > 0:
         zero = config.deepspeed["zero_optimization"]
         settings["zero_optimization"] = {**zero, "reduce_bucket_size": reduce_bucket_size(config, elements)}
-    return {**config.deepspeed, **settings}
+    # DeepSpeed's timers would wait for the device before each micro-batch
+    return {"timers": {"throughput": {"enabled": False}}, **config.deepspeed, **settings}

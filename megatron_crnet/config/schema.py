@@ -193,9 +193,11 @@ class TrainingConfig(Section, name="training"):
     """On CUDA, compile what lies between matrix products (norms, RoPE, SwiGLU, the cross-layer residual and their
     gradients) with `torch.compile`, one pass over memory each. false (or no Triton): by PyTorch's operations, which
     round differently."""
+    cuda_graphs: bool | None = None
+    """On CUDA, launch both passes of a micro-batch as one graph, to the same bits (docs/reporting.md). null: where that
+    works, which is bf16 at ZeRO stage 1 with whole models on each rank; true: refuse to run elsewhere."""
     deterministic: bool = False
-    """On CUDA, take only operations that give the same bits in each run on the same devices and libraries; slower. On
-    CPUs they do in any case."""
+    """On CUDA, take only operations that give the same bits in each run on the same devices and libraries; slower."""
     seed: Seed = 1234
     """Seed of the initial weights, of the order of the data and of dropout."""
     eval_interval: Count = 100

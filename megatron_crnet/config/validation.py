@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from megatron_crnet.config.architectures import ARCHITECTURES
+from megatron_crnet.config.cuda_graphs import check_cuda_graphs
 from megatron_crnet.config.experts_rules import check_expert_parallel, check_experts
 from megatron_crnet.config.field_types import MOST
 from megatron_crnet.config.optimizer_rules import check_optimizer, check_restarts
@@ -43,6 +44,7 @@ def check_config(config: Config) -> None:
     _check_pipeline(config)
     _check_recompute(config)
     _check_kept_tensors(config)
+    check_cuda_graphs(config)
     _check_profile(config)
 
 

@@ -18,18 +18,19 @@ from contextlib import contextmanager
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.activation_checkpointing import checkpointing
 from deepspeed.runtime.constants import PIPE_REPLICATED
 from deepspeed.runtime.utils import clip_grad_norm_
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from megatron_crnet.config.cuda_graphs import uses_cuda_graphs
 from megatron_crnet.config.deepspeed import deepspeed_config, is_plain, offloads_optimizer, zero_stage
 from megatron_crnet.config.positions import METHODS
 from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed.consensus import Vote
 from megatron_crnet.distributed.process_groups import MegatronMpu, NormMpu, ParallelContext
+from megatron_crnet.engine.cuda_graph import MicroBatchGraph
 from megatron_crnet.engine.distillation import Distillation
 from megatron_crnet.engine.galore import is_projected
 from megatron_crnet.engine.inverse_guard import plan_inverse_segments
@@ -43,8 +44,17 @@ from megatron_crnet.engine.optimizer import (
     position,
 )
 from megatron_crnet.engine.rank_change import States
+from megatron_crnet.engine.reduction import sum_over_tensor_parallel, sum_over_tied_copies
 from megatron_crnet.engine.relora import restart
-from megatron_crnet.engine.schedule import Batch, ScheduledChunk, loss_totals, run_logits, run_schedule
+from megatron_crnet.engine.schedule import (
+    Batch,
+    ScheduledChunk,
+    loss_scale,
+    loss_totals,
+    run_logits,
+    run_micro_batch,
+    run_schedule,
+)
 from megatron_crnet.engine.state_kinds import MASTER
 from megatron_crnet.engine.zero import zero_state
 from megatron_crnet.model.gpt import CRNetModel
@@ -73,6 +83,9 @@ class TrainEngine:
         self.config, self.chunks, self.context = config, chunks, context
         self.distillation = Distillation(config, teacher) if teacher else None
         self.stage = zero_stage(config)
+        self._graph: MicroBatchGraph | None = None
+        if context.device.type == "cuda" and uses_cuda_graphs(config):
+            self._graph = MicroBatchGraph(lambda *args: run_micro_batch(self.scheduled, *args), context.device)
         module = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
         in_fp32: dict[nn.Parameter, Tensor] = {}
         # an fp32 model is not cast, and DeepSpeed keeps the factory, so these values would stay; stage 3 packs all
@@ -96,7 +109,7 @@ class TrainEngine:
         """Checkpointed layers that the guard of `inverse` has added on all pipeline stages."""
         self.zero = zero_state(self.deepspeed, self.stage)
         self.zero.forget_first_step()
-        self.zero.prepare(self._projected, context.heartbeat.progress)
+        self.zero.prepare(self._projected, context.heartbeat.progress, chunks[0].glue.accumulate_)
         self._on_weights_loaded()
         self.scheduler, self._steps = build_scheduler(config, self.optimizer), 0
         self.last_grad_norm: float | None = None
@@ -218,6 +231,8 @@ class TrainEngine:
         self.deepspeed.train()
         checkpointing.reset()  # frees what an abandoned step has left in DeepSpeed's hands
         self.deepspeed.set_gradient_accumulation_boundary(True)
+        if self._graph is not None and self._graph.is_for(batches):
+            return self._graph.run(batches, loss_scale(len(batches), tokens), self.context.heartbeat.progress)
         return run_schedule(self.scheduled, batches, tokens=tokens, distillation=self.distillation)
 
     def update(self) -> tuple[float, float]:
@@ -301,6 +316,8 @@ class TrainEngine:
     def close(self) -> None:
         """Take DeepSpeed's hooks off the weights, which would keep the engine, and through it the groups, alive."""
         self.deepspeed.destroy()
+        if self._graph is not None:
+            self._graph.close()
 
     @property
     def current_lr(self) -> float:
@@ -354,44 +371,17 @@ class TrainEngine:
             parameter.grad.mul_((torch.full((1,), limit, device=norm.device) / (norm + 1e-6)).clamp(max=1))
         return float(norm)
 
-    def _sum_over_tied_copies(self) -> None:
-        """Sum the gradients of the embedding on the first and of its copy on the last pipeline stage, to the same bits.
-
-        How replicas round a sum follows from where a weight lies in a bucket, which differs between the stages, so
-        theirs comes first. Where it leaves a rank shards, which the stages cut elsewhere, they sum this gradient by
-        itself, and all but one hand on zeros.
-        """
-        if self.config.parallel.pipeline_model_parallel_size == 1 or not self.chunks[0].config.table.ties_head:
-            return
-        found = [self.zero.gradient(w.parameter) for w in self.weights if w.name == EMBEDDING]
-        for gradient in (gradient for gradient in found if gradient is not None):
-            alone = not self.zero.reduces_in_place and self.context.dp_size > 1
-            if alone:
-                dist.all_reduce(gradient, group=parallel_state.get_data_parallel_group())
-            dist.all_reduce(gradient, group=parallel_state.get_embedding_group())
-            if alone and self.context.dp_rank > 0:
-                gradient.zero_()
-
     def reduce_gradients(self) -> None:
         """Sum partial gradients over tensor-parallel ranks and average over replicas, where no hook has."""
         if parallel_state.get_tensor_model_parallel_world_size() > 1:
-            _sum_over_tensor_parallel(self.zero.partial_gradients())
+            sum_over_tensor_parallel(self.zero.partial_gradients())
+        is_tied = self.chunks[0].config.table.ties_head
+        tied = [w.parameter for w in self.weights if w.name == EMBEDDING] if is_tied else []
         if not self.zero.reduces_in_place:
-            self._sum_over_tied_copies()
+            sum_over_tied_copies(self.zero, tied)
         self.zero.reduce_gradients()
         if self.zero.reduces_in_place:
-            self._sum_over_tied_copies()
-
-
-def _sum_over_tensor_parallel(gradients: list[Tensor]) -> None:
-    """Sum partial gradients over the tensor-parallel group, one call for each dtype."""
-    group = parallel_state.get_tensor_model_parallel_group()
-    for dtype in sorted({gradient.dtype for gradient in gradients}, key=str):
-        same = [gradient for gradient in gradients if gradient.dtype == dtype]
-        flat = torch.cat([gradient.flatten() for gradient in same])
-        dist.all_reduce(flat, group=group)
-        for gradient, reduced in zip(same, flat.split([g.numel() for g in same]), strict=True):
-            gradient.copy_(reduced.view_as(gradient))
+            sum_over_tied_copies(self.zero, tied)
 
 
 def _has_residual(module: nn.Module) -> bool:

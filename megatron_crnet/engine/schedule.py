@@ -7,7 +7,7 @@ A schedule reads the shape of what crosses pipeline stages from the outermost mo
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -92,16 +92,21 @@ def _shapes_of_this_rank(
     )
 
 
-def _loss(mask: Tensor, scale: float, token_losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    total = (token_losses.float() * mask).sum()
-    return total * scale, {"loss_sum": total.detach(), "tokens": mask.sum()}
+def _loss(mask: Tensor, factors: Iterable[float | Tensor], token_losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = total = (token_losses.float() * mask).sum()
+    for factor in factors:
+        loss = loss * factor
+    return loss, {"loss_sum": total.detach(), "tokens": mask.sum()}
 
 
 def _forward_step(
-    scale: float, distillation: Distillation | None, iterator: Iterator[Batch], chunk: ScheduledChunk
+    factors: Sequence[float | Tensor],
+    distillation: Distillation | None,
+    iterator: Iterator[Batch],
+    chunk: ScheduledChunk,
 ) -> tuple[Tensor, Any]:
     batch = next(iterator)
-    return chunk(batch, distillation), partial(_loss, batch["loss_mask"], scale)
+    return chunk(batch, distillation), partial(_loss, batch["loss_mask"], factors)
 
 
 def _logits_at(position: int, logits: Tensor, non_loss_data: bool) -> Tensor:
@@ -160,13 +165,28 @@ def run_schedule(
     Returns:
         On the last pipeline stage, loss sum and token count of each micro-batch; else an empty list.
     """
-    scale = len(batches) * parallel_state.get_data_parallel_world_size() / max(tokens, 1.0)
     besides = 0
     if distillation is not None:
         distillation.begin_step(tokens)
         besides = distillation.width
-    step = partial(_forward_step, scale, distillation)
+    step = partial(_forward_step, [loss_scale(len(batches), tokens)], distillation)
     return _run(chunks, batches, step, besides, forward_only=forward_only)
+
+
+def loss_scale(micro_batches: int, tokens: float) -> float:
+    """What the losses of a step's micro-batches are multiplied by, before they are divided by their number."""
+    return micro_batches * parallel_state.get_data_parallel_world_size() / max(tokens, 1.0)
+
+
+def run_micro_batch(chunks: Sequence[ScheduledChunk], batch: Batch, factors: Tensor) -> dict[str, Tensor]:
+    """Both passes of one of a step's micro-batches, where there are no pipeline stages; see `run_schedule`.
+
+    Args:
+        factors: `loss_scale` and 1 / (number of micro-batches), [2] on the device.
+    """
+    (result,) = _run(chunks, [batch], partial(_forward_step, factors.unbind(), None))
+    found: dict[str, Tensor] = result
+    return found
 
 
 def run_logits(chunks: Sequence[ScheduledChunk], batch: Batch, copies: int, position: int) -> Tensor | None:

@@ -10,9 +10,10 @@ Gradients: who reduces and divides them, and where they lie after the last backw
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,10 @@ from torch import Tensor, nn
 from megatron_crnet.engine.optimizer import is_partial
 from megatron_crnet.engine.param_shard import Placement, equal_parts, overlap
 from megatron_crnet.engine.zero_state import ZeroState
+from megatron_crnet.model.weights import Weight
+
+NORM_PART = 2**26
+"""Elements whose norm is one sum: more would round worse on CPUs, and take 64-bit indices on GPUs."""
 
 
 def local_shape(parameter: nn.Parameter) -> torch.Size:
@@ -130,13 +135,43 @@ class Stage1(Stage0):
 
 
 class Stage1BF16(Stage1):
-    """DeepSpeed's `BF16_Optimizer`, which keeps gradients in fp32."""
+    """DeepSpeed's `BF16_Optimizer`, which keeps gradients in fp32.
+
+    Its own hooks would cast each gradient to fp32 before they add it, a pass over memory more; so here are others.
+    """
 
     reduces_in_place = True
 
+    def prepare(
+        self, projected: Sequence[Weight], progress: Callable[[], None], add_: Callable[[Tensor, Tensor], None]
+    ) -> None:
+        """See the base; from now on every gradient is added to the one in fp32 as soon as it is there, and dropped."""
+        super().prepare(projected, progress, add_)
+
+        def accumulate(total: Tensor, parameter: nn.Parameter) -> None:
+            assert parameter.grad is not None
+            add_(total, parameter.grad.view(-1))
+            parameter.grad = None
+
+        # where DeepSpeed looks for hooks to take off
+        self.optimizer._grad_acc_hooks += [
+            parameter.register_post_accumulate_grad_hook(partial(accumulate, total))
+            for parameter, total in self._fp32_gradients.items()
+        ]
+        if parallel_state.get_model_parallel_group().size() == 1:
+            self.optimizer.get_grads_for_norm = self._norm_parts
+
+    def _norm_parts(self, for_clipping: bool = False) -> Any:
+        """In place of DeepSpeed's, where no rank has to leave out copies: few large tensors, not one per parameter."""
+        found = [part for flat in self.optimizer.fp32_groups_actual_gradients_flat for part in flat.split(NORM_PART)]
+        return found if for_clipping else (found, {})
+
     def reduce_gradients(self) -> None:
-        """By the engine."""
-        self.engine.allreduce_gradients()
+        """By the engine; a single replica has nothing to add."""
+        has_gradients = [[True] * len(group) for group in self.optimizer.bf16_groups]
+        self.optimizer.fp32_groups_has_gradients = has_gradients
+        if self._replicas > 1:
+            self.engine.allreduce_gradients()
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """The one in fp32."""

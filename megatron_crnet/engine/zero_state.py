@@ -74,11 +74,14 @@ class ZeroState(ABC):
         for group in self.adam.param_groups:
             group.pop("step", None)  # where Apex's FusedAdam counts
 
-    def prepare(self, projected: Sequence[Weight], progress: Callable[[], None]) -> None:
+    def prepare(
+        self, projected: Sequence[Weight], progress: Callable[[], None], add_: Callable[[Tensor, Tensor], None]
+    ) -> None:
         """Before the first step: masters of frozen parameters; what the optimizer's tensors hold, what it projects.
 
         Args:
             progress: is called in the course of long updates.
+            add_: adds a gradient to a sum in fp32, where DeepSpeed is not to do that.
         """
         shards = self._adam_shards()
         if isinstance(self.adam, AdamW8bit):

@@ -136,6 +136,7 @@ def trial_inputs(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[An
         "unscaled": ((one, other), betas, 1e-6),
         "exponentials_": (rows_of, labels),
         "logit_gradient_": (rows_of, labels, values[:, 0, 0].abs(), values[:, 0, 1]),
+        "accumulate_": (values.flatten(), one.flatten()),
     }
 
 

@@ -269,6 +269,11 @@ def logit_gradient_(exps: Tensor, labels: Tensor, share: Tensor, grad: Tensor) -
     exps.copy_(weighted)
 
 
+def accumulate_(total: Tensor, grad: Tensor) -> None:
+    """Add a gradient to the sum in fp32; both flat."""
+    total.add_(grad)
+
+
 def each(values: Tensor | None, count: int) -> Sequence[Tensor | None]:
     """The values of a vector, or None `count` times."""
     return [None] * count if values is None else values.unbind()
@@ -305,6 +310,7 @@ class Glue:
     unscaled: Callable[..., Any] = unscaled
     exponentials_: Callable[..., Any] = exponentials_
     logit_gradient_: Callable[..., Any] = logit_gradient_
+    accumulate_: Callable[..., Any] = accumulate_
 
     def map(self, change: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Glue:
         """With every function changed."""

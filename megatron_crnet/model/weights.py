@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from megatron_crnet.config.architectures.base import QK_NORMS
 from megatron_crnet.model.reference import EMBEDDING, HEAD, LEARNED_POSITIONS
@@ -170,8 +172,19 @@ def _std(name: str, shape: tuple[int, ...], config: Any) -> float:
 
 @torch.no_grad()
 def initialize(model: CRNetModel, seed: int) -> None:
-    """Draw every weight of this stage."""
-    load_canonical(model, lambda weight: initial_value(weight.name, weight.shape, model.config, seed))
+    """Draw every weight of this stage, some at a time: PyTorch draws each with one thread."""
+
+    def draw(weight: Weight) -> Tensor:
+        return initial_value(weight.name, weight.shape, model.config, seed)
+
+    weights = list(canonical_weights(model))
+    # other threads do not see a dispatch mode, such as a simulation's
+    at_once = 1 if is_in_torch_dispatch_mode() else torch.get_num_threads()
+    with ThreadPoolExecutor(at_once) as pool:
+        for start in range(0, len(weights), at_once):
+            some = weights[start : start + at_once]
+            for weight, value in zip(some, (map if at_once == 1 else pool.map)(draw, some), strict=True):
+                weight.local().copy_(weight.shard(value))
 
 
 @torch.no_grad()

@@ -46,6 +46,14 @@ def test_standard_deviations(model: CRNetModel, name: str, std: float) -> None:
     assert _value(model, name).std().item() == pytest.approx(std, rel=0.03)
 
 
+def test_threads_draw_the_same_values(model: CRNetModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        (again,) = build_model_chunks(CONFIG)
+        for weight, known in zip(canonical_weights(again), canonical_weights(model), strict=True):
+            assert torch.equal(weight.local(), known.local()), weight.name
+
+
 def test_the_product_of_the_factors_looks_like_a_full_rank_weight(model: CRNetModel) -> None:
     a, b = (_value(model, f"model.layers.2.mlp.gate_proj.{factor}.weight") for factor in "ab")
     assert (b @ a).std().item() == pytest.approx(0.02, rel=0.05)
