@@ -5,7 +5,8 @@
 #     tools/gpu_check.sh --dry FOLDER    # the same path at tiny sizes on a CPU
 #
 # PYTHON names the interpreter (python). A part that fails or runs out of time is named, and the others go on; then the
-# exit status is 1. SECONDS_IN_ALL (460) is the time of all parts together.
+# exit status is 1. SECONDS_IN_ALL (460) is the time of all parts together, PARTS names those to run
+# (all), VARIANTS the variants (full_rank crnet low_rank cola).
 set -uo pipefail
 
 dry=false
@@ -33,6 +34,9 @@ failed=()
 part() {
     local name=$1 limit=$(($2 * slower)) left=$((deadline - SECONDS)) started=$SECONDS status
     shift 2
+    if [ -n "${PARTS:-}" ] && [[ " $PARTS " != *" $name "* ]]; then
+        return
+    fi
     if [ "$left" -lt 10 ]; then
         echo "FAILED $name: no time left"
         failed+=("$name")
@@ -55,13 +59,24 @@ part() {
     { echo "## $name"; echo; cat "$out/$name.txt"; echo; } >>"$out/table.md"
 }
 
+base=("$python" -m megatron_crnet benchmark --training.dtype bf16 --no-counts --warm-up 1 --threads 4)
+base+=(--deepspeed.zero_optimization.reduce_bucket_size 50000000)
+
 # measure NAME SECONDS EXAMPLE OPTIONS...
 measure() {
     local name=$1 limit=$2 example=$3
     shift 3
-    part "$name" "$limit" "$python" -m megatron_crnet benchmark --config "examples/$example.yaml" --training.dtype bf16 \
-        --deepspeed.zero_optimization.reduce_bucket_size 50000000 --json "$out/$name.json" --repeats "$repeats" \
-        --warm-up 1 "$@" "${tiny[@]}"
+    part "$name" "$limit" "${base[@]}" --config "examples/$example.yaml" --json "$out/$name.json" --repeats "$repeats" \
+        "$@" "${tiny[@]}"
+}
+
+# compile EXAMPLE OPTIONS...: in the background, fill the caches of Inductor and Triton with what a model needs
+compile() {
+    local example=$1
+    shift
+    timeout 120 "${base[@]}" --config "examples/$example.yaml" --repeats 1 "$@" "${tiny[@]}" --model.num_layers 2 \
+        >"$out/compile_$example.log" 2>&1 &
+    compiling+=($!)
 }
 
 batch() { # MICRO NUMBER LENGTH
@@ -70,17 +85,35 @@ batch() { # MICRO NUMBER LENGTH
 
 repeats=5
 tiny=()
-sweeps=(--sweep variants)
+variants=()
+for variant in ${VARIANTS:-full_rank crnet low_rank cola}; do
+    variants+=(--row "$variant: --model.variant $variant")
+done
 strategies=(--sweep recompute)
+large_zero=2 # without the copy of all gradients, with which full rank would not fit into 80 GB
 if $dry; then
     export CUDA_VISIBLE_DEVICES=
     repeats=1
     tiny=(--model.num_layers 2 --model.hidden_size 32 --model.ffn_hidden_size 48 --model.num_attention_heads 2)
     tiny+=(--model.vocab_size 64 --model.rank 8 --training.seq_length 16 --training.micro_batch_size 1)
     tiny+=(--training.global_batch_size 2)
-    sweeps=(--row 'full_rank: --model.variant full_rank' --row 'crnet:')
+    variants=("${variants[@]:0:4}")
     strategies=(--row 'inverse: --recompute.strategy inverse')
+elif [ "$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -n 1)" -gt 100000 ]; then
+    large_zero=1
 fi
+read -ra of_7b <<<"$(batch 1 4 4096)"
+read -ra of_7b_whole <<<"$(batch 1 1 4096)"
+read -ra of_1b <<<"$(batch 2 4 4096)"
+read -ra of_small <<<"$(batch 128 1 256)"
+
+compiling=()
+compile llama2_7b "${of_7b[@]}"
+compile llama2_1b "${of_1b[@]}"
+compile llama2_60m "${of_small[@]}"
+compile llama2_350m "${of_small[@]}"
+wait "${compiling[@]}"
+echo "compiled after $SECONDS s"
 
 mapfile -t files < <(grep -rl --include='*.py' 'mark\.gpu' tests)
 part gpu_tests 120 "$python" -m pytest -m gpu -q -p no:cacheprovider "${files[@]}"
@@ -88,24 +121,16 @@ part gpu_tests 120 "$python" -m pytest -m gpu -q -p no:cacheprovider "${files[@]
 exact=(--optimizer.lr 0.01 --optimizer.lr_warmup_steps 0 --training.deterministic true --same-bits)
 read -ra shape <<<"$(batch 8 2 256)"
 measure exactness 60 llama2_60m "${shape[@]}" "${exact[@]}" --row 'none: --recompute.strategy none' \
-    --row 'replay: --recompute.strategy replay' --row 'full: --recompute.strategy full'
-read -ra shape <<<"$(batch 1 4 4096)"
-# ZeRO-2 leaves out the copy of all gradients with which full rank would not fit into 80 GB
-measure 7b_16_layers 100 llama2_7b "${shape[@]}" --model.num_layers 16 --deepspeed.zero_optimization.stage 2 --alone \
-    "${sweeps[@]}"
-read -ra shape <<<"$(batch 2 4 4096)"
-measure 1b 160 llama2_1b "${shape[@]}" --alone "${sweeps[@]}" "${strategies[@]}"
-read -ra shape <<<"$(batch 128 1 256)"
-measure 60m 60 llama2_60m "${shape[@]}" "${sweeps[@]}" # all fit at once
-measure 350m 80 llama2_350m "${shape[@]}" --alone "${sweeps[@]}"
-read -ra shape <<<"$(batch 1 1 4096)"
-rows=(--row 'adamw:')
-if "$python" -m megatron_crnet train --help 2>/dev/null | grep -q -- --optimizer.name; then
-    rows+=(--row 'adamw8bit: --optimizer.name adamw8bit')
-else
-    echo "skipped adamw8bit: there is no optimizer.name"
-fi
-measure 7b_replay 90 llama2_7b "${shape[@]}" --recompute.strategy replay --alone "${rows[@]}"
+    --row 'replay: --recompute.strategy replay' --row 'full: --recompute.strategy full' \
+    --row 'without a graph: --training.cuda_graphs false'
+measure 7b_16_layers 120 llama2_7b "${of_7b[@]}" --model.num_layers 16 \
+    --deepspeed.zero_optimization.stage "$large_zero" --alone "${variants[@]}"
+measure 1b 120 llama2_1b "${of_1b[@]}" --alone "${variants[@]}" --row 'replay: --recompute.strategy replay'
+measure 60m 60 llama2_60m "${of_small[@]}" --alone "${variants[@]}"
+measure 7b_replay 90 llama2_7b "${of_7b_whole[@]}" --recompute.strategy replay --alone --row 'adamw:' \
+    --row 'adamw8bit: --optimizer.name adamw8bit'
+measure 350m 80 llama2_350m "${of_small[@]}" --alone "${variants[@]}"
+measure 1b_strategies 120 llama2_1b "${of_1b[@]}" --alone "${strategies[@]}"
 
 part report 60 "$python" -m megatron_crnet report "$out"/*.json -o "$out/report.html"
 if [ ${#failed[@]} -gt 0 ]; then

@@ -66,6 +66,11 @@ def build_parser(prog: str) -> ConfigParser:
     )
     parser.add_argument("--alone", action="store_true", help="one row after another, if they do not fit the device")
     parser.add_argument(
+        "--no-counts",
+        action="store_true",
+        help="rows of one rank: do not count operations, which takes a slow step of each row",
+    )
+    parser.add_argument(
         "--same-bits", action="store_true", help="fail unless losses and gradients' norms of all rows are equal"
     )
     add_record_options(parser)
@@ -108,6 +113,12 @@ def run(call: Call) -> int:
     """Measure and write; returns the exit status."""
     args, config = build_parser(call.prog).read(call.argv)
     rows = rows_of(args, config)
+    several = next((row for row in rows if row.processes > 1), None)
+    require(
+        not args.no_counts or several is None,
+        f"--no-counts leaves out the traffic between ranks, and row {several.name if several else ''} has several: "
+        "leave it out",
+    )
     started = read_launch().world_size
     require(
         "RANK" not in os.environ and started == 1,
@@ -120,7 +131,7 @@ def run(call: Call) -> int:
     from megatron_crnet.utils.environment import command_line
 
     peak = None if args.peak_tflops is None else args.peak_tflops * 1e12
-    plan = BenchmarkPlan(args.repeats, args.warm_up, args.threads, args.seed, peak, args.alone)
+    plan = BenchmarkPlan(args.repeats, args.warm_up, args.threads, args.seed, peak, args.alone, not args.no_counts)
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

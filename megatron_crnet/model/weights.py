@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from megatron_crnet.config.architectures import Experts
     from megatron_crnet.model.gpt import CRNetModel
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -132,30 +134,33 @@ def by_parameter(weights: Iterable[Weight]) -> dict[nn.Parameter, list[Weight]]:
     return found
 
 
-def initial_value(name: str, shape: tuple[int, ...], config: Any, seed: int, restart: int = 0) -> Tensor:
+def initial_value(
+    name: str, shape: tuple[int, ...], config: Any, seed: int, restart: int = 0, device: torch.device = CPU
+) -> Tensor:
     """The initial value of the whole weight `name`, in fp32, the same for every layout.
 
     Args:
         restart: ReLoRA's restart that draws it anew; 0 is the start.
+        device: what draws it; a GPU draws other numbers, sooner.
     """
     if name.endswith("norm.weight"):
-        return torch.ones(shape)
+        return torch.ones(shape, device=device)
     if name.endswith("bias"):
-        return torch.zeros(shape)
+        return torch.zeros(shape, device=device)
     if name.endswith("beta"):
-        return torch.full(shape, config.beta_init)
-    generator = canonical_generator(f"{name}@{restart}" if restart else name, seed)
+        return torch.full(shape, config.beta_init, device=device)
+    generator = canonical_generator(f"{name}@{restart}" if restart else name, seed, device)
     if name.endswith((".a.weight", ".b.weight")) and config.table.method.has_frozen:
         # kaiming_uniform_ with a = sqrt(5), as the authors' code draws A
         bound = shape[1] ** -0.5 if name.endswith(".a.weight") else 0.0
-        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-    return torch.empty(shape).normal_(std=_std(name, shape, config), generator=generator)
+        return torch.empty(shape, device=device).uniform_(-bound, bound, generator=generator)
+    return torch.empty(shape, device=device).normal_(std=_std(name, shape, config), generator=generator)
 
 
-def canonical_generator(name: str, seed: int) -> torch.Generator:
+def canonical_generator(name: str, seed: int, device: torch.device = CPU) -> torch.Generator:
     """What draws numbers of a canonical weight, in whatever layout."""
     # one number of 32 bits: PyTorch's generator on CPUs takes no more of a seed
-    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    return torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
 
 
 def _std(name: str, shape: tuple[int, ...], config: Any) -> float:

@@ -45,6 +45,7 @@ class BenchmarkPlan:
         peak_flops: of one device, operations per second; None takes the data sheet of a GPU that is known, and else
             measures it by matrix products.
         alone: measure one row after another, where the device cannot hold all of them at once.
+        counts: count operations and traffic, in a step that runs each operation by itself.
     """
 
     repeats: int = 10
@@ -53,6 +54,7 @@ class BenchmarkPlan:
     seed: int = 0
     peak_flops: float | None = None
     alone: bool = False
+    counts: bool = True
 
     def __post_init__(self) -> None:
         require_positive("benchmark", repeats=self.repeats, warm_up=self.warm_up, threads=self.threads)
@@ -197,6 +199,7 @@ class _Steps:
             benchmark_rank,
             candidate.config,
             self.plan.alone,
+            self.plan.counts,
             processes=candidate.row.processes,
             threads=self.plan.threads,
             preload=preload,
@@ -302,7 +305,8 @@ def _counts(ready: list[WorkerReady]) -> dict[str, Any]:
     for rank in ready:
         traffic.update(rank.traffic)
     counts = {"memory": asdict(fullest), "peak_bytes": fullest.total, "traffic": dict(sorted(traffic.items()))}
-    return {**counts, "ranks": [asdict(rank) for rank in ready]}
+    ranks = [asdict(rank) for rank in ready]
+    return {**counts, "ranks": [{k: v for k, v in rank.items() if v is not None} for rank in ranks]}
 
 
 def seconds(step: list[StepTiming]) -> float:

@@ -8,11 +8,15 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from megatron_crnet.config.schema import Config
+
+if TYPE_CHECKING:
+    from megatron_crnet.model.weights import Weight
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,13 @@ class WorkerReady:
 
     Attributes:
         traffic: bytes of this rank's calls by group and kind, as in docs/parallelism.md.
-        operations: of matrix products and attention, recomputation included, as PyTorch's counter counts them.
+        operations: of matrix products and attention, recomputation included, as PyTorch's counter counts them; None
+            where nothing was counted.
     """
 
     memory: PeakMemory
     traffic: dict[str, int]
-    operations: int
+    operations: int | None
 
 
 @dataclass(frozen=True)
@@ -61,11 +66,14 @@ class StepTiming:
     grad_norm: float
 
 
-def benchmark_rank(config: Config, waits: bool = False) -> Iterator[WorkerReady | StepTiming | None]:
-    """The program of a rank: counts a step, then times one after another.
+def benchmark_rank(
+    config: Config, waits: bool = False, counts: bool = True
+) -> Iterator[WorkerReady | StepTiming | None]:
+    """The program of a rank: measures memory and counts a step, then times one after another.
 
     Args:
         waits: answer None before anything is built, when the libraries are imported.
+        counts: operations and traffic.
     """
     from megatron_crnet.engine.determinism import deterministic_algorithms
 
@@ -75,7 +83,7 @@ def benchmark_rank(config: Config, waits: bool = False) -> Iterator[WorkerReady 
 
             yield None
         rank = _TrainingRank(config)
-        yield rank.counted()
+        yield rank.counted(counts)
         while True:
             yield rank.timed()
 
@@ -95,12 +103,14 @@ class _TrainingRank:
 
     def __init__(self, config: Config) -> None:
         from megatron_crnet.config.batch import plan_batches
+        from megatron_crnet.config.megatron import build_transformer_config
         from megatron_crnet.config.phases import with_largest_ranks
         from megatron_crnet.distributed.launcher import read_launch
         from megatron_crnet.distributed.process_groups import initialize_parallel
         from megatron_crnet.engine.distillation import build_teacher
         from megatron_crnet.engine.engine import TrainEngine
         from megatron_crnet.model.gpt import build_model_chunks
+        from megatron_crnet.model.weights import initial_value
         from megatron_crnet.planning.counted_step import synthetic_batch
         from megatron_crnet.planning.counters import LiveMemory
 
@@ -110,7 +120,13 @@ class _TrainingRank:
         self.memory: Any = _AllocatorMemory() if torch.cuda.is_available() else LiveMemory()
         with self.memory:
             self.context = initialize_parallel(config)
-            self.engine = TrainEngine(config, build_model_chunks(config), self.context, build_teacher(config))
+            transformer, device = build_transformer_config(config), self.context.device
+
+            def drawn(weight: Weight) -> Tensor:
+                return initial_value(weight.name, weight.shape, transformer, config.training.seed, device=device)
+
+            chunks = build_model_chunks(config, drawn)
+            self.engine = TrainEngine(config, chunks, self.context, build_teacher(config))
         # ranks that share a replica read the same tokens
         generator = torch.Generator().manual_seed(config.training.seed + self.context.dp_rank)
         batch = synthetic_batch(config, self.context.device)
@@ -126,8 +142,8 @@ class _TrainingRank:
         self.engine.update()
         return loss
 
-    def counted(self) -> WorkerReady:
-        """A first step, which allocates what stays, and one that is counted.
+    def counted(self, counts: bool) -> WorkerReady:
+        """A first step, which allocates what stays, and one whose memory, operations and traffic are counted.
 
         On CUDA memory is that of a step of its own, because while operations are counted nothing is compiled.
         """
@@ -137,7 +153,9 @@ class _TrainingRank:
         counter, operations = CommunicationCounter(), OperationCounter()
         with self.memory:
             self.step()
-            apart = self._peak_memory() if torch.cuda.is_available() else None
+            apart = self._peak_memory() if torch.cuda.is_available() or not counts else None
+            if apart is not None and not counts:
+                return WorkerReady(apart, {}, None)
             with counter, operations:
                 peak = self._peak_memory()
         traffic: Counter[str] = Counter()

@@ -12,7 +12,7 @@ import pytest
 
 from tests.integration.conftest import LIMIT_S, ROOT
 
-PARTS = ("exactness", "7b_16_layers", "1b", "60m", "350m", "7b_replay")
+PARTS = ("exactness", "7b_16_layers", "1b", "60m", "7b_replay", "350m", "1b_strategies")
 
 
 def check(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
