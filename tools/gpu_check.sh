@@ -5,8 +5,8 @@
 #     tools/gpu_check.sh --dry FOLDER    # the same path at tiny sizes on a CPU
 #
 # PYTHON names the interpreter (python). A part that fails or runs out of time is named, and the others go on; then the
-# exit status is 1. SECONDS_IN_ALL (460) is the time of all parts together, PARTS names those to run
-# (all), VARIANTS the variants (full_rank crnet low_rank cola).
+# exit status is 1. SECONDS_IN_ALL (460) is the time of all parts together, PARTS names those to run (all; `compile`
+# comes first), VARIANTS the variants (full_rank crnet low_rank cola).
 set -uo pipefail
 
 dry=false
@@ -30,13 +30,15 @@ slower=$($dry && echo 20 || echo 1) # times as long as on a GPU
 deadline=$((SECONDS + ${SECONDS_IN_ALL:-460} * slower))
 failed=()
 
+wanted() { # NAME
+    [ -z "${PARTS:-}" ] || [[ " $PARTS " == *" $1 "* ]]
+}
+
 # part NAME SECONDS COMMAND...: at most as long as is left; interrupted, a benchmark writes what it has measured
 part() {
     local name=$1 limit=$(($2 * slower)) left=$((deadline - SECONDS)) started=$SECONDS status
     shift 2
-    if [ -n "${PARTS:-}" ] && [[ " $PARTS " != *" $name "* ]]; then
-        return
-    fi
+    wanted "$name" || return
     if [ "$left" -lt 10 ]; then
         echo "FAILED $name: no time left"
         failed+=("$name")
@@ -107,13 +109,15 @@ read -ra of_7b_whole <<<"$(batch 1 1 4096)"
 read -ra of_1b <<<"$(batch 2 4 4096)"
 read -ra of_small <<<"$(batch 128 1 256)"
 
-compiling=()
-compile llama2_7b "${of_7b[@]}"
-compile llama2_1b "${of_1b[@]}"
-compile llama2_60m "${of_small[@]}"
-compile llama2_350m "${of_small[@]}"
-wait "${compiling[@]}"
-echo "compiled after $SECONDS s"
+if wanted compile; then
+    compiling=()
+    compile llama2_7b "${of_7b[@]}"
+    compile llama2_1b "${of_1b[@]}"
+    compile llama2_60m "${of_small[@]}"
+    compile llama2_350m "${of_small[@]}"
+    wait "${compiling[@]}"
+    echo "ok     compile: $SECONDS s"
+fi
 
 mapfile -t files < <(grep -rl --include='*.py' 'mark\.gpu' tests)
 part gpu_tests 120 "$python" -m pytest -m gpu -q -p no:cacheprovider "${files[@]}"
