@@ -36,6 +36,7 @@ from megatron_crnet.model.lowrank import (
     previous_outputs,
 )
 from megatron_crnet.model.regions import Regions
+from megatron_crnet.model.residual_product import choose_residual
 from megatron_crnet.recompute.tape import Mode, Tape
 
 Outputs = tuple[Tensor, ...]
@@ -190,7 +191,10 @@ class LowRankGroup(LinearGroup):
             self.register_parameter(f"b{index}", zero_parameter(config, count, *shape))
         beta = torch.full((len(self.positions),), config.beta_init, dtype=torch.float32, device=self.a.device)
         self.beta = nn.Parameter(beta) if config.table.has_previous(layer) else None
-        self.regions = Regions(choose_glue(self.a, config.cross_layer_fusion), config.cross_layer_epsilon)
+        fusion = config.cross_layer_fusion
+        has_residual = self.beta is not None
+        residual = choose_residual(self.a, [shape for shape, _ in self.batches], fusion) if has_residual else None
+        self.regions = Regions(choose_glue(self.a, fusion), config.cross_layer_epsilon, residual=residual)
         self.receives = True
         """The previous layer does not scale the gradients of its outputs: that is done here."""
         self.beta_fp32: Tensor | None = None

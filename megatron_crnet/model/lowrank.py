@@ -8,7 +8,7 @@ costs r-wide traffic and saves (t - 1)/t of z's memory (docs/parallelism.md).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +97,7 @@ class ProductOptions:
     Attributes:
         gather_group: tensor-parallel group over which z is a sequence shard; None when it is whole.
         overlap: start the backward's communication asynchronously (on CUDA).
-        regions: what computes s Y_prev, and undoes it.
+        regions: what computes s Y_prev, alone or with the product, and undoes it.
         known: the outputs themselves, already rebuilt. Then no product is done; the gradients are those of the
             products.
         gathered: z over the whole sequence, if it has been gathered before.
@@ -123,15 +123,31 @@ def add_products(
         onto: what they are added to in place, [s, b, w] each.
         sign: -1 subtracts.
     """
-    rows, start, outputs = z.reshape(-1, z.shape[-1]), 0, []
-    for position, matrix in enumerate(m for stack in matrices for m in stack):
-        part = rows[:, start : start + matrix.shape[1]]
-        start += matrix.shape[1]
+    outputs = []
+    for position, (part, matrix) in enumerate(_factors(z, matrices)):
         if onto is None:
             outputs.append((part @ matrix.t()).view(*z.shape[:2], -1))
         else:
             onto[position].view(-1, matrix.shape[0]).addmm_(part, matrix.t(), alpha=sign)
     return tuple(outputs if onto is None else onto)
+
+
+def _factors(z: Tensor, matrices: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """What each B multiplies, a slice of z's rows, and that B."""
+    rows, start = z.reshape(-1, z.shape[-1]), 0
+    for matrix in (m for stack in matrices for m in stack):
+        yield rows[:, start : start + matrix.shape[1]], matrix
+        start += matrix.shape[1]
+
+
+def _add_to_scaled(
+    z: Tensor, matrices: Iterable[Tensor], betas: Tensor, previous: Sequence[Tensor], regions: Regions
+) -> tuple[Tensor, ...]:
+    """s(beta) Y_prev + z B^T of every position: in one pass where there is a kernel for that, else in two."""
+    if regions.residual is None:
+        return add_products(z, matrices, regions.scaled(betas, previous))
+    positions = zip(_factors(z, matrices), previous, betas.unbind(), strict=True)
+    return tuple(regions.residual(*factors, y, beta, regions.eps) for factors, y, beta in positions)
 
 
 class _LowRankOutputs(torch.autograd.Function):
@@ -151,12 +167,11 @@ class _LowRankOutputs(torch.autograd.Function):
             z = options.gathered
         elif options.gather_group is not None:
             z, _ = gather_sequence(z, options.gather_group)
-        onto: Sequence[Tensor] | None = None
-        if previous and betas is None:
-            onto = [y.clone(memory_format=torch.contiguous_format) for y in previous]
-        elif previous and betas is not None:
-            onto = options.regions.scaled(betas, previous)
-        return add_products(z, matrices, onto)
+        if not previous:
+            return add_products(z, matrices)
+        if betas is not None:
+            return _add_to_scaled(z, matrices, betas, previous, options.regions)
+        return add_products(z, matrices, [y.clone(memory_format=torch.contiguous_format) for y in previous])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_crnet.model.glue import EAGER, Glue, each
+from megatron_crnet.model.residual_product import ResidualProduct
 
 Rotation = tuple[Tensor, Tensor]
 """Cosines and sines of the rotary embedding, [s, b or 1, 1, d / 2], fp32."""
@@ -34,11 +35,13 @@ class Regions:
         glue: what computes them.
         eps: `model.cross_layer_epsilon`.
         activates: silu(gate) up, else gate up.
+        residual: what adds s(beta) Y_prev to a product with B as it is written; None: `scaled` is a pass of its own.
     """
 
     glue: Glue = EAGER
     eps: float = 1e-6
     activates: bool = True
+    residual: ResidualProduct | None = None
 
     def rotary(
         self, rotation: Rotation, betas: Tensor | None, q: Tensor, k: Tensor, v: Tensor

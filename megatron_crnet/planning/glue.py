@@ -2,7 +2,8 @@
 
 Counted on fake tensors, so any size fits, as the difference between a decoder of four layers and one of three. An
 operation of PyTorch counts its inputs and outputs once; a region that is compiled as a whole counts its own, and one
-launch. `addmm` out of place counts the copy of its third input that PyTorch makes.
+launch; a product that takes the residual along (`model/residual_product.py`) is a product alone, as on GPUs that have
+the kernel. `addmm` out of place counts the copy of its third input that PyTorch makes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from megatron_crnet.config.schema import OF_VARIANT, Config, Variant
 from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.model.block import CRNetTransformerBlock
 from megatron_crnet.model.glue import EAGER
+from megatron_crnet.model.linear import LowRankGroup
+from megatron_crnet.model.residual_product import suits, two_passes
 from megatron_crnet.planning.counters import Counter, tensors_in
 
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "addmm_", "baddbmm_")
@@ -78,15 +81,27 @@ class GlueCounter(Counter):
         """The function, counted as one operation."""
 
         def counted(*args: Any) -> Any:
-            self._in_region = True
-            try:
-                out = function(*args)
-            finally:
-                self._in_region = False
+            out = self._uncounted(function, *args)
             self._count(name, (args, out))
             return out
 
         return counted
+
+    def product(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, counted as one matrix product."""
+
+        def counted(*args: Any) -> Any:
+            self.launches["products"] += 1
+            return self._uncounted(function, *args)
+
+        return counted
+
+    def _uncounted(self, function: Callable[..., Any], *args: Any) -> Any:
+        self._in_region = True
+        try:
+            return function(*args)
+        finally:
+            self._in_region = False
 
     def _count(self, name: str, tensors: Any) -> None:
         self.bytes[name] += sum(x.numel() * x.element_size() for x in tensors_in(tensors))
@@ -157,6 +172,8 @@ def _counted(config: Config, variant: Variant, layers: int) -> tuple[GlueCounter
                 module.glue = regions
             if hasattr(module, "regions"):
                 module.regions = dataclasses.replace(module.regions, glue=regions)
+            if isinstance(module, LowRankGroup) and suits(module.a.dtype, (b.shape for b in module.stacks())):
+                module.regions = dataclasses.replace(module.regions, residual=forward.product(two_passes))
         with forward:
             out = block(hidden, rotary_pos_emb=rotary)
         with backward:

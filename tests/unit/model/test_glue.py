@@ -23,6 +23,7 @@ from megatron_crnet.model.gpt import CRNetModel, build_model_chunks
 from megatron_crnet.model.linear import LowRankGroup
 from megatron_crnet.model.lowrank import ProductOptions, low_rank_outputs, previous_outputs
 from megatron_crnet.model.regions import Norm, Regions
+from megatron_crnet.model.residual_product import ResidualProduct
 from megatron_crnet.planning.counters import OperationCounter
 from megatron_crnet.utils.errors import ConfigError
 from tests.helpers import make_batch, random_tokens, relative_error, tiny_config
@@ -217,7 +218,7 @@ def test_elementwise_results_in_bf16_are_the_same_bits_compiled(compiled: Glue) 
             assert torch.equal(x, y), name
 
 
-def gradients(strategy: str, glue: Glue) -> dict[str, Tensor]:
+def gradients(strategy: str, glue: Glue, residual: ResidualProduct | None = None) -> dict[str, Tensor]:
     config = tiny_config(
         training={"dtype": "bf16", "global_batch_size": 2}, deepspeed_section={"zero_optimization": {"stage": 1}}
     )
@@ -227,7 +228,7 @@ def gradients(strategy: str, glue: Glue) -> dict[str, Tensor]:
         if hasattr(part, "glue"):
             part.glue = glue
         if hasattr(part, "regions"):
-            part.regions = dataclasses.replace(part.regions, glue=glue)
+            part.regions = dataclasses.replace(part.regions, glue=glue, residual=residual)
     batch = make_batch(*random_tokens(config))
     if strategy == "inverse":
         betas = {g: g.beta for g in model.modules() if isinstance(g, LowRankGroup) and g.beta is not None}
@@ -240,9 +241,19 @@ def gradients(strategy: str, glue: Glue) -> dict[str, Tensor]:
     return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
 
 
+def added_in_fp32(z: Tensor, b: Tensor, previous: Tensor, beta: Tensor, eps: float) -> Tensor:
+    """What the kernel of `model/residual_product.py` computes."""
+    product = (z.float() @ b.float().t()).view(previous.shape)
+    return (signed_scale(beta, eps) * previous.float() + product).to(previous.dtype)
+
+
 @pytest.mark.usefixtures("groups")
-def test_a_model_with_compiled_regions_recomputes_the_same_bits(compiled: Glue) -> None:
-    found = {strategy: gradients(strategy, compiled) for strategy in ("none", "replay", "full", "inverse")}
+@pytest.mark.parametrize("residual", [None, added_in_fp32], ids=["in two passes", "with the product"])
+def test_a_model_with_compiled_regions_recomputes_the_same_bits(
+    residual: ResidualProduct | None, compiled: Glue
+) -> None:
+    strategies = ("none", "replay", "full", "inverse")
+    found = {strategy: gradients(strategy, compiled, residual) for strategy in strategies}
     plain = gradients("none", EAGER)
     for strategy in ("replay", "full"):
         assert all(torch.equal(found[strategy][name], x) for name, x in found["none"].items()), strategy

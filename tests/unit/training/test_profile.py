@@ -18,6 +18,7 @@ from tests.helpers import tiny_config
     ("kind", "names"),
     [
         ("products", ["nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNN", "sm90_xmma_gemm_bf16bf16_bf16f32", "aten::addmm_"]),
+        ("products", ["residual_product_gemm"]),
         ("products", ["void cutlass::Kernel2<cutlass_75_tensorop_bf16_s1688gemm_bf16_128x128_nn_align1>", "aten::mm"]),
         ("attention", ["cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16", "aten::_flash_attention"]),
         ("attention", ["fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention::AttentionKernel)"]),
