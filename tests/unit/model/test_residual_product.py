@@ -96,7 +96,9 @@ def test_only_matrices_in_bf16_whose_rows_are_aligned_have_the_kernel() -> None:
     assert not suits(torch.bfloat16, [(64, 12)])
 
 
-@pytest.mark.parametrize(("capability", "chosen"), [((8, 0), False), ((9, 0), True), ((10, 3), True), ((12, 0), False)])
+@pytest.mark.parametrize(
+    ("capability", "chosen"), [((8, 0), False), ((9, 0), True), ((10, 3), False), ((12, 0), False)]
+)
 def test_the_device_decides_once(capability: tuple[int, int], chosen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "compiles", lambda device, fusion: fusion)
     monkeypatch.setattr(module, "working_residual", lambda device: two_passes)
