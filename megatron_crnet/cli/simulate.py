@@ -70,10 +70,11 @@ def compare(config: Config, world_size: int, rank: int) -> dict[str, Any]:
 
     cpu_backend.install()
     from megatron_crnet.planning.estimate import estimate
+    from megatron_crnet.planning.machines import SIMULATED
     from megatron_crnet.planning.simulation import check_simulation, simulate
 
     check_simulation(config, world_size, rank)
-    expected = estimate(config, world_size)
+    expected = estimate(config, world_size, SIMULATED)
     # ranks count through tensor and data parallelism before they reach the next stage
     stage = expected.stages[rank // (world_size // len(expected.stages))]
     progress = Progress()

@@ -33,9 +33,13 @@ GALORE_UPDATE = 16
 projection the gradient and its singular vectors. The workspace of the decomposition itself is not in it."""
 
 
-def estimate_memory(model: LocalModel, plan: BatchPlan) -> Memory:
-    """The memory of a rank of this stage."""
-    state = _offloaded(model, plan) if offloads_optimizer(model.config) else _state(model, plan.dp_size)
+def estimate_memory(model: LocalModel, plan: BatchPlan, fuses_adam: bool = False) -> Memory:
+    """The memory of a rank of this stage.
+
+    Args:
+        fuses_adam: see `Machine`.
+    """
+    state = _offloaded(model, plan) if offloads_optimizer(model.config) else _state(model, plan.dp_size, fuses_adam)
     state |= _frozen(model, state, plan.dp_size)
     state["weights"] += teacher_weights(model)
     layers = [layer for chunk in model.chunks for layer in chunk.layers]
@@ -51,20 +55,21 @@ def estimate_memory(model: LocalModel, plan: BatchPlan) -> Memory:
     return Memory(**{name: round(value) for name, value in state.items()})
 
 
-def _state(model: LocalModel, dp: int) -> dict[str, float]:
+def _state(model: LocalModel, dp: int, fuses_adam: bool = False) -> dict[str, float]:
     """State with the optimizer on the device, and memory for reduction and update; betas count as bf16."""
     stage, bf16, n, size = model.stage, model.bf16, model.padded(dp), model.element
     bucket, tensor = 4 * model.bucket, max(p.numel for p in model.parameters)
     share = _largest_group(model) / dp
     state: dict[str, float] = {"weights": n * size, "optimizer": 4 * n / dp + _optimizer_state(model, n / dp, dp)}
-    state |= {"reduction": 0, "update": _update(model, share, dp)}
+    state |= {"reduction": 0, "update": _update(model, share, dp, fuses_adam)}
     if stage == 0:
         copies = 4 if bf16 else 0
         optimizer = n * copies + _optimizer_state(model, n, dp)
         state |= {"optimizer": optimizer, "reduction": size * min(n, DEFAULT_BUCKET + tensor)}
-        return {**state, "gradients": n * size, "buffers": 0, "update": _update(model, tensor, dp) + copies * n}
+        update = _update(model, tensor, dp, fuses_adam) + copies * n
+        return {**state, "gradients": n * size, "buffers": 0, "update": update}
     if stage == 1 and bf16:  # flat fp32 gradients, reduced in one piece
-        return {**state, "gradients": 4 * n, "buffers": 0, "reduction": 4 * n}
+        return {**state, "gradients": 4 * n, "buffers": 0, "reduction": 4 * n if dp > 1 else 0}
     if stage == 1:  # two buckets
         return {**state, "gradients": 4 * n, "buffers": bucket, "reduction": bucket}
     state["gradients"] = 4 * n / dp
@@ -72,7 +77,7 @@ def _state(model: LocalModel, dp: int) -> dict[str, float]:
         return {**state, "buffers": 0}
     whole = persistent(model) * size  # not while the optimizer steps
     group = min(share, zero_option(model.config, "sub_group_size", SUB_GROUP))
-    update = max(0, 4 * group + _update(model, group, dp) - whole)
+    update = max(0.0, 4 * group + _update(model, group, dp, fuses_adam) - whole)
     return {**state, "weights": n / dp * size + whole, "buffers": bucket, "update": update}
 
 
@@ -104,15 +109,15 @@ def _optimizer_state(model: LocalModel, numel: float, dp: int) -> float:
     return (8 * (1 - matrices) + (2 + 8 / BLOCK) * matrices) * numel
 
 
-def _update(model: LocalModel, numel: float, dp: int) -> float:
-    """Bytes of temporary tensors while the optimizer updates a group of `numel` elements, without a fused kernel."""
+def _update(model: LocalModel, numel: float, dp: int, fuses_adam: bool) -> float:
+    """Bytes of temporary tensors while the optimizer updates a group of `numel` elements."""
     largest = max(p.numel for p in model.parameters)
     if model.config.optimizer.name == "adamw8bit":
         return EIGHT_BIT_UPDATE * min(numel, largest, CHUNK)  # a parameter at a time
     if model.config.optimizer.name == "galore":
         plain = sum(p.numel for p in model.parameters if p.kind == "matrix") / (dp if model.stage else 1)
         return max(8 * min(numel, plain), GALORE_UPDATE * galore_share(model, dp).largest)
-    return 8 * numel
+    return 0 if fuses_adam else 8 * numel
 
 
 def _offloaded(model: LocalModel, plan: BatchPlan) -> dict[str, float]:

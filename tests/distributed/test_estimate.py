@@ -20,6 +20,7 @@ from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.planning.counted_step import count_step
 from megatron_crnet.planning.counters import OperationCounter
 from megatron_crnet.planning.estimate import StageEstimate, estimate
+from megatron_crnet.planning.machines import SIMULATED as UNFUSED
 from megatron_crnet.planning.profile import CommVolume, Memory, StepProfile
 from megatron_crnet.planning.simulation import simulate
 from tests.distributed.spawn import fresh_world, run_distributed
@@ -230,7 +231,7 @@ def count_rows(names: list[str]) -> Found:
         context = initialize_parallel(config)
         counted = count_step(config, context)
         context.heartbeat.close()
-        stages = estimate(config, context.world_size).stages
+        stages = estimate(config, context.world_size, UNFUSED).stages
         found[name] = counted, stages[context.rank // (context.world_size // len(stages))]
         fresh_world()
     return found
@@ -328,7 +329,7 @@ def test_a_simulated_rank_does_exactly_what_the_real_one_does(name: str, counted
 @pytest.mark.parametrize("stage", [2, 3])
 def test_partial_gradients_are_summed_as_replicas_have_cut_them(stage: int, rank: int) -> None:
     config = row("bf16", stage, TP, REPLAY, TIGHT if stage == 3 else None)
-    simulated, expected = simulate(config, 4, rank), estimate(config, 4).stages[0]
+    simulated, expected = simulate(config, 4, rank), estimate(config, 4, UNFUSED).stages[0]
     check_row(simulated, expected)
 
 
@@ -361,7 +362,7 @@ SOONEST = "7B of 6 layers, short"
 def test_the_large_examples_are_estimated_as_they_are_simulated(name: str) -> None:
     example, overrides = LARGE[name]
     config = load_config(f"examples/{example}.yaml", overrides)
-    simulated, expected = simulate(config, 8, 0), estimate(config, 8).stages[0]
+    simulated, expected = simulate(config, 8, 0), estimate(config, 8, UNFUSED).stages[0]
     check_volumes(simulated, expected)
     assert expected.operations.total == simulated.flops
     check_memory(simulated.memory, expected.memory, rel=0.05)
@@ -384,7 +385,7 @@ def test_a_world_of_thousands_is_one_process() -> None:
     config = row("bf16", 1, {**TP, **PP})
     training = dataclasses.replace(config.training, global_batch_size=2048)
     config = dataclasses.replace(config, training=training)
-    simulated, expected = simulate(config, 4096, 4095), estimate(config, 4096).stages[1]
+    simulated, expected = simulate(config, 4096, 4095), estimate(config, 4096, UNFUSED).stages[1]
     assert not dist.is_initialized()
     check_volumes(simulated, expected)
     assert {flow.size for flow in simulated.flows if flow.group == "DP"} == {1024}

@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 
 from megatron_crnet.config.loading import read_config
-from megatron_crnet.planning.estimate import estimate
+from megatron_crnet.planning.estimate import Estimate, estimate
 from megatron_crnet.planning.machines import MACHINES, machine_of_gpu
 
 ROOT = Path(__file__).parents[3]
 MODELS = {
-    "1B, ffn 5504, 2 x 4096": ("llama2_1b", 2, 4096, ["--model.ffn_hidden_size=5504"]),
-    "7B widths, 8 layers, 1 x 4096": ("llama2_7b", 1, 4096, ["--model.num_layers=8"]),
-    "60M, 128 x 256": ("llama2_60m", 128, 256, []),
+    "7B widths, 16 layers, 1 x 4096": ("llama2_7b", 1, 4, 4096, ["--model.num_layers=16"]),
+    "60M, 128 x 256": ("llama2_60m", 128, 1, 256, []),
 }
+ROW = r"^\| ([^|]+) \| (\w+) \| (\d+) \| (\d+) \| ([+-]\d+)% \| ([\d,]+) \| ([\d,]+) \| ([+-][\d.]+)% \|$"
 
 
-def predicted_ms(model: str, variant: str) -> float:
-    example, sequences, length, options = MODELS[model]
+def predicted(model: str, variant: str) -> Estimate:
+    example, sequences, micro_batches, length, options = MODELS[model]
     config = read_config(
         [
             f"--config={ROOT / 'examples' / example}.yaml",
@@ -28,24 +28,30 @@ def predicted_ms(model: str, variant: str) -> float:
             f"--model.variant={variant}",
             "--model.full_rank_layers=null",
             f"--training.micro_batch_size={sequences}",
-            f"--training.global_batch_size={sequences}",
+            f"--training.global_batch_size={sequences * micro_batches}",
             f"--training.seq_length={length}",
             "--training.dtype=bf16",
             "--deepspeed.zero_optimization.stage=1",
             "--deepspeed.zero_optimization.reduce_bucket_size=50000000",
         ]
     )
-    return 1e3 * estimate(config, 1, MACHINES["h200"]).time.total
+    return estimate(config, 1, MACHINES["h200"])
 
 
-def test_the_predicted_column_is_the_roofline_of_today() -> None:
-    text = (ROOT / "docs" / "planning.md").read_text()
-    rows = re.findall(r"^\| ([^|]+) \| (\w+) \| (\d+) \| (\d+) \| (-?\d+)% \|$", text, re.MULTILINE)
-    assert [row[0] for row in rows] == [model for model in MODELS for _ in range(2 if "60M" in model else 3)]
-    for model, variant, predicted, measured, error in rows:
-        found = predicted_ms(model, variant)
-        assert f"{found:.0f}" == predicted, (model, variant)
-        assert f"{100 * (found / int(measured) - 1):.0f}" == error, (model, variant)
+def test_the_predicted_columns_are_the_estimates_of_today() -> None:
+    rows = re.findall(ROW, (ROOT / "docs" / "planning.md").read_text(), re.MULTILINE)
+    assert [(row[0], row[1]) for row in rows] == [
+        *((next(iter(MODELS)), variant) for variant in ("full_rank", "crnet", "low_rank")),
+        ("60M, 128 x 256", "full_rank"),
+    ]
+    for model, variant, ms, measured_ms, off, mib, measured_mib, memory_off in rows:
+        found = predicted(model, variant)
+        time, peak = 1e3 * found.time.total, found.peak / 2**20
+        assert (f"{time:.0f}", f"{peak:,.0f}") == (ms, mib), (model, variant)
+        assert f"{100 * (time / int(measured_ms) - 1):+.0f}" == off, (model, variant)
+        error = 100 * (peak / int(measured_mib.replace(",", "")) - 1)
+        assert f"{error:+.1f}" == memory_off, (model, variant)
+        assert abs(error) < 10 or "60M" in model, (model, variant)
 
 
 @pytest.mark.parametrize(
