@@ -5,7 +5,7 @@
 
 A layer in the middle of the model, forward and backward of one micro-batch, one rank without parallelism, on tensors
 without memory. What is compiled on CUDA as one region counts its inputs, its outputs and one launch. The residual
-counts with the products that take it along, as those in bf16 do on GPUs of compute capability 9.0 to 11.
+counts with the products that take it along, as those in bf16 do on Hopper GPUs (H100, H200).
 """
 
 from __future__ import annotations

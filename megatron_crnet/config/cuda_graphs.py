@@ -36,11 +36,13 @@ def check_cuda_graphs(config: Config) -> None:
 def _obstacles(config: Config) -> Iterator[str]:
     """What a graph cannot hold: work of the host, sizes that change, and collectives, which no test has seen in one."""
     stage, parallel = zero_stage(config), config.parallel
-    if not (config.training.bf16 and stage == 1) or offloads_optimizer(config):
+    if not (config.training.bf16 and stage == 1):
         yield (
-            "gradients lie where a graph expects them only with training.dtype bf16, ZeRO stage 1 and no offload "
-            f"(here {config.training.dtype}, stage {stage})"
+            "gradients lie where a graph expects them only with training.dtype bf16 and ZeRO stage 1, not with "
+            f"{config.training.dtype} and stage {stage}"
         )
+    if offloads_optimizer(config):
+        yield "deepspeed.zero_optimization.offload_optimizer moves gradients to the host"
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
         if getattr(parallel, name) > 1:
             yield f"it is for whole models on each rank, and parallel.{name} is {getattr(parallel, name)}"
@@ -48,7 +50,7 @@ def _obstacles(config: Config) -> Iterator[str]:
         yield f"recompute.strategy {config.recompute.strategy} plans its segments anew in each step"
     if config.deepspeed.get("activation_checkpointing"):
         yield "deepspeed.activation_checkpointing moves activations by work of the host"
-    timers = config.deepspeed.get("timers", {}).get("throughput", {}).get("enabled", False)
+    timers = "timers" in config.deepspeed and config.deepspeed["timers"].get("throughput", {}).get("enabled", True)
     if timers or any(config.deepspeed.get(key) for key in ("wall_clock_breakdown", "memory_breakdown")):
         yield "DeepSpeed's timers and memory_breakdown wait for the device in each micro-batch"
     if config.model.hidden_dropout or config.model.attention_dropout:

@@ -195,7 +195,7 @@ class TrainingConfig(Section, name="training"):
     round differently."""
     cuda_graphs: bool | None = None
     """On CUDA, launch both passes of a micro-batch as one graph, to the same bits (docs/reporting.md). null: where that
-    works, which is bf16 at ZeRO stage 1 with whole models on each rank; true: refuse to run elsewhere."""
+    works, which is bf16 at ZeRO stage 1 with whole models on each rank; true: refuse other configurations."""
     deterministic: bool = False
     """On CUDA, take only operations that give the same bits in each run on the same devices and libraries; slower."""
     seed: Seed = 1234

@@ -94,8 +94,8 @@ class MicroBatchGraph:
         except RuntimeError as error:
             first = error.__context__ or error  # the end of the recording fails, too
             raise ConfigError(
-                f"{SWITCH} is on, but the passes of a micro-batch cannot be recorded ({describe(first)}): "
-                f"set {SWITCH} false"
+                f"{SWITCH} is on (as by default), but the passes of a micro-batch cannot be recorded "
+                f"({describe(first)}): set {SWITCH} false"
             ) from error
         return graph
 

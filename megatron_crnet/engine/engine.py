@@ -315,9 +315,11 @@ class TrainEngine:
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off the weights, which would keep the engine, and through it the groups, alive."""
-        self.deepspeed.destroy()
-        if self._graph is not None:
-            self._graph.close()
+        try:
+            self.deepspeed.destroy()
+        finally:
+            if self._graph is not None:
+                self._graph.close()
 
     @property
     def current_lr(self) -> float:

@@ -25,10 +25,14 @@ from torch import Tensor, nn
 from megatron_crnet.engine.optimizer import is_partial
 from megatron_crnet.engine.param_shard import Placement, equal_parts, overlap
 from megatron_crnet.engine.zero_state import ZeroState
+from megatron_crnet.model.glue import accumulate_
 from megatron_crnet.model.weights import Weight
 
 NORM_PART = 2**26
 """Elements whose norm is one sum: more would round worse on CPUs, and take 64-bit indices on GPUs."""
+
+MOST_COMPILED = 32
+"""Sizes of parameters for which the sum of gradients is compiled, each by itself; more take PyTorch's operation."""
 
 
 def local_shape(parameter: nn.Parameter) -> torch.Size:
@@ -153,6 +157,8 @@ class Stage1BF16(Stage1):
             add_(total, parameter.grad.view(-1))
             parameter.grad = None
 
+        if len({total.numel() for total in self._fp32_gradients.values()}) > MOST_COMPILED:
+            add_ = accumulate_
         # where DeepSpeed looks for hooks to take off
         self.optimizer._grad_acc_hooks += [
             parameter.register_post_accumulate_grad_hook(partial(accumulate, total))

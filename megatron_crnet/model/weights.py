@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from megatron_crnet.model.gpt import CRNetModel
 
 CPU = torch.device("cpu")
+MOST_AT_ONCE = 8
+"""Weights that are drawn at once, and so lie on the host in fp32."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ def initialize(model: CRNetModel, seed: int) -> None:
 
     weights = list(canonical_weights(model))
     # other threads do not see a dispatch mode, such as a simulation's
-    at_once = 1 if is_in_torch_dispatch_mode() else torch.get_num_threads()
+    at_once = 1 if is_in_torch_dispatch_mode() else min(torch.get_num_threads(), MOST_AT_ONCE)
     with ThreadPoolExecutor(at_once) as pool:
         for start in range(0, len(weights), at_once):
             some = weights[start : start + at_once]

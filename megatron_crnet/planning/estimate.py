@@ -100,9 +100,7 @@ def estimate(
     models = build_local_models(config)
     crossings = node_crossings(models[0].tp, models[0].pp, plan.dp_size, gpus_per_node)
     stages = [
-        StageEstimate(
-            estimate_memory(m, plan, machine.fuses_adam), estimate_operations(m, plan), estimate_volumes(m, plan)
-        )
+        StageEstimate(estimate_memory(m, plan, machine.is_gpu), estimate_operations(m, plan), estimate_volumes(m, plan))
         for m in models
     ]
     times = [

@@ -33,7 +33,7 @@ class Machine(Section, name="machine"):
         product_efficiency: share of the peak that matrix products reach; assumed, not measured.
         link_efficiency: share of the three bandwidths between devices that large transfers reach; assumed.
         peak_flops_fp32: in fp32 without TF32, as PyTorch computes; None where it is `peak_flops`.
-        fuses_adam: AdamW updates by a kernel without temporary tensors, as on CUDA; false on CPUs.
+        is_gpu: AdamW updates by a kernel without temporary tensors, and passes may be a CUDA graph; false on CPUs.
     """
 
     name: Name
@@ -46,7 +46,7 @@ class Machine(Section, name="machine"):
     product_efficiency: Efficiency = 0.6
     link_efficiency: Efficiency = 0.8
     peak_flops_fp32: Rate | None = None
-    fuses_adam: bool = True
+    is_gpu: bool = True
 
     def peak(self, dtype: str) -> float:
         """Operations per second of matrix products in `dtype`, bf16 or fp32."""
@@ -64,7 +64,7 @@ MACHINES = {
     "h200": Machine("h200", 989e12, 139 * GIB, 4.8e12, 450e9, 50e9, 64e9, peak_flops_fp32=67e12),
 }
 """By the names that `--gpu` takes."""
-SIMULATED = dataclasses.replace(MACHINES["h100"], name="simulated", fuses_adam=False)
+SIMULATED = dataclasses.replace(MACHINES["h100"], name="simulated", is_gpu=False)
 """What simulated ranks are, and real ones on CPUs, for their memory."""
 
 

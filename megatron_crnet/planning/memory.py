@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 
 from megatron_crnet.config.batch import BatchPlan
+from megatron_crnet.config.cuda_graphs import uses_cuda_graphs
 from megatron_crnet.config.deepspeed import DEFAULT_BUCKET, offloads_optimizer, zero_option
 from megatron_crnet.config.megatron import CRNetTransformerConfig
 from megatron_crnet.engine.adam8bit import BLOCK, CHUNK
@@ -33,13 +34,13 @@ GALORE_UPDATE = 16
 projection the gradient and its singular vectors. The workspace of the decomposition itself is not in it."""
 
 
-def estimate_memory(model: LocalModel, plan: BatchPlan, fuses_adam: bool = False) -> Memory:
+def estimate_memory(model: LocalModel, plan: BatchPlan, on_gpu: bool = False) -> Memory:
     """The memory of a rank of this stage.
 
     Args:
-        fuses_adam: see `Machine`.
+        on_gpu: AdamW is fused, and a CUDA graph keeps the memory of the passes.
     """
-    state = _offloaded(model, plan) if offloads_optimizer(model.config) else _state(model, plan.dp_size, fuses_adam)
+    state = _offloaded(model, plan) if offloads_optimizer(model.config) else _state(model, plan.dp_size, on_gpu)
     state |= _frozen(model, state, plan.dp_size)
     state["weights"] += teacher_weights(model)
     layers = [layer for chunk in model.chunks for layer in chunk.layers]
@@ -52,6 +53,9 @@ def estimate_memory(model: LocalModel, plan: BatchPlan, fuses_adam: bool = False
         # Megatron-Core's buffer for the whole sequence, the input of a full-rank column layer
         state["buffers"] += model.tokens * model.config.model.hidden_size * model.element
     state |= {"kept": _kept(model, plan), "transient": _transient(model, plan)}
+    if on_gpu and uses_cuda_graphs(model.config):
+        for name in ("reduction", "update"):
+            state[name] += state["kept"] + state["transient"]
     return Memory(**{name: round(value) for name, value in state.items()})
 
 

@@ -253,8 +253,11 @@ def _replace(file: Path, stale: _Found, owner: Owner, what: str, stale_s: float)
         if current is None or current.content != stale.content:
             return False
         own = file.with_name(f".{file.name}.{owner.token}")
-        _create(own, owner)
-        own.replace(file)
+        try:
+            _create(own, owner)
+            own.replace(file)
+        finally:
+            own.unlink(missing_ok=True)
         return True
     finally:
         claim.unlink(missing_ok=True)

@@ -49,7 +49,7 @@ def test_a_part_that_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None
     done = check("--dry", str(tmp_path / "out"), PYTHON="false")
     assert done.returncode == 1
     failed = [line.split()[1].rstrip(":") for line in done.stdout.splitlines() if line.startswith("FAILED")]
-    assert failed == ["gpu_tests", *PARTS, "report"]
+    assert failed == [*["compile"] * 4, "gpu_tests", *PARTS, "report"]
     assert f"failed: {' '.join(failed)}; the logs are in {tmp_path / 'out'}" in done.stdout
 
 
@@ -58,3 +58,10 @@ def test_a_folder_that_exists_is_refused(tmp_path: Path) -> None:
         done = check(*options)
         assert done.returncode == 2
         assert done.stderr.startswith(f"error: {message}")
+
+
+def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
+    done = check("--dry", str(tmp_path / "out"), PARTS="1b 7b")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: PARTS has 7b, but the parts are: compile")
+    assert not (tmp_path / "out").exists()

@@ -52,7 +52,10 @@ Trained = tuple[list[tuple[float, float]], States]
 
 @pytest.fixture
 def steps_of() -> Callable[[Config], Trained]:
-    """Trains five steps, the fourth with fewer micro-batches. Gives losses, norms, and weights and moments."""
+    """Trains five steps, the third dropped and followed by a validation, the fourth with fewer micro-batches.
+
+    Gives losses, norms, and weights and moments.
+    """
 
     def train(config: Config) -> Trained:
         context = initialize_parallel(config)
@@ -64,7 +67,14 @@ def steps_of() -> Callable[[Config], Trained]:
                 batches = [{name: x.to(context.device) for name, x in batch.items()} for batch in batches]
                 batches = batches[: 2 if step == 3 else 3]
                 tokens = sum(float(batch["loss_mask"].sum()) for batch in batches)
-                found.append((engine.forward_backward(batches, tokens), engine.update()[0]))
+                loss = engine.forward_backward(batches, tokens)
+                if step == 2:  # what happens between steps
+                    engine.discard()
+                    found.append((loss, engine.evaluate(batches)[0]))
+                else:
+                    found.append((loss, engine.update()[0]))
+        if engine._graph is not None:
+            assert engine._graph._graph is not None
         states = engine.states(KINDS)
         engine.close()
         context.heartbeat.close()
@@ -129,7 +139,12 @@ def test_the_default_is_a_graph_where_one_works() -> None:
     ("sections", "why"),
     [
         ({"training": {"dtype": "fp32"}}, "training.dtype bf16"),
-        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "here bf16, stage 2"),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "not with bf16 and stage 2"),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}},
+            "offload_optimizer",
+        ),
+        ({"deepspeed": {**STAGE1, "timers": {"throughput": {"synchronized": True}}}}, "timers"),
         ({"parallel": {"tensor_model_parallel_size": 2}}, "tensor_model_parallel_size is 2"),
         ({"strategy": "inverse"}, "recompute.strategy inverse"),
         ({"model": {"hidden_dropout": 0.1}}, "dropout"),

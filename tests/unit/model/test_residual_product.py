@@ -176,7 +176,7 @@ def test_on_a_gpu_it_is_right_and_the_same_bits_wherever_tensors_lie(rows: int, 
     b = torch.randn(width, rank, **make) * rank**-0.5
     product = choose_residual(b, [tuple(b.shape)], fusion=True)
     if product is None:
-        pytest.skip("the kernel is for devices of compute capability 9.0 to 11")
+        pytest.skip("the kernel is for Hopper GPUs")
     z, previous = torch.randn(rows, 3 * rank, **make)[:, rank : 2 * rank], torch.randn(rows, width, **make)
     beta = torch.tensor(-0.7, device=device)
     found = product(z, b, previous, beta, EPS)
@@ -196,7 +196,7 @@ def test_on_a_gpu_it_is_recorded_in_a_graph() -> None:
     z, b, previous, beta, eps = (x.to(device) if isinstance(x, Tensor) else x for x in arguments())
     product = choose_residual(b, [tuple(b.shape)], fusion=True)
     if product is None:
-        pytest.skip("the kernel is for devices of compute capability 9.0 to 11")
+        pytest.skip("the kernel is for Hopper GPUs")
     wanted = product(z, b, previous, beta, eps)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -16,7 +16,7 @@ from megatron_crnet.config.model_size import total_parameters
 from megatron_crnet.config.rank_section import RankScheduleConfig
 from megatron_crnet.planning.estimate import Estimate, estimate, node_crossings
 from megatron_crnet.planning.galore import galore_share
-from megatron_crnet.planning.machines import MACHINES, find_machine
+from megatron_crnet.planning.machines import MACHINES, SIMULATED, Machine, find_machine
 from megatron_crnet.planning.profile import DATA, PIPELINE, TENSOR, CommVolume, Memory
 from megatron_crnet.planning.shards import build_local_models
 from megatron_crnet.planning.simulation import simulate
@@ -75,13 +75,28 @@ def test_a_rank_holds_what_the_whole_model_has_in_parts() -> None:
 
 
 def test_zero_1_in_bf16_holds_flat_buffers_padded_to_even_shares() -> None:
-    memory = found(4, training={"dtype": "bf16"}, deepspeed_section=ZERO_1).stages[0].memory
+    memory = estimate(tiny_config(training={"dtype": "bf16"}, deepspeed_section=ZERO_1), 4, SIMULATED).stages[0].memory
     matrices, norms, betas = 2 * V * H + FULL_LAYER + 3 * LOW_LAYER, 9 * H, 3 * 7
     padded = [-(-numel // 8) * 8 for numel in (matrices, norms, betas)]
     # the two bytes more of betas, which stay fp32, are left out
     assert memory.weights == pytest.approx(2 * padded[0] + 2 * padded[1] + 4 * padded[2], rel=0.01)
     assert memory.gradients == memory.reduction == 4 * sum(padded)
     assert memory.optimizer == 12 * sum(padded) // 4
+
+
+@pytest.mark.parametrize("replicas", [1, 4])
+def test_on_a_gpu_a_graph_keeps_the_passes_memory_and_adam_takes_none(replicas: int) -> None:
+    def memory(machine: Machine, **training: Any) -> Memory:
+        config = tiny_config(training={"dtype": "bf16", **training}, deepspeed_section=ZERO_1)
+        return estimate(config, replicas, machine).stages[0].memory
+
+    gpu, eager, cpu = memory(MACHINES["h100"]), memory(MACHINES["h100"], cuda_graphs=False), memory(SIMULATED)
+    passes = gpu.kept + gpu.transient
+    assert (gpu.update, gpu.reduction) == (passes, passes + cpu.reduction)
+    assert (eager.update, eager.reduction) == (0, cpu.reduction)
+    assert cpu.reduction == (gpu.gradients if replicas > 1 else 0)
+    assert cpu.update > 0
+    assert gpu.total == gpu.state + passes + cpu.reduction
 
 
 def test_operations_are_three_times_the_forward_products_and_attention() -> None:
