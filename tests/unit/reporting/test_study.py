@@ -109,7 +109,7 @@ def test_options_that_belong_together_are_an_axis_of_names(tmp_path: Path) -> No
     }
     grid = study(tmp_path, axes={"size": sizes, "optimizer.lr": [0.1]})
     small, large = (grid.config(run) for run in grid.runs() if run.seed == 1)
-    assert (small.model.hidden_size, small.model.rank, small.optimizer.lr_multipliers) == (32, 8, {})
+    assert (small.model.hidden_size, small.model.rank, small.optimizer.lr_multipliers) == (32, 8, {"embedding": 24})
     assert (large.model.hidden_size, large.model.rank, large.optimizer.lr_multipliers) == (64, 48, {"embedding": 2})
     rows = {run.key: result(grid, run, 4.0) for run in grid.runs()}
     assert "size=small, lr=0.1" in study_table(grid, rows)
