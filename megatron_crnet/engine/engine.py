@@ -377,7 +377,8 @@ class TrainEngine:
         """Sum partial gradients over tensor-parallel ranks and average over replicas, where no hook has."""
         if parallel_state.get_tensor_model_parallel_world_size() > 1:
             sum_over_tensor_parallel(self.zero.partial_gradients())
-        is_tied = self.chunks[0].config.table.ties_head
+        # without stages the embedding is its own copy
+        is_tied = self.config.parallel.pipeline_model_parallel_size > 1 and self.chunks[0].config.table.ties_head
         tied = [w.parameter for w in self.weights if w.name == EMBEDDING] if is_tied else []
         if not self.zero.reduces_in_place:
             sum_over_tied_copies(self.zero, tied)

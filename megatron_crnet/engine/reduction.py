@@ -20,10 +20,8 @@ def sum_over_tied_copies(zero: ZeroState, copies: Sequence[nn.Parameter]) -> Non
     itself, and all but one hand on zeros.
 
     Args:
-        copies: those of this rank; none where nothing is tied.
+        copies: those of this rank; none where nothing is tied over stages.
     """
-    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
-        return
     for gradient in (found for copy in copies if (found := zero.gradient(copy)) is not None):
         alone = not zero.reduces_in_place and parallel_state.get_data_parallel_world_size() > 1
         if alone:

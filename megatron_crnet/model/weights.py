@@ -179,19 +179,25 @@ def _std(name: str, shape: tuple[int, ...], config: Any) -> float:
 
 @torch.no_grad()
 def initialize(model: CRNetModel, seed: int) -> None:
-    """Draw every weight of this stage, some at a time: PyTorch draws each with one thread."""
+    """Draw every weight of this stage."""
+    values = _drawn(model, seed)
+    load_canonical(model, lambda _: next(values))
+
+
+def _drawn(model: CRNetModel, seed: int) -> Iterator[Tensor]:
+    """The initial values of `canonical_weights`, some drawn at a time: PyTorch draws each with one thread."""
 
     def draw(weight: Weight) -> Tensor:
         return initial_value(weight.name, weight.shape, model.config, seed)
 
     weights = list(canonical_weights(model))
-    # other threads do not see a dispatch mode, such as a simulation's
-    at_once = 1 if is_in_torch_dispatch_mode() else min(torch.get_num_threads(), MOST_AT_ONCE)
+    if is_in_torch_dispatch_mode():  # such as a simulation's, which other threads do not see
+        yield from map(draw, weights)
+        return
+    at_once = min(torch.get_num_threads(), MOST_AT_ONCE)
     with ThreadPoolExecutor(at_once) as pool:
         for start in range(0, len(weights), at_once):
-            some = weights[start : start + at_once]
-            for weight, value in zip(some, (map if at_once == 1 else pool.map)(draw, some), strict=True):
-                weight.local().copy_(weight.shard(value))
+            yield from pool.map(draw, weights[start : start + at_once])
 
 
 @torch.no_grad()

@@ -153,9 +153,9 @@ class _TrainingRank:
         counter, operations = CommunicationCounter(), OperationCounter()
         with self.memory:
             self.step()
-            apart = self._peak_memory() if torch.cuda.is_available() or not counts else None
-            if apart is not None and not counts:
-                return WorkerReady(apart, {}, None)
+            if not counts:
+                return WorkerReady(self._peak_memory(), {}, None)
+            apart = self._peak_memory() if torch.cuda.is_available() else None
             with counter, operations:
                 peak = self._peak_memory()
         traffic: Counter[str] = Counter()
