@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_crnet.distributed.consensus import digest_of, gather
+from megatron_crnet.distributed.process_groups import replica_group
 from megatron_crnet.distributed.watchdog import ranks_line
 from megatron_crnet.engine.zero import held_partition
 from megatron_crnet.model.reference import EMBEDDING
@@ -25,7 +26,8 @@ BITS = {2: torch.int16, 4: torch.int32}
 
 
 Group = tuple[str, int, int]
-"""Ranks that hold copies of the same weights: the dimension along which they lie, their ranks in the other two."""
+"""Ranks that hold copies of the same weights: the dimension along which they lie, their ranks in the other two; of
+experts that are spread over replicas `experts`, with the pipeline and the expert-parallel rank."""
 Checksums = dict[Group, dict[str, int]]
 """By group of this rank, the sum over the bits of each weight that is copied within it."""
 
@@ -49,7 +51,13 @@ def checksums(weights: Sequence[Weight], stage: int) -> Checksums:
     found: Checksums = {("tensor", pipeline, data): replicated}
     if EMBEDDING in named:  # on the last stage a tied one
         found["pipeline", tensor, data] = {EMBEDDING: named[EMBEDDING]}
-    return found if partitioned else {**found, ("data", pipeline, tensor): named}
+    if partitioned:
+        return found
+    everywhere = parallel_state.get_data_parallel_group()
+    spread = {w.name: named.pop(w.name) for w in weights if replica_group(w.parameter) is not everywhere}
+    if spread:
+        found["experts", pipeline, parallel_state.get_expert_model_parallel_rank()] = spread
+    return {**found, ("data", pipeline, tensor): named}
 
 
 def compare_copies(sums: Checksums, group: dist.ProcessGroup | None = None) -> str | None:

@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatron_crnet.checkpoint.directory import unwritable
 from megatron_crnet.checkpoint.weight_files import ShardReader, headers_of, portions
 from megatron_crnet.distributed.consensus import run_on_all_ranks, run_on_main
+from megatron_crnet.distributed.process_groups import replica_group
 from megatron_crnet.engine.state_kinds import KINDS
 from megatron_crnet.engine.zero import local_shape
 from megatron_crnet.engine.zero_state import ZeroState
@@ -133,15 +134,16 @@ def collect(zero: ZeroState, weights: list[Weight]) -> dict[str, Box | Exception
     boxes: dict[str, Box | Exception] = {}
     turn = 0
     for parameter, parts in by_parameter(w for w in weights if not w.is_copy).items():
+        group = replica_group(parameter)
         for kind in zero.kinds_of(parameter):
             owners: dict[str, int] = {}
             for weight in parts:
                 turn += 1
-                if weight.shard_dim is not None or turn // dp_size % tp_size == tp_rank:
-                    owners[weight.name] = turn % dp_size
+                if weight.shard_dim is not None or turn // group.size() % tp_size == tp_rank:
+                    owners[weight.name] = turn % group.size()
             values = zero.read(parameter, kind, {*owners.values()})
             for weight in parts:
-                if values is not None and owners.get(weight.name) == dp_rank:
+                if values is not None and owners.get(weight.name) == group.rank():
                     boxes[f"{kind}.{weight.name}"] = _copied(partial(_box, weight), weight.local(values))
     # where replicas keep the same, they take turns
     for turn, (name, state) in enumerate(zero.galore.states().items() if zero.galore is not None else ()):

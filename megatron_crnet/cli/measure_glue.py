@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def build_parser(prog: str) -> ConfigParser:
     """The options."""
     parser = ConfigParser(prog=prog, description=__doc__, needs_model=True)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="which to count")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="which to count (default: all)")
     add_record_options(parser)
     return parser
 
@@ -56,6 +56,7 @@ def run(call: Call) -> int:
     """Count, print and write."""
     options, config = build_parser(call.prog).read(call.argv)
     check_record_file(options.json, overwrite=options.overwrite)
+    from megatron_crnet.config.experts_rules import variants_of
     from megatron_crnet.distributed import cpu_backend
 
     cpu_backend.install()
@@ -63,7 +64,7 @@ def run(call: Call) -> int:
     from megatron_crnet.planning.glue import measure_glue
     from megatron_crnet.utils.environment import run_metadata
 
-    rows = measure_glue(config, options.variants)
+    rows = measure_glue(config, options.variants or variants_of(config.model))
     shutdown_parallel()
     report_record(options.json, {**run_metadata("glue", call.words), "rows": rows}, figures(config, rows))
     return 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from psutil import virtual_memory
 
+from megatron_crnet.config.experts_rules import check_expert_replicas
 from megatron_crnet.config.model_size import total_parameters
 from megatron_crnet.config.schema import Config, TrainingConfig
 from megatron_crnet.utils.errors import require
@@ -154,6 +155,7 @@ def data_parallel_size(config: Config, world_size: int) -> int:
         f"{pp}: use a multiple of {tp * pp} (crnet launch --nproc_per_node={tp * pp}; before a dry run "
         f"WORLD_SIZE={tp * pp}; --world-size of an estimate), or lower one of the two",
     )
+    check_expert_replicas(config, world_size // (tp * pp))
     return world_size // (tp * pp)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, cast
 
 from megatron_crnet.config.architectures import ARCHITECTURES
+from megatron_crnet.config.deepspeed import offloads_optimizer, zero_stage
 from megatron_crnet.config.positions import METHODS
 from megatron_crnet.utils.errors import require
 
 if TYPE_CHECKING:
-    from megatron_crnet.config.schema import Config, ModelConfig
+    from megatron_crnet.config.schema import Config, ModelConfig, Variant
 
 
 def check_experts(model: ModelConfig) -> None:
@@ -47,20 +49,9 @@ def check_experts(model: ModelConfig) -> None:
     )
 
 
-def check_counted_by_shapes(model: ModelConfig, instead: str) -> None:
-    """What follows from shapes alone can be counted of the model.
-
-    Args:
-        instead: the remedy.
-
-    Raises:
-        ConfigError: it has experts.
-    """
-    require(
-        model.num_experts is None,
-        f"model.num_experts is {model.num_experts}, but which expert a token is given to follows from values, which "
-        f"tensors without memory do not have: {instead}",
-    )
+def variants_of(model: ModelConfig) -> list[Variant]:
+    """The variants that a model of this architecture can have."""
+    return [cast("Variant", name) for name, method in METHODS.items() if not (model.num_experts and method.has_frozen)]
 
 
 def check_expert_parallel(config: Config) -> None:
@@ -91,13 +82,61 @@ def check_expert_parallel(config: Config) -> None:
         "tokens of its own part of the sequence to experts, as in Megatron-Core: leave sequence_parallel out",
     )
     require(
-        size in (1, tp),
-        f"{name} is {size}, but experts are spread over tensor-parallel ranks, of which there are {tp}; over replicas, "
-        "ZeRO would have to partition them apart from all other weights: use "
-        f"{'1' if tp == 1 else f'1 or {tp}'}, or tensor_model_parallel_size {size}",
+        size == 1 or size % tp == 0,
+        f"{name} is {size}, but experts are spread over all {tp} tensor-parallel ranks of one replica or of several: "
+        f"use 1 or a multiple of {tp}",
     )
     require(
         experts % size == 0,
         f"model.num_experts {experts} does not divide by {name} {size}: use {experts // size * size or size} or "
         f"{(experts // size + 1) * size}, or another size",
+    )
+    if size > tp:
+        _check_over_replicas(config)
+
+
+def _check_over_replicas(config: Config) -> None:
+    """DeepSpeed knows experts that differ between replicas under ZeRO 0 and 1 (`engine/expert_parallel.py`)."""
+    parallel, stage = config.parallel, zero_stage(config)
+    spread = (
+        f"parallel.expert_model_parallel_size {parallel.expert_model_parallel_size} is above "
+        f"tensor_model_parallel_size {parallel.tensor_model_parallel_size}, which spreads experts over replicas, "
+    )
+    require(
+        stage <= 1,
+        f"{spread}but DeepSpeed partitions gradients of zero_optimization.stage {stage} over all replicas alike: use "
+        "stage 0 or 1",
+    )
+    require(
+        stage == 1 or not config.training.bf16,
+        f"{spread}but at stage 0 DeepSpeed's bf16 wrapper averages the gradient norms of different experts: use stage "
+        "1",
+    )
+    require(
+        not offloads_optimizer(config),
+        f"{spread}but DeepSpeed's host copies of gradients know one group of replicas alone: leave "
+        "zero_optimization.offload_optimizer out",
+    )
+    require(
+        bool(config.deepspeed.get("zero_optimization", {}).get("reduce_scatter", True)),
+        f"{spread}for which DeepSpeed needs zero_optimization.reduce_scatter: leave it out",
+    )
+
+
+def check_expert_replicas(config: Config, dp_size: int) -> None:
+    """Experts that are spread over replicas find as many as they need.
+
+    Args:
+        dp_size: data-parallel ranks.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    size, tp = config.parallel.expert_model_parallel_size, config.parallel.tensor_model_parallel_size
+    each = max(size // tp, 1)
+    require(
+        dp_size % each == 0,
+        f"parallel.expert_model_parallel_size {size} spreads experts over {each} replicas at a time, by which "
+        f"{dp_size} data-parallel ranks do not divide: use {math.gcd(dp_size, each) * tp}, or a multiple of {each} "
+        "replicas",
     )

@@ -282,7 +282,7 @@ class ParallelConfig(Section, name="parallel"):
     sequence_parallel: bool | None = None
     """Shard the residual stream along the sequence; null means on when tensor parallelism is."""
     expert_model_parallel_size: Parallelism = 1
-    """Ranks over which the experts of a layer are spread: 1, or tensor_model_parallel_size (docs/parallelism.md)."""
+    """Ranks over which experts are spread: 1 or a multiple of tensor_model_parallel_size (docs/parallelism.md)."""
     num_layers_in_first_pipeline_stage: Layers | None = None
     """Layers of the first pipeline rank, if layers are not distributed evenly."""
     num_layers_in_last_pipeline_stage: Layers | None = None

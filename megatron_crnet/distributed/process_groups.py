@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from torch import nn
 
 from megatron_crnet.config.batch import data_parallel_size
 from megatron_crnet.config.schema import Config
@@ -189,6 +190,16 @@ def collective_timeout(config: Config) -> timedelta:
     """Timeout of collective calls; on NCCL, which ends the process without naming ranks, after the watchdog's."""
     limit = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     return limit + timedelta(seconds=2 * MARGIN_SECONDS) if torch.cuda.is_available() else limit
+
+
+def replica_group(parameter: nn.Parameter) -> dist.ProcessGroup:
+    """The ranks that hold the same shard of a parameter, among which ZeRO may divide its optimizer state.
+
+    Experts that are spread over replicas are marked `allreduce = False`, and have fewer copies than other weights.
+    """
+    if getattr(parameter, "allreduce", True):
+        return parallel_state.get_data_parallel_group()
+    return parallel_state.get_expert_data_parallel_group()
 
 
 class MegatronMpu:

@@ -32,6 +32,7 @@ from megatron_crnet.distributed.consensus import Vote
 from megatron_crnet.distributed.process_groups import MegatronMpu, NormMpu, ParallelContext
 from megatron_crnet.engine.cuda_graph import MicroBatchGraph
 from megatron_crnet.engine.distillation import Distillation
+from megatron_crnet.engine.expert_parallel import clip_with_experts, spread_experts
 from megatron_crnet.engine.galore import is_projected
 from megatron_crnet.engine.inverse_guard import plan_inverse_segments
 from megatron_crnet.engine.optimizer import (
@@ -86,7 +87,8 @@ class TrainEngine:
         self._graph: MicroBatchGraph | None = None
         if context.device.type == "cuda" and uses_cuda_graphs(config):
             self._graph = MicroBatchGraph(lambda *args: run_micro_batch(self.scheduled, *args), context.device)
-        module = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
+        modules: list[nn.Module] = [*chunks, *spread_experts(config, chunks)]
+        module = modules[0] if len(modules) == 1 else nn.ModuleList(modules)
         in_fp32: dict[nn.Parameter, Tensor] = {}
         # an fp32 model is not cast, and DeepSpeed keeps the factory, so these values would stay; stage 3 packs all
         # parameters into one buffer of one dtype: see _weights_changed
@@ -137,7 +139,7 @@ class TrainEngine:
             partial_apart=self.stage >= 2,
             multipliers={weight.parameter: lr_multiplier(weight.name, section.lr_multipliers) for weight in weights},
             projected={weight.parameter for weight in self._projected},
-            at_least=count_groups(config.model, section) if needs_equal_numbers else 0,
+            at_least=count_groups(config) if needs_equal_numbers else 0,
         )
 
     @property
@@ -366,6 +368,8 @@ class TrainEngine:
     def _clip(self) -> float:
         limit = self.config.optimizer.clip_grad or float("inf")
         parameters = list(self.deepspeed.module.parameters())
+        if self.deepspeed.has_moe_layers:
+            return clip_with_experts(parameters, limit)
         copied = [p for p in parameters if hasattr(p, PIPE_REPLICATED)]
         norm = clip_grad_norm_([p for p in parameters if not hasattr(p, PIPE_REPLICATED)], limit, mpu=NormMpu())
         for parameter in copied:  # the same operations as DeepSpeed's on the other copy, the same bits

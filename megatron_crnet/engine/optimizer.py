@@ -7,13 +7,14 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
+from deepspeed.moe.utils import is_moe_param
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
 
 from megatron_crnet.config.batch import BatchSizes
 from megatron_crnet.config.optimizer_rules import restart_interval, wsd_decay_steps
 from megatron_crnet.config.positions import position_table
-from megatron_crnet.config.schema import Config, LrPart, ModelConfig, OptimizerConfig
+from megatron_crnet.config.schema import Config, LrPart, OptimizerConfig
 from megatron_crnet.engine.adam8bit import AdamW8bit
 from megatron_crnet.engine.galore import Projection, is_projected
 from megatron_crnet.engine.sharded_galore import ShardedGaLore
@@ -40,20 +41,29 @@ def lr_multiplier(name: str, multipliers: Mapping[LrPart, float]) -> float:
     return math.prod(multipliers.get(part, 1.0) for part, applies in parts.items() if applies)
 
 
-def count_groups(model: ModelConfig, section: OptimizerConfig) -> int:
+def count_groups(config: Config) -> int:
     """Groups of the parameters of a whole fp32 model."""
+    model, section, parallel = config.model, config.optimizer, config.parallel
+    spreads_experts = parallel.expert_model_parallel_size > parallel.tensor_model_parallel_size
     table, names = position_table(model), [EMBEDDING, HEAD, "model.norm.weight"]
+    of_experts = table.architecture.experts.positions if table.architecture.experts is not None else ()
+    prefixes = {p: "experts." if p in of_experts else "" for p in table.architecture.maps}
     for layer in range(model.num_layers):
         kinds = ["weight"] if table.is_full_rank(layer) else ["a.weight", "b.weight"]
         kinds += ["beta"] if table.has_previous(layer) else []
         kinds += ["bias"] if table.architecture.has_biases else []
-        names += [f"model.layers.{layer}.{p.module}.{kind}" for p in table.architecture.maps for kind in kinds]
+        names += [f"model.layers.{layer}.{prefix}{p.module}.{kind}" for p, prefix in prefixes.items() for kind in kinds]
         if table.architecture.experts is not None:
             names.append(f"model.layers.{layer}.{table.architecture.experts.router}.weight")
     undecayed = ("norm.weight", ".beta", ".bias")
     return len(
         {
-            (name.endswith(undecayed), lr_multiplier(name, section.lr_multipliers), is_projected(name, section, table))
+            (
+                name.endswith(undecayed),
+                lr_multiplier(name, section.lr_multipliers),
+                is_projected(name, section, table),
+                spreads_experts and ".experts." in name,
+            )
             for name in names
         }
     )
@@ -68,7 +78,7 @@ def parameter_groups(
     projected: Collection[nn.Parameter] = (),
     at_least: int = 0,
 ) -> list[ParamGroup]:
-    """Groups by weight decay (matrices only: none for beta and norms), projection, learning rate and dtype.
+    """Groups by weight decay (matrices only, no beta, no norm), projection, learning rate, dtype and replicas.
 
     fp32 parameters of a bf16 model need groups of their own, because DeepSpeed flattens each group into one tensor.
     An fp32 model has the same number of groups on every pipeline stage, whatever its layers: DeepSpeed's ZeRO-1 sums
@@ -81,13 +91,13 @@ def parameter_groups(
         partial_apart: also keep parameters with partial gradients in groups of their own, so that these can be
             summed where ZeRO 2 and 3 keep them, flattened by group. Stages then differ: not for pipelines.
     """
-    groups: dict[tuple[bool, bool, bool, torch.dtype, float], ParamGroup] = {}
+    groups: dict[tuple[bool, bool, bool, torch.dtype, float, bool], ParamGroup] = {}
     for parameter in (p for module in modules for p in module.parameters() if p.requires_grad):
         decays = parameter.dim() >= 2
         partial = partial_apart and is_partial(parameter)
         multiplier = (multipliers or {}).get(parameter, 1.0)
         group = groups.setdefault(
-            (decays, parameter in projected, partial, parameter.dtype, multiplier),
+            (decays, parameter in projected, partial, parameter.dtype, multiplier, is_moe_param(parameter)),
             {
                 "params": [],
                 "weight_decay": weight_decay if decays else 0.0,
@@ -95,6 +105,8 @@ def parameter_groups(
                 "lr_mult": multiplier,
                 "is_matrix": decays,
                 "is_projected": parameter in projected,
+                # what DeepSpeed asks of experts that are spread over replicas
+                **({"moe": True, "name": getattr(parameter, "group_name", "")} if is_moe_param(parameter) else {}),
             },
         )
         group["params"].append(parameter)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_crnet.engine.adam8bit import BlockwiseMoment
@@ -63,7 +62,7 @@ class Placement:
     Attributes:
         master: this rank's fp32 tensor.
         start: where in it this rank's shard begins, if there is one.
-        shards: (offset, numel) in the flattened parameter, by data-parallel rank; one for all where nothing is cut.
+        shards: (offset, numel) in the flattened parameter, by rank among the replicas; one where nothing is cut.
     """
 
     master: Tensor
@@ -84,16 +83,20 @@ def overlap(start: int, numel: int, offset: int, size: int) -> tuple[int, int]:
 
 
 def exchange_shards(
-    mine: Tensor | None, whole: Tensor | None, shards: Sequence[tuple[int, int]], owners: Collection[int] | None
+    mine: Tensor | None,
+    whole: Tensor | None,
+    shards: Sequence[tuple[int, int]],
+    owners: Collection[int] | None,
+    group: dist.ProcessGroup,
 ) -> None:
     """Send this replica's shard of a parameter to the owners, and receive the others' where this is one.
 
     Args:
         whole: flat values of an owner, into which the others' shards are put.
         shards: as in `Placement`.
-        owners: data-parallel ranks; all of them by default.
+        owners: ranks of the group; all of them by default.
+        group: the replicas.
     """
-    group = parallel_state.get_data_parallel_group()
     peers = [other for other in range(len(shards)) if other != dist.get_rank(group)]
     calls = [
         dist.P2POp(dist.isend, mine, dist.get_global_rank(group, other), group)

@@ -20,9 +20,9 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_crnet.distributed.process_groups import replica_group
 from megatron_crnet.engine.state_kinds import KINDS, MASTER, MOMENTS
 from megatron_crnet.model.gpt import CRNetModel
 from megatron_crnet.model.weights import Weight, canonical_weights, initial_value
@@ -59,7 +59,7 @@ def change_ranks(states: States, model: CRNetModel, seed: int, device: torch.dev
             )
             # an expert that this rank alone holds is no other's
             is_alone = all(w.is_whole and w.shard_dim is not None for w in both)
-            holders = [*([] if is_alone else [group]), parallel_state.get_data_parallel_group()]
+            holders = [*([] if is_alone else [group]), replica_group(weight.parameter)]
             _shrink(of_a, of_b, *(_of_first(x, holders).to("cpu") for x in reductions(gram_a, gram_b, rank)))
 
 

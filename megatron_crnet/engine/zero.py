@@ -119,8 +119,8 @@ class Stage1(Stage0):
         group, first = self._positions[parameter]
         master = self._masters[group]
         size = master.numel()
-        shards = [overlap(first, parameter.numel(), d * size, size) for d in range(self._replicas)]
-        return Placement(master, max(first - self._replica * size, 0), shards)
+        shards = [overlap(first, parameter.numel(), d * size, size) for d in range(self._replicas(parameter))]
+        return Placement(master, max(first - self._replica(parameter) * size, 0), shards)
 
     @cached_property
     def _positions(self) -> dict[nn.Parameter, tuple[int, int]]:
@@ -169,14 +169,20 @@ class Stage1BF16(Stage1):
 
     def _norm_parts(self, for_clipping: bool = False) -> Any:
         """In place of DeepSpeed's, where no rank has to leave out copies: few large tensors, not one per parameter."""
-        found = [part for flat in self.optimizer.fp32_groups_actual_gradients_flat for part in flat.split(NORM_PART)]
-        return found if for_clipping else (found, {})
+        everywhere: list[Tensor] = []
+        by_group: dict[str, list[Tensor]] = {}
+        pairs = zip(self.adam.param_groups, self.optimizer.fp32_groups_actual_gradients_flat, strict=True)
+        for settings, flat in pairs:
+            is_spread = settings.get("moe", False) and not for_clipping
+            found = by_group.setdefault(settings["name"], []) if is_spread else everywhere
+            found += flat.split(NORM_PART)
+        return everywhere if for_clipping else (everywhere, by_group)
 
     def reduce_gradients(self) -> None:
         """By the engine; a single replica has nothing to add."""
         has_gradients = [[True] * len(group) for group in self.optimizer.bf16_groups]
         self.optimizer.fp32_groups_has_gradients = has_gradients
-        if self._replicas > 1:
+        if parallel_state.get_data_parallel_world_size() > 1:
             self.engine.allreduce_gradients()
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
@@ -246,7 +252,8 @@ class Stage3(Stage2):
     def placement(self, parameter: nn.Parameter) -> Placement:
         """From equal parts of the parameter itself, of which the last is padded."""
         group, start, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
-        return Placement(self._masters[group], start, equal_parts(local_shape(parameter).numel(), self._replicas))
+        parts = equal_parts(local_shape(parameter).numel(), self._replicas(parameter))
+        return Placement(self._masters[group], start, parts)
 
     @property
     def _masters(self) -> list[Tensor]:

@@ -14,6 +14,7 @@ from deepspeed import DeepSpeedEngine
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from megatron_crnet.distributed.process_groups import replica_group
 from megatron_crnet.engine.adam8bit import AdamW8bit, BlockwiseMoment
 from megatron_crnet.engine.optimizer import is_partial
 from megatron_crnet.engine.param_shard import (
@@ -90,7 +91,8 @@ class ZeroState(ABC):
         if self.galore is not None:
             self._projected = {weight.parameter for weight in projected}
             parts = [(w, self.placement(w.parameter), self.local_shape(w.parameter)) for w in projected]
-            self.galore.plan(parts, self._replica if self.stage > 0 else None, progress)
+            replica = parallel_state.get_data_parallel_rank() if self.stage > 0 else None
+            self.galore.plan(parts, replica, progress)
 
     def kinds_of(self, parameter: nn.Parameter) -> Sequence[str]:
         """What is kept of a parameter: frozen ones have no moments, of those that GaLore projects it keeps its own."""
@@ -143,7 +145,7 @@ class ZeroState(ABC):
         return [shard for p, shard in self.shards.items() if shard is not None and self.kinds_of(p) == KINDS]
 
     def _shard(self, parameter: nn.Parameter) -> ParamShard | None:
-        offset, numel = self._places(parameter)[self._replica]
+        offset, numel = self._places(parameter)[self._replica(parameter)]
         if not numel:
             return None
         if not parameter.requires_grad:  # DeepSpeed's optimizer does not know it
@@ -159,16 +161,14 @@ class ZeroState(ABC):
         """Offset and size of each replica's shard."""
         if parameter.requires_grad:
             return self.placement(parameter).shards
-        return equal_parts(self.local_shape(parameter).numel(), self._replicas if self.stage > 0 else 1)
+        return equal_parts(self.local_shape(parameter).numel(), self._replicas(parameter) if self.stage > 0 else 1)
 
-    @property
-    def _replica(self) -> int:
+    def _replica(self, parameter: nn.Parameter) -> int:
         """Number of this rank's shard in placements."""
-        return parallel_state.get_data_parallel_rank() if self.stage > 0 else 0
+        return replica_group(parameter).rank() if self.stage > 0 else 0
 
-    @property
-    def _replicas(self) -> int:
-        return parallel_state.get_data_parallel_world_size()
+    def _replicas(self, parameter: nn.Parameter) -> int:
+        return replica_group(parameter).size()
 
     def read(self, parameter: nn.Parameter, kind: str, owners: Collection[int] | None = None) -> Tensor | None:
         """The whole fp32 master or moment, of the parameter's local shape; a collective call over replicas.
@@ -176,19 +176,19 @@ class ZeroState(ABC):
         Each replica sends its shard to those that are to have the whole, and nothing else travels.
 
         Args:
-            owners: data-parallel ranks that get it; the others get None. All of them by default.
+            owners: ranks of its `replica_group` that get it; the others get None. All of them by default.
         """
         if self.swaps:
             return self.optimizer.get_full_hp_param(parameter, None if kind == MASTER else kind).float()
-        found, rank = self.shards[parameter], parallel_state.get_data_parallel_rank()
+        found, group = self.shards[parameter], replica_group(parameter)
         mine = None if found is None else found.read(self._tensor(parameter, found.master, kind)).to(self.device)
         whole = None
-        if owners is None or rank in owners:
+        if owners is None or group.rank() in owners:
             whole = torch.zeros(self.local_shape(parameter).numel(), device=self.device)
             if found is not None and mine is not None:
                 found.cut(whole).copy_(mine)
         if self.stage > 0:
-            exchange_shards(mine, whole, self._places(parameter), owners)
+            exchange_shards(mine, whole, self._places(parameter), owners, group)
         return None if whole is None else whole.view(self.local_shape(parameter))
 
     def write(self, parameter: nn.Parameter, values: Mapping[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ whole; otherwise every rank holds all of them and gives them the tokens of its p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,6 +24,9 @@ from megatron_crnet.config.megatron import CRNetTransformerConfig
 from megatron_crnet.model.compiled import choose_glue
 from megatron_crnet.model.linear import WeightShard, zero_parameter
 from megatron_crnet.model.regions import Regions
+
+ALIGNMENT = 16
+"""Bytes by which rows of a stacked product's factors are apart on GPUs."""
 
 
 class CountingRouter(TopKRouter):
@@ -86,21 +89,23 @@ class ExpertGroup(nn.Module):
         # an expert that every rank holds is given a part of the sequence by each
         partial = self.config.sequence_parallel and not self.is_spread
         setattr(parameter, "sequence_parallel", partial)  # noqa: B010
+        if self.config.expert_model_parallel_size > self.config.tensor_model_parallel_size:
+            setattr(parameter, "allreduce", False)  # noqa: B010  (Megatron-Core's and DeepSpeed's mark of experts)
         return parameter
 
-    def forward(self, x: Tensor, counts: Sequence[int], scale: Tensor | None = None) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, ends: Tensor, scale: Tensor | None = None) -> tuple[Tensor, ...]:
         """One output [tokens, w] per position.
 
         Args:
             x: tokens of the first expert, then of the next, [tokens, h_in].
-            counts: tokens of each expert.
+            ends: as in `stacked_product`.
             scale: what outputs are multiplied by, [tokens, 1]; done where there are fewest elements.
         """
         if self.is_full_rank:
-            return stacked_product(_scaled(x, scale), self.weight, counts).split(self.h_out, dim=-1)
-        z = stacked_product(x, self.a, counts)
+            return stacked_product(_scaled(x, scale), self.weight, ends).split(self.h_out, dim=-1)
+        z = stacked_product(x, self.a, ends)
         parts = _scaled(F.silu(z) if self.has_silu else z, scale).split(self.padded_ranks, dim=-1)
-        return tuple(stacked_product(part, getattr(self, f"b{i}"), counts) for i, part in enumerate(parts))
+        return tuple(stacked_product(part, getattr(self, f"b{i}"), ends) for i, part in enumerate(parts))
 
     def shards(self) -> Iterator[tuple[int, WeightShard]]:
         """Every map of every expert of this rank, with the expert's number; the rest of the parameters is padding."""
@@ -153,9 +158,9 @@ class Experts(nn.Module):
             counts: tokens of each expert, [experts].
             weights: of the tokens, [tokens].
         """
-        sizes = counts.tolist()
-        hidden, _ = self.regions.swiglu(None, *self.inputs(x, sizes))
-        (y,) = self.output(hidden, sizes, weights[:, None])
+        ends = counts.to(x.device, non_blocking=True).cumsum(0, dtype=torch.int32)
+        hidden, _ = self.regions.swiglu(None, *self.inputs(x, ends))
+        (y,) = self.output(hidden, ends, weights[:, None])
         return y, None
 
     def shards(self) -> Iterator[tuple[int, WeightShard]]:
@@ -168,9 +173,24 @@ def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
     return x if scale is None else (x * scale).to(x.dtype)
 
 
-def stacked_product(x: Tensor, weights: Tensor, counts: Sequence[int]) -> Tensor:
-    """X W of each expert's tokens, [tokens, out]; weights: [experts, out, in], all of which take part."""
-    return torch.cat([F.linear(part, weight) for part, weight in zip(x.split(counts), weights.unbind(), strict=True)])
+def stacked_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """X W of each expert's tokens, [tokens, out], in one call.
+
+    Args:
+        x: tokens of the first expert, then of the next, [tokens, in].
+        weights: [experts, out, in], all of which take part.
+        ends: where each expert's tokens end, [experts] in int32.
+    """
+    unit = ALIGNMENT // x.element_size()
+    rows, columns = (-n % unit for n in weights.shape[1:])
+    if columns:
+        x = F.pad(x, (0, columns))
+    elif x.stride(0) % unit or x.storage_offset() % unit:
+        x = x.contiguous()
+    if rows or columns:
+        weights = F.pad(weights, (0, columns, 0, rows))
+    y = F.grouped_mm(x, weights.transpose(1, 2), offs=ends)
+    return y[:, : y.shape[1] - rows] if rows else y
 
 
 def build_experts(config: CRNetTransformerConfig, layer: int, pg_collection: ProcessGroupCollection) -> MoELayer:

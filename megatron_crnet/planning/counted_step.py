@@ -29,6 +29,8 @@ from megatron_crnet.planning.counters import CommunicationCounter, Counters, Liv
 from megatron_crnet.planning.profile import (
     DATA,
     EMBEDDING,
+    EXPERT,
+    EXPERT_DATA,
     MODEL,
     PIPELINE,
     STAGE,
@@ -162,6 +164,8 @@ def _group_name(ranks: tuple[int, ...]) -> str:
         EMBEDDING: parallel_state.get_embedding_group(check_initialized=False),
         MODEL: parallel_state.get_model_parallel_group(),
         STAGE: parallel_state.get_tensor_and_data_parallel_group(),
+        EXPERT: parallel_state.get_expert_model_parallel_group(),
+        EXPERT_DATA: parallel_state.get_expert_data_parallel_group(),
     }
     members = {name: tuple(dist.get_process_group_ranks(group)) for name, group in groups.items() if group is not None}
     return next((name for name, group in members.items() if group == ranks), WORLD)

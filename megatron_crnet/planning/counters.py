@@ -147,10 +147,14 @@ def _ranks(args: Any) -> tuple[int, ...]:
 
 
 def flop_counter() -> FlopCounterMode:
-    """PyTorch's counter, extended by products that are added in place and by the CPU's attention kernels."""
+    """PyTorch's counter, extended by products in place, products of stacks, and the CPU's attention kernels."""
 
     def added(_: Any, one: Any, other: Any, **__: Any) -> int:
         return 2 * one[0] * one[1] * other[1]
+
+    def stacked(one: Any, other: Any, *_: Any, **__: Any) -> int:
+        # [tokens, in] with [experts, in, out], or for their gradient [out, tokens] with [tokens, in]
+        return 2 * one[0] * one[1] * other[-1]
 
     def forward(q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
         return sdpa_flop_count(q, k, v)
@@ -161,6 +165,7 @@ def flop_counter() -> FlopCounterMode:
     aten: Any = torch.ops.aten
     formulas = {
         aten.addmm_: added,
+        aten._grouped_mm: stacked,
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }

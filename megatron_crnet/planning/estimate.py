@@ -15,7 +15,17 @@ from megatron_crnet.config.phases import Phase, phases_of, with_largest_ranks
 from megatron_crnet.config.schema import Config
 from megatron_crnet.planning.machines import MACHINES, Machine
 from megatron_crnet.planning.memory import estimate_memory
-from megatron_crnet.planning.profile import DATA, EMBEDDING, PIPELINE, STAGE, TENSOR, CommVolume, Memory
+from megatron_crnet.planning.profile import (
+    DATA,
+    EMBEDDING,
+    EXPERT,
+    EXPERT_DATA,
+    PIPELINE,
+    STAGE,
+    TENSOR,
+    CommVolume,
+    Memory,
+)
 from megatron_crnet.planning.roofline import Operations, StepTime, estimate_operations, estimate_time
 from megatron_crnet.planning.shards import build_local_models
 from megatron_crnet.planning.volume import estimate_volumes
@@ -98,7 +108,8 @@ def estimate(
     others = [phase for phase in phases if phase.config.model != config.model]
     plan = plan_batches(config, world_size)
     models = build_local_models(config)
-    crossings = node_crossings(models[0].tp, models[0].pp, plan.dp_size, gpus_per_node)
+    ep = config.parallel.expert_model_parallel_size
+    crossings = node_crossings(models[0].tp, models[0].pp, plan.dp_size, gpus_per_node, ep)
     stages = [
         StageEstimate(estimate_memory(m, plan, machine.is_gpu), estimate_operations(m, plan), estimate_volumes(m, plan))
         for m in models
@@ -114,7 +125,7 @@ def estimate(
 
 
 @cache  # a search asks for the same layout many times
-def node_crossings(tp: int, pp: int, dp: int, gpus_per_node: int) -> dict[str, float]:
+def node_crossings(tp: int, pp: int, dp: int, gpus_per_node: int, ep: int = 1) -> dict[str, float]:
     """By kind of group, the share of ring edges, and so of bytes, between nodes.
 
     Rings follow the order of ranks, which vary in tp first, then dp, then pp, and fill the nodes in order.
@@ -127,5 +138,6 @@ def node_crossings(tp: int, pp: int, dp: int, gpus_per_node: int) -> dict[str, f
 
     world = tp * pp * dp
     rings = {TENSOR: (tp, 1), DATA: (dp, tp), PIPELINE: (pp, tp * dp), STAGE: (tp * dp, 1)}
+    rings |= {EXPERT: (ep, 1), EXPERT_DATA: (tp * dp // ep, ep)}
     shares = {name: sum(crosses(rank, *ring) for rank in range(world)) / world for name, ring in rings.items()}
     return {**shares, EMBEDDING: float(tp * dp * (pp - 1) >= gpus_per_node)}

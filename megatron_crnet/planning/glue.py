@@ -18,7 +18,6 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch._subclasses import FakeTensorMode
 
-from megatron_crnet.config.experts_rules import check_counted_by_shapes
 from megatron_crnet.config.megatron import build_transformer_config
 from megatron_crnet.config.positions import position_table
 from megatron_crnet.config.schema import OF_VARIANT, Config, Variant
@@ -28,8 +27,9 @@ from megatron_crnet.model.glue import EAGER
 from megatron_crnet.model.linear import LowRankGroup
 from megatron_crnet.model.residual_product import suits, two_passes
 from megatron_crnet.planning.counters import Counter, tensors_in
+from megatron_crnet.planning.even_experts import even_experts
 
-PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "addmm_", "baddbmm_")
+PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "addmm_", "baddbmm_", "_grouped_mm")
 ATTENTION = "scaled_dot_product"
 NO_TRAFFIC = (
     "empty",
@@ -147,7 +147,6 @@ def _record(config: Config, variant: Variant) -> dict[str, Any]:
 
 def _counted(config: Config, variant: Variant, layers: int) -> tuple[GlueCounter, GlueCounter]:
     """Counters of the forward and the backward pass of a micro-batch through a decoder of few layers."""
-    check_counted_by_shapes(config.model, "count architecture qwen3")
     table = position_table(config.model)
     low = [row for layer, row in enumerate(table.ranks) if not table.is_full_rank(layer)]
     model = dataclasses.replace(
@@ -159,7 +158,7 @@ def _counted(config: Config, variant: Variant, layers: int) -> tuple[GlueCounter
     )
     transformer = build_transformer_config(dataclasses.replace(config, model=model, recompute=type(config.recompute)()))
     forward, backward = GlueCounter(), GlueCounter()
-    with FakeTensorMode():
+    with FakeTensorMode(), even_experts(transformer.table):
         groups = ProcessGroupCollection.use_mpu_process_groups()
         block = CRNetTransformerBlock(transformer, None, groups, pre_process=True, post_process=False).train()
         shape = config.training.seq_length, config.training.micro_batch_size, model.hidden_size

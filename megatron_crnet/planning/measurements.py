@@ -16,7 +16,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch._subclasses import FakeTensorMode
 
 from megatron_crnet.config.distillation_section import DistillationConfig
-from megatron_crnet.config.experts_rules import check_counted_by_shapes
 from megatron_crnet.config.megatron import build_transformer_config
 from megatron_crnet.config.positions import METHODS, position_table
 from megatron_crnet.config.recompute_section import RecomputeConfig
@@ -27,6 +26,7 @@ from megatron_crnet.model.block import CRNetTransformerBlock
 from megatron_crnet.model.gpt import build_model_chunks
 from megatron_crnet.planning.counted_step import synthetic_batch
 from megatron_crnet.planning.counters import CommunicationCounter, LiveMemory, OperationCounter
+from megatron_crnet.planning.even_experts import even_experts
 from megatron_crnet.planning.shards import build_local_models
 from megatron_crnet.recompute.planner import kept_widths
 
@@ -134,8 +134,6 @@ def measure_strategies(config: Config, *, fake: bool, segment_length: int | None
         fake: use fake tensors.
         segment_length: also measure `replay` and `full` with it.
     """
-    if fake:
-        check_counted_by_shapes(config.model, "use --tensors real")
     single, strategies = dataclasses.replace(config, parallel=type(config.parallel)(), deepspeed={}), dict(STRATEGIES)
     if segment_length:
         for name in ("replay", "full"):
@@ -153,6 +151,7 @@ def _measure(config: Config, fake: bool) -> dict[str, Any]:
     """Bytes kept for backward (also by formula), their peak without weights and gradients, and operations."""
     transformer, groups = build_transformer_config(config), ProcessGroupCollection.use_mpu_process_groups()
     tensors = FakeTensorMode() if fake else nullcontext()
+    evenly = even_experts(transformer.table) if fake else nullcontext()
     with tensors:
         block = CRNetTransformerBlock(transformer, None, groups, pre_process=True, post_process=False).train()
         for parameter in block.parameters():
@@ -161,7 +160,7 @@ def _measure(config: Config, fake: bool) -> dict[str, Any]:
     if transformer.strategy.inverts:  # for initial betas and equal norms
         even = {layer: torch.ones(len(block.config.table.architecture.names)) for layer in block.layer_range}
         block.plan_inverse_segments({layer: transformer.beta_init * ones for layer, ones in even.items()}, even)
-    with tensors:
+    with tensors, evenly:
         device, batch = next(block.parameters()).device, (config.training.seq_length, config.training.micro_batch_size)
         hidden = torch.randn(*batch, config.model.hidden_size, dtype=transformer.params_dtype, device=device)
         hidden.requires_grad_()

@@ -19,7 +19,7 @@ from megatron_crnet.model.glue import FEW
 from megatron_crnet.planning.distillation import boundary_width, kept_differences, teacher_weights
 from megatron_crnet.planning.galore import galore_share
 from megatron_crnet.planning.profile import Memory
-from megatron_crnet.planning.shards import PROJECTED, Chunk, LocalModel
+from megatron_crnet.planning.shards import PROJECTED, SPREAD, Chunk, LocalModel
 from megatron_crnet.planning.volume import persistent, zero3_gathers
 from megatron_crnet.recompute.planner import kept_widths, layer_widths, micro_batches_in_flight, sums_beside_outputs
 
@@ -49,9 +49,9 @@ def estimate_memory(model: LocalModel, plan: BatchPlan, on_gpu: bool = False) ->
         or model.chunks[-1].predicts
         or any(model.transformer.table.is_full_rank(layer) for layer in layers)
     )
-    if model.transformer.sequence_parallel and gathers:
-        # Megatron-Core's buffer for the whole sequence, the input of a full-rank column layer
-        state["buffers"] += model.tokens * model.config.model.hidden_size * model.element
+    if (model.transformer.sequence_parallel and gathers) or model.spread > 1:
+        # Megatron-Core's buffer for the whole sequence, the input of a full-rank column layer, or those of experts
+        state["buffers"] += model.spread * model.tokens * model.config.model.hidden_size * model.element
     state |= {"kept": _kept(model, plan), "transient": _transient(model, plan)}
     if on_gpu and uses_cuda_graphs(model.config):
         for name in ("reduction", "update"):
@@ -63,17 +63,18 @@ def _state(model: LocalModel, dp: int, fuses_adam: bool = False) -> dict[str, fl
     """State with the optimizer on the device, and memory for reduction and update; betas count as bf16."""
     stage, bf16, n, size = model.stage, model.bf16, model.padded(dp), model.element
     bucket, tensor = 4 * model.bucket, max(p.numel for p in model.parameters)
-    share = _largest_group(model) / dp
-    state: dict[str, float] = {"weights": n * size, "optimizer": 4 * n / dp + _optimizer_state(model, n / dp, dp)}
+    share, own = _largest_share(model, dp), model.partition(dp)
+    state: dict[str, float] = {"weights": n * size, "optimizer": 4 * own + _optimizer_state(model, own, dp)}
     state |= {"reduction": 0, "update": _update(model, share, dp, fuses_adam)}
     if stage == 0:
         copies = 4 if bf16 else 0
         optimizer = n * copies + _optimizer_state(model, n, dp)
-        state |= {"optimizer": optimizer, "reduction": size * min(n, DEFAULT_BUCKET + tensor)}
+        at_once = min(_reduced_at_once(model, dp), DEFAULT_BUCKET + tensor)
+        state |= {"optimizer": optimizer, "reduction": size * at_once}
         update = _update(model, tensor, dp, fuses_adam) + copies * n
         return {**state, "gradients": n * size, "buffers": 0, "update": update}
     if stage == 1 and bf16:  # flat fp32 gradients, reduced in one piece
-        return {**state, "gradients": 4 * n, "buffers": 0, "reduction": 4 * n if dp > 1 else 0}
+        return {**state, "gradients": 4 * n, "buffers": 0, "reduction": 4 * _reduced_at_once(model, dp)}
     if stage == 1:  # two buckets
         return {**state, "gradients": 4 * n, "buffers": bucket, "reduction": bucket}
     state["gradients"] = 4 * n / dp
@@ -85,6 +86,13 @@ def _state(model: LocalModel, dp: int, fuses_adam: bool = False) -> dict[str, fl
     return {**state, "weights": n / dp * size + whole, "buffers": bucket, "update": update}
 
 
+def _reduced_at_once(model: LocalModel, dp: int) -> int:
+    """Elements that are summed over replicas in one piece, of which experts that are spread are one of their own."""
+    groups = model.padded_groups(dp)
+    spread = groups.pop(SPREAD, 0)
+    return max(sum(groups.values()) if dp > 1 else 0, spread if model.replicas(SPREAD, dp) > 1 else 0)
+
+
 def _frozen(model: LocalModel, state: dict[str, float], dp: int) -> dict[str, float]:
     """What frozen weights add: themselves, and in bf16 their fp32 masters on the host, once merges have made them."""
     n = model.frozen_numel
@@ -93,11 +101,12 @@ def _frozen(model: LocalModel, state: dict[str, float], dp: int) -> dict[str, fl
     return {"weights": state["weights"] + n * model.element / shards[0], "host": state.get("host", 0) + masters}
 
 
-def _largest_group(model: LocalModel) -> int:
-    """Elements of the largest parameter group; ZeRO 2 and 3 keep partial gradients apart."""
+def _largest_share(model: LocalModel, dp: int) -> float:
+    """Elements that a rank updates of the largest parameter group; ZeRO 2 and 3 keep partial gradients apart."""
     partial = model.partial_numel if model.stage >= 2 else 0
-    projected = sum(p.numel for p in model.parameters if p.kind == PROJECTED)
-    return max(partial, projected, model.padded(1) - partial - projected)
+    projected, spread = (sum(p.numel for p in model.parameters if p.kind == kind) for kind in (PROJECTED, SPREAD))
+    others = max(partial, projected, model.numel - partial - projected - spread)
+    return max(others / dp, spread / model.replicas(SPREAD, dp))
 
 
 def _optimizer_state(model: LocalModel, numel: float, dp: int) -> float:
@@ -109,7 +118,8 @@ def _optimizer_state(model: LocalModel, numel: float, dp: int) -> float:
     if name == "galore":
         plain = sum(p.numel for p in model.parameters if p.kind != PROJECTED) / every
         return 8 * plain * numel + 4 * galore_share(model, dp).state
-    matrices = sum(p.numel for p in model.parameters if p.kind == "matrix") / every if name == "adamw8bit" else 0
+    matrices = sum(p.numel for p in model.parameters if p.kind in ("matrix", SPREAD)) / every
+    matrices = matrices if name == "adamw8bit" else 0
     return (8 * (1 - matrices) + (2 + 8 / BLOCK) * matrices) * numel
 
 

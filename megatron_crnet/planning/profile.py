@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 TENSOR, PIPELINE, DATA, EMBEDDING = "TP", "PP", "DP", "first+last"
 """Names of process groups. EMBEDDING is the first and the last of three or more pipeline stages, of two PIPELINE."""
+EXPERT, EXPERT_DATA = "EP", "EP's DP"
+"""Over which experts are spread, and the ranks with copies of them, where these are none of the other groups."""
 MODEL, STAGE, WORLD = "TP x PP", "TP x DP", "world"
-"""These reduce a few scalars per step; in STAGE GaLore also exchanges matrices."""
+"""These reduce a few scalars per step; in STAGE GaLore also exchanges matrices, and experts take tokens."""
 
 
 @dataclass(frozen=True)

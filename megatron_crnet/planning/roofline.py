@@ -14,7 +14,17 @@ from megatron_crnet.config.batch import BatchPlan
 from megatron_crnet.config.deepspeed import offloads_optimizer
 from megatron_crnet.planning.galore import galore_share
 from megatron_crnet.planning.machines import Machine
-from megatron_crnet.planning.profile import DATA, EMBEDDING, PIPELINE, STAGE, TENSOR, CommVolume, Memory
+from megatron_crnet.planning.profile import (
+    DATA,
+    EMBEDDING,
+    EXPERT,
+    EXPERT_DATA,
+    PIPELINE,
+    STAGE,
+    TENSOR,
+    CommVolume,
+    Memory,
+)
 from megatron_crnet.planning.shards import Chunk, LocalModel
 from megatron_crnet.planning.volume import repeats_outputs
 from megatron_crnet.recompute.planner import layer_widths
@@ -129,7 +139,7 @@ class StepTime:
         matmul: matrix products and attention.
         elementwise: norms, activations and residuals, by memory bandwidth.
         launches: time that kernel launches take beyond matmul and elementwise.
-        tensor_parallel, pipeline, data_parallel: communication.
+        tensor_parallel, pipeline, data_parallel: communication; that of experts counts as the group's of their ranks.
         bubble: idle time of the pipeline schedule.
         update: the optimizer.
     """
@@ -163,21 +173,22 @@ def estimate_time(
     useful = operations.passes + operations.recomputation - operations.attention / 2
     matmul = useful / (machine.peak(model.config.training.dtype) * machine.product_efficiency)
     elementwise = plan.num_microbatches * _activation_bytes(model) / machine.memory_bandwidth
-    seconds = dict.fromkeys((TENSOR, PIPELINE, DATA, STAGE, EMBEDDING), 0.0)
+    seconds = dict.fromkeys((TENSOR, EXPERT, PIPELINE, DATA, EXPERT_DATA, STAGE, EMBEDDING), 0.0)
     for volume in volumes:
         seconds[volume.group] += _transfer_time(volume, machine, crossings[volume.group])
     kernels = sum(LAUNCHES * len(c.layers) + REBUILT_LAUNCHES * sum(map(len, c.segments)) for c in model.chunks)
     kernels += sum(REBUILT_LAUNCHES * len(chunk.layers) for chunk in model.teacher.chunks) if model.teacher else 0
     launches = max(0.0, plan.num_microbatches * kernels * LAUNCH_SECONDS - matmul - elementwise)
-    busy = matmul + elementwise + launches + seconds[TENSOR] + seconds[PIPELINE]
+    in_passes = seconds[TENSOR] + seconds[EXPERT]
+    busy = matmul + elementwise + launches + in_passes + seconds[PIPELINE]
     return StepTime(
         matmul=matmul,
         elementwise=elementwise,
         launches=launches,
-        tensor_parallel=seconds[TENSOR],
+        tensor_parallel=in_passes,
         pipeline=seconds[PIPELINE],
         bubble=busy * (model.pp - 1) / (plan.num_microbatches * len(model.chunks)),
-        data_parallel=seconds[DATA] + seconds[STAGE] + seconds[EMBEDDING],
+        data_parallel=seconds[DATA] + seconds[EXPERT_DATA] + seconds[STAGE] + seconds[EMBEDDING],
         update=_update_time(model, memory, plan, machine)
         + operations.update / (machine.peak("fp32") * machine.product_efficiency),
     )

@@ -138,8 +138,7 @@ def configure(config: Config, choice: Choice) -> Config:
         parallel=dataclasses.replace(
             config.parallel,
             tensor_model_parallel_size=choice.tp,
-            # where experts are spread, they are over all tensor-parallel ranks
-            expert_model_parallel_size=choice.tp if config.parallel.expert_model_parallel_size > 1 else 1,
+            expert_model_parallel_size=_expert_ranks(config, choice.tp),
             pipeline_model_parallel_size=choice.pp,
             virtual_pipeline_model_parallel_size=choice.vpp,
             sequence_parallel=False if config.parallel.sequence_parallel is False else None,
@@ -150,6 +149,12 @@ def configure(config: Config, choice: Choice) -> Config:
         recompute=dataclasses.replace(config.recompute, **RECOMPUTATION[choice.recompute]),
         deepspeed={**deepspeed, "zero_optimization": zero},
     )
+
+
+def _expert_ranks(config: Config, tp: int) -> int:
+    """Where experts are spread, they are over as many ranks as asked, or at least all tensor-parallel ones."""
+    asked = config.parallel.expert_model_parallel_size
+    return asked if asked == 1 or asked % tp == 0 else tp
 
 
 def search(

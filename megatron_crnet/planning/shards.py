@@ -22,6 +22,8 @@ from megatron_crnet.recompute.planner import initial_segments, plan_inverse_segm
 
 PROJECTED = "projected"
 """Kind of the linear maps that GaLore projects."""
+SPREAD = "spread"
+"""Kind of the experts that are spread over replicas."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class LocalParameter:
     Attributes:
         layer: -1 for the embedding, num_layers for final norm and output layer.
         numel: elements on this rank.
-        kind: matrix, `PROJECTED`, norm (or bias) or beta, which are separate parameter groups in bf16.
+        kind: matrix, `PROJECTED`, `SPREAD`, norm (or bias) or beta, which are separate parameter groups in bf16.
         is_partial: its gradient is a partial sum over tensor-parallel ranks.
         is_frozen: it is not trained.
         is_expert: of experts or their router.
@@ -113,16 +115,34 @@ class LocalModel:
         """Elements of all parameters."""
         return sum(p.numel for p in self.parameters)
 
+    @property
+    def spread(self) -> int:
+        """Replicas over which the experts of a layer are spread."""
+        return max(self.transformer.expert_model_parallel_size // self.tp, 1)
+
     def padded(self, dp_size: int) -> int:
         """Elements with DeepSpeed's padding for even shards of groups, or of tensors at ZeRO-3."""
-        if self.stage == 0:
-            return self.numel
+        return sum(self.padded_groups(dp_size).values())
+
+    def padded_groups(self, dp_size: int) -> dict[str, int]:
+        """The same by kind."""
         if self.stage == 3:
-            return sum(-(-p.numel // dp_size) * dp_size for p in self.parameters)
+            return {"all": sum(-(-p.numel // dp_size) * dp_size for p in self.parameters)}
         groups = Counter[str]()
         for p in self.parameters:
-            groups[p.kind if self.bf16 or p.kind in ("matrix", PROJECTED) else "norm"] += p.numel
-        return sum(-(-numel // (2 * dp_size)) * 2 * dp_size for numel in groups.values())
+            groups[p.kind if self.bf16 or p.kind in ("matrix", PROJECTED, SPREAD) else "norm"] += p.numel
+        if self.stage == 0:
+            return groups
+        units = {kind: 2 * self.replicas(kind, dp_size) for kind in groups}
+        return {kind: -(-numel // units[kind]) * units[kind] for kind, numel in groups.items()}
+
+    def replicas(self, kind: str, dp_size: int) -> int:
+        """Copies of the parameters of a kind, over which ZeRO partitions."""
+        return dp_size // self.spread if kind == SPREAD else dp_size
+
+    def partition(self, dp_size: int) -> float:
+        """Elements of which one rank keeps the optimizer's state."""
+        return sum(numel / self.replicas(kind, dp_size) for kind, numel in self.padded_groups(dp_size).items())
 
     @cached_property
     def partial_numel(self) -> int:
@@ -241,10 +261,11 @@ def _experts(transformer: CRNetTransformerConfig, layer: int, group: Group) -> I
     """Parameters of a group of positions of this rank's experts."""
     table, size = transformer.table, transformer.expert_model_parallel_size
     count, partial = table.num_experts // size, transformer.sequence_parallel and size == 1
+    kind = SPREAD if size > transformer.tensor_model_parallel_size else "matrix"
     shapes, ranks = [table.shapes[name] for name in group.names], [table.padded_ranks[layer][n] for n in group.names]
     h_in, widths = shapes[0][0], [h_out for _, h_out in shapes]
     if table.is_full_rank(layer):
-        yield LocalParameter(layer, count * h_in * sum(widths), partial, is_expert=True)
+        yield LocalParameter(layer, count * h_in * sum(widths), partial, kind, is_expert=True)
         return
     sizes = [sum(ranks) * h_in, *(w * r for w, r in zip(widths, ranks, strict=True))]
-    yield from (LocalParameter(layer, count * size, partial, is_expert=True) for size in sizes)
+    yield from (LocalParameter(layer, count * size, partial, kind, is_expert=True) for size in sizes)

@@ -23,12 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_crnet.config.batch import plan_batches
 from megatron_crnet.config.deepspeed import offloads_optimizer, offloads_parameters
-from megatron_crnet.config.experts_rules import check_counted_by_shapes
 from megatron_crnet.config.phases import with_largest_ranks
-from megatron_crnet.config.positions import METHODS
+from megatron_crnet.config.positions import METHODS, position_table
 from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed.process_groups import initialize_parallel, shutdown_parallel
 from megatron_crnet.planning.counted_step import Progress, count_step
+from megatron_crnet.planning.even_experts import even_experts
 from megatron_crnet.planning.profile import StepProfile
 from megatron_crnet.utils.errors import require
 
@@ -49,7 +49,7 @@ def simulate(config: Config, world_size: int, rank: int, passed: Progress = lamb
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         context = initialize_parallel(config)
-        with context.heartbeat, _without_memory():
+        with context.heartbeat, _without_memory(), even_experts(position_table(config.model)):
             return count_step(config, context, passed)
     finally:
         shutdown_parallel()
@@ -70,7 +70,6 @@ def check_simulation(config: Config, world_size: int, rank: int) -> None:
         f"recompute.strategy is {config.recompute.strategy}, but which layers it keeps follows from "
         "values, which a simulation does not have: use replay, or count with crnet measure-recompute",
     )
-    check_counted_by_shapes(config.model, "use crnet estimate, which takes an even spread")
     require(
         not offloads_optimizer(config) and not offloads_parameters(config),
         "deepspeed.zero_optimization offloads to the host, but a simulation cannot tell host memory from the device's: "

@@ -16,8 +16,17 @@ from megatron_crnet.config.recompute_section import STRATEGIES
 from megatron_crnet.model.block import boundary_widths, interleaved_width
 from megatron_crnet.planning.distillation import boundary_width, teacher_traffic
 from megatron_crnet.planning.galore import galore_share
-from megatron_crnet.planning.profile import DATA, EMBEDDING, PIPELINE, STAGE, TENSOR, CommVolume
-from megatron_crnet.planning.shards import Chunk, LocalModel, LocalParameter
+from megatron_crnet.planning.profile import (
+    DATA,
+    EMBEDDING,
+    EXPERT,
+    EXPERT_DATA,
+    PIPELINE,
+    STAGE,
+    TENSOR,
+    CommVolume,
+)
+from megatron_crnet.planning.shards import SPREAD, Chunk, LocalModel, LocalParameter
 
 CROSS_ENTROPY = 3 * 4
 """Bytes per token that cross-entropy all-reduces: maximum, target's logit, sum of exponentials."""
@@ -28,6 +37,8 @@ COUNTER = 8
 def estimate_volumes(model: LocalModel, plan: BatchPlan) -> list[CommVolume]:
     """The volumes of a rank of this stage."""
     found, count = defaultdict[tuple[str, str], float](float), plan.num_microbatches
+    for kind, width in _experts(model) if model.transformer.expert_model_parallel_size > 1 else ():
+        found[expert_group(model, plan.dp_size), kind] += count * model.spread * model.tokens * width * model.element
     if model.tp > 1:
         of_chunks = (call for chunk in model.chunks for call in _tensor_parallel(model, chunk))
         for kind, width in (*of_chunks, *teacher_traffic(model)):
@@ -45,10 +56,13 @@ def estimate_volumes(model: LocalModel, plan: BatchPlan) -> list[CommVolume]:
             group = PIPELINE if model.pp == 2 else EMBEDDING
             found[group, "all_reduce"] = 2 * model.embedding * (model.element if alone else _sum_size(model))
     if plan.dp_size > 1:
-        found |= {(DATA, kind): volume for kind, volume in _data_parallel(model, plan).items()}
+        for group, kind, volume in _data_parallel(model, plan):
+            found[group, kind] += volume
         if is_tied and alone:
             found[DATA, "all_reduce"] += 2 * model.embedding * model.element
     sizes = {TENSOR: model.tp, PIPELINE: model.pp, DATA: plan.dp_size, STAGE: model.tp * plan.dp_size, EMBEDDING: 2}
+    sizes[EXPERT] = model.transformer.expert_model_parallel_size
+    sizes[EXPERT_DATA] = model.replicas(SPREAD, plan.dp_size)
     if model.config.optimizer.name == "galore":
         replicas = plan.dp_size if model.stage else 1
         group = (STAGE if model.tp > 1 else DATA) if replicas > 1 else TENSOR
@@ -68,8 +82,6 @@ def _tensor_parallel(model: LocalModel, chunk: Chunk) -> Iterator[tuple[str, flo
             pairs = len(table.architecture.rows)
             gathered += (times + (2 if table.is_full_rank(layer) else 1)) * pairs * h
             reduced += (times + 1) * pairs * h
-        if transformer.expert_model_parallel_size > 1:
-            yield from _experts(model, chunk)
         if table.num_experts and model.config.model.moe_aux_loss_coeff > 0:
             yield "all_reduce", COUNTER * table.num_experts / (model.tokens * model.element)  # tokens of each
         if not table.is_full_rank(layer):
@@ -87,13 +99,25 @@ def _tensor_parallel(model: LocalModel, chunk: Chunk) -> Iterator[tuple[str, flo
         yield "all_reduce", CROSS_ENTROPY / model.element
 
 
-def _experts(model: LocalModel, chunk: Chunk) -> Iterator[tuple[str, float]]:
-    """Of a layer's experts on other ranks: tokens with the weights of experts, fp32 as what comes back, and a mask."""
-    passes, transformer = 2 if chunk.segments else 1, model.transformer
+def expert_group(model: LocalModel, dp_size: int) -> str:
+    """Name of the group over which experts are spread."""
+    size = model.transformer.expert_model_parallel_size
+    named = {model.tp * dp_size: STAGE, model.tp: TENSOR, **({dp_size: DATA} if model.tp == 1 else {})}
+    return named.get(size, EXPERT)
+
+
+def _experts(model: LocalModel) -> Iterator[tuple[str, float]]:
+    """Of experts on other ranks: tokens with the weights of experts, fp32 as what comes back, and a mask.
+
+    Kinds of calls and their elements per token of the group.
+    """
+    transformer = model.transformer
     h, wide, experts = transformer.hidden_size, 4 / model.element, transformer.table.num_experts
     there, back = h + experts * wide, h * wide
-    yield "all_gather", passes * (there + experts / model.element) + back
-    yield "reduce_scatter", passes * back + there
+    for chunk in model.chunks:
+        passes = 2 if chunk.segments else 1
+        yield "all_gather", len(chunk.layers) * (passes * (there + experts / model.element) + back)
+        yield "reduce_scatter", len(chunk.layers) * (passes * back + there)
 
 
 def repeats_outputs(model: LocalModel, chunk: Chunk, layer: int) -> bool:
@@ -121,17 +145,21 @@ def _boundaries(model: LocalModel) -> int:
     return sum((width or sum(boundary_widths(model.transformer, edge))) + besides for edge in edges)
 
 
-def _data_parallel(model: LocalModel, plan: BatchPlan) -> dict[str, float]:
-    padded, count = model.padded(plan.dp_size), plan.num_microbatches
+def _data_parallel(model: LocalModel, plan: BatchPlan) -> Iterator[tuple[str, str, float]]:
+    """Groups, kinds of calls and bytes."""
+    padded, count = model.padded_groups(plan.dp_size), plan.num_microbatches
     if model.stage == 3:
         gathered, _ = zero3_gathers(model)
-        return {
-            "reduce_scatter": count * 4 * padded,
-            "all_gather": (persistent(model) + count * gathered) * model.element,
-        }
-    summed = padded if model.stage == 1 and model.bf16 else model.numel  # flat buffers are padded
-    reduced: dict[str, float] = {"all_reduce": 2 * summed * _sum_size(model) * (count if model.stage == 2 else 1)}
-    return {**reduced, "all_gather": padded * model.element} if model.stage else reduced
+        yield DATA, "reduce_scatter", count * 4 * sum(padded.values())
+        yield DATA, "all_gather", (persistent(model) + count * gathered) * model.element
+        return
+    spread = padded.pop(SPREAD, 0)
+    real = sum(p.numel for p in model.parameters if p.kind == SPREAD)
+    for group, held, numel in ((DATA, sum(padded.values()), model.numel - real), (EXPERT_DATA, spread, real)):
+        if group == DATA or model.replicas(SPREAD, plan.dp_size) > 1:
+            summed = held if model.stage == 1 and model.bf16 else numel  # flat buffers are padded
+            yield group, "all_reduce", 2 * summed * _sum_size(model) * (count if model.stage == 2 else 1)
+            yield group, "all_gather", held * model.element if model.stage else 0
 
 
 def persistent(model: LocalModel) -> int:

@@ -14,10 +14,12 @@ from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.engine.zero_state import ZeroState
 from megatron_crnet.model.gpt import build_model_chunks
 from tests.distributed.spawn import fresh_world, run_distributed
-from tests.helpers import micro_batches, tiny_config
+from tests.helpers import ARCHITECTURES, micro_batches, tiny_config
 
 TP: dict[str, Any] = {"tensor_model_parallel_size": 2}
 PP: dict[str, Any] = {"pipeline_model_parallel_size": 2}
+EP: dict[str, Any] = {"expert_model_parallel_size": 2}
+MOE = ARCHITECTURES["qwen3_moe"]
 VPP: dict[str, Any] = {**PP, "virtual_pipeline_model_parallel_size": 2}
 ROWS: dict[str, dict[str, Any]] = {
     "zero0": {"stage": 0},
@@ -27,8 +29,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "zero3-bf16": {"stage": 3, "dtype": "bf16", "stage3_param_persistence_threshold": 0},
     "pp2-vpp2-zero1": {"stage": 1, "parallel": VPP},
     "galore-zero2-bf16": {"stage": 2, "dtype": "bf16", "galore_rank": 4},
+    "ep2-zero0": {"stage": 0, "parallel": EP, "model": MOE},
+    "ep2-zero1-bf16": {"stage": 1, "dtype": "bf16", "parallel": EP, "model": MOE},
 }
 MORE_ROWS: dict[str, dict[str, Any]] = {
+    "ep2-zero1": {"stage": 1, "parallel": EP, "model": MOE},
     "zero1": {"stage": 1},
     "zero2-bf16": {"stage": 2, "dtype": "bf16"},
     "zero3": {"stage": 3},
@@ -44,10 +49,15 @@ HOW = ("none", "discarded", "not a number")
 
 
 def row_config(
-    stage: int, dtype: str = "fp32", parallel: dict[str, Any] | None = None, galore_rank: int | None = None, **zero: Any
+    stage: int,
+    dtype: str = "fp32",
+    parallel: dict[str, Any] | None = None,
+    galore_rank: int | None = None,
+    model: dict[str, Any] | None = None,
+    **zero: Any,
 ) -> Config:
     section = {"zero_optimization": {"stage": stage, **zero}}
-    model = {"variant": "full_rank"} if galore_rank else {}
+    model = {**(model or {}), **({"variant": "full_rank"} if galore_rank else {})}
     optimizer = {"name": "galore", "galore_rank": galore_rank} if galore_rank else {}
     return tiny_config(model, parallel, {"dtype": dtype}, optimizer, section)
 

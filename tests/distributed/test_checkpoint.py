@@ -52,6 +52,13 @@ ROWS: dict[str, dict[str, Any]] = {
         "parallel": {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2},
         "model": {**ARCHITECTURES["qwen3_moe"], **DROPOUT},
     },
+    "dp2-ep2-zero1-bf16-qwen3-moe": {
+        "stage": 1,
+        "dtype": "bf16",
+        "parallel": {"expert_model_parallel_size": 2},
+        "model": {**ARCHITECTURES["qwen3_moe"], **DROPOUT},
+        "recompute": "replay",
+    },
     "dp2-zero3-bf16-multipliers": {"stage": 3, "dtype": "bf16", "lr_multipliers": {"first_layer": 0.25, "b": 0.5}},
 }
 OTHER = {"adam_beta1": 0.5, "adam_beta2": 0.7, "adam_eps": 1e-3, "weight_decay": 0.3, "clip_grad": 0.25}

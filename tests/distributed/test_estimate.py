@@ -77,7 +77,8 @@ def row(
 
 MOE: dict[str, Any] = {**ARCHITECTURES["qwen3_moe"], "ffn_hidden_size": 64, "moe_router_topk": 4}
 """Every token is given to every expert: the even spread that estimates assume."""
-EP = {**TP, "expert_model_parallel_size": 2}
+REPLICAS = {"expert_model_parallel_size": 2}
+EP = {**TP, **REPLICAS}
 
 
 def eight_bit(config: Config) -> Config:
@@ -187,6 +188,10 @@ def rows() -> dict[str, Config]:
         "tp, replay, moe": row("bf16", 1, TP, REPLAY, None, **MOE),
         "ep, moe": row("bf16", 1, EP, None, None, **MOE),
         "ep, full, moe": row("fp32", 1, EP, FULL, None, **MOE),
+        "ep over replicas, moe": row("bf16", 1, REPLICAS, None, None, **MOE),
+        "ep over replicas, replay, moe": row("fp32", 1, REPLICAS, REPLAY, None, **MOE),
+        "ep over replicas, zero 0, moe": row("fp32", 0, REPLICAS, FULL, None, **MOE),
+        "ep over replicas, moe, 8-bit": eight_bit(row("bf16", 1, REPLICAS, None, None, **MOE)),
         "pp, inverse, moe": row("fp32", 1, PP, INVERSE, None, **MOE),
         "zero 3, replay, moe": row("bf16", 3, None, REPLAY, TIGHT, **MOE),
         "pp, galore, full": galore(row("fp32", 1, PP, variant="full_rank"), proj_type="full"),
@@ -217,10 +222,11 @@ SOON = (
     "pp, qwen3",
     "tp, replay, qwen3",
     "ep, moe",
+    "ep over replicas, moe",
 )
 """The others are marked long: every row costs a second on an idle machine, and more where process groups are built."""
 RARE = tuple(name for name in rows() if name not in SOON)
-SIMULATED = tuple(name for name in SOON if "offload" not in name and "moe" not in name)
+SIMULATED = tuple(name for name in SOON if "offload" not in name)
 
 
 def count_rows(names: list[str]) -> Found:
@@ -312,7 +318,7 @@ def test_rarer_rows_hold_as_well(name: str, counted_rarely: list[Found]) -> None
 
 # a simulation takes ten seconds
 @pytest.mark.parametrize(
-    "name", [n if n in ("pp", "zero 1, bf16, 8-bit") else pytest.param(n, marks=pytest.mark.long) for n in SIMULATED]
+    "name", [n if n in ("pp", "ep over replicas, moe") else pytest.param(n, marks=pytest.mark.long) for n in SIMULATED]
 )
 def test_a_simulated_rank_does_exactly_what_the_real_one_does(name: str, counted: list[Found]) -> None:
     real, config = counted[1][name][0], rows()[name]
@@ -349,6 +355,7 @@ LARGE = {
     "Qwen3 0.6B, short": ("qwen3_0_6b", ["--training.global_batch_size", "32"]),
     "Qwen3 1.7B, short": ("qwen3_1_7b", ["--training.global_batch_size", "16"]),
     "Qwen3 8B, short": ("qwen3_8b", ["--training.global_batch_size", "8"]),
+    "Qwen3 30B-A3B, short": ("qwen3_30b_a3b", ["--training.global_batch_size", "8"]),
     "7B, ZeRO-2, short": ("llama2_7b", [*SHORT, "--deepspeed.zero_optimization.stage", "2"]),
     "7B, ZeRO-2, replay, short": (
         "llama2_7b",

@@ -110,6 +110,8 @@ ON_TWO = [
     Layout(tp=2, model=MOE, data=DOCUMENTS),
     Layout(tp=2, zero=3, model={**MOE, "variant": "cola", "moe_router_pre_softmax": True}, parallel=EP),
     Layout(pp=2, vpp=2, zero=1, model=MOE),
+    *(Layout(zero=zero, model=MOE, parallel=EP) for zero in (0, 1)),
+    Layout(zero=1, dtype="bf16", model={**MOE, "moe_router_topk": 4}, parallel=EP),
 ]
 MORE_ON_TWO = [
     Layout(pp=2, vpp=2, zero=1, model=GPT2, lr_multipliers=LR_MULTIPLIERS),
@@ -183,6 +185,11 @@ ON_FOUR = [
     Layout(tp=2, pp=2, vpp=2, zero=1, model=GPT2),
     Layout(pp=2, zero=1, model=GPT2),
     Layout(tp=2, pp=2, vpp=2, zero=1, model=MOE, parallel=EP),
+    # experts over replicas, of which there are one or two groups
+    *(Layout(zero=zero, model=MOE, parallel=EP) for zero in (0, 1)),
+    Layout(zero=1, dtype="bf16", model={**MOE, "moe_router_topk": 4}, parallel=EP),
+    Layout(tp=2, zero=1, model=MOE, parallel={"expert_model_parallel_size": 4}),
+    Layout(pp=2, vpp=2, zero=1, model=MOE, parallel=EP, lr_multipliers=LR_MULTIPLIERS),
 ]
 MORE_ON_FOUR = [
     Layout(tp=2, pp=2, zero=1, dtype="bf16", model=QWEN3),
@@ -222,9 +229,10 @@ MATRIX += [
 MATRIX += [
     dataclasses.replace(row, model={**row.model, **MOE}, parallel=parallel)
     for row, parallel in product(MATRIX, ({}, EP))
-    # with tensor parallelism experts need sequence parallelism, and they are spread over its ranks; in bf16 tokens may
-    # go to other experts than in fp64
-    if "architecture" not in row.model and row.dtype == "fp32" and row.sp is not False and (row.tp > 1 or not parallel)
+    # with tensor parallelism experts need sequence parallelism, and they are spread over its ranks, without it over
+    # replicas; in bf16 tokens may go to other experts than in fp64
+    if "architecture" not in row.model
+    if row.dtype == "fp32" and row.sp is not False and (row.tp > 1 or row.zero <= 1 or not parallel)
 ]
 MATRIX += [
     Layout(tp=2, zero=zero, model={"variant": "crnet"}, keys=keys)
@@ -302,8 +310,21 @@ IMPOSSIBLE = {
     ),
     "optimizer offload with a pipeline": (Layout(pp=2, zero=1, offload="offload_optimizer"), "offload_optimizer"),
     "parameter offload below stage 3": (Layout(zero=2, offload="offload_param"), "use stage 3"),
-    "experts over replicas": (Layout(model=MOE, parallel=EP), "use 1, or tensor_model_parallel_size 2$"),
-    "experts over some of the ranks": (Layout(tp=4, model={**MOE, "num_query_groups": 4}, parallel=EP), "use 1 or 4"),
+    "experts over replicas with ZeRO 2": (Layout(zero=2, model=MOE, parallel=EP), "use stage 0 or 1"),
+    "experts over replicas with ZeRO 3": (Layout(zero=3, model=MOE, parallel=EP), "use stage 0 or 1"),
+    "experts over replicas in bf16 without ZeRO": (Layout(dtype="bf16", model=MOE, parallel=EP), "use stage 1"),
+    "experts over replicas with offload": (
+        Layout(zero=1, model=MOE, parallel=EP, offload="offload_optimizer"),
+        "leave zero_optimization.offload_optimizer out",
+    ),
+    "experts over replicas without reduce_scatter": (
+        Layout(zero=1, model=MOE, parallel=EP, keys=UNBUFFERED),
+        "needs zero_optimization.reduce_scatter: leave it out",
+    ),
+    "experts over some of the ranks": (
+        Layout(tp=4, model={**MOE, "num_query_groups": 4}, parallel=EP),
+        "use 1 or a multiple of 4",
+    ),
     "experts that do not divide": (
         Layout(tp=2, model={**MOE, "num_experts": 5}, parallel=EP),
         "model.num_experts 5 does not divide by .* use 4 or 6",

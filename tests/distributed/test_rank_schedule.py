@@ -39,6 +39,7 @@ TWO = [
     Layout(tp=2, zero=1, dtype="bf16", model={"rank": 6}),
     Layout(tp=2, model={**PADDED, "rank": 6}),
     Layout(tp=2, zero=1, model={**MOE, "rank": 6, "moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": 0.0}, parallel=EP),
+    Layout(zero=1, model={**MOE, "rank": 6, "moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": 0.0}, parallel=EP),
 ]
 
 

@@ -63,6 +63,7 @@ class Row:
 
 TP = {"tensor_model_parallel_size": 2}
 EP = {**TP, "expert_model_parallel_size": 2}
+REPLICAS = {"expert_model_parallel_size": 2}
 PP = {"pipeline_model_parallel_size": 2}
 VPP = {**PP, "virtual_pipeline_model_parallel_size": 2}
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
@@ -88,12 +89,14 @@ ROWS = [
     Row("tp2-gpt2", GPT2, TP, strategies=(REPLAY_AUTO, INVERSE), data=DOCUMENTS),
     Row("pp2-vpp2-gpt2", {**GPT2, "num_layers": 8}, VPP, "bf16", {"stage": 1}, strategies=(REPLAY,)),
     Row("tp2-ep2-qwen3-moe", MOE, EP, strategies=(REPLAY_AUTO, INVERSE)),
+    Row("dp2-ep2-qwen3-moe", MOE, REPLICAS, "bf16", {"stage": 1}, strategies=(REPLAY, FULL)),
     Row("tp2-qwen3", QWEN3, WITHOUT_SP, strategies=(REPLAY,)),
 ]
 MORE_ON_TWO = [
     Row("tp2-gpt2", {**GPT2, "num_layers": 6}, TP, strategies=(REPLAY_AUTO, FULL, INVERSE), data=DOCUMENTS),
     Row("tp2-zero3-gpt2-dropout", {**GPT2, **DROPOUT}, TP, "bf16", PARTITIONED, strategies=(REPLAY,)),
     Row("tp2-ep2-qwen3-moe", {**MOE, "num_layers": 6}, EP, strategies=(*EXACT, INVERSE)),
+    Row("dp2-ep2-moe", {**MOE, **DROPOUT}, REPLICAS, strategies=(*EXACT, INVERSE)),
     Row("tp2-qwen3-moe-dropout", {**MOE, **DROPOUT}, TP, "bf16", {"stage": 2}, strategies=(REPLAY, FULL)),
     Row("pp2-vpp2-qwen3-moe", {**MOE, "num_layers": 8}, VPP, "bf16", {"stage": 1}, strategies=(REPLAY_AUTO, INVERSE)),
     Row("tp2-qwen3", {**QWEN3, "num_layers": 6}, WITHOUT_SP, strategies=(REPLAY, FULL, INVERSE)),

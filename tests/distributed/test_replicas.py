@@ -19,10 +19,11 @@ from megatron_crnet.model.weights import EMBEDDING
 from megatron_crnet.training.metrics import largest_peak_memory_bytes, peak_memory_bytes
 from tests.distributed.spawn import fresh_world, run_distributed
 from tests.distributed.test_checkpoint import row_config
-from tests.helpers import local_weights, micro_batches
+from tests.helpers import ARCHITECTURES, local_weights, micro_batches
 
 TP = {"tensor_model_parallel_size": 2}
 PP = {"pipeline_model_parallel_size": 2}
+EP, MOE = {"expert_model_parallel_size": 2}, ARCHITECTURES["qwen3_moe"]
 TIED = {"tie_word_embeddings": True}
 NORM, WHOLE = "model.layers.1.input_layernorm.weight", "model.layers.2.mlp.down_proj.a.weight"
 ROWS: dict[str, tuple[dict[str, Any], str, bool]] = {
@@ -33,6 +34,8 @@ ROWS: dict[str, tuple[dict[str, Any], str, bool]] = {
     "dp2-zero1-bf16": ({"stage": 1, "dtype": "bf16"}, WHOLE, True),
     "dp2-zero3": ({"stage": 3}, WHOLE, False),
     "pp2-tied": ({"parallel": PP, "stage": 1, "dtype": "bf16", "model": TIED}, EMBEDDING, True),
+    "dp2-ep2": ({"parallel": EP, "model": MOE, "stage": 1}, "model.layers.2.mlp.experts.3.down_proj.a.weight", False),
+    "dp2-ep2-router": ({"parallel": EP, "model": MOE}, "model.layers.2.mlp.gate.weight", True),
     "pp2-untied": ({"parallel": PP}, "lm_head.weight", False),
 }
 """Configuration, the weight that rank 1 changes, and whether another rank has a copy of it."""

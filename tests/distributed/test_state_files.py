@@ -40,6 +40,8 @@ LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {
     "tp2-zero1": (TP, 1),
     "tp2-zero3-without-sp": ({**TP, "sequence_parallel": False}, 3),
     "tp2-ep2-zero1": ({**TP, "expert_model_parallel_size": 2}, 1),
+    "dp2-ep2-zero0": ({"expert_model_parallel_size": 2}, 0),
+    "dp2-ep2-zero1": ({"expert_model_parallel_size": 2}, 1),
     "pp2-zero1": (PP, 1),
     "pp2-vpp2-zero1": ({**PP, "virtual_pipeline_model_parallel_size": 2}, 1),
 }
@@ -55,18 +57,18 @@ WRITERS = {
     "bf16": ("dp2-zero1", "dp2-zero3"),
     "gpt2": ("pp2-vpp2-zero1", "tp2-zero3-without-sp"),
     "qwen3": ("tp2-zero3-without-sp",),
-    "qwen3_moe": ("tp2-ep2-zero1", "dp2-zero3"),
+    "qwen3_moe": ("tp2-ep2-zero1", "dp2-zero3", "dp2-ep2-zero0", "dp2-ep2-zero1"),
 }
 READERS = {
     "fp32": tuple(name for name in LAYOUTS if "ep" not in name),
     "bf16": ("dp2-zero0", "dp2-zero1", "dp2-zero3", "tp2-zero1"),
     "gpt2": ("pp2-vpp2-zero1", "dp2-zero3", "tp2-zero1"),
     "qwen3": ("tp2-zero3-without-sp", "pp2-zero1"),
-    "qwen3_moe": ("tp2-ep2-zero1", "tp2-zero1", "pp2-zero1", "dp2-zero3"),
+    "qwen3_moe": ("dp2-ep2-zero1", "dp2-ep2-zero0", "tp2-ep2-zero1", "tp2-zero1", "pp2-zero1", "dp2-zero3"),
 }
 FROM_EACH = {
     **{"fp32": "tp2-zero1", "bf16": "dp2-zero3", "gpt2": "pp2-vpp2-zero1"},
-    **{"qwen3": "tp2-zero3-without-sp", "qwen3_moe": "tp2-ep2-zero1"},
+    **{"qwen3": "tp2-zero3-without-sp", "qwen3_moe": "dp2-ep2-zero1"},
 }
 """The writer whose files every reader takes; those of the others only the same layout takes."""
 

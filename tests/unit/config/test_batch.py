@@ -13,7 +13,7 @@ from megatron_crnet.config.schema import Config
 from megatron_crnet.engine.optimizer import build_scheduler
 from megatron_crnet.planning.tables import dry_run_report
 from megatron_crnet.utils.errors import ConfigError
-from tests.helpers import tiny_config
+from tests.helpers import ARCHITECTURES, tiny_config
 
 
 def test_the_global_batch_is_micro_batches_times_replicas() -> None:
@@ -33,6 +33,18 @@ def test_a_world_that_does_not_divide_is_refused() -> None:
         ConfigError, match=r"size 3 does not divide by .* multiple of 2 .*nproc_per_node=2; .* WORLD_SIZE=2;"
     ):
         plan_batches(tiny_config(parallel={"tensor_model_parallel_size": 2}), world_size=3)
+
+
+def test_experts_over_replicas_need_as_many_replicas() -> None:
+    experts = {**ARCHITECTURES["qwen3_moe"], "num_experts": 8}
+    over_four = tiny_config(experts, {"expert_model_parallel_size": 4})
+    assert plan_batches(over_four, world_size=4).dp_size == 4
+    with pytest.raises(ConfigError, match=r"size 4 spreads experts over 4 replicas .* 2 data-parallel .* use 2, or a"):
+        plan_batches(over_four, world_size=2)
+    with_tp = tiny_config(experts, {"expert_model_parallel_size": 4, "tensor_model_parallel_size": 2})
+    assert plan_batches(with_tp, world_size=4).dp_size == 2
+    with pytest.raises(ConfigError, match=r"over 2 replicas at a time, by which 1 data-parallel .* use 2, or a multi"):
+        plan_batches(with_tp, world_size=2)
 
 
 def test_virtual_stages_need_micro_batches_in_multiples_of_the_stages() -> None:

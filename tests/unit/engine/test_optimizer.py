@@ -7,7 +7,6 @@ import types
 import pytest
 import torch
 
-from megatron_crnet.config.schema import OptimizerConfig
 from megatron_crnet.engine.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -107,13 +106,16 @@ def test_the_multiplier_of_a_weight_is_the_product_of_its_parts(name: str, facto
 
 def test_stages_with_fewer_groups_divide_some_and_refuse_what_cannot_be_divided() -> None:
     module = torch.nn.ParameterDict(FULL_RANK)
-    model = tiny_config().model
-    assert count_groups(model, OptimizerConfig()) == 2
-    assert count_groups(model, OptimizerConfig(lr_multipliers={"first_layer": 0.5, "beta": 2.0, "a": 1.0})) == 4
-    assert count_groups(tiny_config({"variant": "full_rank"}).model, OptimizerConfig(name="galore")) == 3
-    moe = tiny_config({**ARCHITECTURES["qwen3_moe"], "variant": "low_rank"}).model
+    some = {"first_layer": 0.5, "beta": 2.0, "a": 1.0}
+    assert count_groups(tiny_config()) == 2
+    assert count_groups(tiny_config(optimizer={"lr_multipliers": some})) == 4
+    assert count_groups(tiny_config({"variant": "full_rank"}, optimizer={"name": "galore", "galore_rank": 4})) == 3
+    moe = {**ARCHITECTURES["qwen3_moe"], "variant": "low_rank"}
     # the first layer's router, its factors, other weights, other factors; vectors
-    assert count_groups(moe, OptimizerConfig(lr_multipliers={"first_layer": 0.5, "a": 3.0, "b": 3.0})) == 5
+    multipliers = {"lr_multipliers": {"first_layer": 0.5, "a": 3.0, "b": 3.0}}
+    assert count_groups(tiny_config(moe, optimizer=multipliers)) == 5
+    # and of experts that are spread over replicas both kinds of factors
+    assert count_groups(tiny_config(moe, {"expert_model_parallel_size": 2}, optimizer=multipliers)) == 7
     found = parameter_groups([module, torch.nn.ParameterDict({"other": torch.zeros(5, 5)})], 0.1, at_least=3)
     assert [(g["weight_decay"], len(g["params"])) for g in found] == [(0.0, 1), (0.1, 1), (0.1, 1)]
     with pytest.raises(ConfigError, match=r"optimizer\.lr_multipliers needs 3 groups .* one has only 2 parameters"):

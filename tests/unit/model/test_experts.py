@@ -62,7 +62,7 @@ def test_the_auxiliary_loss_is_the_mean_over_micro_batches() -> None:
 
 def test_experts_without_tokens_have_gradients_of_zero() -> None:
     x, weights = torch.randn(5, 4), torch.randn(3, 2, 4, requires_grad=True)
-    y = stacked_product(x, weights, [2, 0, 3])
+    y = stacked_product(x, weights, torch.tensor([2, 2, 5], dtype=torch.int32))
     torch.testing.assert_close(y, torch.cat([x[:2] @ weights[0].T, x[2:] @ weights[2].T]))
     y.square().sum().backward()
     assert weights.grad is not None

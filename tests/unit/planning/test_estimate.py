@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megatron_crnet.config.loading import load_config
 from megatron_crnet.config.model_size import total_parameters
@@ -18,7 +19,7 @@ from megatron_crnet.planning.estimate import Estimate, estimate, node_crossings
 from megatron_crnet.planning.galore import galore_share
 from megatron_crnet.planning.machines import MACHINES, SIMULATED, Machine, find_machine
 from megatron_crnet.planning.profile import DATA, PIPELINE, TENSOR, CommVolume, Memory
-from megatron_crnet.planning.shards import build_local_models
+from megatron_crnet.planning.shards import SPREAD, build_local_models
 from megatron_crnet.planning.simulation import simulate
 from megatron_crnet.planning.tables import as_values, dry_run_report, estimate_tables
 from megatron_crnet.planning.volume import persistent, zero3_gathers
@@ -275,9 +276,25 @@ def test_a_warm_start_needs_the_memory_of_full_rank() -> None:
     assert "full_rank" in line
 
 
-def test_experts_are_not_counted_on_tensors_without_values() -> None:
-    with pytest.raises(ConfigError, match="num_experts is 4, but which expert a token is given to follows from values"):
-        simulate(tiny_config(ARCHITECTURES["qwen3_moe"]), 1, 0)
+def test_experts_are_simulated_with_an_even_spread_whatever_their_values() -> None:
+    sparse, dense = (tiny_config({**ARCHITECTURES["qwen3_moe"], "moe_router_topk": topk}) for topk in (2, 4))
+    for config in (sparse, dense):
+        assert simulate(config, 1, 0).flops == estimate(config, 1).stages[0].operations.total
+    # Megatron-Core's scale of router losses is a tensor that it keeps between passes: not one without values
+    assert MoEAuxLossAutoScaler.main_loss_backward_scale is None
+
+
+def test_experts_over_replicas_leave_each_a_share_with_its_optimizer_state() -> None:
+    section, training = {"zero_optimization": {"stage": 1}}, {"dtype": "bf16", "global_batch_size": 8}
+    moe = ARCHITECTURES["qwen3_moe"]
+    for size in (1, 2, 4):
+        config = tiny_config(moe, {"expert_model_parallel_size": size}, training, deepspeed_section=section)
+        model = build_local_models(config)[0]
+        experts = sum(p.numel for p in model.parameters if p.is_expert and p.kind == (SPREAD if size > 1 else "matrix"))
+        assert model.partition(4) == pytest.approx((model.numel - experts) / 4 + experts * size / 4, rel=1e-3)
+        groups = {flow.group for flow in estimate(config, 4).stages[0].flows}
+        # one group of four ranks takes the name of the replicas'
+        assert groups == {1: {"DP"}, 2: {"DP", "EP", "EP's DP"}, 4: {"DP"}}[size]
 
 
 def test_spread_experts_weigh_as_much_less_on_each_rank() -> None:

@@ -68,6 +68,17 @@ def test_of_other_architectures_neither(
     assert row[LAUNCHES] == launches
 
 
+def test_experts_are_a_few_products_whatever_their_number(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--training.micro_batch_size", "1", "--variants", "crnet", "low_rank"
+    rows = {n: counted(capsys, *words, "--model.num_experts", str(n), example="qwen3_30b_a3b") for n in (16, 128)}
+    for variant, limit in (("crnet", 125), ("low_rank", 119)):
+        few, many = (rows[n][variant] for n in (16, 128))
+        assert few[LAUNCHES] == many[LAUNCHES] <= limit
+        assert few["forward"]["products"] == many["forward"]["products"]
+    # a loop over experts moved 1.37 MB
+    assert rows[128]["crnet"]["bytes_per_token_layer"] <= 924_400
+
+
 def test_regions_are_counted_in_the_pass_that_runs_them(capsys: pytest.CaptureFixture[str]) -> None:
     row = counted(capsys, "--variants", "crnet")["crnet"]
     forward, backward = row["forward"], row["backward"]
