@@ -72,7 +72,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 """Architectures beside LLaMA, with what makes each different: tied output layers, heads of a width of their own."""
 PADDED_MOE = {**ARCHITECTURES["qwen3_moe"], **PADDED}
-PADDED_GPT2 = {**ARCHITECTURES["gpt2"], **PADDED, "rank": {p: r for p, r in PADDED["rank"].items() if p != "gate"}}
+PADDED_GPT2 = {
+    **{**ARCHITECTURES["gpt2"], **PADDED, "vocab_size": 61},
+    "rank": {p: r for p, r in PADDED["rank"].items() if p != "gate"},
+}
 
 
 def tiny_config(

@@ -80,6 +80,7 @@ class PositionTable:
         chain_starts: layers (from 0) that use no output of the previous layer.
         shapes: (h_in, h_out) of each position, over all tensor-parallel ranks; of an expert's, of one expert.
         num_experts, topk: experts of a layer, and how many a token is given to; 0 without.
+        vocabulary: tokens, over all tensor-parallel ranks.
         tp_size: tensor-parallel ranks.
         pad_to: see `padded`.
         method: what the maps of low-rank layers are.
@@ -100,6 +101,12 @@ class PositionTable:
     ties_head: bool = False
     num_experts: int = 0
     topk: int = 0
+    vocabulary: int = 0
+
+    @property
+    def local_vocabulary(self) -> int:
+        """Rows of the embedding, and of the output layer, on one tensor-parallel rank, with padding as of a width."""
+        return padded(self.vocabulary, self.pad_to, self.tp_size)
 
     @cached_property
     def padded_ranks(self) -> tuple[Mapping[str, int], ...]:
@@ -124,7 +131,7 @@ class PositionTable:
         return padded(width, self.pad_to if name in self.architecture.paddable else 1, self.tp_size)
 
     def padding(self) -> list[tuple[str, int, int, int]]:
-        """What is padded: `ffn` or `rank`, the canonical size, the number of equal parts, and the size of one."""
+        """What is padded: `ffn`, `rank` or `vocabulary`, its size, the number of equal parts, and the size of one."""
         split = {
             (name, self.shapes[p.name][side], self.tp_size, self.local_shapes[p.name][side])
             for p in self.architecture.positions
@@ -136,7 +143,8 @@ class PositionTable:
             for row, padded_row in zip(self.ranks, self.padded_ranks, strict=True)
             for p, rank in row.items()
         }
-        return [found for found in (*sorted(split), *sorted(ranks)) if found[1] != found[2] * found[3]]
+        tokens = "vocabulary", self.vocabulary, self.tp_size, self.local_vocabulary
+        return [found for found in (*sorted(split), *sorted(ranks), tokens) if found[1] != found[2] * found[3]]
 
     def has_previous(self, layer: int) -> bool:
         """Whether layer `layer` (from 0) adds the outputs of the previous layer."""
@@ -218,6 +226,7 @@ def position_table(model: ModelConfig, tp_size: int = 1, pad_to: int = 1) -> Pos
         ties_head(model),
         model.num_experts or 0,
         model.moe_router_topk if model.num_experts else 0,
+        model.vocab_size,
     )
 
 

@@ -223,7 +223,6 @@ def _check_parallel(config: Config) -> None:
     for section, name, value in (
         ("model", "num_attention_heads", model.num_attention_heads),
         ("model", "num_query_groups", groups),
-        ("model", "vocab_size", model.vocab_size),
         ("training", "seq_length", config.training.seq_length),
     ):
         require(
@@ -231,8 +230,9 @@ def _check_parallel(config: Config) -> None:
             f"{section}.{name} {value} does not divide by parallel.tensor_model_parallel_size {tp}: "
             f"use {value // tp * tp or tp} or {(value // tp + 1) * tp}, or another tensor-parallel size",
         )
+    _check_cut("vocab_size", model.vocab_size, parallel)
     if ARCHITECTURES[model.architecture].experts is None:
-        _check_ffn_width(model.ffn_hidden_size, parallel)
+        _check_cut("ffn_hidden_size", model.ffn_hidden_size, parallel)
     require(
         not (parallel.sequence_parallel and tp == 1),
         "parallel.sequence_parallel is true with tensor_model_parallel_size 1, but one rank "
@@ -245,17 +245,17 @@ def _check_parallel(config: Config) -> None:
     )
 
 
-def _check_ffn_width(width: int, parallel: ParallelConfig) -> None:
-    """The feed-forward network can be cut over tensor-parallel ranks."""
+def _check_cut(name: str, width: int, parallel: ParallelConfig) -> None:
+    """A width can be cut over tensor-parallel ranks."""
     tp = parallel.tensor_model_parallel_size
     require(
         parallel.pad_widths_to > 1 or width % tp == 0,
-        f"model.ffn_hidden_size {width} does not divide by parallel.tensor_model_parallel_size {tp}, and "
+        f"model.{name} {width} does not divide by parallel.tensor_model_parallel_size {tp}, and "
         "parallel.pad_widths_to 1 does not pad it: use pad_widths_to 64, or another tensor-parallel size",
     )
     require(
         -(-width // tp) * (tp - 1) < width,
-        f"model.ffn_hidden_size {width} cannot be cut into {tp} equal parts, as parallel.tensor_model_parallel_size "
+        f"model.{name} {width} cannot be cut into {tp} equal parts, as parallel.tensor_model_parallel_size "
         f"asks, of which padding leaves none empty: use {-(-width // tp) * tp}, or another tensor-parallel size",
     )
 

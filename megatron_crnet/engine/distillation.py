@@ -21,7 +21,6 @@ from megatron_crnet.config.schema import Config, OptimizerConfig, RecomputeConfi
 from megatron_crnet.model.block import pack
 from megatron_crnet.model.distillation import FeatureMatch, add_gradient, masked_difference, squared_sum
 from megatron_crnet.model.gpt import CRNetModel, build_model_chunks, call_model
-from megatron_crnet.model.loss import token_losses
 from megatron_crnet.model.weights import Weight
 
 
@@ -158,7 +157,7 @@ class Distillation:
         difference = masked_difference(logits, targets, batch["loss_mask"].bool())
         self.squares[1] += squared_sum(difference) * self._tp
         logits = add_gradient(logits, difference, self._factors[1])
-        return token_losses(logits, batch["labels"], model.pg_collection.tp, model.glue)
+        return model.losses_of_logits(logits, batch["labels"])
 
 
 def _split(joined: Tensor, width: int) -> tuple[Tensor, Tensor]:

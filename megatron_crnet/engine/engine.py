@@ -363,7 +363,8 @@ class TrainEngine:
         padded = torch.tensor(tokens + [0] * (length - len(tokens)), device=device).unsqueeze(0)
         batch = {"tokens": padded, "position_ids": torch.arange(length, device=device).unsqueeze(0)}
         copies = self.config.parallel.pipeline_model_parallel_size if len(self.chunks) > 1 else 1
-        return run_logits(self.scheduled, batch, copies, len(tokens) - 1)
+        logits = run_logits(self.scheduled, batch, copies, len(tokens) - 1)
+        return None if logits is None else logits[: self.config.model.vocab_size]  # without padding
 
     def _clip(self) -> float:
         limit = self.config.optimizer.clip_grad or float("inf")

@@ -25,7 +25,6 @@ class CRNetModel(GPTModel):
     """Embeddings, RoPE's angles and output layer are Megatron-Core's own.
 
     Args:
-        vocab_size: rows of the embedding, divisible by the tensor-parallel size.
         max_sequence_length: longest sequence, in tokens.
         vp_stage: virtual pipeline stage of this chunk; None without virtual stages.
     """
@@ -33,7 +32,6 @@ class CRNetModel(GPTModel):
     def __init__(
         self,
         config: CRNetTransformerConfig,
-        vocab_size: int,
         max_sequence_length: int,
         rotary_base: int,
         vp_stage: int | None = None,
@@ -45,7 +43,7 @@ class CRNetModel(GPTModel):
         super().__init__(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[]),
-            vocab_size=vocab_size,
+            vocab_size=config.table.local_vocabulary * config.table.tp_size,
             max_sequence_length=max_sequence_length,
             position_embedding_type="rope" if config.table.architecture.is_rotary else "learned_absolute",
             share_embeddings_and_output_weights=config.table.ties_head,
@@ -59,6 +57,9 @@ class CRNetModel(GPTModel):
             # Megatron-Core leaves them to its module for half precision
             word, position = self.embedding.word_embeddings.weight, self.embedding.position_embeddings
             position.weight = nn.Parameter(position.weight.to(device=word.device, dtype=word.dtype))
+        for layer in (self.embedding.word_embeddings if first else None, self.output_layer if last else None):
+            if layer is not None and layer.weight is not None:
+                layer.weight.detach().zero_()  # rows of padding stay so
         self.glue = choose_glue(next(self.parameters()), config.cross_layer_fusion)
         mark_tensor_parallel(self)
 
@@ -69,8 +70,11 @@ class CRNetModel(GPTModel):
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross-entropy of every token, [b, s]; labels: [b, s], logits: [s, b, V/t]."""
-        losses = token_losses(logits, labels.t().contiguous(), self.pg_collection.tp, self.glue)
-        return losses.t().contiguous()
+        return self.losses_of_logits(logits, labels.t().contiguous()).t().contiguous()
+
+    def losses_of_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The same of labels and logits in the same order; see `model/loss.py`."""
+        return token_losses(logits, labels, self.config.table.vocabulary, self.pg_collection.tp, self.glue)
 
     def token_losses(self, batch: dict[str, Tensor]) -> Tensor:
         """Cross-entropy in nats of every token, [b, s], on the last stage; the boundary tensor elsewhere.
@@ -108,7 +112,6 @@ def build_model_chunks(config: Config, value_of: Callable[[Weight], Tensor] | No
     models = [
         CRNetModel(
             transformer,
-            config.model.vocab_size,
             config.model.max_position_embeddings or config.training.seq_length,
             config.model.rotary_base,
             vp_stage=chunk if chunks > 1 else None,

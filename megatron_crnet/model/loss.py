@@ -8,6 +8,7 @@ take their place, and in backward their gradient. Repeating the product there in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,9 +21,14 @@ from megatron_crnet.model.glue import EAGER, FEW, Glue
 
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, glue: Glue, group: dist.ProcessGroup, logits: Tensor, labels: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, glue: Glue, group: dist.ProcessGroup, vocabulary: int, logits: Tensor, labels: Tensor
+    ) -> Tensor:
         rows = logits.detach().view(-1, logits.shape[-1])
-        local = labels.reshape(-1) - group.rank() * rows.shape[1]
+        first = group.rank() * rows.shape[1]
+        if vocabulary < first + rows.shape[1]:
+            rows[:, vocabulary - first :] = -math.inf  # padding, which takes no probability and gets no gradient
+        local = labels.reshape(-1) - first
         found = []
         for part, of_part in _few(glue, rows, local):
             found.append(glue.exponentials_(part, of_part))
@@ -45,7 +51,7 @@ class _TokenLosses(torch.autograd.Function):
         rows, ctx.rows = ctx.rows, None
         for part, *of_part in _few(ctx.glue, rows, local, share, grads[0].reshape(-1)):
             ctx.glue.logit_gradient_(part, *of_part)
-        return None, None, rows.view(*grads[0].shape, -1), None
+        return None, None, None, rows.view(*grads[0].shape, -1), None
 
 
 def _few(glue: Glue, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
@@ -53,14 +59,17 @@ def _few(glue: Glue, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     return zip(*(x.split(step) for x in tensors), strict=True)
 
 
-def token_losses(logits: Tensor, labels: Tensor, group: dist.ProcessGroup, glue: Glue = EAGER) -> Tensor:
+def token_losses(
+    logits: Tensor, labels: Tensor, vocabulary: int, group: dist.ProcessGroup, glue: Glue = EAGER
+) -> Tensor:
     """Cross-entropy in nats, fp32, of the shape of `labels`.
 
     Overwrites the logits.
 
     Args:
-        logits: this rank's part of the vocabulary, [..., V/t], contiguous.
+        logits: this rank's part of the vocabulary, [..., V/t], contiguous, on the last ranks with padding behind it.
         labels: tokens, the same on all ranks of the group; one outside the vocabulary has no logit of its own.
+        vocabulary: V, without padding.
         group: tensor-parallel group.
     """
-    return _TokenLosses.apply(glue, group, logits, labels)
+    return _TokenLosses.apply(glue, group, vocabulary, logits, labels)

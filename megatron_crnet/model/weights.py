@@ -80,11 +80,12 @@ class Weight:
 
 def canonical_weights(model: CRNetModel) -> Iterator[Weight]:
     """Every canonical weight that this pipeline stage holds."""
-    vocabulary, group = (model.vocab_size, model.config.hidden_size), model.pg_collection.tp
-    rows = model.vocab_size // group.size()
-    span = range(rows * group.rank(), rows * (group.rank() + 1))
+    table, rank = model.config.table, model.pg_collection.tp.rank()
+    rows, vocabulary = table.local_vocabulary, (table.vocabulary, model.config.hidden_size)
+    span = range(rows * rank, min(rows * (rank + 1), table.vocabulary))
+    held = (slice(len(span)),)
     if model.pre_process:
-        yield Weight(EMBEDDING, model.embedding.word_embeddings.weight, (...,), vocabulary, 0, span)
+        yield Weight(EMBEDDING, model.embedding.word_embeddings.weight, held, vocabulary, 0, span)
         if not model.config.table.architecture.is_rotary:
             positions = model.embedding.position_embeddings.weight
             shape = model.max_sequence_length, model.config.hidden_size
@@ -94,9 +95,9 @@ def canonical_weights(model: CRNetModel) -> Iterator[Weight]:
     if model.post_process:
         yield from _norm_weights("model.norm", model.decoder.final_layernorm, model.config.hidden_size)
         if not model.config.table.ties_head:
-            yield Weight(HEAD, model.output_layer.weight, (...,), vocabulary, 0, span)
+            yield Weight(HEAD, model.output_layer.weight, held, vocabulary, 0, span)
         elif not model.pre_process:
-            yield Weight(EMBEDDING, model.output_layer.weight, (...,), vocabulary, 0, span, is_copy=True)
+            yield Weight(EMBEDDING, model.output_layer.weight, held, vocabulary, 0, span, is_copy=True)
 
 
 def _norm_weights(name: str, norm: Any, width: int) -> Iterator[Weight]:

@@ -30,7 +30,8 @@ def kept_differences(model: LocalModel, flight: float) -> float:
         return 0.0
     section, shape, last = model.config.distillation, model.config.model, model.chunks[-1]
     layers = sum(len(chunk.layers) for chunk in model.chunks) if section.kd_alpha else 0
-    logits = model.tokens * shape.vocab_size // model.tp if section.kd_beta and last.predicts else 0
+    vocabulary = model.transformer.table.local_vocabulary
+    logits = model.tokens * vocabulary if section.kd_beta and last.predicts else 0
     return (flight * layers * model.local_tokens * shape.hidden_size + logits) * model.element
 
 

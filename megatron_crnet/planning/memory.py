@@ -171,7 +171,7 @@ def _kept_width(model: LocalModel, chunk: Chunk) -> float:
 
 def _logits(model: LocalModel, chunk: Chunk) -> float:
     """The logits, in whose place the cross-entropy keeps exponentials, and then their gradient."""
-    return model.tokens * model.config.model.vocab_size // model.tp * model.element if chunk.predicts else 0
+    return model.tokens * model.transformer.table.local_vocabulary * model.element if chunk.predicts else 0
 
 
 def _transient(model: LocalModel, plan: BatchPlan) -> float:

@@ -209,7 +209,7 @@ def _activation_bytes(model: LocalModel) -> float:
     if model.teacher is not None:
         its_layers = (layer for chunk in model.teacher.chunks for layer in chunk.layers)
         layers += FORWARD_USES * sum(layer_widths(model.teacher.transformer, n).activations for n in its_layers)
-    logits = model.tokens * model.config.model.vocab_size // model.tp * (model.element + 4) * ACTIVATION_USES
+    logits = model.tokens * model.transformer.table.local_vocabulary * (model.element + 4) * ACTIVATION_USES
     return layers * model.local_tokens * model.element + (logits if model.chunks[-1].predicts else 0)
 
 

@@ -108,7 +108,7 @@ class LocalModel:
     @property
     def embedding(self) -> int:
         """Elements of the embedding, and of the output layer, on a rank that has them."""
-        return _embedding(self.config)
+        return _embedding(self.transformer)
 
     @cached_property
     def numel(self) -> int:
@@ -204,14 +204,14 @@ def _chunks(transformer: CRNetTransformerConfig, pp_rank: int) -> list[Chunk]:
     return chunks
 
 
-def _embedding(config: Config) -> int:
+def _embedding(transformer: CRNetTransformerConfig) -> int:
     """Elements of the embedding, and of the output layer, on one rank."""
-    return config.model.vocab_size // config.parallel.tensor_model_parallel_size * config.model.hidden_size
+    return transformer.table.local_vocabulary * int(transformer.hidden_size)
 
 
 def _weights(config: Config, transformer: CRNetTransformerConfig, chunk: Chunk) -> Iterator[LocalParameter]:
     h, sp, last = config.model.hidden_size, transformer.sequence_parallel, config.model.num_layers
-    vocabulary = _embedding(config)
+    vocabulary = _embedding(transformer)
     architecture = transformer.table.architecture
     if chunk.embeds:
         yield LocalParameter(-1, vocabulary)

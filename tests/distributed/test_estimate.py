@@ -350,6 +350,24 @@ def test_partial_gradients_are_summed_as_replicas_have_cut_them(stage: int, rank
     check_row(simulated, expected)
 
 
+@pytest.mark.parametrize(
+    ("world_size", "parallel", "dtype", "stage"),
+    [
+        (4, REPLICAS, "bf16", 1),
+        pytest.param(4, REPLICAS, "fp32", 0, marks=pytest.mark.long),
+        pytest.param(8, {**TP, "expert_model_parallel_size": 4}, "bf16", 1, marks=pytest.mark.long),
+        pytest.param(8, {**PP, **REPLICAS}, "fp32", 1, marks=pytest.mark.long),
+    ],
+)
+def test_experts_are_reduced_and_partitioned_over_the_replicas_that_hold_the_same(
+    world_size: int, parallel: dict[str, Any], dtype: str, stage: int
+) -> None:
+    config = row(dtype, stage, parallel, REPLAY, None, **MOE)
+    simulated, expected = simulate(config, world_size, 0), estimate(config, world_size, UNFUSED).stages[0]
+    check_row(simulated, expected)
+    assert {flow.size for flow in simulated.flows if flow.group == "EP's DP"} == {2}
+
+
 ZERO_3 = ["--deepspeed.zero_optimization.stage", "3"]
 SHORT = ["--training.global_batch_size", "64"]
 LARGE = {

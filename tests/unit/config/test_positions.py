@@ -135,10 +135,12 @@ def test_the_table_of_a_rank_holds_what_it_computes_with_and_the_canonical_sizes
         ("quickstart", 1, []),
         ("llama2_60m", 1, [("ffn", 1376, 1, 1408)]),
         ("llama2_1b", 1, [("ffn", 5461, 1, 5504)]),
-        ("llama2_1b", 8, [("ffn", 5461, 8, 704)]),
+        ("llama2_1b", 8, [("ffn", 5461, 8, 704), ("vocabulary", 32000, 8, 4032)]),
         ("llama2_7b", 1, []),
         ("llama2_7b", 4, []),
-        ("llama2_7b", 8, [("ffn", 11008, 8, 1408)]),
+        ("llama2_7b", 8, [("ffn", 11008, 8, 1408), ("vocabulary", 32000, 8, 4032)]),
+        ("gpt2_124m", 1, [("vocabulary", 50257, 1, 50304)]),
+        ("gpt2_124m", 2, [("vocabulary", 50257, 2, 25152)]),
     ],
 )
 def test_the_examples_are_padded_where_that_helps(

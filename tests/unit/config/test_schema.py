@@ -56,7 +56,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "model.ffn_hidden_size 5 cannot be cut into 4 .* use 8",
     ),
     ({"parallel": {"pad_widths_to": 63}}, "parallel.pad_widths_to is 63, but must be one of 1, 8, 16"),
-    ({"model": {"vocab_size": 65}, "parallel": TP2}, "model.vocab_size 65"),
+    ({"model": {"vocab_size": 65}, "parallel": {**TP2, "pad_widths_to": 1}}, "model.vocab_size 65 does not divide"),
+    (
+        {"model": {"vocab_size": 5, "num_attention_heads": 4}, "parallel": {"tensor_model_parallel_size": 4}},
+        "model.vocab_size 5 cannot be cut into 4 equal parts",
+    ),
     ({"model": {"num_query_groups": 1}, "parallel": TP2}, "model.num_query_groups 1"),
     ({"training": {"seq_length": 15}, "parallel": TP2}, "training.seq_length 15"),
     ({"training": {"train_steps": 0}}, "training.train_steps is 0"),
