@@ -20,6 +20,14 @@ def uses_cuda_graphs(config: Config) -> bool:
     return next(_obstacles(config), None) is None if wanted is None else wanted
 
 
+def describe_launches(config: Config) -> str:
+    """A line on how micro-batches are launched on a GPU, and why not as a graph."""
+    if uses_cuda_graphs(config):
+        return "the passes of a micro-batch are launched as a CUDA graph"
+    why = f"{SWITCH} is false" if config.training.cuda_graphs is False else next(_obstacles(config))
+    return f"the passes of a micro-batch are launched one operation after another, not as a CUDA graph: {why}"
+
+
 def check_cuda_graphs(config: Config) -> None:
     """Refuse `training.cuda_graphs` true where a graph would not compute what the operations do.
 

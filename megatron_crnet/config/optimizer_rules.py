@@ -13,6 +13,24 @@ if TYPE_CHECKING:
 SMALLEST_EPS_8BIT = 1e-10
 """Below it, what `engine/adam8bit.py` takes for 0 would change updates."""
 
+READ_UNDER = {
+    **dict.fromkeys(("galore_rank", "update_proj_gap", "galore_scale", "proj_type", "rotate_moments"), "galore"),
+    **dict.fromkeys(("lr_restart_interval", "lr_restart_warmup_steps"), "cosine_restarts"),
+    **dict.fromkeys(("lr_wsd_decay_steps", "lr_wsd_decay_style"), "wsd"),
+}
+"""Fields of the section that are read under one `name` or `lr_decay_style` alone."""
+
+
+def remark_on_unread(optimizer: OptimizerConfig) -> str:
+    """A remark on fields that have been set and that this optimizer does not read; empty if there are none."""
+    chosen = {optimizer.name, optimizer.lr_decay_style}
+    unread = [name for name in optimizer.changed() if name in READ_UNDER and READ_UNDER[name] not in chosen]
+    if not unread:
+        return ""
+    others = sorted({READ_UNDER[name] for name in unread})
+    fields = ", ".join(f"optimizer.{name}" for name in unread)
+    return f"{fields} not read: {'that is' if len(unread) == 1 else 'these are'} for {' and '.join(others)}"
+
 
 def check_optimizer(config: Config) -> None:
     """The schedule's parts fit the run."""

@@ -19,6 +19,7 @@ from megatron_crnet.checkpoint.run_folder import RunFolders, check_remains, chec
 from megatron_crnet.checkpoint.train_state import TrainingState
 from megatron_crnet.config.batch import BatchPlan, check_memory, plan_batches
 from megatron_crnet.config.model_size import remark_on_unused_rows
+from megatron_crnet.config.optimizer_rules import remark_on_unread
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.datasets import Datasets, build_datasets, cache_root, data_fingerprint
 from megatron_crnet.data.fingerprint import TrainedOn, digest_of_tokenizer, remark_on_unnamed
@@ -153,6 +154,7 @@ def _examine_all(config: Config, context: ParallelContext, folders: RunFolders) 
     unread = f"checkpoint.load {config.checkpoint.load} is not read: the run goes on from its own checkpoint"
     notes = [
         remark_on_unused_rows(config.model, tokenizer.vocab_size),
+        remark_on_unread(config.optimizer),
         remark_on_unnamed(prefixes),
         untested,
         unread if config.checkpoint.load and start is None else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from megatron_crnet.config.cuda_graphs import uses_cuda_graphs
+from megatron_crnet.config.cuda_graphs import describe_launches
 from megatron_crnet.config.model_size import active_parameters, flops_per_token, total_parameters
 from megatron_crnet.config.phases import phases_of
 from megatron_crnet.config.positions import METHODS
@@ -88,8 +88,8 @@ def opening_lines(trainer: Trainer) -> list[str]:
             changed = changed_glue(config, device, preflight.saved, preflight.state.get("versions", {}))
             lines += [f"warning: {changed}"] if changed else []
     lines.append(f"the layers' glue is computed by {glue_in_use(config, device)}")
-    if device.type == "cuda" and uses_cuda_graphs(config):
-        lines.append("the passes of a micro-batch are launched as a CUDA graph")
+    if device.type == "cuda":
+        lines.append(describe_launches(config))
     if preflight.entropy is not None:
         lines.append(
             f"unigram entropy of the validation tokens: {preflight.entropy:.4f} nats "

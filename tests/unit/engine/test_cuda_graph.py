@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_crnet.config.cuda_graphs import uses_cuda_graphs
+from megatron_crnet.config.cuda_graphs import describe_launches, uses_cuda_graphs
 from megatron_crnet.config.schema import Config, RecomputeConfig
 from megatron_crnet.distributed.process_groups import initialize_parallel, shutdown_parallel
 from megatron_crnet.engine.cuda_graph import MicroBatchGraph
@@ -133,6 +133,10 @@ def test_the_default_is_a_graph_where_one_works() -> None:
     assert uses_cuda_graphs(graph_config())
     assert not uses_cuda_graphs(graph_config(training={"cuda_graphs": False}))
     assert not uses_cuda_graphs(tiny_config())
+    assert describe_launches(graph_config()).endswith("as a CUDA graph")
+    off = describe_launches(graph_config(training={"cuda_graphs": False}))
+    assert off.endswith("not as a CUDA graph: training.cuda_graphs is false")
+    assert describe_launches(tiny_config()).endswith("not with fp32 and stage 0")
 
 
 @pytest.mark.parametrize(
