@@ -69,11 +69,13 @@ ON_TWO = [
     Row(pp=2, zero=1, prune="random"),
     Row(tp=2, zero=1, model=PADDED),
     Row(pp=2, vpp=2, model={**RELORA, "full_rank_layers": [0]}),
+    Row(tp=2, zero=1, dtype="bf16", prune="random"),
+    Row(zero=3, dtype="bf16", prune="random", keys=PARTITION_EVERYTHING),
+]
+MORE_ON_TWO = [
     Row(tp=2, zero=1, model=GPT2),
     Row(pp=2, model=QWEN3),
-    Row(tp=2, zero=1, dtype="bf16", prune="random"),
     Row(zero=2, dtype="bf16", prune="random"),
-    Row(zero=3, dtype="bf16", prune="random", keys=PARTITION_EVERYTHING),
 ]
 MATRIX = [
     Row(tp=tp, pp=pp, zero=zero, dtype=dtype, prune="random" if dtype == "bf16" else "magnitude")
@@ -93,8 +95,9 @@ def test_restarts_on_two_ranks(index: int, two: list[Errors]) -> None:
 
 
 @pytest.mark.long
-def test_restarts_on_four_ranks() -> None:
-    for row, errors in zip(MATRIX, run_distributed(measure, 4, MATRIX, STEPS, timeout_s=1500)[0], strict=True):
+@pytest.mark.parametrize(("world_size", "rows"), [(2, MORE_ON_TWO), (4, MATRIX)], ids=["two", "four"])
+def test_more_restarts(world_size: int, rows: list[Row]) -> None:
+    for row, errors in zip(rows, run_distributed(measure, world_size, rows, STEPS, timeout_s=1500)[0], strict=True):
         check(row.dtype, errors, bf16=BF16)
 
 

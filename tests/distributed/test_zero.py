@@ -96,6 +96,7 @@ def _unusual() -> list[float]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.fault("F4")
 def test_every_allowed_key_of_deepspeed_trains_exactly_at_another_value_than_its_default() -> None:
     assert max(run_distributed(_unusual, 2)[0]) < 1e-5
