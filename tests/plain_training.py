@@ -32,7 +32,7 @@ def restart_reference(
 
 
 def plain_optimizer(named: dict[str, Tensor], config: Config) -> torch.optim.Optimizer:
-    """AdamW, or the plain GaLore, whose groups say what is projected: all linear maps of layers."""
+    """AdamW, or the plain GaLore, whose groups say what is projected: all linear maps of layers, but no router."""
     section = config.optimizer
     options: dict[str, Any] = {"betas": (section.adam_beta1, section.adam_beta2), "eps": section.adam_eps}
     groups = [
@@ -40,7 +40,7 @@ def plain_optimizer(named: dict[str, Tensor], config: Config) -> torch.optim.Opt
             "params": [parameter],
             "weight_decay": section.weight_decay if parameter.dim() >= 2 else 0.0,
             "lr_mult": _plain_multiplier(name, {**section.lr_multipliers}),
-            "is_projected": name.startswith("model.layers.") and parameter.dim() == 2,
+            "is_projected": name.startswith("model.layers.") and parameter.dim() == 2 and ".mlp.gate." not in name,
         }
         for name, parameter in named.items()
     ]

@@ -67,14 +67,10 @@ def check_expert_parallel(config: Config) -> None:
         require(size == 1, f"{name} {size} needs a model with experts (architecture qwen3_moe): leave it out")
         return
     require(
-        config.optimizer.name != "galore",
-        "optimizer.name is galore, which projects single matrices, but the weights of experts are stacks of them: use "
-        "adamw or adamw8bit",
-    )
-    require(
-        config.distillation.teacher is None,
-        "distillation.teacher is set, but beside a model with experts no teacher has been tried: leave it out, or use "
-        "architecture qwen3",
+        config.optimizer.name != "galore" or size == tp == 1,
+        f"optimizer.name is galore, which brings the parts of each matrix to one rank, but with {name} {size} and "
+        f"parallel.tensor_model_parallel_size {tp} ranks hold copies of experts or none of them: use 1 for both, or "
+        "adamw",
     )
     require(
         tp == 1 or parallel.shards_sequence,

@@ -38,23 +38,26 @@ Round = Mapping[int, "ShardedMatrix"]
 class ShardedMatrix:
     """A canonical matrix [m, n] and its parts: tensor-parallel blocks, which data-parallel ranks have cut once more.
 
-    A block is rows of a local parameter, whose last columns may be padding.
+    A block is rows of a local parameter, or of a matrix of a stack of experts, whose last columns may be padding.
 
     Args:
         tp_size: tensor-parallel ranks.
         dp_rank: number of this rank's shard in `placement`.
-        columns: of the local parameter.
+        shape: of the local parameter.
     """
 
-    def __init__(self, weight: Weight, placement: Placement, tp: tuple[int, int], dp_rank: int, columns: int) -> None:
-        rank, self.tp_size = tp
+    def __init__(
+        self, weight: Weight, placement: Placement, tp: tuple[int, int], dp_rank: int, shape: torch.Size
+    ) -> None:
+        (rank, self.tp_size), columns = tp, shape[-1]
         self.name, self.shape, self.dim = weight.name, (weight.shape[0], weight.shape[1]), weight.shard_dim or 0
         self.columns = columns
         size = self.shape[self.dim]
         # rank t holds elements [t local, (t + 1) local) of the dimension that is split
         local = size if weight.shard_dim is None else weight.span.start // rank if rank else len(weight.span)
         self.spans = [range(min(t * local, size), min((t + 1) * local, size)) for t in range(self.tp_size)]
-        first = weight.index[0].start * columns
+        *of_expert, of_rows, _ = weight.index
+        first = (sum(of_expert) * shape[-2] + of_rows.start) * columns
         self._cuts = [[overlap(first, rows * columns, *shard) for shard in placement.shards] for rows in self._rows()]
         own = self._cuts[rank][dp_rank]
         self.numel = [block[d][1] for d in range(len(placement.shards)) for block in self._cuts]
@@ -185,7 +188,7 @@ class ShardedGaLore(GaLore):
         first = {tensor: group["params"][0] for group in self.param_groups for tensor in group["params"]}
         together: dict[Tensor, list[ShardedMatrix]] = {}
         for weight, placement, shape in parts:
-            matrix = ShardedMatrix(weight, placement, tp, replica or 0, shape[1])
+            matrix = ShardedMatrix(weight, placement, tp, replica or 0, shape)
             together.setdefault(first.get(placement.master, placement.master), []).append(matrix)
         owners = iter(assign_owners([matrix.numel for found in together.values() for matrix in found]))
         for tensor, found in together.items():

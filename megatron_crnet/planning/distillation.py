@@ -38,8 +38,8 @@ def kept_differences(model: LocalModel, flight: float) -> float:
 def teacher_traffic(model: LocalModel) -> Iterator[tuple[str, float]]:
     """Tensor-parallel calls of the teacher's forward pass and their elements per token."""
     for chunk in model.teacher.chunks if model.teacher else ():
-        h, columns, rows = model.config.model.hidden_size, 2 * len(chunk.layers), 2 * len(chunk.layers)
-        columns, rows = columns + chunk.predicts, rows + chunk.embeds
+        h, pairs = model.config.model.hidden_size, len(model.transformer.table.architecture.rows) * len(chunk.layers)
+        columns, rows = pairs + chunk.predicts, pairs + chunk.embeds
         if model.transformer.sequence_parallel:
             yield from (("all_gather", columns * h), ("reduce_scatter", rows * h))
         else:

@@ -68,6 +68,11 @@ def _matrices(model: LocalModel, dp_size: int) -> Iterator[tuple[tuple[int, int]
             numel = sum(prod(model.transformer.table.local_shapes[p.name]) for p in group.positions)
             yield from _of_group(model, group, list(_shards(model.stage, dp_size, start, numel, total)))
             start += numel
+        experts = model.transformer.table.architecture.experts
+        for group in experts.groups if experts is not None else ():
+            numel = model.transformer.table.num_experts * _expert_elements(model, group)
+            yield from _of_experts(model, group, list(_shards(model.stage, dp_size, start, numel, total)))
+            start += numel
 
 
 def _shards(stage: int, dp_size: int, start: int, numel: int, total: int) -> Iterator[tuple[int, int]]:
@@ -82,6 +87,22 @@ def _shards(stage: int, dp_size: int, start: int, numel: int, total: int) -> Ite
         else:
             size = -(-total // (2 * dp_size)) * 2
             yield overlap(start, numel, replica * size, size)
+
+
+def _expert_elements(model: LocalModel, group: Group) -> int:
+    """Elements of a group's matrices of one expert."""
+    return sum(prod(model.transformer.table.shapes[name]) for name in group.names)
+
+
+def _of_experts(
+    model: LocalModel, group: Group, shards: list[tuple[int, int]]
+) -> Iterator[tuple[tuple[int, int], list[int]]]:
+    """The matrices of a stack, one expert's behind the other's."""
+    first = 0
+    for name in list(group.names) * model.transformer.table.num_experts:
+        h_in, h_out = model.transformer.table.shapes[name]
+        yield (h_out, h_in), [overlap(first, h_in * h_out, *shard)[1] for shard in shards]
+        first += h_in * h_out
 
 
 def _of_group(

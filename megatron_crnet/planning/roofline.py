@@ -79,7 +79,8 @@ def estimate_operations(model: LocalModel, plan: BatchPlan) -> Operations:
         if chunk.predicts:
             passes += 6 * model.tokens * model.embedding
     for chunk in model.teacher.chunks if model.teacher else ():
-        passes += len(chunk.layers) * (_full_rank_products(model) + attention)
+        experts = sum(_expert_products(model.teacher, layer) for layer in chunk.layers) if model.teacher else 0
+        passes += len(chunk.layers) * (_full_rank_products(model) + attention) + experts
         attended += len(chunk.layers) * attention
         if chunk.predicts:
             passes += 2 * model.tokens * model.embedding

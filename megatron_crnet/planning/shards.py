@@ -227,7 +227,7 @@ def _weights(config: Config, transformer: CRNetTransformerConfig, chunk: Chunk) 
         if architecture.experts is not None:
             yield LocalParameter(layer, transformer.table.num_experts * h, sp, is_expert=True)
             for group in architecture.experts.groups:
-                yield from _experts(transformer, layer, group)
+                yield from _experts(config, transformer, layer, group)
     if chunk.predicts:
         yield from [LocalParameter(last, h, sp, "norm")] * len(architecture.norm_suffixes)
         if not (transformer.table.ties_head and chunk.embeds):
@@ -257,7 +257,7 @@ def _group(config: Config, transformer: CRNetTransformerConfig, layer: int, grou
         yield LocalParameter(layer, len(positions), t > 1 and (sp or not is_row), "beta")
 
 
-def _experts(transformer: CRNetTransformerConfig, layer: int, group: Group) -> Iterator[LocalParameter]:
+def _experts(config: Config, transformer: CRNetTransformerConfig, layer: int, group: Group) -> Iterator[LocalParameter]:
     """Parameters of a group of positions of this rank's experts."""
     table, size = transformer.table, transformer.expert_model_parallel_size
     count, partial = table.num_experts // size, transformer.sequence_parallel and size == 1
@@ -265,6 +265,7 @@ def _experts(transformer: CRNetTransformerConfig, layer: int, group: Group) -> I
     shapes, ranks = [table.shapes[name] for name in group.names], [table.padded_ranks[layer][n] for n in group.names]
     h_in, widths = shapes[0][0], [h_out for _, h_out in shapes]
     if table.is_full_rank(layer):
+        kind = PROJECTED if config.optimizer.name == "galore" else kind
         yield LocalParameter(layer, count * h_in * sum(widths), partial, kind, is_expert=True)
         return
     sizes = [sum(ranks) * h_in, *(w * r for w, r in zip(widths, ranks, strict=True))]

@@ -118,6 +118,9 @@ def _experts(model: LocalModel) -> Iterator[tuple[str, float]]:
         passes = 2 if chunk.segments else 1
         yield "all_gather", len(chunk.layers) * (passes * (there + experts / model.element) + back)
         yield "reduce_scatter", len(chunk.layers) * (passes * back + there)
+    for chunk in model.teacher.chunks if model.teacher else ():  # forward alone
+        yield "all_gather", len(chunk.layers) * (there + experts / model.element)
+        yield "reduce_scatter", len(chunk.layers) * back
 
 
 def repeats_outputs(model: LocalModel, chunk: Chunk, layer: int) -> bool:

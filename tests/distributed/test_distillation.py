@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from megatron_crnet.model.gpt import build_model_chunks
 from tests.distributed.engines import INVERSE_TOLERANCE, close_engine
 from tests.distributed.layouts import FP32_BOUND, Sizes, check, measure
 from tests.distributed.spawn import run_distributed
-from tests.distributed.test_layouts import DOCUMENTS, GPT2, PARTITION_EVERYTHING, QWEN3
+from tests.distributed.test_layouts import DOCUMENTS, EP, GPT2, MOE, PARTITION_EVERYTHING, QWEN3
 from tests.helpers import (
     PADDED,
     Errors,
@@ -34,12 +35,13 @@ class Row(Sizes):
     """Sizes of parallelism, the model, and the losses' weights."""
 
     recompute: str = "none"
+    parallel: dict[str, Any] = field(default_factory=dict, hash=False)
     weights: dict[str, float] = field(default_factory=lambda: BOTH, hash=False)
 
     def config(self) -> Config:
         config = tiny_config(
             self.model,
-            self.parallel_section,
+            {**self.parallel_section, **self.parallel},
             {"dtype": self.dtype},
             deepspeed_section=self.deepspeed_section,
             data=self.data,
@@ -57,11 +59,15 @@ ON_TWO = [
     Row(tp=2, model={**PADDED, "num_query_groups": 2}, weights={"kd_alpha": 2.0}, data=DOCUMENTS),
     Row(model={"variant": "low_rank"}, weights={"kd_alpha": 0.0, "kd_beta": 1.0}),
     Row(pp=2, zero=1, model=GPT2),
+    Row(zero=1, model=MOE, parallel=EP, recompute="replay"),
     Row(pp=2, vpp=2, zero=1, recompute="replay"),
     Row(tp=2, zero=1, dtype="bf16"),
     Row(zero=3, dtype="bf16", keys=PARTITION_EVERYTHING),
 ]
 MORE_ON_TWO = [
+    Row(tp=2, model=MOE, parallel=EP),
+    Row(pp=2, zero=1, model=MOE, recompute="full"),
+    Row(zero=3, model={**MOE, "variant": "low_rank"}),
     *(Row(zero=zero) for zero in (0, 2)),
     Row(tp=2),
     Row(tp=2, zero=1, model={"variant": "cola"}),

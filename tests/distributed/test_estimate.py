@@ -192,8 +192,12 @@ def rows() -> dict[str, Config]:
         "ep over replicas, replay, moe": row("fp32", 1, REPLICAS, REPLAY, None, **MOE),
         "ep over replicas, zero 0, moe": row("fp32", 0, REPLICAS, FULL, None, **MOE),
         "ep over replicas, moe, 8-bit": eight_bit(row("bf16", 1, REPLICAS, None, None, **MOE)),
+        "ep over replicas, taught, moe": taught(row("bf16", 1, REPLICAS, REPLAY, None, **MOE)),
+        "ep, taught, moe": taught(row("fp32", 1, EP, None, None, **MOE)),
         "pp, inverse, moe": row("fp32", 1, PP, INVERSE, None, **MOE),
         "zero 3, replay, moe": row("bf16", 3, None, REPLAY, TIGHT, **MOE),
+        "moe, galore": galore(row("bf16", 1, None, None, None, **MOE, variant="full_rank")),
+        "zero 3, galore, moe": galore(row("bf16", 3, None, REPLAY, TIGHT, **MOE, variant="full_rank")),
         "pp, galore, full": galore(row("fp32", 1, PP, variant="full_rank"), proj_type="full"),
     }
 

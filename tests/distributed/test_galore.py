@@ -27,6 +27,8 @@ GALORE = {"name": "galore", "galore_rank": 4, "update_proj_gap": 2, "galore_scal
 """Three steps have two projections, and change the weights by about as much as they are large."""
 TP, PP = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 GPT2, QWEN3 = ARCHITECTURES["gpt2"], ARCHITECTURES["qwen3"]
+# every token is given to every expert: weights that change by half could send some elsewhere by rounding
+MOE = {**ARCHITECTURES["qwen3_moe"], "moe_router_topk": 4}
 PADDED_FFN = {"ffn_hidden_size": PADDED["ffn_hidden_size"]}
 ROWS: dict[str, dict[str, Any]] = {
     **{
@@ -58,6 +60,8 @@ ROWS: dict[str, dict[str, Any]] = {
     # norms of heads multiply the rounding of weights that change by half
     "qwen3-tp2-zero2": {"stage": 2, "model": QWEN3, "parallel": TP, "optimizer": {"galore_scale": 4.0}},
     "qwen3-pp2-zero0": {"stage": 0, "model": QWEN3, "parallel": PP, "optimizer": {"galore_scale": 4.0}},
+    **{f"moe-zero{stage}": {"stage": stage, "model": MOE, "optimizer": {"galore_scale": 2.0}} for stage in range(4)},
+    "moe-pp2-zero1": {"stage": 1, "model": MOE, "parallel": PP, "optimizer": {"galore_scale": 2.0}},
     "multipliers-pp2-zero1": {"stage": 1, "lr_multipliers": {"first_layer": 0.25}, "parallel": PP},
 }
 SOON = (
@@ -69,6 +73,7 @@ SOON = (
     "odd-layers-zero2",
     "multipliers-pp2-zero1",
     "gpt2-pp2-zero1",
+    "moe-zero1",
 )
 """The others are marked long."""
 RARE = [name for name in ROWS if name not in SOON]
@@ -172,12 +177,12 @@ def check_state(row: dict[str, Any], by_rank: list[tuple[int, dict[str, Tensor]]
     if row.get("optimizer", {}).get("proj_type", "std") != "std":
         return
     h, kv, f = model.hidden_size, model.hidden_size // 4 * (model.num_query_groups or 4), model.ffn_hidden_size
-    maps = [(h, h), (h, h), (h, kv), (h, kv), (f, h), (f, h), (f, h)] * model.num_layers
+    maps = [(h, h), (h, h), (h, kv), (h, kv), *[(f, h)] * 3 * (model.num_experts or 1)] * model.num_layers
     expected = sum(2 * 4 * max(shape) + 4 * min(shape) for shape in maps)
     owned = [sum(tensor.numel() for tensor in state.values()) for _, state in by_rank]
     assert sum(owned) == expected * (2 if shards_nothing else 1)
     assert max(owned) <= 1.15 * sum(owned) / len(owned)
-    plain = 2 * model.vocab_size * h + (2 * model.num_layers + 1) * h
+    plain = 2 * model.vocab_size * h + (2 * model.num_layers + 1) * h + model.num_layers * (model.num_experts or 0) * h
     copies = 2 if row["stage"] == 0 else 1
     assert sum(numel for numel, _ in by_rank) <= 2 * copies * plain + 4 * model.num_layers * h + 1000
 

@@ -131,8 +131,20 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model": {**MOE, "variant": "relora"}}, "variant is relora, .* architecture qwen3"),
     ({"model": {**MOE, "moe_aux_loss_coeff": -1.0}}, "moe_aux_loss_coeff is -1.0, but must be"),
     (
-        {"model": {**MOE, "variant": "full_rank"}, "optimizer": {"name": "galore", "galore_rank": 4}},
-        "optimizer.name is galore, .* use adamw or adamw8bit",
+        {
+            "model": {**MOE, "variant": "full_rank"},
+            "optimizer": {"name": "galore", "galore_rank": 4},
+            "parallel": TP2,
+        },
+        "optimizer.name is galore, .* ranks hold copies of experts or none of them: use 1 for both, or adamw",
+    ),
+    (
+        {
+            "model": {**MOE, "variant": "full_rank"},
+            "optimizer": {"name": "galore", "galore_rank": 4},
+            "parallel": {"expert_model_parallel_size": 2},
+        },
+        "expert_model_parallel_size 2 and .* use 1 for both, or adamw",
     ),
     ({"parallel": {"virtual_pipeline_model_parallel_size": 2}}, "needs pipeline_model_parallel_size above 1"),
     ({"parallel": PP2, "deepspeed_section": {"zero_optimization": {"stage": 2}}}, "use stage 1"),
