@@ -22,9 +22,14 @@ LATER = (
     "torch.utils.tensorboard",
     "transformers",
 )
+ON_GPUS = "megatron_crnet.model.residual_kernel"  # imports Triton
 ours = (module.name for module in pkgutil.walk_packages(megatron_crnet.__path__, "megatron_crnet."))
-for name in (*LATER, *ours):
-    importlib.import_module(name)
+try:
+    for name in (name for name in (*LATER, *ours) if name != ON_GPUS):
+        importlib.import_module(name)
+except ImportError as error:
+    # the fork server passes over an ImportError, and every forked process would then import all of this by itself
+    raise RuntimeError(f"what tests are forked from cannot be imported: {error}") from error
 
 # a collection would look at a million objects, and copy their pages in every forked process
 gc.collect()
