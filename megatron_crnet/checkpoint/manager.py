@@ -56,6 +56,7 @@ from megatron_crnet.utils.versions import library_versions
 WRITING_LIMIT = timedelta(minutes=30)
 """Timeout of the collective calls of a save, longer than that of training: a slow file system is not a lost rank."""
 Result = TypeVar("Result")
+EXPERT_RANKS = "expert_model_parallel_size"
 LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
 
 
@@ -136,7 +137,9 @@ class Checkpointer:
 
     def _layout(self) -> dict[str, Any]:
         values = resolved(self.config)["parallel"]
-        return {"world_size": dist.get_world_size(), **{name: values[name] for name in LAYOUT}}
+        found = {"world_size": dist.get_world_size(), **{name: values[name] for name in LAYOUT}}
+        # where it is 1 it is left out, as earlier versions do
+        return found | ({EXPERT_RANKS: values[EXPERT_RANKS]} if values[EXPERT_RANKS] > 1 else {})
 
     def take_remarks(self) -> list[str]:
         """Remarks of finished saves, each returned once."""
@@ -229,8 +232,9 @@ class Checkpointer:
         """Restore the random generators; else return why that is not possible, such as another kind of device."""
         layout = self._layout()
         if about["layout"] != layout:
-            names = [name for name, value in layout.items() if about["layout"].get(name) != value]
-            return ", ".join(f"{name} {layout[name]} instead of {about['layout'].get(name)}" for name in names)
+            now, before = ({EXPERT_RANKS: 1, **found} for found in (layout, about["layout"]))
+            names = [name for name, value in now.items() if before.get(name) != value]
+            return ", ".join(f"{name} {now[name]} instead of {before.get(name)}" for name in names)
         device = about.get("device", self.zero.device.type)  # absent in earlier versions
         if device != self.zero.device.type:
             return f"device {self.zero.device.type} instead of {device}"

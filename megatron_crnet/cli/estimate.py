@@ -63,7 +63,8 @@ def run(call: Call) -> int:
     from megatron_crnet.utils.environment import command_line, versions
 
     parallel = config.parallel
-    least = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    stage = max(parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size)
+    least = stage * parallel.pipeline_model_parallel_size
     world_size = options.world_size or least
     found = estimate(config, world_size, find_machine(options.gpu), options.gpus_per_node)
     if not options.json:

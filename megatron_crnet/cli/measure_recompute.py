@@ -123,9 +123,12 @@ def run(call: Call) -> int:
     """Count, print and write."""
     options, config = build_parser(call.prog).read(call.argv)
     require(
-        config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size == 1,
-        "the configuration asks for tensor or pipeline parallelism, but this command counts one rank without: set "
-        "both sizes to 1",
+        config.parallel.tensor_model_parallel_size
+        * config.parallel.pipeline_model_parallel_size
+        * config.parallel.expert_model_parallel_size
+        == 1,
+        "the configuration asks for tensor, pipeline or expert parallelism, but this command counts one rank without: "
+        "set these sizes to 1",
     )
     check_record_file(options.json, overwrite=options.overwrite)
     from megatron_crnet.distributed import cpu_backend

@@ -49,7 +49,7 @@ def build_parser(prog: str) -> ConfigParser:
 
 def listed(plans: list[Any]) -> str:
     """The plans in their order, as a table."""
-    header = ("", "TP", "PP", "VPP", "DP", "ZeRO", "micro", "recompute", "offload", "GiB", "s/step", "tokens/s")
+    header = ("", "TP", "PP", "VPP", "EP", "DP", "ZeRO", "micro", "recompute", "offload", "GiB", "s/step", "tokens/s")
     rows = []
     for number, plan in enumerate(plans, 1):
         c, e = plan.choice, plan.estimate
@@ -58,6 +58,7 @@ def listed(plans: list[Any]) -> str:
             c.tp,
             c.pp,
             c.vpp,
+            c.ep,
             e.plan.dp_size,
             c.zero,
             c.micro_batch,

@@ -9,7 +9,7 @@ import torch
 from psutil import virtual_memory
 
 from megatron_crnet.config.experts_rules import check_expert_replicas
-from megatron_crnet.config.model_size import total_parameters
+from megatron_crnet.config.model_size import expert_parameters, total_parameters
 from megatron_crnet.config.schema import Config, TrainingConfig
 from megatron_crnet.utils.errors import require
 
@@ -18,7 +18,9 @@ def check_memory(config: Config, device: torch.device) -> None:
     """Raise ConfigError if weights and one activation of a rank alone exceed the memory of `device`."""
     model, training = config.model, config.training
     tp, pp, _ = config.parallel.sizes
-    weights = total_parameters(model) // (tp * pp)
+    of_experts = expert_parameters(model)
+    weights = (total_parameters(model) - of_experts) // (tp * pp)
+    weights += of_experts // (config.parallel.expert_model_parallel_size * pp)
     tokens = training.micro_batch_size * training.seq_length
     activations = tokens * max(model.hidden_size, model.vocab_size) // tp
     needed = (2 if training.bf16 else 4) * (weights + activations)
@@ -28,8 +30,8 @@ def check_memory(config: Config, device: torch.device) -> None:
         needed <= available,
         f"{weights} weights of a rank and the activations of training.micro_batch_size {training.micro_batch_size} x "
         f"seq_length {training.seq_length} tokens need more than {needed / 2**30:,.0f} GiB, but {device} has "
-        f"{available / 2**30:,.0f} GiB: make the model or the micro-batch smaller, or use more tensor- or "
-        "pipeline-parallel ranks",
+        f"{available / 2**30:,.0f} GiB: make the model or the micro-batch smaller, or use more tensor-, "
+        f"{'expert-, ' if of_experts else ''}or pipeline-parallel ranks",
     )
 
 

@@ -113,10 +113,12 @@ def _check_over_replicas(config: Config) -> None:
         f"{spread}but DeepSpeed's host copies of gradients know one group of replicas alone: leave "
         "zero_optimization.offload_optimizer out",
     )
-    require(
-        bool(config.deepspeed.get("zero_optimization", {}).get("reduce_scatter", True)),
-        f"{spread}for which DeepSpeed needs zero_optimization.reduce_scatter: leave it out",
-    )
+    for key in ("contiguous_gradients", "reduce_scatter"):
+        require(
+            bool(config.deepspeed.get("zero_optimization", {}).get(key, True)),
+            f"{spread}but with zero_optimization.{key} false DeepSpeed sums their gradients over all replicas: leave "
+            f"{key} out",
+        )
 
 
 def check_expert_replicas(config: Config, dp_size: int) -> None:
@@ -129,10 +131,10 @@ def check_expert_replicas(config: Config, dp_size: int) -> None:
         ConfigError: they do not.
     """
     size, tp = config.parallel.expert_model_parallel_size, config.parallel.tensor_model_parallel_size
-    each = max(size // tp, 1)
+    each, name = max(size // tp, 1), "parallel.expert_model_parallel_size"
     require(
         dp_size % each == 0,
-        f"parallel.expert_model_parallel_size {size} spreads experts over {each} replicas at a time, by which "
-        f"{dp_size} data-parallel ranks do not divide: use {math.gcd(dp_size, each) * tp}, or a multiple of {each} "
-        "replicas",
+        f"{name} {size} spreads experts over {each} replicas, but the {dp_size} data-parallel ranks are no multiple of "
+        f"that: use {name} {math.gcd(dp_size, each) * tp}, or a multiple of {each * tp} processes for each pipeline "
+        "stage",
     )

@@ -19,11 +19,13 @@ def linear_parameters(table: PositionTable, layer: int, *, active: bool = False)
     Args:
         active: of experts, only as many as a token passes.
     """
-    ranks, count = table.ranks[layer], table.uses if active else table.copies
-    return sum(
-        count(p) * (h_in * h_out if ranks[p] == FULL_RANK else ranks[p] * (h_in + h_out))
-        for p, (h_in, h_out) in table.shapes.items()
-    )
+    count = table.uses if active else table.copies
+    return sum(count(name) * _map_parameters(table, layer, name) for name in table.shapes)
+
+
+def _map_parameters(table: PositionTable, layer: int, position: str) -> int:
+    (h_in, h_out), rank = table.shapes[position], table.ranks[layer][position]
+    return h_in * h_out if rank == FULL_RANK else rank * (h_in + h_out)
 
 
 def frozen_parameters(table: PositionTable, layer: int) -> int:
@@ -55,6 +57,14 @@ def parameters_by_part(model: ModelConfig) -> dict[str, int]:
 def total_parameters(model: ModelConfig) -> int:
     """All parameters, embeddings included."""
     return sum(parameters_by_part(model).values())
+
+
+def expert_parameters(model: ModelConfig) -> int:
+    """Parameters of all experts, which expert parallelism spreads."""
+    table = position_table(model)
+    of_experts = table.architecture.experts.positions if table.architecture.experts is not None else ()
+    each = sum(_map_parameters(table, layer, p.name) for layer in range(model.num_layers) for p in of_experts)
+    return each * table.num_experts
 
 
 def active_parameters(model: ModelConfig) -> int:

@@ -288,9 +288,9 @@ class ParallelConfig(Section, name="parallel"):
     num_layers_in_last_pipeline_stage: Layers | None = None
     """Layers of the last pipeline rank, if layers are not distributed evenly."""
     pad_widths_to: Literal[1, 8, 16, 32, 64, 128, 256] = 64
-    """On each tensor-parallel rank, pad the feed-forward width and the ranks of low-rank maps by zeros to a multiple of
-    this, or of the largest of its halves from 8 on that adds at most 1/16; 1 does not pad. Weights in checkpoints and
-    exports, parameter counts and losses are those without padding (docs/parallelism.md)."""
+    """On each tensor-parallel rank, pad the feed-forward width, the vocabulary and the ranks of low-rank maps by zeros
+    to a multiple of this, or of the largest of its halves from 8 on that adds at most 1/16; 1 does not pad. Weights in
+    checkpoints and exports, parameter counts and losses are those without padding (docs/parallelism.md)."""
     overlap_tp_communication: bool = True
     """On CUDA, overlap the gathers and scatters of the low-rank products' backward with independent work."""
     distributed_timeout_minutes: Minutes = 10.0

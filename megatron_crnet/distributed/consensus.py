@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from megatron_crnet.config.loading import resolved
@@ -119,6 +120,13 @@ def run_on_main(action: Callable[[], Found], group: dist.ProcessGroup | None = N
         raise problem
     found: Found = outcome[0]
     return found
+
+
+def on_any_rank(fact: bool, device: torch.device) -> bool:
+    """Whether a fact holds on some rank; a collective call of all ranks."""
+    found = torch.tensor(float(fact), device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found)
 
 
 def compare_facts(facts: list[dict[str, str]]) -> None:

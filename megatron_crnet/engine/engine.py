@@ -32,7 +32,7 @@ from megatron_crnet.distributed.consensus import Vote
 from megatron_crnet.distributed.process_groups import MegatronMpu, NormMpu, ParallelContext
 from megatron_crnet.engine.cuda_graph import MicroBatchGraph
 from megatron_crnet.engine.distillation import Distillation
-from megatron_crnet.engine.expert_parallel import clip_with_experts, spread_experts
+from megatron_crnet.engine.expert_parallel import clip_with_experts, forget_groups, spread_experts
 from megatron_crnet.engine.galore import is_projected
 from megatron_crnet.engine.inverse_guard import plan_inverse_segments
 from megatron_crnet.engine.optimizer import (
@@ -226,9 +226,7 @@ class TrainEngine:
 
     def accumulate(self, batches: list[Batch], tokens: int) -> list[dict[str, Tensor]]:
         """The passes of one step alone; see `forward_backward` and `run_schedule`."""
-        assert (self.distillation is None) == (self.config.distillation.teacher is None), (
-            "a run trains with its teacher"
-        )
+        assert bool(self.distillation) == bool(self.config.distillation.teacher), "a run trains with its teacher"
         self.calibrate_output_norms(batches)
         self.deepspeed.train()
         checkpointing.reset()  # frees what an abandoned step has left in DeepSpeed's hands
@@ -320,8 +318,14 @@ class TrainEngine:
         try:
             self.deepspeed.destroy()
         finally:
+            forget_groups()
             if self._graph is not None:
                 self._graph.close()
+
+    @property
+    def passes_need_all_replicas(self) -> bool:
+        """Whether a pass of one replica waits for others, which hold some of its experts."""
+        return bool(self.deepspeed.has_moe_layers)
 
     @property
     def current_lr(self) -> float:
@@ -363,8 +367,7 @@ class TrainEngine:
         padded = torch.tensor(tokens + [0] * (length - len(tokens)), device=device).unsqueeze(0)
         batch = {"tokens": padded, "position_ids": torch.arange(length, device=device).unsqueeze(0)}
         copies = self.config.parallel.pipeline_model_parallel_size if len(self.chunks) > 1 else 1
-        logits = run_logits(self.scheduled, batch, copies, len(tokens) - 1)
-        return None if logits is None else logits[: self.config.model.vocab_size]  # without padding
+        return run_logits(self.scheduled, batch, copies, len(tokens) - 1)
 
     def _clip(self) -> float:
         limit = self.config.optimizer.clip_grad or float("inf")

@@ -24,8 +24,8 @@ from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed.process_groups import MegatronMpu
 from megatron_crnet.model.gpt import CRNetModel
 
-SPREAD = "ep_size_spread"
-"""DeepSpeed's name of the groups."""
+SPREAD = "ep_size_0"
+"""DeepSpeed's name of the groups, which it expects to end in a number."""
 
 
 class SpreadExperts(MoE):
@@ -52,6 +52,12 @@ def spread_experts(config: Config, chunks: Sequence[CRNetModel]) -> list[nn.Modu
     parallel = config.parallel
     spreads = parallel.expert_model_parallel_size > parallel.tensor_model_parallel_size
     return [SpreadExperts(config, chunks)] if spreads else []
+
+
+def forget_groups() -> None:
+    """Take back what `SpreadExperts` has handed over, before the groups are destroyed."""
+    groups._get_expert_parallel_group_dict().pop(SPREAD, None)
+    groups._get_expert_data_parallel_group_dict().pop(SPREAD, None)
 
 
 def clip_with_experts(parameters: Sequence[nn.Parameter], limit: float) -> float:

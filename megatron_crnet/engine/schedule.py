@@ -197,7 +197,8 @@ def run_logits(chunks: Sequence[ScheduledChunk], batch: Batch, copies: int, posi
     """
     step = partial(_logits_step, position)
     results = _run(chunks, [batch] * copies, step, forward_only=True, collect_non_loss_data=True)
-    return results[0] if results else None
+    vocabulary = chunks[0].model.config.table.vocabulary
+    return results[0][:vocabulary] if results else None  # without padding
 
 
 @dataclass(frozen=True)

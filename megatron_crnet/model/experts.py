@@ -2,8 +2,9 @@
 
 An expert is down(silu(gate x) up x); no chain passes through it (docs/decisions/experts.md). The weights of a rank's
 experts are stacked, [experts, out, in], and all positions of a group share a product with A, as in `model/linear.py`.
-Experts are not cut: with expert parallelism each tensor-parallel rank holds whole ones of its own, whose gradients are
-whole; otherwise every rank holds all of them and gives them the tokens of its part of the sequence.
+Experts are not cut: with expert parallelism each rank holds whole ones of its own, whose gradients are whole, or with
+several groups of such ranks summed over these; otherwise every rank holds all and gives them the tokens of its part of
+the sequence.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from megatron_crnet.model.linear import WeightShard, zero_parameter
 from megatron_crnet.model.regions import Regions
 
 ALIGNMENT = 16
-"""Bytes by which rows of a stacked product's factors are apart on GPUs."""
+"""Rows of a stacked product's factors begin at multiples of as many bytes, which GPUs ask for."""
+LAST_GROUPED = 9
+"""Largest compute capability with one call for all experts: on Blackwell the gradients of experts without tokens are
+not set (pytorch#172439)."""
 
 
 class CountingRouter(TopKRouter):
@@ -181,16 +185,26 @@ def stacked_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
         weights: [experts, out, in], all of which take part.
         ends: where each expert's tokens end, [experts] in int32.
     """
+    if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] > LAST_GROUPED:
+        return looped_product(x, weights, ends)
     unit = ALIGNMENT // x.element_size()
     rows, columns = (-n % unit for n in weights.shape[1:])
+    if rows or columns:
+        weights = F.pad(weights, (0, columns, 0, rows))
+    elif weights.storage_offset() % unit:  # in ZeRO's flat buffer
+        weights = weights.clone()
     if columns:
         x = F.pad(x, (0, columns))
     elif x.stride(0) % unit or x.storage_offset() % unit:
-        x = x.contiguous()
-    if rows or columns:
-        weights = F.pad(weights, (0, columns, 0, rows))
+        x = x.clone(memory_format=torch.contiguous_format)
     y = F.grouped_mm(x, weights.transpose(1, 2), offs=ends)
     return y[:, : y.shape[1] - rows] if rows else y
+
+
+def looped_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """`stacked_product` by a product for each expert, for which the host waits."""
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return torch.cat([F.linear(part, weight) for part, weight in zip(x.split(sizes), weights.unbind(), strict=True)])
 
 
 def build_experts(config: CRNetTransformerConfig, layer: int, pg_collection: ProcessGroupCollection) -> MoELayer:

@@ -28,6 +28,7 @@ class _TokenLosses(torch.autograd.Function):
         first = group.rank() * rows.shape[1]
         if vocabulary < first + rows.shape[1]:
             rows[:, vocabulary - first :] = -math.inf  # padding, which takes no probability and gets no gradient
+            labels = labels.masked_fill(labels >= vocabulary, -1)
         local = labels.reshape(-1) - first
         found = []
         for part, of_part in _few(glue, rows, local):

@@ -42,6 +42,7 @@ class Choice:
     micro_batch: int
     recompute: str
     offload: bool
+    ep: int = 1
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,10 @@ def choices(config: Config, gpus: int, gpus_per_node: int) -> list[Choice]:
             least = 1 if config.training.bf16 else 0
             zeros = [zero for zero in (0, 1, 2, 3) if zero >= least and (zero < 2 or pp == 1)]
             offloads = (False, True) if tp == pp == 1 else (False,)
-            rows = product(vpps, zeros, micro, RECOMPUTATION, offloads)
+            # experts that are spread are so over as many ranks as asked, or over the tensor-parallel ones
+            asked = config.parallel.expert_model_parallel_size
+            eps = sorted({tp, asked}) if asked > 1 else [1]
+            rows = product(vpps, zeros, micro, RECOMPUTATION, offloads, eps)
             found += [Choice(tp, pp, *row) for row in rows]
     return found
 
@@ -138,7 +142,7 @@ def configure(config: Config, choice: Choice) -> Config:
         parallel=dataclasses.replace(
             config.parallel,
             tensor_model_parallel_size=choice.tp,
-            expert_model_parallel_size=_expert_ranks(config, choice.tp),
+            expert_model_parallel_size=choice.ep,
             pipeline_model_parallel_size=choice.pp,
             virtual_pipeline_model_parallel_size=choice.vpp,
             sequence_parallel=False if config.parallel.sequence_parallel is False else None,
@@ -149,12 +153,6 @@ def configure(config: Config, choice: Choice) -> Config:
         recompute=dataclasses.replace(config.recompute, **RECOMPUTATION[choice.recompute]),
         deepspeed={**deepspeed, "zero_optimization": zero},
     )
-
-
-def _expert_ranks(config: Config, tp: int) -> int:
-    """Where experts are spread, they are over as many ranks as asked, or at least all tensor-parallel ones."""
-    asked = config.parallel.expert_model_parallel_size
-    return asked if asked == 1 or asked % tp == 0 else tp
 
 
 def search(

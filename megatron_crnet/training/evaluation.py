@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_crnet.distributed.consensus import Vote, run_on_main
+from megatron_crnet.distributed.consensus import Vote, on_any_rank, run_on_main
 from megatron_crnet.engine.schedule import loss_totals
 from megatron_crnet.training.callbacks.base import Callback, Step, as_warning
 from megatron_crnet.utils.errors import ConfigError
@@ -88,9 +88,15 @@ def _totals(
     batches = trainer.batches(dataset, 0, steps)
     for number in range(1, steps + 1):
         trainer.context.heartbeat.report(f"step {step}, batch {number} of its {what}")
-        losses, failed = [], True
+        losses, failed, batch = [], True, None
         with as_warning(trainer.preflight, f"the {what} of step {step}"):
-            losses, failed = trainer.engine.evaluation_losses(next(batches)), False
+            batch, failed = next(batches), False
+        if trainer.engine.passes_need_all_replicas:
+            failed = on_any_rank(failed, trainer.context.device)
+        with as_warning(trainer.preflight, f"the {what} of step {step}"):
+            if batch is not None and not failed:
+                failed = True
+                losses, failed = trainer.engine.evaluation_losses(batch), False
         # the other ranks wait for this call whatever has failed here
         totals.append(loss_totals(losses, trainer.context.device, vote))
         stop, failed = vote.answers

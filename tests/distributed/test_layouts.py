@@ -190,6 +190,10 @@ ON_FOUR = [
     Layout(zero=1, dtype="bf16", model={**MOE, "moe_router_topk": 4}, parallel=EP),
     Layout(tp=2, zero=1, model=MOE, parallel={"expert_model_parallel_size": 4}),
     Layout(pp=2, vpp=2, zero=1, model=MOE, parallel=EP, lr_multipliers=LR_MULTIPLIERS),
+    *(
+        Layout(tp=tp, pp=pp, zero=1, dtype="bf16", model={**MOE, "moe_router_topk": 4}, parallel=parallel)
+        for tp, pp, parallel in ((2, 1, {"expert_model_parallel_size": 4}), (1, 2, EP))
+    ),
 ]
 MORE_ON_FOUR = [
     Layout(tp=2, pp=2, zero=1, dtype="bf16", model=QWEN3),
@@ -317,10 +321,13 @@ IMPOSSIBLE = {
         Layout(zero=1, model=MOE, parallel=EP, offload="offload_optimizer"),
         "leave zero_optimization.offload_optimizer out",
     ),
-    "experts over replicas without reduce_scatter": (
-        Layout(zero=1, model=MOE, parallel=EP, keys=UNBUFFERED),
-        "needs zero_optimization.reduce_scatter: leave it out",
-    ),
+    **{
+        f"experts over replicas without {key}": (
+            Layout(zero=1, model=MOE, parallel=EP, keys={key: False}),
+            f"with zero_optimization.{key} false DeepSpeed sums their gradients over all replicas: leave {key} out",
+        )
+        for key in UNBUFFERED
+    },
     "experts over some of the ranks": (
         Layout(tp=4, model={**MOE, "num_query_groups": 4}, parallel=EP),
         "use 1 or a multiple of 4",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,9 +42,15 @@ ROWS: dict[str, tuple[dict[str, Any], str, bool]] = {
 """Configuration, the weight that rank 1 changes, and whether another rank has a copy of it."""
 
 
-def drift(folder: str) -> dict[str, list[list[str]]]:
+ON_FOUR = {
+    # rank 3 has the other copy of the experts of rank 1
+    "dp4-ep2": ({"parallel": EP, "model": MOE, "stage": 1}, "model.layers.2.mlp.experts.3.down_proj.a.weight", True),
+}
+
+
+def drift(folder: str, rows: dict[str, tuple[dict[str, Any], str, bool]] = ROWS) -> dict[str, list[list[str]]]:
     found = {}
-    for name, (row, changed, _) in ROWS.items():
+    for name, (row, changed, _) in rows.items():
         config = row_config(f"{folder}/{name}", **row)
         context = initialize_parallel(config)
         engine = TrainEngine(config, build_model_chunks(config), context)
@@ -71,6 +78,14 @@ def drift(folder: str) -> dict[str, list[list[str]]]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[list[str]]]]:
     return run_distributed(drift, 2, str(tmp_path_factory.mktemp("drift")))
+
+
+def test_a_copy_of_an_expert_that_drifts_is_named(tmp_path: Path) -> None:
+    _, changed, _ = ON_FOUR["dp4-ep2"]
+    for rank in run_distributed(drift, 4, str(tmp_path), ON_FOUR):
+        before, (after,) = rank["dp4-ep2"]
+        assert before == []
+        assert changed in after
 
 
 @pytest.mark.fault("B9")

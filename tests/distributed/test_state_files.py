@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,21 @@ def test_more_layouts_go_on_to_rounding(tmp_path: Path) -> None:
     for whole, resumed in run_distributed(through_files, 2, str(tmp_path), MORE_READERS)[0].values():
         for step, other in zip(whole, resumed, strict=True):
             assert other == pytest.approx(step, rel=1e-5)
+
+
+def through_files_of_four(folder: str) -> list[Any]:
+    """Of experts over two of four replicas: after saving, resumed there, and with experts over all four."""
+    spread, saved = layout_config("dp2-ep2-zero1", "qwen3_moe"), Path(folder, "four")
+    whole = train(spread, save=saved)[SAVED_AT:]
+    over_all = dataclasses.replace(spread, parallel=dataclasses.replace(spread.parallel, expert_model_parallel_size=4))
+    return [whole, train(spread, load=saved), train(over_all, load=saved)]
+
+
+def test_copies_of_experts_are_written_once_and_read_by_all(tmp_path: Path) -> None:
+    whole, resumed, over_all = run_distributed(through_files_of_four, 4, str(tmp_path))[0]
+    assert resumed == whole
+    for step, other in zip(whole, over_all, strict=True):
+        assert other == pytest.approx(step, rel=1e-5)
 
 
 def test_every_value_is_written_once_and_nothing_needs_unpickling(runs: Any, folder: str) -> None:

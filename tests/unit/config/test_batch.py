@@ -39,11 +39,13 @@ def test_experts_over_replicas_need_as_many_replicas() -> None:
     experts = {**ARCHITECTURES["qwen3_moe"], "num_experts": 8}
     over_four = tiny_config(experts, {"expert_model_parallel_size": 4})
     assert plan_batches(over_four, world_size=4).dp_size == 4
-    with pytest.raises(ConfigError, match=r"size 4 spreads experts over 4 replicas .* 2 data-parallel .* use 2, or a"):
+    with pytest.raises(
+        ConfigError, match=r"size 4 spreads experts over 4 replicas, but the 2 .* use .*size 2, or a multiple of 4 pro"
+    ):
         plan_batches(over_four, world_size=2)
     with_tp = tiny_config(experts, {"expert_model_parallel_size": 4, "tensor_model_parallel_size": 2})
     assert plan_batches(with_tp, world_size=4).dp_size == 2
-    with pytest.raises(ConfigError, match=r"over 2 replicas at a time, by which 1 data-parallel .* use 2, or a multi"):
+    with pytest.raises(ConfigError, match=r"over 2 replicas, but the 1 .* use .*size 2, or a multiple of 4 processes"):
         plan_batches(with_tp, world_size=2)
 
 

@@ -116,6 +116,10 @@ def test_stages_with_fewer_groups_divide_some_and_refuse_what_cannot_be_divided(
     assert count_groups(tiny_config(moe, optimizer=multipliers)) == 5
     # and of experts that are spread over replicas both kinds of factors
     assert count_groups(tiny_config(moe, {"expert_model_parallel_size": 2}, optimizer=multipliers)) == 7
+    crnet = {**moe, "variant": "crnet"}
+    # both have groups of vectors, of matrices, and of matrices of experts
+    for model in (moe, crnet):
+        assert count_groups(tiny_config(model, {"expert_model_parallel_size": 2})) == 3
     found = parameter_groups([module, torch.nn.ParameterDict({"other": torch.zeros(5, 5)})], 0.1, at_least=3)
     assert [(g["weight_decay"], len(g["params"])) for g in found] == [(0.0, 1), (0.1, 1), (0.1, 1)]
     with pytest.raises(ConfigError, match=r"optimizer\.lr_multipliers needs 3 groups .* one has only 2 parameters"):

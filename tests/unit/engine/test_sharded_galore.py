@@ -57,7 +57,7 @@ def test_parts_of_a_matrix_make_it_and_are_cut_from_it(dim: int, tp: int, replic
         for d, (offset, count) in enumerate(shards):
             values = parameter.data.view(-1)[offset : offset + count]
             master = nn.Parameter(torch.cat([torch.full((3,), 9.0), values]))
-            matrices[d, t] = ShardedMatrix(weight, Placement(master, 3, shards), (t, tp), d, columns)
+            matrices[d, t] = ShardedMatrix(weight, Placement(master, 3, shards), (t, tp), d, parameter.shape)
             parts[d, t] = matrices[d, t].weights
     order = [(d, t) for d in range(replicas) for t in range(tp)]
     for matrix in matrices.values():

@@ -57,6 +57,9 @@ def test_padding_behind_the_vocabulary_takes_no_probability_and_gets_no_gradient
     assert exact.grad is not None
     torch.testing.assert_close(padded.grad[..., :23], exact.grad, rtol=1e-6, atol=1e-6)
     assert not padded.grad[..., 23:].any()
+    labels[0, 0] = 25  # a token of the padding has no logit of its own, as one beyond it
+    of_padding = token_losses(values.clone(), labels, 23, group)[0, 0]
+    torch.testing.assert_close(of_padding, values[0, 0, :23].logsumexp(0))
 
 
 def test_nothing_as_large_as_the_logits_is_kept_beside_them() -> None:

@@ -26,7 +26,7 @@ from megatron_crnet.planning.search import (
     uneven_stages,
 )
 from megatron_crnet.utils.errors import ConfigError
-from tests.helpers import tiny_config
+from tests.helpers import ARCHITECTURES, tiny_config
 
 H100 = MACHINES["h100"]
 
@@ -61,6 +61,17 @@ def test_the_search_covers_every_dimension(found: Search) -> None:
 
 def test_stage_0_is_tried_where_it_sums_in_fp32() -> None:
     assert {choice.zero for choice in choices(tiny_config(), 2, 2)} == {0, 1, 2, 3}
+
+
+def test_experts_that_are_spread_are_so_as_asked_or_over_tensor_parallel_ranks() -> None:
+    def eps(asked: int) -> set[tuple[int, int]]:
+        config = tiny_config(ARCHITECTURES["qwen3_moe"], {"expert_model_parallel_size": asked})
+        return {(choice.tp, choice.ep) for choice in choices(config, 4, 4)}
+
+    assert eps(1) == {(1, 1), (2, 1), (4, 1)}
+    assert eps(2) == {(1, 1), (1, 2), (2, 2), (4, 2), (4, 4)}
+    spread = configure(tiny_config(ARCHITECTURES["qwen3_moe"]), Choice(1, 1, 1, 1, 1, "none", offload=False, ep=2))
+    assert spread.parallel.expert_model_parallel_size == 2
 
 
 def test_the_fastest_is_first_and_everything_fits(found: Search) -> None:
