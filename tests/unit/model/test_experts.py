@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,28 @@ def test_one_product_for_all_experts_gives_the_bits_of_one_each(out: int, inner:
         found.append((y, x.grad, weights.grad))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("out", "inner"), [(128, 64), (60, 35)])
+def test_on_a_gpu_too_and_experts_without_tokens_have_gradients_of_zero(
+    dtype: torch.dtype, out: int, inner: int
+) -> None:
+    torch.manual_seed(4)
+    ends = torch.tensor([0, 64, 64, 80], dtype=torch.int32, device="cuda")
+    x, flat = torch.randn(80, inner, device="cuda", dtype=dtype), torch.randn(3 + 4 * out * inner, device="cuda")
+    found = []
+    for product in (stacked_product, looped_product):
+        weights = flat.to(dtype)[3:].view(4, out, inner).detach().requires_grad_()
+        torch.full((2**20,), math.nan, device="cuda")  # what the allocator gives next is no zeros
+        y = product(x, weights, ends)
+        y.float().square().mean().backward()
+        assert weights.grad is not None
+        found.append((y, weights.grad))
+    assert not found[0][1][[0, 2]].any()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-3)
 
 
 def test_experts_without_tokens_have_gradients_of_zero() -> None:
