@@ -332,14 +332,17 @@ def test_rarer_rows_hold_as_well(name: str, counted_rarely: list[Found]) -> None
 
 # a simulation takes ten seconds
 @pytest.mark.parametrize(
-    "name", [n if n in ("pp", "ep over replicas, moe") else pytest.param(n, marks=pytest.mark.long) for n in SIMULATED]
+    "name", [n if n in ("pp", "zero 1, bf16, 8-bit") else pytest.param(n, marks=pytest.mark.long) for n in SIMULATED]
 )
 def test_a_simulated_rank_does_exactly_what_the_real_one_does(name: str, counted: list[Found]) -> None:
     real, config = counted[1][name][0], rows()[name]
+    # without stages both ranks do the same, and under load gloo's threads may keep a tensor too long on one of them
+    peers = counted if config.parallel.pipeline_model_parallel_size == 1 else counted[1:]
+    least = min(found[name][0].memory.total for found in peers)
     simulated = simulate(config, 2, 1)
     assert simulated.flows == real.flows  # bytes and calls
     assert simulated.flops == real.flops
-    assert simulated.memory.total == pytest.approx(real.memory.total, rel=0.01)
+    assert simulated.memory.total == pytest.approx(least, rel=0.01)
     expected = counted[1][name][1].memory
     frozen_masters = expected.host if METHODS[config.model.variant].has_frozen else 0
     check_gradients(simulated.memory, expected, frozen_masters + kept_by_dispatchers(config))
