@@ -67,7 +67,9 @@ LR_MULTIPLIERS = {"embedding": 3.0, "first_layer": 0.25, "a": 2.0, "b": 0.5, "be
 
 VARIANTS = ("crnet", "full_rank", "low_rank", "cola")
 GPT2, QWEN3, MOE = ARCHITECTURES["gpt2"], ARCHITECTURES["qwen3"], ARCHITECTURES["qwen3_moe"]
-EP = {"expert_model_parallel_size": 2}
+EP, EP_4 = ({"expert_model_parallel_size": size} for size in (2, 4))
+# in bf16 tokens would go to other experts than in fp64, unless they go to all
+TO_ALL = {**MOE, "moe_router_topk": 4}
 
 
 def variants_of(architecture: dict[str, Any]) -> list[dict[str, Any]]:
@@ -111,7 +113,7 @@ ON_TWO = [
     Layout(tp=2, zero=3, model={**MOE, "variant": "cola", "moe_router_pre_softmax": True}, parallel=EP),
     Layout(pp=2, vpp=2, zero=1, model=MOE),
     *(Layout(zero=zero, model=MOE, parallel=EP) for zero in (0, 1)),
-    Layout(zero=1, dtype="bf16", model={**MOE, "moe_router_topk": 4}, parallel=EP),
+    Layout(zero=1, dtype="bf16", model=TO_ALL, parallel=EP),
 ]
 MORE_ON_TWO = [
     Layout(pp=2, vpp=2, zero=1, model=GPT2, lr_multipliers=LR_MULTIPLIERS),
@@ -167,11 +169,7 @@ MORE_ON_TWO = [
     Layout(zero=3, model={**MOE, "tie_word_embeddings": True}, offload="offload_param"),
     Layout(tp=2, zero=1, model=MOE, parallel=EP, lr_multipliers=LR_MULTIPLIERS),
     Layout(tp=2, zero=1, model=PADDED_MOE, parallel=EP),
-    # in bf16 tokens would go to other experts than in fp64, unless they go to all
-    *(
-        Layout(tp=2, zero=z, dtype="bf16", model={**MOE, "moe_router_topk": 4}, parallel=p)
-        for z, p in ((1, EP), (3, {}))
-    ),
+    *(Layout(tp=2, zero=z, dtype="bf16", model=TO_ALL, parallel=p) for z, p in ((1, EP), (3, {}))),
 ]
 ON_FOUR = [
     Layout(tp=2, pp=2, vpp=2, zero=1, data=DOCUMENTS),
@@ -186,16 +184,15 @@ ON_FOUR = [
     Layout(pp=2, zero=1, model=GPT2),
     Layout(tp=2, pp=2, vpp=2, zero=1, model=MOE, parallel=EP),
     # experts over replicas, of which there are one or two groups
-    *(Layout(zero=zero, model=MOE, parallel=EP) for zero in (0, 1)),
-    Layout(zero=1, dtype="bf16", model={**MOE, "moe_router_topk": 4}, parallel=EP),
-    Layout(tp=2, zero=1, model=MOE, parallel={"expert_model_parallel_size": 4}),
+    Layout(zero=0, model=MOE, parallel=EP),
+    Layout(tp=2, zero=1, dtype="bf16", model=TO_ALL, parallel=EP_4),
     Layout(pp=2, vpp=2, zero=1, model=MOE, parallel=EP, lr_multipliers=LR_MULTIPLIERS),
-    *(
-        Layout(tp=tp, pp=pp, zero=1, dtype="bf16", model={**MOE, "moe_router_topk": 4}, parallel=parallel)
-        for tp, pp, parallel in ((2, 1, {"expert_model_parallel_size": 4}), (1, 2, EP))
-    ),
 ]
 MORE_ON_FOUR = [
+    Layout(zero=1, model=MOE, parallel=EP),
+    Layout(zero=1, dtype="bf16", model=TO_ALL, parallel=EP),
+    Layout(tp=2, zero=1, model=MOE, parallel=EP_4),
+    Layout(pp=2, zero=1, dtype="bf16", model=TO_ALL, parallel=EP),
     Layout(tp=2, pp=2, zero=1, dtype="bf16", model=QWEN3),
     Layout(tp=2, zero=2, model=MOE, parallel=EP),
     Layout(tp=2, pp=2, vpp=2, zero=1),
