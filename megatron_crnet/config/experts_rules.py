@@ -11,7 +11,8 @@ from megatron_crnet.config.positions import METHODS
 from megatron_crnet.utils.errors import require
 
 if TYPE_CHECKING:
-    from megatron_crnet.config.schema import Config, ModelConfig, Variant
+    from megatron_crnet.config.megatron import CRNetTransformerConfig
+    from megatron_crnet.config.schema import Config, ModelConfig, ParallelConfig, Variant
 
 
 def check_experts(model: ModelConfig) -> None:
@@ -54,6 +55,11 @@ def variants_of(model: ModelConfig) -> list[Variant]:
     return [cast("Variant", name) for name, method in METHODS.items() if not (model.num_experts and method.has_frozen)]
 
 
+def spans_replicas(sizes: ParallelConfig | CRNetTransformerConfig) -> bool:
+    """Whether several replicas hold one copy of the experts between them."""
+    return sizes.expert_model_parallel_size > sizes.tensor_model_parallel_size
+
+
 def check_expert_parallel(config: Config) -> None:
     """Experts can be spread over ranks as asked, and every optimizer knows their weights.
 
@@ -87,7 +93,7 @@ def check_expert_parallel(config: Config) -> None:
         f"model.num_experts {experts} does not divide by {name} {size}: use {experts // size * size or size} or "
         f"{(experts // size + 1) * size}, or another size",
     )
-    if size > tp:
+    if spans_replicas(parallel):
         _check_over_replicas(config)
 
 

@@ -20,6 +20,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 from torch import nn
 
+from megatron_crnet.config.experts_rules import spans_replicas
 from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed.process_groups import MegatronMpu
 from megatron_crnet.model.gpt import CRNetModel
@@ -49,9 +50,7 @@ class SpreadExperts(MoE):
 
 def spread_experts(config: Config, chunks: Sequence[CRNetModel]) -> list[nn.Module]:
     """A `SpreadExperts` where the configuration spreads experts over replicas, else nothing."""
-    parallel = config.parallel
-    spreads = parallel.expert_model_parallel_size > parallel.tensor_model_parallel_size
-    return [SpreadExperts(config, chunks)] if spreads else []
+    return [SpreadExperts(config, chunks)] if spans_replicas(config.parallel) else []
 
 
 def forget_groups() -> None:

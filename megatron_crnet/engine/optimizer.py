@@ -12,6 +12,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
 
 from megatron_crnet.config.batch import BatchSizes
+from megatron_crnet.config.experts_rules import spans_replicas
 from megatron_crnet.config.optimizer_rules import restart_interval, wsd_decay_steps
 from megatron_crnet.config.positions import position_table
 from megatron_crnet.config.schema import Config, LrPart, OptimizerConfig
@@ -43,8 +44,7 @@ def lr_multiplier(name: str, multipliers: Mapping[LrPart, float]) -> float:
 
 def count_groups(config: Config) -> int:
     """Groups of the parameters of a whole fp32 model."""
-    model, section, parallel = config.model, config.optimizer, config.parallel
-    spreads_experts = parallel.expert_model_parallel_size > parallel.tensor_model_parallel_size
+    model, section, spreads_experts = config.model, config.optimizer, spans_replicas(config.parallel)
     table, names = position_table(model), [EMBEDDING, HEAD, "model.norm.weight"]
     of_experts = table.architecture.experts.positions if table.architecture.experts is not None else ()
     prefixes = {p: "experts." if p in of_experts else "" for p in table.architecture.maps}

@@ -21,6 +21,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
 from megatron_crnet.config.architectures import Group
+from megatron_crnet.config.experts_rules import spans_replicas
 from megatron_crnet.config.megatron import CRNetTransformerConfig
 from megatron_crnet.model.compiled import choose_glue
 from megatron_crnet.model.linear import WeightShard, zero_parameter
@@ -93,7 +94,7 @@ class ExpertGroup(nn.Module):
         # an expert that every rank holds is given a part of the sequence by each
         partial = self.config.sequence_parallel and not self.is_spread
         setattr(parameter, "sequence_parallel", partial)  # noqa: B010
-        if self.config.expert_model_parallel_size > self.config.tensor_model_parallel_size:
+        if spans_replicas(self.config):
             setattr(parameter, "allreduce", False)  # noqa: B010  (Megatron-Core's and DeepSpeed's mark of experts)
         return parameter
 

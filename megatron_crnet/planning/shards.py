@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_crnet.config.architectures import Group
 from megatron_crnet.config.architectures.base import NORMS, QK_NORMS
 from megatron_crnet.config.deepspeed import reduce_bucket_size, zero_stage
+from megatron_crnet.config.experts_rules import spans_replicas
 from megatron_crnet.config.megatron import CRNetTransformerConfig, build_transformer_config
 from megatron_crnet.config.schema import Config
 from megatron_crnet.engine.distillation import teacher_config
@@ -261,7 +262,7 @@ def _experts(config: Config, transformer: CRNetTransformerConfig, layer: int, gr
     """Parameters of a group of positions of this rank's experts."""
     table, size = transformer.table, transformer.expert_model_parallel_size
     count, partial = table.num_experts // size, transformer.sequence_parallel and size == 1
-    kind = SPREAD if size > transformer.tensor_model_parallel_size else "matrix"
+    kind = SPREAD if spans_replicas(transformer) else "matrix"
     shapes, ranks = [table.shapes[name] for name in group.names], [table.padded_ranks[layer][n] for n in group.names]
     h_in, widths = shapes[0][0], [h_out for _, h_out in shapes]
     if table.is_full_rank(layer):
