@@ -61,7 +61,7 @@ def _operations(shape: tuple[int, int], projection: Projection) -> int:
 
 def _matrices(model: LocalModel, dp_size: int) -> Iterator[tuple[tuple[int, int], list[int]]]:
     """Shapes of the stage's matrices, and the elements of each rank's part; tensor-parallel ranks vary first."""
-    total = sum(p.numel for p in model.parameters if p.kind == PROJECTED)
+    total = model.elements(PROJECTED)
     start = 0
     for _ in (layer for chunk in model.chunks for layer in chunk.layers):
         for group in model.transformer.table.architecture.groups:

@@ -104,7 +104,7 @@ def _frozen(model: LocalModel, state: dict[str, float], dp: int) -> dict[str, fl
 def _largest_share(model: LocalModel, dp: int) -> float:
     """Elements that a rank updates of the largest parameter group; ZeRO 2 and 3 keep partial gradients apart."""
     partial = model.partial_numel if model.stage >= 2 else 0
-    projected, spread = (sum(p.numel for p in model.parameters if p.kind == kind) for kind in (PROJECTED, SPREAD))
+    projected, spread = model.elements(PROJECTED), model.elements(SPREAD)
     others = max(partial, projected, model.numel - partial - projected - spread)
     return max(others / dp, spread / model.replicas(SPREAD, dp))
 
@@ -118,8 +118,7 @@ def _optimizer_state(model: LocalModel, numel: float, dp: int) -> float:
     if name == "galore":
         plain = sum(p.numel for p in model.parameters if p.kind != PROJECTED) / every
         return 8 * plain * numel + 4 * galore_share(model, dp).state
-    matrices = sum(p.numel for p in model.parameters if p.kind in ("matrix", SPREAD)) / every
-    matrices = matrices if name == "adamw8bit" else 0
+    matrices = model.elements("matrix", SPREAD) / every if name == "adamw8bit" else 0
     return (8 * (1 - matrices) + (2 + 8 / BLOCK) * matrices) * numel
 
 
@@ -129,7 +128,7 @@ def _update(model: LocalModel, numel: float, dp: int, fuses_adam: bool) -> float
     if model.config.optimizer.name == "adamw8bit":
         return EIGHT_BIT_UPDATE * min(numel, largest, CHUNK)  # a parameter at a time
     if model.config.optimizer.name == "galore":
-        plain = sum(p.numel for p in model.parameters if p.kind == "matrix") / (dp if model.stage else 1)
+        plain = model.elements("matrix") / (dp if model.stage else 1)
         return max(8 * min(numel, plain), GALORE_UPDATE * galore_share(model, dp).largest)
     return 0 if fuses_adam else 8 * numel
 

@@ -116,6 +116,10 @@ class LocalModel:
         """Elements of all parameters."""
         return sum(p.numel for p in self.parameters)
 
+    def elements(self, *kinds: str) -> int:
+        """Elements of the parameters of these kinds."""
+        return sum(p.numel for p in self.parameters if p.kind in kinds)
+
     @property
     def spread(self) -> int:
         """Replicas over which the experts of a layer are spread."""

@@ -157,7 +157,7 @@ def _data_parallel(model: LocalModel, plan: BatchPlan) -> Iterator[tuple[str, st
         yield DATA, "all_gather", (persistent(model) + count * gathered) * model.element
         return
     spread = padded.pop(SPREAD, 0)
-    real = sum(p.numel for p in model.parameters if p.kind == SPREAD)
+    real = model.elements(SPREAD)
     for group, held, numel in ((DATA, sum(padded.values()), model.numel - real), (EXPERT_DATA, spread, real)):
         if group == DATA or model.replicas(SPREAD, plan.dp_size) > 1:
             summed = held if model.stage == 1 and model.bf16 else numel  # flat buffers are padded
