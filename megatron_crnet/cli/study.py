@@ -6,7 +6,8 @@
 The YAML file names a configuration (`base`), fields that differ from it (`options`), `axes` with their values, `seeds`
 and a budget (`tokens` per run). An axis with `extend: FACTOR` gets further values, for all variants alike, until the
 best value of each is inside. Each finished run is a line of results.jsonl in the folder of the study; a run that
-diverges or fails is a line with the reason. The same command goes on with what is missing.
+diverges or fails is a line with the reason. losses.png shows the losses, curves.png those of runs that validated on
+their way. The same command goes on with what is missing.
 
 Exit status: 0 done, 75 stopped by a signal, 2 a mistake in the file or results of another study, 1 no run has a loss.
 """
@@ -31,12 +32,12 @@ def build_parser(prog: str) -> ToolParser:
     parser.add_argument("--processes", type=int, default=1, help="runs at once (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of each run (default: %(default)s)")
     parser.add_argument("--retry", action="store_true", help="repeat runs that failed (not those that diverged)")
-    parser.add_argument("--show", action="store_true", help="only print the table and draw the plot of what is done")
+    parser.add_argument("--show", action="store_true", help="only print the table and draw the plots of what is done")
     return parser
 
 
 def run(call: Call) -> int:
-    """Train what is missing, print the table and draw the plot; returns the exit status."""
+    """Train what is missing, print the table and draw the plots; returns the exit status."""
     args = build_parser(call.prog).parse_args(call.argv)
     require_positive("study", processes=args.processes, threads=args.threads)
     require("RANK" not in os.environ, "RANK is set, but a study starts its own processes: start it without a launcher")
@@ -44,7 +45,7 @@ def run(call: Call) -> int:
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the processes, which are not there yet
     from megatron_crnet.reporting.study import RESULTS, StudyRunner, extended, read_rows
     from megatron_crnet.reporting.study_grid import read_study
-    from megatron_crnet.reporting.study_table import plot_study, study_table
+    from megatron_crnet.reporting.study_table import plot_curves, plot_study, study_table
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -68,7 +69,8 @@ def run(call: Call) -> int:
     if rows:
         print(study_table(study, rows))
         plot_study(study, rows, output / "losses.png")
-        say(f"{output} holds {RESULTS}, losses.png and the runs")
+        plot_curves(study, rows, output / "curves.png")
+        say(f"{output} holds {RESULTS}, pictures and the runs")
     if stopped is not None:
         say(f"stopped by {stopped.name}: the same command goes on")
         return INTERRUPTED

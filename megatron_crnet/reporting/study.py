@@ -275,6 +275,7 @@ def train_one(config: Config) -> Iterator[Row]:
         known = {f"{kind}_loss": _last(lines, key) for kind, key in LOSSES.items()}  # of a run that was complete before
         known |= {name: loss for name in known if (loss := getattr(result, name)) is not None}
         outcome = {"status": "complete" if result.complete else "stopped", "reason": None, **known}
+        outcome["curve"] = learning_curve(lines)
         if result.complete and not math.isfinite(known["validation_loss"] or math.nan):
             outcome |= {"status": "diverged", "reason": f"the validation loss is {known['validation_loss']}"}
     except BadStepError as error:
@@ -287,6 +288,12 @@ def train_one(config: Config) -> Iterator[Row]:
 
 LOSSES = {"train": "loss", "validation": "validation_loss", "test": "test_loss"}
 """Keys of metrics.jsonl."""
+
+
+def learning_curve(lines: Iterable[Row]) -> list[tuple[int, float]]:
+    """Tokens and validation loss of each validation in a run's metrics.jsonl; of one made again the last."""
+    key = LOSSES["validation"]
+    return sorted({line["tokens"]: line[key] for line in lines if key in line}.items())
 
 
 def _last(lines: list[Row], key: str) -> float | None:

@@ -1,4 +1,4 @@
-"""A study's results as a table and as a plot."""
+"""A study's results as a table and as plots."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megatron_crnet.reporting.study import Row, by_variant, loss_of
 from megatron_crnet.reporting.study_grid import Axis, Study
 from megatron_crnet.utils.files import replacing
 from megatron_crnet.utils.tables import table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def column_axis(study: Study) -> Axis | None:
@@ -49,20 +54,15 @@ def _cell(rows: list[Row]) -> str:
 
 def plot_study(study: Study, rows: Mapping[str, Row], picture: Path) -> None:
     """Validation loss over the extended axis, a line per variant; without such an axis a mark per variant."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     axis = column_axis(study)
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = _figure(study)
     lowest, highest = math.inf, -math.inf
     for index, (name, found) in enumerate(by_variant(study, rows, axis).items()):
         points = [(value, loss_of(of_value)) for value, of_value in sorted(found.items())]
         points = [(value, loss) for value, loss in points if math.isfinite(loss)]
         if not points:
             continue
-        style = {"marker": "osD^v*"[index % 6], "linestyle": ("-", "--", ":")[index // 10 % 3]}
+        style: dict[str, Any] = {"marker": "osD^v*"[index % 6], "linestyle": ("-", "--", ":")[index // 10 % 3]}
         if axis is None:
             axes.plot([points[0][1]], [name], **style)
         else:
@@ -78,8 +78,37 @@ def plot_study(study: Study, rows: Mapping[str, Row], picture: Path) -> None:
             margin = max(highest - lowest, 0.05)
             axes.set_ylim(lowest - 0.2 * margin, min(axes.get_ylim()[1], highest + 1.5 * margin))
             axes.legend(fontsize="small")
+    _save(figure, picture)
+
+
+def plot_curves(study: Study, rows: Mapping[str, Row], picture: Path) -> None:
+    """Validation loss over tokens, mean over the seeds, a line per variant at its best value of the extended axis.
+
+    Nothing is drawn if no run validated more than once.
+    """
+    figure, axes = _figure(study)
+    for name, found in by_variant(study, rows, column_axis(study)).items():
+        complete = [row for row in found[min(found, key=lambda v: loss_of(found[v]))] if row["status"] == "complete"]
+        curves = [dict(curve) for row in complete if len(curve := row.get("curve", [])) > 1]
+        tokens = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
+        if tokens:
+            axes.plot(tokens, [statistics.fmean(curve[n] for curve in curves) for n in tokens], label=name)
+    if axes.lines:
+        axes.set(xlabel="tokens", ylabel="validation loss (nats per token)")
+        axes.legend(fontsize="small")
+        _save(figure, picture)
+
+
+def _figure(study: Study) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
     axes.set(title=study.path.stem)
     axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _save(figure: Figure, picture: Path) -> None:
     with replacing(picture) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
-    plt.close(figure)

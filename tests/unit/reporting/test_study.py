@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from megatron_crnet.config.loading import resolved
-from megatron_crnet.reporting.study import RESULTS, append_row, extended, read_rows
+from megatron_crnet.reporting.study import RESULTS, append_row, extended, learning_curve, read_rows
 from megatron_crnet.reporting.study_grid import MOST_EXTENSIONS, Run, Study, read_study
-from megatron_crnet.reporting.study_table import plot_study, study_table
+from megatron_crnet.reporting.study_table import plot_curves, plot_study, study_table
 from megatron_crnet.utils.errors import ConfigError
 from megatron_crnet.utils.files import read_json_lines
 
@@ -195,6 +195,18 @@ def test_the_table_has_mean_and_deviation_over_seeds_and_the_best(grid: Study, t
     assert [cell.strip() for cell in line.strip("|").split("|")] == ["crnet, lr=0.001", "2.00M", "4.1000 ± 0.1414"]
     plot_study(fixed, rows, tmp_path / "fixed.png")
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_learning_curves_are_drawn_of_runs_that_validated_on_their_way(grid: Study, tmp_path: Path) -> None:
+    lines = [{"tokens": n, "validation_loss": loss} for n, loss in ((10, 5.0), (20, 4.5), (10, 4.9))]
+    assert learning_curve([*lines, {"tokens": 30, "loss": 4.0}]) == [(10, 4.9), (20, 4.5)], "10 was made again"
+    rows = rows_of(grid, {("crnet", 0.001): 4.0, ("crnet", 0.01): None, ("cola", 0.01): 4.5})
+    plot_curves(grid, rows, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists(), "these rows have no curve"
+    for row in rows.values():
+        row["curve"] = [[10, 5.0], [20, 4.5]]
+    plot_curves(grid, rows, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "studies").glob("*.yaml")), ids=lambda path: path.stem)
