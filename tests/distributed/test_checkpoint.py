@@ -76,7 +76,7 @@ def row_config(
     **zero: Any,
 ) -> Config:
     section = {"zero_optimization": {"stage": stage, **zero}}
-    training = {"dtype": dtype, "train_steps": STEPS}
+    training = {"dtype": dtype, "train_steps": STEPS, "global_batch_size": 4}
     optimizer = {"lr_multipliers": lr_multipliers or {}, **(optimizer or {})}
     config = tiny_config(model, parallel, training, optimizer, section)
     return dataclasses.replace(

@@ -115,6 +115,8 @@ ON_TWO = [
     *(Layout(zero=zero, model=MOE, parallel=EP) for zero in (0, 1)),
     Layout(zero=1, dtype="bf16", model=TO_ALL, parallel=EP),
 ]
+# two micro-batches instead of four, where two ranks are one replica without a pipeline
+ON_TWO = [dataclasses.replace(row, sequences=4) if row.tp == 2 and row.pp == 1 else row for row in ON_TWO]
 MORE_ON_TWO = [
     Layout(pp=2, vpp=2, zero=1, model=GPT2, lr_multipliers=LR_MULTIPLIERS),
     Layout(pp=2, model={**GPT2, "variant": "full_rank", "tie_word_embeddings": False}),

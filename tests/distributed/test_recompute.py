@@ -48,13 +48,14 @@ class Row:
     stored: dict[str, Any] = field(default_factory=dict, hash=False)
     strategies: tuple[RecomputeConfig, ...] = EXACT
     data: dict[str, Any] = field(default_factory=dict, hash=False)
+    sequences: int = 8
 
     def config(self, recompute: RecomputeConfig) -> Config:
         stored = {"activation_checkpointing": self.stored} if self.stored and recompute.strategy != "none" else {}
         plain = tiny_config(
             self.model,
             self.parallel,
-            {"dtype": self.dtype},
+            {"dtype": self.dtype, "global_batch_size": self.sequences},
             deepspeed_section={"zero_optimization": self.zero} if self.zero else {},
             data=self.data,
         )
@@ -84,6 +85,11 @@ ROWS = [
     Row("tp2-ep2-qwen3-moe", MOE, EP, strategies=(REPLAY_AUTO, INVERSE)),
     Row("dp2-ep2-qwen3-moe", MOE, REPLICAS, "bf16", {"stage": 1}, strategies=(REPLAY, FULL)),
     Row("tp2-qwen3", QWEN3, WITHOUT_SP, strategies=(REPLAY,)),
+]
+# two micro-batches instead of four, where two ranks are one replica without a pipeline
+ROWS = [
+    dataclasses.replace(row, sequences=4) if row.parallel.keys() & TP and not row.parallel.keys() & PP else row
+    for row in ROWS
 ]
 MORE_ON_TWO = [
     Row("pp2-zero1", {"num_layers": 8}, PP, "fp32", {"stage": 1}, strategies=(REPLAY_AUTO, INVERSE)),

@@ -76,7 +76,7 @@ FROM_EACH = {
 
 def layout_config(name: str, kind: str, **model: Any) -> Config:
     parallel, stage = LAYOUTS[name]
-    training = {"dtype": "bf16" if kind == "bf16" else "fp32", "train_steps": STEPS}
+    training = {"dtype": "bf16" if kind == "bf16" else "fp32", "train_steps": STEPS, "global_batch_size": 4}
     return tiny_config(
         {**MODELS[kind], **model}, parallel, training, deepspeed_section={"zero_optimization": {"stage": stage}}
     )
@@ -161,6 +161,7 @@ def test_more_layouts_go_on_to_rounding(tmp_path: Path) -> None:
 def through_files_of_four(folder: str) -> list[Any]:
     """Of experts over two of four replicas: after saving, resumed there, and with experts over all four."""
     spread, saved = layout_config("dp2-ep2-zero1", "qwen3_moe"), Path(folder, "four")
+    spread = dataclasses.replace(spread, training=dataclasses.replace(spread.training, global_batch_size=8))
     whole = train(spread, save=saved)[SAVED_AT:]
     over_all = dataclasses.replace(spread, parallel=dataclasses.replace(spread.parallel, expert_model_parallel_size=4))
     return [whole, train(spread, load=saved), train(over_all, load=saved)]
