@@ -102,11 +102,21 @@ def _powers(largest: int) -> list[int]:
     return [2**k for k in range(largest.bit_length())]
 
 
+def _variant(name: str) -> str:
+    return " ".join([f"--model.variant {name}", *(f"--model.{option} null" for option in OF_VARIANT)])
+
+
+def _methods(config: Config, processes: int) -> Options:
+    rank = config.model.rank
+    galore = f"--optimizer.name galore{f' --optimizer.galore_rank {rank}' if isinstance(rank, int) else ''}"
+    words = {name: _variant(name) for name in (*VARIANTS, "relora")}
+    return _each({**words, "full_rank, GaLore": f"{words['full_rank']} {galore}"})(config, processes)
+
+
 VARIANTS = ("full_rank", "crnet", "low_rank", "cola")
 SWEEPS: dict[str, Callable[[Config, int], Options]] = {
-    "variants": _each(
-        {name: " ".join([f"--model.variant {name}", *(f"--model.{f} null" for f in OF_VARIANT)]) for name in VARIANTS}
-    ),
+    "variants": _each({name: _variant(name) for name in VARIANTS}),
+    "methods": _methods,
     "ranks": _ranks,
     "recompute": _each(
         {
