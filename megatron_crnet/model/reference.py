@@ -90,18 +90,20 @@ class MixtureOfExperts(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [b, s, h]. Keeps what `auxiliary_loss` asks for."""
+        """x: [b, s, h]. Keeps what `auxiliary_loss` asks for. An expert runs on the tokens that it is given."""
         self.logits = logits = self.gate(x)
         top, self.chosen = logits.topk(self.model.moe_router_topk)
         pre = self.model.moe_router_pre_softmax
         weights = logits.softmax(-1).gather(-1, self.chosen) if pre else top.softmax(-1)
-        y = torch.zeros_like(x)
+        tokens, weights, y = x.flatten(0, 1), weights.flatten(0, 1), torch.zeros_like(x).flatten(0, 1)
         for number, expert in enumerate(self.experts):
-            gate, up = expert["gate_proj"](x, None), expert["up_proj"](x, None)  # type: ignore[index]
+            token, slot = (self.chosen.flatten(0, 1) == number).nonzero(as_tuple=True)
+            given = tokens[token]
+            gate, up = expert["gate_proj"](given, None), expert["up_proj"](given, None)  # type: ignore[index]
             hidden = (F.silu(gate) if self.activates else gate) * up
-            weight = (weights * (self.chosen == number)).sum(-1, keepdim=True)
-            y = y + weight * expert["down_proj"](hidden, None)  # type: ignore[index]
-        return y
+            found = expert["down_proj"](hidden, None)  # type: ignore[index]
+            y = y.index_add(0, token, weights[token, slot, None] * found)
+        return y.view_as(x)
 
     def auxiliary_loss(self, sequences: int) -> Tensor:
         """Load balancing, E sum_e f_e P_e (arXiv 2101.03961), and z-loss (arXiv 2202.08906), with their coefficients.
