@@ -33,6 +33,8 @@ POWERS = 2
 """Products with G by which a turn improves U."""
 TOLERANCE = 1e-6
 """Gain of a turn at which it ends, as a share of the error."""
+SMALLEST = 1e-300
+"""In place of ||Y||^2 where all outputs are 0."""
 
 
 @dataclass(frozen=True)

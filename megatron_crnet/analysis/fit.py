@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_crnet.analysis.difference import Difference
+from megatron_crnet.analysis.difference import SMALLEST, Difference
 
 DAMPING = 0.01
 """Default of lambda, as a share of the mean of C's diagonal; GPTQ's (arXiv 2210.17323)."""
@@ -45,6 +45,7 @@ class Fit:
         scale: s.
         error: ||Y - s P - X A B|| / ||Y|| on the tokens.
         plain_error: the same of the best X A B alone.
+        norm: ||Y||^2.
     """
 
     a: Tensor
@@ -52,6 +53,7 @@ class Fit:
     scale: float
     error: float
     plain_error: float
+    norm: float
 
 
 def damped(covariance: Tensor, share: float) -> Tensor:
@@ -93,9 +95,10 @@ def fit_map(
     # q's part in the span of its first singular vectors, on the side where they are shorter
     left, right = (basis, basis.T @ q) if is_wide else (q @ basis, basis.T)
     a, b = _balanced(torch.linalg.solve_triangular(lower.T, left, upper=True), right)
-    whole = max(difference.norms[0], torch.finfo(torch.float64).tiny)
-    errors = [(value / whole) ** 0.5 for value in (error, difference.error(0.0, rank))]
-    return Fit(a.T.float().contiguous(), b.T.float().contiguous(), scale, *errors)
+    plain_error = error if scale == 0 else difference.error(0.0, rank)
+    whole = max(difference.norms[0], SMALLEST)
+    error, plain_error = ((value / whole) ** 0.5 for value in (error, plain_error))
+    return Fit(a.T.float().contiguous(), b.T.float().contiguous(), scale, error, plain_error, difference.norms[0])
 
 
 def _difference(q_y: Tensor, q_p: Tensor | None, previous_norm: float, is_wide: bool) -> Difference:

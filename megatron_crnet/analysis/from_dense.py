@@ -9,6 +9,10 @@ the rows advance through the converted layer l. So each layer is fitted to the i
 s Y_{l-1} + X_l A B is fitted as a whole, an error of Y_{l-1} that X_l can undo is undone: errors do not add up along
 the chain. What earlier layers have lost of the residual stream is not made up for: the target is the dense layer on
 the same input, not the dense model's own stream.
+
+Experts are not chained. With text each is fitted to its outputs on the tokens that the router of the dense layer gives
+it, all alike; one that is given fewer tokens than a map has inputs would be fitted to these few, and so keeps the
+truncated SVD of that map's weight. Routers are kept.
 """
 
 from __future__ import annotations
@@ -22,10 +26,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_crnet.analysis.difference import SMALLEST
 from megatron_crnet.analysis.fit import DAMPING, damped, fit_map, truncated_svd
+from megatron_crnet.analysis.maps import LayerMap, maps_by_input
 from megatron_crnet.analysis.source import LAYER, SourceModel, layer_of
 from megatron_crnet.analysis.stream import Activations, Map, Sums
-from megatron_crnet.config.architectures import Architecture
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.positions import PositionTable, position_table
 from megatron_crnet.config.schema import OF_TRAINING, Config, ModelConfig
@@ -43,7 +48,10 @@ LENGTH = "max_position_embeddings"
 
 
 class FittedMap(NamedTuple):
-    """A line of the report; `scale` is None where there is no previous output, errors are relative."""
+    """A line of the report: a map, or the same map of as many experts as were `fitted`.
+
+    `scale` is None where there is no previous output. Errors are relative, over the tokens of all these maps.
+    """
 
     layer: int
     position: str
@@ -51,6 +59,11 @@ class FittedMap(NamedTuple):
     scale: float | None
     error: float
     plain_error: float
+    fitted: int = 1
+
+
+Fits = dict[str, list[tuple[FittedMap, float]]]
+"""By position: the fitted maps of a layer, each with its ||Y||^2."""
 
 
 @dataclass
@@ -62,6 +75,7 @@ class Conversion:
         rows: tokens of the calibration text, [rows, s]; None where there is none.
         batch_size: rows at once.
         fits: filled by `weights`.
+        unfitted: maps of experts that were given too few tokens; counted by `weights`.
     """
 
     dense: SourceModel
@@ -72,6 +86,7 @@ class Conversion:
     damping: float = DAMPING
     progress: Callable[[int], None] = lambda done: None
     fits: list[FittedMap] = field(default_factory=list)
+    unfitted: int = 0
 
     def __post_init__(self) -> None:
         check_target(self.dense.config, self.target, has_text=self.rows is not None)
@@ -102,34 +117,58 @@ class Conversion:
 
     def _convert(self, index: int, stream: Activations | None) -> Weights:
         """The weights of one layer, by their names within it."""
-        architecture, layer = self.table.architecture, self.dense.layer(index)
+        layer = self.dense.layer(index)
         weights = dict(layer.state_dict())
         if self.table.is_full_rank(index):
             return weights
-        has_previous = self.table.has_previous(index)
-        sums = Sums() if stream is None else stream.measure(layer, partial(_collect, architecture, has_previous))
-        for group in architecture.groups:
-            covariance = None if stream is None else damped(sums.pop(("xx", group.name)), self.damping)
-            for position in group.positions:
-                weight = weights.pop(f"{position.module}.weight")
-                weights |= {
-                    f"{position.module}.{name}": value
-                    for name, value in self._factorize(index, position.name, weight, covariance, sums).items()
-                }
+        groups = maps_by_input(self.table.architecture, self.table.num_experts)
+        collect = partial(_collect, groups, self.table.has_previous(index))
+        sums = Sums() if stream is None else stream.measure(layer, collect)
+        fits: Fits = {}
+        for group in groups:
+            covariance = self._covariance(group, sums)
+            for one in group:
+                weight = weights.pop(f"{one.module}.weight")
+                factors = self._factorize(index, one, weight, covariance, sums, fits)
+                weights |= {f"{one.module}.{name}": value for name, value in factors.items()}
+        self.fits += [_together(found) for found in fits.values()]
         return weights
 
-    def _factorize(self, index: int, position: str, weight: Tensor, covariance: Tensor | None, sums: Sums) -> Weights:
-        rank = self.table.ranks[index][position]
+    def _covariance(self, group: tuple[LayerMap, ...], sums: Sums) -> Tensor | None:
+        """C of what the maps are given; None without text, and of an expert that is given too few tokens."""
+        products, first = sums.pop(("xx", group[0].name), None), group[0]
+        if products is None:
+            return None
+        if first.is_experts and int(sums["tokens", first.name]) < len(products):
+            self.unfitted += len(group)
+            return None
+        return damped(products, self.damping)
+
+    def _factorize(
+        self, index: int, one: LayerMap, weight: Tensor, covariance: Tensor | None, sums: Sums, fits: Fits
+    ) -> Weights:
+        rank = self.table.ranks[index][one.position]
         if covariance is None:
-            a, b = truncated_svd(weight, rank)
+            a, b = truncated_svd(weight.to(self.devices[0]), rank)
             return {"a.weight": a, "b.weight": b}
-        cross = sums.pop(("xp", position), None)
-        previous_norm = 0.0 if cross is None else float(sums["pp", position])
+        cross = sums.pop(("xp", one.name), None)
+        previous_norm = 0.0 if cross is None else float(sums["pp", one.name])
         fit = fit_map(weight.to(covariance.device), covariance, rank, cross, previous_norm)
         scale = None if cross is None else fit.scale
-        self.fits.append(FittedMap(index, position, rank, scale, fit.error, fit.plain_error))
+        fitted = FittedMap(index, one.position, rank, scale, fit.error, fit.plain_error)
+        fits.setdefault(one.position, []).append((fitted, fit.norm))
         factors = {"a.weight": fit.a, "b.weight": fit.b}
         return factors if cross is None else {**factors, "beta": beta_of(fit.scale, self.target.model)}
+
+
+def _together(fits: Sequence[tuple[FittedMap, float]]) -> FittedMap:
+    """One line for the maps of a position, given each and its ||Y||^2."""
+    first, whole = fits[0][0], max(sum(norm for _, norm in fits), SMALLEST)
+    error, plain_error = (
+        (sum(norm * getattr(fitted, name) ** 2 for fitted, norm in fits) / whole) ** 0.5
+        for name in ("error", "plain_error")
+    )
+    return first._replace(error=error, plain_error=plain_error, fitted=len(fits))
 
 
 def beta_of(scale: float, model: ModelConfig) -> Tensor:
@@ -137,15 +176,16 @@ def beta_of(scale: float, model: ModelConfig) -> Tensor:
     return torch.tensor(math.copysign(max(abs(scale) - model.cross_layer_epsilon, 0.0), scale))
 
 
-def _collect(architecture: Architecture, has_previous: bool, sums: Sums, maps: dict[str, Map]) -> None:
-    for group in architecture.groups:
-        x = maps[group.positions[0].name].x
-        sums.add_product(("xx", group.name), x, x)
-        for position in group.positions if has_previous else ():
-            previous = maps[position.name].previous
+def _collect(groups: Sequence[tuple[LayerMap, ...]], has_previous: bool, sums: Sums, maps: dict[str, Map]) -> None:
+    for group in groups:
+        x = maps[group[0].name].x
+        sums.add_product(("xx", group[0].name), x, x)
+        sums.add(("tokens", group[0].name), torch.tensor(len(x), device=x.device))
+        for one in group if has_previous and not group[0].is_experts else ():
+            previous = maps[one.name].previous
             assert previous is not None
-            sums.add_product(("xp", position.name), x, previous)
-            sums.add(("pp", position.name), previous.double().square().sum())
+            sums.add_product(("xp", one.name), x, previous)
+            sums.add(("pp", one.name), previous.double().square().sum())
 
 
 def compressed_ranks(table: PositionTable, factor: float) -> dict[str, int]:
@@ -161,14 +201,6 @@ def compressed_ranks(table: PositionTable, factor: float) -> dict[str, int]:
             f"--compression is {factor:g}, which leaves no rank to {position}, of {table.shapes[position]}: lower it",
         )
     return ranks
-
-
-def refuse_experts(table: PositionTable) -> None:
-    """Raise ConfigError where layers have experts, whose maps no calibration looks at."""
-    require(
-        table.architecture.experts is None,
-        "the model's layers have experts, of which no spectra are taken and no factors fitted: give one without",
-    )
 
 
 def check_target(dense: Config, target: Config, has_text: bool) -> None:
@@ -195,7 +227,6 @@ def check_target(dense: Config, target: Config, has_text: bool) -> None:
             f"model.{name} is {value}, but {before[name]} in the dense model, whose weights are kept: leave it out",
         )
     table = position_table(target.model)
-    refuse_experts(table)
     for index, ranks in enumerate(table.ranks):
         for position, rank in ranks.items():
             require(

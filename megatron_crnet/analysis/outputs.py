@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_crnet.analysis.difference import Difference
 from megatron_crnet.analysis.source import SourceModel
-from megatron_crnet.analysis.stream import Activations, Map, Sums
+from megatron_crnet.analysis.stream import STREAM, Activations, Map, Sums
 
 T = TypeVar("T")
 
@@ -24,7 +24,9 @@ class MapOutputs:
     """The outputs of a linear map, without its bias, on all tokens, as sums.
 
     Attributes:
-        difference: of Y and P, the outputs of the same map in the previous layer; without P in the first.
+        position: `LayerMap.name`.
+        difference: of Y and P, the outputs of the same map in the previous layer; without P in the first, and of an
+            expert's.
         cosine: mean over tokens of the cosine similarity of y and p.
     """
 
@@ -47,7 +49,7 @@ def each_map(
 
     Args:
         rows: tokens of the text, [rows, s].
-        positions: linear maps, and `STREAM`.
+        positions: linear maps, by `LayerMap.name`, and `STREAM`.
         devices: share the rows, and then the positions of a layer.
         progress: called with the layers that are done.
 
@@ -57,6 +59,7 @@ def each_map(
     stream = Activations(source.embed(rows), batch_size, devices)
     before: Sums | None = None
     found: list[T] = []
+    chained = (*source.table.architecture.names, STREAM)
     with ThreadPoolExecutor(len(devices)) as pool:
         for layer in range(source.config.model.num_layers):
             sums = stream.advance(source.layer(layer), partial(collect_outputs, positions))
@@ -65,7 +68,7 @@ def each_map(
                 for i, position in enumerate(positions)
             }
             found += [jobs[position].result() for position in positions]
-            before = Sums({key: product for key, product in sums.items() if key[0] == "yy"})
+            before = Sums({key: product for key, product in sums.items() if key[0] == "yy" and key[1] in chained})
             progress(layer + 1)
     return found
 
@@ -90,7 +93,7 @@ def _look_at(
     device: torch.device,
 ) -> T:
     yy = sums["yy", position].to(device)
-    if before is None:
+    if before is None or ("yp", position) not in sums:
         return look(MapOutputs(layer, position, Difference(yy, None, None, (float(yy.trace()), 0.0, 0.0)), None))
     yp, pp = sums["yp", position].to(device), before["yy", position].to(device)
     difference = Difference(yy, yp, pp, (float(yy.trace()), float(yp.trace()), float(pp.trace())))

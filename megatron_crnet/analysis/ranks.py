@@ -7,6 +7,10 @@ less and less, so taking the step that keeps most per parameter, again and again
 that it meets exactly; for those in between it loses less than the one step that did not fit keeps.
 
 s is the best one at the uniform rank of the same budget.
+
+The experts of a layer have one rank for each of gate, up and down. It costs as much as that of one expert times the
+experts, or in operations times those that a token passes, and it keeps what each of them keeps of its outputs on the
+tokens that it is given, in units of the sum of their ||Y||^2: all experts of a layer together are one map here.
 """
 
 from __future__ import annotations
@@ -14,29 +18,30 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_crnet.analysis.from_dense import refuse_experts
+from megatron_crnet.analysis.difference import SMALLEST
+from megatron_crnet.analysis.maps import maps_by_input
 from megatron_crnet.analysis.outputs import MapOutputs, each_map
 from megatron_crnet.analysis.source import SourceModel
-from megatron_crnet.config.model_size import flops_per_token, total_parameters
+from megatron_crnet.config.model_size import flops_per_token, linear_parameters, total_parameters
 from megatron_crnet.config.positions import position_table
 from megatron_crnet.config.schema import ModelConfig
 from megatron_crnet.utils.errors import require
 
 MULTIPLES = (64, 32, 16, 8)
 """Of ranks, that matrix units like."""
-SMALLEST = 1e-300
-"""In place of the norm of outputs that are all 0."""
 Ranks = dict[tuple[int, str], int]
 """By layer and position; without full-rank layers."""
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What each further rank of a map keeps.
+    """What each further rank of a map keeps, or of the maps of all experts.
 
     Attributes:
         scale: s; None where there is no previous output.
@@ -64,12 +69,14 @@ class Budget:
         fixed: cost of all the rest.
         factor: cost of a parameter of a low-rank map: 1, or 6 operations per token.
         unit: how it is called.
+        is_active: of experts, only those that a token passes cost anything.
     """
 
     limit: float
     fixed: float
     factor: float
     unit: str
+    is_active: bool = False
 
     @property
     def parameters(self) -> float:
@@ -93,22 +100,40 @@ def spectra_of(
 
     Raises:
         DataError: a weight of the model is not finite, or zero all over.
-        ConfigError: the model has experts.
     """
     table = position_table(target)
-    refuse_experts(table)
+    maps = [one for group in maps_by_input(table.architecture, table.num_experts) for one in group]
 
-    def look(outputs: MapOutputs) -> Spectrum | None:
+    def look(outputs: MapOutputs) -> _Energies | None:
         if table.is_full_rank(outputs.layer):
             return None
         chained, difference = table.has_previous(outputs.layer), outputs.difference
-        s, whole = difference.best_scale(rank) if chained else 0.0, max(difference.norms[0], SMALLEST)
-        energies = (difference.energies(s) / whole).tolist()
-        scale = s if chained else None
-        return Spectrum(outputs.layer, outputs.position, scale, energies, difference.total(s) / whole)
+        s = difference.best_scale(rank) if chained and difference.pp is not None else None
+        energies = difference.energies(s or 0.0).cpu()
+        return _Energies(s, energies, difference.total(s or 0.0), difference.norms[0])
 
-    found = each_map(source, rows, table.architecture.names, look, devices, batch_size, progress)
-    return [one for one in found if one is not None]
+    looked = each_map(source, rows, [one.name for one in maps], look, devices, batch_size, progress)
+    found: dict[tuple[int, str], list[_Energies]] = {}
+    for (layer, one), energies in zip(product(range(target.num_layers), maps), looked, strict=True):
+        if energies is not None:
+            found.setdefault((layer, one.position), []).append(energies)
+    return [_together(*key, parts) for key, parts in found.items()]
+
+
+class _Energies(NamedTuple):
+    """Of one map: s, squared singular values of Y - s P, ||Y - s P||^2 and ||Y||^2."""
+
+    scale: float | None
+    energies: Tensor
+    total: float
+    norm: float
+
+
+def _together(layer: int, position: str, parts: Sequence[_Energies]) -> Spectrum:
+    """A map, or the same map of all experts, each of which has the rank."""
+    whole = max(sum(one.norm for one in parts), SMALLEST)
+    energies = (torch.stack([one.energies for one in parts]).sum(0) / whole).tolist()
+    return Spectrum(layer, position, parts[0].scale, energies, sum(one.total for one in parts) / whole)
 
 
 def rank_multiple(hidden_size: int) -> int:
@@ -125,12 +150,14 @@ def parameter_budget(model: ModelConfig, parameters: float) -> Budget:
 def operation_budget(model: ModelConfig, operations: float, seq_length: int) -> Budget:
     """So many floating-point operations per token, forward and backward, as `flops_per_token` counts them."""
     one = replace(model, rank=1)
-    return Budget(operations, flops_per_token(one, seq_length) - 6.0 * _low_rank_parameters(one), 6.0, "operations")
+    fixed = flops_per_token(one, seq_length) - 6.0 * _low_rank_parameters(one, active=True)
+    return Budget(operations, fixed, 6.0, "operations", is_active=True)
 
 
 def uniform_rank(model: ModelConfig, budget: Budget) -> int:
     """The largest rank that all low-rank maps can have; at least 1."""
-    return max(int(budget.parameters // max(_low_rank_parameters(replace(model, rank=1)), 1)), 1)
+    each = _low_rank_parameters(replace(model, rank=1), active=budget.is_active)
+    return max(int(budget.parameters // max(each, 1)), 1)
 
 
 def choose_ranks(model: ModelConfig, spectra: Sequence[Spectrum], budget: Budget, multiple: int) -> Ranks:
@@ -144,7 +171,7 @@ def choose_ranks(model: ModelConfig, spectra: Sequence[Spectrum], budget: Budget
         ConfigError: the budget is below the cost of the smallest ranks.
     """
     left = check_budget(model, budget, multiple)
-    costs, largest, ranks = _smallest(model, multiple)
+    costs, largest, ranks = _smallest(model, multiple, budget)
     by_map = {(one.layer, one.position): one for one in spectra}
 
     def step(key: tuple[int, str]) -> tuple[float, tuple[int, str]]:
@@ -169,7 +196,7 @@ def check_budget(model: ModelConfig, budget: Budget, multiple: int) -> float:
     Raises:
         ConfigError: it is below their cost, or no layer is of low rank.
     """
-    costs, _, ranks = _smallest(model, multiple)
+    costs, _, ranks = _smallest(model, multiple, budget)
     require(bool(costs), "every layer is a full-rank one, so that there is no rank to choose: leave layers of low rank")
     left = budget.parameters - sum(costs[key] * rank for key, rank in ranks.items())
     require(
@@ -180,12 +207,17 @@ def check_budget(model: ModelConfig, budget: Budget, multiple: int) -> float:
     return left
 
 
-def _smallest(model: ModelConfig, multiple: int) -> tuple[Ranks, Ranks, Ranks]:
+def _smallest(model: ModelConfig, multiple: int, budget: Budget) -> tuple[Ranks, Ranks, Ranks]:
     """By map of low rank: parameters of a rank, the largest useful rank, the smallest."""
     table = position_table(model)
+    count = table.uses if budget.is_active else table.copies
     keys = [(i, p) for i in range(model.num_layers) if not table.is_full_rank(i) for p in table.shapes]
     largest = {(i, p): largest_rank(*table.shapes[p], multiple) for i, p in keys}
-    return {(i, p): sum(table.shapes[p]) for i, p in keys}, largest, {k: min(multiple, largest[k]) for k in keys}
+    return (
+        {(i, p): count(p) * sum(table.shapes[p]) for i, p in keys},
+        largest,
+        {k: min(multiple, largest[k]) for k in keys},
+    )
 
 
 def largest_rank(h_in: int, h_out: int, multiple: int) -> int:
@@ -204,11 +236,7 @@ def rank_setting(ranks: Mapping[tuple[int, str], int], num_layers: int) -> dict[
     return found
 
 
-def _low_rank_parameters(model: ModelConfig) -> int:
+def _low_rank_parameters(model: ModelConfig, active: bool = False) -> int:
     table = position_table(model)
-    return sum(
-        rank * sum(table.shapes[position])
-        for layer, ranks in enumerate(table.ranks)
-        if not table.is_full_rank(layer)
-        for position, rank in ranks.items()
-    )
+    low = (layer for layer in range(model.num_layers) if not table.is_full_rank(layer))
+    return sum(linear_parameters(table, layer, active=active) for layer in low)

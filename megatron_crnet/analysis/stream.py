@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_crnet.model.reference import ReferenceLayer
+from megatron_crnet.analysis.maps import maps_by_input
+from megatron_crnet.model.reference import MixtureOfExperts, ReferenceLayer
 
 STREAM = "stream"
 """In place of a position: a layer as a whole, from the residual stream before it to the one after it."""
@@ -43,8 +44,8 @@ class Map:
     """A linear map on a batch.
 
     Attributes:
-        x, y: its inputs and outputs, [tokens, width] each.
-        previous: the outputs of the same map in the layer before; None in the first.
+        x, y: its inputs and outputs, [tokens, width] each; of an expert's, of the tokens that it is given.
+        previous: the outputs of the same map in the layer before; None in the first, and of an expert's.
     """
 
     x: Tensor
@@ -53,7 +54,7 @@ class Map:
 
 
 class Sums(dict[tuple[str, str], Tensor]):
-    """Sums over tokens, in fp64, by what they are of and the position or group."""
+    """Sums over tokens, in fp64, by what they are of and the name of the map."""
 
     def add_product(self, key: tuple[str, str], a: Tensor, b: Tensor) -> None:
         """Add a^T b, [m, n], of a [tokens, m] and b [tokens, n]."""
@@ -69,7 +70,7 @@ class Sums(dict[tuple[str, str], Tensor]):
 
 
 Collect = Callable[[Sums, dict[str, Map]], None]
-"""Adds what is wanted of a batch's maps, by position, to the sums of its device."""
+"""Adds what is wanted of a batch's maps, by `LayerMap.name`, to the sums of its device."""
 
 
 def default_devices() -> list[torch.device]:
@@ -124,21 +125,19 @@ class Activations:
 
 
 def run_layer(layer: ReferenceLayer, batch: Batch) -> tuple[dict[str, Map], Batch]:
-    """A layer's linear maps on a batch, by position, the layer itself as `STREAM`, and the batch behind it."""
-    inputs: dict[str, Tensor] = {}
+    """A layer's linear maps on a batch, by name, the layer itself as `STREAM`, and the batch behind it."""
+    before, maps = batch.outputs, dict[str, Map]()
 
-    def note(position: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _module, arguments: inputs.update({position: arguments[0]})
+    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        previous = before[name].flatten(0, 1) if name in before else None
+        return lambda _module, x, y: maps.update({name: Map(x[0].flatten(0, -2), y.flatten(0, -2), previous)})
 
+    num_experts = len(layer.mlp.experts) if isinstance(layer.mlp, MixtureOfExperts) else 0
     with ExitStack() as stack:
-        for position, module in layer.modules_of_positions.items():
-            hook = layer.get_submodule(module).register_forward_pre_hook(note(position))
-            stack.callback(hook.remove)
+        for group in maps_by_input(layer.architecture, num_experts):
+            for one in group:
+                hook = layer.get_submodule(one.module).register_forward_hook(note(one.name))
+                stack.callback(hook.remove)
         hidden, outputs = layer(batch.hidden, batch.outputs)
-    before = batch.outputs
-    maps = {
-        p: Map(inputs[p].flatten(0, 1), y.flatten(0, 1), before[p].flatten(0, 1) if p in before else None)
-        for p, y in outputs.items()
-    }
     stream_in, stream_out = batch.hidden.flatten(0, 1), hidden.flatten(0, 1)
     return {**maps, STREAM: Map(stream_in, stream_out, stream_in)}, Batch(hidden, outputs)

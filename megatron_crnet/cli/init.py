@@ -4,12 +4,13 @@
     %(prog)s runs/dense runs/small/checkpoints --model.variant low_rank --model.rank 64
     %(prog)s runs/dense runs/small/checkpoints --config run.yaml --config ranks.yaml --prefix data/train
 
-DENSE is a Hugging Face LLaMA, GPT-2 or Qwen3, or an export, a checkpoint or a run of variant full_rank. The model
-section comes from it; configuration options say what is to differ: variant (default: crnet), rank, full_rank_layers.
-Without model.rank each map keeps 1 / --compression of its parameters.
+DENSE is a Hugging Face LLaMA, GPT-2, Qwen3 or Qwen3-MoE, or an export, a checkpoint or a run of variant full_rank. The
+model section comes from it; configuration options say what is to differ: variant (default: crnet), rank,
+full_rank_layers. Without model.rank each map keeps 1 / --compression of its parameters.
 
 low_rank takes the truncated SVD of each weight; with calibration text, and for crnet always, each map is fitted to its
-outputs on that text (docs/from-dense.md). One layer at a time is in memory; several GPUs share the rows.
+outputs on that text, experts without a chain (docs/from-dense.md). One layer at a time is in memory; several GPUs share
+the rows.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from megatron_crnet.utils.progress import CountPrinter
 if TYPE_CHECKING:
     from megatron_crnet.analysis.from_dense import FittedMap
     from megatron_crnet.analysis.source import SourceModel
+    from megatron_crnet.config.positions import PositionTable
 
 COMPRESSION = 2.0
 
@@ -97,7 +99,12 @@ def _convert(source: SourceModel, config: Config, args: argparse.Namespace) -> N
     saved = replace(saved, checkpoint=replace(config.checkpoint, dir=str(args.folder)))
     target = write_starting_checkpoint(args.folder, saved, trained_on, f"dense {source.path}", conversion.weights())
     if conversion.fits:
-        print(_table(conversion.fits))
+        print(_table(conversion.fits, conversion.table))
+    if conversion.unfitted:
+        print(
+            f"{conversion.unfitted} maps of experts are the SVD of their weights, because the text gives these experts "
+            "fewer tokens than the maps have inputs: more --tokens fits more of them"
+        )
     before, after = (total_parameters(one.model) for one in (source.config, config))
     print(
         f"{target}: {after:,} parameters of {before:,}; continue it with checkpoint.dir {args.folder} and the model "
@@ -105,7 +112,7 @@ def _convert(source: SourceModel, config: Config, args: argparse.Namespace) -> N
     )
 
 
-def _table(fits: list[FittedMap]) -> str:
+def _table(fits: list[FittedMap], positions: PositionTable) -> str:
     """Relative errors of outputs on the calibration text, by layer and position."""
     from megatron_crnet.utils.tables import table
 
@@ -113,7 +120,7 @@ def _table(fits: list[FittedMap]) -> str:
     rows = [
         [
             str(fit.layer),
-            fit.position,
+            _label(fit, positions.copies(fit.position)),
             str(fit.rank),
             "-" if fit.scale is None else f"{fit.scale:.4f}",
             f"{fit.error:.4f}",
@@ -122,3 +129,8 @@ def _table(fits: list[FittedMap]) -> str:
         for fit in fits
     ]
     return table(header, rows, text_columns=2)
+
+
+def _label(fit: FittedMap, copies: int) -> str:
+    """The position, and of how many experts it is one line."""
+    return fit.position if copies == 1 else f"{fit.position} of {fit.fitted}/{copies} experts"

@@ -3,10 +3,10 @@
     %(prog)s runs/dense --text my/text --like-rank 48 --output ranks.yaml
     %(prog)s models/llama --text my/text --parameters 3.5e9 --output ranks.yaml
 
-MODEL is a Hugging Face LLaMA, GPT-2 or Qwen3, an export, a checkpoint or a run, of any variant: a dense model, or a
-short run. Ranks go where singular values of Y_l - s Y_(l-1) (crnet) or Y_l (low_rank) are large, for their cost in
-parameters. The budget is that of one rank for all maps (--like-rank), or parameters of the whole model, or operations
-per token.
+MODEL is a Hugging Face LLaMA, GPT-2, Qwen3 or Qwen3-MoE, an export, a checkpoint or a run, of any variant: a dense
+model, or a short run. Ranks go where singular values of Y_l - s Y_(l-1) (crnet) or Y_l (low_rank, and experts) are
+large, for their cost; the experts of a layer share a rank for each of gate, up and down. The budget is that of one rank
+for all maps (--like-rank), or parameters of the whole model, or operations per token.
 
 Writes FILE.yaml, which goes to crnet train and crnet init as a further --config, and FILE.html with a picture of the
 spectra and of the choice.

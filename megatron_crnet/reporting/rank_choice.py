@@ -36,7 +36,7 @@ def rank_section(model: ModelConfig, spectra: Sequence[Spectrum], ranks: Ranks, 
     section = Section(
         "Ranks by spectra",
         "Ranks go where the singular values of Y - s P are large for what a rank costs; Y are the outputs of a map, P "
-        "those of the same map in the previous layer (none in low_rank), both on calibration text.",
+        "those of the same map in the previous layer (none in low_rank, nor of experts), both on calibration text.",
     )
     positions = [*dict.fromkeys(one.position for one in spectra)]
     layers = [*dict.fromkeys(one.layer for one in spectra)]

@@ -46,7 +46,15 @@ MODELS: dict[str, dict[str, Any]] = {
 SIZES = {"vocab_size": 400}
 FEASIBLE = {**PADDED, "rank": {**PADDED["rank"], "up": 30, "down": 29}}
 """No rank above a side of its map, as a fit has them."""
-IMPORTED, CONVERTED = "imported/step_00000000", "converted/step_00000000"
+EXPERTS = {**EXPORTED["qwen3_moe"], "rank": 7}
+SPREAD = {"ep2": {"parallel": {"expert_model_parallel_size": 2}, "stage": 1}}
+IMPORTED = "imported"
+STARTS: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
+    IMPORTED: ("back", PADDED, LAYOUTS),
+    "converted": ("converted", FEASIBLE, LAYOUTS),
+    "converted_experts": ("experts", EXPERTS, SPREAD),
+}
+"""What checkpoints of step 0 are in, where what they give is saved, its model, and the layouts that it is given to."""
 
 
 def layout_config(
@@ -108,11 +116,12 @@ def out_and_back(folder: str, tokenizer: str) -> dict[str, dict[str, float]]:
     return {
         start: {
             name: first_loss(
-                layout_config(f"{folder}/{back}-{name}", tokenizer, **{**layout, "model": model}), Path(folder, start)
+                layout_config(f"{folder}/{back}-{name}", tokenizer, **{**layout, "model": model}),
+                Path(folder, start, "step_00000000"),
             )
-            for name, layout in LAYOUTS.items()
+            for name, layout in layouts.items()
         }
-        for start, back, model in ((IMPORTED, "back", PADDED), (CONVERTED, "converted", FEASIBLE))
+        for start, (back, model, layouts) in STARTS.items()
     }
 
 
@@ -121,15 +130,15 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     return train_small_tokenizer(tmp_path_factory.mktemp("tokenizer"), SIZES["vocab_size"])
 
 
-def convert_dense(folder: Path, tokenizer: str) -> None:
+def convert_dense(folder: Path, tokenizer: str, start: str) -> None:
     """A dense model of random weights, and the crnet that it becomes, of uneven widths and ranks."""
-    target = layout_config("no_folder", tokenizer, {}, 0, FEASIBLE)
+    target = layout_config("no_folder", tokenizer, {}, 0, STARTS[start][1])
     model = dataclasses.replace(target.model, variant="full_rank", rank=8)
     dense = dataclasses.replace(target, model=dataclasses.replace(model, max_position_embeddings=16))
     (folder / "text.txt").write_text("def read(path):\n    return open(path)\n" * 100)
-    checkpoint = write_checkpoint(folder / "dense" / "step_00000001", random_weights(dense), dense)
+    checkpoint = write_checkpoint(folder / f"dense_{start}" / "step_00000001", random_weights(dense), dense)
     words = [f"--model.rank={json.dumps(target.model.rank)}", f"--text={folder / 'text.txt'}"]
-    assert main(["init", str(checkpoint), str(folder / "converted"), *words]) == 0
+    assert main(["init", str(checkpoint), str(folder / start), *words]) == 0
 
 
 def masters(checkpoint: Path) -> dict[str, Tensor]:
@@ -138,7 +147,8 @@ def masters(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def test_every_layouts_checkpoint_is_exported_and_comes_back_into_every_layout(tmp_path: Path, tokenizer: str) -> None:
-    convert_dense(tmp_path, tokenizer)
+    for start in STARTS.keys() - {IMPORTED}:
+        convert_dense(tmp_path, tokenizer, start)
     losses = run_distributed(out_and_back, 2, str(tmp_path), tokenizer)[0]
     exported = open_model(tmp_path / "hf-tp2").model.state_dict()
     assert exported["model.layers.1.mlp.up_proj.b.weight"].shape == (125, 62)
@@ -149,11 +159,11 @@ def test_every_layouts_checkpoint_is_exported_and_comes_back_into_every_layout(t
     (tokens, labels), mask = (
         of(layout_config("no_folder", "no_tokenizer", {}, 0), 9) for of in (random_tokens, random_mask)
     )
-    for start in (IMPORTED, CONVERTED):
+    for start, (_, _, layouts) in STARTS.items():
         logits = open_model(tmp_path / start).model(tokens).logits
         each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
         wanted = float((each * mask.flatten()).sum() / mask.sum())
-        assert losses[start] == pytest.approx(dict.fromkeys(LAYOUTS, wanted), rel=1e-6)
+        assert losses[start] == pytest.approx(dict.fromkeys(layouts, wanted), rel=1e-6)
     for name in LAYOUTS:
         again = masters(tmp_path / f"back-{name}" / "step_00000001")
         assert set(again) == set(exported)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_crnet import to_hf
 from megatron_crnet.checkpoint.weight_files import CheckpointWeights
+from megatron_crnet.cli.main import main
 from tests.integration.conftest import Corpus, lines_of, start, start_here
 
 LENGTHS = {"training__train_steps": 4, "training__eval_interval": 0, "training__eval_steps": 0}
@@ -63,6 +64,26 @@ def test_both_losses_are_logged_and_a_resumed_run_repeats_them(corpus: Corpus, d
     assert of_whole.shapes.keys() == CheckpointWeights(dense.start / "step_00000000").shapes.keys(), "no teacher's"
     weights = of_cut.read(of_cut.shapes)
     assert all(torch.equal(value, weights[name]) for name, value in of_whole.read(of_whole.shapes).items())
+
+
+def test_a_dense_model_with_experts_is_converted_trained_and_taught(corpus: Corpus, tmp_path: Path) -> None:
+    experts = {"model__architecture": "qwen3_moe", "model__num_experts": 4, "model__moe_router_topk": 2}
+    changes: dict[str, object] = {**LENGTHS, **experts, "training__train_steps": 2}
+    run = start_here(corpus.options(tmp_path / "dense", model__variant="full_rank", **changes))
+    assert run.status == 0, run.stderr
+    export, begin = to_hf(tmp_path / "dense", tmp_path / "export", plain=True), tmp_path / "start"
+    assert main(["init", str(export), str(begin), "--model.rank=8", f"--prefix={corpus.train}", "--tokens=1024"]) == 0
+    taught = {"checkpoint__load": begin, "distillation__teacher": export}
+    second = start_here(corpus.options(tmp_path / "run", **changes, **taught))
+    assert second.status == 0, second.stderr
+    assert lines_of(tmp_path / "run", "feature_loss").keys() == lines_of(tmp_path / "run", "loss").keys() == {1, 2}
+    before, after = (
+        CheckpointWeights(path) for path in (begin / "step_00000000", tmp_path / "run/checkpoints/step_00000002")
+    )
+    assert before.shapes == after.shapes
+    for name in ("mlp.experts.3.up_proj.a.weight", "mlp.gate.weight", "self_attn.o_proj.beta"):
+        name = f"model.layers.2.{name}"
+        assert not torch.equal(before.read([name])[name], after.read([name])[name])
 
 
 def other(dense: Dense, folder: Path, **changes: object) -> Path:

@@ -54,8 +54,6 @@ TWINS: dict[str, dict[str, Any]] = {
 """The same in the words of Transformers' own classes."""
 EXPORTED = {name: model for name, model in ARCHITECTURES.items() if name in TRAITS}
 """Architectures beside LLaMA that exports know, as configurations of ours."""
-DENSE = {name: model for name, model in EXPORTED.items() if "num_experts" not in model}
-"""Those of them without experts, which analysis knows."""
 
 PLAIN_SIZES: dict[str, Any] = {
     **{"vocab_size": 416, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_crnet.analysis.source import SourceModel, open_source
+from tests.helpers import ARCHITECTURES
 from tests.unit.analysis.models import dense_checkpoint
 from tests.unit.data_helpers import train_small_tokenizer
 
@@ -17,3 +18,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def dense(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> SourceModel:
     return open_source(dense_checkpoint(tmp_path_factory.mktemp("dense"), tokenizer))
+
+
+@pytest.fixture(scope="session")
+def dense_moe(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> SourceModel:
+    """The same with experts."""
+    return open_source(dense_checkpoint(tmp_path_factory.mktemp("dense_moe"), tokenizer, **ARCHITECTURES["qwen3_moe"]))

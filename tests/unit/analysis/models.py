@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_crnet.analysis.maps import maps_by_input
 from megatron_crnet.analysis.source import SourceModel
 from megatron_crnet.analysis.stream import STREAM
 from megatron_crnet.config.schema import Config, DataConfig
@@ -40,7 +41,7 @@ def reference(config: Config, weights: dict[str, Tensor]) -> ReferenceCRNet:
 
 
 def activations(source: SourceModel, rows: Tensor) -> list[dict[str, tuple[Tensor, Tensor]]]:
-    """Inputs and outputs [tokens, width] of all maps of a plain forward pass, by layer and position, in fp64.
+    """Inputs and outputs [tokens, width] of all maps of a plain forward pass, by layer and name, in fp64.
 
     The layers themselves are among them, as `STREAM`.
     """
@@ -48,12 +49,13 @@ def activations(source: SourceModel, rows: Tensor) -> list[dict[str, tuple[Tenso
     found: list[dict[str, tuple[Tensor, Tensor]]] = []
     for layer in model.model["layers"]:
         found.append({})
-        for position, module in layer.modules_of_positions.items():
+        maps = maps_by_input(layer.architecture, source.config.model.num_experts or 0)
+        for one in (one for group in maps for one in group):
 
-            def hook(_module: Any, x: Any, y: Tensor, position: str = position, at: Any = found[-1]) -> None:
-                at[position] = x[0].flatten(0, 1), y.flatten(0, 1)
+            def hook(_module: Any, x: Any, y: Tensor, name: str = one.name, at: Any = found[-1]) -> None:
+                at[name] = x[0].flatten(0, -2), y.flatten(0, -2)
 
-            layer.get_submodule(module).register_forward_hook(hook)
+            layer.get_submodule(one.module).register_forward_hook(hook)
 
         def layer_hook(_module: Any, x: Any, y: Any, at: Any = found[-1]) -> None:
             at[STREAM] = x[0].flatten(0, 1), y[0].flatten(0, 1)

@@ -12,15 +12,18 @@ import torch.nn.functional as F
 
 from megatron_crnet.analysis.observation import default_ranks, observe
 from megatron_crnet.analysis.source import SourceModel
+from megatron_crnet.analysis.stream import STREAM
 from megatron_crnet.cli.main import main
 from tests.unit.analysis.models import activations, random_rows
 from tests.unit.analysis.products import low_rank_error
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_what_is_observed_is_what_whole_outputs_give(dense: SourceModel, devices: int) -> None:
+@pytest.mark.parametrize(("source", "devices"), [("dense", 1), ("dense", 2), ("dense_moe", 1)])
+def test_what_is_observed_is_what_whole_outputs_give(source: str, devices: int, request: pytest.FixtureRequest) -> None:
+    dense: SourceModel = request.getfixturevalue(source)
+    positions = (*dense.table.architecture.names, STREAM)
     rows, ranks = random_rows(8), [4, 8]
-    outputs = [{p: y for p, (_, y) in layer.items()} for layer in activations(dense, rows)]
+    outputs = [{p: y for p, (_, y) in layer.items() if p in positions} for layer in activations(dense, rows)]
     found = observe(dense, rows, ranks, [torch.device("cpu")] * devices, batch_size=3)
     assert [(one.layer, one.position) for one in found] == [(i, p) for i, layer in enumerate(outputs) for p in layer]
     for one in found:

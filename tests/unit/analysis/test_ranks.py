@@ -26,13 +26,15 @@ from megatron_crnet.analysis.ranks import (
 )
 from megatron_crnet.analysis.source import SourceModel
 from megatron_crnet.cli.main import main
-from megatron_crnet.config.loading import load_config
+from megatron_crnet.config.loading import load_config, resolved
 from megatron_crnet.config.model_size import flops_per_token, total_parameters
 from megatron_crnet.config.schema import ModelConfig
-from tests.helpers import TINY_MODEL
+from tests.helpers import ARCHITECTURES, TINY_MODEL
 from tests.unit.analysis.models import activations, random_rows
+from tests.unit.analysis.products import low_rank_error
 
 SMALL = ModelConfig(**{**TINY_MODEL, "num_layers": 2, "rank": 1})
+MOE = ModelConfig(**{**TINY_MODEL, "num_layers": 2, "rank": 1, **ARCHITECTURES["qwen3_moe"]})
 
 
 def random_spectra(seed: int, width: int = 30) -> list[Spectrum]:
@@ -57,8 +59,8 @@ def every_choice(multiple: int) -> list[Ranks]:
     return [{(1, p): rank for p, rank in zip(shapes, ranks, strict=True)} for ranks in itertools.product(*ranges)]
 
 
-def with_ranks(ranks: Ranks) -> ModelConfig:
-    return replace(SMALL, rank=rank_setting(ranks, 2))
+def with_ranks(ranks: Ranks, model: ModelConfig = SMALL) -> ModelConfig:
+    return replace(model, rank=rank_setting(ranks, 2))
 
 
 def test_no_choice_keeps_more_than_one_step() -> None:
@@ -78,17 +80,19 @@ def test_no_choice_keeps_more_than_one_step() -> None:
             assert best - kept(spectra, found) <= step + 1e-9
 
 
-def test_a_budget_counts_the_whole_model() -> None:
+@pytest.mark.parametrize(("model", "widest", "active"), [(SMALL, 80, 80), (MOE, 4 * 52, 2 * 52)])
+def test_a_budget_counts_the_whole_model(model: ModelConfig, widest: int, active: int) -> None:
+    """To less than a rank of the widest map, which of experts are all in parameters, and two in operations."""
     spectra = random_spectra(1)
-    ten = replace(SMALL, rank=10)
-    for budget, cost in (
-        (parameter_budget(SMALL, total_parameters(ten)), total_parameters),
-        (operation_budget(SMALL, flops_per_token(ten, 16), 16), lambda model: flops_per_token(model, 16)),
+    ten = replace(model, rank=10)
+    for budget, cost, most in (
+        (parameter_budget(model, total_parameters(ten)), total_parameters, widest),
+        (operation_budget(model, flops_per_token(ten, 16), 16), lambda one: flops_per_token(one, 16), active),
     ):
-        assert uniform_rank(SMALL, budget) == 10
-        ranks = choose_ranks(SMALL, spectra, budget, 1)
-        used = cost(with_ranks(ranks))
-        assert used <= budget.limit < used + 80 * budget.factor  # of a rank of the widest map
+        assert uniform_rank(model, budget) == 10
+        ranks = choose_ranks(model, spectra, budget, 1)
+        used = cost(with_ranks(ranks, model))
+        assert used <= budget.limit < used + most * budget.factor
         assert len({*ranks.values()}) > 2
         assert kept(spectra, ranks) > kept(spectra, dict.fromkeys(ranks, 10))
 
@@ -100,6 +104,23 @@ def test_ranks_are_multiples_below_the_cost_of_a_full_map() -> None:
     assert {*ranks.values()} == {8, 16}
     for (_, position), rank in ranks.items():
         assert rank == largest_rank(*((32, 32) if position in "qkvo" else (32, 48)), 8)
+
+
+def test_experts_share_the_ranks_of_a_layer(dense_moe: SourceModel) -> None:
+    """A rank keeps what every expert keeps by it of its outputs, on the tokens that it is given."""
+    rows = random_rows(6)
+    (layer, *_) = activations(dense_moe, rows)
+    target = replace(dense_moe.config.model, variant="low_rank", rank=4, full_rank_layers=None)
+    found = spectra_of(dense_moe, target, rows, 4, [torch.device("cpu")])
+    assert [one.position for one in found] == 4 * ["q", "k", "v", "o", "gate", "up", "down"]
+    for one in found[4:7]:
+        outputs = [layer[f"{one.position} {expert}"][1] for expert in range(4)]
+        whole = sum(float(y.square().sum()) for y in outputs)
+        assert one.scale is None
+        assert one.total == pytest.approx(1.0)
+        for rank in (0, 5, 12):
+            wanted = (sum(low_rank_error(y, rank) for y in outputs) / whole) ** 0.5
+            assert one.error(rank) == pytest.approx(wanted, rel=1e-3)
 
 
 def test_spectra_are_those_of_the_outputs(dense: SourceModel) -> None:
@@ -119,18 +140,21 @@ def test_spectra_are_those_of_the_outputs(dense: SourceModel) -> None:
     assert {one.scale for one in found} == {None}
 
 
+@pytest.mark.parametrize(("source", "widest"), [("dense", 80), ("dense_moe", 4 * 52)])
 def test_the_command_writes_what_a_configuration_takes(
-    dense: SourceModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source: str, widest: int, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    dense: SourceModel = request.getfixturevalue(source)
     (tmp_path / "text.txt").write_text("def read(path):\n    return open(path)\n" * 40)
     text, output = f"--text={tmp_path / 'text.txt'}", tmp_path / "ranks.yaml"
     words = ["ranks", str(dense.path), text, "--like-rank", "6", f"--output={output}"]
     assert main(words) == 0
     assert "with rank 6 everywhere" in capsys.readouterr().out
     values = yaml.safe_load(output.read_text())
-    config = load_config({"model": {**TINY_MODEL, "vocab_size": 416, "num_query_groups": 2, **values["model"]}})
+    model = {**resolved(dense.config)["model"], **values["model"]}
+    config = load_config({"model": model, "training": {"seq_length": 16}})
     uniform = replace(config.model, rank=6)
-    assert total_parameters(config.model) <= total_parameters(uniform) < total_parameters(config.model) + 80
+    assert total_parameters(config.model) <= total_parameters(uniform) < total_parameters(config.model) + widest
     page = output.with_suffix(".html").read_text()
     assert "Ranks by layer" in page
     assert "Singular values and chosen ranks" in page
