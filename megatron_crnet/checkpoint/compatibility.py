@@ -62,10 +62,11 @@ def check_resumable(
         raise CheckpointError(f"checkpoint {checkpoint} has no readable config.yaml: remove it") from error
     asked = resolved(config)
     wanted, found = asked["model"], OLDER | saved["model"]
-    if (saved.get("rank_schedule") or {}).get("steps") or config.rank_schedule.steps:
-        at = saved_state(checkpoint)["step"]
-        found["rank"] = rank_after(found.get("rank"), saved.get("rank_schedule"), at)
-        wanted["rank"] = rank_after(wanted["rank"], config.rank_schedule, at if step is None else step)
+    if (saved.get("rank_schedule") or {}).get("ranks") or config.rank_schedule.ranks:
+        state = saved_state(checkpoint)
+        at, changes = state["step"], state.get("rank_changes", ())
+        found["rank"] = rank_after(found.get("rank"), saved.get("rank_schedule"), at, changes)
+        wanted["rank"] = rank_after(wanted["rank"], config.rank_schedule, at if step is None else step, changes)
     learns_positions = not ARCHITECTURES[config.model.architecture].is_rotary
     of_weights = {*wanted} - NOT_OF_THE_MODEL | ({"max_position_embeddings"} if learns_positions else set())
     names = [name for name in wanted if name in of_weights and found.get(name) != wanted[name]]

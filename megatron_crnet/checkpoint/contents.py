@@ -59,6 +59,9 @@ def _wrong_state(checkpoint: Path) -> str | None:
         return f"has a state.json that is wrong in {where} ({first['msg']})"
     if FINAL.fullmatch(checkpoint.name) and state.step != saved_step(checkpoint):
         return f"has step {state.step} in its state.json and another in its name"
+    changes = list(state.rank_changes)
+    if changes != sorted(set(changes)) or not all(0 < change <= state.step for change in changes):
+        return f"has changed ranks after the steps {changes}, which do not ascend to its step {state.step}"
     if not state.skipped_in_a_row <= state.skipped <= state.step:
         return f"has skipped {state.skipped} of {state.step} steps, {state.skipped_in_a_row} in a row"
     return None
@@ -90,7 +93,7 @@ def _wrong_tensors(checkpoint: Path) -> str | None:
     if not all(isinstance(section, dict) for section in config.values()):
         return "has a config.yaml whose sections are not all mappings"
     saved = headers_of(checkpoint).state_dict_metadata
-    model = saved_model(config, json.loads((checkpoint / "state.json").read_text())["step"])
+    model = saved_model(config, json.loads((checkpoint / "state.json").read_text()))
     known = {field.name for field in fields(OptimizerConfig)} & set(config.get("optimizer", {}))
     optimizer, table = OptimizerConfig(**{key: config["optimizer"][key] for key in known}), position_table(model)
     frozen = frozen_weights(model)

@@ -22,6 +22,7 @@ class TrainingState:
         grad_norm, lr: of the last good step.
         recent_losses: of the last good steps, for what faults.spike_deviations compares with.
         restarts: ReLoRA's restarts so far, which number what they draw.
+        rank_changes: steps after which rank_schedule.energy has changed ranks, in order.
         validation_due: a signal came before this step's validation was done.
     """
 
@@ -37,6 +38,7 @@ class TrainingState:
     lr: float = 0.0
     recent_losses: tuple[float, ...] = ()
     restarts: int = 0
+    rank_changes: tuple[int, ...] = ()
     validation_due: bool = False
 
     @property
@@ -98,5 +100,9 @@ class TrainingState:
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> TrainingState:
         """Inverse of `asdict`, after a JSON round trip; fields unknown to an older version keep their defaults."""
-        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
-        return cls(**{**known, "recent_losses": tuple(known.get("recent_losses", ()))})
+        known: dict[str, Any] = {
+            field.name: tuple(value) if isinstance(value := values[field.name], list) else value
+            for field in fields(cls)
+            if field.name in values
+        }
+        return cls(**known)

@@ -158,6 +158,11 @@ def _zero_rules(config: Config, stage: int, tp: int, pp: int) -> Iterator[tuple[
     )
     for key in ONLY_STAGE_3 - {"offload_param"}:
         yield key, key in zero and stage < 3, f"stage {stage} does not read it: use stage 3 or leave it out"
+    yield (
+        "offload_optimizer",
+        _device(zero, "offload_optimizer") == "nvme" and bool(config.rank_schedule.ranks),
+        "rank_schedule changes ranks, and weights and moments on disks cannot take another shape: use device cpu",
+    )
     merges = METHODS[config.model.variant].has_frozen
     for key, broken in (
         ("offload_param", _device(zero, "offload_param") == "nvme"),

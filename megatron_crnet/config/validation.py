@@ -6,8 +6,6 @@ those of files and tokenizer in `data/indexed.py`.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from megatron_crnet.config.architectures import ARCHITECTURES
@@ -16,7 +14,8 @@ from megatron_crnet.config.experts_rules import check_expert_parallel, check_exp
 from megatron_crnet.config.field_types import MOST
 from megatron_crnet.config.optimizer_rules import check_optimizer, check_restarts
 from megatron_crnet.config.positions import METHODS, head_width, position_table
-from megatron_crnet.utils.errors import ConfigError, require
+from megatron_crnet.config.rank_rules import check_rank_schedule
+from megatron_crnet.utils.errors import require
 
 if TYPE_CHECKING:
     from megatron_crnet.config.schema import Config, ModelConfig, ParallelConfig
@@ -37,7 +36,7 @@ def check_config(config: Config) -> None:
     _check_ramp(config)
     check_optimizer(config)
     _check_relora(config)
-    _check_rank_schedule(config)
+    check_rank_schedule(config)
     check_restarts(config)
     _check_parallel(config)
     check_expert_parallel(config)
@@ -180,39 +179,6 @@ def _check_relora(config: Config) -> None:
         f"relora.warm_start_steps {warm} with training.rampup_batch_size: the schedule would begin anew in the middle "
         "of the ramp: leave one of the two out",
     )
-
-
-def _check_rank_schedule(config: Config) -> None:
-    """Every change of ranks falls between two steps, and fits the model."""
-    schedule, model, last = config.rank_schedule, config.model, config.training.train_steps
-    steps, shown = schedule.steps, f"rank_schedule.steps {schedule.steps}"
-    require(
-        len(steps) == len(schedule.ranks),
-        f"{shown} has {len(steps)} entries and rank_schedule.ranks {len(schedule.ranks)}: give one of each per change",
-    )
-    if not steps:
-        return
-    method = METHODS[model.variant]
-    require(
-        not (method.is_full_rank or method.has_frozen),
-        f"{shown} is set, but model.variant {model.variant} "
-        f"{'has no factors' if method.is_full_rank else 'has restarts of its own'}: leave rank_schedule out",
-    )
-    require(
-        steps == sorted(set(steps)) and steps[-1] < last,
-        f"{shown} must ascend and end below training.train_steps {last}: correct it",
-    )
-    try:
-        tables = [position_table(replace(model, rank=rank)) for rank in (model.rank, *schedule.ranks)]
-    except ConfigError as error:  # of one of the schedule's: that of model.rank has been checked
-        raise ConfigError(f"rank_schedule.ranks has an entry that cannot be model.rank: {error}") from error
-    for (before, after), step in zip(pairwise(tables), steps, strict=True):
-        shrinks = any(new[p] < old[p] for old, new in zip(before.ranks, after.ranks, strict=True) for p in old)
-        require(
-            not (shrinks and method.has_silu),
-            f"rank_schedule.ranks shrink at step {step}, but between the factors of {model.variant} stands silu, so "
-            "that no smaller factors have nearly the same product: let them grow only",
-        )
 
 
 def _check_parallel(config: Config) -> None:

@@ -47,24 +47,32 @@ def change_ranks(states: States, model: CRNetModel, seed: int, device: torch.dev
     for name, weight in named.items():
         if not name.endswith(A):
             continue
-        of_a, of_b, rank = states[name], states[_of_b(name)], weight.shape[0]
+        of_a, of_b, rank = states[name], states[name_of_b(name)], weight.shape[0]
         before = of_a[MASTER].shape[0]
         if rank > before:
             _grow(of_a, of_b, weight, initial_value(name, weight.shape, config, seed))
         elif rank < before:
-            both = weight, named[_of_b(name)]
+            both = weight, named[name_of_b(name)]
             factors = of_a[MASTER], of_b[MASTER].t()
             gram_a, gram_b = (
-                _gram(x.to(device), None if w.is_whole else group) for x, w in zip(factors, both, strict=True)
+                gram(x.to(device), None if w.is_whole else group) for x, w in zip(factors, both, strict=True)
             )
-            # an expert that this rank alone holds is no other's
-            is_alone = all(w.is_whole and w.shard_dim is not None for w in both)
-            holders = [*([] if is_alone else [group]), replica_group(weight.parameter)]
+            holders = [*([] if is_held_alone(weight) else [group]), replica_group(weight.parameter)]
             _shrink(of_a, of_b, *(_of_first(x, holders).to("cpu") for x in reductions(gram_a, gram_b, rank)))
 
 
-def _of_b(name: str) -> str:
+def name_of_b(name: str) -> str:
+    """The canonical name of the B to the A of this name."""
     return name.removesuffix(A) + B
+
+
+def is_held_alone(a: Weight) -> bool:
+    """Whether no other tensor-parallel rank has a part or a copy of a map: it is an expert's, of this rank alone.
+
+    Args:
+        a: its A.
+    """
+    return a.is_whole and a.shard_dim is not None
 
 
 def _grow(a: dict[str, Tensor], b: dict[str, Tensor], weight: Weight, drawn: Tensor) -> None:
@@ -89,7 +97,7 @@ def _of_first(factor: Tensor, groups: Sequence[dist.ProcessGroup]) -> Tensor:
     return factor
 
 
-def _gram(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def gram(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The inner products of whole rows, of which each rank holds a part, in fp64."""
     wide = rows.double()
     gram = wide @ wide.t()
@@ -105,14 +113,14 @@ def reductions(gram_a: Tensor, gram_b: Tensor, rank: int) -> tuple[Tensor, Tenso
         gram_a: A A^T, [r, r].
         gram_b: B^T B, [r, r].
     """
-    root_a, inverse_a = _root(gram_a)
-    root_b, inverse_b = _root(gram_b)
+    root_a, inverse_a = root(gram_a)
+    root_b, inverse_b = root(gram_b)
     u, s, v = torch.linalg.svd(root_b @ root_a)
     scale = s[:rank].sqrt()
     return scale[:, None] * v[:rank] @ inverse_a, inverse_b @ u[:, :rank] * scale
 
 
-def _root(gram: Tensor) -> tuple[Tensor, Tensor]:
+def root(gram: Tensor) -> tuple[Tensor, Tensor]:
     """The symmetric root of a Gram matrix and its pseudo-inverse."""
     values, vectors = torch.linalg.eigh(gram)
     values = values.clamp(min=0)

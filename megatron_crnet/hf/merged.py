@@ -49,8 +49,8 @@ def weights_of(checkpoint: Path, config: Config) -> tuple[Config, WeightSource]:
     Raises:
         DataError: the weights are not those of the model.
     """
-    step = read_json_object(checkpoint / "state.json").get("step", 0)
-    model, source = phase_at(config, step).config.model, CheckpointWeights(checkpoint)
+    state, source = read_json_object(checkpoint / "state.json"), CheckpointWeights(checkpoint)
+    model = phase_at(config, state.get("step", 0), state.get("rank_changes", ())).config.model
     source.check(canonical_shapes(model))
     if not METHODS[config.model.variant].has_frozen:
         return replace(config, model=model, rank_schedule=RankScheduleConfig()), source

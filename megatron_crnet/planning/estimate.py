@@ -11,7 +11,7 @@ from functools import cache
 
 from megatron_crnet.config.batch import BatchPlan, plan_batches
 from megatron_crnet.config.model_size import flops_per_token
-from megatron_crnet.config.phases import Phase, phases_of, with_largest_ranks
+from megatron_crnet.config.phases import Phase, planned_phases, with_largest_ranks
 from megatron_crnet.config.schema import Config
 from megatron_crnet.planning.machines import MACHINES, Machine
 from megatron_crnet.planning.memory import estimate_memory
@@ -104,7 +104,7 @@ def estimate(
     Raises:
         ConfigError: the batch or the layout does not fit `world_size` ranks.
     """
-    phases, config = phases_of(config), with_largest_ranks(config)
+    phases, config = planned_phases(config), with_largest_ranks(config)
     others = [phase for phase in phases if phase.config.model != config.model]
     plan = plan_batches(config, world_size)
     models = build_local_models(config)

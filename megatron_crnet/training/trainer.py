@@ -22,7 +22,9 @@ from megatron_crnet.checkpoint.manager import Checkpointer
 from megatron_crnet.checkpoint.train_state import TrainingState
 from megatron_crnet.config.batch import BatchSizes
 from megatron_crnet.config.model_size import total_parameters
-from megatron_crnet.config.phases import phase_at
+from megatron_crnet.config.phases import next_model, phase_at
+from megatron_crnet.config.positions import position_table
+from megatron_crnet.config.rank_rules import directions
 from megatron_crnet.config.schema import Config, ModelConfig
 from megatron_crnet.data.documents import to_device
 from megatron_crnet.data.loader import global_batches
@@ -34,6 +36,7 @@ from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.engine.expert_load import counts_so_far, go_on_from
 from megatron_crnet.engine.rank_change import change_ranks
 from megatron_crnet.engine.schedule import Batch, GlobalWork, global_work, loss_totals
+from megatron_crnet.engine.spectrum import crosses, leading_share
 from megatron_crnet.engine.state_kinds import KINDS, MASTER
 from megatron_crnet.model.gpt import build_model_chunks
 from megatron_crnet.training.callbacks.base import Callback, Step
@@ -70,7 +73,8 @@ class Trainer:
         config, self.context = preflight.config, preflight.context
         self.preflight, self.config, self.callbacks = preflight, config, callbacks
         start = preflight.start
-        self.phase = phase_at(config, start.state["step"] if start and config.training.eval_only else preflight.step)
+        about = start.state if start and config.training.eval_only else preflight.state
+        self.phase = phase_at(config, about.get("step", 0), about.get("rank_changes", ()))
         self.teacher = preflight.teacher.build(config) if preflight.teacher else None
         self.engine = self._build_engine()
         self.checkpointer = Checkpointer(config, self.engine, preflight.trained_on, preflight.folders.check)
@@ -97,7 +101,7 @@ class Trainer:
     def _begin_next_phase(self) -> None:
         """Hand the weights on to the engine of the next phase."""
         self.context.heartbeat.report(f"the next phase, after step {self.state.step}", may_take_long=True)
-        following = phase_at(self.config, self.state.step)
+        following = phase_at(self.config, self.state.step, self.state.rank_changes)
         states = self.engine.states(KINDS if following.continues else (MASTER,))
         adam_steps = self.engine.zero.steps if following.continues else 0
         counts = counts_so_far(self.engine.chunks)
@@ -116,6 +120,21 @@ class Trainer:
         self.engine.restore_schedule(self.state.step - following.schedule_start)
         self.checkpointer.attach(self.engine)
         self.progress.line(f"step {self.state.step}: {_change(before.config.model, following.config.model)}")
+
+    def _crosses_threshold(self) -> bool:
+        """Whether ranks change after this step by `rank_schedule.energy`; a collective call where it is measured."""
+        step, threshold = self.state.step, self.config.rank_schedule.energy
+        following = next_model(self.config, step, self.state.rank_changes)
+        if threshold is None or following is None:
+            return False
+        self.context.heartbeat.report(f"the spectra after step {step}", may_take_long=True)
+        before, after = position_table(self.phase.config.model), position_table(following)
+        share, grows = leading_share(self.engine.zero, self.engine.chunks, after), True in directions(before, after)
+        self.metrics.write(step, {"rank_energy": share})
+        found = f"the leading half of the ranks holds {share:.4f}" if grows else f"the next ranks keep {share:.4f}"
+        limit = f"ranks grow at {threshold:g} or less" if grows else f"ranks shrink at {threshold:g} or more"
+        self.progress.line(f"step {step}: {found} of the energy; {limit}")
+        return crosses(share, threshold, grows)
 
     def _load(self) -> TrainingState:
         """Fill weights and optimizer from what the preflight found. Returns the counters."""
@@ -188,7 +207,9 @@ class Trainer:
         self.engine.restart_if_due()  # a bad step that ends the run has saved the state before
         due = self.preflight.is_validated(self.state.step)
         self.state = replace(self.state, validation_due=due, restarts=self.engine.restarts)
-        if self.state.step == self.phase.stop and not self.is_last_step:
+        if self._crosses_threshold():
+            self.state = replace(self.state, rank_changes=(*self.state.rank_changes, self.state.step))
+        if self.state.step in (self.phase.stop, *self.state.rank_changes[-1:]) and not self.is_last_step:
             self._begin_next_phase()
         stop, self.save_due = self.vote.answers
         self.stopping = stop and not self.is_last_step  # else the run ends anyway

@@ -1,8 +1,13 @@
-"""Ranks that change in a run, in every kind of layout, against plain PyTorch that changes them by a full SVD."""
+"""Ranks that change in a run, in every kind of layout, against plain PyTorch that changes them by a full SVD.
+
+At given steps, or when the energy of their products crosses a threshold: at the same step as in plain PyTorch, which
+measures the singular values of whole products.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -11,24 +16,30 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_crnet.config.megatron import build_transformer_config
-from megatron_crnet.config.phases import Phase, phases_of
+from megatron_crnet.config.phases import Phase, next_model, phase_at
+from megatron_crnet.config.positions import position_table
 from megatron_crnet.config.rank_section import RankScheduleConfig
-from megatron_crnet.config.schema import Config
+from megatron_crnet.config.schema import Config, ModelConfig
 from megatron_crnet.engine import rank_change
 from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.engine.rank_change import change_ranks, reductions
+from megatron_crnet.engine.spectrum import crosses, leading_share
 from megatron_crnet.engine.state_kinds import KINDS
 from megatron_crnet.model.gpt import build_model_chunks
 from megatron_crnet.model.reference import ReferenceCRNet
 from megatron_crnet.model.weights import initial_value
 from tests.distributed.engines import build_engine, close_engine
 from tests.distributed.spawn import run_distributed
-from tests.distributed.test_layouts import EP, MOE, PARTITION_EVERYTHING, Layout
+from tests.distributed.test_layouts import EP, EP_4, MOE, PARTITION_EVERYTHING, Layout
 from tests.helpers import PADDED, micro_batches, plain_losses, random_mask, reference_model
 
 GROWN = {"q": [8, 12, 12, 9], "k": 10, "v": 6, "o": 11, "gate": [8, 9, 10, 11], "up": 8, "down": 12}
 SHRUNK = {"q": 4, "k": 5, "v": 6, "o": 7, "gate": 3, "up": 6, "down": 5}
 SCHEDULE = RankScheduleConfig([2, 4], [GROWN, SHRUNK])
+LESS = {"q": [6, 5, 4, 4], "k": 5, "v": 6, "o": [6, 5, 5, 4], "gate": 5, "up": [6, 6, 5, 4], "down": 4}
+# between the shares that LESS keeps after steps 2 and 3, 1e-4 and 4e-5 apart
+DENSE, EXPERTS = (RankScheduleConfig([], [LESS, GROWN], energy=e, check_interval=1) for e in (0.90794, 0.93285))
+SPARSE = {**MOE, "rank": 6, "moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": 0.0}
 STEPS = 6
 TWO = [
     Layout(tp=2, model={"rank": 6}),
@@ -38,15 +49,36 @@ TWO = [
     Layout(zero=2, model={"rank": 6, "variant": "low_rank", "init_method_std": 0.05}),
     Layout(tp=2, zero=1, dtype="bf16", model={"rank": 6}),
     Layout(tp=2, model={**PADDED, "rank": 6}),
-    Layout(tp=2, zero=1, model={**MOE, "rank": 6, "moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": 0.0}, parallel=EP),
-    Layout(zero=1, model={**MOE, "rank": 6, "moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": 0.0}, parallel=EP),
+    Layout(tp=2, zero=1, model=SPARSE, parallel=EP),
+    Layout(zero=1, model=SPARSE, parallel=EP),
 ]
+ROWS = [
+    *((row, SCHEDULE) for row in TWO),
+    # stages, replicas and tensor-parallel ranks add up what they hold, each map once
+    *((row, DENSE) for row in TWO[1:3]),
+    (Layout(zero=2, model={"rank": 6}), DENSE),
+    (TWO[-1], EXPERTS),
+]
+FOUR = [
+    (Layout(tp=2, pp=2, vpp=2, zero=1, model={"rank": 6}), DENSE),
+    (Layout(tp=2, zero=3, model={"rank": 6}, keys=PARTITION_EVERYTHING), DENSE),
+    (Layout(model={"rank": 6}), DENSE),
+    *((Layout(tp=2, zero=1, model=SPARSE, parallel=parallel), EXPERTS) for parallel in ({}, EP, EP_4)),
+    (Layout(pp=2, zero=1, model=SPARSE, parallel=EP), EXPERTS),
+]
+Row = tuple[Layout, RankScheduleConfig]
+Measured = list[tuple[float, ...]]
+"""Of each step: loss, gradient norm, and the share of the energy where it is measured."""
 
 
-def scheduled(row: Layout) -> Config:
-    config = row.config()
+def scheduled(row: Row) -> Config:
+    config = row[0].config()
     training = dataclasses.replace(config.training, train_steps=STEPS)
-    return dataclasses.replace(config, training=training, rank_schedule=SCHEDULE)
+    return dataclasses.replace(config, training=training, rank_schedule=row[1])
+
+
+def name_of(row: Row) -> str:
+    return f"{row[0]}-{'steps' if row[1] is SCHEDULE else 'energy'}"
 
 
 def other_signs(gram_a: Tensor, gram_b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -55,23 +87,27 @@ def other_signs(gram_a: Tensor, gram_b: Tensor, rank: int) -> tuple[Tensor, Tens
     return -p, -q
 
 
-def train(rows: list[Layout]) -> list[list[tuple[float, float]]]:
-    """Loss and gradient norm of each step."""
+def train(rows: list[Row]) -> list[Measured]:
     if dist.get_rank():
         rank_change.reductions = other_signs
     return [_train(scheduled(row)) for row in rows]
 
 
-def _train(config: Config) -> list[tuple[float, float]]:
-    first, *later = phases_of(config)
-    engine, measured = build_engine(first.config), []
-    for phase in (first, *later):
-        if phase is not first:
+def _train(config: Config) -> Measured:
+    changes: list[int] = []
+    engine, measured = build_engine(phase_at(config, 0).config), []
+    for step in range(STEPS):
+        batches = micro_batches(config, engine.context.dp_rank, engine.context.world_size, step)
+        loss = engine.forward_backward(batches, int(random_mask(config, step).sum()))
+        measured.append((loss, engine.update()[0]))
+        if following := next_model(config, step + 1, changes):
+            share = leading_share(engine.zero, engine.chunks, position_table(following))
+            measured[-1] = (*measured[-1], share)
+            if crosses(share, config.rank_schedule.energy or 0.0, bool(changes)):  # LESS, then GROWN
+                changes.append(step + 1)
+        phase = phase_at(config, step + 1, changes)
+        if phase.start == step + 1:
             engine = _change(engine, phase)
-        for step in range(phase.start, phase.stop):
-            batches = micro_batches(config, engine.context.dp_rank, engine.context.world_size, step)
-            loss = engine.forward_backward(batches, int(random_mask(config, step).sum()))
-            measured.append((loss, engine.update()[0]))
     close_engine(engine)
     return measured
 
@@ -88,15 +124,38 @@ def _change(engine: TrainEngine, phase: Phase) -> TrainEngine:
     return following
 
 
-def plain(config: Config, transformer: Any) -> list[tuple[float, float]]:
-    first, *later = phases_of(config)
-    model, measured = reference_model(first.config, transformer), []
+def plain(config: Config, transformer: Any) -> Measured:
+    phase, schedule, changes, measured = phase_at(config, 0), config.rank_schedule, list[int](), list[Any]()
+    model = reference_model(phase.config, transformer)
     moments = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in model.named_parameters()}
-    for phase in (first, *later):
-        if phase is not first:
+    for step in range(STEPS):
+        measured.append(_plain_step(model, moments, config, step))
+        if schedule.energy and len(changes) < 2 and step + 1 < STEPS:
+            following = dataclasses.replace(config.model, rank=schedule.ranks[len(changes)])
+            share = plain_share(model, phase.config.model, following)
+            measured[-1] = (*measured[-1], share)
+            if share <= schedule.energy if changes else share >= schedule.energy:
+                changes.append(step + 1)
+        phase = phase_at(config, step + 1, changes)
+        if phase.start == step + 1:
             model, moments = _changed(model, moments, phase, transformer)
-        measured += [_plain_step(model, moments, config, step) for step in range(phase.start, phase.stop)]
+    assert not schedule.energy or changes == [3, 4]
     return measured
+
+
+def plain_share(model: ReferenceCRNet, before: ModelConfig, after: ModelConfig) -> float:
+    """What a smaller rank keeps of the squared singular values of whole products, or the first half of one that is to
+    grow holds."""
+    table, following, leading, total = position_table(before), position_table(after), 0.0, 0.0
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    for name in (name for name in weights if name.endswith(".a.weight")):
+        layer, position = int(name.split(".")[2]), table.position_of(name)
+        old, new = table.ranks[layer][position], following.ranks[layer][position]
+        if old != new:
+            squares = torch.linalg.svdvals(weights[name.replace(".a.", ".b.")] @ weights[name]).square()
+            leading += float(squares[: new if new < old else math.ceil(old / 2)].sum())
+            total += float(squares.sum())
+    return leading / total
 
 
 def _plain_step(
@@ -160,14 +219,37 @@ def _changed(
     return following, found
 
 
-@pytest.fixture(scope="module")
-def two() -> dict[str, list[tuple[float, float]]]:
-    return dict(zip(map(str, TWO), run_distributed(train, 2, TWO, timeout_s=600)[0], strict=True))
+def measured_together(rows: list[Row], world_size: int) -> dict[str, Measured]:
+    """By row; shares are the same on all ranks."""
+    first, *others = run_distributed(train, world_size, rows, timeout_s=600)
+    shares = [[step[2:] for row in rank for step in row] for rank in (first, *others)]
+    assert all(found == shares[0] for found in shares)
+    return dict(zip(map(name_of, rows), first, strict=True))
 
 
-@pytest.mark.parametrize("row", TWO, ids=str)
-def test_ranks_change_as_in_plain_pytorch(row: Layout, two: dict[str, list[tuple[float, float]]]) -> None:
+def check(row: Row, measured: dict[str, Measured]) -> None:
     config = scheduled(row)
-    wanted, bound = plain(config, build_transformer_config(config)), 1e-5 if row.dtype == "fp32" else 5e-2
-    for step, (found, right) in enumerate(zip(two[str(row)], wanted, strict=True)):
+    wanted, bound = plain(config, build_transformer_config(config)), 1e-5 if row[0].dtype == "fp32" else 5e-2
+    for step, (found, right) in enumerate(zip(measured[name_of(row)], wanted, strict=True)):
         assert found == pytest.approx(right, rel=bound), step
+
+
+@pytest.fixture(scope="module")
+def two() -> dict[str, Measured]:
+    return measured_together(ROWS, 2)
+
+
+@pytest.fixture(scope="module")
+def four() -> dict[str, Measured]:
+    return measured_together(FOUR, 4)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=name_of)
+def test_ranks_change_as_in_plain_pytorch(row: Row, two: dict[str, Measured]) -> None:
+    check(row, two)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("row", FOUR, ids=name_of)
+def test_ranks_change_by_energy_on_more_ranks_as_in_plain_pytorch(row: Row, four: dict[str, Measured]) -> None:
+    check(row, four)

@@ -1,4 +1,5 @@
-"""A whole run whose ranks change: resumed around each change to the bit, exported, and refused where it is another."""
+"""Whole runs whose ranks change, at given steps or by energy: resumed around each change to the bit, exported, and
+refused where they are others."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from megatron_crnet.hf.export import to_hf
-from tests.integration.conftest import Corpus, check_continued, checkpoint, lines_of, saved, start_here
+from tests.integration.conftest import Corpus, check_continued, checkpoint, lines_of, saved, start, start_here
 
 STEPS, CHANGES, RANKS = 6, [2, 4], [8, 12, 4]
 RUN: dict[str, Any] = {
@@ -25,6 +26,15 @@ RUN: dict[str, Any] = {
     "checkpoint__save_interval": 1,
 }
 FACTOR = "model.layers.2.mlp.up_proj.a.weight"
+ENERGY, INTERVAL = 0.932, "rank_schedule__check_interval"
+BY_ENERGY: dict[str, Any] = {
+    **{name: value for name, value in RUN.items() if name != "rank_schedule__steps"},
+    "rank_schedule__ranks": "[6, 12]",
+    "rank_schedule__energy": ENERGY,
+    INTERVAL: 1,
+    "optimizer__lr": 1e-2,  # at which the next ranks' share rises by 0.003 in a step
+}
+CROSSED = [3, 4]
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +60,99 @@ def test_an_export_has_the_ranks_of_its_step(step: int, rank: int, whole: Path, 
     to_hf(checkpoint(whole, step), tmp_path / "export")
     assert json.loads((tmp_path / "export" / "config.json").read_text())["rank"] == rank
     assert load_file(tmp_path / "export" / "model.safetensors")[FACTOR].shape[0] == rank
+
+
+@pytest.fixture(scope="module")
+def by_energy(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("energy") / "run"
+    outcome = start_here(corpus.options(output, **BY_ENERGY))
+    assert outcome.status == 0, outcome.stderr
+    assert [f"step {step}: ranks change" in outcome.stdout for step in range(1, STEPS + 1)] == [
+        step in CROSSED for step in range(1, STEPS + 1)
+    ]
+    assert "= 768 tokens, at most " in outcome.stdout
+    shares = lines_of(output, "rank_energy")
+    assert [*shares] == [1, 2, 3, 4], "after the last change nothing is measured"
+    assert shares[1] < shares[2] < ENERGY <= shares[3]
+    assert 0.5 < shares[4] <= ENERGY
+    assert f"step 3: the next ranks keep {shares[3]:.4f} of the energy; ranks shrink at {ENERGY} or more" in (
+        outcome.stdout
+    )
+    assert f"step 4: the leading half of the ranks holds {shares[4]:.4f} of the energy; ranks grow at" in outcome.stdout
+    return output
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_run_killed_around_a_change_by_energy_continues_to_the_bit(
+    step: int, by_energy: Path, corpus: Corpus, tmp_path: Path
+) -> None:
+    cut = tmp_path / "cut"
+    check_continued(by_energy, cut, step, corpus.options(cut, **BY_ENERGY))
+    assert lines_of(cut, "rank_energy") == {
+        at: share for at, share in lines_of(by_energy, "rank_energy").items() if at > step
+    }
+
+
+def test_changes_by_energy_are_those_of_a_schedule_of_their_steps(
+    by_energy: Path, corpus: Corpus, tmp_path: Path
+) -> None:
+    given = {name: value for name, value in BY_ENERGY.items() if name not in ("rank_schedule__energy", INTERVAL)}
+    cut = tmp_path / "cut"
+    check_continued(by_energy, cut, 2, corpus.options(cut, **given, rank_schedule__steps=str(CROSSED)))
+
+
+@pytest.mark.long
+def test_another_layout_goes_on_between_changes_by_energy(by_energy: Path, corpus: Corpus, tmp_path: Path) -> None:
+    cut = tmp_path / "cut"
+    shutil.copytree(checkpoint(by_energy, 3), checkpoint(cut, 3))
+    layout = {"parallel__tensor_model_parallel_size": 2, "deepspeed__zero_optimization__stage": 3}
+    outcome = start(corpus.options(cut, **{**BY_ENERGY, **layout}), ranks=2)
+    assert outcome.returncode == 0, outcome.stderr
+    assert "step 4: ranks change" in outcome.stdout
+    for name in ("rank_energy", "loss"):
+        wanted = {step: value for step, value in lines_of(by_energy, name).items() if step > 3}
+        assert lines_of(cut, name) == pytest.approx(wanted, rel=1e-2), name
+
+
+@pytest.mark.parametrize(("step", "rank", "changes"), [(2, 8, []), (3, 6, [3]), (6, 12, [3, 4])])
+def test_an_export_has_the_ranks_that_energy_has_led_to(
+    step: int, rank: int, changes: list[int], by_energy: Path, tmp_path: Path
+) -> None:
+    assert json.loads((checkpoint(by_energy, step) / "state.json").read_text())["rank_changes"] == changes
+    assert saved(by_energy, step)[f"exp_avg_sq.{FACTOR}"].shape[0] == rank
+    to_hf(checkpoint(by_energy, step), tmp_path / "export")
+    assert json.loads((tmp_path / "export" / "config.json").read_text())["rank"] == rank
+    assert load_file(tmp_path / "export" / "model.safetensors")[FACTOR].shape[0] == rank
+
+
+def test_a_checkpoint_between_changes_by_energy_is_evaluated(by_energy: Path, corpus: Corpus, tmp_path: Path) -> None:
+    asked = {"training__eval_only": True, "training__eval_steps": 1, "checkpoint__load": checkpoint(by_energy, 3)}
+    outcome = start_here(corpus.options(tmp_path / "run", **{**BY_ENERGY, **asked}))
+    assert outcome.status == 0, outcome.stderr
+    assert "step 3 | validation loss" in outcome.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank_schedule__energy": "null", INTERVAL: "null", "rank_schedule__ranks": "[]"}, "rank 12 instead of 8"),
+        ({"rank_schedule__ranks": "[6]"}, "changed after the steps [3, 4], but rank_schedule.ranks [6] has 1 entries"),
+        ({"rank_schedule__ranks": "[6, 10]"}, "was written with model.rank 12 instead of 10"),
+        ({"rank_schedule__ranks": "[6, 12, 4]"}, ""),
+    ],
+)
+def test_after_changes_by_energy_only_later_ones_may_be_added(
+    changes: dict[str, Any], message: str, by_energy: Path, corpus: Corpus, tmp_path: Path
+) -> None:
+    cut = tmp_path / "cut"
+    shutil.copytree(checkpoint(by_energy, 4), checkpoint(cut, 4))
+    outcome = start_here(corpus.options(cut, **{**BY_ENERGY, **changes}))
+    assert outcome.status == (2 if message else 0), outcome.stderr
+    assert message in outcome.stderr
+    if message:
+        assert len(outcome.stderr.strip().splitlines()) == 1
+    else:
+        assert [*lines_of(cut, "rank_energy")] == [5], "a third change is measured for"
 
 
 def test_the_load_of_experts_is_logged_over_a_change(corpus: Corpus, tmp_path: Path) -> None:
@@ -84,6 +187,7 @@ def test_a_later_change_may_be_added_and_an_earlier_one_not_moved(whole: Path, c
         ({"model__variant": "relora"}, "variant relora has restarts of its own"),
         ({"model__variant": "cola"}, "shrink at step 4, but between the factors of cola stands silu"),
         ({"rank_schedule__ranks": "[12, [1, 2]]"}, "rank_schedule.ranks has an entry that cannot be model.rank: "),
+        ({"rank_schedule__energy": 0.9, INTERVAL: 2}, "steps [2, 4] and rank_schedule.energy 0.9 are both set"),
     ],
 )
 def test_a_schedule_that_cannot_be_is_one_line(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_crnet.config.cuda_graphs import describe_launches
 from megatron_crnet.config.model_size import active_parameters, flops_per_token, total_parameters
-from megatron_crnet.config.phases import phases_of
+from megatron_crnet.config.phases import planned_phases
 from megatron_crnet.config.positions import METHODS
 from megatron_crnet.engine.expert_load import load_metrics, routing_totals
 from megatron_crnet.training.callbacks.base import Callback, Step
@@ -107,11 +107,12 @@ def cost_of_run(preflight: Preflight) -> str:
     flops = sum(
         flops_per_token(phase.config.model, plan.seq_length)
         * (plan.tokens_of_run(phase.stop) - plan.tokens_of_run(phase.start))
-        for phase in phases_of(config)
+        for phase in planned_phases(config)
     )
+    bound = "" if config.rank_schedule.energy is None else "at most "
     active = f" ({active_parameters(model):,} active)" if model.num_experts else ""
     return (
         f"{model.variant} ({model.architecture}) of {total_parameters(model):,} parameters{active} on {processes} "
         f"{'process' if processes == 1 else 'processes'}: {steps:,} steps x {plan.tokens_per_step:,} tokens"
-        f"{f' ({ramp})' if ramp else ''} = {tokens:,} tokens, {flops:.2e} FLOP"
+        f"{f' ({ramp})' if ramp else ''} = {tokens:,} tokens, {bound}{flops:.2e} FLOP"
     )

@@ -78,6 +78,8 @@ WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
     "not finite": (state(unlogged_loss=float("nan")), "wrong in unlogged_loss"),
     "losses of text": (state(recent_losses=["x"]), "wrong in recent_losses"),
     "another step": (state(step=7), "step 7 in its state.json and another in its name"),
+    "changes of ranks of text": (state(rank_changes=["1"]), "wrong in rank_changes"),
+    "changes of ranks to come": (state(rank_changes=[1]), "after the steps [1], which do not ascend to its step 0"),
     "skipped": (state(skipped=3), "has skipped 3 of 0 steps"),
     "a list": (text("state.json", "[]"), "state.json that is wrong"),
     "deep": (text("state.json", "[" * 100000), "wrong in the whole"),

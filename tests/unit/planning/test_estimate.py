@@ -323,3 +323,11 @@ def test_ranks_that_change_are_estimated_at_their_largest(schedule: tuple[list[i
     assert found.run_seconds == pytest.approx(sum((end - start) * fixed[rank].time.total for start, end, rank in parts))
     assert len([line for line in estimate_tables(found) if line.startswith("steps ")]) == len(steps)
     assert f"{total_parameters(fixed[24].config.model):,}" in dry_run_report(changing, 1)
+
+
+def test_ranks_that_change_by_energy_are_estimated_at_their_largest_in_all_steps() -> None:
+    training = {"train_steps": 20}
+    changing = tiny_config({"rank": 8}, training=training)
+    schedule = RankScheduleConfig(ranks=[24, 12], energy=0.9, check_interval=5)
+    found = estimate(dataclasses.replace(changing, rank_schedule=schedule), 1)
+    assert found == estimate(tiny_config({"rank": 24}, training=training), 1)
