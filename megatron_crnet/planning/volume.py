@@ -180,50 +180,53 @@ def zero3_gathers(model: LocalModel) -> tuple[int, int]:
     """Elements that ZeRO-3 gathers per micro-batch, and the most that are gathered at once, without persistent ones.
 
     DeepSpeed prefetches in the order of uses up to `max_live_parameters`, and keeps what is used again within
-    `max_reuse_distance`.
+    `max_reuse_distance`. Frozen ones whose use is repeated in backward stay until the layer's gradients are there.
     """
     ahead = zero_option(model.config, "stage3_prefetch_bucket_size", 50_000_000)
     limit = zero_option(model.config, "stage3_max_live_parameters", 1_000_000_000) if ahead else 0
     reuse = zero_option(model.config, "stage3_max_reuse_distance", 1_000_000_000)
     sizes = [p.numel for p in partitioned(model)]
-    order = list(_uses(model, model.chunks[0]))
+    uses = list(_uses(model, model.chunks[0]))
+    order = [k for k, _ in uses]
     starts = list(accumulate((sizes[k] for k in order), initial=0))
     following, seen = [len(order)] * len(order), dict[int, int]()
     for i in reversed(range(len(order))):
         following[i] = seen.get(order[i], len(order))
         seen[order[i]] = i
     whole, end, held, most, gathered = set[int](), 0, 0, 0, 0
-    for i, k in enumerate(order):
+    for i, (k, stays) in enumerate(uses):
         while end < len(order) and (end <= i or held < limit):
             new = 0 if order[end] in whole else sizes[order[end]]
             whole.add(order[end])
             gathered, held, end = gathered + new, held + new, end + 1
         most, after = max(most, held), following[i]
-        if after >= end and (after == len(order) or starts[after] - starts[i + 1] >= reuse):
+        if not stays and after >= end and (after == len(order) or starts[after] - starts[i + 1] >= reuse):
             whole.remove(k)
             held -= sizes[k]
     return gathered, most
 
 
-def _uses(model: LocalModel, chunk: Chunk) -> Iterator[int]:
-    """Indices of the partitioned tensors in the order of their uses, forward and backward."""
+def _uses(model: LocalModel, chunk: Chunk) -> Iterator[tuple[int, bool]]:
+    """Indices of the partitioned tensors in the order of their uses, forward and backward; whether one stays gathered
+    until its next use, whatever that takes."""
     transformer, parameters = model.transformer, partitioned(model)
     layers = [p.layer for p in parameters]
     strategy = transformer.strategy if chunk.segments else STRATEGIES["none"]
-    yield from range(len(layers))
-    yield from (k for k in reversed(range(len(layers))) if layers[k] == chunk.layers.stop)
+    yield from ((k, False) for k in range(len(layers)))
+    yield from ((k, False) for k in reversed(range(len(layers))) if layers[k] == chunk.layers.stop)
     for segment in reversed(chunk.segments or [range(layer, layer + 1) for layer in chunk.layers]):
         own = [k for k in range(len(layers)) if layers[k] in segment]
         repeated = {layer for layer in segment if strategy.repeats_layers or repeats_outputs(model, chunk, layer)}
         low = {layer for layer in segment if not transformer.table.has_dense(layer)}
         if strategy.repeats_layers:
-            yield from own
+            yield from ((k, parameters[k].is_frozen) for k in own)
         if strategy.saves_z and not strategy.inverts:
             # recomputes outputs by B, but not those of experts
-            yield from (k for k in own if layers[k] in repeated & low and not parameters[k].is_expert)
+            yield from ((k, False) for k in own if layers[k] in repeated & low and not parameters[k].is_expert)
         for layer in reversed(segment):
             mine = [k for k in own if layers[k] == layer]
             if strategy.saves_z:  # experts run again in any case
-                yield from (k for k in mine if layer in repeated | low or parameters[k].is_expert)
-            yield from reversed(mine)
-    yield from (k for k in range(len(layers)) if layers[k] < 0)
+                again = [k for k in mine if layer in repeated | low or parameters[k].is_expert]
+                yield from ((k, parameters[k].is_frozen) for k in again)
+            yield from ((k, False) for k in reversed(mine))
+    yield from ((k, False) for k in range(len(layers)) if layers[k] < 0)

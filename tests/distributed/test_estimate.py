@@ -149,6 +149,7 @@ def rows() -> dict[str, Config]:
         "pp, relora": row("bf16", 1, PP, None, None, variant="relora"),
         "zero 3, relora": row("bf16", 3, None, None, TIGHT, variant="relora"),
         "zero 2, relora, replay": row("bf16", 2, None, REPLAY, None, variant="relora"),
+        "zero 3, relora, replay, nothing stays": row("bf16", 3, None, REPLAY, NOTHING_STAYS, variant="relora"),
         "zero 1, bf16, offload": row("bf16", 1, None, None, OFFLOAD),
         "zero 1, fp32, offload": row("fp32", 1, None, None, OFFLOAD),
         "zero 2, bf16, offload": row("bf16", 2, None, REPLAY, OFFLOAD),
