@@ -11,9 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_crnet.cli.main import Call
-from megatron_crnet.config.experts_rules import variants_of
 from megatron_crnet.config.loading import ConfigParser
-from megatron_crnet.config.schema import Config
+from megatron_crnet.config.schema import VARIANTS, Config
 from megatron_crnet.distributed.launcher import read_launch, take_local_rank
 from megatron_crnet.utils.record_file import add_record_options, check_record_file, report_record
 from megatron_crnet.utils.tables import table
@@ -39,7 +38,7 @@ def measure(config: Config) -> dict[str, Any]:
     data_parallel_size(config, read_launch().world_size)
     _, heartbeat = join_processes(config)
     with heartbeat, report_lost_ranks(heartbeat, config.parallel.distributed_timeout_minutes):
-        layers = {variant: layer_traffic(config, variant) for variant in variants_of(config.model)}
+        layers = {variant: layer_traffic(config, variant) for variant in VARIANTS}
         boundaries = boundary_traffic(config) if config.parallel.pipeline_model_parallel_size > 1 else {}
     shutdown_parallel()
     return {"layers": layers, "boundaries": boundaries}

@@ -56,7 +56,6 @@ def run(call: Call) -> int:
     """Count, print and write."""
     options, config = build_parser(call.prog).read(call.argv)
     check_record_file(options.json, overwrite=options.overwrite)
-    from megatron_crnet.config.experts_rules import variants_of
     from megatron_crnet.distributed import cpu_backend
 
     cpu_backend.install()
@@ -64,7 +63,7 @@ def run(call: Call) -> int:
     from megatron_crnet.planning.glue import measure_glue
     from megatron_crnet.utils.environment import run_metadata
 
-    rows = measure_glue(config, options.variants or variants_of(config.model))
+    rows = measure_glue(config, options.variants or VARIANTS)
     shutdown_parallel()
     report_record(options.json, {**run_metadata("glue", call.words), "rows": rows}, figures(config, rows))
     return 0

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from megatron_crnet.config.architectures import ARCHITECTURES
 from megatron_crnet.config.deepspeed import offloads_optimizer, zero_stage
-from megatron_crnet.config.positions import METHODS
 from megatron_crnet.utils.errors import require
 
 if TYPE_CHECKING:
     from megatron_crnet.config.megatron import CRNetTransformerConfig
-    from megatron_crnet.config.schema import Config, ModelConfig, ParallelConfig, Variant
+    from megatron_crnet.config.schema import Config, ModelConfig, ParallelConfig
 
 
 def check_experts(model: ModelConfig) -> None:
@@ -43,16 +42,6 @@ def check_experts(model: ModelConfig) -> None:
         "model.moe_router_topk is 1, and the softmax over one expert is 1, which teaches the router nothing: set "
         "moe_router_pre_softmax, or use at least 2",
     )
-    require(
-        not METHODS[model.variant].has_frozen,
-        f"model.variant is {model.variant}, whose restarts are not built for the stacked weights of experts: use "
-        "another variant, or architecture qwen3",
-    )
-
-
-def variants_of(model: ModelConfig) -> list[Variant]:
-    """The variants that a model of this architecture can have."""
-    return [cast("Variant", name) for name, method in METHODS.items() if not (model.num_experts and method.has_frozen)]
 
 
 def spans_replicas(sizes: ParallelConfig | CRNetTransformerConfig) -> bool:

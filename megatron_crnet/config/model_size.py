@@ -28,10 +28,15 @@ def _map_parameters(table: PositionTable, layer: int, position: str) -> int:
     return h_in * h_out if rank == FULL_RANK else rank * (h_in + h_out)
 
 
-def frozen_parameters(table: PositionTable, layer: int) -> int:
-    """Weights of the frozen full-rank maps of a layer, beside its factors."""
-    frozen = table.method.has_frozen and not table.is_full_rank(layer)
-    return sum(h_in * h_out for h_in, h_out in table.shapes.values()) if frozen else 0
+def frozen_parameters(table: PositionTable, layer: int, *, active: bool = False) -> int:
+    """Weights of the frozen full-rank maps of a layer, beside its factors; `active` as in `linear_parameters`."""
+    count = table.uses if active else table.copies
+    return sum(count(name) * _frozen_map_parameters(table, layer, name) for name in table.shapes)
+
+
+def _frozen_map_parameters(table: PositionTable, layer: int, position: str) -> int:
+    h_in, h_out = table.shapes[position]
+    return h_in * h_out if table.method.has_frozen and not table.is_full_rank(layer) else 0
 
 
 def parameters_by_part(model: ModelConfig) -> dict[str, int]:
@@ -63,7 +68,12 @@ def expert_parameters(model: ModelConfig) -> int:
     """Parameters of all experts, which expert parallelism spreads."""
     table = position_table(model)
     of_experts = table.architecture.experts.positions if table.architecture.experts is not None else ()
-    each = sum(_map_parameters(table, layer, p.name) for layer in range(model.num_layers) for p in of_experts)
+    each = sum(
+        count(table, layer, p.name)
+        for layer in range(model.num_layers)
+        for p in of_experts
+        for count in (_map_parameters, _frozen_map_parameters)
+    )
     return each * table.num_experts
 
 
@@ -71,8 +81,9 @@ def active_parameters(model: ModelConfig) -> int:
     """Parameters that a token passes: of experts, `model.moe_router_topk`."""
     table = position_table(model)
     idle = sum(
-        linear_parameters(table, layer) - linear_parameters(table, layer, active=True)
+        count(table, layer) - count(table, layer, active=True)
         for layer in range(model.num_layers)
+        for count in (linear_parameters, frozen_parameters)
     )
     return total_parameters(model) - idle
 
@@ -110,5 +121,5 @@ def flops_per_token(model: ModelConfig, seq_length: float, whole_attention: bool
     linear += model.num_layers * table.num_experts * model.hidden_size
     width = model.num_attention_heads * head_width(model)
     attention = (4 if whole_attention else 2) * seq_length * width * model.num_layers
-    frozen = sum(frozen_parameters(table, layer) for layer in range(model.num_layers))
+    frozen = sum(frozen_parameters(table, layer, active=True) for layer in range(model.num_layers))
     return 4.0 * frozen + 3.0 * (2 * (linear + model.hidden_size * model.vocab_size) + attention)

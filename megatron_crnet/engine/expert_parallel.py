@@ -65,11 +65,12 @@ def clip_with_experts(parameters: Sequence[nn.Parameter], limit: float) -> float
     DeepSpeed's `clip_grad_norm_` averages norms over replicas, which is the norm only where these are alike.
 
     Args:
-        parameters: all of this rank, with reduced gradients.
+        parameters: all of this rank, with reduced gradients where they are trained.
 
     Returns:
         The norm; infinite where a gradient is not finite.
     """
+    parameters = [p for p in parameters if p.requires_grad]
     own = [p for p in parameters if not hasattr(p, PIPE_REPLICATED)]
     dense = [p.grad for p in own if not is_moe_param(p) and param_is_not_tensor_parallel_duplicate(p)]
     experts = [p.grad for p in own if is_moe_param(p)]

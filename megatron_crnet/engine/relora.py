@@ -2,8 +2,9 @@
 
     W += s A B,    A drawn anew,    B = 0,    most of the moments of A and B = 0
 
-Adam's count of updates goes on, as in the authors' code. What is drawn follows from the canonical weight and the
-restart's number alone, and magnitudes are compared over whole canonical weights: every layout does the same.
+Adam's count of updates goes on, as in the authors' code. Each expert of a mixture has maps of its own. What is drawn
+follows from the canonical weight and the restart's number alone, and magnitudes are compared over whole canonical
+weights: every layout does the same.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from megatron_crnet.config.schema import ReloraConfig
 from megatron_crnet.engine.state_kinds import MASTER, MOMENTS
 from megatron_crnet.engine.zero import local_shape
 from megatron_crnet.engine.zero_state import ZeroState
+from megatron_crnet.model.experts import FrozenExpertGroup
 from megatron_crnet.model.gpt import CRNetModel
 from megatron_crnet.model.linear import FrozenGroup
 from megatron_crnet.model.weights import Weight, by_parameter, canonical_generator, canonical_weights, initial_value
@@ -35,10 +37,9 @@ def restart(zero: ZeroState, chunks: Sequence[CRNetModel], config: ReloraConfig,
     zero.begin()
     for chunk in chunks:
         held = by_parameter(canonical_weights(chunk))
-        for group in (module for module in chunk.modules() if isinstance(module, FrozenGroup)):
-            factors = [group.a, *group.stacks()]
+        for group in (module for module in chunk.modules() if isinstance(module, FrozenGroup | FrozenExpertGroup)):
+            factors, frozen = [group.a, *group.stacks()], group.frozen_weight
             a, *stacks = (_read(zero, factor, MASTER) for factor in factors)
-            frozen = group.frozen.linear.weight
             zero.write(frozen, {MASTER: _read(zero, frozen, MASTER).add_(group.products(a, stacks))})
             for factor in factors:
                 master = torch.zeros(local_shape(factor), device=zero.device)
@@ -48,7 +49,7 @@ def restart(zero: ZeroState, chunks: Sequence[CRNetModel], config: ReloraConfig,
                     weight.local(master).copy_(weight.shard(drawn))
                     for kind in MOMENTS:
                         moment, name = weight.local(values[kind]), f"{kind}.{weight.name}@{number}"
-                        whole = whole_weight(weight, moment, group.tp_group)
+                        whole = whole_weight(weight, moment, chunk.pg_collection.tp)
                         moment.copy_(weight.shard(pruned(whole, config, canonical_generator(name, seed))))
                 zero.write(factor, values)
     zero.finish(steps)
@@ -62,7 +63,7 @@ def _read(zero: ZeroState, parameter: nn.Parameter, kind: str) -> Tensor:
 
 def whole_weight(weight: Weight, local: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The whole of a canonical weight, from every tensor-parallel rank's shard; a collective call if it is split."""
-    if weight.shard_dim is None or group.size() == 1:
+    if weight.is_whole:
         return local
     whole = torch.zeros(weight.shape, device=local.device)
     weight.shard(whole).copy_(local)

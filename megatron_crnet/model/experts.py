@@ -9,7 +9,7 @@ the sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -98,19 +98,23 @@ class ExpertGroup(nn.Module):
             setattr(parameter, "allreduce", False)  # noqa: B010  (Megatron-Core's and DeepSpeed's mark of experts)
         return parameter
 
-    def forward(self, x: Tensor, ends: Tensor, scale: Tensor | None = None) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, ends: Tensor, scale: Tensor | float | None = None) -> tuple[Tensor, ...]:
         """One output [tokens, w] per position.
 
         Args:
             x: tokens of the first expert, then of the next, [tokens, h_in].
             ends: as in `stacked_product`.
-            scale: what outputs are multiplied by, [tokens, 1]; done where there are fewest elements.
+            scale: what outputs are multiplied by, a number or [tokens, 1]; done where there are fewest elements.
         """
         if self.is_full_rank:
             return stacked_product(_scaled(x, scale), self.weight, ends).split(self.h_out, dim=-1)
         z = stacked_product(x, self.a, ends)
         parts = _scaled(F.silu(z) if self.has_silu else z, scale).split(self.padded_ranks, dim=-1)
-        return tuple(stacked_product(part, getattr(self, f"b{i}"), ends) for i, part in enumerate(parts))
+        return tuple(stacked_product(part, b, ends) for part, b in zip(parts, self.stacks(), strict=True))
+
+    def stacks(self) -> list[nn.Parameter]:
+        """B of each position, [experts, w, r]."""
+        return [getattr(self, f"b{index}") for index in range(len(self.positions))]
 
     def shards(self) -> Iterator[tuple[int, WeightShard]]:
         """Every map of every expert of this rank, with the expert's number; the rest of the parameters is padding."""
@@ -119,16 +123,21 @@ class ExpertGroup(nn.Module):
                 yield self.first + local, shard
 
     def _shards(self, local: int) -> Iterator[WeightShard]:
-        row = start = 0
-        sizes = zip(self.positions, self.h_out, self.ranks, self.padded_ranks, strict=True)
-        for index, (position, width, rank, room) in enumerate(sizes):
-            if self.is_full_rank:
-                yield self._matrix(position, "weight", self.weight, local, start, (width, self.h_in))
-                start += width
-                continue
+        if self.is_full_rank:
+            yield from self._dense_shards(self.weight, local)
+            return
+        row, sizes = 0, zip(self.positions, self.h_out, self.ranks, self.padded_ranks, self.stacks(), strict=True)
+        for position, width, rank, room, b in sizes:
             yield self._matrix(position, "a.weight", self.a, local, row, (rank, self.h_in))
-            yield self._matrix(position, "b.weight", getattr(self, f"b{index}"), local, 0, (width, rank))
+            yield self._matrix(position, "b.weight", b, local, 0, (width, rank))
             row += room
+
+    def _dense_shards(self, weight: nn.Parameter, local: int) -> Iterator[WeightShard]:
+        """The full-rank maps of an expert, one below the other in a parameter."""
+        start = 0
+        for position, width in zip(self.positions, self.h_out, strict=True):
+            yield self._matrix(position, "weight", weight, local, start, (width, self.h_in))
+            start += width
 
     def _matrix(
         self, position: str, suffix: str, parameter: nn.Parameter, local: int, start: int, shape: tuple[int, int]
@@ -137,6 +146,36 @@ class ExpertGroup(nn.Module):
         # an expert of one rank alone is a shard that is all of the weight
         dim, span = (0, range(shape[0])) if self.is_spread else (None, range(0))
         return WeightShard(position, suffix, parameter, index, shape, dim, span)
+
+
+class FrozenExpertGroup(ExpertGroup):
+    """ReLoRA's maps of each expert: X W + s X A B, W frozen."""
+
+    def __init__(self, config: CRNetTransformerConfig, group: Group, layer: int, count: int, first: int) -> None:
+        super().__init__(config, group, layer, count, first)
+        self.frozen_weight = self._parameter(sum(self.h_out), self.h_in)
+        self.frozen_weight.requires_grad_(False)
+
+    def forward(self, x: Tensor, ends: Tensor, scale: Tensor | float | None = None) -> tuple[Tensor, ...]:
+        """See the base."""
+        s = self.config.table.scale
+        added = super().forward(x, ends, s if scale is None else s * scale)
+        outputs = stacked_product(_scaled(x, scale), self.frozen_weight, ends).split(self.h_out, dim=-1)
+        return tuple(y + change for y, change in zip(outputs, added, strict=True))
+
+    def _shards(self, local: int) -> Iterator[WeightShard]:
+        yield from super()._shards(local)
+        yield from self._dense_shards(self.frozen_weight, local)
+
+    @torch.no_grad()
+    def products(self, a: Tensor, stacks: Sequence[Tensor]) -> Tensor:
+        """s A B of every expert and position, as W lies in its parameter.
+
+        Args:
+            a, stacks: values of `a` and of `stacks()`.
+        """
+        parts = a.split(self.padded_ranks, dim=1)
+        return torch.cat([self.config.table.scale * (b @ part) for b, part in zip(stacks, parts, strict=True)], dim=1)
 
 
 class Experts(nn.Module):
@@ -149,7 +188,9 @@ class Experts(nn.Module):
         experts = config.table.architecture.experts
         assert experts is not None
         first = pg_collection.ep.rank() * count
-        self.inputs, self.output = (ExpertGroup(config, group, layer, count, first) for group in experts.groups)
+        is_frozen = config.table.method.has_frozen and not config.table.is_full_rank(layer)
+        made = FrozenExpertGroup if is_frozen else ExpertGroup
+        self.inputs, self.output = (made(config, group, layer, count, first) for group in experts.groups)
         # compiled functions have fixed shapes: all tokens of a rank, k times, but of other ranks any number may come
         fusion = config.cross_layer_fusion and config.expert_model_parallel_size == 1
         glue = choose_glue(next(self.parameters()), fusion)
@@ -174,7 +215,7 @@ class Experts(nn.Module):
         yield from self.output.shards()
 
 
-def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+def _scaled(x: Tensor, scale: Tensor | float | None) -> Tensor:
     return x if scale is None else (x * scale).to(x.dtype)
 
 

@@ -314,6 +314,12 @@ class FrozenGroup(LowRankGroup):
         super().__init__(config, group, pg_collection, layer)
         self.frozen = FullRankGroup(config, group, pg_collection).requires_grad_(False)
 
+    @property
+    def frozen_weight(self) -> nn.Parameter:
+        """W of all positions, [sum of w, h_in]."""
+        weight: nn.Parameter = self.frozen.linear.weight
+        return weight
+
     def forward(self, x: Tensor, previous: Outputs | None, tape: Tape | None = None) -> Outputs:
         """X W + s X A B; `previous` is not used. Nothing is recorded: W needs X again."""
         z = self._entering(self.low_rank_output(x))

@@ -95,10 +95,13 @@ def _reduced_at_once(model: LocalModel, dp: int) -> int:
 
 def _frozen(model: LocalModel, state: dict[str, float], dp: int) -> dict[str, float]:
     """What frozen weights add: themselves, and in bf16 their fp32 masters on the host, once merges have made them."""
-    n = model.frozen_numel
-    shards = {0: (1, 1), 3: (dp, dp)}.get(model.stage, (1, dp))
-    masters = 4 * n / shards[1] if model.bf16 else 0
-    return {"weights": state["weights"] + n * model.element / shards[0], "host": state.get("host", 0) + masters}
+    n, stage = model.frozen_numel, model.stage
+    held = sum(p.numel / (model.replicas(p.kind, dp) if stage else 1) for p in model.weights if p.is_frozen)
+    masters = 4 * held if model.bf16 else 0
+    return {
+        "weights": state["weights"] + n * model.element / (dp if stage == 3 else 1),
+        "host": state.get("host", 0) + masters,
+    }
 
 
 def _largest_share(model: LocalModel, dp: int) -> float:

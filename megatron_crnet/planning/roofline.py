@@ -70,16 +70,16 @@ def estimate_operations(model: LocalModel, plan: BatchPlan) -> Operations:
     for chunk in model.chunks:
         for layer in chunk.layers:
             (inputs, outputs), frozen = _layer_products(model, layer), _frozen_products(model, layer)
-            experts = _expert_products(model, layer)
-            passes, again = passes + 3 * experts, again + bool(chunk.segments) * experts  # they run again in any case
-            passes += 3 * (inputs + outputs) + 2 * frozen + attention * 7 // 2
+            experts, frozen_experts = _expert_products(model, layer)
+            again += bool(chunk.segments) * (experts + frozen_experts)  # they run again in any case
+            passes += 3 * (inputs + outputs + experts) + 2 * (frozen + frozen_experts) + attention * 7 // 2
             repeated, with_attention = _repeats(model, chunk, layer)
             again += repeated[0] * (inputs + frozen) + repeated[1] * outputs + with_attention * attention
             attended += attention * 7 // 2 + with_attention * attention
         if chunk.predicts:
             passes += 6 * model.tokens * model.embedding
     for chunk in model.teacher.chunks if model.teacher else ():
-        experts = sum(_expert_products(model.teacher, layer) for layer in chunk.layers) if model.teacher else 0
+        experts = sum(_expert_products(model.teacher, layer)[0] for layer in chunk.layers) if model.teacher else 0
         passes += len(chunk.layers) * (_full_rank_products(model) + attention) + experts
         attended += len(chunk.layers) * attention
         if chunk.predicts:
@@ -101,15 +101,18 @@ def _layer_products(model: LocalModel, layer: int) -> tuple[int, int]:
     return inputs, outputs
 
 
-def _expert_products(model: LocalModel, layer: int) -> int:
-    """Forward operations per micro-batch of router and experts, where tokens are spread evenly."""
+def _expert_products(model: LocalModel, layer: int) -> tuple[int, int]:
+    """Forward operations per micro-batch of router and experts, where tokens are spread evenly: with weights that are
+    trained, and with frozen ones."""
     table, local = model.transformer.table, model.local_tokens
     if table.architecture.experts is None:
-        return 0
+        return 0, 0
     ranks, names = table.padded_ranks[layer], [position.name for position in table.architecture.experts.positions]
-    shapes = {name: table.shapes[name] for name in names}
-    weights = sum(n * m if table.is_full_rank(layer) else ranks[p] * (n + m) for p, (n, m) in shapes.items())
-    return 2 * local * (model.config.model.hidden_size * table.num_experts + table.topk * weights)
+    shapes, full = {name: table.shapes[name] for name in names}, table.is_full_rank(layer)
+    dense, factors = sum(n * m for n, m in shapes.values()), sum(ranks[p] * sum(nm) for p, nm in shapes.items())
+    router = 2 * local * model.config.model.hidden_size * table.num_experts
+    frozen = dense if table.has_dense(layer) and not full else 0
+    return router + 2 * local * table.topk * (dense if full else factors), 2 * local * table.topk * frozen
 
 
 def _full_rank_products(model: LocalModel) -> int:

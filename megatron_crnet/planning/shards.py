@@ -275,3 +275,5 @@ def _experts(config: Config, transformer: CRNetTransformerConfig, layer: int, gr
         return
     sizes = [sum(ranks) * h_in, *(w * r for w, r in zip(widths, ranks, strict=True))]
     yield from (LocalParameter(layer, count * size, partial, kind, is_expert=True) for size in sizes)
+    if table.method.has_frozen:
+        yield LocalParameter(layer, count * h_in * sum(widths), kind=kind, is_frozen=True, is_expert=True)

@@ -59,6 +59,12 @@ ROWS: dict[str, dict[str, Any]] = {
         "model": {**ARCHITECTURES["qwen3_moe"], **DROPOUT},
         "recompute": "replay",
     },
+    "dp2-ep2-zero1-bf16-relora-moe": {
+        "stage": 1,
+        "dtype": "bf16",
+        "parallel": {"expert_model_parallel_size": 2},
+        "model": {**ARCHITECTURES["qwen3_moe"], **DROPOUT, "variant": "relora"},
+    },
     "dp2-zero3-bf16-multipliers": {"stage": 3, "dtype": "bf16", "lr_multipliers": {"first_layer": 0.25, "b": 0.5}},
 }
 OTHER = {"adam_beta1": 0.5, "adam_beta2": 0.7, "adam_eps": 1e-3, "weight_decay": 0.3, "clip_grad": 0.25}
@@ -128,6 +134,7 @@ RARE = (
     "pp2-zero1-multipliers",
     "dp2-zero3-bf16-qwen3",
     "tp2-ep2-zero2-bf16-qwen3-moe",
+    "dp2-ep2-zero1-bf16-relora-moe",
     "dp2-zero3-bf16-multipliers",
 )
 """Run with the long matrices."""

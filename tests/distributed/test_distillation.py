@@ -68,6 +68,7 @@ MORE_ON_TWO = [
     Row(tp=2, model=MOE, parallel=EP),
     Row(pp=2, zero=1, model=MOE, recompute="full"),
     Row(zero=3, model={**MOE, "variant": "low_rank"}),
+    Row(zero=1, model={**MOE, "variant": "relora"}, parallel=EP),
     *(Row(zero=zero) for zero in (0, 2)),
     Row(tp=2),
     Row(tp=2, zero=1, model={"variant": "cola"}),

@@ -77,6 +77,7 @@ def row(
 
 MOE: dict[str, Any] = {**ARCHITECTURES["qwen3_moe"], "ffn_hidden_size": 64, "moe_router_topk": 4}
 """Every token is given to every expert: the even spread that estimates assume."""
+RELORA_MOE: dict[str, Any] = {**MOE, "variant": "relora"}
 REPLICAS = {"expert_model_parallel_size": 2}
 EP = {**TP, **REPLICAS}
 
@@ -199,6 +200,13 @@ def rows() -> dict[str, Config]:
         "zero 3, replay, moe": row("bf16", 3, None, REPLAY, TIGHT, **MOE),
         "moe, galore": galore(row("bf16", 1, None, None, None, **MOE, variant="full_rank")),
         "zero 3, galore, moe": galore(row("bf16", 3, None, REPLAY, TIGHT, **MOE, variant="full_rank")),
+        "relora, moe": row("fp32", 0, None, FULL, None, **RELORA_MOE),
+        "tp, relora, replay, moe": row("bf16", 1, TP, REPLAY, None, **RELORA_MOE),
+        "ep, relora, moe": row("fp32", 1, EP, None, None, **RELORA_MOE),
+        "ep over replicas, relora, moe": row("bf16", 1, REPLICAS, None, None, **RELORA_MOE),
+        "ep over replicas, relora, replay, moe": row("fp32", 0, REPLICAS, REPLAY, None, **RELORA_MOE),
+        "pp, relora, moe": row("bf16", 1, PP, None, None, **RELORA_MOE),
+        "zero 3, relora, replay, moe": row("bf16", 3, None, REPLAY, TIGHT, **RELORA_MOE),
         "pp, galore, full": galore(row("fp32", 1, PP, variant="full_rank"), proj_type="full"),
     }
 
@@ -228,6 +236,7 @@ SOON = (
     "tp, replay, qwen3",
     "ep, moe",
     "ep over replicas, moe",
+    "ep over replicas, relora, moe",
 )
 """The others are marked long: every row costs a second on an idle machine, and more where process groups are built."""
 RARE = tuple(name for name in rows() if name not in SOON)

@@ -107,6 +107,8 @@ MORE_ON_TWO = [
     Row("pp2-vpp2-qwen3-moe", {**MOE, "num_layers": 8}, VPP, "bf16", {"stage": 1}, strategies=(REPLAY_AUTO, INVERSE)),
     Row("tp2-qwen3", {**QWEN3, "num_layers": 6}, WITHOUT_SP, strategies=(REPLAY, FULL, INVERSE)),
     *(Row(f"tp2-ep2-{v}-moe", {**MOE, "variant": v}, EP, strategies=EXACT) for v in VARIANTS if v != "crnet"),
+    Row("dp2-ep2-relora-moe", {**MOE, **DROPOUT, "variant": "relora"}, REPLICAS, strategies=EXACT),
+    Row("tp2-ep2-relora-moe", {**MOE, "variant": "relora"}, EP, "bf16", {"stage": 1}, strategies=EXACT),
     Row("dp2-zero3-moe", {**MOE, **DROPOUT}, {}, "bf16", PARTITIONED, strategies=(*EXACT, INVERSE)),
     Row("dp2-moe-stored", MOE, {}, stored={"cpu_checkpointing": True}, strategies=(REPLAY, FULL)),
     *(

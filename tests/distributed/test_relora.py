@@ -23,7 +23,7 @@ from megatron_crnet.model.gpt import build_model_chunks
 from tests.distributed.engines import build_engine, close_engine
 from tests.distributed.layouts import BF16_BOUNDS, Sizes, check, measure
 from tests.distributed.spawn import run_distributed
-from tests.distributed.test_layouts import PARTITION_EVERYTHING
+from tests.distributed.test_layouts import EP, EP_4, PARTITION_EVERYTHING, TO_ALL
 from tests.helpers import (
     ARCHITECTURES,
     Errors,
@@ -35,11 +35,16 @@ from tests.helpers import (
 
 RELORA: dict[str, Any] = {"variant": "relora", "rank": {"q": 8, "k": 7, "v": 6, "o": 5, "gate": 8, "up": 8, "down": 4}}
 PADDED = {"variant": "relora", "ffn_hidden_size": 125, "rank": 31}
-GPT2, QWEN3 = ({"variant": "relora", "rank": 8, **ARCHITECTURES[name]} for name in ("gpt2", "qwen3"))
+GPT2, QWEN3, MOE = ({"variant": "relora", "rank": 8, **ARCHITECTURES[name]} for name in ("gpt2", "qwen3", "qwen3_moe"))
+PADDED_MOE = {**MOE, **PADDED, "num_query_groups": 4}
+MOE_TO_ALL = {**TO_ALL, "variant": "relora", "rank": 8}
 # B is a few updates of Adam's after a restart, whose signs bf16 decides where gradients are small; for the same reason
 # moments are pruned at random in bf16: which are the largest is rounding
 BF16 = dataclasses.replace(BF16_BOUNDS, parameters=0.15)
-FROZEN = "model.layers.2.mlp.up_proj.weight"
+FROZEN = {
+    "llama": "model.layers.2.mlp.up_proj.weight",
+    "qwen3_moe": "model.layers.2.mlp.experts.3.up_proj.weight",
+}
 STEPS = 5
 """With two restarts."""
 
@@ -50,11 +55,12 @@ class Row(Sizes):
 
     prune: str = "magnitude"
     model: dict[str, Any] = field(default_factory=lambda: RELORA, hash=False)
+    parallel: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def config(self) -> Config:
         return tiny_config(
             self.model,
-            self.parallel_section,
+            {**self.parallel_section, **self.parallel},
             {"dtype": self.dtype, "train_steps": 100},
             {"lr_decay_style": "cosine_restarts", "lr_restart_interval": 2, "lr_restart_warmup_steps": 2},
             self.deepspeed_section,
@@ -71,11 +77,26 @@ ON_TWO = [
     Row(pp=2, vpp=2, model={**RELORA, "full_rank_layers": [0]}),
     Row(tp=2, zero=1, dtype="bf16", prune="random"),
     Row(zero=3, dtype="bf16", prune="random", keys=PARTITION_EVERYTHING),
+    Row(tp=2, model=MOE, parallel=EP),
+    Row(pp=2, vpp=2, zero=1, model=MOE),
+    Row(zero=1, model=PADDED_MOE, parallel=EP),
 ]
 MORE_ON_TWO = [
     Row(tp=2, zero=1, model=GPT2),
     Row(pp=2, model=QWEN3),
     Row(zero=2, dtype="bf16", prune="random"),
+    *(Row(tp=2, zero=zero, model=MOE) for zero in (0, 3)),
+    *(Row(tp=2, zero=zero, model=MOE, parallel=EP, prune="random") for zero in (1, 2)),
+    Row(tp=2, zero=3, model={**PADDED_MOE, "full_rank_layers": [1]}, parallel=EP, keys=PARTITION_EVERYTHING),
+    Row(zero=0, model=MOE, parallel=EP),
+    *(Row(zero=1, dtype="bf16", model=MOE_TO_ALL, parallel=parallel, prune="random") for parallel in ({}, EP)),
+]
+ON_FOUR = [
+    Row(tp=2, pp=2, zero=1, model=MOE, parallel=EP),
+    *(Row(zero=zero, model=MOE, parallel=EP) for zero in (0, 1)),
+    Row(tp=2, zero=1, model=MOE, parallel=EP_4),
+    Row(pp=2, vpp=2, zero=1, model=MOE, parallel=EP),
+    Row(tp=2, zero=1, dtype="bf16", model=MOE_TO_ALL, parallel=EP_4, prune="random"),
 ]
 MATRIX = [
     Row(tp=tp, pp=pp, zero=zero, dtype=dtype, prune="random" if dtype == "bf16" else "magnitude")
@@ -95,7 +116,7 @@ def test_restarts_on_two_ranks(index: int, two: list[Errors]) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("world_size", "rows"), [(2, MORE_ON_TWO), (4, MATRIX)], ids=["two", "four"])
+@pytest.mark.parametrize(("world_size", "rows"), [(2, MORE_ON_TWO), (4, ON_FOUR + MATRIX)], ids=["two", "four"])
 def test_more_restarts(world_size: int, rows: list[Row]) -> None:
     for row, errors in zip(rows, run_distributed(measure, world_size, rows, STEPS, timeout_s=1500)[0], strict=True):
         check(row.dtype, errors, bf16=BF16)
@@ -106,6 +127,7 @@ SWITCHES = [
     Row(zero=2, dtype="bf16"),
     Row(pp=2, zero=1, model=PADDED),
     Row(tp=2),
+    Row(zero=1, dtype="bf16", model=MOE, parallel=EP),
 ]
 
 
@@ -164,9 +186,10 @@ def state_of(engine: TrainEngine) -> dict[str, Any]:
     return kinds
 
 
-def test_a_restart_merges_what_bf16_would_lose_and_begins_anew() -> None:
+@pytest.mark.parametrize("model", [RELORA, pytest.param(MOE_TO_ALL, marks=pytest.mark.long)], ids=["llama", "moe"])
+def test_a_restart_merges_what_bf16_would_lose_and_begins_anew(model: dict[str, Any]) -> None:
     """The traps of others' code: both factors zero, a merge in bf16, a reset that resets nothing."""
-    config = Row(zero=1, dtype="bf16").config()
+    config = Row(zero=1, dtype="bf16", model=model).config()
     config = dataclasses.replace(
         config,
         optimizer=dataclasses.replace(config.optimizer, lr=1e-5, adam_eps=1e-8),
@@ -198,11 +221,19 @@ def test_a_restart_merges_what_bf16_would_lose_and_begins_anew() -> None:
     assert all(torch.equal(after[kind][n], before[kind][n]) for n in untouched for kind in MOMENTS)
 
 
-OVER_LAYOUTS = [Row(tp=2, zero=3, keys=PARTITION_EVERYTHING), Row(zero=1), Row(pp=2, zero=1)]
+OVER_LAYOUTS = {
+    "llama": [Row(tp=2, zero=3, keys=PARTITION_EVERYTHING), Row(zero=1), Row(pp=2, zero=1)],
+    "qwen3_moe": [
+        Row(zero=1, model=MOE, parallel=EP),
+        Row(tp=2, model=MOE, parallel=EP),
+        Row(pp=2, zero=1, model=MOE),
+    ],
+}
 
 
 def one_more_step(rows: list[Row], folder: str) -> list[tuple[int, dict[str, Any]]]:
-    """Three steps in the first layout, saved; from there in each layout a fourth, with a restart, saved."""
+    """Restarts and masters after three steps in the first layout, after a fourth, with a restart, and after that in
+    each layout from the files of the third."""
     found, start = [], Path()
     for index, row in enumerate((rows[0], *rows)):
         config = dataclasses.replace(row.config(), checkpoint=CheckpointConfig(dir=f"{folder}/{index}"))
@@ -212,29 +243,43 @@ def one_more_step(rows: list[Row], folder: str) -> list[tuple[int, dict[str, Any
             state = checkpointer.load(start)
             engine.restore_schedule(state.step)
             engine.restarts = state.restarts
-        for step in range(state.step, 4 if index else 3):
+        for step in range(state.step, 4):
             batches = micro_batches(config, engine.context.dp_rank, engine.context.world_size, step)
             engine.forward_backward(batches, int(random_mask(config, step).sum()))
             engine.update()
             engine.restart_if_due()
-        steps = 4 if index else 3
-        checkpointer.save(dataclasses.replace(state, step=steps, restarts=engine.restarts))
-        written = checkpointer.wait()
-        assert written is not None
-        start = start if index else written
-        weights = CheckpointWeights(written)
-        found.append((engine.restarts, weights.read(weights.shapes)))
+            if step < 2:
+                continue
+            checkpointer.save(dataclasses.replace(state, step=step + 1, restarts=engine.restarts))
+            written = checkpointer.wait()
+            assert written is not None
+            start = written if step == 2 else start
+            weights = CheckpointWeights(written)
+            found.append((engine.restarts, weights.read(weights.shapes)))
         close_engine(engine)
     return found
 
 
-def test_restarts_go_on_in_another_layout(tmp_path: Path) -> None:
-    (before, first), *others = run_distributed(one_more_step, 2, OVER_LAYOUTS, str(tmp_path))[0]
+def over_layouts(folder: str) -> dict[str, list[tuple[int, dict[str, Any]]]]:
+    return {name: one_more_step(rows, f"{folder}/{name}") for name, rows in OVER_LAYOUTS.items()}
+
+
+@pytest.fixture(scope="module")
+def one_more(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[int, dict[str, Any]]]]:
+    return run_distributed(over_layouts, 2, str(tmp_path_factory.mktemp("relora")))[0]
+
+
+@pytest.mark.parametrize("name", OVER_LAYOUTS)
+def test_restarts_go_on_to_the_bit_and_in_another_layout_to_rounding(
+    name: str, one_more: dict[str, list[tuple[int, dict[str, Any]]]]
+) -> None:
+    (before, first), (_, whole), *others = one_more[name]
     assert before == 1
-    (_, wanted), *rest = others
-    assert not torch.equal(first[FROZEN], wanted[FROZEN])
+    (_, same), *rest = others
+    assert not torch.equal(first[FROZEN[name]], whole[FROZEN[name]])
+    assert all(torch.equal(value, whole[name]) for name, value in same.items())
     for restarts, masters in rest:
         assert restarts == 2
-        assert masters.keys() == wanted.keys()
+        assert masters.keys() == whole.keys()
         for name, value in masters.items():
-            torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(value, whole[name], rtol=1e-5, atol=1e-6)

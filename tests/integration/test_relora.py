@@ -33,7 +33,8 @@ RUN: dict[str, Any] = {
     "relora__warm_start_steps": WARM,
     "checkpoint__save_interval": 1,
 }
-FACTOR = "model.layers.2.mlp.up_proj"
+FACTOR, OF_EXPERT = "model.layers.2.mlp.up_proj", "model.layers.2.mlp.experts.3.up_proj"
+EXPERTS = {"model__architecture": "qwen3_moe", "model__num_experts": 4, "model__moe_router_topk": 2}
 
 
 @pytest.fixture(scope="module")
@@ -108,14 +109,28 @@ def test_a_run_killed_around_a_change_continues_to_the_bit(
     check_continued(whole, cut, step, corpus.options(cut, **RUN))
 
 
+@pytest.mark.long
+def test_a_run_with_experts_continues_to_the_bit_and_is_merged_as_well(corpus: Corpus, tmp_path: Path) -> None:
+    whole, run = tmp_path / "whole", {**RUN, **EXPERTS}
+    assert start_here(corpus.options(whole, **run)).status == 0
+    for step in (WARM - 1, WARM, WARM + INTERVAL - 1, WARM + INTERVAL):
+        cut = tmp_path / f"cut_{step}"
+        check_continued(whole, cut, step, corpus.options(cut, **run))
+    check_merged(whole, STEPS, OF_EXPERT, tmp_path)
+
+
 @pytest.mark.parametrize("step", [WARM - 1, WARM + INTERVAL, STEPS])
 def test_an_export_is_full_rank_and_merged(step: int, whole: Path, tmp_path: Path) -> None:
-    to_hf(checkpoint(whole, step), tmp_path / "export")
-    exported, state = load_file(tmp_path / "export" / "model.safetensors"), saved(whole, step)
-    wanted = state[f"master.{FACTOR}.weight"]
+    check_merged(whole, step, FACTOR, tmp_path)
+
+
+def check_merged(whole: Path, step: int, factor: str, folder: Path) -> None:
+    to_hf(checkpoint(whole, step), folder / "export")
+    exported, state = load_file(folder / "export" / "model.safetensors"), saved(whole, step)
+    wanted = state[f"master.{factor}.weight"]
     if step > WARM:
-        wanted = wanted + 0.25 * state[f"master.{FACTOR}.b.weight"] @ state[f"master.{FACTOR}.a.weight"]
-    assert torch.equal(exported[f"{FACTOR}.weight"], wanted)
+        wanted = wanted + 0.25 * state[f"master.{factor}.b.weight"] @ state[f"master.{factor}.a.weight"]
+    assert torch.equal(exported[f"{factor}.weight"], wanted)
     assert not [name for name in exported if name.endswith((".a.weight", ".b.weight"))]
     assert open_source(checkpoint(whole, step)).step == step
 

@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_crnet.config.model_size import (
     active_parameters,
+    expert_parameters,
     flops_per_token,
     parameters_by_part,
     remark_on_unused_rows,
@@ -44,7 +45,7 @@ def test_crnet_has_the_formulas_count() -> None:
         {"full_rank_layers": []},
         {"rank": {"q": [1, 2, 3, 4], "k": 2, "v": 3, "o": 4, "gate": 5, "up": 6, "down": 7}},
         *ARCHITECTURES.values(),
-        {**ARCHITECTURES["qwen3_moe"], "variant": "full_rank"},
+        *({**ARCHITECTURES["qwen3_moe"], "variant": variant} for variant in ("full_rank", "relora")),
     ],
 )
 def test_counts_are_those_of_a_real_model(changes: dict[str, object]) -> None:
@@ -84,6 +85,19 @@ def test_qwen3_30b_has_3_billion_active_parameters() -> None:
     assert active_parameters(model) == pytest.approx(3.35e9, rel=2e-3)
     ours = 6 * (active_parameters(model) - 151936 * 2048) / flops_per_token(model, seq_length=0)
     assert ours == pytest.approx(1.0, rel=1e-4)  # the embedding multiplies nothing, and norms are few
+
+
+def test_of_frozen_experts_those_that_a_token_passes_are_active_and_multiply() -> None:
+    few, all_of_them = (
+        ModelConfig(**{**TINY_MODEL, **ARCHITECTURES["qwen3_moe"], "variant": "relora", "moe_router_topk": topk})
+        for topk in (2, 4)
+    )
+    expert = few.num_layers * 3 * (32 * 20 + 8 * (32 + 20))  # W, A and B of gate, up and down
+    assert expert_parameters(few) == 4 * expert
+    assert active_parameters(all_of_them) == total_parameters(few)
+    assert active_parameters(few) == total_parameters(few) - 2 * expert
+    more = flops_per_token(all_of_them, seq_length=0) - flops_per_token(few, seq_length=0)
+    assert more == 2 * few.num_layers * 3 * (4 * 32 * 20 + 6 * 8 * (32 + 20))
 
 
 @pytest.mark.fault("M9")

@@ -128,7 +128,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model": {**MOE, "num_experts": 1}}, "num_experts is 1, but must be"),
     ({"model": {**MOE, "moe_router_topk": 5}}, "moe_router_topk 5 is above model.num_experts 4: use at most that"),
     ({"model": {**MOE, "moe_router_topk": 1}}, "moe_router_topk is 1, .* set moe_router_pre_softmax"),
-    ({"model": {**MOE, "variant": "relora"}}, "variant is relora, .* architecture qwen3"),
+    ({"model": {**MOE, "variant": "relora", "rank": 24}}, "rank is 24 for k of layer 0, .* a side of 16"),
+    (
+        {"model": {**MOE, "variant": "relora", "rank": {**dict.fromkeys("qkvo", 8), "gate": 21, "up": 8, "down": 8}}},
+        "rank is 21 for gate of layer 0, .* a side of 20",
+    ),
     ({"model": {**MOE, "moe_aux_loss_coeff": -1.0}}, "moe_aux_loss_coeff is -1.0, but must be"),
     (
         {

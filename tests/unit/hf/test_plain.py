@@ -142,7 +142,7 @@ def checkpoint_of(folder: Path, tokenizer: str, **model: Any) -> Path:
     return write_checkpoint(folder / "step_00000001", random_weights(config), config)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3_moe"])
 def test_relora_goes_out_merged(architecture: str, tokenizer: str, tmp_path: Path) -> None:
     checkpoint = checkpoint_of(tmp_path, tokenizer, variant="relora", **EXPORTED.get(architecture, {}))
     to_hf(checkpoint, tmp_path / "out", plain=True)

@@ -69,9 +69,9 @@ def test_of_other_architectures_neither(
 
 
 def test_experts_are_a_few_products_whatever_their_number(capsys: pytest.CaptureFixture[str]) -> None:
-    words = "--training.micro_batch_size", "1", "--variants", "crnet", "low_rank"
+    words = "--training.micro_batch_size", "1", "--variants", "crnet", "low_rank", "relora"
     rows = {n: counted(capsys, *words, "--model.num_experts", str(n), example="qwen3_30b_a3b") for n in (16, 128)}
-    for variant, limit in (("crnet", 125), ("low_rank", 119)):
+    for variant, limit in (("crnet", 125), ("low_rank", 119), ("relora", 157)):
         few, many = (rows[n][variant] for n in (16, 128))
         assert few[LAUNCHES] == many[LAUNCHES] <= limit
         assert few["forward"]["products"] == many["forward"]["products"]
