@@ -59,7 +59,7 @@ def row_config(
     section = {"zero_optimization": {"stage": stage, **zero}}
     model = {**(model or {}), **({"variant": "full_rank"} if galore_rank else {})}
     optimizer = {"name": "galore", "galore_rank": galore_rank} if galore_rank else {}
-    return tiny_config(model, parallel, {"dtype": dtype}, optimizer, section)
+    return tiny_config(model, parallel, {"dtype": dtype, "global_batch_size": 4}, optimizer, section)
 
 
 def everything(engine: TrainEngine, zero: ZeroState) -> list[Tensor]:

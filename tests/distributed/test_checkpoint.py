@@ -79,10 +79,11 @@ def row_config(
     model: dict[str, Any] | None = None,
     recompute: Literal["none", "replay"] = "none",
     lr_multipliers: dict[str, float] | None = None,
+    sequences: int = 4,
     **zero: Any,
 ) -> Config:
     section = {"zero_optimization": {"stage": stage, **zero}}
-    training = {"dtype": dtype, "train_steps": STEPS, "global_batch_size": 4}
+    training = {"dtype": dtype, "train_steps": STEPS, "global_batch_size": sequences}
     optimizer = {"lr_multipliers": lr_multipliers or {}, **(optimizer or {})}
     config = tiny_config(model, parallel, training, optimizer, section)
     return dataclasses.replace(

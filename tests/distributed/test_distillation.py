@@ -15,7 +15,7 @@ from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.model.gpt import build_model_chunks
 from tests.distributed.engines import INVERSE_TOLERANCE, close_engine
-from tests.distributed.layouts import FP32_BOUND, Sizes, check, measure
+from tests.distributed.layouts import FP32_BOUND, Sizes, check, measure, shortened
 from tests.distributed.spawn import run_distributed
 from tests.distributed.test_layouts import DOCUMENTS, EP, GPT2, MOE, PARTITION_EVERYTHING, QWEN3
 from tests.helpers import (
@@ -42,7 +42,7 @@ class Row(Sizes):
         config = tiny_config(
             self.model,
             {**self.parallel_section, **self.parallel},
-            {"dtype": self.dtype},
+            {"dtype": self.dtype, "global_batch_size": self.sequences},
             deepspeed_section=self.deepspeed_section,
             data=self.data,
             distillation={"teacher": "of the test", **self.weights},
@@ -64,6 +64,7 @@ ON_TWO = [
     Row(tp=2, zero=1, dtype="bf16"),
     Row(zero=3, dtype="bf16", keys=PARTITION_EVERYTHING),
 ]
+ON_TWO = shortened(ON_TWO)
 MORE_ON_TWO = [
     Row(tp=2, model=MOE, parallel=EP),
     Row(pp=2, zero=1, model=MOE, recompute="full"),

@@ -44,7 +44,11 @@ ROWS: dict[str, tuple[dict[str, Any], str, bool]] = {
 
 ON_FOUR = {
     # rank 3 has the other copy of the experts of rank 1
-    "dp4-ep2": ({"parallel": EP, "model": MOE, "stage": 1}, "model.layers.2.mlp.experts.3.down_proj.a.weight", True),
+    "dp4-ep2": (
+        {"parallel": EP, "model": MOE, "stage": 1, "sequences": 8},
+        "model.layers.2.mlp.experts.3.down_proj.a.weight",
+        True,
+    ),
 }
 
 

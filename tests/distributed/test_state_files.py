@@ -63,9 +63,9 @@ WRITERS = {
 READERS = {
     "fp32": ("tp2-zero1", "dp2-zero1", "dp2-zero1-unpadded", "dp2-zero3", "pp2-vpp2-zero1"),
     "bf16": ("dp2-zero0", "dp2-zero1", "dp2-zero3", "tp2-zero1"),
-    "gpt2": ("pp2-vpp2-zero1", "dp2-zero3", "tp2-zero1"),
+    "gpt2": ("pp2-vpp2-zero1", "dp2-zero3"),
     "qwen3": ("tp2-zero3-without-sp", "pp2-zero1"),
-    "qwen3_moe": ("dp2-ep2-zero1", "dp2-ep2-zero0", "tp2-ep2-zero1", "tp2-zero1", "pp2-zero1", "dp2-zero3"),
+    "qwen3_moe": ("dp2-ep2-zero1", "tp2-ep2-zero1", "dp2-zero3"),
 }
 FROM_EACH = {
     **{"fp32": "tp2-zero1", "bf16": "dp2-zero3", "gpt2": "pp2-vpp2-zero1"},
@@ -104,7 +104,11 @@ def train(config: Config, load: Path | None = None, save: Path | None = None) ->
     return measured
 
 
-MORE_READERS = {"fp32": ("dp2-zero0", "dp2-zero2", "tp2-zero3-without-sp", "pp2-zero1")}
+MORE_READERS = {
+    "fp32": ("dp2-zero0", "dp2-zero2", "tp2-zero3-without-sp", "pp2-zero1"),
+    "gpt2": ("tp2-zero1",),
+    "qwen3_moe": ("dp2-ep2-zero0", "tp2-zero1", "pp2-zero1"),
+}
 
 
 def through_files(
