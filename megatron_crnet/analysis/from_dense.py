@@ -136,7 +136,8 @@ class Conversion:
 
     def _covariance(self, group: tuple[LayerMap, ...], sums: Sums) -> Tensor | None:
         """C of what the maps are given; None without text, and of an expert that is given too few tokens."""
-        products, first = sums.pop(("xx", group[0].name), None), group[0]
+        first = group[0]
+        products = sums.pop(("xx", first.name), None)
         if products is None:
             return None
         if first.is_experts and int(sums["tokens", first.name]) < len(products):

@@ -30,12 +30,10 @@ def maps_by_input(architecture: Architecture, num_experts: int) -> list[tuple[La
     """All maps of a layer, those that share an input together."""
     found = [tuple(LayerMap(p.name, p.name, p.module) for p in group.positions) for group in architecture.groups]
     experts = architecture.experts
-    for number in range(num_experts if experts is not None else 0):
-        assert experts is not None
-        found += [
-            tuple(
-                LayerMap(f"{p.name} {number}", p.name, f"{experts.module}.{number}.{p.module}") for p in group.positions
-            )
-            for group in experts.groups
-        ]
-    return found
+    if experts is None:
+        return found
+    return found + [
+        tuple(LayerMap(f"{p.name} {number}", p.name, f"{experts.module}.{number}.{p.module}") for p in group.positions)
+        for number in range(num_experts)
+        for group in experts.groups
+    ]
