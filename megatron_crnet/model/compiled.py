@@ -117,11 +117,16 @@ def trial_inputs(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[An
     cos, sin = angles.cos().view(rows, 1, 1, -1), angles.sin().view(rows, 1, 1, -1)
     rows_of, labels = one[:, 0], torch.arange(-2, rows - 2, device=device) * 5
     by_head, weight, inverse = one.unflatten(-1, (heads, d)), values[0, 0].to(dtype), values[..., :1].abs()
+    of_heads = values.unflatten(-1, (heads, d))[..., :1].abs()
     return {
         "norm": (one, weight, 1e-5),
         "norm_backward": (one, other, third, weight, inverse),
+        "layer_norm": (one, weight, values[1, 0].to(dtype), 1e-5),
+        "layer_norm_backward": (one, other, third, weight, weight, values[..., :1].clone(), inverse),
         "rotate": (by_head, cos, sin),
         "rotate_backward": (by_head, cos, sin, other, by_head, betas[0], 1e-6),
+        "norm_rotate": (by_head, weight[:d], cos, sin, 1e-5),
+        "norm_rotate_backward": (by_head, by_head, weight[:d], of_heads, cos, sin, other, betas[0], 1e-6),
         "swiglu": (one, other),
         "swiglu_backward": (one, other, third, (other, one), betas, 1e-6),
         "gelu": (one, weight),

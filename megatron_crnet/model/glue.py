@@ -1,7 +1,9 @@
 """What a layer does between its matrix products and attention: pure functions, forward and backward, on one page.
 
     norm        n = x / rms(x) * w, and the residual stream x goes on
+    layer_norm  n = (x - mean(x)) / std(x) * w + bias, as well
     rotate      RoPE of q and k: (a, b) -> (a cos - b sin, b cos + a sin) of the halves a, b of a head
+    norm_rotate both, norm and rotate, of each head
     swiglu      act = silu(gate) up
     gelu        act = gelu(up + bias), in its tanh form
     biased      Y_l + bias, for the layer itself; the chain takes Y_l
@@ -61,6 +63,23 @@ def norm_backward(
     return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(x - mean) / std * weight + bias, and the mean and 1 / std in fp32, [..., 1]; x: [..., width]."""
+    normed, mean, inverse = torch.native_layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps)
+    return normed.to(x.dtype), mean, inverse
+
+
+def layer_norm_backward(
+    grad: Tensor, grad_stream: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, which `grad_stream` is part of, of the weight and of the bias."""
+    wide = grad.float(), x.float(), weight.shape, mean, inverse, weight.float(), bias.float(), [True, True, True]
+    grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(*wide)
+    if grad_stream is not None:
+        grad_x = grad_x.add_(grad_stream)
+    return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of x, [s, b, heads, d]; cos and sin: [s, b or 1, 1, d / 2], fp32."""
     first, second = x.float().chunk(2, dim=-1)
@@ -90,6 +109,30 @@ def rotate_backward(
     wide = carried.view(grad.shape).float()
     grad_beta = _inner(rotate(wide, cos, sin), rotated) if beta is not None and rotated is not None else None
     return _add_scaled_(back, wide, beta, eps).to(grad.dtype), grad_beta
+
+
+def norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`rotate` of `norm`, rounded once, and 1 / rms(x), [s, b, heads, 1]; x: [s, b, heads, d]."""
+    normed, inverse = norm(x.float(), weight, eps)
+    return rotate(normed, cos, sin).to(x.dtype), inverse
+
+
+def norm_rotate_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    inverse: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    carried: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of x, of the weight, and of beta; see `rotate_backward`."""
+    own, grad_weight = norm_backward(rotate(grad.float(), cos, -sin), None, x.float(), weight, inverse)
+    carried = None if carried is None else carried.view(x.shape)
+    grad_x, grad_beta = add_carried(own, carried, x, beta, eps)
+    return grad_x.to(x.dtype), grad_weight, grad_beta
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -294,8 +337,12 @@ class Glue:
 
     norm: Callable[..., Any] = norm
     norm_backward: Callable[..., Any] = norm_backward
+    layer_norm: Callable[..., Any] = layer_norm
+    layer_norm_backward: Callable[..., Any] = layer_norm_backward
     rotate: Callable[..., Any] = rotate
     rotate_backward: Callable[..., Any] = rotate_backward
+    norm_rotate: Callable[..., Any] = norm_rotate
+    norm_rotate_backward: Callable[..., Any] = norm_rotate_backward
     swiglu: Callable[..., Any] = swiglu
     swiglu_backward: Callable[..., Any] = swiglu_backward
     gelu: Callable[..., Any] = gelu

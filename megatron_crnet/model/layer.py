@@ -25,8 +25,8 @@ from megatron_crnet.model.bias import GroupBias
 from megatron_crnet.model.compiled import choose_glue
 from megatron_crnet.model.experts import build_experts
 from megatron_crnet.model.linear import LinearGroup, LowRankGroup, build_group
-from megatron_crnet.model.norm import CRNetNorm, LeanRMSNorm, rms_norm
-from megatron_crnet.model.regions import Regions, Rotation
+from megatron_crnet.model.norm import CRNetNorm, LeanLayerNorm, LeanRMSNorm, lean_rms_norm
+from megatron_crnet.model.regions import HeadNorms, Regions, Rotation
 from megatron_crnet.recompute.tape import LayerOutputs, LayerTape, Mode
 
 StreamHook = Callable[[int, Tensor], Tensor]
@@ -71,7 +71,7 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
         if architecture.has_qk_norm:
             # each tensor-parallel rank sees heads of its own
             of_heads = {"width": config.kv_channels, "eps": eps, "is_partial": config.tensor_model_parallel_size > 1}
-            self.q_layernorm, self.k_layernorm = rms_norm(config, **of_heads), rms_norm(config, **of_heads)
+            self.q_layernorm, self.k_layernorm = lean_rms_norm(config, **of_heads), lean_rms_norm(config, **of_heads)
         self.linear = nn.ModuleDict({g.name: build_group(config, g.name, groups, layer) for g in architecture.groups})
         self.experts = build_experts(config, layer, groups) if architecture.experts is not None else None
         biased = architecture.groups if architecture.has_biases else ()
@@ -142,17 +142,18 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
         self, rotation: Rotation | None, outputs: LayerOutputs
     ) -> tuple[tuple[Tensor, ...], LayerOutputs]:
         """Query, key and value, [s, b, heads, d], from q, k and v; and these for the next layer."""
-        has_qk_norm = self.config.table.architecture.has_qk_norm
-        if rotation is not None and not has_qk_norm and not self.biases:
-            (query, key, v), outputs = self.regions.rotary(rotation, self._next_betas("qkv"), *outputs)
-            return (query, key, self._heads(v)), outputs
-        used, outputs = self._carry("qkv", outputs)
-        query, key, value = (self._heads(x) for x in used)
-        if has_qk_norm:
-            query, key = self.q_layernorm(query), self.k_layernorm(key)
-        if rotation is not None:
-            (query, key, _), _ = self.regions.rotary(rotation, None, query.flatten(2), key.flatten(2), value.flatten(2))
-        return (query, key, value), outputs
+        if rotation is None:
+            used, outputs = self._carry("qkv", outputs)
+            return tuple(self._heads(x) for x in used), outputs
+        norms = None
+        if self.config.table.architecture.has_qk_norm:
+            norms = HeadNorms(self.q_layernorm.weight, self.k_layernorm.weight, self.config.layernorm_epsilon)
+        if self.biases:
+            used, outputs = self._carry("qkv", outputs)
+            (query, key, v), _ = self.regions.rotary(rotation, norms, None, *used)
+        else:
+            (query, key, v), outputs = self.regions.rotary(rotation, norms, self._next_betas("qkv"), *outputs)
+        return (query, key, self._heads(v)), outputs
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.config.kv_channels))
@@ -235,7 +236,7 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
 
 
 def _norm(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    return norm(x, with_stream=True) if isinstance(norm, LeanRMSNorm) else (norm(x), x)
+    return norm(x, with_stream=True) if isinstance(norm, LeanRMSNorm | LeanLayerNorm) else (norm(x), x)
 
 
 def layer_spec() -> ModuleSpec:

@@ -1,4 +1,4 @@
-"""RMSNorm: Transformer Engine's or Apex's where they are installed, PyTorch's otherwise. LayerNorm: PyTorch's.
+"""RMSNorm: Transformer Engine's or Apex's where they are installed, our regions otherwise; LayerNorm: our regions.
 
 `WrappedTorchNorm` of Megatron-Core refuses sequence parallelism; here the weights are marked, so that their
 gradients, partial sums over the sequence shard, are reduced with the other marked ones.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from megatron_crnet.config.megatron import CRNetTransformerConfig
 from megatron_crnet.model.compiled import choose_glue
 from megatron_crnet.model.glue import EAGER, Glue
-from megatron_crnet.model.regions import Norm
+from megatron_crnet.model.regions import LayerNorm, Norm
 
 
 @cache
@@ -47,32 +47,48 @@ class LeanRMSNorm(nn.RMSNorm):
         return (normed, stream) if with_stream else normed
 
 
+class LeanLayerNorm(nn.LayerNorm):
+    """LayerNorm by the region of `model/glue.py`."""
+
+    glue: Glue = EAGER
+
+    def forward(self, x: Tensor, with_stream: bool = False) -> Any:
+        """The norm of x, [..., width]; `with_stream` as of `LeanRMSNorm`."""
+        normed, stream = LayerNorm.apply(self.glue, x, self.weight, self.bias, self.eps)
+        return (normed, stream) if with_stream else normed
+
+
 class CRNetNorm:
     """Makes a norm over the last dimension; a class, because Megatron-Core's specs build only classes."""
 
     def __new__(cls, config: CRNetTransformerConfig, hidden_size: int, eps: float = 1e-6) -> nn.Module:  # type: ignore[misc]
         """The architecture's norm of width `hidden_size`, in the configuration's dtype, on its device."""
         if config.table.architecture.norm == "rms":
-            return rms_norm(config, hidden_size, eps, is_partial=config.sequence_parallel)
-        norm = nn.LayerNorm(hidden_size, eps, dtype=config.params_dtype, device=config.initial_device)
+            fused = fused_norm_class()
+            if fused is None:
+                return lean_rms_norm(config, hidden_size, eps, is_partial=config.sequence_parallel)
+            norm = fused(hidden_size, eps=eps).to(dtype=config.params_dtype, device=config.initial_device)
+        else:
+            norm = LeanLayerNorm(hidden_size, eps, dtype=config.params_dtype, device=config.initial_device)
+            norm.glue = choose_glue(norm.weight, config.cross_layer_fusion)
         return _marked(norm, config.sequence_parallel)
 
 
-def rms_norm(config: CRNetTransformerConfig, width: int, eps: float, *, is_partial: bool) -> nn.Module:
+def lean_rms_norm(config: CRNetTransformerConfig, width: int, eps: float, *, is_partial: bool) -> LeanRMSNorm:
     """An RMSNorm.
 
     Args:
         is_partial: its gradient is a partial sum over tensor-parallel ranks.
     """
-    fused = fused_norm_class()
-    if fused is not None:
-        return _marked(fused(width, eps=eps).to(dtype=config.params_dtype, device=config.initial_device), is_partial)
     norm = LeanRMSNorm(width, eps=eps, dtype=config.params_dtype, device=config.initial_device)
     norm.glue = choose_glue(norm.weight, config.cross_layer_fusion)
     return _marked(norm, is_partial)
 
 
-def _marked(norm: nn.Module, is_partial: bool) -> nn.Module:
+NormModule = TypeVar("NormModule", bound=nn.Module)
+
+
+def _marked(norm: NormModule, is_partial: bool) -> NormModule:
     for parameter in norm.parameters():
         parameter.sequence_parallel = is_partial  # type: ignore[attr-defined]
     return norm

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,14 @@ from megatron_crnet.model.residual_product import ResidualProduct
 Rotation = tuple[Tensor, Tensor]
 """Cosines and sines of the rotary embedding, [s, b or 1, 1, d / 2], fp32."""
 Outputs = tuple[Tensor, ...]
+
+
+class HeadNorms(NamedTuple):
+    """Weights of the RMSNorms of each head of q and of k, [d], and their eps."""
+
+    q: Tensor
+    k: Tensor
+    eps: float
 
 
 def rotation_of(angles: Tensor) -> Rotation:
@@ -44,15 +52,19 @@ class Regions:
     residual: ResidualProduct | None = None
 
     def rotary(
-        self, rotation: Rotation, betas: Tensor | None, q: Tensor, k: Tensor, v: Tensor
+        self, rotation: Rotation, norms: HeadNorms | None, betas: Tensor | None, q: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Outputs, Outputs]:
         """Query and key after RoPE, [s, b, heads, d], and v; then q, k, v for the next layer, [s, b, w].
 
         Args:
+            norms: of each head of q and of k, before RoPE.
             betas: the next layer's, of q, k, v, [3] in fp32; None where that layer multiplies what it sends back by
                 s(beta) itself, or there is none.
         """
-        out = _Rotary.apply(self, betas, *rotation, q, k, v)
+        if norms is None:
+            out = _Rotary.apply(self, betas, *rotation, q, k, v)
+        else:
+            out = _NormedRotary.apply(self, norms.eps, betas, *rotation, norms.q, norms.k, q, k, v)
         return out[:3], out[3:]
 
     def swiglu(self, betas: Tensor | None, gate: Tensor, up: Tensor) -> tuple[Tensor, Outputs]:
@@ -117,6 +129,27 @@ class Norm(torch.autograd.Function):
         return None, grad_x, grad_weight, None
 
 
+class LayerNorm(torch.autograd.Function):
+    """LayerNorm of x [..., width], and x itself, as `Norm`."""
+
+    @staticmethod
+    def forward(ctx: Any, glue: Glue, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """The norm, and x."""
+        normed, mean, inverse = glue.layer_norm(x, weight, bias, eps)
+        ctx.save_for_backward(x, weight, bias, mean, inverse)
+        ctx.glue = glue
+        ctx.set_materialize_grads(False)
+        return normed, x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of x, the weight and the bias."""
+        grad, grad_stream = grads
+        if grad is None:
+            return None, grad_stream, None, None, None
+        return None, *ctx.glue.layer_norm_backward(grad, grad_stream, *ctx.saved_tensors), None
+
+
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -137,6 +170,34 @@ class _Rotary(torch.autograd.Function):
         d_k, d_of_k = glue.rotate_backward(d_key, cos, sin, next_k, key, of_k, eps)
         d_v, d_of_v = (d_value, None) if next_v is None else glue.add_carried(d_value, next_v, v, of_v, eps)
         return None, _stacked(d_of_q, d_of_k, d_of_v), None, None, d_q.flatten(2), d_k.flatten(2), d_v
+
+
+class _NormedRotary(torch.autograd.Function):
+    """`_Rotary` after a norm of each head: of q and k the outputs are kept, not what attention gets."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, regions: Regions, eps: float, betas: Tensor | None, cos: Tensor, sin: Tensor, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        of_q, of_k, q, k, v = inputs
+        query, inverse_q = regions.glue.norm_rotate(q.unflatten(-1, (-1, len(of_q))), of_q, cos, sin, eps)
+        key, inverse_k = regions.glue.norm_rotate(k.unflatten(-1, (-1, len(of_k))), of_k, cos, sin, eps)
+        _save(ctx, regions, betas, cos, sin, of_q, of_k, q, k, v if betas is not None else None, inverse_q, inverse_k)
+        return query, key, v.detach(), q.detach(), k.detach(), v.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        betas, cos, sin, *weights, q, k, v, inverse_q, inverse_k = ctx.saved_tensors
+        glue, eps, (*of_heads, of_v) = ctx.regions.glue, ctx.regions.eps, each(betas, 3)
+        *d_heads, d_value, next_q, next_k, next_v = grads
+        parts = zip(d_heads, (q, k), weights, (inverse_q, inverse_k), (next_q, next_k), of_heads, strict=True)
+        (d_q, d_of_norm_q, d_of_q), (d_k, d_of_norm_k, d_of_k) = (
+            glue.norm_rotate_backward(grad, x.view_as(grad), weight, inverse, cos, sin, carried, beta, eps)
+            for grad, x, weight, inverse, carried, beta in parts
+        )
+        d_v, d_of_v = (d_value, None) if next_v is None else glue.add_carried(d_value, next_v, v, of_v, eps)
+        d_betas = _stacked(d_of_q, d_of_k, d_of_v)
+        return None, None, d_betas, None, None, d_of_norm_q, d_of_norm_k, d_q.flatten(2), d_k.flatten(2), d_v
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -43,7 +43,9 @@ NO_TRAFFIC = (
 )
 BACKWARD = (
     "norm_backward",
+    "layer_norm_backward",
     "rotate_backward",
+    "norm_rotate_backward",
     "swiglu_backward",
     "gelu_backward",
     "biased_backward",

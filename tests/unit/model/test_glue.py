@@ -22,7 +22,7 @@ from megatron_crnet.model.glue import EAGER, Glue, signed_scale
 from megatron_crnet.model.gpt import CRNetModel, build_model_chunks
 from megatron_crnet.model.linear import LowRankGroup
 from megatron_crnet.model.lowrank import ProductOptions, low_rank_outputs, previous_outputs
-from megatron_crnet.model.regions import Norm, Regions
+from megatron_crnet.model.regions import HeadNorms, LayerNorm, Norm, Regions
 from megatron_crnet.model.residual_product import ResidualProduct
 from megatron_crnet.planning.counters import OperationCounter
 from megatron_crnet.utils.errors import ConfigError
@@ -77,13 +77,28 @@ def by_regions(use: Callable[..., tuple[Any, Sequence[Tensor]]], receives: bool)
     return function
 
 
+def exact_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x.unflatten(-1, (HEADS, D)), (D,), weight, EPS).flatten(-2)
+
+
 ANGLES = random(S, 1, 1, D // 2, seed=9)
 ROTATION = ANGLES.cos(), ANGLES.sin()
 REGIONS = {
     "rotary": (
         3,
         lambda _, q, k, v: (exact_rotate(q, *ROTATION), exact_rotate(k, *ROTATION), v),
-        lambda regions, betas, _, q, k, v: regions.rotary(ROTATION, betas, q, k, v),
+        lambda regions, betas, _, q, k, v: regions.rotary(ROTATION, None, betas, q, k, v),
+    ),
+    "rotary after norms": (
+        3,
+        lambda bias, q, k, v: (
+            exact_rotate(exact_norm(q, bias[:D]), *ROTATION),
+            exact_rotate(exact_norm(k, bias[-D:]), *ROTATION),
+            v,
+        ),
+        lambda regions, betas, bias, q, k, v: regions.rotary(
+            ROTATION, HeadNorms(bias[:D], bias[-D:], EPS), betas, q, k, v
+        ),
     ),
     "swiglu": (
         2,
@@ -148,14 +163,18 @@ def test_a_gate_without_silu_is_a_product() -> None:
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
-def test_the_norm_adds_the_streams_gradient() -> None:
-    leaves = [random(*SHAPE, seed=0), random(HEADS * D, seed=1)]
+@pytest.mark.parametrize(("exact", "region", "weights"), [(F.rms_norm, Norm, 1), (F.layer_norm, LayerNorm, 2)])
+def test_a_norm_adds_the_streams_gradient(exact: Callable[..., Tensor], region: Any, weights: int) -> None:
+    leaves = [random(*SHAPE, seed=0), *(random(HEADS * D, seed=seed) for seed in range(1, 1 + weights))]
     results = []
-    for norm in (lambda x, w: (F.rms_norm(x, w.shape, w, 1e-5), x), lambda x, w: Norm.apply(EAGER, x, w, 1e-5)):
+    for norm in (
+        lambda x, *w: (exact(x, w[0].shape, *w, eps=1e-5), x),
+        lambda x, *w: region.apply(EAGER, x, *w, 1e-5),
+    ):
         mine = [leaf.clone().requires_grad_() for leaf in leaves]
         outputs = norm(*mine)
-        weights = [random(*SHAPE, seed=5), random(*SHAPE, seed=6)]
-        results.append([*outputs, *torch.autograd.grad(outputs, mine, weights)])
+        grads = [random(*SHAPE, seed=5), random(*SHAPE, seed=6)]
+        results.append([*outputs, *torch.autograd.grad(outputs, mine, grads)])
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 

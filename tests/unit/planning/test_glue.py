@@ -31,11 +31,11 @@ FULL_RANK = LOW_RANK + 2 * (3 * H + 2 * F)
 
 
 # In h of 1024, f = 4h: two norms, five sums with biases, two of the stream, GELU; in backward five sums with the next
-# layer's gradient (4 h each, as they read Y for beta's), GELU (4 f), norms (3 h each), two sums.
-GPT2 = (4 + 10 + 6 + 8 + 20 + 16 + 6 + 6) * 1024
-# In h of 2048, k and v of h/2, f = 3h: as LLaMA-2's, with norms of q and k (2 and 3 passes over 1.5 h), after which
-# RoPE reads no gradient of the next layer, and q and k are summed as v, o and down are. Cosines, sines, sums.
-QWEN3 = (4 + 3 + 3 + 6 + 9 + 21 + 8 + 4.5 + 3 + 16) * 2048 + 512 + 40
+# layer's gradient (4 h each, as they read Y for beta's), GELU (4 f), norms with the stream's gradient (4 h each).
+GPT2 = (4 + 10 + 6 + 8 + 20 + 16 + 8) * 1024
+# In h of 2048, k and v of h/2, f = 3h: as LLaMA-2's, RoPE of q and k with their norms in the same passes (2 and 4 over
+# 1.5 h). Cosines, sines, and 1 / rms of 24 heads.
+QWEN3 = (4 + 3 + 6 + 9 + 21 + 8 + 6 + 10) * 2048 + 1024 + 96
 
 
 def counted(capsys: pytest.CaptureFixture[str], *words: str, example: str = "llama2_7b") -> dict[str, dict[str, float]]:
@@ -58,13 +58,13 @@ def test_bytes_and_launches_do_not_grow(capsys: pytest.CaptureFixture[str]) -> N
     }
 
 
-@pytest.mark.parametrize(("example", "elements", "launches"), [("gpt2_355m", GPT2, 59), ("qwen3_1_7b", QWEN3, 59)])
+@pytest.mark.parametrize(("example", "elements", "launches"), [("gpt2_355m", GPT2, 57), ("qwen3_1_7b", QWEN3, 53)])
 def test_of_other_architectures_neither(
     example: str, elements: float, launches: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = "--training.micro_batch_size", "1", "--variants", "crnet"
     row = counted(capsys, *words, example=example)["crnet"]
-    assert row["bytes_per_token_layer"] / BYTES == pytest.approx(elements, rel=4e-3)
+    assert row["bytes_per_token_layer"] / BYTES == pytest.approx(elements, rel=1e-3)
     assert row[LAUNCHES] == launches
 
 
