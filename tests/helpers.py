@@ -362,6 +362,6 @@ def compare_with_reference(config: Config, steps: int = 3) -> Errors:
         assert engine.chunks[0].config.table.padding()
         assert largest_padding(engine) == 0.0
     dist.all_reduce(errors, op=dist.ReduceOp.MAX)
-    engine.deepspeed.destroy()
+    engine.close()
     context.heartbeat.close()
     return Errors(*errors.tolist())

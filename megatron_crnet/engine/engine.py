@@ -57,7 +57,7 @@ from megatron_crnet.engine.schedule import (
     run_schedule,
 )
 from megatron_crnet.engine.state_kinds import MASTER
-from megatron_crnet.engine.zero import zero_state
+from megatron_crnet.engine.zero import release, zero_state
 from megatron_crnet.model.gpt import CRNetModel
 from megatron_crnet.model.linear import LowRankGroup
 from megatron_crnet.model.reference import EMBEDDING
@@ -316,7 +316,7 @@ class TrainEngine:
     def close(self) -> None:
         """Take DeepSpeed's hooks off the weights, which would keep the engine, and through it the groups, alive."""
         try:
-            self.deepspeed.destroy()
+            release(self.deepspeed)
         finally:
             forget_groups()
             if self._graph is not None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_grad
 from megatron.core import parallel_state
 from torch import Tensor, nn
@@ -33,6 +34,12 @@ NORM_PART = 2**26
 
 MOST_COMPILED = 32
 """Sizes of parameters for which the sum of gradients is compiled, each by itself; more take PyTorch's operation."""
+
+
+def release(engine: DeepSpeedEngine) -> None:
+    """Take DeepSpeed's hooks off the weights, and the model off a list of ZeRO-3's: both would keep it in memory."""
+    engine.destroy()
+    FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module is not engine.module]
 
 
 def local_shape(parameter: nn.Parameter) -> torch.Size:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
+from types import MethodType
 from typing import Any
 
 from megatron.core import parallel_state
@@ -51,6 +53,10 @@ class CRNetModel(GPTModel):
             pg_collection=groups,
             **stage,
         )
+        if config.table.architecture.is_rotary:
+            # Megatron-Core's cache of angles is one for all models, and would keep the last 32 of them in memory
+            rope = self.rotary_pos_emb
+            rope.forward = lru_cache(maxsize=4)(MethodType(type(rope).forward.__wrapped__, rope))
         # GPTModel hard-codes TransformerBlock; an empty one is replaced
         self.decoder = CRNetTransformerBlock(config=config, pg_collection=groups, **stage)
         if first and not config.table.architecture.is_rotary:

@@ -62,7 +62,7 @@ def count_step(config: Config, context: ParallelContext, passed: Progress = lamb
         engine.update()
         gc.collect()
         profile = _counted(engine, [batch] * plan.num_microbatches, plan.tokens_per_step, memory, counters)
-        engine.deepspeed.destroy()
+        engine.close()
     return profile
 
 

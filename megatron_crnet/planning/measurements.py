@@ -112,7 +112,7 @@ def _count(config: Config) -> tuple[CommunicationCounter, CommunicationCounter, 
         engine.accumulate(batches, tokens * context.dp_size)
     with CommunicationCounter() as gradients:
         engine.reduce_gradients()
-    engine.deepspeed.destroy()
+    engine.close()
     context.heartbeat.close()
     return forward, passes, gradients, tokens
 

@@ -39,7 +39,7 @@ def run_step(engine: TrainEngine, step: int = 0) -> float:
 def close_engine(engine: TrainEngine) -> None:
     """Let go of it and of all groups; a collective call."""
     engine.context.heartbeat.close()
-    engine.deepspeed.destroy()
+    engine.close()
     fresh_world()
 
 

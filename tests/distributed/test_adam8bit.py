@@ -75,7 +75,7 @@ def with_engine(config: Config, checkpoint: Path, read: Callable[[TrainEngine], 
     engine = TrainEngine(config, build_model_chunks(config), context)
     Checkpointer(config, engine).load(checkpoint)
     found = read(engine)
-    engine.deepspeed.destroy()
+    engine.close()
     context.heartbeat.close()
     fresh_world()
     return found

@@ -96,7 +96,7 @@ def train(config: Config, how: str) -> tuple[bool, list[float], list[Tensor]]:
     engine.forward_backward(batches(2), tokens)
     rates.append(engine.update()[1])
     after = everything(engine, zero)
-    engine.deepspeed.destroy()
+    engine.close()
     context.heartbeat.close()
     fresh_world()
     return unchanged, rates, after

@@ -123,7 +123,7 @@ def train(
             checkpointer.save(TrainingState(step + 1))
     checkpointer.wait()
     found = read(engine)
-    engine.deepspeed.destroy()
+    engine.close()
     context.heartbeat.close()
     fresh_world()
     return measured, found

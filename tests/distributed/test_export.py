@@ -97,7 +97,7 @@ def _step(config: Config, engine: TrainEngine, context: Any, step: int) -> float
 def _finish(engine: TrainEngine, context: Any, checkpointer: Checkpointer, step: int) -> None:
     checkpointer.save(TrainingState(step))
     checkpointer.wait()
-    engine.deepspeed.destroy()
+    engine.close()
     context.heartbeat.close()
     fresh_world()
 

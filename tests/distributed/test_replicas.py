@@ -73,7 +73,7 @@ def drift(folder: str, rows: dict[str, tuple[dict[str, Any], str, bool]] = ROWS)
                 with torch.no_grad():
                     held.view(-1)[0] *= 1.01
         found[name] = remarks
-        engine.deepspeed.destroy()
+        engine.close()
         context.heartbeat.close()
         fresh_world()
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -11,11 +12,13 @@ import torch
 
 from megatron_crnet.config.schema import DataConfig, RecomputeConfig
 from megatron_crnet.data.documents import DOCUMENT_LENGTHS
-from megatron_crnet.distributed.process_groups import initialize_parallel, shutdown_parallel
+from megatron_crnet.distributed.process_groups import ParallelContext, initialize_parallel, shutdown_parallel
+from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.model.gpt import build_model_chunks
 from megatron_crnet.model.reference import ReferenceCRNet
 from megatron_crnet.model.weights import Weight, canonical_weights, load_canonical
 from megatron_crnet.planning.counters import LiveMemory
+from tests.distributed.engines import run_step
 from tests.helpers import EOD, PADDED, make_batch, random_tokens, relative_error, tiny_config
 
 PER_POSITION = {"q": [3, 4, 5, 6], "k": 4, "v": 4, "o": 6, "gate": 7, "up": 7, "down": [9, 8, 7, 6]}
@@ -43,8 +46,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def groups() -> Any:
-    initialize_parallel(tiny_config())
-    yield
+    yield initialize_parallel(tiny_config())
     shutdown_parallel()
 
 
@@ -176,3 +178,17 @@ def test_beta_is_fp32_in_a_bf16_model() -> None:
     (model,) = build_model_chunks(tiny_config(training={"dtype": "bf16"}))
     group = model.decoder.layers[1].linear["qkv"]
     assert (group.a.dtype, group.beta.dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_model_is_let_go_of_with_its_engine(stage: int, groups: ParallelContext) -> None:
+    """Rank changes and ReLoRA's warm start build another in the same process, beside which it would fill a GPU."""
+    config = tiny_config(training={"global_batch_size": 2}, deepspeed_section={"zero_optimization": {"stage": stage}})
+    engine = TrainEngine(config, build_model_chunks(config), groups)
+    run_step(engine)
+    engine.update()
+    model = weakref.ref(engine.chunks[0])
+    engine.close()
+    del engine
+    gc.collect()
+    assert model() is None

@@ -98,7 +98,7 @@ def train(config: Config, load: Path | None = None, save: Path | None = None) ->
             assert zero.steps == SAVED_AT
             write(save, collect(zero, weights), dist.new_group(backend="gloo"))
     assert largest_padding(engine) == 0.0
-    engine.deepspeed.destroy()
+    engine.close()
     context.heartbeat.close()
     fresh_world()
     return measured
