@@ -58,7 +58,7 @@ TINY_MODEL = {
 
 PADDED: dict[str, Any] = {
     "ffn_hidden_size": 125,
-    "rank": {"q": 31, "k": 31, "v": 8, "o": 31, "gate": 31, "up": 62, "down": 61},
+    "rank": {"q": 31, "k": 31, "v": 8, "o": 31, "gate": 31, "up": 30, "down": 31},
 }
 """Widths and ranks that are padded on one, two and four tensor-parallel ranks, beside some that are not."""
 
@@ -71,7 +71,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
 }
 """Architectures beside LLaMA, with what makes each different: tied output layers, heads of a width of their own."""
-PADDED_MOE = {**ARCHITECTURES["qwen3_moe"], **PADDED}
+PADDED_GROUPED = {**PADDED, "num_query_groups": 2, "rank": {**PADDED["rank"], "k": 15}}
+PADDED_MOE = {**ARCHITECTURES["qwen3_moe"], **PADDED_GROUPED}
 PADDED_GPT2 = {
     **{**ARCHITECTURES["gpt2"], **PADDED, "vocab_size": 61},
     "rank": {p: r for p, r in PADDED["rank"].items() if p != "gate"},

@@ -1,4 +1,4 @@
-"""Turns a dense model into `low_rank` or `crnet`, layer by layer.
+"""Turns a dense model into `low_rank`, `crnet` or `relora`, layer by layer.
 
 `low_rank` without calibration text: the truncated SVD of each weight (PELA, CVPR 2024). With text: each map is fitted
 to its outputs (`fit.py`). `crnet`: the same with the outputs of the previous layer.
@@ -9,6 +9,9 @@ the rows advance through the converted layer l. So each layer is fitted to the i
 s Y_{l-1} + X_l A B is fitted as a whole, an error of Y_{l-1} that X_l can undo is undone: errors do not add up along
 the chain. What earlier layers have lost of the residual stream is not made up for: the target is the dense layer on
 the same input, not the dense model's own stream.
+
+`relora`: the dense weights themselves, frozen, and beside them factors as a new model has them, of product zero. The
+dense model is the warm start (arXiv 2307.05695).
 
 Experts are not chained. With text each is fitted to its outputs on the tokens that the router of the dense layer gives
 it, all alike; one that is given fewer tokens than a map has inputs would be fitted to these few, and so keeps the
@@ -32,16 +35,21 @@ from megatron_crnet.analysis.maps import LayerMap, maps_by_input
 from megatron_crnet.analysis.source import LAYER, SourceModel, layer_of
 from megatron_crnet.analysis.stream import Activations, Map, Sums
 from megatron_crnet.config.loading import resolved
+from megatron_crnet.config.megatron import build_transformer_config
 from megatron_crnet.config.positions import PositionTable, position_table
 from megatron_crnet.config.schema import OF_TRAINING, Config, ModelConfig
 from megatron_crnet.model.reference import EMBEDDING
-from megatron_crnet.utils.errors import require
+from megatron_crnet.model.weights import initial_value
+from megatron_crnet.utils.errors import DataError, require
 
 Weights = dict[str, Tensor]
 
-NEEDS_TEXT = {"low_rank": False, "crnet": True}
+NEEDS_TEXT = {"low_rank": False, "crnet": True, "relora": False}
 """Variants that a dense model is turned into, and whether only with calibration text."""
-FREE = (*OF_TRAINING, "variant", "rank", "full_rank_layers", "cross_layer_epsilon", "max_position_embeddings")
+FREE = (
+    *(*OF_TRAINING, "variant", "rank", "full_rank_layers"),
+    *("cross_layer_epsilon", "relora_scale", "max_position_embeddings"),
+)
 """Fields in which the model to come may differ from the dense one."""
 LENGTH = "max_position_embeddings"
 """The one of them that learned positions fix."""
@@ -100,7 +108,7 @@ class Conversion:
         """All canonical weights of the model to come, a layer at a time.
 
         Raises:
-            DataError: a weight of the dense model is not finite, or zero all over.
+            DataError: a weight of the dense model, or what a map is given, is not finite, or zero all over.
         """
         layers, rows = self.target.model.num_layers, self.rows
         stream = None if rows is None else Activations(self.dense.embed(rows), self.batch_size, self.devices)
@@ -122,11 +130,13 @@ class Conversion:
         if self.table.is_full_rank(index):
             return weights
         groups = maps_by_input(self.table.architecture, self.table.num_experts)
+        if self.table.method.has_frozen:
+            return weights | self._drawn_factors(index, [one for group in groups for one in group])
         collect = partial(_collect, groups, self.table.has_previous(index))
         sums = Sums() if stream is None else stream.measure(layer, collect)
         fits: Fits = {}
         for group in groups:
-            covariance = self._covariance(group, sums)
+            covariance = self._covariance(index, group, sums)
             for one in group:
                 weight = weights.pop(f"{one.module}.weight")
                 factors = self._factorize(index, one, weight, covariance, sums, fits)
@@ -134,7 +144,16 @@ class Conversion:
         self.fits += [_together(found) for found in fits.values()]
         return weights
 
-    def _covariance(self, group: tuple[LayerMap, ...], sums: Sums) -> Tensor | None:
+    def _drawn_factors(self, index: int, maps: Sequence[LayerMap]) -> Weights:
+        config, seed, found = build_transformer_config(self.target), self.target.training.seed, {}
+        for one in maps:
+            (h_in, h_out), rank = self.table.shapes[one.position], self.table.ranks[index][one.position]
+            for factor, shape in (("a", (rank, h_in)), ("b", (h_out, rank))):
+                name = f"{one.module}.{factor}.weight"
+                found[name] = initial_value(f"{LAYER.format(index)}{name}", shape, config, seed)
+        return found
+
+    def _covariance(self, index: int, group: tuple[LayerMap, ...], sums: Sums) -> Tensor | None:
         """C of what the maps are given; None without text, and of an expert that is given too few tokens."""
         first = group[0]
         products = sums.pop(("xx", first.name), None)
@@ -143,6 +162,11 @@ class Conversion:
         if first.is_experts and int(sums["tokens", first.name]) < len(products):
             self.unfitted += len(group)
             return None
+        if not (products.isfinite().all() and products.trace() > 0):
+            raise DataError(
+                f"{self.dense.path}: on the calibration text the inputs of {first.name} in layer {index} are not "
+                "finite, or all zero: check the model's weights"
+            )
         return damped(products, self.damping)
 
     def _factorize(
@@ -208,8 +232,8 @@ def check_target(dense: Config, target: Config, has_text: bool) -> None:
     """Refuse what a dense model cannot be turned into.
 
     Raises:
-        ConfigError: the variants, a shape that is not the dense model's, a rank above the smaller side of a map, or no
-            calibration text where it is needed.
+        ConfigError: the variants, a shape that is not the dense model's, no layer of low rank, a warm start, or
+            calibration text where it is missing or of no use.
     """
     before, variant = resolved(dense)["model"], target.model.variant
     has_learned_positions = not position_table(dense.model).architecture.is_rotary
@@ -220,21 +244,27 @@ def check_target(dense: Config, target: Config, has_text: bool) -> None:
     )
     require(
         variant in NEEDS_TEXT,
-        f"model.variant is {variant}, but a dense model becomes {' or '.join(NEEDS_TEXT)}: choose one of them",
+        f"model.variant is {variant}, but a dense model becomes one of {', '.join(NEEDS_TEXT)}: choose one of them",
     )
     for name, value in resolved(target)["model"].items():
         require(
             value == before[name] or (name in FREE and not (name == LENGTH and has_learned_positions)),
             f"model.{name} is {value}, but {before[name]} in the dense model, whose weights are kept: leave it out",
         )
-    table = position_table(target.model)
-    for index, ranks in enumerate(table.ranks):
-        for position, rank in ranks.items():
-            require(
-                rank <= min(table.shapes[position]),
-                f"model.rank is {rank} for {position} in layer {index}, but that map has {table.shapes[position][0]} "
-                f"inputs and {table.shapes[position][1]} outputs: give at most {min(table.shapes[position])}",
-            )
+    table, layers = position_table(target.model), target.model.num_layers
+    require(
+        not all(map(table.is_full_rank, range(layers))),
+        f"model.full_rank_layers names all {layers} layers, so that nothing would be converted: leave some of low rank",
+    )
+    require(
+        not (has_text and table.method.has_frozen),
+        f"calibration text is given, but {variant} keeps the dense weights and fits nothing: leave it out",
+    )
+    require(
+        target.relora.warm_start_steps == 0,
+        f"relora.warm_start_steps is {target.relora.warm_start_steps}, but the dense model is the warm start: leave it "
+        "out",
+    )
     require(
         has_text or not NEEDS_TEXT[variant],
         f"variant {variant} is fitted to outputs on calibration text, and none is given: add --text or --prefix",

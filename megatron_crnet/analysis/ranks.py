@@ -155,9 +155,10 @@ def operation_budget(model: ModelConfig, operations: float, seq_length: int) -> 
 
 
 def uniform_rank(model: ModelConfig, budget: Budget) -> int:
-    """The largest rank that all low-rank maps can have; at least 1."""
+    """The largest rank that all low-rank maps can have, if none exceeds a side; at least 1."""
     each = _low_rank_parameters(replace(model, rank=1), active=budget.is_active)
-    return max(int(budget.parameters // max(each, 1)), 1)
+    smallest_side = min(min(shape) for shape in position_table(replace(model, rank=1)).shapes.values())
+    return max(int(min(budget.parameters // max(each, 1), smallest_side)), 1)
 
 
 def choose_ranks(model: ModelConfig, spectra: Sequence[Spectrum], budget: Budget, multiple: int) -> Ranks:
@@ -201,8 +202,8 @@ def check_budget(model: ModelConfig, budget: Budget, multiple: int) -> float:
     left = budget.parameters - sum(costs[key] * rank for key, rank in ranks.items())
     require(
         left >= 0,
-        f"the budget is {budget.limit:,.0f} {budget.unit}, but with ranks of {multiple} the model has "
-        f"{budget.limit - budget.factor * left:,.0f}: raise it, or lower --multiple",
+        f"the budget is {budget.limit:,.0f} {budget.unit}, but with the smallest ranks, of {max(ranks.values())} at "
+        f"most, the model has {budget.limit - budget.factor * left:,.0f}: raise it, or lower --multiple",
     )
     return left
 

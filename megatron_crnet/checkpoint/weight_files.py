@@ -83,7 +83,10 @@ class WeightSource(ABC):
         """
         for name, shape in wanted.items():
             if name not in self.shapes:
-                raise DataError(f"{self.where} lacks the weight {name}, which the model has: write all of them again")
+                raise DataError(
+                    f"{self.where} lacks the weight {name}, which the model has: use the configuration that the "
+                    "weights were made with, or write all of them again"
+                )
             if self.shapes[name] != shape:
                 raise DataError(
                     f"{self.where} holds {name} in the shape {self.shapes[name]}, but the model needs {shape}: use the "

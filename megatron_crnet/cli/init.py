@@ -1,4 +1,4 @@
-"""Turn a dense model into low_rank or crnet: a checkpoint of step 0 that any layout continues.
+"""Turn a dense model into low_rank, crnet or relora: a checkpoint of step 0 that any layout continues.
 
     %(prog)s models/llama runs/small/checkpoints --compression 2 --text my/text
     %(prog)s runs/dense runs/small/checkpoints --model.variant low_rank --model.rank 64
@@ -9,8 +9,8 @@ model section comes from it; configuration options say what is to differ: varian
 full_rank_layers. Without model.rank each map keeps 1 / --compression of its parameters.
 
 low_rank takes the truncated SVD of each weight; with calibration text, and for crnet always, each map is fitted to its
-outputs on that text, experts without a chain (docs/from-dense.md). One layer at a time is in memory; several GPUs share
-the rows.
+outputs on that text, experts without a chain. relora keeps the dense weights and adds factors, so that no warm start is
+needed (docs/from-dense.md). One layer at a time is in memory; several GPUs share the rows.
 """
 
 from __future__ import annotations
@@ -100,6 +100,12 @@ def _convert(source: SourceModel, config: Config, args: argparse.Namespace) -> N
     target = write_starting_checkpoint(args.folder, saved, trained_on, f"dense {source.path}", conversion.weights())
     if conversion.fits:
         print(_table(conversion.fits, conversion.table))
+    inputs = max(conversion.table.shapes[name][0] for name in conversion.table.architecture.names)
+    if rows is not None and rows.numel() < inputs:
+        print(
+            f"the text has {rows.numel()} tokens, fewer than the {inputs} inputs of a map, so the errors say little "
+            "of other text: give more, or raise --tokens"
+        )
     if conversion.unfitted:
         print(
             f"{conversion.unfitted} maps of experts are the SVD of their weights, because the text gives these experts "

@@ -86,11 +86,14 @@ def check_restarts(config: Config) -> None:
         bool(optimizer.lr_restart_interval or merges),
         f"optimizer.lr_decay_style is cosine_restarts, but neither {name} nor relora.restart_interval is set: set one",
     )
-    interval, steps = restart_interval(config), config.training.train_steps - config.relora.warm_start_steps
+    interval, warm, whole = restart_interval(config), config.relora.warm_start_steps, config.training.train_steps
+    shown = f"{name if optimizer.lr_restart_interval else 'relora.restart_interval'} {interval}"
+    cycles, rest = divmod(whole - warm, interval)
+    fitting = " or ".join(str(warm + n * interval) for n in (cycles, cycles + 1) if n)
     require(
-        steps % interval == 0,
-        f"{name} {interval} does not divide the {steps} steps of the schedule: use {steps // interval * interval} or "
-        f"{(steps // interval + 1) * interval} steps, or another interval",
+        rest == 0,
+        f"{shown} does not divide the {whole - warm} steps of the schedule, training.train_steps {whole} less "
+        f"relora.warm_start_steps {warm}: use train_steps {fitting}, or another interval",
     )
     require(
         merges is None or merges % interval == 0,
@@ -101,7 +104,7 @@ def check_restarts(config: Config) -> None:
         ("lr_warmup_steps", optimizer.lr_warmup_steps),
         ("lr_restart_warmup_steps", optimizer.lr_restart_warmup_steps),
     ):
-        require(value <= interval, f"optimizer.{field} {value} is above {name} {interval}: lower it")
+        require(value <= interval, f"optimizer.{field} {value} is above {shown}: lower it")
 
 
 def restart_interval(config: Config) -> int:

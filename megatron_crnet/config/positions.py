@@ -212,12 +212,14 @@ def position_table(model: ModelConfig, tp_size: int = 1, pad_to: int = 1) -> Pos
         "ffn": model.ffn_hidden_size,
         "expert": model.ffn_hidden_size,
     }
-    names = tuple(p.name for p in architecture.maps)
+    shapes = {p.name: (widths[p.h_in], widths[p.h_out]) for p in architecture.maps}
+    ranks = resolve_ranks(model.rank, model.num_layers, full, tuple(shapes))
+    _check_sides(ranks, shapes)
     return PositionTable(
         architecture,
-        tuple(resolve_ranks(model.rank, model.num_layers, full, names)),
+        tuple(ranks),
         frozenset({0, *full} if method.is_chained else range(model.num_layers)),
-        {p.name: (widths[p.h_in], widths[p.h_out]) for p in architecture.maps},
+        shapes,
         tp_size,
         pad_to,
         method,
@@ -228,6 +230,18 @@ def position_table(model: ModelConfig, tp_size: int = 1, pad_to: int = 1) -> Pos
         model.moe_router_topk if model.num_experts else 0,
         model.vocab_size,
     )
+
+
+def _check_sides(ranks: Sequence[Mapping[str, int]], shapes: Mapping[str, tuple[int, int]]) -> None:
+    """No rank is above the smaller side of its linear map, which A B cannot exceed."""
+    for layer, row in enumerate(ranks):
+        for position, rank in row.items():
+            if rank > (side := min(shapes[position])):
+                h_in, h_out = shapes[position]
+                raise ConfigError(
+                    f"model.rank is {rank} for {position} of layer {layer}, but that linear map has {h_in} inputs and "
+                    f"{h_out} outputs, and no product A B has a rank above the smaller: use at most {side}"
+                )
 
 
 def head_width(model: ModelConfig) -> int:

@@ -53,6 +53,7 @@ def check_rank_schedule(config: Config) -> None:
             f"rank_schedule.ranks shrink {where}, but between the factors of {model.variant} stands silu, so "
             "that no smaller factors have nearly the same product: let them grow only",
         )
+        require(bool(found), f"rank_schedule.ranks change no rank {where}: leave that entry out")
         if by_energy:
             _check_threshold(schedule.energy or 0.0, found, where)
 
@@ -96,7 +97,6 @@ def _check_times(schedule: RankScheduleConfig, last: int) -> None:
 def _check_threshold(energy: float, found: set[bool], where: str) -> None:
     """One comparison decides on a change, and can: all its maps grow, or all shrink."""
     shown = f"rank_schedule.energy {energy}"
-    require(bool(found), f"rank_schedule.ranks change no rank {where}, so that {shown} measures nothing: leave it out")
     require(
         len(found) == 1,
         f"rank_schedule.ranks let some maps grow and others shrink {where}, but {shown} is compared once for all of "

@@ -156,13 +156,14 @@ def _check_relora(config: Config) -> None:
             f"relora.{name} is {getattr(relora, name)}, but relora.{switch} is {getattr(relora, switch)}, so that "
             f"nothing reads it: set relora.{switch}, or leave it out",
         )
-    for layer, ranks in enumerate((table := position_table(model)).ranks):
-        for position, rank in ranks.items():
-            require(
-                rank <= min(table.shapes[position]),
-                f"model.rank is {rank} for {position} of layer {layer}, but its matrix has a side of "
-                f"{min(table.shapes[position])}, above which A B says no more than W: use at most that",
-            )
+    require(
+        relora.prune != "reset" or relora.prune_share == type(relora).prune_share,
+        f"relora.prune_share is {relora.prune_share}, but relora.prune reset zeroes all moments: leave one of them out",
+    )
+    require(
+        not all(map(position_table(model).is_full_rank, range(model.num_layers))),
+        f"model.full_rank_layers names all {model.num_layers} layers, so that relora has no factors: leave some out",
+    )
     warm, steps = relora.warm_start_steps, config.training.train_steps
     require(
         warm + optimizer.lr_warmup_steps < steps,
@@ -254,8 +255,8 @@ def _check_pipeline(config: Config) -> None:
     require(
         rest > 0 and rest % unit == 0,
         f"model.num_layers {layers} leaves {rest} layers for {stages} pipeline stages of {vpp} virtual ones: use "
-        f"{layers - rest + max(rest // unit, 1) * unit} or {layers - rest + max(rest // unit + 1, 1) * unit} layers, "
-        "or set parallel.num_layers_in_first_pipeline_stage",
+        f"{layers - rest + max(rest // unit, 1) * unit} or {layers - rest + max(rest // unit + 1, 2) * unit} layers, "
+        f"or {'change' if uneven else 'set'} parallel.{next(iter(uneven), 'num_layers_in_first_pipeline_stage')}",
     )
 
 

@@ -4,7 +4,8 @@
                 are zero there, those of the old rows and columns go on
     shrinking   A' = P A and B' = B Q with the best approximation of B A of rank r' (Eckart and Young), cut evenly:
                 B' = U sqrt(S), A' = sqrt(S) V. First moments go through the same matrices, second ones through their
-                squares, as if entries were independent
+                squares, as if entries were independent. Where B A has a rank below r', the rows of A' that are left
+                over are drawn as those of a new model, as neither factor would get a gradient if both were zero
 
 With B = Q_B R_B and A = L_A Q_A the singular values of B A are those of the small R_B L_A, and R_B^T R_B = B^T B,
 L_A L_A^T = A A^T: sums over rows and columns, wherever tensor parallelism has cut them. The rank is never cut.
@@ -30,6 +31,8 @@ from megatron_crnet.model.weights import Weight, canonical_weights, initial_valu
 States = dict[str, dict[str, Tensor]]
 """By canonical name, this rank's shards of fp32 master and moments, by kind."""
 A, B = ".a.weight", ".b.weight"
+UNKNOWN = 1e-10
+"""Of the largest singular value of B A, below which one counts as zero."""
 
 
 @torch.no_grad()
@@ -53,12 +56,14 @@ def change_ranks(states: States, model: CRNetModel, seed: int, device: torch.dev
             _grow(of_a, of_b, weight, initial_value(name, weight.shape, config, seed))
         elif rank < before:
             both = weight, named[name_of_b(name)]
+            drawn = initial_value(name, weight.shape, config, seed)
             factors = of_a[MASTER], of_b[MASTER].t()
             gram_a, gram_b = (
                 gram(x.to(device), None if w.is_whole else group) for x, w in zip(factors, both, strict=True)
             )
             holders = [*([] if is_held_alone(weight) else [group]), replica_group(weight.parameter)]
-            _shrink(of_a, of_b, *(_of_first(x, holders).to("cpu") for x in reductions(gram_a, gram_b, rank)))
+            p, q = (_of_first(x, holders).to("cpu") for x in reductions(gram_a, gram_b, rank))
+            shrink(of_a, of_b, p, q, weight.shard(drawn))
 
 
 def name_of_b(name: str) -> str:
@@ -83,11 +88,18 @@ def _grow(a: dict[str, Tensor], b: dict[str, Tensor], weight: Weight, drawn: Ten
     a[MASTER][before:] = weight.shard(drawn)[before:]
 
 
-def _shrink(a: dict[str, Tensor], b: dict[str, Tensor], p: Tensor, q: Tensor) -> None:
+def shrink(a: dict[str, Tensor], b: dict[str, Tensor], p: Tensor, q: Tensor, drawn: Tensor) -> None:
+    """Take the states of a map's factors, whole or a shard, through P and Q, in place.
+
+    Args:
+        drawn: initial values of A', of which the rows are taken that P leaves zero.
+    """
     for kind in KINDS:
         left, right = (p, q) if kind != MOMENTS[1] else (p.square(), q.square())
         a[kind] = (left @ a[kind].double()).to(a[kind].dtype)
         b[kind] = (b[kind].double() @ right).to(b[kind].dtype)
+    unused = p.eq(0).all(1)
+    a[MASTER][unused] = drawn[unused]
 
 
 def _of_first(factor: Tensor, groups: Sequence[dist.ProcessGroup]) -> Tensor:
@@ -116,15 +128,14 @@ def reductions(gram_a: Tensor, gram_b: Tensor, rank: int) -> tuple[Tensor, Tenso
     root_a, inverse_a = root(gram_a)
     root_b, inverse_b = root(gram_b)
     u, s, v = torch.linalg.svd(root_b @ root_a)
-    scale = s[:rank].sqrt()
+    scale = torch.where(s > s.max() * UNKNOWN, s, 0)[:rank].sqrt()
     return scale[:, None] * v[:rank] @ inverse_a, inverse_b @ u[:, :rank] * scale
 
 
 def root(gram: Tensor) -> tuple[Tensor, Tensor]:
     """The symmetric root of a Gram matrix and its pseudo-inverse."""
     values, vectors = torch.linalg.eigh(gram)
-    values = values.clamp(min=0)
     held = values > values.max() * len(values) * torch.finfo(values.dtype).eps
-    roots = values.sqrt()
+    roots = torch.where(held, values, 0).sqrt()
     inverse = torch.where(held, roots, 1).reciprocal() * held
     return vectors * roots @ vectors.t(), vectors * inverse @ vectors.t()

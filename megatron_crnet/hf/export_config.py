@@ -72,7 +72,9 @@ def read_export_config(folder: Path) -> Config:
         values = json.loads(path.read_text())
         kind = values["model_type"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{path} is not readable ({error!r}): give a folder that to-hf has written") from error
+        raise DataError(
+            f"{path} is not readable ({error!r}): give a folder that to-hf or Transformers has written"
+        ) from error
     if isinstance(kind, str) and kind in FORMATS:
         return read_plain(values, str(path))
     if kind != CRNET_TYPE:

@@ -142,11 +142,15 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
         self, rotation: Rotation | None, outputs: LayerOutputs
     ) -> tuple[tuple[Tensor, ...], LayerOutputs]:
         """Query, key and value, [s, b, heads, d], from q, k and v; and these for the next layer."""
+        has_qk_norm = self.config.table.architecture.has_qk_norm
         if rotation is None:
             used, outputs = self._carry("qkv", outputs)
-            return tuple(self._heads(x) for x in used), outputs
+            query, key, value = (self._heads(x) for x in used)
+            if has_qk_norm:
+                query, key = self.q_layernorm(query), self.k_layernorm(key)
+            return (query, key, value), outputs
         norms = None
-        if self.config.table.architecture.has_qk_norm:
+        if has_qk_norm:
             norms = HeadNorms(self.q_layernorm.weight, self.k_layernorm.weight, self.config.layernorm_epsilon)
         if self.biases:
             used, outputs = self._carry("qkv", outputs)

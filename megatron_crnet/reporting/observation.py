@@ -12,6 +12,8 @@ from megatron_crnet.reporting.page import Section, Table
 from megatron_crnet.reporting.pictures import Lines, Picture, Series
 
 Record = Mapping[str, Any]
+ROUNDING = 1e-6
+"""Relative error, of whose square fp64 knows nothing: a map is no wider than the rank, or its outputs are."""
 
 
 def observation_text(record: Record) -> str:
@@ -66,7 +68,7 @@ def _errors(model: Record) -> pd.DataFrame:
     ]
     frame = pd.DataFrame(rows)
     numbers = frame[["low_rank", "difference", "coefficient", "cosine"]].astype(float)
-    ratio = (numbers["difference"] / numbers["low_rank"]).where(numbers["low_rank"] > 1e-9)
+    ratio = (numbers["difference"] / numbers["low_rank"]).where(numbers["low_rank"] > ROUNDING)
     return frame.assign(**numbers, ratio=ratio)
 
 

@@ -6,6 +6,8 @@ with `exit_status`; any other exception is a defect of this code and shows its t
 
 from __future__ import annotations
 
+import math
+
 
 class CrnetError(Exception):
     """Base of this project's exceptions; whitespace in messages becomes single spaces."""
@@ -62,6 +64,9 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_positive(section: str, **values: float) -> None:
-    """Refuse values below one (integers) or not above zero (floats)."""
+    """Refuse values below one (integers), and not above zero or not finite (floats)."""
     for name, value in values.items():
-        require(value > 0, f"{section}.{name} is {value}, but must be above 0: give a positive number")
+        require(
+            value > 0 and math.isfinite(value),
+            f"{section}.{name} is {value}, but must be above 0 and finite: give a positive number",
+        )

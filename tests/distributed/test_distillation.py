@@ -19,7 +19,7 @@ from tests.distributed.layouts import FP32_BOUND, Sizes, check, measure, shorten
 from tests.distributed.spawn import run_distributed
 from tests.distributed.test_layouts import DOCUMENTS, EP, GPT2, MOE, PARTITION_EVERYTHING, QWEN3
 from tests.helpers import (
-    PADDED,
+    PADDED_GROUPED,
     Errors,
     micro_batches,
     random_mask,
@@ -56,7 +56,7 @@ ON_TWO = [
     Row(tp=2, zero=3, recompute="full"),
     Row(tp=2, sp=False, recompute="replay"),
     Row(tp=2, recompute="inverse"),
-    Row(tp=2, model={**PADDED, "num_query_groups": 2}, weights={"kd_alpha": 2.0}, data=DOCUMENTS),
+    Row(tp=2, model=PADDED_GROUPED, weights={"kd_alpha": 2.0}, data=DOCUMENTS),
     Row(model={"variant": "low_rank"}, weights={"kd_alpha": 0.0, "kd_beta": 1.0}),
     Row(pp=2, zero=1, model=GPT2),
     Row(zero=1, model=MOE, parallel=EP, recompute="replay"),

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_crnet.analysis.from_dense import NEEDS_TEXT
 from megatron_crnet.checkpoint.manager import Checkpointer, TrainingState
 from megatron_crnet.checkpoint.weight_files import CheckpointWeights
 from megatron_crnet.cli.main import main
@@ -44,14 +45,13 @@ MODELS: dict[str, dict[str, Any]] = {
     **EXPORTED,
 }
 SIZES = {"vocab_size": 400}
-FEASIBLE = {**PADDED, "rank": {**PADDED["rank"], "up": 30, "down": 29}}
-"""No rank above a side of its map, as a fit has them."""
 EXPERTS = {**EXPORTED["qwen3_moe"], "rank": 7}
 SPREAD = {"ep2": {"parallel": {"expert_model_parallel_size": 2}, "stage": 1}}
 IMPORTED = "imported"
 STARTS: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
     IMPORTED: ("back", PADDED, LAYOUTS),
-    "converted": ("converted", FEASIBLE, LAYOUTS),
+    "converted": ("converted", PADDED, LAYOUTS),
+    "adapted": ("adapted", {**PADDED, "variant": "relora"}, LAYOUTS),
     "converted_experts": ("experts", EXPERTS, SPREAD),
 }
 """What checkpoints of step 0 are in, where what they give is saved, its model, and the layouts that it is given to."""
@@ -131,14 +131,15 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def convert_dense(folder: Path, tokenizer: str, start: str) -> None:
-    """A dense model of random weights, and the crnet that it becomes, of uneven widths and ranks."""
+    """A dense model of random weights, and what it becomes, of uneven widths and ranks."""
     target = layout_config("no_folder", tokenizer, {}, 0, STARTS[start][1])
     model = dataclasses.replace(target.model, variant="full_rank", rank=8)
     dense = dataclasses.replace(target, model=dataclasses.replace(model, max_position_embeddings=16))
     (folder / "text.txt").write_text("def read(path):\n    return open(path)\n" * 100)
     checkpoint = write_checkpoint(folder / f"dense_{start}" / "step_00000001", random_weights(dense), dense)
-    words = [f"--model.rank={json.dumps(target.model.rank)}", f"--text={folder / 'text.txt'}"]
-    assert main(["init", str(checkpoint), str(folder / start), *words]) == 0
+    words = [f"--model.rank={json.dumps(target.model.rank)}", f"--model.variant={target.model.variant}"]
+    text = [f"--text={folder / 'text.txt'}"] if NEEDS_TEXT[target.model.variant] else []
+    assert main(["init", str(checkpoint), str(folder / start), *words, *text]) == 0
 
 
 def masters(checkpoint: Path) -> dict[str, Tensor]:
@@ -151,7 +152,7 @@ def test_every_layouts_checkpoint_is_exported_and_comes_back_into_every_layout(t
         convert_dense(tmp_path, tokenizer, start)
     losses = run_distributed(out_and_back, 2, str(tmp_path), tokenizer)[0]
     exported = open_model(tmp_path / "hf-tp2").model.state_dict()
-    assert exported["model.layers.1.mlp.up_proj.b.weight"].shape == (125, 62)
+    assert exported["model.layers.1.mlp.up_proj.b.weight"].shape == (125, 30)
     for name in ("pp2", "zero3"):  # the same training, to rounding
         to_hf(tmp_path / name / "step_00000002", tmp_path / f"hf-{name}")
         other = open_model(tmp_path / f"hf-{name}").model.state_dict()

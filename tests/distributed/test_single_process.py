@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_crnet.config.architectures import ARCHITECTURES
 from megatron_crnet.config.schema import DataConfig, RecomputeConfig
 from megatron_crnet.data.documents import DOCUMENT_LENGTHS
 from megatron_crnet.distributed.process_groups import ParallelContext, initialize_parallel, shutdown_parallel
@@ -56,14 +57,24 @@ def frozen(weight: Weight) -> bool:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_loss_and_every_gradient_equal_the_reference(name: str) -> None:
-    config = tiny_config(model=MODELS[name])
+    compare_with_reference(MODELS[name])
+
+
+def test_heads_are_normed_without_rotary_embedding_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    normed = dataclasses.replace(ARCHITECTURES["gpt2"], has_qk_norm=True)
+    monkeypatch.setitem(ARCHITECTURES, "gpt2", normed)
+    compare_with_reference({"architecture": "gpt2", "max_position_embeddings": 16})
+
+
+def compare_with_reference(changes: dict[str, Any]) -> None:
+    config = tiny_config(model=changes)
     (model,) = build_model_chunks(config)
     torch.manual_seed(1)
     reference = ReferenceCRNet(config.model)
     for parameter in reference.parameters():
         torch.nn.init.normal_(parameter, std=0.2) if parameter.dim() else parameter.data.add_(0.1 * torch.randn(()))
     load_canonical(model, reference.state_dict())
-    if name == "small_beta":
+    if changes == MODELS["small_beta"]:
         for group in (model.decoder.layers[1].linear["o"], model.decoder.layers[2].linear["qkv"]):
             torch.nn.init.zeros_(group.beta)
         values = {w.name: w.local().detach().clone() for w in canonical_weights(model)}

@@ -24,3 +24,16 @@ def dense(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> SourceMod
 def dense_moe(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> SourceModel:
     """The same with experts."""
     return open_source(dense_checkpoint(tmp_path_factory.mktemp("dense_moe"), tokenizer, **ARCHITECTURES["qwen3_moe"]))
+
+
+@pytest.fixture(scope="session")
+def dense_gpt2(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> SourceModel:
+    """The same with biases, outside of the maps."""
+    model = {**ARCHITECTURES["gpt2"], "num_query_groups": None}
+    return open_source(dense_checkpoint(tmp_path_factory.mktemp("gpt2"), tokenizer, **model))
+
+
+@pytest.fixture(scope="session")
+def dense_qwen3(tmp_path_factory: pytest.TempPathFactory, tokenizer: str) -> SourceModel:
+    """The same with a norm of each head."""
+    return open_source(dense_checkpoint(tmp_path_factory.mktemp("qwen3"), tokenizer, **ARCHITECTURES["qwen3"]))

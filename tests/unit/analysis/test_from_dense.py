@@ -153,6 +153,22 @@ def test_beta_gives_the_coefficient(dense: SourceModel) -> None:
     assert abs(float(beta_of(1e-4, model))) == 0.0
 
 
+@pytest.mark.parametrize("source", ["dense", "dense_moe"])
+def test_relora_starts_with_the_dense_weights_and_factors_of_no_effect(
+    source: str, request: pytest.FixtureRequest
+) -> None:
+    dense: SourceModel = request.getfixturevalue(source)
+    conversion, weights = converted(dense, variant="relora", rank=4, full_rank_layers=[2])
+    before = dense.read("")
+    assert all(torch.equal(weights.pop(name), value) for name, value in before.items())
+    assert {name.rpartition(".a.")[0] for name in weights if ".a." in name} == {
+        name.removesuffix(".weight") for name in before if "_proj" in name and ".layers.2." not in name
+    }
+    assert all(bool(value.any()) == (".a." in name) for name, value in weights.items())
+    tokens, plain = random_rows(2), reference(dense.config, before)
+    assert torch.equal(reference(conversion.target, {**before, **weights})(tokens), plain(tokens))
+
+
 def test_ranks_of_a_compression_leave_that_share_of_the_parameters(dense: SourceModel) -> None:
     shapes = position_table(dense.config.model).shapes
     for factor in (1.5, 2.0, 4.0):
@@ -194,10 +210,22 @@ def test_the_command_writes_a_checkpoint(
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {
-    "rank above a side": (["--model.rank", "17"], "model.rank is 17 for k in layer 1, but that map has 32 inputs and"),
+    "rank above a side": (
+        ["--model.rank", "17"],
+        "model.rank is 17 for k of layer 1, but that linear map has 32 inputs and",
+    ),
+    "all layers": (["--model.full_rank_layers", "[0,1,2,3]", "--text", "TEXT"], "names all 4 layers, so that nothing"),
     "no text": ([], "variant crnet is fitted to outputs on calibration text"),
-    "variant": (["--model.variant", "cola"], "model.variant is cola, but a dense model becomes low_rank or crnet"),
+    "variant": (
+        ["--model.variant", "cola"],
+        "model.variant is cola, but a dense model becomes one of low_rank, crnet, relora",
+    ),
     "shape": (["--model.hidden_size", "64"], "model.hidden_size is 64, but 32 in the dense model"),
+    "warm start": (
+        ["--model.variant", "relora", "--relora.restart_interval", "5", "--relora.warm_start_steps", "5"],
+        "relora.warm_start_steps is 5, but the dense model is the warm start",
+    ),
+    "idle text": (["--model.variant", "relora", "--text", "TEXT"], "relora keeps the dense weights and fits nothing"),
     "both": (["--model.rank", "8", "--compression", "2", "--text", "TEXT"], "--compression and model.rank are both"),
     "compression": (["--compression", "1000"], "leaves no rank to q"),
     "below zero": (["--compression", "-1"], "init.compression is -1.0, but must be above 0"),
@@ -208,7 +236,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "layers": (["--model.full_rank_layers", "[9]", "--text", "TEXT"], "model.full_rank_layers holds 9"),
     "experts' rank": (
         ["--model.rank", json.dumps({**dict.fromkeys(("q", "k", "v", "o", "up", "down"), 8), "gate": 21})],
-        "model.rank is 21 for gate in layer 1, but that map has 32 inputs and 20 outputs",
+        "model.rank is 21 for gate of layer 1, but that linear map has 32 inputs and 20 outputs",
     ),
     "experts without text": (["--model.rank", "8"], "variant crnet is fitted to outputs on calibration text"),
     "more experts": (["--model.num_experts", "8"], "model.num_experts is 8, but 4 in the dense model"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from tests.unit.analysis.models import activations, random_rows
 from tests.unit.analysis.products import low_rank_error
 
 
-@pytest.mark.parametrize(("source", "devices"), [("dense", 1), ("dense", 2), ("dense_moe", 1)])
+@pytest.mark.parametrize(
+    ("source", "devices"), [("dense", 1), ("dense", 2), ("dense_moe", 1), ("dense_gpt2", 1), ("dense_qwen3", 1)]
+)
 def test_what_is_observed_is_what_whole_outputs_give(source: str, devices: int, request: pytest.FixtureRequest) -> None:
     dense: SourceModel = request.getfixturevalue(source)
     positions = (*dense.table.architecture.names, STREAM)
@@ -65,6 +68,9 @@ def test_the_command_prints_records_and_reports(
     assert "dense, step 1: ratio of the errors at rank 8" in printed
     (model,) = json.loads(record.read_text())["models"]
     assert (model["step"], model["ranks"], len(model["maps"])) == (1, [4, 8, 16], 32)
+    # k and v are 16 wide: at that rank their errors are rounding, whose ratio is any number
+    (summary,) = (line.split("|") for line in printed.splitlines() if re.match(r"\| dense, step 1 +\| +16 ", line))
+    assert 0.9 < float(summary[6]) <= float(summary[5]) <= float(summary[7]) <= 1
     later = {**model, "step": 5}
     record.write_text(json.dumps({**json.loads(record.read_text()), "models": [model, later]}))
     assert main(["report", str(record), "-o", str(tmp_path / "page.html")]) == 0

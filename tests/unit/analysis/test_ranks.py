@@ -165,12 +165,23 @@ def test_the_command_writes_what_a_configuration_takes(
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {
-    "small budget": (["--parameters", "30000"], "the budget is 30,000 parameters, but with ranks of 1 the model has "),
-    "few operations": (["--operations", "1000"], "the budget is 1,000 operations, but with ranks of 1 the model has "),
-    "wide steps": (["--like-rank", "4", "--multiple", "9"], "but with ranks of 9 the model has "),
+    "small budget": (
+        ["--parameters", "30000"],
+        "the budget is 30,000 parameters, but with the smallest ranks, of 1 at most, the model has ",
+    ),
+    "few operations": (
+        ["--operations", "1000"],
+        "the budget is 1,000 operations, but with the smallest ranks, of 1 at most, the model has ",
+    ),
+    "wide steps": (
+        ["--like-rank", "4", "--multiple", "9"],
+        "but with the smallest ranks, of 9 at most, the model has ",
+    ),
     "no budget": ([], "one of the arguments --like-rank --parameters --operations is required"),
     "full": (["--like-rank", "4", "--full-rank-layers", "0", "1", "2", "3"], "every layer is a full-rank one"),
     "layers": (["--like-rank", "4", "--full-rank-layers", "9"], "model.full_rank_layers holds 9"),
+    "endless": (["--parameters", "inf"], "ranks.parameters is inf, but must be above 0 and finite"),
+    "rank above a side": (["--like-rank", "17"], "model.rank is 17 for k of layer 1, but that linear map has"),
     "no rank": (["--like-rank", "0"], "ranks.like_rank is 0, but must be above 0"),
     "no text": (["--like-rank", "4", "--text", "absent"], "absent is neither a file nor a folder"),
     "name": (["--like-rank", "4", "--output", "ranks.json"], "must end in .yaml"),

@@ -42,7 +42,7 @@ def by_energy(model: dict[str, Any] | None = None, **changes: Any) -> Config:
         ({"check_interval": STEPS}, "check_interval 20 is not below training.train_steps 20"),
         ({"steps": [2, 4]}, r"steps \[2, 4\] and rank_schedule.energy 0.9 are both set"),
         ({"ranks": []}, r"energy 0.9 is set, but rank_schedule.ranks is \[\]"),
-        ({"ranks": [4, 4]}, "ranks change no rank in entry 2, so that rank_schedule.energy 0.9 measures nothing"),
+        ({"ranks": [4, 4]}, "ranks change no rank in entry 2: leave that entry out"),
         ({"ranks": [{**WIDE, "v": 7}]}, "let some maps grow and others shrink in entry 1"),
         ({"energy": 0.5}, "energy 0.5 lets no rank grow in entry 2"),
         ({"ranks": [[4]]}, "ranks has an entry that cannot be model.rank"),
@@ -56,6 +56,13 @@ def test_what_no_energy_can_decide_is_refused(changes: dict[str, Any], message: 
     with pytest.raises(ConfigError, match=message) as found:
         by_energy(**changes)
     assert "\n" not in str(found.value)
+
+
+def test_ranks_at_given_steps_change_some_rank_and_fit_the_model() -> None:
+    with pytest.raises(ConfigError, match=r"rank_schedule.ranks change no rank at step 5: leave that entry out"):
+        config_of(ranks=[8], steps=[5])
+    with pytest.raises(ConfigError, match=r"an entry that cannot be model.rank: model.rank is 33 for q of layer 1"):
+        config_of(ranks=[33], steps=[5])
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "model.ffn_hidden_size 49 .* use pad_widths_to 64",
     ),
     (
-        {"model": {"ffn_hidden_size": 5}, "parallel": {"tensor_model_parallel_size": 4}},
+        {"model": {"ffn_hidden_size": 5, "rank": 4}, "parallel": {"tensor_model_parallel_size": 4}},
         "model.ffn_hidden_size 5 cannot be cut into 4 .* use 8",
     ),
     ({"parallel": {"pad_widths_to": 63}}, "parallel.pad_widths_to is 63, but must be one of 1, 8, 16"),
@@ -62,6 +62,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "model.vocab_size 5 cannot be cut into 4 equal parts",
     ),
     ({"model": {"num_query_groups": 1}, "parallel": TP2}, "model.num_query_groups 1"),
+    ({"model": {"rank": 33}}, "model.rank is 33 for q of layer 1, .* 32 inputs and 32 outputs, .* use at most 32"),
+    ({"model": {"num_query_groups": 1, "rank": 9, "variant": "cola"}}, "rank is 9 for k of layer 0, .* and 8 outputs"),
     ({"training": {"seq_length": 15}, "parallel": TP2}, "training.seq_length 15"),
     ({"training": {"train_steps": 0}}, "training.train_steps is 0"),
     ({"optimizer": {"lr": 0.0}}, "optimizer.lr is 0.0"),
@@ -74,7 +76,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": {"lr_decay_style": "wsd", "lr_wsd_decay_steps": 999}}, "more than training.train_steps"),
     ({"optimizer": {"lr_decay_style": "wsd", "lr_warmup_steps": 950}}, "lr_wsd_decay_steps 100 are more than"),
     ({"optimizer": RESTARTS}, "neither optimizer.lr_restart_interval nor relora.restart_interval is set"),
-    ({"optimizer": {**RESTARTS, "lr_restart_interval": 300}}, r"300 does not divide the 1000 steps .* use 900 or 1200"),
+    (
+        {"optimizer": {**RESTARTS, "lr_restart_interval": 300}},
+        r"lr_restart_interval 300 does not divide the 1000 steps .* use train_steps 900 or 1200",
+    ),
+    (
+        {"optimizer": RESTARTS, **relora(restart_interval=50, warm_start_steps=25)},
+        r"relora.restart_interval 50 does not divide the 975 steps .* 1000 less .* 25: use train_steps 975 or 1025",
+    ),
+    ({"optimizer": {**RESTARTS, "lr_restart_interval": 1001}}, "does not divide .* use train_steps 1001, or"),
     ({"optimizer": {**RESTARTS, "lr_restart_interval": 100}, **relora(restart_interval=50)}, "50 is not a multiple of"),
     ({"optimizer": {**RESTARTS, "lr_restart_interval": 50}}, "lr_restart_warmup_steps 100 is above .* 50"),
     (
@@ -88,8 +98,19 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({**relora(prune="smallest")}, 'relora.prune is "smallest", but must be one of magnitude, random, reset'),
     ({**relora(prune_share=1.5)}, "relora.prune_share is 1.5"),
     ({**relora(prune="reset")}, "relora.prune is reset, but relora.restart_interval is None, so that nothing reads it"),
+    (
+        {**relora(restart_interval=50, prune="reset", prune_share=0.5)},
+        "relora.prune_share is 0.5, but relora.prune reset zeroes all moments",
+    ),
+    (
+        {**relora(), "model": {"variant": "relora", "full_rank_layers": [0, 1, 2, 3]}},
+        "model.full_rank_layers names all 4 layers, so that relora has no factors",
+    ),
     ({**relora(warm_start_lr=1e-3)}, "relora.warm_start_lr is 0.001, but relora.warm_start_steps is 0, so that"),
-    ({**relora(), "model": {"variant": "relora", "rank": 33}}, r"rank is 33 for q of layer 0, .* a side of 32"),
+    (
+        {**relora(), "model": {"variant": "relora", "rank": 33}},
+        r"rank is 33 for q of layer 0, .* 32 inputs and 32 outputs",
+    ),
     ({**relora(warm_start_steps=1000)}, "relora.warm_start_steps 1000 and optimizer.lr_warmup_steps 2"),
     ({**relora(warm_start_steps=998)}, "leave none of training.train_steps 1000"),
     ({**relora(restart_interval=500, warm_start_steps=500)}, "500 is not below the 500 steps after the warm start"),
@@ -128,10 +149,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model": {**MOE, "num_experts": 1}}, "num_experts is 1, but must be"),
     ({"model": {**MOE, "moe_router_topk": 5}}, "moe_router_topk 5 is above model.num_experts 4: use at most that"),
     ({"model": {**MOE, "moe_router_topk": 1}}, "moe_router_topk is 1, .* set moe_router_pre_softmax"),
-    ({"model": {**MOE, "variant": "relora", "rank": 24}}, "rank is 24 for k of layer 0, .* a side of 16"),
+    ({"model": {**MOE, "variant": "relora", "rank": 24}}, "rank is 24 for k of layer 0, .* and 16 outputs"),
     (
         {"model": {**MOE, "variant": "relora", "rank": {**dict.fromkeys("qkvo", 8), "gate": 21, "up": 8, "down": 8}}},
-        "rank is 21 for gate of layer 0, .* a side of 20",
+        "rank is 21 for gate of layer 0, .* and 20 outputs",
     ),
     ({"model": {**MOE, "moe_aux_loss_coeff": -1.0}}, "moe_aux_loss_coeff is -1.0, but must be"),
     (

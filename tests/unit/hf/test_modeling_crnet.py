@@ -172,7 +172,7 @@ def test_initial_values_are_drawn_as_the_trainer_draws_them(name: str, scaled: b
     config = tiny_config(
         model={
             **MODELS[name],
-            **{"hidden_size": 128, "ffn_hidden_size": 192, "rank": 32, "vocab_size": 256},
+            **{"hidden_size": 128, "ffn_hidden_size": 192, "kv_channels": 16, "rank": 32, "vocab_size": 256},
             "scale_residual_init": scaled,
         }
     )
