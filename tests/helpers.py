@@ -73,6 +73,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 """Architectures beside LLaMA, with what makes each different: tied output layers, heads of a width of their own."""
 PADDED_GROUPED = {**PADDED, "num_query_groups": 2, "rank": {**PADDED["rank"], "k": 15}}
 PADDED_MOE = {**ARCHITECTURES["qwen3_moe"], **PADDED_GROUPED}
+PADDED_QWEN3 = {
+    **{**ARCHITECTURES["qwen3"], **PADDED},
+    "rank": {**PADDED["rank"], "q": 23, "k": 11, "o": 23},
+}
 PADDED_GPT2 = {
     **{**ARCHITECTURES["gpt2"], **PADDED, "vocab_size": 61},
     "rank": {p: r for p, r in PADDED["rank"].items() if p != "gate"},

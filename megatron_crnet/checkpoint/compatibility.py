@@ -19,7 +19,7 @@ from megatron_crnet.utils.errors import CheckpointError, ConfigError, describe, 
 
 NOT_OF_THE_MODEL = {*OF_TRAINING, "max_position_embeddings"}
 OLDER = {
-    **{"architecture": "llama", "tie_word_embeddings": False},
+    **{"architecture": "llama", "tie_word_embeddings": False, "rope_scaling_factor": None},
     **{"only_lr_act": False, "relora_scale": ModelConfig.relora_scale},
     **{"num_experts": None, "moe_router_topk": ModelConfig.moe_router_topk, "moe_router_pre_softmax": False},
 }

@@ -67,9 +67,9 @@ class ModelConfig(Section, name="model"):
     """Shape of the decoder-only transformer that CR-Net is built on (arXiv 2509.18993)."""
 
     variant: Variant = "crnet"
-    """crnet: Y_l = s(beta_l) Y_{l-1} + X_l A_l B_l. low_rank: X A B. cola: B silu(X A) (arXiv
-    2502.10940), see only_lr_act. relora: X W + s X A B, W frozen
-    between restarts (arXiv 2307.05695), see the section relora. full_rank: X W, the plain LLaMA-2."""
+    """crnet: Y_l = s(beta_l) Y_{l-1} + X_l A_l B_l. low_rank: X A B. cola: B silu(X A) (arXiv 2502.10940), see
+    only_lr_act. relora: X W + s X A B, W frozen between restarts (arXiv 2307.05695), see the section relora. full_rank:
+    X W, the plain LLaMA-2."""
     architecture: ArchitectureName = "llama"
     """llama; gpt2: LayerNorm, GELU, biases, learned positions; qwen3: an RMSNorm per head of q and k; qwen3_moe: as
     qwen3, with experts."""
@@ -103,14 +103,12 @@ class ModelConfig(Section, name="model"):
     """Longest sequence of the model, written into exports; null means training.seq_length. gpt2 learns a vector for
     each of these positions and needs it."""
     tie_word_embeddings: bool | None = None
-    """Whether the output layer multiplies by the embedding's weights; null means true for gpt2, false for the
-    others."""
+    """Whether the output layer multiplies by the embedding's weights; null: true for gpt2, else false."""
     rank: Rank = 128
     """Rank r of the low-rank maps: an integer, a list with one per layer, or a mapping of the
     positions q, k, v, o, gate (not in gpt2), up, down to either; of qwen3_moe the last three are each expert's."""
     full_rank_layers: list[Count] | None = None
-    """Layers (from 0) with full-rank weights, which start a new cross-layer chain. null means [0] for
-    crnet, all for full_rank, [] for the others."""
+    """Layers (from 0) of full-rank weights, which start a chain. null: [0] for crnet, all for full_rank, else []."""
     only_lr_act: bool | None = None
     """cola: silu between factors alone, and down(gate up) in SwiGLU's place. null means what CoLA's configurations
     have: true for hidden_size from 1024 on (350M and above), false below."""
@@ -124,6 +122,8 @@ class ModelConfig(Section, name="model"):
     """eps of RMSNorm or LayerNorm."""
     rotary_base: Annotated[int, Ge(1), Le(10**12)] = 10000
     """Base of the rotary position embedding (rotate-half form)."""
+    rope_scaling_factor: Annotated[float, Ge(1), Le(1000)] | None = None
+    """LLaMA 3.1's scaling of RoPE for sequences longer than 8192: low frequencies are divided by this; null: none."""
     init_method_std: Annotated[float, Ge(SMALLEST), Le(1000)] = 0.02
     """Standard deviation of full-rank weights and embeddings; A and B are drawn so that A B has it."""
     scale_residual_init: bool = False

@@ -66,12 +66,12 @@ def _check_model(model: ModelConfig) -> None:
         f"model.max_position_embeddings is not set, but architecture {model.architecture} learns a vector for each "
         "position: set it to the longest sequence of the model",
     )
-    base = type(model).rotary_base
-    require(
-        architecture.is_rotary or model.rotary_base == base,
-        f"model.rotary_base is {model.rotary_base}, but architecture {model.architecture} has no rotary embedding: "
-        "leave it out",
-    )
+    for name in ("rotary_base", "rope_scaling_factor"):
+        value = getattr(model, name)
+        require(
+            architecture.is_rotary or value == getattr(type(model), name),
+            f"model.{name} is {value}, but architecture {model.architecture} has no rotary embedding: leave it out",
+        )
     groups = model.num_query_groups or heads
     require(
         heads % groups == 0,

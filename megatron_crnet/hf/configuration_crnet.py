@@ -94,6 +94,7 @@ class CRNetConfig(PretrainedConfig):
         max_position_embeddings: int = 256,
         rms_norm_eps: float = 1e-6,
         rope_theta: float = 10000,
+        rope_scaling_factor: float | None = None,
         initializer_range: float = 0.02,
         architecture: str = "llama",
         variant: str = "crnet",
@@ -125,6 +126,7 @@ class CRNetConfig(PretrainedConfig):
         rotary = kwargs.pop("rope_parameters", None) or kwargs.pop("rope_scaling", None) or {}
         _check_rotary(rotary)
         self.rope_theta = rotary.get("rope_theta", rope_theta)
+        self.rope_scaling_factor = rope_scaling_factor
         self.initializer_range = initializer_range
         self.architecture = architecture
         self.variant = variant
@@ -230,5 +232,5 @@ def _check_rotary(rotary: Any) -> None:
     kind = rotary.get("rope_type", rotary.get("type", "default"))
     if kind != "default":
         raise ValueError(
-            f"rope_parameters ask for rope_type {kind!r}, but CR-Net has the default one alone: leave it out"
+            f"rope_parameters ask for rope_type {kind!r}, but CR-Net has rope_scaling_factor in its place: leave it out"
         )

@@ -16,6 +16,7 @@ from megatron_crnet.utils.errors import ConfigError, DataError, require
 FIELDS = {
     **LLAMA_FIELDS,
     "rope_theta": "rotary_base",
+    "rope_scaling_factor": "rope_scaling_factor",
     "architecture": "architecture",
     "variant": "variant",
     "rank": "rank",
@@ -32,6 +33,7 @@ FIELDS = {
 OLDER = {
     "architecture": "llama",
     "head_dim": None,
+    "rope_scaling_factor": None,
     "only_lr_act": False,
     "scale_residual_init": False,
     "tie_word_embeddings": False,

@@ -29,10 +29,15 @@ Outputs = tuple[Tensor, ...]
 """Output of each linear position of a layer, [b, s, width] each, in the order of `Traits.positions`; or empty."""
 
 
-def rotary_embedding(position_ids: Tensor, head_width: int, base: float, dtype: torch.dtype) -> Rotary:
+def rotary_embedding(position_ids: Tensor, config: CRNetConfig, dtype: torch.dtype) -> Rotary:
     """Cosines and sines of the rotate-half form, computed in fp32."""
-    exponents = torch.arange(0, head_width, 2, device=position_ids.device, dtype=torch.float32) / head_width
-    angles = position_ids[..., None].float() * base**-exponents
+    exponents = torch.arange(0, config.head_dim, 2, device=position_ids.device, dtype=torch.float32) / config.head_dim
+    frequencies = config.rope_theta**-exponents
+    if config.rope_scaling_factor is not None:
+        # LLaMA 3.1's: waves longer than 8192 tokens are stretched, those up to 2048 are not
+        kept = ((8192 * frequencies / (2 * torch.pi) - 1) / (4 - 1)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / config.rope_scaling_factor)
+    angles = position_ids[..., None].float() * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 

@@ -129,7 +129,7 @@ class CRNetModel(CRNetPreTrainedModel):
             position_ids=position_ids,
         )
         if self.embed_positions is None:
-            rotary = rotary_embedding(position_ids, self.config.head_dim, self.config.rope_theta, x.dtype)
+            rotary = rotary_embedding(position_ids, self.config, x.dtype)
         else:
             rotary, x = None, x + self.embed_positions(position_ids)
         previous: Outputs = ()

@@ -62,16 +62,23 @@ LLAMA_FIELDS = {
     "initializer_range": "init_method_std",
 }
 """Of LLaMA, what followed it, and exports of this project."""
-ROTARY_FIELDS = {**LLAMA_FIELDS, f"{ROPE}.rope_theta": "rotary_base", "attention_dropout": "attention_dropout"}
+ROTARY_FIELDS = {
+    **LLAMA_FIELDS,
+    f"{ROPE}.rope_theta": "rotary_base",
+    f"{ROPE}.factor": "rope_scaling_factor",
+    "attention_dropout": "attention_dropout",
+}
 """Of LLaMA and what followed it."""
 ROTARY_ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "sliding_window": (None,),
     "quantization_config": (None,),
-    f"{ROPE}.rope_type": ("default",),
+    f"{ROPE}.rope_type": ("default", "llama3"),
     f"{ROPE}.partial_rotary_factor": (None, 1.0),
 }
+SCALED_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""Beside the factor, what rope_type llama3 is made from: LLaMA 3.1's and 3.2's numbers, which Megatron-Core has."""
 FORMATS = {
     "llama": PlainFormat(
         "LlamaForCausalLM",
@@ -168,7 +175,15 @@ def read_plain(values: Values, where: str) -> Config:
         raise ConfigError(
             f"{where} holds a value that {about.model_class} refuses ({describe(error)}): correct it"
         ) from error
-    theirs |= {f"{ROPE}.{name}": value for name, value in (theirs.get(ROPE) or {}).items()}
+    rotary = theirs.get(ROPE) or {}
+    if rotary.get("rope_type") != "llama3":
+        rotary = {name: value for name, value in rotary.items() if name != "factor"}  # which nothing reads
+    theirs |= {f"{ROPE}.{name}": value for name, value in rotary.items()}
+    for name, number in SCALED_ROPE.items() if "factor" in rotary else ():
+        require(
+            rotary.get(name) == number,
+            f"{where} says that {name} is {rotary.get(name)!r}, but it is {number} here: give a model with that",
+        )
     for name, allowed in about.only.items():
         value = theirs.get(name, allowed[0])
         require(
@@ -217,6 +232,8 @@ def plain_fields(config: Config) -> dict[str, Any]:
     if f"{ROPE}.rope_theta" in fields:
         names = [name for name in fields if name.startswith(ROPE)]
         rotary = {name.removeprefix(f"{ROPE}."): fields.pop(name) for name in names}
+        if rotary["factor"] is not None:
+            rotary |= {"rope_type": "llama3", **SCALED_ROPE}
         # at the top as well, where earlier versions of Transformers, and other engines, read it
         fields |= {ROPE: {k: v for k, v in rotary.items() if v is not None}, "rope_theta": rotary["rope_theta"]}
     fields = {name: value for name, value in fields.items() if value is not None}

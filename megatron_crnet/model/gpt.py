@@ -36,6 +36,7 @@ class CRNetModel(GPTModel):
         config: CRNetTransformerConfig,
         max_sequence_length: int,
         rotary_base: int,
+        rope_scaling_factor: float | None = None,
         vp_stage: int | None = None,
     ) -> None:
         groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -50,6 +51,8 @@ class CRNetModel(GPTModel):
             position_embedding_type="rope" if config.table.architecture.is_rotary else "learned_absolute",
             share_embeddings_and_output_weights=config.table.ties_head,
             rotary_base=rotary_base,
+            rope_scaling=rope_scaling_factor is not None,
+            rope_scaling_factor=rope_scaling_factor or 1.0,
             pg_collection=groups,
             **stage,
         )
@@ -120,6 +123,7 @@ def build_model_chunks(config: Config, value_of: Callable[[Weight], Tensor] | No
             transformer,
             config.model.max_position_embeddings or config.training.seq_length,
             config.model.rotary_base,
+            config.model.rope_scaling_factor,
             vp_stage=chunk if chunks > 1 else None,
         )
         for chunk in range(chunks)

@@ -9,6 +9,8 @@ Shapes: b batch, s sequence, h hidden, n heads, d head width. Activations here a
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -58,14 +60,19 @@ class CrossLayerLinear(nn.Module):
         return (signed_scale(self.beta, self.eps) * previous + y).to(y.dtype)
 
 
-def apply_rope(x: Tensor, base: float, positions: Tensor | None = None) -> Tensor:
+def apply_rope(x: Tensor, base: float, positions: Tensor | None = None, factor: float | None = None) -> Tensor:
     """Rotary position embedding, rotate-half form; x: [b, n, s, d].
 
     Args:
+        factor: LLaMA 3.1's scaling: waves longer than 8192 tokens are that much longer, those up to 2048 as they were,
+            and frequencies between are interpolated over the number of waves in 8192 tokens.
         positions: of the tokens, [b, 1, s]; None counts from 0.
     """
     s, d = x.shape[-2:]
     frequencies = base ** (-torch.arange(0, d, 2, dtype=torch.float32, device=x.device) / d)
+    if factor is not None:
+        kept = ((8192 * frequencies / (2 * math.pi) - 1) / (4 - 1)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / factor)
     positions = torch.arange(s, device=x.device) if positions is None else positions
     angles = positions[..., None].float() * frequencies
     cos, sin = (f(torch.cat((angles, angles), dim=-1)).to(x.dtype) for f in (torch.cos, torch.sin))
@@ -131,6 +138,7 @@ class ReferenceLayer(nn.Module):
         ranks, has_previous = table.ranks[layer], table.has_previous(layer)
         self.architecture, self.activates = table.architecture, table.activates
         self.head_width, self.rope_base = head_width(model), model.rotary_base
+        self.rope_factor = model.rope_scaling_factor
         self.modules_of_positions = {p.name: p.module for p in self.architecture.positions}
         self.self_attn, self.mlp = nn.Module(), nn.Module()
         for position, module in self.modules_of_positions.items():
@@ -165,7 +173,7 @@ class ReferenceLayer(nn.Module):
         if self.architecture.has_qk_norm:
             q, k = self.get_submodule("self_attn.q_norm")(q), self.get_submodule("self_attn.k_norm")(k)
         if self.architecture.is_rotary:
-            q, k = (apply_rope(y, self.rope_base, positions) for y in (q, k))
+            q, k = (apply_rope(y, self.rope_base, positions, self.rope_factor) for y in (q, k))
         attention = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
         x = x + linear("o", attention.transpose(1, 2).flatten(2))
         normed = self.post_attention_layernorm(x)

@@ -16,7 +16,7 @@ from megatron_crnet.config.schema import Config
 from megatron_crnet.utils.errors import ConfigError
 from tests.distributed.layouts import Sizes, check, measure, shortened
 from tests.distributed.spawn import run_distributed
-from tests.helpers import ARCHITECTURES, PADDED, PADDED_GPT2, PADDED_MOE, Errors, tiny_config
+from tests.helpers import ARCHITECTURES, PADDED, PADDED_GPT2, PADDED_MOE, PADDED_QWEN3, Errors, tiny_config
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,16 @@ MORE_ON_TWO = [
     Layout(tp=2, zero=1, model=MOE, parallel=EP, lr_multipliers=LR_MULTIPLIERS),
     Layout(tp=2, zero=1, model=PADDED_MOE, parallel=EP),
     *(Layout(tp=2, zero=z, dtype="bf16", model=TO_ALL, parallel=p) for z, p in ((1, EP), (3, {}))),
+    *(Layout(tp=2, zero=zero, model=model) for model in (PADDED_GPT2, PADDED_QWEN3) for zero in (1, 3)),
+    *(Layout(pp=2, vpp=2, zero=1, model=model) for model in (PADDED_GPT2, PADDED_QWEN3, PADDED_MOE)),
+    Layout(tp=2, sp=False, zero=2, model=PADDED_QWEN3),
+    Layout(zero=3, model=QWEN3, keys=PARTITION_EVERYTHING),
+    # tied output layers, whose copies are on stages of other sizes
+    *(Layout(pp=2, zero=1, model={"tie_word_embeddings": True, **a}, parallel=UNEVEN) for a in ({}, QWEN3, MOE)),
+    Layout(pp=2, model=PADDED_GPT2, parallel=UNEVEN),
+    Layout(tp=2, zero=1, model={**MOE, "tie_word_embeddings": True}, parallel=EP),
+    *(Layout(tp=2, zero=zero, model={**a, "tie_word_embeddings": not a}) for a in ({}, GPT2, QWEN3) for zero in (0, 2)),
+    Layout(tp=2, zero=1, model={"rope_scaling_factor": 8.0, "rotary_base": 1000}, data=DOCUMENTS),
 ]
 ON_FOUR = [
     Layout(tp=2, pp=2, vpp=2, zero=1, data=DOCUMENTS),

@@ -17,7 +17,18 @@ from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.planning.counters import CommunicationCounter, LiveMemory
 from tests.distributed.engines import INVERSE, INVERSE_TOLERANCE, build_engine, close_engine, run_step, settled
 from tests.distributed.spawn import run_distributed
-from tests.helpers import ARCHITECTURES, PADDED, gradient_of, local_weights, micro_batches, random_tokens, tiny_config
+from tests.helpers import (
+    ARCHITECTURES,
+    PADDED,
+    PADDED_GPT2,
+    PADDED_MOE,
+    PADDED_QWEN3,
+    gradient_of,
+    local_weights,
+    micro_batches,
+    random_tokens,
+    tiny_config,
+)
 
 REPLAY = RecomputeConfig(strategy="replay", segment_length=2)
 REPLAY_AUTO = RecomputeConfig(strategy="replay", keep_attention_output=True)
@@ -118,6 +129,11 @@ MORE_ON_TWO = [
     ),
     Row("pp2-qwen3", {**QWEN3, "num_layers": 8}, PP, "fp32", {"stage": 1}, strategies=(*EXACT, INVERSE)),
     Row("dp2-zero3-qwen3", QWEN3, {}, "bf16", PARTITIONED, strategies=(*EXACT, INVERSE)),
+    Row("tp2-qwen3-padded", PADDED_QWEN3, TP, strategies=(*EXACT, INVERSE)),
+    Row("tp2-zero2-qwen3", QWEN3, TP, "bf16", {"stage": 2}, strategies=(*EXACT, INVERSE)),
+    Row("pp2-vpp2-qwen3", {**QWEN3, "num_layers": 8}, VPP, "bf16", {"stage": 1}, strategies=EXACT),
+    Row("pp2-gpt2-padded", {**PADDED_GPT2, "num_layers": 8}, PP, strategies=(*EXACT, INVERSE)),
+    Row("tp2-ep2-zero2-moe", PADDED_MOE, EP, "bf16", {"stage": 2}, strategies=(*EXACT, INVERSE)),
     Row("tp2-gpt2-dropout", {**GPT2, **DROPOUT}, TP, strategies=EXACT, data=DOCUMENTS),
     Row("pp2-vpp2-zero1-bf16", {"num_layers": 8}, VPP, "bf16", {"stage": 1}, strategies=(FULL,)),
     Row("tp2-padded", {**PADDED, "num_layers": 6}, TP, strategies=(REPLAY, FULL)),
@@ -154,26 +170,34 @@ MORE_ON_TWO = [
     *(Row(f"tp2-{v}", {"variant": v}, TP, strategies=(FULL, INVERSE)) for v in VARIANTS if v != "crnet"),
 ]
 LONG_ROWS = [
-    Row(
-        f"{layout}-{name}-zero{stage}-{dtype}",
-        {"num_layers": 8, **model},
-        parallel,
-        dtype,
-        {"stage": stage},
-        strategies=(REPLAY_AUTO, FULL_AUTO),
-    )
-    for layout, parallel, stages in (
-        ("dp4", {}, (2, 3)),
-        ("tp2", TP, (0, 1, 2, 3)),
-        ("tp2-without-sp", {**TP, "sequence_parallel": False}, (0, 3)),
-        ("tp2-pp2", {**TP, **PP}, (0, 1)),
-        ("tp2-vpp2", {**TP, **VPP}, (1,)),
-        ("vpp2", VPP, (1,)),
-    )
-    for stage in stages
-    for dtype in ("fp32", "bf16")
-    if dtype == "fp32" or stage > 0
-    for name, model in (("crnet-dropout", DROPOUT), ("cola", {"variant": "cola"}))
+    *(
+        Row(
+            f"{layout}-{name}-zero{stage}-{dtype}",
+            {"num_layers": 8, **model},
+            parallel,
+            dtype,
+            {"stage": stage},
+            strategies=(REPLAY_AUTO, FULL_AUTO),
+        )
+        for layout, parallel, stages in (
+            ("dp4", {}, (2, 3)),
+            ("tp2", TP, (0, 1, 2, 3)),
+            ("tp2-without-sp", {**TP, "sequence_parallel": False}, (0, 3)),
+            ("tp2-pp2", {**TP, **PP}, (0, 1)),
+            ("tp2-vpp2", {**TP, **VPP}, (1,)),
+            ("vpp2", VPP, (1,)),
+        )
+        for stage in stages
+        for dtype in ("fp32", "bf16")
+        if dtype == "fp32" or stage > 0
+        for name, model in (("crnet-dropout", DROPOUT), ("cola", {"variant": "cola"}))
+    ),
+    *(
+        Row(f"{layout}-{name}", {**model, "num_layers": 8}, parallel, "bf16", {"stage": stage}, strategies=EXACT)
+        for layout, parallel, stage in (("tp2-pp2", {**TP, **PP}, 1), ("tp2-zero3", TP, 3))
+        for name, model in (("gpt2", GPT2), ("qwen3", QWEN3), ("moe", MOE))
+    ),
+    Row("pp2-ep2-moe", {**MOE, "num_layers": 8}, {**REPLICAS, **PP}, "bf16", {"stage": 1}, strategies=EXACT),
 ]
 
 

@@ -61,8 +61,12 @@ PLAIN_SIZES: dict[str, Any] = {
 }
 PLAIN_EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True}
 PLAIN_GPT2 = {"vocab_size": 416, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "bos_token_id": None}
+ROPE = "rope_parameters"
+SCALED = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SCALED |= {"original_max_position_embeddings": 8192}
 PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {**PLAIN_SIZES, "rope_theta": 500000.0}),
+    "llama, scaled rope": ("llama", {**PLAIN_SIZES, "head_dim": 16, ROPE: SCALED}),
     "llama, tied": ("llama", {**PLAIN_SIZES, "head_dim": 12, "tie_word_embeddings": True}),
     "gpt2": ("gpt2", {**PLAIN_GPT2, "eos_token_id": None}),
     "gpt2, untied": ("gpt2", {**PLAIN_GPT2, "eos_token_id": None, "n_inner": 40, "tie_word_embeddings": False}),

@@ -24,7 +24,7 @@ from megatron_crnet.hf.generate import open_model
 from megatron_crnet.model.glue import signed_scale
 from tests.unit.analysis.models import activations, changed, dense_checkpoint, random_rows, reference
 from tests.unit.analysis.products import low_rank_error
-from tests.unit.export_helpers import EXPORTED, PLAIN, theirs
+from tests.unit.export_helpers import EXPORTED, PLAIN, SCALED, theirs
 
 CPU = [torch.device("cpu")]
 
@@ -320,6 +320,10 @@ def test_an_older_llama_is_read(dense: SourceModel, tmp_path: Path) -> None:
     [
         ({"model_type": "mistral"}, "a model of type 'mistral'"),
         ({"attention_bias": True}, "attention_bias is True"),
+        (
+            {"rope_parameters": {**SCALED, "low_freq_factor": 2.0}},
+            "says that low_freq_factor is 2.0, but it is 1.0 here",
+        ),
         (
             {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 8.0}},
             "rope_type is 'linear'",
