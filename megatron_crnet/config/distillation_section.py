@@ -16,8 +16,8 @@ class DistillationConfig(Section, name="distillation"):
     """
 
     teacher: FilePath | None = None
-    """Folder of a Hugging Face model (LLaMA, GPT-2, Qwen3, Qwen3-MoE), or of an export of variant full_rank, of the model's shape
-    and vocabulary; null trains without a teacher."""
+    """Folder of a Hugging Face model (LLaMA, GPT-2, Qwen3, Qwen3-MoE), or of an export of variant full_rank, of the
+    model's shape and vocabulary; null trains without a teacher."""
     kd_alpha: NonNegative = 1.0
     """Weight of the feature loss: mean over blocks, trained tokens and width of the squared difference between the
     outputs of the model's blocks and the teacher's."""
