@@ -9,7 +9,7 @@ import yaml
 
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.model_size import active_parameters, parameters_by_part, total_parameters
-from megatron_crnet.config.positions import position_table
+from megatron_crnet.config.positions import METHODS, position_table
 from megatron_crnet.config.schema import Config
 from megatron_crnet.planning.estimate import Estimate, estimate
 from megatron_crnet.planning.machines import GIB
@@ -69,6 +69,7 @@ def estimate_tables(found: Estimate, with_time: bool = True) -> list[str]:
             f"{total_parameters(step.config.model):,} parameters, with a peak of {step.peak / GIB:.3f} GiB per rank"
             for phase, step in found.others
         ),
+        *_handover_lines(found),
     ]
     if not with_time:
         return lines
@@ -81,6 +82,17 @@ def estimate_tables(found: Estimate, with_time: bool = True) -> list[str]:
         *(f"  {name:<16}{value:>10.4f}" for name, value in dataclasses.asdict(found.time).items()),
         f"  {'step':<16}{found.time.total:>10.4f}",
     ]
+
+
+def _handover_lines(found: Estimate) -> list[str]:
+    """What a rank holds on the host while fp32 weights, and moments where ranks change, go from phase to phase."""
+    if not found.others:
+        return []
+    is_warm_start = METHODS[found.config.model.variant].has_frozen
+    model = found.others[0][1].config.model if is_warm_start else found.config.model
+    tp, pp, _ = found.config.parallel.sizes
+    held = (4 if is_warm_start else 12) * total_parameters(model) / (tp * pp)
+    return [f"between them every rank holds up to {held / GIB:.3f} GiB in the host's memory"]
 
 
 def as_values(found: Estimate) -> dict[str, Any]:

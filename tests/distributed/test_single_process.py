@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from megatron_crnet.config.architectures import ARCHITECTURES
+from megatron_crnet.config.model_size import total_parameters
 from megatron_crnet.config.schema import DataConfig, RecomputeConfig
 from megatron_crnet.data.documents import DOCUMENT_LENGTHS
 from megatron_crnet.distributed.process_groups import ParallelContext, initialize_parallel, shutdown_parallel
 from megatron_crnet.engine.engine import TrainEngine
+from megatron_crnet.engine.state_kinds import KINDS
 from megatron_crnet.model.gpt import build_model_chunks
 from megatron_crnet.model.reference import ReferenceCRNet
 from megatron_crnet.model.weights import Weight, canonical_weights, load_canonical
@@ -193,12 +195,14 @@ def test_beta_is_fp32_in_a_bf16_model() -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_model_is_let_go_of_with_its_engine(stage: int, groups: ParallelContext) -> None:
+def test_a_model_is_handed_on_whole_and_let_go_of_with_its_engine(stage: int, groups: ParallelContext) -> None:
     """Rank changes and ReLoRA's warm start build another in the same process, beside which it would fill a GPU."""
     config = tiny_config(training={"global_batch_size": 2}, deepspeed_section={"zero_optimization": {"stage": stage}})
     engine = TrainEngine(config, build_model_chunks(config), groups)
     run_step(engine)
     engine.update()
+    held = sum(x.numel() * x.element_size() for kinds in engine.states(KINDS).values() for x in kinds.values())
+    assert held == 12 * total_parameters(config.model)  # on the host, as estimates say
     model = weakref.ref(engine.chunks[0])
     engine.close()
     del engine

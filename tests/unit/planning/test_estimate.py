@@ -14,6 +14,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megatron_crnet.config.loading import load_config
 from megatron_crnet.config.model_size import total_parameters
+from megatron_crnet.config.phases import dense_model
 from megatron_crnet.config.rank_section import RankScheduleConfig
 from megatron_crnet.planning.estimate import Estimate, estimate, node_crossings
 from megatron_crnet.planning.galore import galore_share
@@ -56,6 +57,17 @@ def test_padding_is_part_of_what_ranks_hold_and_compute_and_not_of_the_model() -
     totals = [line for text in (report, dry_run_report(even, 2)) for line in text.splitlines() if " total " in line]
     assert len(totals) == 2
     assert totals[0] == totals[1]
+
+
+def test_a_dry_run_names_what_the_host_holds_between_phases() -> None:
+    schedule = load_config({"rank_schedule": {"steps": [5], "ranks": [16]}})
+    warm = load_config({"model": {"variant": "relora"}, "relora": {"warm_start_steps": 5}})
+    for config, held in (
+        (schedule, 12 * total_parameters(schedule.model)),
+        (warm, 4 * total_parameters(dense_model(warm.model))),
+    ):
+        assert f"every rank holds up to {held / 2**30:.3f} GiB in the host's memory" in dry_run_report(config, 1)
+    assert "in the host's memory" not in dry_run_report(load_config({}), 1)
 
 
 def test_an_estimate_assigns_galores_matrices_once() -> None:
