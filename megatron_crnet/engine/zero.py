@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
+from inspect import getclosurevars
 from itertools import accumulate
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_grad
 from megatron.core import parallel_state
 from torch import Tensor, nn
@@ -32,14 +34,18 @@ from megatron_crnet.model.weights import Weight
 NORM_PART = 2**26
 """Elements whose norm is one sum: more would round worse on CPUs, and take 64-bit indices on GPUs."""
 
+RELEASABLE = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+"""A decorated function that has a cache."""
 MOST_COMPILED = 32
 """Sizes of parameters for which the sum of gradients is compiled, each by itself; more take PyTorch's operation."""
 
 
 def release(engine: DeepSpeedEngine) -> None:
-    """Take DeepSpeed's hooks off the weights, and the model off a list of ZeRO-3's: both would keep it in memory."""
+    """Take DeepSpeed's hooks off the weights, and the model off ZeRO-3's list of modules and out of the cache of what a
+    module may release, which is one for all engines: all of them would keep it in memory."""
     engine.destroy()
     FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module is not engine.module]
+    getclosurevars(RELEASABLE).nonlocals["func"].cache_clear()
 
 
 def local_shape(parameter: nn.Parameter) -> torch.Size:
