@@ -191,7 +191,7 @@ def test_every_value_is_written_once_and_nothing_needs_unpickling(runs: Any, fol
     model = layout_config("dp2-zero0", "fp32").model
     assert elements["master.lm_head.weight"] == model.vocab_size * model.hidden_size
     assert elements["exp_avg.model.norm.weight"] == model.hidden_size
-    assert elements["master.model.layers.1.mlp.up_proj.b.weight"] == 125 * 62
+    assert elements["master.model.layers.1.mlp.up_proj.b.weight"] == 125 * 30
 
 
 def load_another_model(folder: str) -> str:

@@ -267,7 +267,13 @@ def added_in_fp32(z: Tensor, b: Tensor, previous: Tensor, beta: Tensor, eps: flo
 
 
 @pytest.mark.usefixtures("groups")
-@pytest.mark.parametrize("residual", [None, added_in_fp32], ids=["in two passes", "with the product"])
+@pytest.mark.parametrize(
+    "residual",
+    [
+        pytest.param(None, marks=pytest.mark.long, id="in two passes"),
+        pytest.param(added_in_fp32, id="with the product"),
+    ],
+)
 def test_a_model_with_compiled_regions_recomputes_the_same_bits(
     residual: ResidualProduct | None, compiled: Glue
 ) -> None:
