@@ -159,7 +159,8 @@ class Conversion:
         products = sums.pop(("xx", first.name), None)
         if products is None:
             return None
-        if first.is_experts and int(sums["tokens", first.name]) < len(products):
+        is_idle = products.trace() == 0 or int(sums["tokens", first.name]) < len(products)
+        if first.is_experts and is_idle:
             self.unfitted += len(group)
             return None
         if not (products.isfinite().all() and products.trace() > 0):

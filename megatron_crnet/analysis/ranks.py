@@ -155,10 +155,10 @@ def operation_budget(model: ModelConfig, operations: float, seq_length: int) -> 
 
 
 def uniform_rank(model: ModelConfig, budget: Budget) -> int:
-    """The largest rank that all low-rank maps can have, if none exceeds a side; at least 1."""
+    """The largest rank that all low-rank maps can have; at least 1, and no more than any of them can use."""
     each = _low_rank_parameters(replace(model, rank=1), active=budget.is_active)
-    smallest_side = min(min(shape) for shape in position_table(replace(model, rank=1)).shapes.values())
-    return max(int(min(budget.parameters // max(each, 1), smallest_side)), 1)
+    most = max(min(shape) for shape in position_table(replace(model, rank=1)).shapes.values())
+    return max(int(min(budget.parameters // max(each, 1), most)), 1)
 
 
 def choose_ranks(model: ModelConfig, spectra: Sequence[Spectrum], budget: Budget, multiple: int) -> Ranks:

@@ -89,11 +89,13 @@ def check_restarts(config: Config) -> None:
     interval, warm, whole = restart_interval(config), config.relora.warm_start_steps, config.training.train_steps
     shown = f"{name if optimizer.lr_restart_interval else 'relora.restart_interval'} {interval}"
     cycles, rest = divmod(whole - warm, interval)
-    fitting = " or ".join(str(warm + n * interval) for n in (cycles, cycles + 1) if n)
+    fewest = 2 if merges else 1  # a merge after the last step would be none
+    fitting = " or ".join(str(warm + n * interval) for n in (cycles, cycles + 1) if n >= fewest) or warm + 2 * interval
+    of_these = f", less relora.warm_start_steps {warm}" if warm else ""
     require(
         rest == 0,
-        f"{shown} does not divide the {whole - warm} steps of the schedule, training.train_steps {whole} less "
-        f"relora.warm_start_steps {warm}: use train_steps {fitting}, or another interval",
+        f"{shown} does not divide the {whole - warm} steps of the schedule (training.train_steps {whole}{of_these}): "
+        f"use train_steps {fitting}, or another interval",
     )
     require(
         merges is None or merges % interval == 0,

@@ -16,13 +16,15 @@ ranks that hold a part or a copy of a map take P and Q of one of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_crnet.config.megatron import CRNetTransformerConfig
 from megatron_crnet.distributed.process_groups import replica_group
 from megatron_crnet.engine.state_kinds import KINDS, MASTER, MOMENTS
 from megatron_crnet.model.gpt import CRNetModel
@@ -53,17 +55,16 @@ def change_ranks(states: States, model: CRNetModel, seed: int, device: torch.dev
         of_a, of_b, rank = states[name], states[name_of_b(name)], weight.shape[0]
         before = of_a[MASTER].shape[0]
         if rank > before:
-            _grow(of_a, of_b, weight, initial_value(name, weight.shape, config, seed))
+            _grow(of_a, of_b, rank, _drawn(weight, config, seed))
         elif rank < before:
             both = weight, named[name_of_b(name)]
-            drawn = initial_value(name, weight.shape, config, seed)
             factors = of_a[MASTER], of_b[MASTER].t()
             gram_a, gram_b = (
                 gram(x.to(device), None if w.is_whole else group) for x, w in zip(factors, both, strict=True)
             )
             holders = [*([] if is_held_alone(weight) else [group]), replica_group(weight.parameter)]
             p, q = (_of_first(x, holders).to("cpu") for x in reductions(gram_a, gram_b, rank))
-            shrink(of_a, of_b, p, q, weight.shard(drawn))
+            shrink(of_a, of_b, p, q, partial(_drawn, weight, config, seed))
 
 
 def name_of_b(name: str) -> str:
@@ -80,26 +81,31 @@ def is_held_alone(a: Weight) -> bool:
     return a.is_whole and a.shard_dim is not None
 
 
-def _grow(a: dict[str, Tensor], b: dict[str, Tensor], weight: Weight, drawn: Tensor) -> None:
-    before, rank = a[MASTER].shape[0], weight.shape[0]
+def _grow(a: dict[str, Tensor], b: dict[str, Tensor], rank: int, drawn: Tensor) -> None:
+    before = a[MASTER].shape[0]
     for kind in KINDS:
         a[kind] = F.pad(a[kind], (0, 0, 0, rank - before))
         b[kind] = F.pad(b[kind], (0, rank - before))
-    a[MASTER][before:] = weight.shard(drawn)[before:]
+    a[MASTER][before:] = drawn[before:]
 
 
-def shrink(a: dict[str, Tensor], b: dict[str, Tensor], p: Tensor, q: Tensor, drawn: Tensor) -> None:
+def shrink(a: dict[str, Tensor], b: dict[str, Tensor], p: Tensor, q: Tensor, draw: Callable[[], Tensor]) -> None:
     """Take the states of a map's factors, whole or a shard, through P and Q, in place.
 
     Args:
-        drawn: initial values of A', of which the rows are taken that P leaves zero.
+        draw: gives initial values of A', of which the rows are taken that P leaves zero.
     """
     for kind in KINDS:
         left, right = (p, q) if kind != MOMENTS[1] else (p.square(), q.square())
         a[kind] = (left @ a[kind].double()).to(a[kind].dtype)
         b[kind] = (b[kind].double() @ right).to(b[kind].dtype)
     unused = p.eq(0).all(1)
-    a[MASTER][unused] = drawn[unused]
+    if unused.any():
+        a[MASTER][unused] = draw()[unused]
+
+
+def _drawn(a: Weight, config: CRNetTransformerConfig, seed: int) -> Tensor:
+    return a.shard(initial_value(a.name, a.shape, config, seed))
 
 
 def _of_first(factor: Tensor, groups: Sequence[dist.ProcessGroup]) -> Tensor:

@@ -43,9 +43,11 @@ MOST_COMPILED = 32
 def release(engine: DeepSpeedEngine) -> None:
     """Take DeepSpeed's hooks off the weights, and the model off ZeRO-3's list of modules and out of the cache of what a
     module may release, which is one for all engines: all of them would keep it in memory."""
-    engine.destroy()
-    FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module is not engine.module]
-    getclosurevars(RELEASABLE).nonlocals["func"].cache_clear()
+    try:
+        engine.destroy()
+    finally:
+        FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module is not engine.module]
+        getclosurevars(RELEASABLE).nonlocals["func"].cache_clear()
 
 
 def local_shape(parameter: nn.Parameter) -> torch.Size:

@@ -175,20 +175,13 @@ def read_plain(values: Values, where: str) -> Config:
         raise ConfigError(
             f"{where} holds a value that {about.model_class} refuses ({describe(error)}): correct it"
         ) from error
-    rotary = theirs.get(ROPE) or {}
-    if rotary.get("rope_type") != "llama3":
-        rotary = {name: value for name, value in rotary.items() if name != "factor"}  # which nothing reads
-    theirs |= {f"{ROPE}.{name}": value for name, value in rotary.items()}
-    for name, number in SCALED_ROPE.items() if "factor" in rotary else ():
-        require(
-            rotary.get(name) == number,
-            f"{where} says that {name} is {rotary.get(name)!r}, but it is {number} here: give a model with that",
-        )
+    theirs |= _rotary_fields(theirs.get(ROPE) or {}, where)
     for name, allowed in about.only.items():
         value = theirs.get(name, allowed[0])
         require(
             all(one in allowed for one in (value if isinstance(value, list) else [value])),
-            f"{where} says that {name} is {value!r}, but a {kind} has {allowed[0]!r} here: give a model without that",
+            f"{where} says that {name} is {value!r}, but a {kind} has {' or '.join(map(repr, allowed))} here: give a "
+            "model without that",
         )
     found: dict[str, Any] = {}
     for name, ours in about.fields.items():
@@ -207,6 +200,21 @@ def read_plain(values: Values, where: str) -> Config:
         return Config(model=model, training=TrainingConfig(seq_length=found["max_position_embeddings"]))
     except (TypeError, ValueError, ConfigError) as error:
         raise ConfigError(f"{where} holds a value that does not fit ({error}): correct it") from error
+
+
+def _rotary_fields(rotary: Values, where: str) -> dict[str, Any]:
+    """What RoPE is made from by the names of `ROTARY_FIELDS`; a factor only where it is LLaMA 3.1's."""
+    is_scaled = rotary.get("rope_type") == "llama3"
+    require(
+        not is_scaled or rotary.get("factor") is not None,
+        f"{where} says that rope_type is 'llama3', but gives no factor: add it",
+    )
+    for name, number in SCALED_ROPE.items() if is_scaled else ():
+        require(
+            rotary.get(name) == number,
+            f"{where} says that {name} is {rotary.get(name)!r}, but it is {number} here: give a model with that",
+        )
+    return {f"{ROPE}.{name}": value for name, value in rotary.items() if name != "factor" or is_scaled}
 
 
 def plain_fields(config: Config) -> dict[str, Any]:
@@ -234,8 +242,9 @@ def plain_fields(config: Config) -> dict[str, Any]:
         rotary = {name.removeprefix(f"{ROPE}."): fields.pop(name) for name in names}
         if rotary["factor"] is not None:
             rotary |= {"rope_type": "llama3", **SCALED_ROPE}
-        # at the top as well, where earlier versions of Transformers, and other engines, read it
+        # and where earlier versions of Transformers, and other engines, read it
         fields |= {ROPE: {k: v for k, v in rotary.items() if v is not None}, "rope_theta": rotary["rope_theta"]}
+        fields["rope_scaling"] = fields[ROPE] if rotary["factor"] is not None else None
     fields = {name: value for name, value in fields.items() if value is not None}
     try:
         after = resolved(read_plain(fields, "what --plain would write"))["model"]

@@ -150,7 +150,7 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
                 query, key = self.q_layernorm(query), self.k_layernorm(key)
             return (query, key, value), outputs
         norms = None
-        if has_qk_norm:
+        if has_qk_norm:  # read, not called: ZeRO-3 gathers weights that are read within the layer's call, too
             norms = HeadNorms(self.q_layernorm.weight, self.k_layernorm.weight, self.config.layernorm_epsilon)
         if self.biases:
             used, outputs = self._carry("qkv", outputs)

@@ -92,7 +92,7 @@ def _handover_lines(found: Estimate) -> list[str]:
     model = found.others[0][1].config.model if is_warm_start else found.config.model
     tp, pp, _ = found.config.parallel.sizes
     held = (4 if is_warm_start else 12) * total_parameters(model) / (tp * pp)
-    return [f"between them every rank holds up to {held / GIB:.3f} GiB in the host's memory"]
+    return [f"between them a rank holds {held / GIB:.3f} GiB in the host's memory, as a mean over stages"]
 
 
 def as_values(found: Estimate) -> dict[str, Any]:

@@ -66,6 +66,8 @@ LR_MULTIPLIERS = {"embedding": 3.0, "first_layer": 0.25, "a": 2.0, "b": 0.5, "be
 
 VARIANTS = ("crnet", "full_rank", "low_rank", "cola")
 GPT2, QWEN3, MOE = ARCHITECTURES["gpt2"], ARCHITECTURES["qwen3"], ARCHITECTURES["qwen3_moe"]
+# of heads of 8, one frequency is kept, one divided, and one between
+SCALED_ROPE = {"rope_scaling_factor": 8.0, "rotary_base": 3 * 10**5}
 EP, EP_4 = ({"expert_model_parallel_size": size} for size in (2, 4))
 # in bf16 tokens would go to other experts than in fp64, unless they go to all
 TO_ALL = {**MOE, "moe_router_topk": 4}
@@ -179,7 +181,8 @@ MORE_ON_TWO = [
     Layout(pp=2, model=PADDED_GPT2, parallel=UNEVEN),
     Layout(tp=2, zero=1, model={**MOE, "tie_word_embeddings": True}, parallel=EP),
     *(Layout(tp=2, zero=zero, model={**a, "tie_word_embeddings": not a}) for a in ({}, GPT2, QWEN3) for zero in (0, 2)),
-    Layout(tp=2, zero=1, model={"rope_scaling_factor": 8.0, "rotary_base": 1000}, data=DOCUMENTS),
+    Layout(tp=2, zero=1, model=SCALED_ROPE, data=DOCUMENTS),
+    Layout(pp=2, vpp=2, zero=1, model=SCALED_ROPE),
 ]
 ON_FOUR = [
     Layout(tp=2, pp=2, vpp=2, zero=1, data=DOCUMENTS),

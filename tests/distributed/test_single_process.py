@@ -44,7 +44,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "padded_cola": {**PADDED, "variant": "cola"},
     "padded_cola_only_lr_act": {**PADDED, "variant": "cola", "only_lr_act": True},
     "small_beta": {"beta_init": 0.0},
-    "scaled_rope": {"rope_scaling_factor": 8.0, "rotary_base": 2000, "hidden_size": 64},
+    "scaled_rope": {"rope_scaling_factor": 8.0, "rotary_base": 10**5, "hidden_size": 64},
 }
 
 

@@ -82,9 +82,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"optimizer": RESTARTS, **relora(restart_interval=50, warm_start_steps=25)},
-        r"relora.restart_interval 50 does not divide the 975 steps .* 1000 less .* 25: use train_steps 975 or 1025",
+        r"relora.restart_interval 50 does not divide the 975 steps .* 1000, less .* 25\): use train_steps 975 or 1025",
     ),
     ({"optimizer": {**RESTARTS, "lr_restart_interval": 1001}}, "does not divide .* use train_steps 1001, or"),
+    (
+        {"optimizer": RESTARTS, **relora(restart_interval=600)},
+        r"\(training.train_steps 1000\): use train_steps 1200, or",
+    ),
     ({"optimizer": {**RESTARTS, "lr_restart_interval": 100}, **relora(restart_interval=50)}, "50 is not a multiple of"),
     ({"optimizer": {**RESTARTS, "lr_restart_interval": 50}}, "lr_restart_warmup_steps 100 is above .* 50"),
     (

@@ -25,7 +25,7 @@ def test_rows_beyond_the_rank_of_the_product_are_drawn_so_that_some_factor_gets_
     of_a, of_b = ({kind: x.clone() for kind in KINDS} for x in (a, b))
     drawn = torch.randn(6, 20)
     p, q = reductions(a.double() @ a.double().t(), b.double().t() @ b.double(), 6)
-    shrink(of_a, of_b, p, q, drawn)
+    shrink(of_a, of_b, p, q, lambda: drawn)
     torch.testing.assert_close(of_b[MASTER] @ of_a[MASTER], b @ a)
     assert torch.equal(of_a[MASTER][4:], drawn[4:])
     for kind in KINDS:
