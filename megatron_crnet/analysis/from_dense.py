@@ -254,7 +254,7 @@ def check_target(dense: Config, target: Config, has_text: bool) -> None:
         )
     table, layers = position_table(target.model), target.model.num_layers
     require(
-        not all(map(table.is_full_rank, range(layers))),
+        table.has_low_rank,
         f"model.full_rank_layers names all {layers} layers, so that nothing would be converted: leave some of low rank",
     )
     require(

@@ -158,6 +158,11 @@ class PositionTable:
         """Whether layer `layer` holds full-rank maps."""
         return FULL_RANK in self.ranks[layer].values()
 
+    @property
+    def has_low_rank(self) -> bool:
+        """Whether any layer has factors."""
+        return not all(map(self.is_full_rank, range(len(self.ranks))))
+
     def has_dense(self, layer: int) -> bool:
         """Whether layer `layer` multiplies by full-rank weights, so that its outputs do not follow from X A alone."""
         return self.method.has_frozen or self.is_full_rank(layer)

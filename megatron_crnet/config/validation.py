@@ -161,7 +161,7 @@ def _check_relora(config: Config) -> None:
         f"relora.prune_share is {relora.prune_share}, but relora.prune reset zeroes all moments: leave one of them out",
     )
     require(
-        not all(map(position_table(model).is_full_rank, range(model.num_layers))),
+        position_table(model).has_low_rank,
         f"model.full_rank_layers names all {model.num_layers} layers, so that relora has no factors: leave some out",
     )
     warm, steps = relora.warm_start_steps, config.training.train_steps

@@ -25,7 +25,7 @@ from megatron_crnet.model.bias import GroupBias
 from megatron_crnet.model.compiled import choose_glue
 from megatron_crnet.model.experts import build_experts
 from megatron_crnet.model.linear import LinearGroup, LowRankGroup, build_group
-from megatron_crnet.model.norm import CRNetNorm, LeanLayerNorm, LeanRMSNorm, lean_rms_norm
+from megatron_crnet.model.norm import CRNetNorm, LeanNorm, lean_rms_norm
 from megatron_crnet.model.regions import HeadNorms, Regions, Rotation
 from megatron_crnet.recompute.tape import LayerOutputs, LayerTape, Mode
 
@@ -240,7 +240,7 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
 
 
 def _norm(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    return norm(x, with_stream=True) if isinstance(norm, LeanRMSNorm | LeanLayerNorm) else (norm(x), x)
+    return norm(x, with_stream=True) if isinstance(norm, LeanNorm) else (norm(x), x)
 
 
 def layer_spec() -> ModuleSpec:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from megatron_crnet.config.megatron import CRNetTransformerConfig
 from megatron_crnet.model.compiled import choose_glue
 from megatron_crnet.model.glue import EAGER, Glue
-from megatron_crnet.model.regions import LayerNorm, Norm
+from megatron_crnet.model.regions import Norm
 
 
 @cache
@@ -32,8 +32,8 @@ def fused_norm_class() -> type[nn.Module] | None:
     return None
 
 
-class LeanRMSNorm(nn.RMSNorm):
-    """RMSNorm by the region of `model/glue.py`, which keeps x and 1 / rms(x)."""
+class LeanNorm(nn.Module):
+    """A norm by the region of `model/glue.py`, which keeps x and what it computes of each row."""
 
     glue: Glue = EAGER
 
@@ -43,19 +43,17 @@ class LeanRMSNorm(nn.RMSNorm):
         Args:
             with_stream: return also x to go on with: backward adds both gradients where it computes the first.
         """
-        normed, stream = Norm.apply(self.glue, x, self.weight, self.eps)
+        weights = [weight for weight in (self.weight, getattr(self, "bias", None)) if weight is not None]
+        normed, stream = Norm.apply(self.glue, x, *weights, self.eps)
         return (normed, stream) if with_stream else normed
 
 
-class LeanLayerNorm(nn.LayerNorm):
-    """LayerNorm by the region of `model/glue.py`."""
+class LeanRMSNorm(LeanNorm, nn.RMSNorm):
+    """RMSNorm."""
 
-    glue: Glue = EAGER
 
-    def forward(self, x: Tensor, with_stream: bool = False) -> Any:
-        """The norm of x, [..., width]; `with_stream` as of `LeanRMSNorm`."""
-        normed, stream = LayerNorm.apply(self.glue, x, self.weight, self.bias, self.eps)
-        return (normed, stream) if with_stream else normed
+class LeanLayerNorm(LeanNorm, nn.LayerNorm):
+    """LayerNorm."""
 
 
 class CRNetNorm:

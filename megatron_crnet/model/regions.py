@@ -108,46 +108,27 @@ PLAIN = Regions()
 
 
 class Norm(torch.autograd.Function):
-    """RMSNorm of x [..., width], and x itself, so that the sum of both gradients is part of backward."""
+    """RMSNorm of x [..., width], with a bias LayerNorm, and x itself, so that the sum of both gradients is part of
+    backward."""
 
     @staticmethod
-    def forward(ctx: Any, glue: Glue, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """The norm, and x."""
-        normed, inverse = glue.norm(x, weight, eps)
-        ctx.save_for_backward(x, weight, inverse)
-        ctx.glue = glue
+    def forward(ctx: Any, glue: Glue, x: Tensor, *weights_and_eps: Any) -> tuple[Tensor, Tensor]:
+        """The norm by a weight, or a weight and a bias, and eps; and x."""
+        *weights, eps = weights_and_eps
+        norm = glue.layer_norm if len(weights) == 2 else glue.norm
+        ctx.gradients = glue.layer_norm_backward if len(weights) == 2 else glue.norm_backward
+        normed, *of_rows = norm(x, *weights, eps)
+        ctx.save_for_backward(x, *weights, *of_rows)
         ctx.set_materialize_grads(False)
         return normed, x.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of x and the weight."""
+        """Gradients of x and the weights."""
         grad, grad_stream = grads
         if grad is None:
-            return None, grad_stream, None, None
-        grad_x, grad_weight = ctx.glue.norm_backward(grad, grad_stream, *ctx.saved_tensors)
-        return None, grad_x, grad_weight, None
-
-
-class LayerNorm(torch.autograd.Function):
-    """LayerNorm of x [..., width], and x itself, as `Norm`."""
-
-    @staticmethod
-    def forward(ctx: Any, glue: Glue, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """The norm, and x."""
-        normed, mean, inverse = glue.layer_norm(x, weight, bias, eps)
-        ctx.save_for_backward(x, weight, bias, mean, inverse)
-        ctx.glue = glue
-        ctx.set_materialize_grads(False)
-        return normed, x.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of x, the weight and the bias."""
-        grad, grad_stream = grads
-        if grad is None:
-            return None, grad_stream, None, None, None
-        return None, *ctx.glue.layer_norm_backward(grad, grad_stream, *ctx.saved_tensors), None
+            return None, grad_stream, *(None for _ in ctx.needs_input_grad[2:])
+        return None, *ctx.gradients(grad, grad_stream, *ctx.saved_tensors), None
 
 
 class _Rotary(torch.autograd.Function):
