@@ -71,6 +71,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
 }
 """Architectures beside LLaMA, with what makes each different: tied output layers, heads of a width of their own."""
+FULL_RANK_EXPERTS = {**ARCHITECTURES["qwen3_moe"], "full_rank_experts": True}
 PADDED_GROUPED = {**PADDED, "num_query_groups": 2, "rank": {**PADDED["rank"], "k": 15}}
 PADDED_MOE = {**ARCHITECTURES["qwen3_moe"], **PADDED_GROUPED}
 PADDED_QWEN3 = {

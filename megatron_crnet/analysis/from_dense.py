@@ -47,7 +47,7 @@ Weights = dict[str, Tensor]
 NEEDS_TEXT = {"low_rank": False, "crnet": True, "relora": False}
 """Variants that a dense model is turned into, and whether only with calibration text."""
 FREE = (
-    *(*OF_TRAINING, "variant", "rank", "full_rank_layers"),
+    *(*OF_TRAINING, "variant", "rank", "full_rank_layers", "full_rank_experts"),
     *("cross_layer_epsilon", "relora_scale", "max_position_embeddings"),
 )
 """Fields in which the model to come may differ from the dense one."""
@@ -129,7 +129,8 @@ class Conversion:
         weights = dict(layer.state_dict())
         if self.table.is_full_rank(index):
             return weights
-        groups = maps_by_input(self.table.architecture, self.table.num_experts)
+        factored, maps = self.table.factored(index), maps_by_input(self.table.architecture, self.table.num_experts)
+        groups = [group for group in maps if group[0].position in factored]
         if self.table.method.has_frozen:
             return weights | self._drawn_factors(index, [one for group in groups for one in group])
         collect = partial(_collect, groups, self.table.has_previous(index))

@@ -28,7 +28,7 @@ from megatron_crnet.analysis.difference import SMALLEST
 from megatron_crnet.analysis.maps import maps_by_input
 from megatron_crnet.analysis.outputs import MapOutputs, each_map
 from megatron_crnet.analysis.source import SourceModel
-from megatron_crnet.config.model_size import flops_per_token, linear_parameters, total_parameters
+from megatron_crnet.config.model_size import factor_parameters, flops_per_token, total_parameters
 from megatron_crnet.config.positions import position_table
 from megatron_crnet.config.schema import ModelConfig
 from megatron_crnet.utils.errors import require
@@ -102,7 +102,9 @@ def spectra_of(
         DataError: a weight of the model is not finite, or zero all over.
     """
     table = position_table(target)
-    maps = [one for group in maps_by_input(table.architecture, table.num_experts) for one in group]
+    factored = {position for layer in range(target.num_layers) for position in table.factored(layer)}
+    groups = maps_by_input(table.architecture, table.num_experts)
+    maps = [one for group in groups for one in group if one.position in factored]
 
     def look(outputs: MapOutputs) -> _Energies | None:
         if table.is_full_rank(outputs.layer):
@@ -212,7 +214,7 @@ def _smallest(model: ModelConfig, multiple: int, budget: Budget) -> tuple[Ranks,
     """By map of low rank: parameters of a rank, the largest useful rank, the smallest."""
     table = position_table(model)
     count = table.uses if budget.is_active else table.copies
-    keys = [(i, p) for i in range(model.num_layers) if not table.is_full_rank(i) for p in table.shapes]
+    keys = [(i, p) for i in range(model.num_layers) for p in table.factored(i)]
     largest = {(i, p): largest_rank(*table.shapes[p], multiple) for i, p in keys}
     return (
         {(i, p): count(p) * sum(table.shapes[p]) for i, p in keys},
@@ -239,5 +241,4 @@ def rank_setting(ranks: Mapping[tuple[int, str], int], num_layers: int) -> dict[
 
 def _low_rank_parameters(model: ModelConfig, active: bool = False) -> int:
     table = position_table(model)
-    low = (layer for layer in range(model.num_layers) if not table.is_full_rank(layer))
-    return sum(linear_parameters(table, layer, active=active) for layer in low)
+    return sum(factor_parameters(table, layer, active=active) for layer in range(model.num_layers))

@@ -21,7 +21,8 @@ NOT_OF_THE_MODEL = {*OF_TRAINING, "max_position_embeddings"}
 OLDER = {
     **{"architecture": "llama", "tie_word_embeddings": False, "rope_scaling_factor": None},
     **{"only_lr_act": False, "relora_scale": ModelConfig.relora_scale},
-    **{"num_experts": None, "moe_router_topk": ModelConfig.moe_router_topk, "moe_router_pre_softmax": False},
+    **{"num_experts": None, "full_rank_experts": False},
+    **{"moe_router_topk": ModelConfig.moe_router_topk, "moe_router_pre_softmax": False},
 }
 """Values in checkpoints of versions without these fields of the model."""
 

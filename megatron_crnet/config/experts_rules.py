@@ -22,7 +22,7 @@ def check_experts(model: ModelConfig) -> None:
     """
     experts, topk = model.num_experts, model.moe_router_topk
     if ARCHITECTURES[model.architecture].experts is None:
-        changed = [name for name in model.changed() if name == "num_experts" or name.startswith("moe_")]
+        changed = [name for name in model.changed() if name.endswith("_experts") or name.startswith("moe_")]
         require(
             not changed,
             f"model.{changed[0] if changed else ''} is set, but architecture {model.architecture} has no experts: "

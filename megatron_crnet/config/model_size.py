@@ -23,6 +23,12 @@ def linear_parameters(table: PositionTable, layer: int, *, active: bool = False)
     return sum(count(name) * _map_parameters(table, layer, name) for name in table.shapes)
 
 
+def factor_parameters(table: PositionTable, layer: int, *, active: bool = False) -> int:
+    """Those of them that are factors; `active` as in `linear_parameters`."""
+    count = table.uses if active else table.copies
+    return sum(count(name) * _map_parameters(table, layer, name) for name in table.factored(layer))
+
+
 def _map_parameters(table: PositionTable, layer: int, position: str) -> int:
     (h_in, h_out), rank = table.shapes[position], table.ranks[layer][position]
     return h_in * h_out if rank == FULL_RANK else rank * (h_in + h_out)
@@ -36,20 +42,20 @@ def frozen_parameters(table: PositionTable, layer: int, *, active: bool = False)
 
 def _frozen_map_parameters(table: PositionTable, layer: int, position: str) -> int:
     h_in, h_out = table.shapes[position]
-    return h_in * h_out if table.method.has_frozen and not table.is_full_rank(layer) else 0
+    return h_in * h_out if table.method.has_frozen and not table.is_full_rank(layer, position) else 0
 
 
 def parameters_by_part(model: ModelConfig) -> dict[str, int]:
     """Parameter counts of the whole model: embedding, full-rank and low-rank maps, betas, norms, output."""
     h, layers, table = model.hidden_size, range(model.num_layers), position_table(model)
-    full = [layer for layer in layers if table.is_full_rank(layer)]
+    linear, factors = (sum(count(table, n) for n in layers) for count in (linear_parameters, factor_parameters))
     frozen, architecture = sum(frozen_parameters(table, layer) for layer in layers), table.architecture
     qk_norms = model.num_layers * len(QK_NORMS) * head_width(model) if architecture.has_qk_norm else 0
     return {
         "embedding": model.vocab_size * h,
         **({} if architecture.is_rotary else {"positions": (model.max_position_embeddings or 0) * h}),
-        "full-rank maps": sum(linear_parameters(table, layer) for layer in full),
-        "low-rank maps": sum(linear_parameters(table, layer) for layer in layers if layer not in full),
+        "full-rank maps": linear - factors,
+        "low-rank maps": factors,
         **({"frozen maps": frozen} if frozen else {}),
         **({"routers": model.num_layers * table.num_experts * h} if table.num_experts else {}),
         "betas": len(architecture.names) * (model.num_layers - len(table.chain_starts)),

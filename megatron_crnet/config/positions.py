@@ -8,7 +8,7 @@ depends on how many there are, how they are called or how wide they are asks an 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated
@@ -154,9 +154,18 @@ class PositionTable:
         """Whether the next layer uses the outputs of layer `layer`."""
         return layer + 1 < len(self.ranks) and self.has_previous(layer + 1)
 
-    def is_full_rank(self, layer: int) -> bool:
-        """Whether layer `layer` holds full-rank maps."""
-        return FULL_RANK in self.ranks[layer].values()
+    def is_full_rank(self, layer: int, position: str | None = None) -> bool:
+        """Whether the map of a position in layer `layer` is of full rank; by default those of all but experts."""
+        return self.ranks[layer][position or self.architecture.names[0]] == FULL_RANK
+
+    def factored(self, layer: int) -> dict[str, int]:
+        """The ranks of the maps of layer `layer` that have factors, in a form of `model.rank`."""
+        return {p: rank for p, rank in self.ranks[layer].items() if rank != FULL_RANK}
+
+    @property
+    def last_factored(self) -> dict[str, int]:
+        """`factored` of the last layer with factors; empty where none has any."""
+        return next(filter(None, map(self.factored, reversed(range(len(self.ranks))))), {})
 
     @property
     def has_low_rank(self) -> bool:
@@ -218,7 +227,9 @@ def position_table(model: ModelConfig, tp_size: int = 1, pad_to: int = 1) -> Pos
         "expert": model.ffn_hidden_size,
     }
     shapes = {p.name: (widths[p.h_in], widths[p.h_out]) for p in architecture.maps}
-    ranks = resolve_ranks(model.rank, model.num_layers, full, tuple(shapes))
+    experts = architecture.experts.positions if architecture.experts is not None else ()
+    of_experts = {p.name for p in experts if model.full_rank_experts}
+    ranks = resolve_ranks(model.rank, model.num_layers, full, tuple(shapes), of_experts)
     _check_sides(ranks, shapes)
     return PositionTable(
         architecture,
@@ -301,23 +312,31 @@ def resolve_full_rank_layers(variant: str, layers: Sequence[int] | None, num_lay
 
 
 def resolve_ranks(
-    rank: Rank, num_layers: int, full_rank_layers: Sequence[int], names: Sequence[str]
+    rank: Rank,
+    num_layers: int,
+    full_rank_layers: Sequence[int],
+    names: Sequence[str],
+    full_rank_names: Collection[str] = (),
 ) -> list[dict[str, int]]:
-    """The rank of each position of each layer; FULL_RANK in the full-rank layers."""
+    """The rank of each position of each layer; FULL_RANK in the full-rank layers, and of `full_rank_names` in all.
+
+    What `rank` says of maps of full rank is not used.
+    """
+    factored = [name for name in names if name not in full_rank_names]
     if isinstance(rank, Mapping):
         if unknown := sorted(set(rank) - set(names)):
             raise ConfigError(
                 f"model.rank names the position {unknown[0]!r}, but the positions are {', '.join(names)}: "
                 "correct the name"
             )
-        if missing := [position for position in names if position not in rank]:
+        if missing := [position for position in factored if position not in rank]:
             raise ConfigError(f"model.rank gives no rank for the position {missing[0]!r}: add it")
-        columns = {p: _per_layer(rank[p], num_layers, f"model.rank.{p}") for p in names}
+        columns = {p: _per_layer(rank[p], num_layers, f"model.rank.{p}") for p in factored}
     else:
-        columns = dict.fromkeys(names, _per_layer(rank, num_layers, "model.rank"))
+        columns = dict.fromkeys(factored, _per_layer(rank, num_layers, "model.rank"))
     full = set(full_rank_layers)
     return [
-        dict.fromkeys(names, FULL_RANK) if layer in full else {p: columns[p][layer] for p in names}
+        {p: FULL_RANK if layer in full or p in full_rank_names else columns[p][layer] for p in names}
         for layer in range(num_layers)
     ]
 

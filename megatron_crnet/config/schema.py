@@ -81,14 +81,15 @@ class ModelConfig(Section, name="model"):
     """Width f of the feed-forward network; of each expert in qwen3_moe."""
     num_experts: Annotated[int, Ge(2), Le(65536)] | None = None
     """Experts of a layer, in qwen3_moe alone. No chain passes through them (docs/decisions/experts.md)."""
+    full_rank_experts: bool = False
+    """Give experts full-rank weights in every layer, beside attention as the variant has it."""
     moe_router_topk: PositiveCount = 8
     """Experts that each token is given to. No token is dropped."""
     moe_router_pre_softmax: bool = False
     """Weigh chosen experts by the softmax over all experts. false: by that over the chosen ones, Transformers'
     norm_topk_prob."""
     moe_aux_loss_coeff: NonNegative = 0.001
-    """Coefficient of the load-balancing loss of each layer, by the statistics of a micro-batch, as Megatron-Core's
-    aux_loss; 0 leaves it out. Losses are reported without it."""
+    """Coefficient of the load-balancing loss of a layer and micro-batch, in no reported loss; 0 leaves it out."""
     moe_z_loss_coeff: NonNegative = 0.0
     """Coefficient of the mean of logsumexp(router's logits)^2 (arXiv 2202.08906); 0 leaves it out."""
     num_attention_heads: Parallelism = 8
@@ -100,8 +101,7 @@ class ModelConfig(Section, name="model"):
     vocab_size: Annotated[int, Ge(1), Le(2**24)] = 32000
     """Rows of the embedding and of the output layer; at least the tokenizer's size."""
     max_position_embeddings: PositiveCount | None = None
-    """Longest sequence of the model, written into exports; null means training.seq_length. gpt2 learns a vector for
-    each of these positions and needs it."""
+    """Longest sequence, in exports; null means training.seq_length. gpt2 needs it: it learns a vector per position."""
     tie_word_embeddings: bool | None = None
     """Whether the output layer multiplies by the embedding's weights; null: true for gpt2, else false."""
     rank: Rank = 128
@@ -115,7 +115,7 @@ class ModelConfig(Section, name="model"):
     relora_scale: Positive = 0.25
     """relora: s, the authors' alpha / r, 32 / 128."""
     beta_init: Annotated[float, Ge(-1000), Le(1000)] = 1.0
-    """Initial value of every beta, the coefficient of the previous layer's output."""
+    """Initial value of every beta."""
     cross_layer_epsilon: Epsilon = 1e-6
     """eps of s(b) = sign(b)(|b| + eps), which keeps s away from zero."""
     layernorm_epsilon: Epsilon = 1e-6

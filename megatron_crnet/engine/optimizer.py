@@ -49,12 +49,13 @@ def count_groups(config: Config) -> int:
     of_experts = table.architecture.experts.positions if table.architecture.experts is not None else ()
     prefixes = {p: "experts." if p in of_experts else "" for p in table.architecture.maps}
     for layer in range(model.num_layers):
-        kinds = ["weight"] if table.is_full_rank(layer) else ["a.weight", "b.weight"]
         names += [
             f"model.layers.{layer}.{p.module}.beta" for p in table.architecture.positions if table.has_previous(layer)
         ]
-        kinds += ["bias"] if table.architecture.has_biases else []
-        names += [f"model.layers.{layer}.{prefix}{p.module}.{kind}" for p, prefix in prefixes.items() for kind in kinds]
+        for p, prefix in prefixes.items():
+            kinds = ["weight"] if table.is_full_rank(layer, p.name) else ["a.weight", "b.weight"]
+            kinds += ["bias"] if table.architecture.has_biases else []
+            names += [f"model.layers.{layer}.{prefix}{p.module}.{kind}" for kind in kinds]
         if table.architecture.experts is not None:
             names.append(f"model.layers.{layer}.{table.architecture.experts.router}.weight")
     undecayed = ("norm.weight", ".beta", ".bias")

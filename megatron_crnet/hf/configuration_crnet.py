@@ -62,6 +62,7 @@ class CRNetConfig(PretrainedConfig):
         architecture: llama, gpt2, qwen3 or qwen3_moe: see `ARCHITECTURES`.
         intermediate_size: width of the feed-forward network, or of each expert.
         num_experts: of a layer; None without experts.
+        full_rank_experts: they hold X W in every layer.
         num_experts_per_tok: how many a token is given to.
         moe_router_pre_softmax: weigh them by the softmax over all experts; otherwise by that over the chosen ones.
         head_dim: width of a head; None is hidden_size / num_attention_heads.
@@ -105,6 +106,7 @@ class CRNetConfig(PretrainedConfig):
         only_lr_act: bool = False,
         scale_residual_init: bool = False,
         num_experts: int | None = None,
+        full_rank_experts: bool = False,
         num_experts_per_tok: int = 8,
         moe_router_pre_softmax: bool = False,
         use_cache: bool = True,
@@ -137,6 +139,7 @@ class CRNetConfig(PretrainedConfig):
         self.only_lr_act = only_lr_act
         self.scale_residual_init = scale_residual_init
         self.num_experts = num_experts
+        self.full_rank_experts = full_rank_experts
         self.num_experts_per_tok = num_experts_per_tok
         self.moe_router_pre_softmax = moe_router_pre_softmax
         self.use_cache = use_cache
@@ -182,12 +185,14 @@ class CRNetConfig(PretrainedConfig):
         if (experts is not None) != self.traits.has_experts:
             need = "needs" if self.traits.has_experts else "has no"
             raise ValueError(f"num_experts is {experts}, but {self.architecture} {need} experts: correct it")
+        if self.full_rank_experts and experts is None:
+            raise ValueError(f"full_rank_experts is true, but {self.architecture} has no experts: leave it out")
         if experts is not None and not 1 <= used <= experts:
             raise ValueError(f"num_experts_per_tok is {used}, but must be from 1 to num_experts, {experts}")
 
     def _check_ranks(self) -> None:
-        positions = self.traits.positions
-        if isinstance(self.rank, dict) and set(self.rank) != set(positions):
+        positions = self.factored
+        if isinstance(self.rank, dict) and not set(positions) <= set(self.rank) <= set(self.traits.positions):
             raise ValueError(
                 f"rank names {sorted(self.rank)}, but must name all of {', '.join(positions)}, and no other"
             )
@@ -204,6 +209,11 @@ class CRNetConfig(PretrainedConfig):
         """What its layers have."""
         return ARCHITECTURES[self.architecture]
 
+    @property
+    def factored(self) -> tuple[str, ...]:
+        """The linear maps that have a rank in layers of low rank."""
+        return self.traits.positions[:4] if self.full_rank_experts else self.traits.positions
+
     def ranks(self, position: str) -> list[int]:
         """What `rank` says of one position, by layer, full-rank layers included."""
         rank = self.rank[position] if isinstance(self.rank, dict) else self.rank
@@ -211,7 +221,7 @@ class CRNetConfig(PretrainedConfig):
 
     def rank_of(self, layer: int, position: str) -> int:
         """The rank r of a linear map; 0 marks full rank."""
-        if self.variant == "full_rank" or layer in self.full_rank_layers:
+        if self.variant == "full_rank" or layer in self.full_rank_layers or position not in self.factored:
             return 0
         return self.ranks(position)[layer]
 

@@ -26,6 +26,7 @@ FIELDS = {
     "only_lr_act": "only_lr_act",
     "scale_residual_init": "scale_residual_init",
     "num_experts": "num_experts",
+    "full_rank_experts": "full_rank_experts",
     "num_experts_per_tok": "moe_router_topk",
     "moe_router_pre_softmax": "moe_router_pre_softmax",
 }
@@ -38,6 +39,7 @@ OLDER = {
     "scale_residual_init": False,
     "tie_word_embeddings": False,
     "num_experts": None,
+    "full_rank_experts": False,
     "num_experts_per_tok": ModelConfig.moe_router_topk,
     "moe_router_pre_softmax": False,
 }

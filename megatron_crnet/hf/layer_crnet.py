@@ -220,7 +220,7 @@ class CRNetLayers(nn.ModuleList):
         return self
 
     def _note_ranks(self) -> None:
-        positions = self.config.traits.positions
+        positions = self.config.factored
         ranks: dict[str, Any] = {position: self.config.ranks(position) for position in positions}
         for index, layer in enumerate(self):
             for module in layer.modules():

@@ -79,7 +79,7 @@ class ExpertGroup(nn.Module):
         table, self.positions, self.count, self.first = config.table, group.names, count, first
         self.config, self.is_spread = config, config.expert_model_parallel_size > 1
         self.h_in, self.h_out = table.shapes[group.names[0]][0], [table.shapes[p][1] for p in group.names]
-        self.is_full_rank, self.has_silu = table.is_full_rank(layer), table.method.has_silu
+        self.is_full_rank, self.has_silu = table.is_full_rank(layer, group.names[0]), table.method.has_silu
         self.ranks = [table.ranks[layer][p] for p in group.names]
         self.padded_ranks = [table.padded_ranks[layer][p] for p in group.names]
         if self.is_full_rank:
@@ -188,7 +188,8 @@ class Experts(nn.Module):
         experts = config.table.architecture.experts
         assert experts is not None
         first = pg_collection.ep.rank() * count
-        is_frozen = config.table.method.has_frozen and not config.table.is_full_rank(layer)
+        is_full_rank = config.table.is_full_rank(layer, experts.positions[0].name)
+        is_frozen = config.table.method.has_frozen and not is_full_rank
         made = FrozenExpertGroup if is_frozen else ExpertGroup
         self.inputs, self.output = (made(config, group, layer, count, first) for group in experts.groups)
         # compiled functions have fixed shapes: all tokens of a rank, k times, but of other ranks any number may come

@@ -149,14 +149,13 @@ def _record(config: Config, variant: Variant) -> dict[str, Any]:
 
 def _counted(config: Config, variant: Variant, layers: int) -> tuple[GlueCounter, GlueCounter]:
     """Counters of the forward and the backward pass of a micro-batch through a decoder of few layers."""
-    table = position_table(config.model)
-    low = [row for layer, row in enumerate(table.ranks) if not table.is_full_rank(layer)]
+    rank: Any = position_table(config.model).last_factored
     model = dataclasses.replace(
         config.model,
         variant=variant,
         num_layers=layers,
         **OF_VARIANT,
-        rank=dict(low[-1]) if low else config.model.hidden_size // 4,
+        rank=rank or config.model.hidden_size // 4,
     )
     transformer = build_transformer_config(dataclasses.replace(config, model=model, recompute=type(config.recompute)()))
     forward, backward = GlueCounter(), GlueCounter()

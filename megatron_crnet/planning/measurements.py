@@ -73,9 +73,7 @@ def boundary_traffic(config: Config) -> dict[int, dict[str, float]]:
 def _shortened(config: Config, changes: dict[str, Any], pp: int, vpp: int | None) -> Config:
     """Few layers of the same widths on few tokens, with the ranks of the last low-rank layer."""
     tp = config.parallel.tensor_model_parallel_size
-    table = position_table(config.model)
-    low = [row for layer, row in enumerate(table.ranks) if not table.is_full_rank(layer)]
-    rank: Any = dict(low[-1] if low else dict.fromkeys(table.shapes, 1))
+    rank: Any = position_table(config.model).last_factored or 1
     return dataclasses.replace(
         config,
         model=dataclasses.replace(

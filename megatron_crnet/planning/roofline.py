@@ -108,10 +108,10 @@ def _expert_products(model: LocalModel, layer: int) -> tuple[int, int]:
     if table.architecture.experts is None:
         return 0, 0
     ranks, names = table.padded_ranks[layer], [position.name for position in table.architecture.experts.positions]
-    shapes, full = {name: table.shapes[name] for name in names}, table.is_full_rank(layer)
+    shapes, full = {name: table.shapes[name] for name in names}, table.is_full_rank(layer, names[0])
     dense, factors = sum(n * m for n, m in shapes.values()), sum(ranks[p] * sum(nm) for p, nm in shapes.items())
     router = 2 * local * model.config.model.hidden_size * table.num_experts
-    frozen = dense if table.has_dense(layer) and not full else 0
+    frozen = dense if table.method.has_frozen and not full else 0
     return router + 2 * local * table.topk * (dense if full else factors), 2 * local * table.topk * frozen
 
 

@@ -269,7 +269,7 @@ def _experts(config: Config, transformer: CRNetTransformerConfig, layer: int, gr
     kind = SPREAD if spans_replicas(transformer) else "matrix"
     shapes, ranks = [table.shapes[name] for name in group.names], [table.padded_ranks[layer][n] for n in group.names]
     h_in, widths = shapes[0][0], [h_out for _, h_out in shapes]
-    if table.is_full_rank(layer):
+    if table.is_full_rank(layer, group.names[0]):
         kind = PROJECTED if config.optimizer.name == "galore" else kind
         yield LocalParameter(layer, count * h_in * sum(widths), partial, kind, is_expert=True)
         return

@@ -50,7 +50,7 @@ def layer_widths(config: CRNetTransformerConfig, layer: int) -> LayerWidths:
     architecture, ranks = table.architecture, table.padded_ranks[layer]
     width = {name: config.local_width(name) for name in architecture.names}
     all_outputs, residual = sum(width.values()), sum(width[name] for name in architecture.rows)
-    low_rank = sum(ranks[name] for name in architecture.names) if not table.is_full_rank(layer) else 0
+    low_rank = sum(ranks[name] for name in architecture.names)
     z = 0 if table.has_dense(layer) else low_rank
     chained = table.has_previous(layer) or table.has_next(layer)
     # rebuilding gathers z of the column groups and holds it until the layer's backward
@@ -87,7 +87,7 @@ def expert_activations(config: CRNetTransformerConfig, layer: int) -> float:
     found = (found + (2 if config.bf16 else 1) * 3 * table.num_experts) / table.topk
     for group in table.architecture.experts.groups:
         width, outputs = table.shapes[group.names[0]][0], sum(table.shapes[name][1] for name in group.names)
-        z = 0 if table.is_full_rank(layer) else sum(table.padded_ranks[layer][name] for name in group.names)
+        z = sum(table.padded_ranks[layer][name] for name in group.names)
         # what is multiplied by the tokens' weights is kept before and after
         scaled = (z or width) if group.is_row else 0
         found += width + z + scaled + (z if table.method.has_silu else 0) + (0 if group.is_row else outputs)

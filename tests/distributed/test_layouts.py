@@ -16,7 +16,16 @@ from megatron_crnet.config.schema import Config
 from megatron_crnet.utils.errors import ConfigError
 from tests.distributed.layouts import Sizes, check, measure, shortened
 from tests.distributed.spawn import run_distributed
-from tests.helpers import ARCHITECTURES, PADDED, PADDED_GPT2, PADDED_MOE, PADDED_QWEN3, Errors, tiny_config
+from tests.helpers import (
+    ARCHITECTURES,
+    FULL_RANK_EXPERTS,
+    PADDED,
+    PADDED_GPT2,
+    PADDED_MOE,
+    PADDED_QWEN3,
+    Errors,
+    tiny_config,
+)
 
 
 @dataclass(frozen=True)
@@ -106,7 +115,7 @@ ON_TWO = [
     Layout(tp=2, sp=False, model=QWEN3, data=DOCUMENTS),
     Layout(tp=2, model=MOE, data=DOCUMENTS),
     Layout(tp=2, zero=3, model={**MOE, "variant": "cola", "moe_router_pre_softmax": True}, parallel=EP),
-    Layout(pp=2, vpp=2, zero=1, model=MOE),
+    Layout(pp=2, vpp=2, zero=1, model=FULL_RANK_EXPERTS),
     *(Layout(zero=zero, model=MOE, parallel=EP) for zero in (0, 1)),
     Layout(zero=1, dtype="bf16", model=TO_ALL, parallel=EP),
 ]
@@ -167,6 +176,9 @@ MORE_ON_TWO = [
     *(Layout(tp=2, zero=zero, model=MOE, parallel=EP) for zero in (0, 1, 2, 3)),
     *(Layout(tp=2, zero=1, model=model, parallel=EP) for model in variants_of(MOE)),
     *(Layout(pp=2, zero=1, model=model) for model in variants_of(MOE)),
+    Layout(pp=2, vpp=2, zero=1, model=MOE),
+    Layout(tp=2, zero=3, model={**PADDED_MOE, "full_rank_experts": True}, parallel=EP, keys=PARTITION_EVERYTHING),
+    *(Layout(zero=1, model=model, parallel=EP) for model in variants_of(FULL_RANK_EXPERTS)[2:]),
     Layout(tp=2, zero=3, model={**MOE, "rank": RANKS}, parallel=EP, keys=PARTITION_EVERYTHING),
     Layout(zero=3, model={**MOE, "tie_word_embeddings": True}, offload="offload_param"),
     Layout(tp=2, zero=1, model=MOE, parallel=EP, lr_multipliers=LR_MULTIPLIERS),

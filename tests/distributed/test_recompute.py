@@ -19,6 +19,7 @@ from tests.distributed.engines import INVERSE, INVERSE_TOLERANCE, build_engine, 
 from tests.distributed.spawn import run_distributed
 from tests.helpers import (
     ARCHITECTURES,
+    FULL_RANK_EXPERTS,
     PADDED,
     PADDED_GPT2,
     PADDED_MOE,
@@ -94,7 +95,7 @@ ROWS = [
     Row("tp2-documents", {"num_query_groups": 2}, TP, strategies=(REPLAY_AUTO, INVERSE), data=DOCUMENTS),
     Row("tp2-gpt2", GPT2, TP, strategies=(REPLAY_AUTO, INVERSE), data=DOCUMENTS),
     Row("tp2-ep2-qwen3-moe", MOE, EP, strategies=(REPLAY_AUTO, INVERSE)),
-    Row("dp2-ep2-qwen3-moe", MOE, REPLICAS, "bf16", {"stage": 1}, strategies=(REPLAY, FULL)),
+    Row("dp2-ep2-full-rank-experts", FULL_RANK_EXPERTS, REPLICAS, "bf16", {"stage": 1}, strategies=(REPLAY, FULL)),
     Row("tp2-qwen3", QWEN3, WITHOUT_SP, strategies=(REPLAY,)),
 ]
 # two micro-batches instead of four, where two ranks are one replica without a pipeline
@@ -114,6 +115,9 @@ MORE_ON_TWO = [
     Row("tp2-zero3-gpt2-dropout", {**GPT2, **DROPOUT}, TP, "bf16", PARTITIONED, strategies=(REPLAY,)),
     Row("tp2-ep2-qwen3-moe", {**MOE, "num_layers": 6}, EP, strategies=(*EXACT, INVERSE)),
     Row("dp2-ep2-moe", {**MOE, **DROPOUT}, REPLICAS, strategies=(*EXACT, INVERSE)),
+    Row("dp2-ep2-qwen3-moe", MOE, REPLICAS, "bf16", {"stage": 1}, strategies=(REPLAY, FULL)),
+    Row("tp2-full-rank-experts", {**FULL_RANK_EXPERTS, "num_layers": 6}, TP, strategies=(*EXACT, INVERSE)),
+    Row("tp2-ep2-full-rank-experts-relora", {**FULL_RANK_EXPERTS, "variant": "relora"}, EP, strategies=EXACT),
     Row("tp2-qwen3-moe-dropout", {**MOE, **DROPOUT}, TP, "bf16", {"stage": 2}, strategies=(REPLAY, FULL)),
     Row("pp2-vpp2-qwen3-moe", {**MOE, "num_layers": 8}, VPP, "bf16", {"stage": 1}, strategies=(REPLAY_AUTO, INVERSE)),
     Row("tp2-qwen3", {**QWEN3, "num_layers": 6}, WITHOUT_SP, strategies=(REPLAY, FULL, INVERSE)),

@@ -90,6 +90,7 @@ MORE_ON_TWO = [
     *(Row(tp=2, zero=zero, model=MOE, parallel=EP, prune="random") for zero in (1, 2)),
     Row(tp=2, zero=3, model={**PADDED_MOE, "full_rank_layers": [1]}, parallel=EP, keys=PARTITION_EVERYTHING),
     Row(zero=0, model=MOE, parallel=EP),
+    *(Row(tp=2, zero=zero, model={**MOE, "full_rank_experts": True}, parallel=EP) for zero in (1, 3)),
     *(Row(zero=1, dtype="bf16", model=MOE_TO_ALL, parallel=parallel, prune="random") for parallel in ({}, EP)),
 ]
 ON_FOUR = [

@@ -59,6 +59,17 @@ def test_at_full_rank_the_model_is_the_dense_one(
     torch.testing.assert_close(reference(conversion.target, weights)(tokens), wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_full_rank_experts_are_those_of_the_dense_model(dense_moe: SourceModel) -> None:
+    conversion, weights = converted(dense_moe, random_rows(40), rank=smaller_sides(dense_moe), full_rank_experts=True)
+    assert {fit.position for fit in conversion.fits} == {*"qkvo"}
+    kept = {name: value for name, value in dense_moe.read("").items() if ".experts." in name}
+    assert len(kept) == 4 * 4 * 3
+    assert all(torch.equal(weights[name], value) for name, value in kept.items())
+    tokens = random_rows(2)
+    wanted = reference(dense_moe.config, dense_moe.read(""))(tokens)
+    torch.testing.assert_close(reference(conversion.target, weights)(tokens), wanted, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("source", "name", "others"),
     [

@@ -28,6 +28,7 @@ from megatron_crnet.analysis.source import SourceModel
 from megatron_crnet.cli.main import main
 from megatron_crnet.config.loading import load_config, resolved
 from megatron_crnet.config.model_size import flops_per_token, total_parameters
+from megatron_crnet.config.positions import position_table
 from megatron_crnet.config.schema import ModelConfig
 from tests.helpers import ARCHITECTURES, TINY_MODEL
 from tests.unit.analysis.models import activations, random_rows
@@ -80,11 +81,14 @@ def test_no_choice_keeps_more_than_one_step() -> None:
             assert best - kept(spectra, found) <= step + 1e-9
 
 
-@pytest.mark.parametrize(("model", "widest", "active"), [(SMALL, 80, 80), (MOE, 4 * 52, 2 * 52)])
+@pytest.mark.parametrize(
+    ("model", "widest", "active"),
+    [(SMALL, 80, 80), (MOE, 4 * 52, 2 * 52), (replace(MOE, full_rank_experts=True), 64, 64)],
+)
 def test_a_budget_counts_the_whole_model(model: ModelConfig, widest: int, active: int) -> None:
     """To less than a rank of the widest map, which of experts are all in parameters, and two in operations."""
-    spectra = random_spectra(1)
-    ten = replace(model, rank=10)
+    factored = position_table(model).factored(1)
+    spectra, ten = [one for one in random_spectra(1) if one.position in factored], replace(model, rank=10)
     for budget, cost, most in (
         (parameter_budget(model, total_parameters(ten)), total_parameters, widest),
         (operation_budget(model, flops_per_token(ten, 16), 16), lambda one: flops_per_token(one, 16), active),
@@ -121,6 +125,15 @@ def test_experts_share_the_ranks_of_a_layer(dense_moe: SourceModel) -> None:
         for rank in (0, 5, 12):
             wanted = (sum(low_rank_error(y, rank) for y in outputs) / whole) ** 0.5
             assert one.error(rank) == pytest.approx(wanted, rel=1e-3)
+
+
+def test_full_rank_experts_are_given_no_ranks(dense_moe: SourceModel) -> None:
+    model = replace(dense_moe.config.model, variant="crnet", rank=4, full_rank_layers=[0], full_rank_experts=True)
+    found = spectra_of(dense_moe, model, random_rows(6), 4, [torch.device("cpu")])
+    assert [(one.layer, one.position) for one in found] == [*itertools.product((1, 2, 3), "qkvo")]
+    budget = parameter_budget(model, total_parameters(replace(model, rank=6)))
+    chosen = replace(model, rank=rank_setting(choose_ranks(model, found, budget, 1), model.num_layers))
+    assert budget.limit - 64 < total_parameters(chosen) <= budget.limit
 
 
 def test_spectra_are_those_of_the_outputs(dense: SourceModel) -> None:

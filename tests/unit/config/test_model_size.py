@@ -14,7 +14,7 @@ from megatron_crnet.config.model_size import (
 )
 from megatron_crnet.config.schema import ModelConfig
 from megatron_crnet.model.reference import ReferenceCRNet
-from tests.helpers import ARCHITECTURES, TINY_MODEL
+from tests.helpers import ARCHITECTURES, FULL_RANK_EXPERTS, TINY_MODEL
 
 LLAMA_1B = {"num_layers": 24, "hidden_size": 2048, "ffn_hidden_size": 5461, "num_attention_heads": 32}
 
@@ -46,6 +46,7 @@ def test_crnet_has_the_formulas_count() -> None:
         {"rank": {"q": [1, 2, 3, 4], "k": 2, "v": 3, "o": 4, "gate": 5, "up": 6, "down": 7}},
         *ARCHITECTURES.values(),
         *({**ARCHITECTURES["qwen3_moe"], "variant": variant} for variant in ("full_rank", "relora")),
+        *({**FULL_RANK_EXPERTS, "variant": variant} for variant in ("crnet", "relora")),
     ],
 )
 def test_counts_are_those_of_a_real_model(changes: dict[str, object]) -> None:

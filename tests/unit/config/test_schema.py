@@ -13,7 +13,7 @@ from megatron_crnet.config.field_types import is_text, shown
 from megatron_crnet.config.loading import read_config
 from megatron_crnet.config.schema import Config, FaultsConfig
 from megatron_crnet.utils.errors import ConfigError
-from tests.helpers import ARCHITECTURES, tiny_config
+from tests.helpers import ARCHITECTURES, FULL_RANK_EXPERTS, tiny_config
 
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
@@ -149,6 +149,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"parallel": {"sequence_parallel": True}}, "parallel.sequence_parallel is true"),
     ({"model": {"architecture": "qwen3_moe"}}, "model.num_experts is not set, but architecture qwen3_moe needs it"),
     ({"model": {"num_experts": 4}}, "num_experts is set, but architecture llama has no experts: .* use qwen3_moe"),
+    ({"model": {"full_rank_experts": True}}, "full_rank_experts is set, but architecture llama has no experts"),
+    ({"model": {**FULL_RANK_EXPERTS, "rank": {"q": 8, "k": 8, "v": 8}}}, "gives no rank for the position 'o'"),
     ({"model": {"moe_router_topk": 2}}, "moe_router_topk is set, but architecture llama has no experts"),
     ({"model": {**MOE, "num_experts": 1}}, "num_experts is 1, but must be"),
     ({"model": {**MOE, "moe_router_topk": 5}}, "moe_router_topk 5 is above model.num_experts 4: use at most that"),

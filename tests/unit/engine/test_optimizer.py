@@ -116,6 +116,10 @@ def test_stages_with_fewer_groups_divide_some_and_refuse_what_cannot_be_divided(
     assert count_groups(tiny_config(moe, optimizer=multipliers)) == 5
     # and of experts that are spread over replicas both kinds of factors
     assert count_groups(tiny_config(moe, {"expert_model_parallel_size": 2}, optimizer=multipliers)) == 7
+    # with full-rank experts: attention's two kinds of factors, experts, other weights, the first router, vectors
+    mixed = {"lr_multipliers": {"first_layer": 0.5, "a": 3.0, "b": 4.0}}
+    full_rank_experts = {**moe, "full_rank_experts": True}
+    assert count_groups(tiny_config(full_rank_experts, {"expert_model_parallel_size": 2}, optimizer=mixed)) == 9
     crnet = {**moe, "variant": "crnet"}
     # both have groups of vectors, of matrices, and of matrices of experts
     for model in (moe, crnet):

@@ -42,6 +42,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_full_rank": {**EXPORTED["qwen3"], "variant": "full_rank"},
     "qwen3_cola": {**EXPORTED["qwen3"], "variant": "cola", "tie_word_embeddings": False},
     "qwen3_moe_full_rank": {**EXPORTED["qwen3_moe"], "variant": "full_rank", "moe_router_pre_softmax": True},
+    "qwen3_moe_full_rank_experts": {
+        **EXPORTED["qwen3_moe"],
+        "full_rank_experts": True,
+        "rank": dict.fromkeys("qkvo", 5),
+    },
     "qwen3_moe_cola": {**EXPORTED["qwen3_moe"], "variant": "cola", "only_lr_act": True},
 }
 
