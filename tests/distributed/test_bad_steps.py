@@ -23,7 +23,6 @@ MOE = ARCHITECTURES["qwen3_moe"]
 VPP: dict[str, Any] = {**PP, "virtual_pipeline_model_parallel_size": 2}
 ROWS: dict[str, dict[str, Any]] = {
     "zero0": {"stage": 0},
-    "zero0-bf16": {"stage": 0, "dtype": "bf16"},
     "zero1-bf16": {"stage": 1, "dtype": "bf16"},
     "zero2": {"stage": 2},
     "zero3-bf16": {"stage": 3, "dtype": "bf16", "stage3_param_persistence_threshold": 0},
@@ -32,6 +31,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "ep2-zero1-bf16": {"stage": 1, "dtype": "bf16", "parallel": EP, "model": MOE},
 }
 MORE_ROWS: dict[str, dict[str, Any]] = {
+    "zero0-bf16": {"stage": 0, "dtype": "bf16"},
     "ep2-zero0": {"stage": 0, "parallel": EP, "model": MOE},
     "ep2-zero1": {"stage": 1, "parallel": EP, "model": MOE},
     "zero1": {"stage": 1},

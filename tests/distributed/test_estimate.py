@@ -222,8 +222,6 @@ SOON = (
     "zero 0, fp32",
     "zero 1, bf16",
     "zero 2, bf16",
-    "zero 2, bf16, bucket of the model",
-    "tp",
     "tp, replay",
     "tp, padded",
     "pp",
@@ -235,8 +233,6 @@ SOON = (
     "zero 3, bf16, galore",
     "tp, taught",
     "pp, gpt2",
-    "tp, replay, gpt2",
-    "pp, qwen3",
     "tp, replay, qwen3",
     "ep, moe",
     "ep over replicas, moe",
@@ -244,7 +240,9 @@ SOON = (
 )
 """The others are marked long: every row costs a second on an idle machine, and more where process groups are built."""
 RARE = tuple(name for name in rows() if name not in SOON)
-SIMULATED = tuple(name for name in SOON if "offload" not in name)
+REFUSED = ("offload", "inverse")
+"""Of which a simulation knows too little."""
+SIMULATED = tuple(name for name in rows() if not any(word in name for word in REFUSED))
 
 
 def count_rows(names: list[str]) -> Found:
@@ -348,7 +346,8 @@ def test_rarer_rows_hold_as_well(name: str, counted_rarely: list[Found]) -> None
 @pytest.mark.parametrize(
     "name", [n if n in ("pp", "zero 1, bf16, 8-bit") else pytest.param(n, marks=pytest.mark.long) for n in SIMULATED]
 )
-def test_a_simulated_rank_does_exactly_what_the_real_one_does(name: str, counted: list[Found]) -> None:
+def test_a_simulated_rank_does_exactly_what_the_real_one_does(name: str, request: pytest.FixtureRequest) -> None:
+    counted: list[Found] = request.getfixturevalue("counted" if name in SOON else "counted_rarely")
     real, config = counted[1][name][0], rows()[name]
     # without stages both ranks do the same, and under load gloo's threads may keep a tensor too long on one of them
     peers = counted if config.parallel.pipeline_model_parallel_size == 1 else counted[1:]

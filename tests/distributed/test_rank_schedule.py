@@ -22,17 +22,25 @@ from megatron_crnet.config.rank_section import RankScheduleConfig
 from megatron_crnet.config.schema import Config, ModelConfig
 from megatron_crnet.engine import rank_change
 from megatron_crnet.engine.engine import TrainEngine
-from megatron_crnet.engine.rank_change import change_ranks, reductions
+from megatron_crnet.engine.rank_change import A, B, change_ranks, name_of_b, reductions
 from megatron_crnet.engine.spectrum import crosses, leading_share
-from megatron_crnet.engine.state_kinds import KINDS
+from megatron_crnet.engine.state_kinds import KINDS, MASTER
 from megatron_crnet.model.gpt import build_model_chunks
 from megatron_crnet.model.reference import ReferenceCRNet
-from megatron_crnet.model.weights import initial_value
+from megatron_crnet.model.weights import Weight, initial_value
 from tests.distributed.engines import build_engine, close_engine
 from tests.distributed.layouts import shortened
 from tests.distributed.spawn import run_distributed
 from tests.distributed.test_layouts import EP, EP_4, MOE, PARTITION_EVERYTHING, Layout
-from tests.helpers import PADDED, micro_batches, plain_losses, random_mask, reference_model
+from tests.helpers import (
+    PADDED,
+    local_weights,
+    micro_batches,
+    plain_losses,
+    random_mask,
+    reference_model,
+    relative_error,
+)
 
 GROWN = {"q": [8, 12, 12, 9], "k": 10, "v": 6, "o": 11, "gate": [8, 9, 10, 11], "up": 8, "down": 12}
 SHRUNK = {"q": 4, "k": 5, "v": 6, "o": 7, "gate": 3, "up": 6, "down": 5}
@@ -57,19 +65,20 @@ ROWS = [
     *((row, SCHEDULE) for row in shortened(TWO)),
     # stages, replicas and tensor-parallel ranks add up what they hold, each map once
     *((row, DENSE) for row in TWO[1:3]),
-    (Layout(zero=2, model={"rank": 6}), DENSE),
     (TWO[-1], EXPERTS),
 ]
 FOUR = [
     (Layout(tp=2, pp=2, vpp=2, zero=1, model={"rank": 6}), DENSE),
     (Layout(tp=2, zero=3, model={"rank": 6}, keys=PARTITION_EVERYTHING), DENSE),
-    (Layout(model={"rank": 6}), DENSE),
+    *((Layout(zero=zero, model={"rank": 6}), DENSE) for zero in (0, 2)),
     *((Layout(tp=2, zero=1, model=SPARSE, parallel=parallel), EXPERTS) for parallel in ({}, EP, EP_4)),
     (Layout(pp=2, zero=1, model=SPARSE, parallel=EP), EXPERTS),
 ]
 Row = tuple[Layout, RankScheduleConfig]
 Measured = list[tuple[float, ...]]
 """Of each step: loss, gradient norm, and the share of the energy where it is measured."""
+Made = dict[str, tuple[Tensor, tuple[slice, ...]]]
+"""By the name of a weight, for both factors that of A: this rank's part, and where that is in the whole."""
 
 
 def scheduled(row: Row) -> Config:
@@ -88,13 +97,13 @@ def other_signs(gram_a: Tensor, gram_b: Tensor, rank: int) -> tuple[Tensor, Tens
     return -p, -q
 
 
-def train(rows: list[Row]) -> list[Measured]:
+def train(rows: list[Row]) -> list[tuple[Measured, Made]]:
     if dist.get_rank():
         rank_change.reductions = other_signs
     return [_train(scheduled(row)) for row in rows]
 
 
-def _train(config: Config) -> Measured:
+def _train(config: Config) -> tuple[Measured, Made]:
     changes: list[int] = []
     engine, measured = build_engine(phase_at(config, 0).config), []
     for step in range(STEPS):
@@ -109,8 +118,25 @@ def _train(config: Config) -> Measured:
         phase = phase_at(config, step + 1, changes)
         if phase.start == step + 1:
             engine = _change(engine, phase)
+    made = _made(engine)
     close_engine(engine)
-    return measured
+    return measured, made
+
+
+def _made(engine: TrainEngine) -> Made:
+    """Weights after the last step: of factors their product, which does not depend on how a change has turned them."""
+    states, weights, found = engine.states(), {weight.name: weight for weight in local_weights(engine)}, Made()
+    for name, weight in weights.items():
+        value, where = states[name][MASTER], [_place(weight, dim) for dim in range(len(weight.shape))]
+        if name.endswith(A):
+            value, where[0] = states[name_of_b(name)][MASTER] @ value, _place(weights[name_of_b(name)], 0)
+        if not name.endswith(B):
+            found[name] = value, tuple(where)
+    return found
+
+
+def _place(weight: Weight, dim: int) -> slice:
+    return slice(weight.span.start, weight.span.stop) if weight.shard_dim == dim else slice(None)
 
 
 def _change(engine: TrainEngine, phase: Phase) -> TrainEngine:
@@ -125,7 +151,7 @@ def _change(engine: TrainEngine, phase: Phase) -> TrainEngine:
     return following
 
 
-def plain(config: Config, transformer: Any) -> Measured:
+def plain(config: Config, transformer: Any) -> tuple[Measured, dict[str, Tensor]]:
     phase, schedule, changes, measured = phase_at(config, 0), config.rank_schedule, list[int](), list[Any]()
     model = reference_model(phase.config, transformer)
     moments = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in model.named_parameters()}
@@ -141,7 +167,9 @@ def plain(config: Config, transformer: Any) -> Measured:
         if phase.start == step + 1:
             model, moments = _changed(model, moments, phase, transformer)
     assert not schedule.energy or changes == [3, 4]
-    return measured
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    made = {n: weights[name_of_b(n)] @ w if n.endswith(A) else w for n, w in weights.items() if not n.endswith(B)}
+    return measured, made
 
 
 def plain_share(model: ReferenceCRNet, before: ModelConfig, after: ModelConfig) -> float:
@@ -220,37 +248,43 @@ def _changed(
     return following, found
 
 
-def measured_together(rows: list[Row], world_size: int) -> dict[str, Measured]:
-    """By row; shares are the same on all ranks."""
-    first, *others = run_distributed(train, world_size, rows, timeout_s=600)
-    shares = [[step[2:] for row in rank for step in row] for rank in (first, *others)]
-    assert all(found == shares[0] for found in shares)
-    return dict(zip(map(name_of, rows), first, strict=True))
+Together = dict[str, list[tuple[Measured, Made]]]
+"""By row, of each rank."""
 
 
-def check(row: Row, measured: dict[str, Measured]) -> None:
-    config = scheduled(row)
-    wanted, bound = plain(config, build_transformer_config(config)), 1e-5 if row[0].dtype == "fp32" else 5e-2
-    for step, (found, right) in enumerate(zip(measured[name_of(row)], wanted, strict=True)):
-        assert found == pytest.approx(right, rel=bound), step
+def measured_together(rows: list[Row], world_size: int) -> Together:
+    ranks = run_distributed(train, world_size, rows, timeout_s=600)
+    return dict(zip(map(name_of, rows), map(list, zip(*ranks, strict=True)), strict=True))
+
+
+def check(row: Row, together: Together) -> None:
+    config, ranks = scheduled(row), together[name_of(row)]
+    (wanted, whole), bound = plain(config, build_transformer_config(config)), 1e-5 if row[0].dtype == "fp32" else 5e-2
+    for measured, _ in ranks:
+        for step, (found, right) in enumerate(zip(measured, wanted, strict=True)):
+            assert found == pytest.approx(right, rel=bound), step
+        assert [step[2:] for step in measured] == [step[2:] for step in ranks[0][0]]  # one decision for all
+    parts = [(name, *part) for _, made in ranks for name, part in made.items()]
+    assert {name for name, *_ in parts} == whole.keys()
+    assert relative_error((name, part, whole[name][where], whole[name]) for name, part, where in parts) < bound
 
 
 @pytest.fixture(scope="module")
-def two() -> dict[str, Measured]:
+def two() -> Together:
     return measured_together(ROWS, 2)
 
 
 @pytest.fixture(scope="module")
-def four() -> dict[str, Measured]:
+def four() -> Together:
     return measured_together(FOUR, 4)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=name_of)
-def test_ranks_change_as_in_plain_pytorch(row: Row, two: dict[str, Measured]) -> None:
+def test_ranks_change_as_in_plain_pytorch(row: Row, two: Together) -> None:
     check(row, two)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("row", FOUR, ids=name_of)
-def test_ranks_change_by_energy_on_more_ranks_as_in_plain_pytorch(row: Row, four: dict[str, Measured]) -> None:
+def test_ranks_change_by_energy_on_more_ranks_as_in_plain_pytorch(row: Row, four: Together) -> None:
     check(row, four)

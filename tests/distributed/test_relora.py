@@ -69,9 +69,8 @@ class Row(Sizes):
 
 
 ON_TWO = [
-    *(Row(zero=zero) for zero in (0, 1, 2, 3)),
+    *(Row(zero=zero) for zero in (1, 2)),
     *(Row(tp=2, zero=zero) for zero in (0, 3)),
-    Row(tp=2, sp=False, prune="random"),
     Row(pp=2, zero=1, prune="random"),
     Row(tp=2, zero=1, model=PADDED),
     Row(pp=2, vpp=2, model={**RELORA, "full_rank_layers": [0]}),
@@ -82,6 +81,8 @@ ON_TWO = [
 ]
 ON_TWO = shortened(ON_TWO)
 MORE_ON_TWO = [
+    *(Row(zero=zero) for zero in (0, 3)),
+    Row(tp=2, sp=False, prune="random"),
     Row(pp=2, vpp=2, zero=1, model=MOE),
     Row(tp=2, zero=1, model=GPT2),
     Row(pp=2, model=QWEN3),

@@ -61,8 +61,8 @@ WRITERS = {
     "qwen3_moe": ("tp2-ep2-zero1", "dp2-zero3", "dp2-ep2-zero0", "dp2-ep2-zero1"),
 }
 READERS = {
-    "fp32": ("tp2-zero1", "dp2-zero1", "dp2-zero1-unpadded", "dp2-zero3", "pp2-vpp2-zero1"),
-    "bf16": ("dp2-zero0", "dp2-zero1", "dp2-zero3", "tp2-zero1"),
+    "fp32": ("tp2-zero1", "dp2-zero1-unpadded", "dp2-zero3", "pp2-vpp2-zero1"),
+    "bf16": ("dp2-zero1", "dp2-zero3", "tp2-zero1"),
     "gpt2": ("pp2-vpp2-zero1", "dp2-zero3"),
     "qwen3": ("tp2-zero3-without-sp", "pp2-zero1"),
     "qwen3_moe": ("dp2-ep2-zero1", "tp2-ep2-zero1", "dp2-zero3"),
@@ -105,7 +105,8 @@ def train(config: Config, load: Path | None = None, save: Path | None = None) ->
 
 
 MORE_READERS = {
-    "fp32": ("dp2-zero0", "dp2-zero2", "tp2-zero3-without-sp", "pp2-zero1"),
+    "fp32": ("dp2-zero0", "dp2-zero1", "dp2-zero2", "tp2-zero3-without-sp", "pp2-zero1"),
+    "bf16": ("dp2-zero0",),
     "gpt2": ("tp2-zero1",),
     "qwen3_moe": ("dp2-ep2-zero0", "tp2-zero1", "pp2-zero1"),
 }
@@ -157,9 +158,9 @@ def test_any_other_layout_goes_on_to_rounding(runs: Any, kind: str, tolerance: f
 
 @pytest.mark.long
 def test_more_layouts_go_on_to_rounding(tmp_path: Path) -> None:
-    for whole, resumed in run_distributed(through_files, 2, str(tmp_path), MORE_READERS)[0].values():
+    for (kind, *_), (whole, resumed) in run_distributed(through_files, 2, str(tmp_path), MORE_READERS)[0].items():
         for step, other in zip(whole, resumed, strict=True):
-            assert other == pytest.approx(step, rel=1e-5)
+            assert other == pytest.approx(step, rel=2e-2 if kind == "bf16" else 1e-5), kind
 
 
 def through_files_of_four(folder: str) -> list[Any]:
