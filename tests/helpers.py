@@ -28,7 +28,7 @@ from megatron_crnet.config.schema import (
     ReloraConfig,
     TrainingConfig,
 )
-from megatron_crnet.data.documents import DOCUMENT_LENGTHS, document_lengths, positions_within
+from megatron_crnet.data.documents import DOCUMENT_LENGTHS, document_lengths
 from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.engine.distillation import build_teacher, teacher_config
 from megatron_crnet.engine.engine import TrainEngine
@@ -254,6 +254,12 @@ class Errors:
 
     def worst(self) -> float:
         return max(dataclasses.astuple(self))
+
+
+def positions_within(lengths: Tensor) -> Tensor:
+    """Positions that restart with each document, [sum of lengths]."""
+    starts = lengths.cumsum(0) - lengths
+    return torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths)
 
 
 def relative_error(pairs: Iterable[tuple[str, Tensor, Tensor, Tensor]]) -> float:

@@ -2,6 +2,6 @@
 
 In: A model in files (`source.py`), rows of tokens.
 Out: Sums over all tokens, layer by layer (`stream.py`), and from these a CR-Net of a dense model, ranks, errors.
-May import: hf and the rooms below it.
+May import: hf and the sub-packages below it.
 Start with difference.py, then stream.py.
 """

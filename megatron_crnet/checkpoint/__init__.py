@@ -2,6 +2,6 @@
 
 In: The engine's state, or a folder.
 Out: Sealed checkpoints, saved in the background; the newest good one, or why there is none.
-May import: engine and the rooms below it.
+May import: engine and the sub-packages below it.
 Start with directory.py, then manager.py.
 """

@@ -113,40 +113,13 @@ def check_deepspeed(config: Config) -> None:
 
 def _zero_rules(config: Config, stage: int, tp: int, pp: int) -> Iterator[tuple[str, bool, str]]:
     """A key of `zero_optimization`, whether it breaks a rule, and the rule with its remedy."""
-    zero, on_host = _zero(config), offloads_optimizer(config)
+    zero = _zero(config)
     yield (
         "offload_param",
         offloads_parameters(config) and stage < 3,
         f"only stage 3 partitions parameters, not stage {stage}: use stage 3 or offload_optimizer",
     )
-    yield (
-        "offload_optimizer",
-        on_host and stage == 0,
-        "stage 0 partitions nothing that could be moved: use stage 1, 2 or 3",
-    )
-    why = ON_DEVICE_ONLY.get(config.optimizer.name, "")
-    yield (
-        "offload_optimizer",
-        on_host and bool(why),
-        f"optimizer.name is {config.optimizer.name}, {why}: use adamw, or leave offload_optimizer out",
-    )
-    yield (
-        "offload_optimizer",
-        on_host and tp > 1,
-        "DeepSpeed moves gradients to the host before they can be summed over the tensor-parallel ranks of "
-        f"tensor_model_parallel_size {tp}: use tensor_model_parallel_size 1, or leave offload_optimizer out",
-    )
-    yield (
-        "offload_optimizer",
-        on_host and pp > 1,
-        f"DeepSpeed's host copies are filled by hooks that the schedule of pipeline_model_parallel_size {pp} does "
-        "not run: use pipeline_model_parallel_size 1, or leave offload_optimizer out",
-    )
-    yield (
-        "offload_optimizer",
-        _device(zero, "offload_optimizer") == "nvme" and stage < 3,
-        f"DeepSpeed keeps the state of stage {stage} in host memory without saying so: use stage 3, or device cpu",
-    )
+    yield from (("offload_optimizer", *rule) for rule in _offload_rules(config, stage, tp, pp))
     for key in ("offload_param", "offload_optimizer"):
         on_disk = _device(zero, key) == "nvme" and "nvme_path" not in zero[key]
         yield key, on_disk, "device nvme needs a folder on a disk: add nvme_path"
@@ -158,11 +131,6 @@ def _zero_rules(config: Config, stage: int, tp: int, pp: int) -> Iterator[tuple[
     )
     for key in ONLY_STAGE_3 - {"offload_param"}:
         yield key, key in zero and stage < 3, f"stage {stage} does not read it: use stage 3 or leave it out"
-    yield (
-        "offload_optimizer",
-        _device(zero, "offload_optimizer") == "nvme" and bool(config.rank_schedule.ranks),
-        "rank_schedule changes ranks, and weights and moments on disks cannot take another shape: use device cpu",
-    )
     merges = METHODS[config.model.variant].has_frozen
     for key, broken in (
         ("offload_param", _device(zero, "offload_param") == "nvme"),
@@ -176,6 +144,38 @@ def _zero_rules(config: Config, stage: int, tp: int, pp: int) -> Iterator[tuple[
         zero.get("zero_hpz_partition_size", 1) != 1 and tp > 1,
         "DeepSpeed builds its secondary groups of consecutive ranks, which hold different shards under "
         f"tensor_model_parallel_size {tp}: use tensor_model_parallel_size 1, or leave it out",
+    )
+
+
+def _offload_rules(config: Config, stage: int, tp: int, pp: int) -> Iterator[tuple[bool, str]]:
+    """Of `offload_optimizer`: whether it breaks a rule, and the rule with its remedy."""
+    on_host, on_disk = offloads_optimizer(config), _device(_zero(config), "offload_optimizer") == "nvme"
+    yield (
+        on_host and stage == 0,
+        "stage 0 partitions nothing that could be moved: use stage 1, 2 or 3",
+    )
+    why = ON_DEVICE_ONLY.get(config.optimizer.name, "")
+    yield (
+        on_host and bool(why),
+        f"optimizer.name is {config.optimizer.name}, {why}: use adamw, or leave offload_optimizer out",
+    )
+    yield (
+        on_host and tp > 1,
+        "DeepSpeed moves gradients to the host before they can be summed over the tensor-parallel ranks of "
+        f"tensor_model_parallel_size {tp}: use tensor_model_parallel_size 1, or leave offload_optimizer out",
+    )
+    yield (
+        on_host and pp > 1,
+        f"DeepSpeed's host copies are filled by hooks that the schedule of pipeline_model_parallel_size {pp} does "
+        "not run: use pipeline_model_parallel_size 1, or leave offload_optimizer out",
+    )
+    yield (
+        on_disk and stage < 3,
+        f"DeepSpeed keeps the state of stage {stage} in host memory without saying so: use stage 3, or device cpu",
+    )
+    yield (
+        on_disk and bool(config.rank_schedule.ranks),
+        "rank_schedule changes ranks, and weights and moments on disks cannot take another shape: use device cpu",
     )
 
 

@@ -45,7 +45,7 @@ class ConfigParser(ToolParser):
             action="append",
             default=[],
             metavar="FILE",
-            help="YAML file; later ones go field by field",
+            help="YAML file; may be repeated: a later file overrides an earlier one field by field",
         )
 
     def own_options(self, argv: Sequence[str]) -> argparse.Namespace:

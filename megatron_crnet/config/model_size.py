@@ -19,14 +19,16 @@ def linear_parameters(table: PositionTable, layer: int, *, active: bool = False)
     Args:
         active: of experts, only as many as a token passes.
     """
-    count = table.uses if active else table.copies
-    return sum(count(name) * _map_parameters(table, layer, name) for name in table.shapes)
+    return sum(_count(table, name, active) * _map_parameters(table, layer, name) for name in table.shapes)
 
 
 def factor_parameters(table: PositionTable, layer: int, *, active: bool = False) -> int:
     """Those of them that are factors; `active` as in `linear_parameters`."""
-    count = table.uses if active else table.copies
-    return sum(count(name) * _map_parameters(table, layer, name) for name in table.factored(layer))
+    return sum(_count(table, name, active) * _map_parameters(table, layer, name) for name in table.factored(layer))
+
+
+def _count(table: PositionTable, position: str, active: bool) -> int:
+    return table.uses(position) if active else table.copies(position)
 
 
 def _map_parameters(table: PositionTable, layer: int, position: str) -> int:
@@ -36,8 +38,7 @@ def _map_parameters(table: PositionTable, layer: int, position: str) -> int:
 
 def frozen_parameters(table: PositionTable, layer: int, *, active: bool = False) -> int:
     """Weights of the frozen full-rank maps of a layer, beside its factors; `active` as in `linear_parameters`."""
-    count = table.uses if active else table.copies
-    return sum(count(name) * _frozen_map_parameters(table, layer, name) for name in table.shapes)
+    return sum(_count(table, name, active) * _frozen_map_parameters(table, layer, name) for name in table.shapes)
 
 
 def _frozen_map_parameters(table: PositionTable, layer: int, position: str) -> int:

@@ -232,19 +232,19 @@ def position_table(model: ModelConfig, tp_size: int = 1, pad_to: int = 1) -> Pos
     ranks = resolve_ranks(model.rank, model.num_layers, full, tuple(shapes), of_experts)
     _check_sides(ranks, shapes)
     return PositionTable(
-        architecture,
-        tuple(ranks),
-        frozenset({0, *full} if method.is_chained else range(model.num_layers)),
-        shapes,
-        tp_size,
-        pad_to,
-        method,
-        not resolve_only_lr_act(model, architecture),
-        model.relora_scale if method.has_frozen else 1.0,
-        ties_head(model),
-        model.num_experts or 0,
-        model.moe_router_topk if model.num_experts else 0,
-        model.vocab_size,
+        architecture=architecture,
+        ranks=tuple(ranks),
+        chain_starts=frozenset({0, *full} if method.is_chained else range(model.num_layers)),
+        shapes=shapes,
+        tp_size=tp_size,
+        pad_to=pad_to,
+        method=method,
+        activates=not resolve_only_lr_act(model, architecture),
+        scale=model.relora_scale if method.has_frozen else 1.0,
+        ties_head=ties_head(model),
+        num_experts=model.num_experts or 0,
+        topk=model.moe_router_topk if model.num_experts else 0,
+        vocabulary=model.vocab_size,
     )
 
 

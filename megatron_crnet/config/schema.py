@@ -333,8 +333,7 @@ class CheckpointConfig(Section, name="checkpoint"):
 
 @dataclass(frozen=True)
 class FaultsConfig(Section, name="faults"):
-    """Handling of bad steps: a loss or gradient norm that is not finite, a loss spike, or a batch without trained
-    tokens."""
+    """Bad steps: loss or gradient norm not finite, a loss spike, or no trained token in the batch."""
 
     on_bad_step: Literal["stop", "skip"] = "stop"
     """stop ends the run with status 3. skip leaves the weights unchanged, counts the step and goes on."""

@@ -29,12 +29,6 @@ def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Te
     return {k: x if k == DOCUMENT_LENGTHS else x.to(device, non_blocking=True) for k, x in batch.items()}
 
 
-def positions_within(lengths: Tensor) -> Tensor:
-    """Positions that restart with each document, [sum of lengths]."""
-    starts = lengths.cumsum(0) - lengths
-    return torch.arange(int(lengths.sum())) - starts.repeat_interleave(lengths)
-
-
 @dataclass(frozen=True)
 class PackedDocuments:
     """The documents of one micro-batch: made once and shared by all its layers, recomputed ones included.

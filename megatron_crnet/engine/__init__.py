@@ -1,4 +1,4 @@
-"""One optimizer step: Megatron-Core's schedules, DeepSpeed's ZeRO; the only room that knows DeepSpeed's insides.
+"""One optimizer step: Megatron-Core's schedules, DeepSpeed's ZeRO, whose buffers only this sub-package knows.
 
 In: A model and micro-batches.
 Out: Losses, norms, updated weights; fp32 weights and moments by parameter, at any ZeRO stage.

@@ -1,4 +1,4 @@
-"""DeepSpeed's private buffers: the only module that reads them, with one small class per ZeRO stage.
+"""DeepSpeed's private buffers, which zero_state.py and this module alone read: one small class per ZeRO stage.
 
 fp32 master weights and Adam's moments: a ZeRO stage flattens parameters into buffers, cuts these over data-parallel
 ranks, and may move them to the host. Here each parameter knows its shard of that, so that it can be read and written

@@ -2,6 +2,6 @@
 
 In: Checkpoints or exports.
 Out: Exports that open without this package, checkpoints made from them, text, losses.
-May import: checkpoint and the rooms below it.
+May import: checkpoint and the sub-packages below it.
 Start with export.py, then modeling_crnet.py.
 """

@@ -2,6 +2,6 @@
 
 In: A `Config`, and callbacks of the caller.
 Out: Metrics, checkpoints, a `TrainResult`.
-May import: checkpoint and the rooms below it.
+May import: checkpoint and the sub-packages below it.
 Start with trainer.py (the loop), then preflight.py and callbacks/base.py (the hooks).
 """

@@ -1,4 +1,4 @@
-"""Files, signals, errors, messages: what every room needs and that knows nothing of models.
+"""Files, signals, errors, messages: what every sub-package needs and that knows nothing of models.
 
 In: Paths, bytes, signals.
 Out: Whole files, locks, one-line errors, progress lines, facts of the machine.

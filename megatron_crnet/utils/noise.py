@@ -12,7 +12,7 @@ from contextlib import contextmanager, redirect_stdout
 from functools import partial
 
 WARNINGS = (
-    # optional packages, taken where they are installed; README says so
+    # optional packages, taken where they are installed
     r".*(Transformer Engine|Apex).*not installed.*",
     # Megatron-Core's and PyTorch's notes to their own developers
     r"full scope is deprecated",

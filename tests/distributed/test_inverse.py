@@ -158,6 +158,7 @@ def stale_plan() -> tuple[bool, bool, int]:
     return finite, poisoned, engine.num_extra_checkpoints
 
 
+@pytest.mark.fault("GPU")
 def test_a_plan_for_other_betas_gives_no_number_rather_than_a_wrong_one() -> None:
     finite, poisoned, added = run_distributed(stale_plan, 1)[0]
     assert finite

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from megatron_crnet.config.schema import RecomputeConfig
-from megatron_crnet.data.documents import DOCUMENT_LENGTHS, document_lengths, documents_of, positions_within, to_device
+from megatron_crnet.data.documents import DOCUMENT_LENGTHS, document_lengths, documents_of, to_device
 from megatron_crnet.data.loader import global_batches
 from megatron_crnet.utils.errors import ConfigError, DataError
-from tests.helpers import make_batch, tiny_config
+from tests.helpers import make_batch, positions_within, tiny_config
 from tests.unit.data_helpers import SEQ, build, random_documents, write_indexed
 
 EOD = 1

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_crnet.data.documents import DOCUMENT_LENGTHS, positions_within
+from megatron_crnet.data.documents import DOCUMENT_LENGTHS
 from megatron_crnet.hf.evaluate import (
     evaluate,
     first_tokens,
@@ -26,7 +26,12 @@ from megatron_crnet.hf.export_config import hugging_face_fields
 from megatron_crnet.hf.modeling_crnet import CRNetConfig, CRNetForCausalLM
 from megatron_crnet.model.reference import ReferenceCRNet
 from megatron_crnet.utils.errors import DataError
-from tests.helpers import EOD, document_numbers, tiny_config
+from tests.helpers import (
+    EOD,
+    document_numbers,
+    positions_within,
+    tiny_config,
+)
 from tests.unit.data_helpers import VOCAB, PlainTokenizer, write_indexed
 from tests.unit.export_helpers import EXPORTED, random_weights
 

@@ -12,13 +12,12 @@ import torch
 
 from megatron_crnet.config.architectures import ARCHITECTURES as TRAINED
 from megatron_crnet.config.megatron import build_transformer_config
-from megatron_crnet.data.documents import positions_within
 from megatron_crnet.hf import configuration_crnet, layer_crnet, linear_crnet, modeling_crnet, tokenization_crnet
 from megatron_crnet.hf.export_config import hugging_face_fields
 from megatron_crnet.hf.modeling_crnet import CRNetConfig, CRNetForCausalLM
 from megatron_crnet.model.reference import ReferenceCRNet
 from megatron_crnet.model.weights import initial_value
-from tests.helpers import tiny_config
+from tests.helpers import positions_within, tiny_config
 from tests.unit.export_helpers import EXPORTED
 
 PER_POSITION = {"q": [3, 4, 5, 6], "k": 4, "v": 4, "o": 6, "gate": 7, "up": 7, "down": [9, 8, 7, 6]}
