@@ -98,6 +98,7 @@ def estimate(config: Config, world_size: int, gpu: str = "h100", *, gpus_per_nod
     Raises:
         ConfigError: the batch or the layout does not fit `world_size` ranks, or the GPU is unknown.
     """
+    require_positive("estimate", world_size=world_size, gpus_per_node=gpus_per_node)
     _prepare()
     from megatron_crnet.planning.estimate import estimate as by_formula
     from megatron_crnet.planning.machines import find_machine
@@ -110,6 +111,7 @@ def plan(config: Config, gpus: int, gpu: str = "h100", *, gpus_per_node: int = 8
 
     Each has its `config`, ready for `train`, and its `estimate`. Arguments and errors as for `estimate`.
     """
+    require_positive("plan", gpus=gpus, gpus_per_node=gpus_per_node)
     _prepare()
     from megatron_crnet.planning.machines import find_machine
     from megatron_crnet.planning.search import search

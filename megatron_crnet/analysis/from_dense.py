@@ -227,6 +227,11 @@ def compressed_ranks(table: PositionTable, factor: float) -> dict[str, int]:
             rank > 0,
             f"--compression is {factor:g}, which leaves no rank to {position}, of {table.shapes[position]}: lower it",
         )
+        require(
+            rank <= min(table.shapes[position]),
+            f"--compression is {factor:g}, which gives {position}, of {table.shapes[position]}, rank {rank}, above its "
+            "smaller side: raise it",
+        )
     return ranks
 
 

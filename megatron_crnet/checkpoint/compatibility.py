@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import yaml
 from megatron_crnet.config.architectures import ARCHITECTURES
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.phases import is_warm_start
-from megatron_crnet.config.positions import METHODS
+from megatron_crnet.config.positions import METHODS, position_table
 from megatron_crnet.config.rank_section import rank_after
 from megatron_crnet.config.schema import OF_TRAINING, Config, ModelConfig
 from megatron_crnet.utils.errors import CheckpointError, ConfigError, describe, require
@@ -70,7 +71,8 @@ def check_resumable(
         wanted["rank"] = rank_after(wanted["rank"], config.rank_schedule, at if step is None else step, changes)
     learns_positions = not ARCHITECTURES[config.model.architecture].is_rotary
     of_weights = {*wanted} - NOT_OF_THE_MODEL | ({"max_position_embeddings"} if learns_positions else set())
-    names = [name for name in wanted if name in of_weights and found.get(name) != wanted[name]]
+    defined, asked_for = _defining(found), _defining(wanted)
+    names = [name for name in asked_for if name in of_weights and defined.get(name) != asked_for[name]]
     if names:
         difference = ", ".join(f"model.{name} {found.get(name)} instead of {wanted[name]}" for name in names)
         raise ConfigError(f"checkpoint {checkpoint} was written with {difference}: {remedy}")
@@ -83,6 +85,17 @@ def check_resumable(
             "new run with its weights alone by checkpoint.load"
         )
     return dict(saved)
+
+
+def _defining(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The resolved fields that say what weights there are and compute, with a rank for each map; a model whose ranks
+    are refused today keeps them as they were written."""
+    method = METHODS[model["variant"]]
+    unread = {"relora_scale": not method.has_frozen, "cross_layer_epsilon": not method.is_chained}
+    found = {name: value for name, value in model.items() if not unread.get(name)}
+    with suppress(ConfigError):
+        found["rank"] = position_table(ModelConfig(**model)).ranks
+    return found
 
 
 def _check_phase(
@@ -99,7 +112,7 @@ def _check_phase(
         f"{remedy}",
     )
     require(
-        holds or step is not None or before == now,
+        holds or step is not None or before == now or asked["training"]["eval_only"],
         f"checkpoint {checkpoint} is of a run whose warm start had {before} steps, but relora.warm_start_steps is "
         f"{now}, from which the schedule and restarts after it are counted: {remedy}",
     )

@@ -19,6 +19,8 @@ class TrainingState:
         skipped, skipped_in_a_row: bad steps that were skipped, in total and since the last good one.
         unlogged_loss, unlogged_steps: sum of the losses since the last metric line, and of how many good steps.
         unlogged_distillation: the same of the losses of distillation, by name.
+        unlogged_routing: what routers have counted since the last metric line (`engine/expert_load.py`), when it was
+            saved before the next.
         grad_norm, lr: of the last good step.
         recent_losses: of the last good steps, for what faults.spike_deviations compares with.
         restarts: ReLoRA's restarts so far, which number what they draw.
@@ -34,6 +36,7 @@ class TrainingState:
     unlogged_loss: float = 0.0
     unlogged_steps: int = 0
     unlogged_distillation: dict[str, float] | None = None
+    unlogged_routing: tuple[list[float], ...] | None = None
     grad_norm: float = 0.0
     lr: float = 0.0
     recent_losses: tuple[float, ...] = ()
@@ -95,7 +98,7 @@ class TrainingState:
 
     def logged(self) -> TrainingState:
         """The state after a metric line."""
-        return replace(self, unlogged_loss=0.0, unlogged_steps=0, unlogged_distillation=None)
+        return replace(self, unlogged_loss=0.0, unlogged_steps=0, unlogged_distillation=None, unlogged_routing=None)
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> TrainingState:

@@ -68,6 +68,11 @@ def _world_size(arguments: argparse.Namespace) -> int | None:
             f"--nnodes is {arguments.nnodes} and --nproc_per_node {arguments.nproc_per_node}, but must be numbers (or "
             f"gpu, cpu, auto for the ranks of this node): {error}"
         ) from error
+    require(
+        ranks >= 1 and 1 <= least <= most,
+        f"--nnodes is {arguments.nnodes} and --nproc_per_node {arguments.nproc_per_node}, but both must be at least "
+        "1, and a range of nodes must ascend: correct them",
+    )
     return most * ranks if least == most else None
 
 

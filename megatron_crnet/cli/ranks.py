@@ -41,6 +41,7 @@ def build_parser(prog: str) -> ToolParser:
     parser.add_argument("--overwrite", action="store_true", help="replace older files")
     parser.add_argument("--variant", choices=VARIANTS, default="crnet", help="to choose for (default: %(default)s)")
     parser.add_argument("--full-rank-layers", type=int, nargs="*", metavar="L", help="default: the variant's")
+    parser.add_argument("--full-rank-experts", action="store_true", help="choose for attention alone")
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--like-rank", type=int, metavar="R", help="as many parameters as with this rank everywhere")
     budget.add_argument("--parameters", type=float, help="of the whole model")
@@ -84,7 +85,11 @@ def _choose(source: SourceModel, args: argparse.Namespace, call: Call) -> None:
     from megatron_crnet.utils.files import atomic_files
 
     model = replace(
-        source.config.model, variant=args.variant, rank=args.like_rank or 1, full_rank_layers=args.full_rank_layers
+        source.config.model,
+        variant=args.variant,
+        rank=args.like_rank or 1,
+        full_rank_layers=args.full_rank_layers,
+        full_rank_experts=args.full_rank_experts,
     )
     budget = _budget(model, args, source.longest)
     multiple = args.multiple or rank_multiple(model.hidden_size)

@@ -16,7 +16,7 @@ import yaml
 
 from megatron_crnet.config.field_types import FilePath, checked, is_text, nearest, shown, types_of
 from megatron_crnet.config.options import ToolParser
-from megatron_crnet.config.positions import head_width, position_table, resolve_full_rank_layers
+from megatron_crnet.config.positions import METHODS, head_width, position_table, resolve_full_rank_layers
 from megatron_crnet.config.schema import Config
 from megatron_crnet.utils.errors import require
 from megatron_crnet.utils.files import replace_text
@@ -121,6 +121,7 @@ def resolved(config: Config) -> dict[str, Any]:
     values["model"]["full_rank_layers"] = resolve_full_rank_layers(
         model.variant, model.full_rank_layers, model.num_layers
     )
+    values["model"]["full_rank_experts"] = model.full_rank_experts and not METHODS[model.variant].is_full_rank
     table = position_table(model)
     values["model"]["only_lr_act"] = not table.activates
     values["model"]["tie_word_embeddings"] = table.ties_head
@@ -151,7 +152,7 @@ def _fields(section: str) -> dict[str, Any]:
 
 def _wants_text(keys: tuple[str, ...]) -> bool:
     kinds = _fields(keys[0]) if len(keys) == 2 and keys[0] in SECTIONS else {}
-    return keys[-1] in kinds and is_text(kinds[keys[-1]])
+    return bool(kinds) and keys[-1] in kinds and is_text(kinds[keys[-1]])
 
 
 def _merge_file(values: Values, path: str) -> None:

@@ -34,10 +34,15 @@ def _routers(chunks: Sequence[CRNetModel]) -> Iterator[tuple[int, CountingRouter
             yield layer.index, layer.experts.router
 
 
-def routing_totals(chunks: Sequence[CRNetModel], device: torch.device) -> Tensor:
+def routing_totals(
+    chunks: Sequence[CRNetModel], device: torch.device, before: Sequence[Sequence[float]] | None = None
+) -> Tensor:
     """What routers have counted since the last call, [layers, experts + 1] in fp64; a collective call.
 
     Tokens that each expert was given, then the load-balancing losses of all micro-batches, without their coefficient.
+
+    Args:
+        before: of an earlier call, to which this one's are added.
     """
     config = chunks[0].config
     totals = torch.zeros(config.num_layers, config.table.num_experts + 1, dtype=torch.float64, device=device)
@@ -45,7 +50,7 @@ def routing_totals(chunks: Sequence[CRNetModel], device: torch.device) -> Tensor
         totals[index, :-1], totals[index, -1:] = router.tokens_per_expert, router.balance_loss
         router.reset_counts()
     dist.all_reduce(totals)  # tensor-parallel ranks have counted their parts of the sequence
-    return totals
+    return totals if before is None else totals + totals.new_tensor(before)
 
 
 def load_metrics(totals: Tensor, config: Config) -> dict[str, float]:

@@ -138,19 +138,32 @@ class CRNetMLP(nn.Module):
         return (*y, self.down_proj(inner, before_down))
 
 
+class CRNetRouter(nn.Module):
+    """Logits of the experts, in fp32 at least; no nn.Linear, so that adapters of linear maps leave it out."""
+
+    def __init__(self, config: CRNetConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_experts or 0, config.hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [tokens, h]. Returns [tokens, experts]."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(wide), self.weight.to(wide))
+
+
 class CRNetExperts(nn.Module):
     """A router, and feed-forward networks of which each token passes some: sum over its experts of p_e MLP_e(x)."""
 
     def __init__(self, config: CRNetConfig, layer: int) -> None:
         super().__init__()
         self.config = config
-        self.gate = nn.Linear(config.hidden_size, config.num_experts or 0, bias=False)
+        self.gate = CRNetRouter(config)
         self.experts = nn.ModuleList(CRNetMLP(config, layer) for _ in range(config.num_experts or 0))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [b, s, h], after the norm. Routing is computed in fp32 at least."""
-        tokens, wide = x.flatten(0, -2), torch.promote_types(x.dtype, torch.float32)
-        logits = F.linear(tokens.to(wide), self.gate.weight.to(wide))
+        """x: [b, s, h], after the norm."""
+        tokens = x.flatten(0, -2)
+        logits = self.gate(tokens)
         top, chosen = logits.topk(self.config.num_experts_per_tok)
         pre = self.config.moe_router_pre_softmax
         weights = logits.softmax(-1).gather(-1, chosen) if pre else top.softmax(-1)

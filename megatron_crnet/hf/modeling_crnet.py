@@ -27,7 +27,15 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_crnet import CRNetConfig
-from .layer_crnet import CRNetAttention, CRNetDecoderLayer, CRNetLayers, Outputs, make_norm, rotary_embedding
+from .layer_crnet import (
+    CRNetAttention,
+    CRNetDecoderLayer,
+    CRNetLayers,
+    CRNetRouter,
+    Outputs,
+    make_norm,
+    rotary_embedding,
+)
 from .linear_crnet import CrossLayerLinear, Factor
 
 
@@ -67,7 +75,7 @@ class CRNetPreTrainedModel(PreTrainedModel):
         if isinstance(module, CrossLayerLinear):
             if module.beta is not None:
                 nn.init.constant_(module.beta, self.config.beta_init)
-        elif isinstance(module, nn.Linear | nn.Embedding | Factor):
+        elif isinstance(module, nn.Linear | nn.Embedding | Factor | CRNetRouter):
             nn.init.normal_(module.weight, std=getattr(module, "std", self.config.initializer_range))
         elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
             nn.init.ones_(module.weight)

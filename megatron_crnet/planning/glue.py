@@ -147,17 +147,24 @@ def _record(config: Config, variant: Variant) -> dict[str, Any]:
     }
 
 
+OF_A_VARIANT = ("recompute", "relora", "rank_schedule", "distillation")
+"""Sections that may not fit another variant, and change nothing of what is counted."""
+
+
 def _counted(config: Config, variant: Variant, layers: int) -> tuple[GlueCounter, GlueCounter]:
     """Counters of the forward and the backward pass of a micro-batch through a decoder of few layers."""
-    rank: Any = position_table(config.model).last_factored
+    table = position_table(config.model)
+    rank: Any = table.last_factored or min(config.model.hidden_size // 4, *map(min, table.shapes.values()))
     model = dataclasses.replace(
         config.model,
         variant=variant,
         num_layers=layers,
         **OF_VARIANT,
-        rank=rank or config.model.hidden_size // 4,
+        rank=rank,
     )
-    transformer = build_transformer_config(dataclasses.replace(config, model=model, recompute=type(config.recompute)()))
+    sections: dict[str, Any] = {name: type(getattr(config, name))() for name in OF_A_VARIANT}
+    sections["optimizer"] = type(config.optimizer)(lr_warmup_steps=0)
+    transformer = build_transformer_config(dataclasses.replace(config, model=model, **sections))
     forward, backward = GlueCounter(), GlueCounter()
     with FakeTensorMode(), even_experts(transformer.table):
         groups = ProcessGroupCollection.use_mpu_process_groups()

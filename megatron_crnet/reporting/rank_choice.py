@@ -18,7 +18,8 @@ CURVES = 4
 
 def rank_yaml(model: ModelConfig, command: str) -> str:
     """The model section with variant, full-rank layers and ranks, for a further --config."""
-    values = {"variant": model.variant, "full_rank_layers": model.full_rank_layers, "rank": model.rank}
+    names = ("variant", "full_rank_layers", *(("full_rank_experts",) if model.num_experts else ()), "rank")
+    values = {name: getattr(model, name) for name in names}
     dumped = yaml.safe_dump({"model": values}, sort_keys=False, default_flow_style=None, width=110)
     return f"# {command}\n# {total_parameters(model):,} parameters\n{dumped}"
 

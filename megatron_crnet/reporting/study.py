@@ -89,10 +89,13 @@ def extended(study: Study, rows: Mapping[str, Row], given: Study, say: Say = lam
             if variant is None:
                 continue
             value = float(f"{edge * axis.extend**side:.6g}")
+            if all(isinstance(v, int) for v in axis.values):
+                value = round(value)
             added = sum(1 for v in axis.values if (v - pick(first.values)) * side > 0)
             longer = replace(axis, values=tuple(sorted({*axis.values, value})))
             try:
                 require(added < MOST_EXTENSIONS, f"{axis.name} was extended by {added} values already")
+                require(value not in axis.values, f"times {axis.extend:g} it is {value} again")
                 study.with_axis(longer).check()
             except ConfigError as error:
                 say(f"warning: the best {axis.name} of {variant} is at the edge, {edge:g}: {error}")

@@ -34,6 +34,8 @@ KEYS = {
 Factor = Annotated[float, Ge(1.01), Le(1000)]
 MOST_EXTENSIONS = 4
 """Values by which an axis is extended on each side at most."""
+MOST_STEPS = 10**6
+"""Of a run whose steps are not known yet: more than any schedule asks for."""
 NOT_COMPARED = ("logging.", "checkpoint.", "data.cache_path", "data.num_workers", "training.seed")
 """Prefixes of fields that may change within a study."""
 
@@ -134,8 +136,11 @@ class Study:
             "checkpoint.dir": None,
         }
         if self.tokens is not None:
-            # the schedule is checked with the steps that follow
-            unscheduled = {"optimizer.lr_warmup_steps": 0, "optimizer.lr_decay_style": "constant"}
+            # the schedule is checked with the steps that follow, which are fewer
+            unscheduled = {
+                **{"optimizer.lr_warmup_steps": 0, "optimizer.lr_decay_style": "constant"},
+                **{"optimizer.lr_restart_interval": None, "training.train_steps": min(self.tokens, MOST_STEPS)},
+            }
             tokens_per_step = plan_batches(self._load({**values, **unscheduled}), 1).tokens_per_step
             values["training.train_steps"] = max(self.tokens // tokens_per_step, 1)
         config = self._load(values)

@@ -231,7 +231,8 @@ def _examine_checkpoint(
         check_remains(config, damaged)
     if checkpoint is None:
         return {}, {}
-    saved, state = check_resumable(config, checkpoint), saved_state(checkpoint)
+    with_moments = not config.training.eval_only
+    saved, state = check_resumable(config, checkpoint, with_moments=with_moments), saved_state(checkpoint)
     if before := TrainedOn.from_state(state):
         before.check_tokenizer(checkpoint, trained_on.tokenizer)
     return saved, state

@@ -140,7 +140,12 @@ class Trainer:
         """Fill weights and optimizer from what the preflight found. Returns the counters."""
         start, checkpoint = self.preflight.start, self.preflight.checkpoint
         if start is None:
-            return self.checkpointer.load(checkpoint) if checkpoint else TrainingState()
+            if checkpoint is None:
+                return TrainingState()
+            if not self.config.training.eval_only:
+                return self.checkpointer.load(checkpoint)
+            self.checkpointer.load_initial(checkpoint, optimizer=False)
+            return TrainingState.from_values(self.preflight.state)
         self.checkpointer.load_initial(start.checkpoint, start.optimizer)
         self.checkpointer.loaded_from = start.facts
         # eval_only keeps the counters of the run that it evaluates
@@ -182,6 +187,7 @@ class Trainer:
         first = self.state.step in (self.preflight.step, self.phase.start)
         self.context.heartbeat.report(f"step {self.state.step + 1}", may_take_long=first)
         samples, lr, faults, trained = self.step_size, self.engine.current_lr, self.config.faults, 0
+        model = self.phase.config.model
         work = self._work(batches)
         loss = self.engine.forward_backward(batches, work.trained, self.vote)
         problem = detect_anomaly(loss, self.state.recent_losses, faults) if work.trained else NOTHING_TRAINED
@@ -213,7 +219,7 @@ class Trainer:
             self._begin_next_phase()
         stop, self.save_due = self.vote.answers
         self.stopping = stop and not self.is_last_step  # else the run ends anyway
-        return Step(loss, samples, trained, work.context)
+        return Step(loss, samples, trained, work.context, model)
 
     def _work(self, batches: list[Batch]) -> GlobalWork:
         """What the global batch holds; padding, ends of documents and their lengths differ by rank."""

@@ -82,7 +82,8 @@ def read_text(text: str, source: str, as_text: AsText = lambda keys: False) -> A
         _check_tree(node, source)
         _keep_spelling(node, (), as_text)
         return loader.construct_document(node)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: thousands of digits
+    # ValueError: thousands of digits; the others: a tag that does not fit its value
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise ConfigError(f"{source} is not valid YAML ({describe(error)}): correct it") from error
 
 

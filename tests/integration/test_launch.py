@@ -83,6 +83,7 @@ def test_ranks_that_have_saved_are_not_started_again(tmp_path: Path) -> None:
         ("2", ["--config", "absent.yaml"], "absent.yaml cannot be read"),
         ("2", ["--training.global_batch_size=8", "--training.micro_batch_size=8"], "training.global_batch_size 8 does"),
         ("two", [], "--nnodes is 1:1 and --nproc_per_node two, but must be numbers"),
+        ("0", [], "--nnodes is 1:1 and --nproc_per_node 0, but both must be at least 1"),
     ],
 )
 def test_a_mistake_of_all_ranks_is_one_line(ranks: str, options: list[str], message: str) -> None:

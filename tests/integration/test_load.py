@@ -220,6 +220,20 @@ def test_a_loaded_checkpoint_can_be_measured(other: Path, corpus: Corpus, tmp_pa
     assert line["validation_loss"] == pytest.approx(lines_of(other, "validation_loss")[6], rel=1e-6)
 
 
+def test_what_no_weight_depends_on_may_differ(other: Path, corpus: Corpus, tmp_path: Path) -> None:
+    """Of a full-rank model the rank, of others its spelling; and for a measurement the optimizer's form."""
+    measured = {"training__eval_only": "true", "checkpoint__load": other}
+    spelt = dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), [8] * 4)
+    outcome = start_here(corpus.options(tmp_path / "spelt", **measured, model__rank=json.dumps(spelt)))
+    assert outcome.status == 0, outcome.stderr
+    dense = {"model__variant": "full_rank"}
+    galore = {"optimizer__name": "galore", "optimizer__galore_rank": 4, "training__train_steps": 2}
+    assert start_here(corpus.options(tmp_path / "dense", **dense, **galore)).status == 0
+    of_none = {**dense, "model__rank": 4, "training__eval_only": "true"}
+    outcome = start_here(corpus.options(tmp_path / "dense", **of_none))
+    assert outcome.status == 0, outcome.stderr
+
+
 def test_another_layout_measures_the_same_loss(other: Path, corpus: Corpus, tmp_path: Path) -> None:
     options = {"training__eval_only": "true", "checkpoint__load": other, "training__seed": 5}
     result = start(

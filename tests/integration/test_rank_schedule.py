@@ -164,6 +164,24 @@ def test_the_load_of_experts_is_logged_over_a_change(corpus: Corpus, tmp_path: P
         assert all(0 < value < 4 for value in lines_of(tmp_path / "run", name).values()), name
 
 
+def test_a_line_of_a_resumed_run_has_the_load_of_all_its_steps(corpus: Corpus, tmp_path: Path) -> None:
+    experts = {"model__architecture": "qwen3_moe", "model__num_experts": 4, "model__moe_router_topk": 2}
+    often = {"checkpoint__save_interval": 1, "logging__log_interval": 4, "training__train_steps": 4}
+    for cut, step in ((tmp_path / "whole", 0), (tmp_path / "cut", 3)):
+        if step:
+            shutil.copytree(checkpoint(tmp_path / "whole", step), checkpoint(cut, step))
+        outcome = start_here(corpus.options(cut, **experts, **often, training__eval_steps=0))
+        assert outcome.status == 0, outcome.stderr
+    for name in ("loss", "expert_load_max", "expert_load_min", "load_balancing_loss"):
+        assert lines_of(tmp_path / "cut", name)[4] == lines_of(tmp_path / "whole", name)[4], name
+
+
+def test_operations_of_a_line_are_those_of_its_own_steps(whole: Path) -> None:
+    speeds, operations = lines_of(whole, "tokens_per_s"), lines_of(whole, "tflops_per_device")
+    each = {step: round(operations[step] * 1e12 / speeds[step]) for step in speeds}
+    assert each[1] == each[2] < each[3] == each[4] > each[5] == each[6]
+
+
 def test_a_later_change_may_be_added_and_an_earlier_one_not_moved(whole: Path, corpus: Corpus, tmp_path: Path) -> None:
     for step in (1, 2):
         shutil.copytree(checkpoint(whole, step), checkpoint(tmp_path / "cut", step))

@@ -69,3 +69,12 @@ def test_a_run_is_planned() -> None:
     assert plans[0].estimate.tokens_per_second >= plans[-1].estimate.tokens_per_second > 0
     with pytest.raises(ConfigError, match="b200"):
         estimate(config, 1, "b200")
+
+
+@pytest.mark.parametrize("sizes", [{"world_size": 0}, {"world_size": 8, "gpus_per_node": -8}])
+def test_worlds_of_no_ranks_are_refused(sizes: dict[str, int]) -> None:
+    config = megatron_crnet.load_config({})
+    with pytest.raises(ConfigError, match="must be"):
+        megatron_crnet.estimate(config, **sizes)
+    with pytest.raises(ConfigError, match="must be"):
+        megatron_crnet.plan(config, gpus=sizes.pop("world_size"), **sizes)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_crnet.config.schema import ModelConfig
 from megatron_crnet.distributed.watchdog import is_communication
 from megatron_crnet.training.preflight import Preflight
 from megatron_crnet.utils.errors import describe
@@ -25,12 +26,14 @@ class Step:
         samples: sequences of the global batch.
         tokens: trained tokens; 0 if the step was skipped.
         context: sum over all positions, trained or not, of the tokens that attention reaches over.
+        model: that of the step's phase.
     """
 
     loss: float
     samples: int
     tokens: int
     context: float
+    model: ModelConfig
 
 
 class Callback:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from megatron_crnet.checkpoint.directory import DAMAGED
+from megatron_crnet.engine.expert_load import routing_totals
 from megatron_crnet.training.callbacks.base import Callback, Step
 from megatron_crnet.training.preflight import Preflight
 from megatron_crnet.utils.errors import CheckpointError, FolderTakenError
@@ -55,6 +57,10 @@ class Checkpoints(Callback):
         self._saved_step = step = trainer.state.step
         started = self._saved_at = time.monotonic()
         settle(trainer)
+        if trainer.config.model.num_experts:
+            before, device = trainer.state.unlogged_routing, trainer.context.device
+            counted = routing_totals(trainer.engine.chunks, device, before).tolist()
+            trainer.state = replace(trainer.state, unlogged_routing=tuple(counted))
         trainer.checkpointer.save(trainer.state)
         if at_once:
             _wait(trainer)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from megatron_crnet.config.cuda_graphs import describe_launches
@@ -44,11 +46,8 @@ class StepLog(Callback):
 
     def _values(self, trainer: Trainer) -> dict[str, Any]:
         steps, state, config, plan = self._steps, trainer.state, trainer.config, trainer.preflight.plan
-        model = trainer.phase.config.model
         seconds = trainer.training_s - self._started
-        positions = plan.seq_length * sum(step.samples for step in steps)
-        context = sum(step.context for step in steps) / positions
-        rate = positions / seconds / trainer.context.world_size / 1e12
+        per_device = seconds * trainer.context.world_size * 1e12
         values = {
             "tokens": state.tokens,
             "loss": state.unlogged_loss / state.unlogged_steps,
@@ -57,8 +56,8 @@ class StepLog(Callback):
             "lr": state.lr,
             "step_time_s": seconds / len(steps),
             "tokens_per_s": sum(step.tokens for step in steps) / seconds,
-            "tflops_per_device": flops_per_token(model, context) * rate,
-            "tflops_per_device_whole_attention": flops_per_token(model, context, whole_attention=True) * rate,
+            "tflops_per_device": operations_of(steps, plan.seq_length) / per_device,
+            "tflops_per_device_whole_attention": operations_of(steps, plan.seq_length, True) / per_device,
             "peak_memory_bytes": largest_peak_memory_bytes(trainer.context.device),
         }
         if plan.sizes.has_ramp:
@@ -66,12 +65,23 @@ class StepLog(Callback):
         if METHODS[config.model.variant].has_frozen:
             values["restarts"] = state.restarts
         if config.model.num_experts:
-            values |= load_metrics(routing_totals(trainer.engine.chunks, trainer.context.device), config)
+            totals = routing_totals(trainer.engine.chunks, trainer.context.device, state.unlogged_routing)
+            values |= load_metrics(totals, config)
         if config.recompute.traits.inverts:
             values["num_extra_checkpoints"] = trainer.engine.num_extra_checkpoints
         if config.faults.on_bad_step == "skip":
             values["skipped_steps"] = state.skipped
         return values
+
+
+def operations_of(steps: Sequence[Step], seq_length: int, whole_attention: bool = False) -> float:
+    """Floating-point operations of steps, of several phases if need be."""
+    total = 0.0
+    for model, of_model in groupby(steps, lambda step: step.model):
+        samples, contexts = zip(*((step.samples, step.context) for step in of_model), strict=True)
+        positions = seq_length * sum(samples)
+        total += positions * flops_per_token(model, sum(contexts) / positions, whole_attention)
+    return total
 
 
 def opening_lines(trainer: Trainer) -> list[str]:

@@ -117,6 +117,14 @@ def test_a_merged_adapter_gives_the_same_logits_and_is_saved_as_a_wider_rank(
     assert torch.equal(get_peft_model(again, lora())(tokens()).logits, again(tokens()).logits)
 
 
+def test_a_router_is_left_out_of_all_linear_maps() -> None:
+    config = lora(target_modules="all-linear", init_lora_weights=False)
+    adapted = get_peft_model(make(**SHAPES["qwen3_moe"]), config).double()
+    assert not any("mlp.gate." in name for name, _ in adapted.named_parameters() if "lora_" in name)
+    wanted = adapted(tokens()).logits
+    torch.testing.assert_close(adapted.merge_and_unload()(tokens()).logits, wanted, rtol=1e-11, atol=1e-11)
+
+
 def test_the_gradient_of_an_adapter_is_that_of_a_wider_map() -> None:
     adapted = get_peft_model(make(), lora(target_modules=["up_proj"])).double()
     for name, parameter in adapted.named_parameters():

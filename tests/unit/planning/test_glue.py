@@ -68,6 +68,21 @@ def test_of_other_architectures_neither(
     assert row[LAUNCHES] == launches
 
 
+@pytest.mark.parametrize(
+    ("example", "options"),
+    [
+        ("methods/galore_60m", ()),
+        ("methods/relora_60m", ()),
+        ("quickstart", ("--model.variant", "full_rank", "--model.num_query_groups", "1")),
+        ("quickstart", ("--rank_schedule.steps", "[3]", "--rank_schedule.ranks", "[[64, 64, 64, 64, 64, 64]]")),
+    ],
+)
+def test_sections_of_one_variant_are_no_hindrance_to_another(
+    example: str, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len(counted(capsys, *options, example=example)) == 5
+
+
 def test_experts_are_a_few_products_whatever_their_number(capsys: pytest.CaptureFixture[str]) -> None:
     words = "--training.micro_batch_size", "1", "--variants", "crnet", "low_rank", "relora"
     rows = {n: counted(capsys, *words, "--model.num_experts", str(n), example="qwen3_30b_a3b") for n in (16, 128)}

@@ -102,6 +102,17 @@ def test_what_no_run_can_honour_is_refused_before_the_first(
         study(tmp_path, **changes).check()
 
 
+def test_schedules_are_checked_with_the_steps_that_follow_from_the_tokens(tmp_path: Path) -> None:
+    changes = {"rank_schedule.steps": [400], "rank_schedule.ranks": [96], "logging.profile_steps": [450, 460]}
+    relora = {"model.variant": "relora", "relora.warm_start_steps": 400, "relora.restart_interval": 20}
+    axes = {"method": {"ranks": changes, "relora": relora}}  # beyond the 300 steps of the base
+    grid = study(tmp_path, tokens=1_000_000, axes=axes, options={"optimizer.lr_warmup_steps": 5})
+    assert {grid.config(run).training.train_steps for run in grid.runs()} == {488}
+    early = study(tmp_path, axes={"method": {"ranks": changes}}, options={"optimizer.lr_warmup_steps": 5})
+    with pytest.raises(ConfigError, match=r"rank_schedule.steps \[400\] must ascend and end below .* 48"):
+        early.config(next(early.runs()))
+
+
 def test_options_that_belong_together_are_an_axis_of_names(tmp_path: Path) -> None:
     sizes = {
         "small": {"model.hidden_size": 32, "model.rank": 8},
@@ -138,6 +149,21 @@ def test_an_axis_is_extended_for_all_until_each_best_is_inside(grid: Study) -> N
     assert extended(both, rows_of(both, losses), grid) == both, "inside"
     losses["cola", 0.1] = 3.9
     assert values(extended(both, rows_of(both, losses), grid)) == (0.0001, 0.001, 0.01, 0.1, 1.0)
+
+
+def test_an_axis_of_integers_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_crnet.reporting.study_grid.read_index", lambda prefix: None)
+    grid = given = study(tmp_path, axes={"model.rank": {"values": [2, 8], "extend": 2}})
+    said = list[str]()
+    for _ in range(3):
+        rows = {
+            run.key: {"status": "complete", "settings": run.settings, "validation_loss": run.settings["model.rank"]}
+            for run in grid.runs()
+        }
+        grid = extended(grid, rows, given, said.append)
+    assert grid.axes[0].values == (1, 2, 8)
+    assert all(type(value) is int for value in grid.axes[0].values)
+    assert "model.rank is 0, but must be a rank from 1" in said[-1]
 
 
 def test_an_extension_ends_at_a_limit_and_where_nothing_is_known(grid: Study) -> None:
