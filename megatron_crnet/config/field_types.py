@@ -161,11 +161,17 @@ def remedy_of(field: dataclasses.Field[Any]) -> str:
     return f"correct it, or leave it out for {shown(default)}"
 
 
+MOST_NAMES = 20
+"""That a message lists."""
+
+
 def nearest(name: object, known: Iterable[str], otherwise: str = "") -> str:
     """The remedy for an unknown name: a similar known one, else `otherwise` or the list of all."""
     names = list(known)
     close = difflib.get_close_matches(str(name), names, n=1)
-    return f"did you mean {close[0]}?" if close else otherwise or f"choose one of {', '.join(names)}"
+    if close:
+        return f"did you mean {close[0]}?"
+    return otherwise or (f"choose one of {', '.join(names)}" if len(names) <= MOST_NAMES else "see docs/reference.md")
 
 
 def _alternatives(kind: Any) -> Iterator[Any]:
