@@ -110,7 +110,7 @@ def next_model(config: Config, step: int, changes: Sequence[int]) -> ModelConfig
 
 def dense_model(model: ModelConfig) -> ModelConfig:
     """The full-rank model of the same shape."""
-    return replace(model, variant="full_rank", full_rank_experts=False, **OF_VARIANT)
+    return replace(model, variant="full_rank", **OF_VARIANT)
 
 
 def phase_at(config: Config, step: int, changes: Sequence[int] = ()) -> Phase:

@@ -151,10 +151,7 @@ FORMATS = {
     ),
 }
 """By `model.architecture`, which is Transformers' `model_type` as well."""
-OF_VARIANTS = (
-    *("variant", "rank", "full_rank_layers", "full_rank_experts"),
-    *("only_lr_act", "cross_layer_epsilon", "relora_scale"),
-)
+OF_VARIANTS = ("variant", "rank", "full_rank_layers", "only_lr_act", "cross_layer_epsilon", "relora_scale")
 """Fields that say nothing of a full-rank model, and the variant."""
 
 

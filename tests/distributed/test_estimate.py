@@ -244,6 +244,14 @@ REFUSED = ("offload", "inverse")
 """Of which a simulation knows too little."""
 OPEN = "zero 3, galore, moe"
 """Whose peak is 1.1% above the real one's, not known why."""
+LEFT_OVER = (
+    *("vpp, taught", "vpp, qwen3", "tp, replay, moe", "ep, full, moe", "ep over replicas, replay, moe"),
+    *("ep over replicas, zero 0, moe", "ep over replicas, taught, moe", "ep, taught, moe", "zero 3, replay, moe"),
+    *("tp, replay, moe, full-rank experts", "ep over replicas, moe, full-rank experts", "relora, moe"),
+    *("tp, relora, replay, moe", "ep over replicas, relora, replay, moe", "pp, relora, moe"),
+    "zero 3, relora, replay, moe",
+)
+"""Of which more stays alive after backward than `kept_by_dispatchers` and the losses, not known yet what."""
 SIMULATED = tuple(name for name in rows() if name != OPEN and not any(word in name for word in REFUSED))
 
 
@@ -358,7 +366,7 @@ def test_a_simulated_rank_does_exactly_what_the_real_one_does(name: str, request
     assert simulated.flows == real.flows  # bytes and calls
     assert simulated.flops == real.flops
     assert simulated.memory.total == pytest.approx(least, rel=0.01)
-    if name not in SOON:  # what dispatchers of experts leave of a recomputed pass is not known yet
+    if name in LEFT_OVER:
         return
     expected = counted[1][name][1].memory
     frozen_masters = expected.host if METHODS[config.model.variant].has_frozen else 0

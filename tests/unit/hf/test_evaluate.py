@@ -26,12 +26,7 @@ from megatron_crnet.hf.export_config import hugging_face_fields
 from megatron_crnet.hf.modeling_crnet import CRNetConfig, CRNetForCausalLM
 from megatron_crnet.model.reference import ReferenceCRNet
 from megatron_crnet.utils.errors import DataError
-from tests.helpers import (
-    EOD,
-    document_numbers,
-    positions_within,
-    tiny_config,
-)
+from tests.helpers import EOD, document_numbers, positions_within, tiny_config
 from tests.unit.data_helpers import VOCAB, PlainTokenizer, write_indexed
 from tests.unit.export_helpers import EXPORTED, random_weights
 
