@@ -13,23 +13,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from megatron_crnet.utils.noise import silence_libraries
 
-
-class _CudaMeansCpu(TorchFunctionMode):
-    """Turns `device="cuda"` into "cpu", as for the counters of pipeline_parallel/schedules.py."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        device = kwargs.get("device")
-        if device is not None and torch.device(device).type == "cuda":
-            kwargs["device"] = "cpu"
-        return func(*args, **kwargs)
-
-
-_mode: _CudaMeansCpu | None = None
+_installed = False
 
 
 def quiet_libraries() -> None:
@@ -41,9 +28,9 @@ def quiet_libraries() -> None:
 
 def install() -> None:
     """Prepare the process before Megatron-Core and DeepSpeed are used; harmless when called again."""
-    global _mode
+    global _installed
     quiet_libraries()
-    if torch.cuda.is_available() or _mode is not None:
+    if torch.cuda.is_available() or _installed:
         return
     cpu = torch.device("cpu")
     torch.cuda.current_device = lambda: cpu  # type: ignore[assignment, return-value]
@@ -54,9 +41,9 @@ def install() -> None:
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
     with _without_a_compiler():
         _install_rng()
+        _install_zeros()
     _preset_operators()
-    _mode = _CudaMeansCpu()
-    _mode.__enter__()
+    _installed = True
 
 
 @contextmanager
@@ -82,6 +69,30 @@ def _install_rng() -> None:
 
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+class _TorchWithoutCuda:
+    """The module torch, with `zeros` on "cuda" made on the CPU."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def zeros(*size: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros(*size, device="cpu" if device == "cuda" else device, **kwargs)
+
+
+def _install_zeros() -> None:
+    """Give it to the modules that make counters on "cuda" by name.
+
+    A TorchFunctionMode would cost each operation of a small model a tenth of its time, and a wrapped `torch.zeros`
+    would be unknown to `with torch.device(...)`.
+    """
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.transformer.moe import moe_utils
+
+    for module in (schedules, moe_utils):
+        module.torch = _TorchWithoutCuda()
 
 
 def _preset_operators() -> None:
