@@ -17,7 +17,7 @@ LATER = (
     "deepspeed.module_inject",
     "deepspeed.moe.utils",
     "deepspeed.runtime.zero.muon.muon_optimizer",
-    "matplotlib.pyplot",
+    "matplotlib.backends.backend_agg",
     "tests.helpers",
     "torch.utils.tensorboard",
     "transformers",

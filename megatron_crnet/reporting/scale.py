@@ -107,7 +107,7 @@ def measure_scale(ranks: int, options: Sequence[str], port: int) -> list[Figures
         RankError: one failed.
     """
     # imported once: what ranks read at start is then data, and they share their memory
-    preload = ("megatron_crnet.training.trainer", "torch.utils.tensorboard", "matplotlib.pyplot")
+    preload = ("megatron_crnet.training.trainer", "torch.utils.tensorboard", "matplotlib.backends.backend_agg")
     group = RankGroup(_rank, options, processes=ranks, port=port, preload=preload)
     try:
         found: list[Figures] = group.answers()

@@ -37,7 +37,7 @@ from megatron_crnet.utils.folder_lock import LOCK, holding
 from megatron_crnet.utils.progress import format_duration
 
 RESULTS = "results.jsonl"
-PRELOAD = ("megatron_crnet.training.trainer", "torch.utils.tensorboard", "matplotlib.pyplot")
+PRELOAD = ("megatron_crnet.training.trainer", "torch.utils.tensorboard", "matplotlib.backends.backend_agg")
 """Imported once, in the process that runs are forked from."""
 
 Row = dict[str, Any]

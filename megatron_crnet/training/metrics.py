@@ -205,15 +205,14 @@ def validated_steps(path: Path) -> set[int]:
 
 def plot_loss(metrics: Path, picture: Path, *, title: str, unigram_entropy: float | None = None) -> None:
     """Training and validation loss over tokens, with the unigram entropy of the validation tokens as a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     lines = read_json_lines(metrics)
     training = [(line["tokens"], line["loss"]) for line in lines if "loss" in line]
     validation = [(line["tokens"], line["validation_loss"]) for line in lines if "validation_loss" in line]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    # without pyplot, whose back end is that of the process
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     if training:
         axes.plot(*zip(*training, strict=True), label="training", color="tab:blue", linewidth=1)
     if validation:
@@ -224,4 +223,3 @@ def plot_loss(metrics: Path, picture: Path, *, title: str, unigram_entropy: floa
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(picture, dpi=120)
-    plt.close(figure)
