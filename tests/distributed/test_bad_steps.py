@@ -24,7 +24,6 @@ VPP: dict[str, Any] = {**PP, "virtual_pipeline_model_parallel_size": 2}
 ROWS: dict[str, dict[str, Any]] = {
     "zero0": {"stage": 0},
     "zero1-bf16": {"stage": 1, "dtype": "bf16"},
-    "zero2": {"stage": 2},
     "zero3-bf16": {"stage": 3, "dtype": "bf16", "stage3_param_persistence_threshold": 0},
     "pp2-vpp2-zero1": {"stage": 1, "parallel": VPP},
     "galore-zero2-bf16": {"stage": 2, "dtype": "bf16", "galore_rank": 4},
@@ -35,6 +34,7 @@ MORE_ROWS: dict[str, dict[str, Any]] = {
     "ep2-zero0": {"stage": 0, "parallel": EP, "model": MOE},
     "ep2-zero1": {"stage": 1, "parallel": EP, "model": MOE},
     "zero1": {"stage": 1},
+    "zero2": {"stage": 2},
     "zero2-bf16": {"stage": 2, "dtype": "bf16"},
     "zero3": {"stage": 3},
     "tp2-zero0": {"stage": 0, "parallel": TP},

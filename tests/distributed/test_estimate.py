@@ -221,11 +221,9 @@ Found = dict[str, tuple[StepProfile, StageEstimate]]
 SOON = (
     "zero 0, fp32",
     "zero 1, bf16",
-    "zero 2, bf16",
     "tp, replay",
     "tp, padded",
     "pp",
-    "vpp",
     "zero 3, bf16, replay",
     "zero 1, bf16, offload",
     "zero 1, bf16, 8-bit",
@@ -235,7 +233,6 @@ SOON = (
     "pp, gpt2",
     "tp, replay, qwen3",
     "ep, moe",
-    "ep over replicas, moe",
     "ep over replicas, relora, moe",
 )
 """The others are marked long: every row costs a second on an idle machine, and more where process groups are built."""

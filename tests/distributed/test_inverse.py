@@ -52,8 +52,8 @@ CASES = [Case(f"beta-{beta}", beta) for beta in BETAS]
 CASES += [
     Case("growing", 1.0, growth=5.0),
     Case("growing-outlier", 1.0, growth=5.0, outlier=300.0),
-    Case("trained", 1.0, steps=20),
-    Case("trained-small-beta", 0.3, steps=20),
+    Case("trained", 1.0, steps=8),
+    Case("trained-small-beta", 0.3, steps=8),
 ]
 
 

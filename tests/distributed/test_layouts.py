@@ -89,9 +89,8 @@ def variants_of(architecture: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 ON_TWO = [
-    *(Layout(tp=2, zero=zero) for zero in (0, 3)),
-    Layout(tp=2, sp=False, zero=0),
-    Layout(pp=2, zero=0),
+    Layout(tp=2),
+    Layout(tp=2, sp=False),
     Layout(pp=2, vpp=2, zero=1),
     Layout(tp=2, model={"variant": "cola", "only_lr_act": True}),
     Layout(pp=2, parallel=UNEVEN),
@@ -103,23 +102,23 @@ ON_TWO = [
     Layout(zero=3, data={"reset_attention_mask": True}),
     Layout(tp=2, zero=3, model=PADDED, keys=PARTITION_EVERYTHING),
     Layout(zero=0, lr_multipliers=LR_MULTIPLIERS),
-    Layout(tp=2, model=GPT2, data=DOCUMENTS),
     Layout(tp=2, sp=False, zero=3, model={**PADDED_GPT2, "variant": "cola"}),
     Layout(pp=2, zero=1, dtype="bf16", model=GPT2),
     Layout(tp=2, sp=False, model=QWEN3, data=DOCUMENTS),
-    Layout(tp=2, model=MOE, data=DOCUMENTS),
     Layout(tp=2, zero=3, model={**MOE, "variant": "cola", "moe_router_pre_softmax": True}, parallel=EP),
     Layout(pp=2, vpp=2, zero=1, model=FULL_RANK_EXPERTS),
-    Layout(zero=1, model=MOE, parallel=EP),
     Layout(zero=1, dtype="bf16", model=TO_ALL, parallel=EP),
 ]
 ON_TWO = shortened(ON_TWO)
 MORE_ON_TWO = [
+    Layout(tp=2, zero=3),
+    Layout(pp=2),
+    *(Layout(tp=2, model=model, data=DOCUMENTS) for model in (GPT2, MOE)),
     Layout(pp=2, model={"rank": RANKS}),
     Layout(pp=2, zero=1, dtype="bf16", data=DOCUMENTS),
     Layout(zero=0, data={"eod_mask_loss": True}),
     Layout(pp=2, zero=1, dtype="bf16", lr_multipliers=LR_MULTIPLIERS),
-    Layout(zero=0, model=MOE, parallel=EP),
+    *(Layout(zero=zero, model=MOE, parallel=EP) for zero in (0, 1)),
     Layout(tp=2, zero=3, keys={"sub_group_size": 600}),
     Layout(zero=2, dtype="bf16", model=PADDED),
     Layout(tp=2, zero=3, lr_multipliers=LR_MULTIPLIERS),
@@ -201,8 +200,6 @@ ON_FOUR = [
     Layout(tp=2, pp=2, zero=1, dtype="bf16", parallel=ONE_FULL_RANK_STAGE),
     Layout(tp=2, zero=3, keys={**SMALL_BUCKETS, **PARTITION_EVERYTHING}),
     Layout(tp=2, pp=2, model={"full_rank_layers": [0, 2], "rank": RANKS}),
-    Layout(tp=2, pp=2, zero=1, model=PADDED),
-    Layout(pp=4, zero=1, lr_multipliers=LR_MULTIPLIERS),
     Layout(tp=2, pp=2, vpp=2, zero=1, model=GPT2),
     Layout(tp=2, pp=2, vpp=2, zero=1, model=MOE, parallel=EP),
     # experts over replicas, of which there are one or two groups
@@ -210,6 +207,8 @@ ON_FOUR = [
     Layout(pp=2, vpp=2, zero=1, model=MOE, parallel=EP, lr_multipliers=LR_MULTIPLIERS),
 ]
 MORE_ON_FOUR = [
+    Layout(tp=2, pp=2, zero=1, model=PADDED),
+    Layout(pp=4, zero=1, lr_multipliers=LR_MULTIPLIERS),
     Layout(tp=2, zero=2, dtype="bf16"),
     Layout(pp=2, zero=1, model=GPT2),
     *(Layout(zero=zero, model=MOE, parallel=EP) for zero in (0, 1)),

@@ -58,13 +58,12 @@ TWO = [
     Layout(zero=2, model={"rank": 6, "variant": "low_rank", "init_method_std": 0.05}),
     Layout(tp=2, zero=1, dtype="bf16", model={"rank": 6}),
     Layout(tp=2, model={**PADDED, "rank": 6}),
-    Layout(tp=2, zero=1, model=SPARSE, parallel=EP),
     Layout(zero=1, model=SPARSE, parallel=EP),
 ]
 ROWS = [
     *((row, SCHEDULE) for row in shortened(TWO)),
     # stages, replicas and tensor-parallel ranks add up what they hold, each map once
-    *((row, DENSE) for row in TWO[1:3]),
+    (TWO[2], DENSE),
     (TWO[-1], EXPERTS),
 ]
 FOUR = [

@@ -88,11 +88,11 @@ ROWS = [
     Row("tp2", {"num_layers": 6}, TP, strategies=(*EXACT, INVERSE)),
     Row("tp2-without-sp-everything-stored", {}, WITHOUT_SP, stored=EVERYTHING_STORED, strategies=(REPLAY_AUTO, FULL)),
     Row("tp2-zero3-bf16", {}, TP, "bf16", PARTITIONED, strategies=(REPLAY,)),
-    Row("pp2-vpp2-zero1-bf16", {"num_layers": 8}, VPP, "bf16", {"stage": 1}, strategies=(REPLAY, INVERSE)),
-    Row("dp2-zero2-bf16", {"full_rank_layers": [0, 2]}, {}, "bf16", {"stage": 2}, strategies=(REPLAY_AUTO, INVERSE)),
+    Row("pp2-vpp2-zero1-bf16", {"num_layers": 8}, VPP, "bf16", {"stage": 1}, strategies=(INVERSE,)),
+    Row("dp2-zero2-bf16", {"full_rank_layers": [0, 2]}, {}, "bf16", {"stage": 2}, strategies=(REPLAY_AUTO,)),
     Row("tp2-dropout", DROPOUT, TP, strategies=(REPLAY_AUTO, FULL)),
     Row("tp2-padded", PADDED, TP, strategies=(REPLAY_AUTO,)),
-    Row("tp2-gpt2", GPT2, TP, strategies=(REPLAY_AUTO, INVERSE), data=DOCUMENTS),
+    Row("tp2-gpt2", GPT2, TP, strategies=(REPLAY_AUTO,), data=DOCUMENTS),
     Row("tp2-ep2-qwen3-moe", MOE, EP, strategies=(REPLAY_AUTO, INVERSE)),
     Row("dp2-ep2-full-rank-experts", FULL_RANK_EXPERTS, REPLICAS, "bf16", {"stage": 1}, strategies=(REPLAY, FULL)),
     Row("tp2-qwen3", QWEN3, WITHOUT_SP, strategies=(REPLAY,)),
@@ -138,7 +138,8 @@ MORE_ON_TWO = [
     Row("pp2-gpt2-padded", {**PADDED_GPT2, "num_layers": 8}, PP, strategies=(*EXACT, INVERSE)),
     Row("tp2-ep2-zero2-moe", PADDED_MOE, EP, "bf16", {"stage": 2}, strategies=(*EXACT, INVERSE)),
     Row("tp2-gpt2-dropout", {**GPT2, **DROPOUT}, TP, strategies=EXACT, data=DOCUMENTS),
-    Row("pp2-vpp2-zero1-bf16", {"num_layers": 8}, VPP, "bf16", {"stage": 1}, strategies=(FULL,)),
+    Row("pp2-vpp2-zero1-bf16", {"num_layers": 8}, VPP, "bf16", {"stage": 1}, strategies=(REPLAY, FULL)),
+    Row("dp2-zero2-bf16", {"full_rank_layers": [0, 2]}, {}, "bf16", {"stage": 2}, strategies=(INVERSE,)),
     Row("tp2-padded", {**PADDED, "num_layers": 6}, TP, strategies=(*EXACT, INVERSE)),
     Row("tp2-relora", {"variant": "relora"}, TP, strategies=(FULL,)),
     Row("tp2-documents", {"num_query_groups": 2}, TP, strategies=(*EXACT, INVERSE), data=DOCUMENTS),
@@ -277,7 +278,7 @@ def test_the_whole_matrix_has_the_same_bits(start: int) -> None:
 def traffic() -> list[list[int]]:
     """Bytes of all tensor-parallel calls of a step, without and with recomputation, for several models."""
     found = []
-    for model in ({}, {"variant": "cola"}, {"beta_init": 0.01}):
+    for model in ({"variant": "cola"}, {"beta_init": 0.01}):
         volumes = []
         for recompute in (RecomputeConfig(), REPLAY, INVERSE):
             config = dataclasses.replace(tiny_config({"num_layers": 6, **model}, TP), recompute=recompute)
@@ -309,13 +310,13 @@ def memory_over_steps() -> dict[str, list[int]]:
         run_step(engine)
         with LiveMemory() as memory:
             alive = []
-            for _ in range(4):
+            for _ in range(3):
                 run_step(engine)
                 alive.append(settled(memory))
-            for _ in range(3):
+            for _ in range(2):
                 _abandon(engine)
                 alive.append(settled(memory))
-            for _ in range(3):
+            for _ in range(2):
                 _fail(engine)
                 # autograd holds on to a failed pass until the next one, without recomputation as well
                 run_step(engine)

@@ -54,14 +54,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe": PADDED_MOE,
 }
 WRITERS = {
-    "fp32": ("tp2-zero1", "dp2-zero0", "dp2-zero3", "pp2-vpp2-zero1"),
+    "fp32": ("tp2-zero1", "dp2-zero3"),
     "bf16": ("dp2-zero1", "dp2-zero3"),
     "gpt2": ("pp2-vpp2-zero1", "tp2-zero3-without-sp"),
     "qwen3": ("tp2-zero3-without-sp",),
-    "qwen3_moe": ("tp2-ep2-zero1", "dp2-zero3", "dp2-ep2-zero0", "dp2-ep2-zero1"),
+    "qwen3_moe": ("tp2-ep2-zero1", "dp2-ep2-zero1"),
 }
 READERS = {
-    "fp32": ("tp2-zero1", "dp2-zero1-unpadded", "dp2-zero3", "pp2-vpp2-zero1"),
+    "fp32": ("tp2-zero1", "dp2-zero1-unpadded", "pp2-vpp2-zero1"),
     "bf16": ("dp2-zero1", "dp2-zero3", "tp2-zero1"),
     "gpt2": ("pp2-vpp2-zero1", "dp2-zero3"),
     "qwen3": ("tp2-zero3-without-sp", "pp2-zero1"),
@@ -104,28 +104,32 @@ def train(config: Config, load: Path | None = None, save: Path | None = None) ->
     return measured
 
 
+Plan = dict[tuple[str, str], tuple[str, ...]]
+"""By kind of model and writer, the layouts that read its files."""
+SOON: Plan = {
+    (kind, writer): READERS[kind] if writer == FROM_EACH[kind] else (writer,)
+    for kind, writers in WRITERS.items()
+    for writer in writers
+}
 MORE_READERS = {
-    "fp32": ("dp2-zero0", "dp2-zero1", "dp2-zero2", "tp2-zero3-without-sp", "pp2-zero1"),
+    "fp32": ("dp2-zero0", "dp2-zero1", "dp2-zero2", "dp2-zero3", "tp2-zero3-without-sp", "pp2-zero1"),
     "bf16": ("dp2-zero0",),
     "gpt2": ("tp2-zero1",),
     "qwen3_moe": ("dp2-ep2-zero0", "tp2-zero1", "pp2-zero1"),
 }
+MORE_WRITERS = {"fp32": ("dp2-zero0", "pp2-vpp2-zero1"), "qwen3_moe": ("dp2-zero3", "dp2-ep2-zero0")}
+RARE: Plan = {(kind, FROM_EACH[kind]): readers for kind, readers in MORE_READERS.items()}
+RARE |= {(kind, writer): (writer,) for kind, writers in MORE_WRITERS.items() for writer in writers}
 
 
-def through_files(
-    folder: str, readers_of: dict[str, tuple[str, ...]] = READERS
-) -> dict[tuple[str, str, str], tuple[Any, Any]]:
+def through_files(folder: str, plan: Plan) -> dict[tuple[str, str, str], tuple[Any, Any]]:
     """By kind of model, writer and reader: what the writer measured after saving, and what the reader measured."""
     found = {}
-    for kind in readers_of:
-        for writer in WRITERS[kind]:
-            if readers_of is not READERS and writer != FROM_EACH[kind]:
-                continue
-            saved = Path(folder, f"{kind}-{writer}")
-            whole = train(layout_config(writer, kind), save=saved)
-            readers = readers_of[kind] if writer == FROM_EACH[kind] else (writer,)
-            for reader in readers:
-                found[kind, writer, reader] = whole[SAVED_AT:], train(layout_config(reader, kind), load=saved)
+    for (kind, writer), readers in plan.items():
+        saved = Path(folder, f"{kind}-{writer}")
+        whole = train(layout_config(writer, kind), save=saved)
+        for reader in readers:
+            found[kind, writer, reader] = whole[SAVED_AT:], train(layout_config(reader, kind), load=saved)
     return found
 
 
@@ -136,7 +140,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def runs(folder: str) -> dict[tuple[str, str, str], tuple[Any, Any]]:
-    return run_distributed(through_files, 2, folder)[0]
+    return run_distributed(through_files, 2, folder, SOON)[0]
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -158,7 +162,9 @@ def test_any_other_layout_goes_on_to_rounding(runs: Any, kind: str, tolerance: f
 
 @pytest.mark.long
 def test_more_layouts_go_on_to_rounding(tmp_path: Path) -> None:
-    for (kind, *_), (whole, resumed) in run_distributed(through_files, 2, str(tmp_path), MORE_READERS)[0].items():
+    found = run_distributed(through_files, 2, str(tmp_path), RARE)[0]
+    for (kind, writer, reader), (whole, resumed) in found.items():
+        assert writer != reader or resumed == whole, (kind, writer)
         for step, other in zip(whole, resumed, strict=True):
             assert other == pytest.approx(step, rel=2e-2 if kind == "bf16" else 1e-5), kind
 
