@@ -250,8 +250,24 @@ def looped_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     return torch.cat([F.linear(part, weight) for part, weight in zip(x.split(sizes), weights.unbind(), strict=True)])
 
 
+class ExpertLayer(MoELayer):
+    """Megatron-Core's layer, whose dispatcher lets go of a pass when it is over.
+
+    The weights that it would keep until the next pass have a graph, and where layers are recomputed that graph begins
+    at the layer's inputs: X, every Y and their gradients would stay alive in each layer until the next micro-batch.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """See the base."""
+        found = super().forward(*args, **kwargs)
+        dispatcher = self.token_dispatcher
+        dispatcher.local_map = dispatcher.local_probs = None
+        dispatcher.reversed_local_input_permutation_mapping = None
+        return found
+
+
 def build_experts(config: CRNetTransformerConfig, layer: int, pg_collection: ProcessGroupCollection) -> MoELayer:
     """Router, dispatcher and experts of layer `layer` (from 0)."""
     experts = ModuleSpec(module=Experts, params={"layer": layer})
     # its number is not set: Megatron-Core would then add up losses in a dictionary of the process
-    return MoELayer(config, MoESubmodules(experts=experts, router=CountingRouter), pg_collection=pg_collection)
+    return ExpertLayer(config, MoESubmodules(experts=experts, router=CountingRouter), pg_collection=pg_collection)

@@ -347,3 +347,24 @@ def _fail(engine: TrainEngine) -> None:
 def test_no_memory_grows_over_steps_abandoned_passes_and_errors() -> None:
     for strategy, alive in run_distributed(memory_over_steps, 1)[0].items():
         assert len(set(alive)) == 1, (strategy, alive)
+
+
+def alive_after_a_step() -> list[list[int]]:
+    """Bytes of a step that are alive after it, by model: without recomputation, and with it."""
+    found = []
+    for model in ({}, MOE):
+        of_model = []
+        for recompute in (RecomputeConfig(), REPLAY, FULL):
+            engine = build_engine(dataclasses.replace(tiny_config(model), recompute=recompute))
+            run_step(engine)
+            with LiveMemory() as memory:
+                run_step(engine)
+                of_model.append(settled(memory))
+            close_engine(engine)
+        found.append(of_model)
+    return found
+
+
+def test_nothing_that_a_rebuilt_layer_used_is_alive_after_the_step() -> None:
+    for none, *rebuilt in run_distributed(alive_after_a_step, 1)[0]:
+        assert rebuilt == [none, none]
