@@ -47,9 +47,15 @@ Dtype = Literal["fp32", "bf16"]
 PATTERN = "model{suffix}.safetensors"
 
 
+def torch_dtype(name: Dtype) -> torch.dtype:
+    """PyTorch's precision of that name."""
+    require(name in DTYPES, f"dtype is {name!r}, but must be {' or '.join(DTYPES)}: choose one of them")
+    return DTYPES[name]
+
+
 def cast(dtype: Dtype, name: str, tensor: Tensor) -> Tensor:
     """A weight in the precision of an export: beta is fp32 in all."""
-    return tensor.float() if name.endswith(".beta") else tensor.to(DTYPES[dtype])
+    return tensor.float() if name.endswith(".beta") else tensor.to(torch_dtype(dtype))
 
 
 def saved_config(checkpoint: Path) -> Config:
@@ -97,7 +103,7 @@ def to_hf(
             another shape, not finite or zero all over. Nothing is left behind.
     """
     require(
-        shard_size > 0 if isinstance(shard_size, int) else bool(re.fullmatch(r"[1-9]\d{0,8}[KMGT]B", shard_size)),
+        shard_size > 0 if isinstance(shard_size, int) else bool(re.fullmatch(r"[1-9]\d{0,8}[KMGT]B", str(shard_size))),
         f"--shard-size is {shard_size}, but must be a number above 0 with KB, MB, GB or TB: write 5GB, say",
     )
     config = saved_config(checkpoint)
@@ -159,7 +165,7 @@ def _write_descriptions(config: Config, about: dict[str, Any], folder: Path, dty
         raise DataError(f"{error}, or give another with --tokenizer") from error
     check_vocabulary(tokenizer, config.model.vocab_size)
     ends = {"eos_token_id": tokenizer.eod, "pad_token_id": tokenizer.pad}
-    about = {**about, "bos_token_id": None, **ends, "dtype": str(DTYPES[dtype]).removeprefix("torch.")}
+    about = {**about, "bos_token_id": None, **ends, "dtype": str(torch_dtype(dtype)).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
     (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
 

@@ -43,12 +43,14 @@ def tokenizer_of(folder: Path) -> tuple[TokenizerKind, str]:
     Raises:
         DataError: its files are missing or damaged.
     """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder: give that of an export")
     about = _about(folder)  # refused if damaged
     if (folder / CODE).is_file() or "CRNetTokenizer" in json.dumps(about):
         if not (folder / SENTENCEPIECE).is_file():
             raise DataError(f"export {folder} has no {SENTENCEPIECE}, its tokenizer: copy it there, {OTHER}")
         return "sentencepiece", str(folder / SENTENCEPIECE)
-    if not folder.is_dir() or not tokenizer_files(folder):
+    if not tokenizer_files(folder):
         raise DataError(f"export {folder} has no tokenizer: copy its files there, {OTHER}")
     return "huggingface", str(folder)
 

@@ -20,12 +20,12 @@ from megatron_crnet.checkpoint.weight_files import WeightSource, canonical_shape
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.tokenizer import Tokenizer
 from megatron_crnet.hf.export import (
-    DTYPES,
     Dtype,
     cast,
     named_tokenizer,
     open_export,
     saved_config,
+    torch_dtype,
     with_tokenizer,
 )
 from megatron_crnet.hf.export_config import hugging_face_fields
@@ -128,7 +128,7 @@ def open_model(
     config, source, notes = open_files(path, tokenizer)
     own = named_tokenizer(config)
     with torch.device("meta"):
-        model = CRNetForCausalLM(CRNetConfig(**hugging_face_fields(config), dtype=DTYPES[dtype]))
+        model = CRNetForCausalLM(CRNetConfig(**hugging_face_fields(config), dtype=torch_dtype(dtype)))
     for weights in source.portions(partial(cast, dtype)):
         model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_crnet.config.schema import OF_VARIANT, Config, Variant
-from megatron_crnet.hf.export import DTYPES, Dtype
+from megatron_crnet.hf.export import Dtype, torch_dtype
 from megatron_crnet.hf.export_config import hugging_face_fields
 from megatron_crnet.hf.generate import default_device
 from megatron_crnet.hf.modeling_crnet import CRNetConfig, CRNetForCausalLM
@@ -65,7 +65,7 @@ def random_model(config: Config, variant: Variant, dtype: Dtype) -> CRNetForCaus
     shape = replace(config, model=replace(config.model, variant=variant, **OF_VARIANT))
     torch.manual_seed(0)
     model = CRNetForCausalLM(CRNetConfig(**hugging_face_fields(shape)))
-    return model.to(default_device(), DTYPES[dtype]).eval()
+    return model.to(default_device(), torch_dtype(dtype)).eval()
 
 
 def decode(model: CRNetForCausalLM, prompt: torch.Tensor, new_tokens: int, cache: bool) -> tuple[float, float]:

@@ -164,6 +164,7 @@ class Study:
         for run in self.runs():
             config = self.config(run)
             blends = blends_of(config.data)
+            require(not config.training.eval_only, f"{self.path}: runs of a study train: leave training.eval_only out")
             require(
                 "train" in blends and "valid" in blends and config.training.eval_steps > 0,
                 f"{self.path}: runs are compared by validation loss, but {self.base} gives no data for training or "

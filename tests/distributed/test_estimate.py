@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_crnet.config.distillation_section import DistillationConfig
 from megatron_crnet.config.loading import load_config
-from megatron_crnet.config.positions import METHODS
+from megatron_crnet.config.positions import METHODS, position_table
 from megatron_crnet.config.schema import VARIANTS, Config, RecomputeConfig
 from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.planning.counted_step import count_step
@@ -289,11 +289,20 @@ def check_memory(real: Memory, expected: Memory, rel: float = 0.1) -> None:
             assert getattr(expected, part) == pytest.approx(getattr(real, part), rel=0.01), (real, expected)
 
 
+def cached_angles(config: Config) -> int:
+    """Bytes of RoPE's angles in fp32, which Megatron-Core keeps per virtual stage, of a teacher as well."""
+    if not position_table(config.model).architecture.is_rotary:
+        return 0
+    model, stages = config.model, config.parallel.virtual_pipeline_model_parallel_size or 1
+    of_each = 4 * config.training.seq_length * (model.kv_channels or model.hidden_size // model.num_attention_heads)
+    return stages * (1 + (config.distillation.teacher is not None)) * of_each
+
+
 def check_gradients(simulated: Memory, expected: Memory, remains: int = 0) -> None:
     # what is counted as gradients is what nothing else is: the micro-batches' losses too, on real ranks under load
     # what gloo's threads have not let go of yet, and on CPUs the masters of frozen weights, which lie on the host
     found = expected.gradients + remains
-    assert found == pytest.approx(simulated.gradients, rel=0.01, abs=12_000), (simulated, expected)
+    assert found == pytest.approx(simulated.gradients, rel=0.01, abs=4_000), (simulated, expected)
 
 
 def check_row(real: StepProfile, expected: StageEstimate) -> None:
@@ -322,10 +331,18 @@ def test_the_peak_is_within_a_tenth_of_what_was_alive_and_the_state_within_a_hun
         check_memory(real.memory, expected.memory)
 
 
+def has_owners(config: Config) -> bool:
+    """Whether replicas differ: a matrix that GaLore projects is one rank's."""
+    return config.optimizer.name == "galore" and config.parallel.pipeline_model_parallel_size == 1
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", RARE)
 def test_rarer_rows_hold_as_well(name: str, counted_rarely: list[Found]) -> None:
-    for real, expected in (found[name] for found in counted_rarely):
+    found = [of_rank[name] for of_rank in counted_rarely]
+    if has_owners(rows()[name]):  # the estimate is of the rank with the most
+        found = [max(found, key=lambda pair: pair[0].memory.optimizer)]
+    for real, expected in found:
         check_row(real, expected)
 
 
@@ -337,7 +354,8 @@ def test_a_simulated_rank_does_exactly_what_the_real_one_does(name: str, request
     counted: list[Found] = request.getfixturevalue("counted" if name in SOON else "counted_rarely")
     real, config = counted[1][name][0], rows()[name]
     # without stages both ranks do the same, and under load gloo's threads may keep a tensor too long on one of them
-    peers = counted if config.parallel.pipeline_model_parallel_size == 1 else counted[1:]
+    same = config.parallel.pipeline_model_parallel_size == 1 and not has_owners(config)
+    peers = counted if same else counted[1:]
     least = min(found[name][0].memory.total for found in peers)
     simulated = simulate(config, 2, 1)
     assert simulated.flows == real.flows  # bytes and calls
@@ -345,7 +363,7 @@ def test_a_simulated_rank_does_exactly_what_the_real_one_does(name: str, request
     assert simulated.memory.total == pytest.approx(least, rel=0.01)
     expected = counted[1][name][1].memory
     frozen_masters = expected.host if METHODS[config.model.variant].has_frozen else 0
-    check_gradients(simulated.memory, expected, frozen_masters)
+    check_gradients(simulated.memory, expected, frozen_masters + cached_angles(config))
 
 
 @pytest.mark.long
@@ -409,7 +427,7 @@ def test_the_large_examples_are_estimated_as_they_are_simulated(name: str) -> No
     check_volumes(simulated, expected)
     assert expected.operations.total == simulated.flops
     check_memory(simulated.memory, expected.memory, rel=0.05)
-    check_gradients(simulated.memory, expected.memory)
+    check_gradients(simulated.memory, expected.memory, cached_angles(config))
 
 
 def test_operations_are_counted_as_pytorch_counts_them() -> None:

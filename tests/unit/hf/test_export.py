@@ -26,6 +26,7 @@ from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.schema import Config, DataConfig
 from megatron_crnet.hf.evaluate import evaluate_rows, rows_to_evaluate
 from megatron_crnet.hf.export import from_hf, saved_config, to_hf
+from megatron_crnet.hf.export_tokenizer import note_on_added_tokens
 from megatron_crnet.hf.generate import open_model
 from megatron_crnet.hf.modeling_crnet import CRNetForCausalLM
 from megatron_crnet.model.reference import ReferenceCRNet
@@ -366,3 +367,24 @@ def test_the_tokenizer_may_have_moved(weights: Weights, config: Config, tokenize
     assert open_model(checkpoint, tokenizer=tokenizer).tokenizer.vocab_size == 400
     back = from_hf(tmp_path / "out", tmp_path / "checkpoints")
     assert saved_config(back).data.tokenizer_model == str(tmp_path / "out" / "tokenizer.model")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "fp16"}, "dtype is 'fp16', but must be fp32 or bf16"),
+        ({"shard_size": None}, "--shard-size is None, but must be a number above 0"),
+    ],
+    ids=["dtype", "shard size"],
+)
+def test_values_that_only_python_can_give_are_refused(
+    checkpoint: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        to_hf(checkpoint, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nope is no folder: give that of an export"):
+        note_on_added_tokens(tmp_path / "nope")

@@ -92,6 +92,7 @@ def test_a_file_that_is_not_a_study_is_refused(changes: dict[str, Any], message:
         ({"axes": {"model.variant": ["crnet", "colla"]}}, "did you mean cola"),
         ({"options": {"optimizer.lr_warmup_steps": 48}}, "is not below training.train_steps 48"),
         ({"options": {"training.eval_steps": 0, "optimizer.lr_warmup_steps": 5}}, "compared by validation loss"),
+        ({"options": {"training.eval_only": True, "optimizer.lr_warmup_steps": 5}}, "runs of a study train"),
         ({"options": {"training.micro_batch_size": 3, "optimizer.lr_warmup_steps": 5}}, "does not divide"),
     ],
 )
