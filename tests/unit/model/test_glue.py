@@ -268,21 +268,21 @@ def added_in_fp32(z: Tensor, b: Tensor, previous: Tensor, beta: Tensor, eps: flo
 
 @pytest.mark.usefixtures("groups")
 @pytest.mark.parametrize(
-    "residual",
+    ("residual", "strategies"),
     [
-        pytest.param(None, marks=pytest.mark.long, id="in two passes"),
-        pytest.param(added_in_fp32, id="with the product"),
+        pytest.param(added_in_fp32, ("replay",), id="with the product, replay"),
+        pytest.param(added_in_fp32, ("full", "inverse"), marks=pytest.mark.long, id="with the product"),
+        pytest.param(None, ("replay", "full", "inverse"), marks=pytest.mark.long, id="in two passes"),
     ],
 )
 def test_a_model_with_compiled_regions_recomputes_the_same_bits(
-    residual: ResidualProduct | None, compiled: Glue
+    residual: ResidualProduct | None, strategies: tuple[str, ...], compiled: Glue
 ) -> None:
-    strategies = ("none", "replay", "full", "inverse")
-    found = {strategy: gradients(strategy, compiled, residual) for strategy in strategies}
+    found = {strategy: gradients(strategy, compiled, residual) for strategy in ("none", *strategies)}
     plain = gradients("none", EAGER)
-    for strategy in ("replay", "full"):
+    for strategy in {"replay", "full"} & found.keys():
         assert all(torch.equal(found[strategy][name], x) for name, x in found["none"].items()), strategy
-    for strategy in ("none", "inverse"):
+    for strategy in {"none", "inverse"} & found.keys():
         assert relative_error((name, found[strategy][name], x, x) for name, x in plain.items()) < 0.1, strategy
 
 
