@@ -19,6 +19,8 @@ from megatron_crnet.utils.errors import CrnetError, describe
 from megatron_crnet.utils.signals import leave_signals_to_parent, signals_held_back
 
 Program = Callable[..., Iterator[Any]]
+TRAINING = ("megatron_crnet.training.trainer", "torch.utils.tensorboard", "matplotlib.backends.backend_agg")
+"""To preload for programs that train."""
 
 
 class RankError(CrnetError):

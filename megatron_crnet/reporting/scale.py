@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_crnet.reporting.rank_group import RankGroup
+from megatron_crnet.reporting.rank_group import TRAINING, RankGroup
 
 STEPS, COUNTED = 4, 4
 """Steps of the run, and the one whose calls are counted: the checkpoint of the second one has been written by then."""
@@ -107,8 +107,7 @@ def measure_scale(ranks: int, options: Sequence[str], port: int) -> list[Figures
         RankError: one failed.
     """
     # imported once: what ranks read at start is then data, and they share their memory
-    preload = ("megatron_crnet.training.trainer", "torch.utils.tensorboard", "matplotlib.backends.backend_agg")
-    group = RankGroup(_rank, options, processes=ranks, port=port, preload=preload)
+    group = RankGroup(_rank, options, processes=ranks, port=port, preload=TRAINING)
     try:
         found: list[Figures] = group.answers()
         return found

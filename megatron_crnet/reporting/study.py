@@ -28,7 +28,7 @@ from megatron_crnet.config.batch import plan_batches
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.model_size import flops_per_token, total_parameters
 from megatron_crnet.config.schema import Config
-from megatron_crnet.reporting.rank_group import RankError, RankGroup
+from megatron_crnet.reporting.rank_group import TRAINING, RankError, RankGroup
 from megatron_crnet.reporting.study_grid import MOST_EXTENSIONS, Axis, Run, Study, text_of
 from megatron_crnet.utils.environment import machine, versions
 from megatron_crnet.utils.errors import BadStepError, ConfigError, DataError, describe, require
@@ -37,8 +37,6 @@ from megatron_crnet.utils.folder_lock import LOCK, holding
 from megatron_crnet.utils.progress import format_duration
 
 RESULTS = "results.jsonl"
-PRELOAD = ("megatron_crnet.training.trainer", "torch.utils.tensorboard", "matplotlib.backends.backend_agg")
-"""Imported once, in the process that runs are forked from."""
 
 Row = dict[str, Any]
 Say = Callable[[str], None]
@@ -210,7 +208,7 @@ class StudyRunner:
         with self._lock:
             if self.stopped():
                 return None
-            group = RankGroup(train_one, config, threads=self.threads, preload=PRELOAD)
+            group = RankGroup(train_one, config, threads=self.threads, preload=TRAINING)
             self._groups.add(group)
         try:
             (outcome,) = group.answers()

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_crnet.config.distillation_section import DistillationConfig
 from megatron_crnet.config.loading import load_config
-from megatron_crnet.config.positions import METHODS, position_table
+from megatron_crnet.config.positions import METHODS, head_width, position_table
 from megatron_crnet.config.schema import VARIANTS, Config, RecomputeConfig
 from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.planning.counted_step import count_step
@@ -293,12 +293,12 @@ def cached_angles(config: Config) -> int:
     """Bytes of RoPE's angles in fp32, which Megatron-Core keeps per virtual stage, of a teacher as well."""
     if not position_table(config.model).architecture.is_rotary:
         return 0
-    model, stages = config.model, config.parallel.virtual_pipeline_model_parallel_size or 1
-    of_each = 4 * config.training.seq_length * (model.kv_channels or model.hidden_size // model.num_attention_heads)
+    stages = config.parallel.virtual_pipeline_model_parallel_size or 1
+    of_each = 4 * config.training.seq_length * head_width(config.model)
     return stages * (1 + (config.distillation.teacher is not None)) * of_each
 
 
-def check_gradients(simulated: Memory, expected: Memory, remains: int = 0) -> None:
+def check_gradients(simulated: Memory, expected: Memory, remains: int) -> None:
     # what is counted as gradients is what nothing else is: the micro-batches' losses too, on real ranks under load
     # what gloo's threads have not let go of yet, and on CPUs the masters of frozen weights, which lie on the host
     found = expected.gradients + remains
