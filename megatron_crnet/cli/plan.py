@@ -58,7 +58,7 @@ def listed(plans: list[Any]) -> str:
             c.tp,
             c.pp,
             c.vpp,
-            c.ep,
+            f"{c.ep}" if c.dispatcher == "allgather" else f"{c.ep}, {c.dispatcher}",
             e.plan.dp_size,
             c.zero,
             c.micro_batch,

@@ -11,7 +11,8 @@ from megatron_crnet.utils.errors import require
 
 if TYPE_CHECKING:
     from megatron_crnet.config.megatron import CRNetTransformerConfig
-    from megatron_crnet.config.schema import Config, ModelConfig, ParallelConfig
+    from megatron_crnet.config.parallel_section import ParallelConfig
+    from megatron_crnet.config.schema import Config, ModelConfig
 
 
 def check_experts(model: ModelConfig) -> None:
@@ -60,6 +61,11 @@ def check_expert_parallel(config: Config) -> None:
     name = "parallel.expert_model_parallel_size"
     if experts is None:
         require(size == 1, f"{name} {size} needs a model with experts (architecture qwen3_moe): leave it out")
+        require(
+            "moe_token_dispatcher_type" not in parallel.changed(),
+            f"parallel.moe_token_dispatcher_type {parallel.moe_token_dispatcher_type} needs a model with experts "
+            "(architecture qwen3_moe): leave it out",
+        )
         return
     require(
         config.optimizer.name != "galore" or size == tp == 1,

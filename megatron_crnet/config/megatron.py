@@ -139,9 +139,7 @@ def _experts(config: Config) -> dict[str, Any]:
         "moe_router_dtype": "fp32",
         "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
         "moe_z_loss_coeff": model.moe_z_loss_coeff or None,
-        # every rank of the group sees every token once; with top-8 of up to 8 ranks an all-to-all would send as much
-        # (docs/decisions/experts.md)
-        "moe_token_dispatcher_type": "allgather",
+        "moe_token_dispatcher_type": config.parallel.moe_token_dispatcher_type,
         "expert_model_parallel_size": config.parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": 1,
     }

@@ -18,7 +18,8 @@ from megatron_crnet.config.rank_rules import check_rank_schedule
 from megatron_crnet.utils.errors import require
 
 if TYPE_CHECKING:
-    from megatron_crnet.config.schema import Config, ModelConfig, ParallelConfig
+    from megatron_crnet.config.parallel_section import ParallelConfig
+    from megatron_crnet.config.schema import Config, ModelConfig
 
 MOST_PROFILED = 100
 """Steps; each keeps its thousands of operations in the host's memory until all are written."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ def install() -> None:
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
     with _without_a_compiler():
         _install_rng()
-        _install_zeros()
+        _install_torch()
     _preset_operators()
     _installed = True
 
@@ -71,8 +71,38 @@ def _install_rng() -> None:
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
 
 
+class _Stream:
+    """A stream and its events, where every operation is done when it returns."""
+
+    def wait_stream(self, _: Any) -> None:
+        pass
+
+    def record_event(self) -> _Stream:
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+
+class _CudaWithoutDevice:
+    """The module torch.cuda, with one stream."""
+
+    _stream = _Stream()
+    stream = staticmethod(nullcontext)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+    def current_stream(self) -> _Stream:
+        return self._stream
+
+    Stream = current_stream
+
+
 class _TorchWithoutCuda:
     """The module torch, with `zeros` on "cuda" made on the CPU."""
+
+    cuda = _CudaWithoutDevice()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -82,17 +112,23 @@ class _TorchWithoutCuda:
         return torch.zeros(*size, device="cpu" if device == "cuda" else device, **kwargs)
 
 
-def _install_zeros() -> None:
-    """Give it to the modules that make counters on "cuda" by name.
+def _install_torch() -> None:
+    """Give it to the modules that make counters on "cuda" by name, or streams.
 
     A TorchFunctionMode would cost each operation of a small model a tenth of its time, and a wrapped `torch.zeros`
     would be unknown to `with torch.device(...)`.
     """
     from megatron.core.pipeline_parallel import schedules
-    from megatron.core.transformer.moe import moe_utils
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
-    for module in (schedules, moe_utils):
+    for module in (schedules, moe_utils, token_dispatcher):
         module.torch = _TorchWithoutCuda()
+    token_dispatcher.maybe_move_tensor_to_cpu = _on_the_host
+
+
+def _on_the_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """What Megatron-Core's function of this name does with tensors of a device."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _preset_operators() -> None:

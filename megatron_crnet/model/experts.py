@@ -29,6 +29,8 @@ from megatron_crnet.model.regions import Regions
 
 ALIGNMENT = 16
 """Rows of a stacked product's factors begin at multiples of as many bytes, which GPUs ask for."""
+OF_A_PASS = {"local_map", "local_probs", "probs", "routing_map", "reversed_local_input_permutation_mapping"}
+"""Tensors that Megatron-Core's dispatchers would keep until the next pass."""
 LAST_GROUPED = 9
 """Largest compute capability with one call for all experts: on Blackwell the gradients of experts without tokens are
 not set (pytorch#172439)."""
@@ -260,9 +262,8 @@ class ExpertLayer(MoELayer):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """See the base."""
         found = super().forward(*args, **kwargs)
-        dispatcher = self.token_dispatcher
-        dispatcher.local_map = dispatcher.local_probs = None
-        dispatcher.reversed_local_input_permutation_mapping = None
+        for name in vars(self.token_dispatcher).keys() & OF_A_PASS:
+            setattr(self.token_dispatcher, name, None)
         return found
 
 

@@ -7,8 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
+from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_crnet.config.positions import PositionTable
@@ -23,9 +26,31 @@ def even_experts(table: PositionTable) -> Iterator[None]:
     with (
         # Megatron-Core keeps a tensor of the first pass in the class
         patch.object(MoEAuxLossAutoScaler, "main_loss_backward_scale", None),
+        patch.object(token_dispatcher.MoEAlltoAllTokenDispatcher, "_maybe_dtoh_and_synchronize", _share_tokens),
+        patch.object(token_dispatcher, "sort_chunks_by_idxs", _sorted_chunks),
         _Chosen(table.topk, table.num_experts),
     ):
         yield
+
+
+OF_TOKENS = ("input_splits", "output_splits", "num_global_tokens_per_local_expert")
+"""What an all-to-all dispatcher reads on the host: how many of its tokens, k times, are in each part."""
+
+
+def _share_tokens(dispatcher: Any, point: str, counts: Tensor) -> Tensor:
+    """In place of copying these numbers to the host: even ones."""
+    if point == dispatcher.cuda_dtoh_point:
+        for name in OF_TOKENS:
+            shares = getattr(dispatcher, name, None)
+            if shares is not None:
+                ends = np.arange(shares.numel() + 1) * dispatcher.num_out_tokens // shares.numel()
+                setattr(dispatcher, name, np.diff(ends).reshape(shares.shape))
+    return counts
+
+
+def _sorted_chunks(x: Tensor, sizes: np.ndarray, _: Tensor, probs: Tensor | None = None, **__: Any) -> Any:
+    """Megatron-Core's function of another name: without values any order will do."""
+    return tuple(None if part is None else torch.cat(part.split(sizes.tolist())) for part in (x, probs))
 
 
 class _Chosen(TorchDispatchMode):

@@ -44,14 +44,16 @@ def estimate_memory(model: LocalModel, plan: BatchPlan, on_gpu: bool = False) ->
     state |= _frozen(model, state, plan.dp_size)
     state["weights"] += teacher_weights(model)
     layers = [layer for chunk in model.chunks for layer in chunk.layers]
+    gathers_tokens = model.config.parallel.moe_token_dispatcher_type == "allgather"
     gathers = (
-        model.transformer.expert_model_parallel_size > 1
+        (gathers_tokens and model.transformer.expert_model_parallel_size > 1)
         or model.chunks[-1].predicts
         or any(model.transformer.table.is_full_rank(layer) for layer in layers)
     )
-    if (model.transformer.sequence_parallel and gathers) or model.spread > 1:
+    replicas = model.spread if gathers_tokens else 1
+    if (model.transformer.sequence_parallel and gathers) or replicas > 1:
         # Megatron-Core's buffer for the whole sequence, the input of a full-rank column layer, or those of experts
-        state["buffers"] += model.spread * model.tokens * model.config.model.hidden_size * model.element
+        state["buffers"] += replicas * model.tokens * model.config.model.hidden_size * model.element
     state |= {"kept": _kept(model, plan), "transient": _transient(model, plan)}
     if on_gpu and uses_cuda_graphs(model.config):
         for name in ("reduction", "update"):

@@ -58,11 +58,12 @@ class CommVolume:
     """Collective calls or messages of one kind in one group in a step.
 
     Attributes:
-        kind: all_gather, reduce_scatter, all_reduce, all_to_all (of what leaves the rank) or send.
+        kind: all_gather, reduce_scatter, all_reduce, all_to_all or send.
         group: one of the names above.
         size: ranks of the group.
         bytes: volume of this rank (see `planning/counters.py`), for `send` only what it sends.
         calls: None in an estimate.
+        own_share: of an exchange, what stays on the rank; 0 where that is not in `bytes`, or not known.
     """
 
     kind: str
@@ -70,11 +71,13 @@ class CommVolume:
     size: int
     bytes: int
     calls: int | None = None
+    own_share: float = 0.0
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes sent: by a ring algorithm (n - 1) / n of the volume, in messages and exchanges all."""
-        return float(self.bytes) if self.kind in ("send", "all_to_all") else self.bytes * (self.size - 1) / self.size
+        """Bytes sent: by a ring algorithm (n - 1) / n of the volume, in messages and exchanges what is not its own."""
+        is_sent = self.kind in ("send", "all_to_all")
+        return self.bytes * (1 - self.own_share if is_sent else (self.size - 1) / self.size)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 from megatron_crnet.config.deepspeed import keys_for_stage
+from megatron_crnet.config.parallel_section import Dispatcher
 from megatron_crnet.config.schema import Config
 from megatron_crnet.planning.estimate import Estimate, estimate
 from megatron_crnet.planning.machines import GIB, Machine
@@ -30,6 +31,8 @@ RECOMPUTATION: dict[str, dict[str, Any]] = {
     "full": {"strategy": "full", "keep_attention_output": False, "inverse_tolerance": None},
 }
 
+DISPATCHERS: tuple[Dispatcher, ...] = get_args(Dispatcher)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -43,6 +46,7 @@ class Choice:
     recompute: str
     offload: bool
     ep: int = 1
+    dispatcher: Dispatcher = "allgather"
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,9 @@ def choices(config: Config, gpus: int, gpus_per_node: int) -> list[Choice]:
             # experts that are spread are so over as many ranks as asked, or over the tensor-parallel ones
             asked = config.parallel.expert_model_parallel_size
             eps = sorted({tp, asked}) if asked > 1 else [1]
-            rows = product(vpps, zeros, micro, RECOMPUTATION, offloads, eps)
-            found += [Choice(tp, pp, *row) for row in rows]
+            spreads = [(ep, way) for ep in eps for way in DISPATCHERS[: 1 if ep == 1 else None]]
+            rows = product(vpps, zeros, micro, RECOMPUTATION, offloads, spreads)
+            found += [Choice(tp, pp, *row, *spread) for *row, spread in rows]
     return found
 
 
@@ -143,6 +148,7 @@ def configure(config: Config, choice: Choice) -> Config:
             config.parallel,
             tensor_model_parallel_size=choice.tp,
             expert_model_parallel_size=choice.ep,
+            moe_token_dispatcher_type=choice.dispatcher,
             pipeline_model_parallel_size=choice.pp,
             virtual_pipeline_model_parallel_size=choice.vpp,
             sequence_parallel=False if config.parallel.sequence_parallel is False else None,

@@ -55,7 +55,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "dp2-ep2-zero1-bf16-qwen3-moe": {
         "stage": 1,
         "dtype": "bf16",
-        "parallel": {"expert_model_parallel_size": 2},
+        "parallel": {"expert_model_parallel_size": 2, "moe_token_dispatcher_type": "alltoall"},
         "model": {**ARCHITECTURES["qwen3_moe"], **DROPOUT},
         "recompute": "replay",
     },

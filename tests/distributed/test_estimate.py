@@ -80,6 +80,7 @@ MOE: dict[str, Any] = {**ARCHITECTURES["qwen3_moe"], "ffn_hidden_size": 64, "moe
 RELORA_MOE: dict[str, Any] = {**MOE, "variant": "relora"}
 REPLICAS = {"expert_model_parallel_size": 2}
 EP = {**TP, **REPLICAS}
+ALL_TO_ALL = {"moe_token_dispatcher_type": "alltoall"}
 
 
 def eight_bit(config: Config) -> Config:
@@ -196,6 +197,9 @@ def rows() -> dict[str, Config]:
         "ep over replicas, moe, 8-bit": eight_bit(row("bf16", 1, REPLICAS, None, None, **MOE)),
         "ep over replicas, taught, moe": taught(row("bf16", 1, REPLICAS, REPLAY, None, **MOE)),
         "ep, taught, moe": taught(row("fp32", 1, EP, None, None, **MOE)),
+        "all to all, moe": row("bf16", 1, {**REPLICAS, **ALL_TO_ALL}, REPLAY, None, **MOE),
+        "ep, all to all, moe": row("fp32", 2, {**EP, **ALL_TO_ALL}, None, None, **MOE),
+        "all to all, taught, moe": taught(row("bf16", 1, {**REPLICAS, **ALL_TO_ALL}, FULL, None, **MOE)),
         "pp, inverse, moe": row("fp32", 1, PP, INVERSE, None, **MOE),
         "zero 3, replay, moe": row("bf16", 3, None, REPLAY, TIGHT, **MOE),
         "moe, galore": galore(row("bf16", 1, None, None, None, **MOE, variant="full_rank")),
@@ -233,6 +237,7 @@ SOON = (
     "pp, gpt2",
     "tp, replay, qwen3",
     "ep, moe",
+    "all to all, moe",
     "ep over replicas, relora, moe",
 )
 """The others are marked long: every row costs a second on an idle machine, and more where process groups are built."""
@@ -382,6 +387,7 @@ def test_partial_gradients_are_summed_as_replicas_have_cut_them(stage: int, rank
         pytest.param(4, REPLICAS, "fp32", 0, marks=pytest.mark.long),
         pytest.param(8, {**TP, "expert_model_parallel_size": 4}, "bf16", 1, marks=pytest.mark.long),
         pytest.param(8, {**PP, **REPLICAS}, "fp32", 1, marks=pytest.mark.long),
+        pytest.param(4, {**REPLICAS, **ALL_TO_ALL}, "bf16", 1, marks=pytest.mark.long),
     ],
 )
 def test_experts_are_reduced_and_partitioned_over_the_replicas_that_hold_the_same(

@@ -78,6 +78,7 @@ GPT2, QWEN3, MOE = ARCHITECTURES["gpt2"], ARCHITECTURES["qwen3"], ARCHITECTURES[
 # of heads of 8, one frequency is kept, one divided, and one between
 SCALED_ROPE = {"rope_scaling_factor": 8.0, "rotary_base": 3 * 10**5}
 EP, EP_4 = ({"expert_model_parallel_size": size} for size in (2, 4))
+ALL_TO_ALL = {**EP, "moe_token_dispatcher_type": "alltoall"}
 # in bf16 tokens would go to other experts than in fp64, unless they go to all
 TO_ALL = {**MOE, "moe_router_topk": 4}
 
@@ -108,6 +109,7 @@ ON_TWO = [
     Layout(tp=2, zero=3, model={**MOE, "variant": "cola", "moe_router_pre_softmax": True}, parallel=EP),
     Layout(pp=2, vpp=2, zero=1, model=FULL_RANK_EXPERTS),
     Layout(zero=1, dtype="bf16", model=TO_ALL, parallel=EP),
+    Layout(tp=2, zero=2, model=MOE, parallel=ALL_TO_ALL),
 ]
 ON_TWO = shortened(ON_TWO)
 MORE_ON_TWO = [
@@ -177,6 +179,10 @@ MORE_ON_TWO = [
     Layout(pp=2, vpp=2, zero=1, model=MOE),
     Layout(tp=2, zero=3, model={**PADDED_MOE, "full_rank_experts": True}, parallel=EP, keys=PARTITION_EVERYTHING),
     *(Layout(zero=1, model=model, parallel=EP) for model in variants_of(FULL_RANK_EXPERTS)[2:]),
+    *(Layout(zero=0, model=model, parallel=ALL_TO_ALL) for model in (*variants_of(MOE), FULL_RANK_EXPERTS)),
+    *(Layout(tp=2, zero=zero, model=PADDED_MOE, parallel=ALL_TO_ALL) for zero in (0, 1, 3)),
+    Layout(tp=2, zero=3, dtype="bf16", model=TO_ALL, parallel=ALL_TO_ALL),
+    Layout(tp=2, model=MOE, parallel={**ALL_TO_ALL, "expert_model_parallel_size": 1}, data=DOCUMENTS),
     Layout(tp=2, zero=3, model={**MOE, "rank": RANKS}, parallel=EP, keys=PARTITION_EVERYTHING),
     Layout(zero=3, model={**MOE, "tie_word_embeddings": True}, offload="offload_param"),
     Layout(tp=2, zero=1, model=MOE, parallel=EP, lr_multipliers=LR_MULTIPLIERS),
@@ -205,6 +211,7 @@ ON_FOUR = [
     # experts over replicas, of which there are one or two groups
     Layout(tp=2, zero=1, dtype="bf16", model=TO_ALL, parallel=EP_4),
     Layout(pp=2, vpp=2, zero=1, model=MOE, parallel=EP, lr_multipliers=LR_MULTIPLIERS),
+    Layout(zero=1, model=MOE, parallel=ALL_TO_ALL),
 ]
 MORE_ON_FOUR = [
     Layout(tp=2, pp=2, zero=1, model=PADDED),
@@ -214,6 +221,8 @@ MORE_ON_FOUR = [
     *(Layout(zero=zero, model=MOE, parallel=EP) for zero in (0, 1)),
     Layout(zero=1, dtype="bf16", model=TO_ALL, parallel=EP),
     Layout(tp=2, zero=1, model=MOE, parallel=EP_4),
+    Layout(tp=2, zero=1, model=MOE, parallel={**ALL_TO_ALL, **EP_4}),
+    Layout(pp=2, vpp=2, zero=1, dtype="bf16", model=TO_ALL, parallel=ALL_TO_ALL, lr_multipliers=LR_MULTIPLIERS),
     Layout(pp=2, zero=1, dtype="bf16", model=TO_ALL, parallel=EP),
     Layout(tp=2, pp=2, zero=1, dtype="bf16", model=QWEN3),
     Layout(tp=2, zero=2, model=MOE, parallel=EP),
@@ -251,11 +260,12 @@ MATRIX += [
 ]
 MATRIX += [
     dataclasses.replace(row, model={**row.model, **MOE}, parallel=parallel)
-    for row, parallel in product(MATRIX, ({}, EP))
+    for row, parallel in product(MATRIX, ({}, EP, ALL_TO_ALL))
     # with tensor parallelism experts need sequence parallelism, and they are spread over its ranks, without it over
     # replicas; in bf16 tokens may go to other experts than in fp64
     if "architecture" not in row.model
     if row.dtype == "fp32" and row.sp is not False and (row.tp > 1 or row.zero <= 1 or not parallel)
+    if row.model["variant"] == "crnet" or parallel is not ALL_TO_ALL
 ]
 MATRIX += [
     Layout(tp=2, zero=zero, model={"variant": "crnet"}, keys=keys)
@@ -357,6 +367,10 @@ IMPOSSIBLE = {
     ),
     "experts without sequence parallelism": (Layout(tp=2, sp=False, model=MOE), "leave sequence_parallel out"),
     "expert parallelism without experts": (Layout(tp=2, parallel=EP), "needs a model with experts"),
+    "a dispatcher without experts": (
+        Layout(parallel={"moe_token_dispatcher_type": "alltoall"}),
+        "needs a model with experts",
+    ),
 }
 
 

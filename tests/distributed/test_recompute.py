@@ -77,6 +77,7 @@ class Row:
 TP = {"tensor_model_parallel_size": 2}
 EP = {**TP, "expert_model_parallel_size": 2}
 REPLICAS = {"expert_model_parallel_size": 2}
+ALL_TO_ALL = {**REPLICAS, "moe_token_dispatcher_type": "alltoall"}
 PP = {"pipeline_model_parallel_size": 2}
 VPP = {**PP, "virtual_pipeline_model_parallel_size": 2}
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
@@ -94,6 +95,7 @@ ROWS = [
     Row("tp2-padded", PADDED, TP, strategies=(REPLAY_AUTO,)),
     Row("tp2-gpt2", GPT2, TP, strategies=(REPLAY_AUTO,), data=DOCUMENTS),
     Row("tp2-ep2-qwen3-moe", MOE, EP, strategies=(REPLAY_AUTO, INVERSE)),
+    Row("dp2-ep2-all-to-all", MOE, ALL_TO_ALL, "bf16", {"stage": 1}, strategies=(REPLAY,)),
     Row("dp2-ep2-full-rank-experts", FULL_RANK_EXPERTS, REPLICAS, "bf16", {"stage": 1}, strategies=(REPLAY, FULL)),
     Row("tp2-qwen3", QWEN3, WITHOUT_SP, strategies=(REPLAY,)),
 ]
@@ -114,6 +116,8 @@ MORE_ON_TWO = [
     Row("tp2-zero3-gpt2-dropout", {**GPT2, **DROPOUT}, TP, "bf16", PARTITIONED, strategies=(REPLAY,)),
     Row("tp2-ep2-qwen3-moe", {**MOE, "num_layers": 6}, EP, strategies=(*EXACT, INVERSE)),
     Row("dp2-ep2-moe", {**MOE, **DROPOUT}, REPLICAS, strategies=(*EXACT, INVERSE)),
+    Row("dp2-ep2-all-to-all", {**MOE, **DROPOUT}, ALL_TO_ALL, strategies=(*EXACT, INVERSE)),
+    Row("tp2-ep2-all-to-all", MOE, {**TP, **ALL_TO_ALL}, "bf16", {"stage": 2}, strategies=(*EXACT, INVERSE)),
     Row("dp2-ep2-qwen3-moe", MOE, REPLICAS, "bf16", {"stage": 1}, strategies=(REPLAY, FULL)),
     Row("tp2-full-rank-experts", {**FULL_RANK_EXPERTS, "num_layers": 6}, TP, strategies=(*EXACT, INVERSE)),
     Row("tp2-ep2-full-rank-experts-relora", {**FULL_RANK_EXPERTS, "variant": "relora"}, EP, strategies=EXACT),
@@ -352,10 +356,10 @@ def test_no_memory_grows_over_steps_abandoned_passes_and_errors() -> None:
 def alive_after_a_step() -> list[list[int]]:
     """Bytes of a step that are alive after it, by model: without recomputation, and with it."""
     found = []
-    for model in ({}, MOE):
+    for model, parallel in (({}, {}), (MOE, {}), (MOE, {"moe_token_dispatcher_type": "alltoall"})):
         of_model = []
         for recompute in (RecomputeConfig(), REPLAY, FULL):
-            engine = build_engine(dataclasses.replace(tiny_config(model), recompute=recompute))
+            engine = build_engine(dataclasses.replace(tiny_config(model, parallel), recompute=recompute))
             run_step(engine)
             with LiveMemory() as memory:
                 run_step(engine)

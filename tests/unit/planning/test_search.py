@@ -15,6 +15,7 @@ from megatron_crnet.config.schema import Config
 from megatron_crnet.planning.estimate import estimate
 from megatron_crnet.planning.machines import MACHINES, Machine
 from megatron_crnet.planning.search import (
+    DISPATCHERS,
     RESERVE,
     Choice,
     Plan,
@@ -70,8 +71,20 @@ def test_experts_that_are_spread_are_so_as_asked_or_over_tensor_parallel_ranks()
 
     assert eps(1) == {(1, 1), (2, 1), (4, 1)}
     assert eps(2) == {(1, 1), (1, 2), (2, 2), (4, 2), (4, 4)}
-    spread = configure(tiny_config(ARCHITECTURES["qwen3_moe"]), Choice(1, 1, 1, 1, 1, "none", offload=False, ep=2))
-    assert spread.parallel.expert_model_parallel_size == 2
+    choice = Choice(1, 1, 1, 1, 1, "none", offload=False, ep=2, dispatcher="alltoall")
+    spread = configure(tiny_config(ARCHITECTURES["qwen3_moe"]), choice).parallel
+    assert (spread.expert_model_parallel_size, spread.moe_token_dispatcher_type) == (2, "alltoall")
+
+
+def test_tokens_go_to_few_ranks_by_all_gather_and_to_many_by_all_to_all() -> None:
+    def fastest(ep: int) -> str:
+        moe = load_config("examples/qwen3_30b_a3b.yaml", [f"--parallel.expert_model_parallel_size={ep}"])
+        found = [configure(moe, Choice(1, 1, 1, 1, 1, "replay", False, ep, way)) for way in DISPATCHERS]
+        rated = {c.parallel.moe_token_dispatcher_type: estimate(c, 8, H100).tokens_per_second for c in found}
+        return max(rated, key=lambda way: rated[way])
+
+    # of 8 experts per token each takes 2 bytes per element there and back, a gathered token 2 there and 4 back
+    assert [fastest(ep) for ep in (2, 4, 8)] == ["allgather", "allgather", "alltoall"]
 
 
 def test_the_fastest_is_first_and_everything_fits(found: Search) -> None:
