@@ -10,21 +10,25 @@ there, at r = h/4. LR_r may be any matrix of N rows; that a layer's X A B can re
 
 The same is taken of the residual stream behind a layer, with the stream before it as P: for comparison, because these
 two have much in common by construction.
+
+Experts have no outputs of the layer before: it gave them other tokens. Of gate, up and down of all experts of a layer
+there is LR_r(Y), each expert's on the tokens that it is given; and what the experts give together has a P.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_crnet.analysis.maps import maps_by_input
 from megatron_crnet.analysis.outputs import MapOutputs, each_map
 from megatron_crnet.analysis.source import SourceModel
-from megatron_crnet.analysis.stream import STREAM
+from megatron_crnet.analysis.stream import MIXTURE, STREAM
 
 POINTS = 48
 """Singular values that are kept of a spectrum, at most: indices in geometric steps."""
@@ -42,7 +46,7 @@ class RankErrors:
 
 @dataclass(frozen=True)
 class MapObservation:
-    """A linear map of a layer.
+    """A linear map of a layer, or that of all its experts.
 
     Attributes:
         cosine: mean over tokens of the cosine similarity of y and p.
@@ -70,7 +74,7 @@ def observe(
     batch_size: int = 4,
     progress: Callable[[int], None] = lambda layers: None,
 ) -> list[MapObservation]:
-    """Every linear map of every layer of a model, and the residual stream behind it, for comparison.
+    """Every linear map of every layer of a model, and for comparison the stream behind it and its experts together.
 
     Args:
         rows: tokens of the text, [rows, s].
@@ -81,8 +85,40 @@ def observe(
     Raises:
         DataError: a weight is not finite, or zero all over.
     """
-    positions = (*source.table.architecture.names, STREAM)
-    return each_map(source, rows, positions, partial(_observed, ranks), devices, batch_size, progress)
+    groups = maps_by_input(source.table.architecture, source.table.num_experts)
+    of_experts = {one.name: one.position for group in groups for one in group if one.is_experts}
+    together = (MIXTURE, STREAM) if of_experts else (STREAM,)
+    positions = (*source.table.architecture.names, *of_experts, *together)
+
+    def look(outputs: MapOutputs) -> MapObservation | _Expert:
+        if outputs.position not in of_experts:
+            return _observed(ranks, outputs)
+        own, whole = outputs.difference.energies(0.0).cpu(), outputs.difference.norms[0]
+        return _Expert(outputs.layer, of_experts[outputs.position], own, whole)
+
+    experts: dict[tuple[int, str], list[_Expert]] = {}
+    found: dict[tuple[int, str], MapObservation | None] = {}
+    for one in each_map(source, rows, positions, look, devices, batch_size, progress):
+        found[one.layer, one.position] = one if isinstance(one, MapObservation) else None
+        if isinstance(one, _Expert):
+            experts.setdefault((one.layer, one.position), []).append(one)
+    return [one or _all_experts(ranks, experts[key]) for key, one in found.items()]
+
+
+class _Expert(NamedTuple):
+    """A map of one expert: squared singular values of Y, and ||Y||^2."""
+
+    layer: int
+    position: str
+    energies: Tensor
+    norm: float
+
+
+def _all_experts(ranks: Sequence[int], parts: Sequence[_Expert]) -> MapObservation:
+    """The same map of all experts of a layer, each of which has the rank."""
+    own, whole = torch.stack([part.energies for part in parts]).sum(0), sum(part.norm for part in parts)
+    errors = tuple(RankErrors(rank, _relative(whole - float(own[:rank].sum()), whole), None, None) for rank in ranks)
+    return MapObservation(parts[0].layer, parts[0].position, None, errors, _spectrum(own, None, whole))
 
 
 def _observed(ranks: Sequence[int], outputs: MapOutputs) -> MapObservation:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_crnet.analysis.difference import Difference
 from megatron_crnet.analysis.source import SourceModel
-from megatron_crnet.analysis.stream import STREAM, Activations, Map, Sums
+from megatron_crnet.analysis.stream import MIXTURE, STREAM, Activations, Map, Sums
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ def each_map(
 
     Args:
         rows: tokens of the text, [rows, s].
-        positions: linear maps, by `LayerMap.name`, and `STREAM`.
+        positions: linear maps, by `LayerMap.name`, `MIXTURE` and `STREAM`.
         devices: share the rows, and then the positions of a layer.
         progress: called with the layers that are done.
 
@@ -59,7 +59,7 @@ def each_map(
     stream = Activations(source.embed(rows), batch_size, devices)
     before: Sums | None = None
     found: list[T] = []
-    chained = (*source.table.architecture.names, STREAM)
+    chained = (*source.table.architecture.names, MIXTURE, STREAM)
     with ThreadPoolExecutor(len(devices)) as pool:
         for layer in range(source.config.model.num_layers):
             sums = stream.advance(source.layer(layer), partial(collect_outputs, positions))

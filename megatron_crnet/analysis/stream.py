@@ -24,6 +24,8 @@ from megatron_crnet.model.reference import MixtureOfExperts, ReferenceLayer
 
 STREAM = "stream"
 """In place of a position: a layer as a whole, from the residual stream before it to the one after it."""
+MIXTURE = "experts"
+"""In place of a position: all experts of a layer together, what they add to the residual stream."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Batch:
 
     Attributes:
         hidden: the residual stream, [b, s, h].
-        outputs: of the linear maps of the layer before, by position, [b, s, width] each; empty before the first.
+        outputs: of the linear maps of the layer before, by position, and of its `MIXTURE`, [b, s, width] each; empty
+            before the first.
     """
 
     hidden: Tensor
@@ -125,19 +128,22 @@ class Activations:
 
 
 def run_layer(layer: ReferenceLayer, batch: Batch) -> tuple[dict[str, Map], Batch]:
-    """A layer's linear maps on a batch, by name, the layer itself as `STREAM`, and the batch behind it."""
+    """A layer's linear maps on a batch, by name, its `MIXTURE`, the layer as `STREAM`, and the batch behind it."""
     before, maps = batch.outputs, dict[str, Map]()
 
     def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         previous = before[name].flatten(0, 1) if name in before else None
         return lambda _module, x, y: maps.update({name: Map(x[0].flatten(0, -2), y.flatten(0, -2), previous)})
 
-    num_experts = len(layer.mlp.experts) if isinstance(layer.mlp, MixtureOfExperts) else 0
+    mixture = layer.mlp if isinstance(layer.mlp, MixtureOfExperts) else None
+    groups = maps_by_input(layer.architecture, len(mixture.experts) if mixture is not None else 0)
+    modules: dict[str, nn.Module] = {one.name: layer.get_submodule(one.module) for group in groups for one in group}
+    modules |= {MIXTURE: mixture} if mixture is not None else {}
     with ExitStack() as stack:
-        for group in maps_by_input(layer.architecture, num_experts):
-            for one in group:
-                hook = layer.get_submodule(one.module).register_forward_hook(note(one.name))
-                stack.callback(hook.remove)
+        for name, module in modules.items():
+            stack.callback(module.register_forward_hook(note(name)).remove)
         hidden, outputs = layer(batch.hidden, batch.outputs)
+    if mixture is not None:
+        outputs[MIXTURE] = maps[MIXTURE].y.view_as(hidden)
     stream_in, stream_out = batch.hidden.flatten(0, 1), hidden.flatten(0, 1)
     return {**maps, STREAM: Map(stream_in, stream_out, stream_in)}, Batch(hidden, outputs)

@@ -4,9 +4,10 @@
     %(prog)s runs/dense --every-checkpoint --prefix data/valid --ranks 24 48 96 --json observation.json
 
 MODEL is a Hugging Face LLaMA, GPT-2, Qwen3 or Qwen3-MoE, an export, a checkpoint or a run, of any variant. For each
-layer and linear map but those of experts, which have no chain: relative errors of LR_r(Y_l) and of
-b Y_(l-1) + LR_r(Y_l - b Y_(l-1)) with the best b, their ratio (the paper: 0.4 to 0.97 at r = h/4), the cosine
-similarity of Y_l and Y_(l-1), and spectra. `crnet report FILE` draws them.
+layer and linear map: relative errors of LR_r(Y_l) and of b Y_(l-1) + LR_r(Y_l - b Y_(l-1)) with the best b, their ratio
+(the paper: 0.4 to 0.97 at r = h/4), the cosine similarity of Y_l and Y_(l-1), and spectra. Of gate, up and down of
+experts, which had other tokens in the layer before, there is the first error alone; of what the experts of a layer give
+together, both. `crnet report FILE` draws them.
 
 One layer at a time is in memory; several GPUs share the rows.
 """

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from megatron_crnet.analysis.stream import STREAM
+from megatron_crnet.analysis.stream import MIXTURE, STREAM
 from megatron_crnet.reporting.page import Section, Table
 from megatron_crnet.reporting.pictures import Lines, Picture, Series
 
@@ -18,7 +18,8 @@ ROUNDING = 1e-6
 
 def observation_text(record: Record) -> str:
     """A table over all models, and for the last of each name the ratio of the two errors by layer and position."""
-    tables = [_summary([_errors(model) for model in record["models"]])]
+    frames = [_errors(model) for model in record["models"]]
+    tables = [_summary(frames), *_of_experts(frames)]
     tables += [_by_layer(frame) for frame in map(_errors, _last_of_each(record["models"])) if _is_chained(frame)]
     return "\n\n".join(table.markdown() for table in tables)
 
@@ -31,13 +32,14 @@ def observation_section(records: Sequence[Record]) -> Section:
         "b P + LR_r(Y - b P) with the best b, where P are the outputs of the same map in the previous layer. A ratio "
         "below 1 is what the previous outputs save; CR-Net's paper reports 0.4 to 0.97 at r = h/4. LR_r may be any "
         "matrix, also one that no X A B gives. The stream is the residual stream behind a layer, with the one before "
-        "it as P: these two have much in common by construction.",
+        "it as P: these two have much in common by construction. Experts are what those of a layer give together; "
+        "their own maps have no P.",
     )
     models = [model for record in records for model in record["models"]]
     if not models:
         return section
     frames = pd.concat([_errors(model) for model in models])
-    section.tables.append(_summary([frames]))
+    section.tables += [_summary([frames]), *_of_experts([frames])]
     for _, found in frames.groupby("name", sort=False):
         section.pictures += _over_training(found)
     for model in _last_of_each(models):
@@ -73,9 +75,10 @@ def _errors(model: Record) -> pd.DataFrame:
 
 
 def _summary(frames: Sequence[pd.DataFrame]) -> Table:
-    rows = []
-    for (label, rank), found in pd.concat(frames).groupby(["label", "rank"], sort=False):
-        chained, stream = (found[of].dropna(subset="ratio") for of in (~_is_stream(found), _is_stream(found)))
+    rows, every = [], pd.concat(frames)
+    positions = set(every["position"])
+    for (label, rank), found in every.groupby(["label", "rank"], sort=False):
+        chained = found[~_is_together(found)].dropna(subset="ratio")
         rows.append(
             {
                 "model": label,
@@ -87,15 +90,32 @@ def _summary(frames: Sequence[pd.DataFrame]) -> Table:
                 "most": f"{chained['ratio'].max():.3f}",
                 "b": f"{chained['coefficient'].mean():.3f}",
                 "cosine": f"{chained['cosine'].mean():.3f}",
-                "stream's ratio": f"{stream['ratio'].mean():.3f}",
+                **{f"ratio of {name}": _mean_ratio(found, name) for name in (STREAM, MIXTURE) if name in positions},
             }
         )
     return Table(rows, title="Relative errors, means over layers and positions with previous outputs")
 
 
-def _is_stream(frame: pd.DataFrame) -> pd.Series:
-    """Which rows are of the residual stream, not of a linear map."""
-    return frame["position"] == STREAM
+def _mean_ratio(frame: pd.DataFrame, position: str) -> str:
+    found = frame.loc[frame["position"] == position, "ratio"].dropna()
+    return f"{found.mean():.3f}" if len(found) else "-"
+
+
+def _of_experts(frames: Sequence[pd.DataFrame]) -> list[Table]:
+    """LR_r(Y) of the maps of experts, which have no outputs of the layer before."""
+    frame = pd.concat(frames)
+    known = frame.groupby(["label", "position"], sort=False)["ratio"].transform("count") > 0
+    alone = frame[~known & ~_is_together(frame)]
+    if alone.empty:
+        return []
+    means = alone.pivot_table(index=["label", "rank"], columns="position", values="low_rank", sort=False)
+    cells = means.map("{:.4f}".format).rename_axis(columns=None).reset_index().rename(columns={"label": "model"})
+    return [Table(cells, title="LR_r(Y) of the maps of experts on the tokens that each is given, means over layers")]
+
+
+def _is_together(frame: pd.DataFrame) -> pd.Series:
+    """Which rows are of the residual stream or of a layer's experts together, not of a linear map."""
+    return frame["position"].isin([STREAM, MIXTURE])
 
 
 def _by_layer(frame: pd.DataFrame) -> Table:
@@ -134,7 +154,7 @@ def _over_training(frame: pd.DataFrame) -> list[Picture]:
 def _spectra(model: Record, frame: pd.DataFrame) -> list[Picture]:
     """Of the middle layer, the positions with the least and the largest ratio."""
     middle = max(frame["layer"].max() // 2, 1)
-    found = frame[(frame["layer"] == middle) & (frame["rank"] == frame["nominal"]) & ~_is_stream(frame)]
+    found = frame[(frame["layer"] == middle) & (frame["rank"] == frame["nominal"]) & ~_is_together(frame)]
     found = found.dropna(subset="ratio")
     if found.empty:
         return []

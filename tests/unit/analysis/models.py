@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from megatron_crnet.analysis.maps import maps_by_input
 from megatron_crnet.analysis.source import SourceModel
-from megatron_crnet.analysis.stream import STREAM
+from megatron_crnet.analysis.stream import MIXTURE, STREAM
 from megatron_crnet.config.schema import Config, DataConfig
 from megatron_crnet.model.reference import ReferenceCRNet
 from tests.helpers import tiny_config
@@ -43,7 +44,7 @@ def reference(config: Config, weights: dict[str, Tensor]) -> ReferenceCRNet:
 def activations(source: SourceModel, rows: Tensor) -> list[dict[str, tuple[Tensor, Tensor]]]:
     """Inputs and outputs [tokens, width] of all maps of a plain forward pass, by layer and name, in fp64.
 
-    The layers themselves are among them, as `STREAM`.
+    The layers themselves are among them, as `STREAM`, and their experts together, as `MIXTURE`.
     """
     model = reference(source.config, source.read("")).double()
     found: list[dict[str, tuple[Tensor, Tensor]]] = []
@@ -56,6 +57,8 @@ def activations(source: SourceModel, rows: Tensor) -> list[dict[str, tuple[Tenso
                 at[name] = x[0].flatten(0, -2), y.flatten(0, -2)
 
             layer.get_submodule(one.module).register_forward_hook(hook)
+        if source.table.num_experts:
+            layer.mlp.register_forward_hook(partial(hook, name=MIXTURE, at=found[-1]))
 
         def layer_hook(_module: Any, x: Any, y: Any, at: Any = found[-1]) -> None:
             at[STREAM] = x[0].flatten(0, 1), y[0].flatten(0, 1)

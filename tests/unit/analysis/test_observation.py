@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from megatron_crnet.analysis.observation import default_ranks, observe
 from megatron_crnet.analysis.source import SourceModel
-from megatron_crnet.analysis.stream import STREAM
+from megatron_crnet.analysis.stream import MIXTURE, STREAM
 from megatron_crnet.cli.main import main
 from tests.unit.analysis.models import activations, random_rows
 from tests.unit.analysis.products import low_rank_error
@@ -24,10 +24,11 @@ from tests.unit.analysis.products import low_rank_error
 )
 def test_what_is_observed_is_what_whole_outputs_give(source: str, devices: int, request: pytest.FixtureRequest) -> None:
     dense: SourceModel = request.getfixturevalue(source)
-    positions = (*dense.table.architecture.names, STREAM)
+    positions = (*dense.table.architecture.names, MIXTURE, STREAM)
     rows, ranks = random_rows(8), [4, 8]
     outputs = [{p: y for p, (_, y) in layer.items() if p in positions} for layer in activations(dense, rows)]
     found = observe(dense, rows, ranks, [torch.device("cpu")] * devices, batch_size=3)
+    found = [one for one in found if one.position in positions]
     assert [(one.layer, one.position) for one in found] == [(i, p) for i, layer in enumerate(outputs) for p in layer]
     for one in found:
         y = outputs[one.layer][one.position]
@@ -46,6 +47,21 @@ def test_what_is_observed_is_what_whole_outputs_give(source: str, devices: int, 
             assert errors.difference == pytest.approx(by_itself / float(y.norm()), rel=1e-3)
             assert errors.difference <= min(best / float(y.norm()), errors.low_rank) * (1 + 1e-3)
             assert one.cosine == pytest.approx(float(F.cosine_similarity(y, p, dim=-1).mean()), abs=1e-4)
+
+
+def test_maps_of_experts_are_observed_on_the_tokens_that_each_is_given(dense_moe: SourceModel) -> None:
+    rows, ranks = random_rows(8), [4, 8]
+    outputs = activations(dense_moe, rows)
+    found = observe(dense_moe, rows, ranks, [torch.device("cpu")], batch_size=3)
+    order = [one.position for one in found if one.layer == 1]
+    assert order == ["q", "k", "v", "o", "gate", "up", "down", MIXTURE, STREAM]
+    for one in (one for one in found if one.position in ("gate", "up", "down")):
+        each = [outputs[one.layer][f"{one.position} {expert}"][1] for expert in range(4)]
+        whole = sum(float(y.square().sum()) for y in each)
+        for errors in one.errors:
+            least = sum(low_rank_error(y, errors.rank) for y in each)
+            assert errors.low_rank == pytest.approx((least / whole) ** 0.5, rel=1e-3)
+            assert errors.difference is errors.coefficient is one.cosine is None
 
 
 def test_ranks_of_small_models() -> None:
@@ -84,6 +100,17 @@ def test_the_command_prints_records_and_reports(
         assert picture in page
     assert main(["observe", str(run), text, f"--json={record}"]) == 2
     assert f"--json {record} exists already" in capsys.readouterr().err
+
+
+def test_experts_have_a_table_of_their_own(
+    dense_moe: SourceModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("def read(path):\n    return open(path)\n" * 40)
+    assert main(["observe", str(dense_moe.path), f"--text={tmp_path / 'text.txt'}", "--ranks", "4", "8"]) == 0
+    first, experts, by_layer = re.findall(r"^\*\*.*\n\n(.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert "ratio of experts" in first
+    assert experts.replace("|", "").split() == ["model", "rank", "gate", "up", "down"]
+    assert by_layer.replace("|", "").split() == ["layer", "q", "k", "v", "o", "experts", "stream"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_crnet.analysis.source import open_source
-from megatron_crnet.analysis.stream import STREAM, Activations, Map, Sums
+from megatron_crnet.analysis.stream import MIXTURE, STREAM, Activations, Map, Sums
 from tests.helpers import ARCHITECTURES
 from tests.unit.analysis.models import activations, dense_checkpoint, random_rows
 
@@ -48,7 +48,7 @@ def test_sums_are_those_of_whole_activations(
         assert all(torch.equal(measured[key], value) for key, value in sums.items())
         for position, (x, y) in wanted[index].items():
             products = {"xx": (x, x), "yy": (y, y)}
-            is_chained = position == STREAM or position in source.table.architecture.names
+            is_chained = position in (MIXTURE, STREAM, *source.table.architecture.names)
             if index and is_chained:
                 products |= {"xp": (x, wanted[index - 1][position][1]), "yp": (y, wanted[index - 1][position][1])}
             for name, (a, b) in products.items():
