@@ -36,8 +36,9 @@ from megatron_crnet.analysis.source import LAYER, SourceModel, layer_of
 from megatron_crnet.analysis.stream import Activations, Map, Sums
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.megatron import build_transformer_config
+from megatron_crnet.config.model_fields import computing_fields
 from megatron_crnet.config.positions import PositionTable, position_table
-from megatron_crnet.config.schema import OF_TRAINING, Config, ModelConfig
+from megatron_crnet.config.schema import Config, ModelConfig
 from megatron_crnet.model.reference import EMBEDDING
 from megatron_crnet.model.weights import initial_value
 from megatron_crnet.utils.errors import DataError, require
@@ -46,13 +47,6 @@ Weights = dict[str, Tensor]
 
 NEEDS_TEXT = {"low_rank": False, "crnet": True, "relora": False}
 """Variants that a dense model is turned into, and whether only with calibration text."""
-FREE = (
-    *(*OF_TRAINING, "variant", "rank", "full_rank_layers", "full_rank_experts"),
-    *("cross_layer_epsilon", "relora_scale", "max_position_embeddings"),
-)
-"""Fields in which the model to come may differ from the dense one."""
-LENGTH = "max_position_embeddings"
-"""The one of them that learned positions fix."""
 
 
 class FittedMap(NamedTuple):
@@ -243,7 +237,6 @@ def check_target(dense: Config, target: Config, has_text: bool) -> None:
             calibration text where it is missing or of no use.
     """
     before, variant = resolved(dense)["model"], target.model.variant
-    has_learned_positions = not position_table(dense.model).architecture.is_rotary
     require(
         before["variant"] == "full_rank",
         f"the model to convert is {before['variant']}, but only full_rank ones are converted, Transformers' own "
@@ -253,10 +246,11 @@ def check_target(dense: Config, target: Config, has_text: bool) -> None:
         variant in NEEDS_TEXT,
         f"model.variant is {variant}, but a dense model becomes one of {', '.join(NEEDS_TEXT)}: choose one of them",
     )
-    for name, value in resolved(target)["model"].items():
+    asked = resolved(target)["model"]
+    for name, value in computing_fields(before).items():
         require(
-            value == before[name] or (name in FREE and not (name == LENGTH and has_learned_positions)),
-            f"model.{name} is {value}, but {before[name]} in the dense model, whose weights are kept: leave it out",
+            name == "variant" or asked[name] == value,
+            f"model.{name} is {asked[name]}, but {value} in the dense model, whose weights are kept: leave it out",
         )
     table, layers = position_table(target.model), target.model.num_layers
     require(

@@ -10,15 +10,14 @@ from typing import Any
 
 import yaml
 
-from megatron_crnet.config.architectures import ARCHITECTURES
 from megatron_crnet.config.loading import resolved
+from megatron_crnet.config.model_fields import computing_fields
 from megatron_crnet.config.phases import is_warm_start
 from megatron_crnet.config.positions import METHODS, position_table
 from megatron_crnet.config.rank_section import rank_after
-from megatron_crnet.config.schema import OF_TRAINING, Config, ModelConfig
+from megatron_crnet.config.schema import Config, ModelConfig
 from megatron_crnet.utils.errors import CheckpointError, ConfigError, describe, require
 
-NOT_OF_THE_MODEL = {*OF_TRAINING, "max_position_embeddings"}
 OLDER = {
     **{"architecture": "llama", "tie_word_embeddings": False, "rope_scaling_factor": None},
     **{"only_lr_act": False, "relora_scale": ModelConfig.relora_scale},
@@ -69,10 +68,8 @@ def check_resumable(
         at, changes = state["step"], state.get("rank_changes", ())
         found["rank"] = rank_after(found.get("rank"), saved.get("rank_schedule"), at, changes)
         wanted["rank"] = rank_after(wanted["rank"], config.rank_schedule, at if step is None else step, changes)
-    learns_positions = not ARCHITECTURES[config.model.architecture].is_rotary
-    of_weights = {*wanted} - NOT_OF_THE_MODEL | ({"max_position_embeddings"} if learns_positions else set())
     defined, asked_for = _defining(found), _defining(wanted)
-    names = [name for name in asked_for if name in of_weights and defined.get(name) != asked_for[name]]
+    names = [name for name in asked_for if defined.get(name) != asked_for[name]]
     if names:
         difference = ", ".join(f"model.{name} {found.get(name)} instead of {wanted[name]}" for name in names)
         raise ConfigError(f"checkpoint {checkpoint} was written with {difference}: {remedy}")
@@ -90,9 +87,7 @@ def check_resumable(
 def _defining(model: Mapping[str, Any]) -> dict[str, Any]:
     """The resolved fields that say what weights there are and compute, with a rank for each map; a model whose ranks
     are refused today keeps them as they were written."""
-    method = METHODS[model["variant"]]
-    unread = {"relora_scale": not method.has_frozen, "cross_layer_epsilon": not method.is_chained}
-    found = {name: value for name, value in model.items() if not unread.get(name)}
+    found = computing_fields(model)
     with suppress(ConfigError):
         found["rank"] = position_table(ModelConfig(**model)).ranks
     return found

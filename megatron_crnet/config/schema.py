@@ -46,11 +46,6 @@ VARIANTS: tuple[Variant, ...] = get_args(Variant)
 ArchitectureName = Literal["llama", "gpt2", "qwen3", "qwen3_moe"]
 OF_VARIANT: dict[str, Any] = {"full_rank_layers": None, "only_lr_act": None}
 """Fields of the model that fit some variants only, for a change to another: null is each variant's own."""
-OF_TRAINING = (
-    *("beta_init", "init_method_std", "scale_residual_init", "hidden_dropout", "attention_dropout"),
-    *("moe_aux_loss_coeff", "moe_z_loss_coeff"),
-)
-"""Fields of the model that say how it is trained, and nothing of what trained weights compute."""
 Width = Annotated[int, Ge(1), Le(2**20)]
 DataPaths = Annotated[list[Positive | FilePath], Rule("a list of prefixes, or of a weight above 0 before each prefix")]
 

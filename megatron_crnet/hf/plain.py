@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_crnet.config.loading import resolved
+from megatron_crnet.config.model_fields import computing_fields
 from megatron_crnet.config.positions import METHODS, head_width
-from megatron_crnet.config.schema import OF_TRAINING, Config, ModelConfig, TrainingConfig
+from megatron_crnet.config.schema import Config, ModelConfig, TrainingConfig
 from megatron_crnet.utils.errors import ConfigError, describe, require
 
 Values = Mapping[str, Any]
@@ -151,8 +152,6 @@ FORMATS = {
     ),
 }
 """By `model.architecture`, which is Transformers' `model_type` as well."""
-OF_VARIANTS = ("variant", "rank", "full_rank_layers", "only_lr_act", "cross_layer_epsilon", "relora_scale")
-"""Fields that say nothing of a full-rank model, and the variant."""
 
 
 def read_plain(values: Values, where: str) -> Config:
@@ -251,10 +250,9 @@ def plain_fields(config: Config) -> dict[str, Any]:
     except ConfigError as error:
         raise ConfigError(f"{error}, or leave out --plain") from error
     after["kv_channels"] = head_width(ModelConfig(**after))
-    ignored = {*OF_TRAINING, *OF_VARIANTS, *({"rotary_base"} - {*about.fields.values()})}
-    for name, value in before.items():
+    for name, value in computing_fields(before).items():
         require(
-            name in ignored or value == after[name],
+            value == after[name],
             f"model.{name} is {value}, but {after[name]} in every {about.model_class} of these sizes: leave out "
             "--plain",
         )

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from megatron_crnet.checkpoint.weight_files import WeightSource, canonical_shapes
 from megatron_crnet.config.loading import resolved
+from megatron_crnet.config.model_fields import computing_fields
 from megatron_crnet.config.model_size import total_parameters
-from megatron_crnet.config.schema import OF_TRAINING, Config
+from megatron_crnet.config.schema import Config
 from megatron_crnet.data.fingerprint import SHOWN, TrainedOn, digest_of_tokenizer
 from megatron_crnet.data.tokenizer import load_tokenizer
 from megatron_crnet.distributed.consensus import examine_together, run_on_all_ranks
@@ -21,9 +22,6 @@ from megatron_crnet.engine.distillation import build_teacher, teacher_config
 from megatron_crnet.model.gpt import CRNetModel
 from megatron_crnet.model.weights import Weight
 from megatron_crnet.utils.errors import ConfigError, CrnetError, DataError, require
-
-OF_NO_EFFECT = (*OF_TRAINING, "rank", "relora_scale", "cross_layer_epsilon", "max_position_embeddings")
-"""Fields of the model that change nothing of what a full-rank one computes without dropout."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +96,9 @@ def _check_model(config: Config, found: Config) -> None:
         f"its max_position_embeddings {longest} is below training.seq_length {length}: lower the second",
     )
     theirs = resolved(found)["model"]
-    for name, value in resolved(teacher_config(config))["model"].items():
+    for name, value in computing_fields(resolved(teacher_config(config))["model"]).items():
         require(
-            name in OF_NO_EFFECT or theirs[name] == value,
+            name == "max_position_embeddings" or theirs[name] == value,
             f"its {name} is {theirs[name]}, but model.{name} is {value}, and both must be equal: give a teacher of "
             "the model's shape",
         )
