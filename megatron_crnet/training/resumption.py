@@ -57,7 +57,10 @@ OF_NO_RESULT = (
     "training.eval_only",
     "training.eval_steps",
     "training.test_steps",
-    "parallel.",  # see `changed_layout`
+    # see `changed_layout`
+    *(f"parallel.{ranks}_model_parallel_size" for ranks in ("tensor", "pipeline", "virtual_pipeline", "expert")),
+    "parallel.overlap_tp_communication",
+    "parallel.distributed_timeout_minutes",
 )
 """Prefixes of fields that no weight depends on."""
 
@@ -89,7 +92,7 @@ def differences(config: Config, checkpoint: Path, saved: Values, state: Values, 
                 )
         elif key == "optimizer.name" and {old, new} <= MOMENTS_CONVERTED.keys():  # else there are none yet
             lines.append(f"{differs}: {MOMENTS_CONVERTED[new]}")
-        elif key == "parallel.pad_widths_to" or not key.startswith(OF_NO_RESULT):
+        elif not key.startswith(OF_NO_RESULT):
             settings.append(f"{key} {old} -> {new}")
     if before is None:
         lines.append(

@@ -13,7 +13,7 @@ from megatron_crnet.config.schema import Config, DataConfig, ModelConfig
 from megatron_crnet.data.fingerprint import TrainedOn
 from megatron_crnet.training.resumption import changed_layout, differences
 from megatron_crnet.utils.versions import library_versions
-from tests.helpers import tiny_config
+from tests.helpers import ARCHITECTURES, tiny_config
 
 CHECKPOINT = Path("step_00000004")
 
@@ -24,11 +24,25 @@ def remarks_after(config: Config, *, saved: Config | None = None, **state: Any) 
     return differences(config, CHECKPOINT, resolved(saved or config), {**whole, **state}, now)
 
 
-def test_other_padding_is_said_because_it_rounds_otherwise() -> None:
-    saved = tiny_config(parallel={"pad_widths_to": 1})
-    assert remarks_after(tiny_config(), saved=saved) == [
-        "note: changed since the checkpoint: parallel.pad_widths_to 1 -> 64"
-    ]
+@pytest.mark.parametrize(
+    ("before", "line"),
+    [
+        ({"pad_widths_to": 1}, "parallel.pad_widths_to 1 -> 64"),
+        ({"sequence_parallel": False}, "parallel.sequence_parallel False -> True"),
+        (
+            {"expert_model_parallel_size": 2, "moe_token_dispatcher_type": "alltoall"},
+            "parallel.moe_token_dispatcher_type alltoall -> allgather",
+        ),
+        ({"distributed_timeout_minutes": 3.0, "overlap_tp_communication": False}, None),
+    ],
+)
+def test_what_rounds_otherwise_in_the_same_layout_is_said(before: dict[str, Any], line: str | None) -> None:
+    model, tp = (
+        ARCHITECTURES["qwen3_moe"] if "moe_token_dispatcher_type" in before else {},
+        {"tensor_model_parallel_size": 2},
+    )
+    found = remarks_after(tiny_config(model, tp), saved=tiny_config(model, {**tp, **before}))
+    assert found == ([f"note: changed since the checkpoint: {line}"] if line else [])
 
 
 @pytest.mark.fault("L5")
