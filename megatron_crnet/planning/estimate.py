@@ -6,6 +6,7 @@ exactly. The time is a roofline; docs/planning.md lists its assumptions.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 
@@ -24,6 +25,7 @@ from megatron_crnet.planning.profile import (
     STAGE,
     TENSOR,
     CommVolume,
+    Crossing,
     Memory,
 )
 from megatron_crnet.planning.roofline import Operations, StepTime, estimate_operations, estimate_time
@@ -49,7 +51,7 @@ class Estimate:
     Attributes:
         config: of the run; of ranks that change, the largest.
         stages: by pipeline rank.
-        crossings: by kind of group, the share of bytes that crosses nodes.
+        crossings: by kind of group, the shares of bytes that cross nodes.
         time: of the slowest stage.
         steps: of the run that are like this one.
         others: phases of other steps, with an estimate of such a step: ReLoRA's warm start, other ranks.
@@ -60,7 +62,7 @@ class Estimate:
     world_size: int
     machine: Machine
     stages: list[StageEstimate]
-    crossings: dict[str, float]
+    crossings: dict[str, Crossing]
     time: StepTime
     steps: int
     others: tuple[tuple[Phase, Estimate], ...] = ()
@@ -125,19 +127,22 @@ def estimate(
 
 
 @cache  # a search asks for the same layout many times
-def node_crossings(tp: int, pp: int, dp: int, gpus_per_node: int, ep: int = 1) -> dict[str, float]:
-    """By kind of group, the share of ring edges, and so of bytes, between nodes.
+def node_crossings(tp: int, pp: int, dp: int, gpus_per_node: int, ep: int = 1) -> dict[str, Crossing]:
+    """By kind of group, the shares of bytes between nodes.
 
     Rings follow the order of ranks, which vary in tp first, then dp, then pp, and fill the nodes in order.
     """
-
-    def crosses(rank: int, size: int, stride: int) -> bool:
-        position = rank // stride % size
-        following = rank + ((position + 1) % size - position) * stride
-        return rank // gpus_per_node != following // gpus_per_node
-
     world = tp * pp * dp
-    rings = {TENSOR: (tp, 1), DATA: (dp, tp), PIPELINE: (pp, tp * dp), STAGE: (tp * dp, 1)}
-    rings |= {EXPERT: (ep, 1), EXPERT_DATA: (tp * dp // ep, ep)}
-    shares = {name: sum(crosses(rank, *ring) for rank in range(world)) / world for name, ring in rings.items()}
-    return {**shares, EMBEDDING: float(tp * dp * (pp - 1) >= gpus_per_node)}
+
+    def crossing(size: int, stride: int) -> Crossing:
+        edges = pairs = 0
+        for first in (rank for rank in range(world) if rank // stride % size == 0):
+            nodes = [(first + i * stride) // gpus_per_node for i in range(size)]
+            edges += sum(one != following for one, following in zip(nodes, [*nodes[1:], nodes[0]], strict=True))
+            pairs += sum(count * (size - count) for count in Counter(nodes).values())
+        return Crossing(edges / world, pairs / world / max(size - 1, 1))
+
+    groups = {TENSOR: (tp, 1), DATA: (dp, tp), PIPELINE: (pp, tp * dp), STAGE: (tp * dp, 1)}
+    groups |= {EXPERT: (ep, 1), EXPERT_DATA: (tp * dp // ep, ep)}
+    ends = float(tp * dp * (pp - 1) >= gpus_per_node)
+    return {**{name: crossing(*sizes) for name, sizes in groups.items()}, EMBEDDING: Crossing(ends, ends)}

@@ -81,6 +81,23 @@ class CommVolume:
 
 
 @dataclass(frozen=True)
+class Crossing:
+    """Shares of what the ranks of a group send that go to other nodes, as means over all ranks.
+
+    Attributes:
+        ring: where each sends to the next one, as all calls but exchanges do.
+        exchange: where each sends as much to every other one.
+    """
+
+    ring: float
+    exchange: float
+
+    def of(self, kind: str) -> float:
+        """That of a kind of call."""
+        return self.exchange if kind == "all_to_all" else self.ring
+
+
+@dataclass(frozen=True)
 class StepProfile:
     """One rank's step.
 

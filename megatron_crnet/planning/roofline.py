@@ -23,6 +23,7 @@ from megatron_crnet.planning.profile import (
     STAGE,
     TENSOR,
     CommVolume,
+    Crossing,
     Memory,
 )
 from megatron_crnet.planning.shards import Chunk, LocalModel
@@ -170,7 +171,7 @@ def estimate_time(
     memory: Memory,
     operations: Operations,
     volumes: list[CommVolume],
-    crossings: dict[str, float],
+    crossings: dict[str, Crossing],
 ) -> StepTime:
     """The time of a step on a rank of this stage; `crossings` as in `node_crossings`."""
     # kernels on GPUs skip the masked half of attention
@@ -179,7 +180,7 @@ def estimate_time(
     elementwise = plan.num_microbatches * _activation_bytes(model) / machine.memory_bandwidth
     seconds = dict.fromkeys((TENSOR, EXPERT, PIPELINE, DATA, EXPERT_DATA, STAGE, EMBEDDING), 0.0)
     for volume in volumes:
-        seconds[volume.group] += _transfer_time(volume, machine, crossings[volume.group])
+        seconds[volume.group] += _transfer_time(volume, machine, crossings[volume.group].of(volume.kind))
     kernels = sum(LAUNCHES * len(c.layers) + REBUILT_LAUNCHES * sum(map(len, c.segments)) for c in model.chunks)
     kernels += sum(REBUILT_LAUNCHES * len(chunk.layers) for chunk in model.teacher.chunks) if model.teacher else 0
     launches = max(0.0, plan.num_microbatches * kernels * LAUNCH_SECONDS - matmul - elementwise)

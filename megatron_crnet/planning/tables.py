@@ -13,7 +13,7 @@ from megatron_crnet.config.positions import METHODS, position_table
 from megatron_crnet.config.schema import Config
 from megatron_crnet.planning.estimate import Estimate, estimate
 from megatron_crnet.planning.machines import GIB
-from megatron_crnet.planning.profile import CommVolume, Memory
+from megatron_crnet.planning.profile import CommVolume, Crossing, Memory
 from megatron_crnet.utils.progress import format_duration
 
 
@@ -29,11 +29,11 @@ def memory_table(columns: dict[str, Memory]) -> list[str]:
     ]
 
 
-def volume_rows(volumes: list[CommVolume], crossings: dict[str, float] | None = None) -> list[str]:
+def volume_rows(volumes: list[CommVolume], crossings: dict[str, Crossing] | None = None) -> list[str]:
     """A line per kind and group, with the share between nodes if `crossings` are given."""
     rows = []
     for volume in volumes:
-        share = crossings[volume.group] if crossings else None
+        share = crossings[volume.group].of(volume.kind) if crossings else None
         links = "" if share is None else f"  {100 * share:.3g}% between nodes" if share else "  inside a node"
         line = f"  {volume.group:<8}{volume.kind:<16}{volume.size:>5} ranks{volume.bytes / GIB:>12.3f} GiB"
         rows.append(line + links)
@@ -102,7 +102,7 @@ def as_values(found: Estimate) -> dict[str, Any]:
         values["memory"]["peak"], values["operations"]["total"] = stage.memory.total, stage.operations.total
         for entry, volume in zip(values["flows"], stage.flows, strict=True):
             entry["wire_bytes"] = volume.wire_bytes
-            entry["wire_bytes_between_nodes"] = volume.wire_bytes * found.crossings[volume.group]
+            entry["wire_bytes_between_nodes"] = volume.wire_bytes * found.crossings[volume.group].of(volume.kind)
     return {
         "world_size": found.world_size,
         "data_parallel_size": found.plan.dp_size,

@@ -19,7 +19,7 @@ from megatron_crnet.config.rank_section import RankScheduleConfig
 from megatron_crnet.planning.estimate import Estimate, estimate, node_crossings
 from megatron_crnet.planning.galore import galore_share
 from megatron_crnet.planning.machines import MACHINES, SIMULATED, Machine, find_machine
-from megatron_crnet.planning.profile import DATA, PIPELINE, TENSOR, CommVolume, Memory
+from megatron_crnet.planning.profile import DATA, EXPERT, PIPELINE, TENSOR, CommVolume, Memory
 from megatron_crnet.planning.shards import SPREAD, build_local_models
 from megatron_crnet.planning.simulation import simulate
 from megatron_crnet.planning.tables import as_values, dry_run_report, estimate_tables
@@ -192,7 +192,14 @@ def test_of_a_ring_only_the_edges_between_nodes_leave_them(
     sizes: tuple[int, int, int], gpus_per_node: int, shares: tuple[float, float, float]
 ) -> None:
     crossings = node_crossings(*sizes, gpus_per_node)
-    assert tuple(crossings[group] for group in (TENSOR, PIPELINE, DATA)) == shares
+    assert tuple(crossings[group].ring for group in (TENSOR, PIPELINE, DATA)) == shares
+
+
+def test_of_an_exchange_what_goes_to_ranks_of_other_nodes_leaves_them() -> None:
+    exchanged = {ep: node_crossings(1, 1, 32, 8, ep)[EXPERT].exchange for ep in (8, 16, 32)}
+    assert exchanged == {8: 0, 16: pytest.approx(8 / 15), 32: pytest.approx(24 / 31)}
+    # 0 1 2 | 3: of four ranks one is alone, and sends all of its own away
+    assert node_crossings(4, 1, 1, 3)[TENSOR].exchange == pytest.approx((3 / 3 + 3 * 1 / 3) / 4)
 
 
 def test_the_network_slows_a_ring_down_by_what_each_port_must_carry() -> None:
