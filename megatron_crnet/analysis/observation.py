@@ -50,7 +50,7 @@ class MapObservation:
 
     Attributes:
         cosine: mean over tokens of the cosine similarity of y and p.
-        errors: by rank.
+        errors: by rank; of experts, over the tokens of all.
         spectrum: [i, singular value i of Y, of Y - b P with the middle rank's b], from 1, in units of ||Y||.
     """
 

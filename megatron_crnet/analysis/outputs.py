@@ -56,7 +56,7 @@ def each_map(
     Raises:
         DataError: a weight of the model is not finite, or zero all over.
     """
-    stream = Activations(source.embed(rows), batch_size, devices)
+    stream = Activations(source.embed(rows), batch_size, devices, carries_mixture=MIXTURE in positions)
     before: Sums | None = None
     found: list[T] = []
     chained = (*source.table.architecture.names, MIXTURE, STREAM)

@@ -88,10 +88,13 @@ class Activations:
         hidden: the residual stream before the first layer, [rows, s, h].
         batch_size: b.
         devices: the batches go to them in turn; sums are collected on the first.
+        carries_mixture: whether the outputs of all experts together are kept for the next layer.
     """
 
-    def __init__(self, hidden: Tensor, batch_size: int, devices: Sequence[torch.device]) -> None:
-        self.devices = list(devices)
+    def __init__(
+        self, hidden: Tensor, batch_size: int, devices: Sequence[torch.device], carries_mixture: bool = False
+    ) -> None:
+        self.devices, self.carries_mixture = list(devices), carries_mixture
         batches = enumerate(hidden.split(batch_size))
         self.batches = [Batch(part.to(self._device(i), copy=True)) for i, part in batches]
 
@@ -113,7 +116,7 @@ class Activations:
             sums = Sums()
             with torch.no_grad():  # counts per thread
                 for i in range(number, len(self.batches), len(self.devices)):
-                    maps, after = run_layer(layers[number], self.batches[i])
+                    maps, after = run_layer(layers[number], self.batches[i], self.carries_mixture)
                     collect(sums, maps)
                     if advance:
                         self.batches[i] = after
@@ -127,7 +130,7 @@ class Activations:
         return first
 
 
-def run_layer(layer: ReferenceLayer, batch: Batch) -> tuple[dict[str, Map], Batch]:
+def run_layer(layer: ReferenceLayer, batch: Batch, carries_mixture: bool) -> tuple[dict[str, Map], Batch]:
     """A layer's linear maps on a batch, by name, its `MIXTURE`, the layer as `STREAM`, and the batch behind it."""
     before, maps = batch.outputs, dict[str, Map]()
 
@@ -143,7 +146,7 @@ def run_layer(layer: ReferenceLayer, batch: Batch) -> tuple[dict[str, Map], Batc
         for name, module in modules.items():
             stack.callback(module.register_forward_hook(note(name)).remove)
         hidden, outputs = layer(batch.hidden, batch.outputs)
-    if mixture is not None:
+    if mixture is not None and carries_mixture:
         outputs[MIXTURE] = maps[MIXTURE].y.view_as(hidden)
     stream_in, stream_out = batch.hidden.flatten(0, 1), hidden.flatten(0, 1)
     return {**maps, STREAM: Map(stream_in, stream_out, stream_in)}, Batch(hidden, outputs)

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from megatron_crnet.config.architectures import ARCHITECTURES
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.model_fields import computing_fields
 from megatron_crnet.config.phases import is_warm_start
@@ -68,8 +69,14 @@ def check_resumable(
         at, changes = state["step"], state.get("rank_changes", ())
         found["rank"] = rank_after(found.get("rank"), saved.get("rank_schedule"), at, changes)
         wanted["rank"] = rank_after(wanted["rank"], config.rank_schedule, at if step is None else step, changes)
+    for name, known in (("variant", METHODS), ("architecture", ARCHITECTURES)):
+        require(
+            found[name] in known,
+            f"checkpoint {checkpoint} was written with model.{name} {found[name]}, which this version does not have: "
+            f"{remedy}",
+        )
     defined, asked_for = _defining(found), _defining(wanted)
-    names = [name for name in asked_for if defined.get(name) != asked_for[name]]
+    names = [n for n in asked_for if defined.get(n) != asked_for[n] and found.get(n) != wanted[n]]
     if names:
         difference = ", ".join(f"model.{name} {found.get(name)} instead of {wanted[name]}" for name in names)
         raise ConfigError(f"checkpoint {checkpoint} was written with {difference}: {remedy}")

@@ -2,8 +2,8 @@
 
     %(prog)s --config examples/llama2_7b.yaml --gpus 8 --gpu h100 --output plan.yaml
 
-Searches TP, PP, virtual stages, DP, ZeRO stage, micro-batch, recomputation and optimizer offload. The global batch and
-the model stay. Ctrl-C ends the search with what was found so far.
+Searches TP, PP, virtual stages, DP, ZeRO stage, micro-batch, recomputation, optimizer offload, and where experts are
+spread EP and the dispatcher. The global batch and the model stay. Ctrl-C ends the search with what was found so far.
 """
 
 from __future__ import annotations

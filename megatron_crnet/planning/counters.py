@@ -1,7 +1,7 @@
 """Counters of live bytes, communication and floating-point operations, for real and fake tensors.
 
 Communication volume, as in docs/parallelism.md: the output of an all-gather, the input of a reduce-scatter, both for an
-all-reduce. A rank of a group of t ranks sends (t - 1)/t of that.
+all-reduce, of which a rank of a group of t ranks sends (t - 1)/t; of an all-to-all what leaves the rank or comes to it.
 """
 
 from __future__ import annotations
@@ -124,16 +124,25 @@ class CommunicationCounter(Counter):
         kind = KINDS.get(func._opname, func._opname)
         # arguments are tensors or nested lists of them: the larger of output and input counts
         counted = max((list(tensors_in(value)) for value in args), key=lambda side: sum(t.numel() for t in side))
-        factor = 2 if kind == "all_reduce" else 1
+        factor = 2.0 if kind == "all_reduce" else 1.0
+        if kind == "all_to_all":
+            factor -= _own_share(counted[0], args)
         entry = self.traffic[kind, _ranks(args)]
         entry.calls += 1
-        entry.elements += factor * sum(t.numel() for t in counted)
-        entry.bytes += factor * sum(t.numel() * t.element_size() for t in counted)
+        entry.elements += round(factor * sum(t.numel() for t in counted))
+        entry.bytes += round(factor * sum(t.numel() * t.element_size() for t in counted))
 
     def total(self, *kinds: str, ranks: tuple[int, ...] | None = None) -> Traffic:
         """Traffic of some kinds, in one group or in all."""
         found = [t for (kind, group), t in self.traffic.items() if kind in kinds and ranks in (None, group)]
         return Traffic(*(sum(getattr(t, name) for t in found) for name in ("calls", "elements", "bytes")))
+
+
+def _own_share(side: torch.Tensor, args: Any) -> float:
+    """Of an all-to-all's output or input, what the rank sends to itself: `args` end in the sizes of both in rows."""
+    ranks, splits = _ranks(args), args[4]
+    own = ranks.index(dist.get_rank())
+    return splits[own] / max(len(side), 1) if splits else 1 / len(ranks)
 
 
 def _ranks(args: Any) -> tuple[int, ...]:

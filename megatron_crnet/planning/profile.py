@@ -63,7 +63,6 @@ class CommVolume:
         size: ranks of the group.
         bytes: volume of this rank (see `planning/counters.py`), for `send` only what it sends.
         calls: None in an estimate.
-        own_share: of an exchange, what stays on the rank; 0 where that is not in `bytes`, or not known.
     """
 
     kind: str
@@ -71,13 +70,11 @@ class CommVolume:
     size: int
     bytes: int
     calls: int | None = None
-    own_share: float = 0.0
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes sent: by a ring algorithm (n - 1) / n of the volume, in messages and exchanges what is not its own."""
-        is_sent = self.kind in ("send", "all_to_all")
-        return self.bytes * (1 - self.own_share if is_sent else (self.size - 1) / self.size)
+        """Bytes sent: by a ring algorithm (n - 1) / n of the volume, in messages and exchanges all."""
+        return float(self.bytes) if self.kind in ("send", "all_to_all") else self.bytes * (self.size - 1) / self.size
 
 
 @dataclass(frozen=True)

@@ -198,11 +198,14 @@ def search(
 
 
 def explain(found: Search) -> list[str]:
-    """For each field of the best choice, how the best plan with another value compares."""
+    """For each field of the best choice that the model has, how the best plan with another value compares."""
     best, *others = found.ranked()
     speed = best.estimate.tokens_per_second
     lines = []
+    of_experts = () if best.config.model.num_experts else ("ep", "dispatcher")
     for name, value in dataclasses.asdict(best.choice).items():
+        if name in of_experts:
+            continue
         rivals = [plan for plan in others if getattr(plan.choice, name) != value]
         if not rivals:
             lines.append(f"{name} {value}: no plan with another value was found that fits")

@@ -67,13 +67,7 @@ def estimate_volumes(model: LocalModel, plan: BatchPlan) -> list[CommVolume]:
         replicas = plan.dp_size if model.stage else 1
         group = (STAGE if model.tp > 1 else DATA) if replicas > 1 else TENSOR
         found[group, "all_to_all"] = 4 * galore_share(model, plan.dp_size).exchanged
-    # of tokens that go to experts; of GaLore's matrices only what leaves the rank is counted
-    own = 1 / sizes[EXPERT] if sizes[EXPERT] > 1 else 0.0
-    return [
-        CommVolume(kind, group, sizes[group], round(n), own_share=own if kind == "all_to_all" else 0.0)
-        for (group, kind), n in sorted(found.items())
-        if n
-    ]
+    return [CommVolume(kind, group, sizes[group], round(n)) for (group, kind), n in sorted(found.items()) if n]
 
 
 def _tensor_parallel(model: LocalModel, chunk: Chunk) -> Iterator[tuple[str, float]]:
@@ -121,7 +115,8 @@ def _experts(model: LocalModel) -> Iterator[tuple[str, float]]:
 def _exchanged(model: LocalModel) -> Iterator[tuple[str, float]]:
     """Each token goes to its k experts, with their weights in fp32, and what they give comes back."""
     table, size = model.transformer.table, model.transformer.expert_model_parallel_size
-    there_and_back = table.topk * (2 * model.transformer.hidden_size + 4 / model.element) / size
+    others = (size - 1) / size
+    there_and_back = others * table.topk * (2 * model.transformer.hidden_size + 4 / model.element) / size
     counts = COUNTER * table.num_experts * size / (model.spread * model.tokens * model.element)
     of_teacher = sum(len(chunk.layers) for chunk in model.teacher.chunks) if model.teacher else 0
     forward = of_teacher + sum(len(chunk.layers) * (2 if chunk.segments else 1) for chunk in model.chunks)

@@ -104,8 +104,9 @@ def _mean_ratio(frame: pd.DataFrame, position: str) -> str:
 def _of_experts(frames: Sequence[pd.DataFrame]) -> list[Table]:
     """LR_r(Y) of the maps of experts, which have no outputs of the layer before."""
     frame = pd.concat(frames)
-    known = frame.groupby(["label", "position"], sort=False)["ratio"].transform("count") > 0
-    alone = frame[~known & ~_is_together(frame)]
+    has_experts = frame["label"].isin(frame.loc[frame["position"] == MIXTURE, "label"])
+    is_chained = frame.groupby(["label", "position"], sort=False)["difference"].transform("count") > 0
+    alone = frame[has_experts & ~is_chained & ~_is_together(frame) & (frame["layer"].max() > 0)]
     if alone.empty:
         return []
     means = alone.pivot_table(index=["label", "rank"], columns="position", values="low_rank", sort=False)

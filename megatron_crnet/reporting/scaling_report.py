@@ -299,7 +299,7 @@ def _traffic(rows: pd.DataFrame, profiles: pd.DataFrame) -> Section:
         "Traffic by kind",
         "Bytes of a step by group of ranks and kind of call. A benchmark's rows count all ranks together, estimates "
         "and simulations one rank. The volume of an all-gather is its output, of a reduce-scatter its input, an "
-        "all-reduce counts as both.",
+        "all-reduce counts as both, and of an all-to-all what leaves the rank.",
     )
     for name, found in _with_profiles(rows, profiles):
         sizes = pd.DataFrame([traffic or {} for traffic in found["traffic"]], index=found["label"])

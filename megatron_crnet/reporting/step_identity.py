@@ -30,6 +30,8 @@ def identify_step(config: Config, world_size: int) -> dict[str, str]:
     zero = {**config.deepspeed.get("zero_optimization", {}), "stage": zero_stage(config)}
     values["deepspeed"] = {**config.deepspeed, "zero_optimization": zero}
     facts: dict[str, Any] = {name: {k: v for k, v in values[name].items() if k not in UNUSED} for name in SECTIONS}
+    if config.parallel.expert_model_parallel_size == 1:
+        del facts["parallel"]["moe_token_dispatcher_type"]  # nothing is sent
     facts |= {name: {key: values[name][key] for key in fields} for name, fields in FIELDS.items()}
     text = json.dumps(_plain({**facts, "world_size": world_size}), sort_keys=True)
     return {"fingerprint": hashlib.sha256(text.encode()).hexdigest()[:12], "line": _line(config, world_size)}
@@ -48,10 +50,11 @@ def _line(config: Config, world_size: int) -> str:
     model, training, parallel = config.model, config.training, config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     vpp = parallel.virtual_pipeline_model_parallel_size or 1
+    ep, dispatcher = parallel.expert_model_parallel_size, parallel.moe_token_dispatcher_type
     return (
         f"{model.variant} of {total_parameters(model) / 1e6:,.2f}M parameters, {training.global_batch_size} x "
         f"{training.seq_length} tokens per step in micro-batches of {training.micro_batch_size}, {training.dtype}, "
         f"recomputation {config.recompute.strategy}, "
         f"{world_size} rank{'s' * (world_size != 1)}: TP {tp} x PP {pp}{f' x VPP {vpp}' if vpp > 1 else ''} x "
-        f"DP {world_size // (tp * pp)}, ZeRO-{zero_stage(config)}"
+        f"DP {world_size // (tp * pp)}{f', EP {ep} by {dispatcher}' if ep > 1 else ''}, ZeRO-{zero_stage(config)}"
     )

@@ -41,8 +41,13 @@ MOMENTS_CONVERTED = {
 OLDER: dict[str, dict[str, Any]] = {
     "data": {name.partition(".")[2]: False for name in DOCUMENTS},
     "optimizer": {"name": "adamw"},
+    "parallel": {"moe_token_dispatcher_type": "allgather"},
 }
 """By section: values of configurations of versions without these fields."""
+SIZES = tuple(f"parallel.{ranks}_model_parallel_size" for ranks in ("tensor", "pipeline", "virtual_pipeline", "expert"))
+"""Of the layout: see `changed_layout`."""
+OF_SIZES = ("parallel.sequence_parallel", "parallel.num_layers_in_")
+"""What other sizes change as well."""
 OF_NO_RESULT = (
     # contents count, not paths: TrainedOn
     *(f"data.{split}data_path" for split in ("", "train_", "valid_", "test_")),
@@ -57,8 +62,7 @@ OF_NO_RESULT = (
     "training.eval_only",
     "training.eval_steps",
     "training.test_steps",
-    # see `changed_layout`
-    *(f"parallel.{ranks}_model_parallel_size" for ranks in ("tensor", "pipeline", "virtual_pipeline", "expert")),
+    *SIZES,
     "parallel.overlap_tp_communication",
     "parallel.distributed_timeout_minutes",
 )
@@ -76,9 +80,11 @@ def differences(config: Config, checkpoint: Path, saved: Values, state: Values, 
     if not state.get("samples"):  # an import, or a run that was stopped before its first step
         return []
     before, now = TrainedOn.from_state(state), resolved(config)
+    changes = list(_changes(saved, now))
+    implied = OF_SIZES if any(key in SIZES for key, _, _ in changes) else ()
     lines = [] if before is None else [f"warning: {line}" for line in before.other_data(trained_on)]
     settings = []
-    for key, old, new in _changes(saved, now):
+    for key, old, new in changes:
         differs = f"warning: {key} differs from the checkpoint's ({new} instead of {old})"
         if key in DOCUMENTS:
             lines.append(
@@ -92,7 +98,7 @@ def differences(config: Config, checkpoint: Path, saved: Values, state: Values, 
                 )
         elif key == "optimizer.name" and {old, new} <= MOMENTS_CONVERTED.keys():  # else there are none yet
             lines.append(f"{differs}: {MOMENTS_CONVERTED[new]}")
-        elif not key.startswith(OF_NO_RESULT):
+        elif not key.startswith((*OF_NO_RESULT, *implied)):
             settings.append(f"{key} {old} -> {new}")
     if before is None:
         lines.append(

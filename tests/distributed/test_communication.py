@@ -43,6 +43,8 @@ def counted_calls() -> dict[str, Traffic]:
         dist.reduce_scatter(torch.empty(n), both)
         dist.all_gather_into_tensor(torch.empty(2 * n, dtype=torch.bfloat16), one)
         dist.all_to_all_single(torch.empty(n), both[0])
+        received = [2, 2] if rank == 0 else [4, 4]
+        dist.all_to_all_single(torch.empty(sum(received)), both[0], received, [2, 4])
         dist.send(one, 1) if rank == 0 else dist.recv(one, 0)
         dist.barrier()
     found: dict[str, Traffic] = {}
@@ -127,7 +129,8 @@ def test_every_call_counts_all_its_tensors_under_its_kind_or_its_own_name(traffi
     n, calls = 6, traffic["calls"]
     assert calls["all_gather"] == Traffic(2, 2 * n + 2 * n, 4 * 2 * n + 2 * 2 * n)
     assert calls["reduce_scatter"] == Traffic(1, 2 * n, 4 * 2 * n)
-    assert calls["all_to_all"] == Traffic(1, n, 4 * n)
+    # half of the first is the rank's own, and 2 of the second
+    assert calls["all_to_all"] == Traffic(2, n // 2 + n - 2, 4 * (n // 2 + n - 2))
     assert calls["send"] == Traffic(1, n, 2 * n)
     assert calls["barrier"].calls == 1
 

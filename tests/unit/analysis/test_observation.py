@@ -103,7 +103,7 @@ def test_the_command_prints_records_and_reports(
 
 
 def test_experts_have_a_table_of_their_own(
-    dense_moe: SourceModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dense: SourceModel, dense_moe: SourceModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "text.txt").write_text("def read(path):\n    return open(path)\n" * 40)
     assert main(["observe", str(dense_moe.path), f"--text={tmp_path / 'text.txt'}", "--ranks", "4", "8"]) == 0
@@ -111,6 +111,9 @@ def test_experts_have_a_table_of_their_own(
     assert "ratio of experts" in first
     assert experts.replace("|", "").split() == ["model", "rank", "gate", "up", "down"]
     assert by_layer.replace("|", "").split() == ["layer", "q", "k", "v", "o", "experts", "stream"]
+    # k and v are no wider than this rank, and have no ratio, but no experts either
+    assert main(["observe", str(dense.path), f"--text={tmp_path / 'text.txt'}", "--ranks", "16"]) == 0
+    assert "maps of experts" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def test_sums_are_those_of_whole_activations(
     source = open_source(dense_checkpoint(tmp_path, tokenizer, **{"variant": "crnet", **model}))
     rows = random_rows(5)
     wanted = activations(source, rows)
-    stream = Activations(source.embed(rows), 2, [torch.device("cpu")] * devices)
+    stream = Activations(source.embed(rows), 2, [torch.device("cpu")] * devices, carries_mixture=True)
     for index in range(4):
         measured = stream.measure(source.layer(index), everything)
         sums = stream.advance(source.layer(index), everything)

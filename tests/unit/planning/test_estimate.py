@@ -198,6 +198,18 @@ def test_of_a_ring_only_the_edges_between_nodes_leave_them(
 def test_of_an_exchange_what_goes_to_ranks_of_other_nodes_leaves_them() -> None:
     exchanged = {ep: node_crossings(1, 1, 32, 8, ep)[EXPERT].exchange for ep in (8, 16, 32)}
     assert exchanged == {8: 0, 16: pytest.approx(8 / 15), 32: pytest.approx(24 / 31)}
+    tokens = tiny_config(
+        ARCHITECTURES["qwen3_moe"],
+        {"expert_model_parallel_size": 4, "moe_token_dispatcher_type": "alltoall"},
+        deepspeed_section={"zero_optimization": {"stage": 1}},
+    )
+    (flow,) = (
+        flow
+        for flow in as_values(estimate(tokens, 4, gpus_per_node=2))["stages"][0]["flows"]
+        if flow["kind"] == "all_to_all"
+    )
+    # to one rank of the node, and to two of the other
+    assert flow["wire_bytes_between_nodes"] == pytest.approx(flow["bytes"] * 2 / 3)
     # 0 1 2 | 3: of four ranks one is alone, and sends all of its own away
     assert node_crossings(4, 1, 1, 3)[TENSOR].exchange == pytest.approx((3 / 3 + 3 * 1 / 3) / 4)
 

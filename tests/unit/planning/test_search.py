@@ -107,7 +107,8 @@ def test_what_does_not_fit_is_dropped(config: Config, found: Search) -> None:
 
 def test_the_first_choice_is_explained_in_every_dimension(found: Search) -> None:
     lines = explain(found)
-    for line, name in zip(lines, (field.name for field in dataclasses.fields(Choice)), strict=True):
+    names = [field.name for field in dataclasses.fields(Choice)]
+    for line, name in zip(lines, names[: names.index("ep")], strict=True):
         assert line.startswith(f"{name} {getattr(found.ranked()[0].choice, name)}: ")
         assert any(words in line for words in ("of its tokens/s", "is as fast", "no plan with another value"))
 

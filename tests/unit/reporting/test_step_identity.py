@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_crnet.config.loading import read_config
+from megatron_crnet.config.loading import load_config, read_config
 from megatron_crnet.reporting.step_identity import identify_step
 
 
@@ -36,6 +36,19 @@ def test_what_decides_a_step_changes_the_fingerprint(options: str) -> None:
         fingerprint(),
         fingerprint("--parallel.tensor_model_parallel_size", "2"),
     )
+
+
+def test_experts_are_named_by_where_they_are_and_how_tokens_come_there() -> None:
+    def identity(*options: str) -> dict[str, str]:
+        return identify_step(load_config("examples/qwen3_30b_a3b.yaml", options), 8)
+
+    sent = "--parallel.moe_token_dispatcher_type=alltoall"
+    found = [identity(), identity(sent)]
+    for one, way in zip(found, ("allgather", "alltoall"), strict=True):
+        assert f", EP 4 by {way}, ZeRO" in one["line"]
+    assert found[0]["fingerprint"] != found[1]["fingerprint"]
+    alone = "--parallel.expert_model_parallel_size=1"
+    assert identity(alone) == identity(alone, sent)
 
 
 def test_the_world_changes_the_fingerprint() -> None:

@@ -34,6 +34,9 @@ def remarks_after(config: Config, *, saved: Config | None = None, **state: Any) 
             "parallel.moe_token_dispatcher_type alltoall -> allgather",
         ),
         ({"distributed_timeout_minutes": 3.0, "overlap_tp_communication": False}, None),
+        # said with the layout
+        ({"tensor_model_parallel_size": 1}, None),
+        ({"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 3}, None),
     ],
 )
 def test_what_rounds_otherwise_in_the_same_layout_is_said(before: dict[str, Any], line: str | None) -> None:
@@ -43,6 +46,17 @@ def test_what_rounds_otherwise_in_the_same_layout_is_said(before: dict[str, Any]
     )
     found = remarks_after(tiny_config(model, tp), saved=tiny_config(model, {**tp, **before}))
     assert found == ([f"note: changed since the checkpoint: {line}"] if line else [])
+
+
+def test_a_dispatcher_is_said_of_a_checkpoint_that_is_older_than_the_choice() -> None:
+    experts, spread = ARCHITECTURES["qwen3_moe"], {"expert_model_parallel_size": 2}
+    before = resolved(tiny_config(experts, spread))
+    del before["parallel"]["moe_token_dispatcher_type"]
+    now = tiny_config(experts, {**spread, "moe_token_dispatcher_type": "alltoall"})
+    state = {"samples": 32, "trained_on": TrainedOn("a", {"train": "x"}).values()}
+    assert differences(now, CHECKPOINT, before, state, TrainedOn("a", {"train": "x"})) == [
+        "note: changed since the checkpoint: parallel.moe_token_dispatcher_type allgather -> alltoall"
+    ]
 
 
 @pytest.mark.fault("L5")
