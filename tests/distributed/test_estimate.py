@@ -236,7 +236,6 @@ SOON = (
     "tp, taught",
     "pp, gpt2",
     "tp, replay, qwen3",
-    "ep, moe",
     "all to all, moe",
     "ep over replicas, relora, moe",
 )

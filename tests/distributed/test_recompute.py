@@ -97,7 +97,6 @@ ROWS = [
     Row("tp2-ep2-qwen3-moe", MOE, EP, strategies=(REPLAY_AUTO, INVERSE)),
     Row("dp2-ep2-all-to-all", MOE, ALL_TO_ALL, "bf16", {"stage": 1}, strategies=(REPLAY,)),
     Row("dp2-ep2-full-rank-experts", FULL_RANK_EXPERTS, REPLICAS, "bf16", {"stage": 1}, strategies=(REPLAY, FULL)),
-    Row("tp2-qwen3", QWEN3, WITHOUT_SP, strategies=(REPLAY,)),
 ]
 # two micro-batches instead of four, where two ranks are one replica without a pipeline
 ROWS = [

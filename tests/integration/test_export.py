@@ -165,6 +165,7 @@ def test_transformers_opens_the_export_without_this_package(
     assert found["text"] == answers["greedy"][0]["text"]
 
 
+@pytest.mark.long  # a library that is installed for it alone, and loads for ten seconds
 def test_the_evaluation_harness_measures_what_evaluate_measures(export: Path, tmp_path: Path) -> None:
     texts = ["def f(x):\n    return x\n", "import json\n", "  é 漢字\n\n    pass"]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

@@ -18,13 +18,13 @@ from tests.ports import free_ports
 
 
 def long_options(corpus: Corpus, output: Path, **changes: object) -> list[str]:
-    """Some steps into the second epoch of a blend; validation takes most of the time, so that signals come in it."""
+    """Some steps into the second epoch of a blend; validation takes much of the time, so that signals come in it."""
     options = {
         "data__train_data_path": f"[0.9,{corpus.train},0.1,{corpus.valid}]",
         "training__train_steps": 52,
         "training__global_batch_size": 16,
         "training__micro_batch_size": 8,
-        "training__eval_interval": 5,
+        "training__eval_interval": 10,
         "training__eval_steps": 6,
         "logging__log_interval": 7,
     }
