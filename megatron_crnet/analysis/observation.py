@@ -96,13 +96,13 @@ def observe(
         own, whole = outputs.difference.energies(0.0).cpu(), outputs.difference.norms[0]
         return _Expert(outputs.layer, of_experts[outputs.position], own, whole)
 
-    experts: dict[tuple[int, str], list[_Expert]] = {}
-    found: dict[tuple[int, str], MapObservation | None] = {}
+    found: dict[tuple[int, str], MapObservation | list[_Expert]] = {}
     for one in each_map(source, rows, positions, look, devices, batch_size, progress):
-        found[one.layer, one.position] = one if isinstance(one, MapObservation) else None
-        if isinstance(one, _Expert):
-            experts.setdefault((one.layer, one.position), []).append(one)
-    return [one or _all_experts(ranks, experts[key]) for key, one in found.items()]
+        if isinstance(one, MapObservation):
+            found[one.layer, one.position] = one
+        else:
+            found.setdefault((one.layer, one.position), []).append(one)  # type: ignore[union-attr]
+    return [_all_experts(ranks, one) if isinstance(one, list) else one for one in found.values()]
 
 
 class _Expert(NamedTuple):
@@ -117,7 +117,7 @@ class _Expert(NamedTuple):
 def _all_experts(ranks: Sequence[int], parts: Sequence[_Expert]) -> MapObservation:
     """The same map of all experts of a layer, each of which has the rank."""
     own, whole = torch.stack([part.energies for part in parts]).sum(0), sum(part.norm for part in parts)
-    errors = tuple(RankErrors(rank, _relative(whole - float(own[:rank].sum()), whole), None, None) for rank in ranks)
+    errors = tuple(RankErrors(rank, _low_rank_error(own, whole, rank), None, None) for rank in ranks)
     return MapObservation(parts[0].layer, parts[0].position, None, errors, _spectrum(own, None, whole))
 
 
@@ -127,7 +127,7 @@ def _observed(ranks: Sequence[int], outputs: MapOutputs) -> MapObservation:
     whole = difference.norms[0]
     errors, at_middle = [], None
     for rank in ranks:
-        plain = _relative(whole - float(own[:rank].sum()), whole)
+        plain = _low_rank_error(own, whole, rank)
         if difference.pp is None:
             errors.append(RankErrors(rank, plain, None, None))
             continue
@@ -136,6 +136,10 @@ def _observed(ranks: Sequence[int], outputs: MapOutputs) -> MapObservation:
         if rank == ranks[len(ranks) // 2]:
             at_middle = difference.energies(b)
     return MapObservation(outputs.layer, outputs.position, cosine, tuple(errors), _spectrum(own, at_middle, whole))
+
+
+def _low_rank_error(energies: Tensor, whole: float, rank: int) -> float:
+    return _relative(whole - float(energies[:rank].sum()), whole)
 
 
 def _relative(squared: float, whole: float) -> float:

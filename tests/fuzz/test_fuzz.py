@@ -18,7 +18,7 @@ from tests.fuzz.runner import fault, run_case
 
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
 COUNTS = {"configurations": 12, "command lines": 8}
-"""Of each kind in `make test`; 6 of the others."""
+"""Of each kind in `make test`; 4 of the others."""
 
 
 @pytest.fixture(scope="module")
