@@ -135,8 +135,9 @@ def test_a_resumed_run_repeats_the_whole_one_to_the_bit(name: str, resumed: dict
     check_resumed(*resumed[name])
 
 
-RESHAPES = {"zero1-bf16": "zero3-bf16", "tp2-zero1": "zero2-fp32", "zero2-fp32": "tp2-zero1"}
-MORE_RESHAPES = {"zero3-fp32": "zero0-fp32", "zero2-bf16": "pp2-zero1-bf16"}
+RESHAPES = {"zero1-bf16": "zero3-bf16", "tp2-zero1": "zero2-fp32"}
+MORE_RESHAPES = {"zero2-fp32": "tp2-zero1", "zero3-fp32": "zero0-fp32", "zero2-bf16": "pp2-zero1-bf16"}
+"""Layouts that `ROWS` and `MORE_ROWS` have trained, and those that read their checkpoints."""
 
 
 def largest_errors(read: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
