@@ -31,7 +31,7 @@ ALL_ROWS: dict[str, dict[str, Any]] = {
     "pp2-zero1-bf16": {"stage": 1, "dtype": "bf16", "parallel": PP},
     "tp2-zero3-bf16": {"stage": 3, "dtype": "bf16", "parallel": TP},
 }
-ROWS = ("zero0-fp32", "zero1-bf16", "zero3-bf16", "tp2-zero1")
+ROWS = ("zero1-bf16", "zero3-bf16", "tp2-zero1")
 """The others are marked long."""
 MORE_ROWS = tuple(name for name in ALL_ROWS if name not in ROWS)
 BOUNDS = {

@@ -53,15 +53,15 @@ class Row(Sizes):
 ON_TWO = [
     Row(zero=1),
     Row(zero=3, recompute="replay", keys=PARTITION_EVERYTHING),
-    Row(tp=2, zero=3, recompute="full"),
     Row(tp=2, model=PADDED_GROUPED, weights={"kd_alpha": 2.0}, data=DOCUMENTS),
     Row(model={"variant": "low_rank"}, weights={"kd_alpha": 0.0, "kd_beta": 1.0}),
     Row(pp=2, zero=1, model=GPT2),
     Row(zero=1, model=MOE, parallel=EP, recompute="replay"),
-    Row(tp=2, zero=1, dtype="bf16"),
+    Row(tp=2, zero=1, dtype="bf16", recompute="full"),
 ]
 ON_TWO = shortened(ON_TWO)
 MORE_ON_TWO = [
+    Row(tp=2, zero=3, recompute="full"),
     Row(tp=2, recompute="inverse"),
     Row(pp=2, vpp=2, zero=1, recompute="replay"),
     Row(tp=2, sp=False, recompute="replay"),

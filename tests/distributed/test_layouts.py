@@ -91,16 +91,13 @@ def variants_of(architecture: dict[str, Any]) -> list[dict[str, Any]]:
 
 ON_TWO = [
     Layout(tp=2),
-    Layout(tp=2, sp=False),
     Layout(pp=2, vpp=2, zero=1),
     Layout(tp=2, model={"variant": "cola", "only_lr_act": True}),
     Layout(pp=2, parallel=UNEVEN),
     Layout(tp=2, model={"scale_residual_init": True, **PADDED}),
     Layout(zero=3, offload="offload_param"),
     Layout(zero=1, dtype="bf16", offload="offload_optimizer"),
-    Layout(tp=2, zero=1, dtype="bf16"),
     Layout(tp=2, model={"num_query_groups": 2}, data=DOCUMENTS),
-    Layout(zero=3, data={"reset_attention_mask": True}),
     Layout(tp=2, zero=3, model=PADDED, keys=PARTITION_EVERYTHING),
     Layout(zero=0, lr_multipliers=LR_MULTIPLIERS),
     Layout(tp=2, sp=False, zero=3, model={**PADDED_GPT2, "variant": "cola"}),
@@ -114,6 +111,9 @@ ON_TWO = [
 ON_TWO = shortened(ON_TWO)
 MORE_ON_TWO = [
     Layout(tp=2, zero=3),
+    Layout(tp=2, sp=False),
+    Layout(tp=2, zero=1, dtype="bf16"),
+    Layout(zero=3, data={"reset_attention_mask": True}),
     Layout(pp=2),
     *(Layout(tp=2, model=model, data=DOCUMENTS) for model in (GPT2, MOE)),
     Layout(pp=2, model={"rank": RANKS}),

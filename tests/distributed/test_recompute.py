@@ -92,7 +92,6 @@ ROWS = [
     Row("pp2-vpp2-zero1-bf16", {"num_layers": 8}, VPP, "bf16", {"stage": 1}, strategies=(INVERSE,)),
     Row("dp2-zero2-bf16", {"full_rank_layers": [0, 2]}, {}, "bf16", {"stage": 2}, strategies=(REPLAY_AUTO,)),
     Row("tp2-dropout", DROPOUT, TP, strategies=(REPLAY_AUTO, FULL)),
-    Row("tp2-padded", PADDED, TP, strategies=(REPLAY_AUTO,)),
     Row("tp2-gpt2", GPT2, TP, strategies=(REPLAY_AUTO,), data=DOCUMENTS),
     Row("tp2-ep2-qwen3-moe", MOE, EP, strategies=(REPLAY_AUTO, INVERSE)),
     Row("dp2-ep2-all-to-all", MOE, ALL_TO_ALL, "bf16", {"stage": 1}, strategies=(REPLAY,)),

@@ -70,16 +70,17 @@ class Row(Sizes):
 
 ON_TWO = [
     Row(zero=2),
-    Row(tp=2, zero=3),
     Row(pp=2, zero=1, prune="random"),
     Row(tp=2, zero=1, model=PADDED),
     Row(pp=2, vpp=2, model={**RELORA, "full_rank_layers": [0]}),
-    Row(tp=2, zero=1, dtype="bf16", prune="random"),
-    Row(zero=3, dtype="bf16", prune="random", keys=PARTITION_EVERYTHING),
+    Row(tp=2, zero=3, dtype="bf16", prune="random", keys=PARTITION_EVERYTHING),
     Row(zero=1, model=PADDED_MOE, parallel=EP),
 ]
 ON_TWO = shortened(ON_TWO)
 MORE_ON_TWO = [
+    Row(tp=2, zero=3),
+    Row(tp=2, zero=1, dtype="bf16", prune="random"),
+    Row(zero=3, dtype="bf16", prune="random", keys=PARTITION_EVERYTHING),
     *(Row(zero=zero) for zero in (0, 1, 3)),
     Row(tp=2),
     Row(tp=2, model=MOE, parallel=EP),

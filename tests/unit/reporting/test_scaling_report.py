@@ -245,7 +245,7 @@ def replaced(value: Any, way: tuple[Any, ...], new: Any) -> Any:
 @pytest.mark.fault("F10")
 @pytest.mark.parametrize("kind", ["benchmark", "estimate", "simulation", "facts", "metrics"])
 def test_whatever_stands_in_a_file_the_rest_is_reported(tmp_path: Path, kind: str) -> None:
-    """Thirty changes of each kind of file, without drawing; what is left out is named."""
+    """Fifteen changes of each kind of file, without drawing; what is left out is named."""
     random_, run = random.Random(7), write_run(tmp_path / "run")
     files = {
         "benchmark": write_benchmark(tmp_path / "b.json", *(ROWS if kind == "benchmark" else ()), measured_row()),
@@ -256,7 +256,7 @@ def test_whatever_stands_in_a_file_the_rest_is_reported(tmp_path: Path, kind: st
     }
     path = files[kind]
     lines = path.read_text().splitlines() if kind == "metrics" else [path.read_text()]
-    for _ in range(30):
+    for _ in range(15):
         number = random_.randrange(len(lines))
         value = json.loads(lines[number])
         way = random_.choice([*places(value)])
