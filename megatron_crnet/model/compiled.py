@@ -17,6 +17,8 @@ from megatron_crnet.model.glue import EAGER, Glue
 from megatron_crnet.utils.errors import ConfigError, describe, require
 
 RECOMPILE_LIMIT = 256
+NOTHING_IN_BETWEEN = {"realize_reads_threshold": 64, "realize_opcount_threshold": 1000}
+"""What several results of a region need is computed again for each of them, and not written to memory in fp32."""
 SWITCH = "set training.cross_layer_fusion false"
 
 
@@ -75,9 +77,8 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     import torch._inductor.config
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
-    options: dict[str, Any] = {"emulate_precision_casts": True, "compile_threads": 1}
-    if hasattr(torch._inductor.config, "deterministic"):
-        options["deterministic"] = True
+    wanted = {"emulate_precision_casts": True, "compile_threads": 1, "deterministic": True, **NOTHING_IN_BETWEEN}
+    options = {name: value for name, value in wanted.items() if hasattr(torch._inductor.config, name)}
     keywords: dict[str, Any] = {"dynamic": False, "fullgraph": True, "options": options}
     # one entry per shape and set of absent arguments; past the limit a call fails. Backward runs in another thread,
     # which since torch 2.12 does not see what is set here for the process
@@ -108,9 +109,10 @@ def cannot_compile(setting: str, error: Exception, otherwise: str) -> ConfigErro
     )
 
 
-def trial_inputs(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
-    """Arguments for every function of `Glue`, by its name."""
-    rows, heads, d = 16, 4, 16
+def trial_inputs(
+    device: torch.device, dtype: torch.dtype, rows: int = 16, heads: int = 4, d: int = 16
+) -> dict[str, tuple[Any, ...]]:
+    """Arguments for every function of `Glue`, by its name: of two samples of `rows` tokens."""
     values = torch.linspace(-2, 2, rows * 2 * heads * d, device=device).view(rows, 2, heads * d)
     one, other, third = (values.roll(shift).to(dtype) for shift in (0, 7, 23))
     betas, angles = torch.tensor([0.5, -1.5], device=device), torch.linspace(0, 3, rows * d // 2, device=device)

@@ -82,9 +82,12 @@ def layer_norm_backward(
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of x, [s, b, heads, d]; cos and sin: [s, b or 1, 1, d / 2], fp32."""
-    first, second = x.float().chunk(2, dim=-1)
-    halves = (first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)
-    return torch.cat(halves, dim=-1).to(x.dtype)
+    half, twice = x.shape[-1] // 2, [1] * (x.dim() - 1) + [2]
+    sin = sin.repeat(twice)
+    signed = torch.where(torch.arange(x.shape[-1], device=x.device) < half, -sin, sin)
+    # of whole heads: halves that are joined would be one more pass where other sums need them
+    wide = x.float()
+    return (wide * cos.repeat(twice)).addcmul_(wide.roll(half, -1), signed).to(x.dtype)
 
 
 def rotate_backward(
@@ -107,7 +110,9 @@ def rotate_backward(
     if carried is None:
         return back.to(grad.dtype), None
     wide = carried.view(grad.shape).float()
-    grad_beta = _inner(rotate(wide, cos, sin), rotated) if beta is not None and rotated is not None else None
+    grad_beta = None
+    if beta is not None and rotated is not None:
+        grad_beta = _inner(rotate(wide, cos, sin), rotated, first=(-2, -1))
     return _add_scaled_(back, wide, beta, eps).to(grad.dtype), grad_beta
 
 
@@ -209,7 +214,7 @@ def _gelu_gradients(
     if carried is None:
         return (found,), (of_bias, None)
     following = carried.float()
-    of_beta = None if beta is None else _inner(following, wide)
+    of_beta = None if beta is None else _inner(following, wide, first=(-1,) if bias is None else range(up.dim() - 1))
     return (_add_scaled_(found, following, beta, eps),), (of_bias, of_beta)
 
 
@@ -327,7 +332,11 @@ def _add_scaled_(grad: Tensor, carried: Tensor, beta: Tensor | None, eps: float)
     return grad.add_(carried) if beta is None else grad.addcmul_(carried, signed_scale(beta, eps))
 
 
-def _inner(one: Tensor, other: Tensor) -> Tensor:
+def _inner(one: Tensor, other: Tensor, first: Sequence[int] = (-1,)) -> Tensor:
+    """<one, other>; compiled, over these dimensions first, so that it shares a pass with what else is made of them."""
+    if torch.compiler.is_compiling():
+        # flat, as the order of a sum over two dimensions would be that of their strides
+        return (one * other.float()).sum(tuple(first)).flatten().sum()
     return dot(one.flatten(), other.float().flatten())
 
 

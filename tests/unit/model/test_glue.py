@@ -376,3 +376,28 @@ def test_regions_compile_on_a_gpu(dtype: torch.dtype) -> None:
     for name in trial_inputs(device, dtype):
         once, again = (tensors_of(getattr(glue, name)(*trial_inputs(device, dtype)[name])) for _ in range(2))
         assert all(torch.equal(x, y) for x, y in zip(once, again, strict=True)), name
+
+
+MORE_KERNELS = {
+    # a small one per sum over all tokens: of betas, biases and weights
+    **dict.fromkeys(("norm_backward", "rotate_backward", "add_carried", "carried_backward"), 2),
+    **dict.fromkeys(("layer_norm_backward", "swiglu_backward", "biased_backward"), 3),
+    **{"norm_rotate_backward": 4, "gelu_backward": 5},
+    # one per output, or the label's logit before exponentials take its place
+    **dict.fromkeys(("scaled", "unscaled", "exponentials_"), 2),
+}
+
+
+@pytest.mark.gpu
+def test_a_region_is_one_kernel_and_one_per_sum_on_a_gpu() -> None:
+    """So Inductor of PyTorch 2.11 and 2.13 makes them for sm_90."""
+    from torch._inductor import config, metrics
+
+    device, found = torch.device("cuda", torch.cuda.current_device()), {}
+    torch._dynamo.reset()
+    with config.patch(force_disable_caches=True):
+        for name, inputs in trial_inputs(device, torch.bfloat16, rows=4096, heads=16, d=64).items():
+            before = metrics.generated_kernel_count
+            module.compiled(getattr(EAGER, name))(*inputs)
+            found[name] = metrics.generated_kernel_count - before
+    assert {name: count for name, count in found.items() if count > MORE_KERNELS.get(name, 1)} == {}
