@@ -13,15 +13,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, create_model
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_crnet.checkpoint.directory import FINAL, checkpoints_at, damage, newest_without, saved_step
+from megatron_crnet.checkpoint.directory import FINAL, checkpoints_at, damage, newest_without, saved_step, unreadable
 from megatron_crnet.checkpoint.train_state import TrainingState
-from megatron_crnet.checkpoint.weight_files import canonical_shapes, frozen_weights, headers_of
+from megatron_crnet.checkpoint.weight_files import Shapes, canonical_weights_of, headers_of
 from megatron_crnet.config.phases import saved_model
 from megatron_crnet.config.positions import position_table
-from megatron_crnet.config.schema import OptimizerConfig
+from megatron_crnet.config.schema import ModelConfig, OptimizerConfig
 from megatron_crnet.engine.galore import kept_shapes
 from megatron_crnet.engine.state_kinds import MASTER
-from megatron_crnet.utils.errors import DataError, describe
+from megatron_crnet.utils.errors import DataError
 
 NEEDED = ("step", "tokens", "samples")
 """Counters without which a run cannot go on; earlier versions did not write all of the others."""
@@ -31,6 +31,7 @@ def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
     """The newest whole checkpoint of a path (`checkpoints_at`), with a line on each newer one that is damaged.
 
     Raises:
+        CheckpointError: as `damage`.
         DataError: there is none.
     """
     newest, skipped = newest_without(lambda found: damage(found) or wrong_contents(found), checkpoints_at(path))
@@ -43,11 +44,14 @@ def wrong_contents(checkpoint: Path) -> str | None:
     """Why the state, configuration or tensors of a checkpoint with right checksums are invalid; None if they are not.
 
     Reads the headers of all files of tensors, not their values.
+
+    Raises:
+        CheckpointError: as `damage`.
     """
     try:
         return _wrong_state(checkpoint) or _wrong_tensors(checkpoint)
     except Exception as error:  # a library may raise anything on a file of another format
-        return f"cannot be read ({describe(error)})"
+        return unreadable(checkpoint, error)
 
 
 def _wrong_state(checkpoint: Path) -> str | None:
@@ -95,19 +99,25 @@ def _wrong_tensors(checkpoint: Path) -> str | None:
     saved = headers_of(checkpoint).state_dict_metadata
     model = saved_model(config, json.loads((checkpoint / "state.json").read_text()))
     known = {field.name for field in fields(OptimizerConfig)} & set(config.get("optimizer", {}))
-    optimizer, table = OptimizerConfig(**{key: config["optimizer"][key] for key in known}), position_table(model)
-    frozen = frozen_weights(model)
-    for name, whole in canonical_shapes(model).items():
-        kept = {MASTER: whole} if name in frozen else kept_shapes(name, whole, optimizer, table)
-        for kind, shape in kept.items():
-            full = f"{kind}.{name}"
-            found = saved.get(full)
-            if not isinstance(found, TensorStorageMetadata):
-                return f"lacks the tensor {full} of its model"
-            if tuple(found.size) != shape:
-                return f"has {full} in the shape {tuple(found.size)} instead of {shape}"
-            if found.properties.dtype != torch.float32:
-                return f"has {full} in {found.properties.dtype} instead of torch.float32"
-            if sum(chunk.sizes.numel() for chunk in found.chunks) != found.size.numel():
-                return f"has {full} in parts that do not make a whole"
+    optimizer = OptimizerConfig(**{key: config["optimizer"][key] for key in known})
+    for full, shape in saved_shapes(model, optimizer).items():
+        found = saved.get(full)
+        if not isinstance(found, TensorStorageMetadata):
+            return f"lacks the tensor {full} of its model"
+        if tuple(found.size) != shape:
+            return f"has {full} in the shape {tuple(found.size)} instead of {shape}"
+        if found.properties.dtype != torch.float32:
+            return f"has {full} in {found.properties.dtype} instead of torch.float32"
+        if sum(chunk.sizes.numel() for chunk in found.chunks) != found.size.numel():
+            return f"has {full} in parts that do not make a whole"
     return None
+
+
+def saved_shapes(model: ModelConfig, optimizer: OptimizerConfig) -> Shapes:
+    """Shapes of the tensors of a checkpoint, all in fp32, by kind and canonical name."""
+    table, found = position_table(model), Shapes()
+    for name, weight in canonical_weights_of(model).items():
+        whole = tuple(weight.shape)
+        kept = kept_shapes(name, whole, optimizer, table) if weight.requires_grad else {MASTER: whole}
+        found |= {f"{kind}.{name}": shape for kind, shape in kept.items()}
+    return found

@@ -35,6 +35,8 @@ REJECTED = "rejected_"
 DAMAGED = "damaged_"
 MANIFEST = "manifest.json"
 FORMAT = 1
+DAMAGES = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP}
+"""Errors that a damaged checkpoint gives; any other OSError is of the file system, and may be gone the next time."""
 
 
 def checkpoint_dir(config: Config) -> Path:
@@ -94,6 +96,9 @@ def damage(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
 
     Args:
         share, shares: compare checksums of only this part of the files; sizes of all are compared.
+
+    Raises:
+        CheckpointError: its file system does not give its files, which may be intact.
     """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
@@ -115,8 +120,22 @@ def damage(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
     except FileNotFoundError:
         return f"has no {MANIFEST}"
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        return f"cannot be read ({describe(error)})"
+        return unreadable(checkpoint, error)
     return None
+
+
+def unreadable(checkpoint: Path, error: Exception) -> str:
+    """What is wrong with a checkpoint that an error shows to be damaged.
+
+    Raises:
+        CheckpointError: the error shows nothing of the kind.
+    """
+    if not isinstance(error, OSError) or error.errno in {None, *DAMAGES}:
+        return f"cannot be read ({describe(error)})"
+    raise CheckpointError(
+        f"checkpoint {checkpoint} cannot be read now ({describe(error)}): start again when its file system answers, "
+        "or move the checkpoint away to go on from an earlier one"
+    ) from error
 
 
 def _listed(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -209,23 +228,29 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
-def point_latest_at(checkpoint: Path) -> None:
-    """Name the newest checkpoint in DIR/latest."""
-    replace_text(checkpoint.parent / "latest", f"{checkpoint.name}\n")
+def name_latest(checkpoint: Path) -> bool:
+    """Name the newest checkpoint in DIR/latest. Returns whether that was possible; else none is named.
+
+    Nothing here reads that file, and a whole checkpoint is none the worse without it.
+    """
+    latest = checkpoint.parent / "latest"
+    try:
+        replace_text(latest, f"{checkpoint.name}\n")
+    except OSError:
+        _remove(latest)
+        return False
+    return True
 
 
 def quarantine(folder: Path, step: int, prefix: str = REJECTED) -> Path | None:
     """Rename checkpoints of `step` and later, so that none is resumed from. Returns the newest that is left."""
-    # removed first: on a full disk it may not be written again, and must not name a renamed folder
-    with suppress(OSError):
-        (folder / "latest").unlink(missing_ok=True)
+    _remove(folder / "latest")  # on a full disk it may not be written again, and must not name a renamed folder
     for path in checkpoints(folder):
         if saved_step(path) >= step:
             path.rename(unused_name(folder / f"{prefix}{path.name}"))
     left = checkpoints(folder)
     if left:
-        with suppress(OSError):
-            point_latest_at(left[-1])
+        name_latest(left[-1])
     return left[-1] if left else None
 
 

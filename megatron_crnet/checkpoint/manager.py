@@ -28,8 +28,8 @@ from megatron_crnet.checkpoint.directory import (
     checkpoints,
     damage,
     file_entries,
+    name_latest,
     newest_without,
-    point_latest_at,
     prune,
     quarantine,
     remove_partial,
@@ -39,13 +39,13 @@ from megatron_crnet.checkpoint.directory import (
     writing_into,
 )
 from megatron_crnet.checkpoint.replicas import Checksums, checksums, compare_copies
-from megatron_crnet.checkpoint.storage import Box, collect, fill, read, shared_reader, whole, write
+from megatron_crnet.checkpoint.storage import Box, collect, fill, own_files, read, shared_reader, whole, write
 from megatron_crnet.checkpoint.train_state import TrainingState
 from megatron_crnet.checkpoint.weight_files import ShardReader
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.fingerprint import TrainedOn
-from megatron_crnet.distributed.consensus import gather, report_together, run_on_all_ranks, run_on_main
+from megatron_crnet.distributed.consensus import report_together, run_on_all_ranks, run_on_main
 from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.engine.state_kinds import KINDS, MASTER
 from megatron_crnet.recompute.rng import RngStates
@@ -159,10 +159,9 @@ class Checkpointer:
             if drift := compare_copies(copies, self._group):
                 self._remarks.append(drift)
             partial, target = self._on_main(lambda: self._prepare(name))
-            own = write(partial, boxes, self._group)
+            write(partial, boxes, self._group)
             boxes.clear()
-            with writing_into(self.folder):
-                files = report_together(lambda: file_entries(partial, own), self._group)
+            files = report_together(lambda: self._entries(partial), self._group)
             entries = {name: entry for mine in files for name, entry in mine.items()}
             self._on_main(lambda: self._finish(partial, target, state, entries, about))
         except BaseException:
@@ -181,14 +180,21 @@ class Checkpointer:
         partial.mkdir()
         return partial, unused_name(target) if name.startswith(REJECTED) else target
 
+    def _entries(self, partial: Path) -> dict[str, dict[str, Any]]:
+        """The manifest entries of the files that this rank has written."""
+        with writing_into(self.folder):
+            return file_entries(partial, own_files(partial))
+
     def _finish(
         self, partial: Path, target: Path, state: TrainingState, entries: dict[str, Any], about: dict[str, Any]
     ) -> None:
         seal(partial, target, self.config, about, entries)
         note_in_run_file(Path(self.config.logging.output_dir), checkpoints=saved_facts(self.config, state.step))
         if not target.name.startswith(REJECTED):
-            point_latest_at(target)
+            named = name_latest(target)
             prune(self.folder, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every, state.good_step)
+            if not named:  # a full disk, which has room again
+                name_latest(target)
 
     def _on_main(self, action: Callable[[], Result]) -> Result:
         """Run `action`, which writes, on rank 0. Returns its result on every rank.
@@ -282,7 +288,7 @@ def newest_complete(found: Sequence[Path]) -> tuple[Path | None, list[str]]:
 
 def _problem_together(checkpoint: Path) -> str | None:
     """Why files or contents of a checkpoint are unusable; ranks share the work of comparing checksums."""
-    problems = gather(damage(checkpoint, dist.get_rank(), dist.get_world_size()))
+    problems = report_together(lambda: damage(checkpoint, dist.get_rank(), dist.get_world_size()))
     return next(filter(None, problems), None) or run_on_main(lambda: wrong_contents(checkpoint))
 
 

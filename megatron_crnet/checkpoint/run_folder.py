@@ -6,6 +6,7 @@ from random weights where an earlier one has left state.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
 
+from megatron_crnet.checkpoint.contents import saved_shapes
 from megatron_crnet.checkpoint.directory import (
     DAMAGED,
     MANIFEST,
@@ -23,7 +25,7 @@ from megatron_crnet.checkpoint.directory import (
     checkpoint_dir,
     checkpoints,
 )
-from megatron_crnet.config.model_size import total_parameters
+from megatron_crnet.config.phases import planned_phases
 from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed.consensus import run_on_all_ranks
 from megatron_crnet.utils.environment import RUN_FILE, read_run_file
@@ -32,8 +34,6 @@ from megatron_crnet.utils.files import read_json_lines
 from megatron_crnet.utils.folder_lock import LOCK, FolderLock, take
 
 GIB = 2**30
-BYTES_PER_PARAMETER = 12
-"""Of a checkpoint: the fp32 master and two moments."""
 FOLDERS = ("tensorboard", "stacks")
 WRITTEN = {
     "logging.output_dir": ("metrics.jsonl", "config.yaml", RUN_FILE, "loss.png", *FOLDERS),
@@ -188,8 +188,15 @@ def _logged_steps(metrics: Path) -> int:
     return max(steps)
 
 
+def checkpoint_bytes(config: Config, step: int) -> int:
+    """Of the largest checkpoint that a run writes after `step` steps."""
+    models = [phase.config.model for phase in planned_phases(config) if phase.stop > step] or [config.model]
+    shapes = (saved_shapes(model, config.optimizer) for model in models)
+    return max(4 * sum(map(math.prod, of_model.values())) for of_model in shapes)
+
+
 def check_space(config: Config, step: int) -> str | None:
-    """Compare free space with what checkpoints take, by formula. Returns a warning where it is for some of them only.
+    """Compare free space with what checkpoints take. Returns a warning where it is for some of them only.
 
     Args:
         step: steps done already.
@@ -198,8 +205,8 @@ def check_space(config: Config, step: int) -> str | None:
         ConfigError: there is no room for one.
     """
     folder = checkpoint_dir(config)
-    free, size = shutil.disk_usage(folder).free, BYTES_PER_PARAMETER * total_parameters(config.model)
-    one = f"one checkpoint of this model takes {size / GIB:,.2f} GiB"
+    free, size = shutil.disk_usage(folder).free, checkpoint_bytes(config, step)
+    one = f"one checkpoint of this run takes up to {size / GIB:,.2f} GiB"
     if free < size:
         raise ConfigError(
             f"checkpoint.dir {folder} has {free / GIB:,.2f} GiB free, but {one}: free some space or choose another "

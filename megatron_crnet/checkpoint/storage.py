@@ -160,11 +160,8 @@ def _copied(box: Callable[[Tensor], Box], values: Tensor) -> Box | Exception:
         return error
 
 
-def write(folder: Path, boxes: Boxes, group: dist.ProcessGroup) -> list[str]:
+def write(folder: Path, boxes: Boxes, group: dist.ProcessGroup) -> None:
     """Write the boxes of all ranks; a collective call of `group`, which must be a gloo group of all ranks.
-
-    Returns:
-        Names of the files that this rank has written.
 
     Raises:
         CheckpointError: some rank cannot write; raised on all of them.
@@ -176,6 +173,10 @@ def write(folder: Path, boxes: Boxes, group: dist.ProcessGroup) -> list[str]:
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
         raise CheckpointError(f"rank {rank} {unwritable(folder, cause)}") from error
+
+
+def own_files(folder: Path) -> list[str]:
+    """Names of the files that this rank has written with `write`."""
     mine = f"shard-{dist.get_rank() + 1:05d}-"
     return sorted(path.name for path in folder.iterdir() if path.name.startswith(mine))
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
@@ -247,13 +247,12 @@ def _files_of(folder: Path) -> list[Path]:
     return [folder / name for name in files]
 
 
+def canonical_weights_of(model: ModelConfig) -> dict[str, nn.Parameter]:
+    """All weights of a model on the meta device; those that are not trained need no gradient."""
+    with torch.device("meta"):
+        return dict(ReferenceCRNet(model).named_parameters())
+
+
 def canonical_shapes(model: ModelConfig) -> Shapes:
     """Shapes of all weights of a model."""
-    with torch.device("meta"):
-        return {name: tuple(value.shape) for name, value in ReferenceCRNet(model).state_dict().items()}
-
-
-def frozen_weights(model: ModelConfig) -> set[str]:
-    """Names of the weights that are not trained and have no moments."""
-    with torch.device("meta"):
-        return {name for name, weight in ReferenceCRNet(model).named_parameters() if not weight.requires_grad}
+    return {name: tuple(weight.shape) for name, weight in canonical_weights_of(model).items()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,15 +53,16 @@ def build_datasets(
     num_valid_samples: int,
     num_test_samples: int = 0,
     known_ids: Mapping[str, IdRange] | None = None,
+    checked: Callable[[Callable[[], DatasetConfig]], DatasetConfig] = lambda check: check(),
 ) -> Datasets:
     """Build datasets of at least the given numbers of samples, over several epochs if need be.
 
     With torch.distributed, every rank calls this; rank 0 writes the index caches, the others read them. Everything is
-    checked before, in the same way on every rank, so a mistake in the configuration raises everywhere and no rank
-    waits for another.
+    checked before, so that no rank fails while another builds.
 
     Args:
         known_ids: `id_range` of prefixes whose files have been checked already.
+        checked: runs the checks of files and folders; where ranks may see others, `run_on_all_ranks`.
 
     Raises:
         ConfigError: the data section contradicts itself, or the vocabulary does not fit the model.
@@ -80,12 +81,15 @@ def build_datasets(
     blends = {split: blend for split, blend in blends.items() if sizes[split]}
     if not blends:
         return Datasets(None, None, None)
-    files = _checked_files(config, tokenizer, blends, known_ids or {})
+
+    def check() -> DatasetConfig:
+        return _dataset_config(config, tokenizer, blends, _checked_files(config, tokenizer, blends, known_ids or {}))
+
     builder = DatasetBuilder(
         PaddedDocumentDataset if config.data.sample_format == "padded" else PackedDataset,
         list(sizes.values()),
         lambda: True,
-        _dataset_config(config, tokenizer, blends, files),
+        checked(check),
     )
     with warnings.catch_warnings():
         # A tokenizer without padding gives eod for it, which Megatron-Core would not mask. Neither do the two classes.

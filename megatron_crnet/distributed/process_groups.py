@@ -101,14 +101,22 @@ def join_processes(config: Config) -> tuple[torch.device, Heartbeat]:
     keep_launch_order(config)
     device = _device()
     if dist.is_initialized():
-        return device, Heartbeat(dist.HashStore(), dist.get_rank(), dist.get_world_size())
+        agree_on_configuration(config)
+        _exported.setdefault("LOCAL_RANK", os.environ.get("LOCAL_RANK"))
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+        # there is no store of ours in groups of the caller, whose business lost ranks are there
+        return device, Heartbeat(dist.HashStore(), rank=0, world_size=1)
     return device, _join(config)
 
 
-def shutdown_parallel() -> None:
-    """Leave the groups and put the environment back; safe after an error on this rank alone."""
+def shutdown_parallel(owns_groups: bool = True) -> None:
+    """Leave the groups and put the environment back; safe after an error on this rank alone.
+
+    Args:
+        owns_groups: else those of torch.distributed are the caller's, and stay.
+    """
     parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
+    if owns_groups and dist.is_initialized():
         dist.destroy_process_group()
     while _exported:
         name, before = _exported.popitem()
@@ -119,8 +127,8 @@ def shutdown_parallel() -> None:
 
 
 _exported: dict[str, str | None] = {}
-"""Variables that `_join` has set, with their values before. Left behind, LOCAL_RANK alone would make other libraries
-of a process that goes on (Accelerate) look for the other ranks."""
+"""Variables that `join_processes` has set, with their values before. Left behind, LOCAL_RANK alone would make other
+libraries of a process that goes on (Accelerate) look for the other ranks."""
 
 
 def keep_launch_order(config: Config) -> None:

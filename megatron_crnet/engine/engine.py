@@ -323,11 +323,6 @@ class TrainEngine:
                 self._graph.close()
 
     @property
-    def passes_need_all_replicas(self) -> bool:
-        """Whether a pass of one replica waits for others, which hold some of its experts."""
-        return bool(self.deepspeed.has_moe_layers)
-
-    @property
     def current_lr(self) -> float:
         """Learning rate of the next step, before `optimizer.lr_multipliers`."""
         return float(self.scheduler.get_lr({}))

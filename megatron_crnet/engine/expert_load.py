@@ -17,12 +17,12 @@ Counts = list[tuple[Tensor, Tensor]]
 
 
 def counts_so_far(chunks: Sequence[CRNetModel]) -> Counts:
-    """For the model of the next phase, which goes on from there; empty without experts."""
+    """For a step that may be skipped, or the model of the next phase; empty without experts."""
     return [(router.tokens_per_expert, router.balance_loss) for _, router in _routers(chunks)]
 
 
 def go_on_from(counts: Counts, chunks: Sequence[CRNetModel]) -> None:
-    """Have routers count on from `counts_so_far` of another model in the same layout."""
+    """Have routers count on from `counts_so_far`, of this model or another one in the same layout."""
     for (_, router), counted in zip(_routers(chunks), counts, strict=True):
         router.tokens_per_expert, router.balance_loss = counted
 

@@ -18,7 +18,7 @@ from megatron_crnet.checkpoint.directory import (
     PARTIAL,
     checkpoint_name,
     file_entries,
-    point_latest_at,
+    name_latest,
     seal,
     unwritable,
 )
@@ -58,7 +58,7 @@ def write_starting_checkpoint(
         unfinished.mkdir()
         names = [_write_masters(unfinished, i, weights, config) for i, weights in enumerate(portions, start=1)]
         seal(unfinished, target, config, _fresh_state(trained_on, origin), file_entries(unfinished, names))
-        point_latest_at(target)
+        name_latest(target)
     return target
 
 

@@ -91,8 +91,8 @@ def _totals(
         losses, failed, batch = [], True, None
         with as_warning(trainer.preflight, f"the {what} of step {step}"):
             batch, failed = next(batches), False
-        if trainer.engine.passes_need_all_replicas:
-            failed = on_any_rank(failed, trainer.context.device)
+        # ranks of a stage, of a tensor-parallel group, of ZeRO-3 and of experts wait for each other within a pass
+        failed = on_any_rank(failed, trainer.context.device)
         with as_warning(trainer.preflight, f"the {what} of step {step}"):
             if batch is not None and not failed:
                 failed = True

@@ -195,11 +195,11 @@ def _drop_lines_after(path: Path, step: int) -> None:
         replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
-def validated_steps(path: Path) -> set[int]:
-    """Steps whose validation loss stands in a metrics.jsonl."""
+def steps_with(metric: str, path: Path) -> set[int]:
+    """Steps for which a metrics.jsonl holds this metric."""
     if not path.is_file():
         return set()
-    steps = (line.get("step") for line in read_json_lines(path) if "validation_loss" in line)
+    steps = (line.get("step") for line in read_json_lines(path) if metric in line)
     return {step for step in steps if isinstance(step, int)}
 
 

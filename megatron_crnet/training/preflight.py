@@ -20,6 +20,7 @@ from megatron_crnet.checkpoint.train_state import TrainingState
 from megatron_crnet.config.batch import BatchPlan, check_memory, plan_batches
 from megatron_crnet.config.model_size import remark_on_unused_rows
 from megatron_crnet.config.optimizer_rules import remark_on_unread
+from megatron_crnet.config.phases import planned_phases
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.datasets import Datasets, build_datasets, cache_root, data_fingerprint
 from megatron_crnet.data.fingerprint import TrainedOn, digest_of_tokenizer, remark_on_unnamed
@@ -34,7 +35,7 @@ from megatron_crnet.distributed.consensus import (
     run_on_main,
 )
 from megatron_crnet.distributed.process_groups import ParallelContext
-from megatron_crnet.training.metrics import check_sinks, validated_steps
+from megatron_crnet.training.metrics import check_sinks, steps_with
 from megatron_crnet.training.resumption import differences
 from megatron_crnet.training.shared_reads import Known, read_together, view_of
 from megatron_crnet.training.starting_point import StartingPoint, find_starting_point
@@ -57,7 +58,7 @@ class Preflight:
         damaged: a line on each newer checkpoint that is damaged.
         test_steps: global batches of the test after the last step; 0 for none.
         entropy: unigram entropy in nats of the tokens whose loss a validation reports; None without one.
-        validation_due: whether the validation of the checkpoint's step is still to be done.
+        validation_due, test_due: whether the validation of the checkpoint's step is still to be done, or the last test.
         remarks: warnings and notes for the log.
     """
 
@@ -77,6 +78,7 @@ class Preflight:
     test_steps: int
     entropy: float | None
     validation_due: bool = False
+    test_due: bool = False
     remarks: list[str] = field(default_factory=list)
 
     @property
@@ -86,8 +88,8 @@ class Preflight:
 
     @property
     def is_complete(self) -> bool:
-        """Whether an earlier run has done all steps already, and their last validation."""
-        return self.step >= self.config.training.train_steps and not self.validation_due
+        """Whether an earlier run has done all steps already, their last validation and the test."""
+        return self.step >= self.config.training.train_steps and not (self.validation_due or self.test_due)
 
     @property
     def timeout_s(self) -> float:
@@ -148,7 +150,7 @@ def _examine_all(config: Config, context: ParallelContext, folders: RunFolders) 
         test_steps=test_steps,
         entropy=entropy,
     )
-    found = replace(found, validation_due=_is_validation_due(found))
+    found = replace(found, validation_due=_is_validation_due(found), test_due=_is_test_due(found))
     writes = not (found.is_complete or config.training.eval_only)
     space = run_on_main(partial(check_space, config, found.step)) if writes else None
     unread = f"checkpoint.load {config.checkpoint.load} is not read: the run goes on from its own checkpoint"
@@ -182,13 +184,24 @@ def _steep_restarts(config: Config) -> str | None:
 
 def _is_validation_due(found: Preflight) -> bool:
     """Whether the checkpoint's step is still to be validated, as rank 0's metrics say; a collective call."""
-    metrics = Path(found.config.logging.output_dir) / "metrics.jsonl"
-    due = run_on_main(lambda: bool(found.state.get("validation_due")) and found.step not in validated_steps(metrics))
+    due = bool(found.state.get("validation_due")) and _is_missing("validation_loss", found)
     return due and found.is_validated(found.step)
 
 
+def _is_test_due(found: Preflight) -> bool:
+    """Whether the last step is done, but not the test of its weights, as rank 0's metrics say; a collective call."""
+    done = found.step == found.config.training.train_steps and found.datasets.test is not None
+    return done and _is_missing("test_loss", found)
+
+
+def _is_missing(metric: str, found: Preflight) -> bool:
+    metrics = Path(found.config.logging.output_dir) / "metrics.jsonl"
+    return run_on_main(lambda: found.step not in steps_with(metric, metrics))
+
+
 def _examine_machine(config: Config, context: ParallelContext) -> None:
-    check_memory(config, context.device)
+    for phase in planned_phases(config):
+        check_memory(phase.config, context.device)
     if context.is_main:
         check_sinks(config)
 
@@ -291,6 +304,7 @@ def _datasets(
         num_valid_samples=training.eval_steps * plan.global_batch_size,
         num_test_samples=test_steps * plan.global_batch_size,
         known_ids=known.ids,
+        checked=run_on_all_ranks,
     )
 
 

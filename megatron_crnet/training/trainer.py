@@ -119,6 +119,7 @@ class Trainer:
         go_on_from(counts, self.engine.chunks)
         self.engine.restore_schedule(self.state.step - following.schedule_start)
         self.checkpointer.attach(self.engine)
+        self.state = replace(self.state, recent_losses=())  # beside which those of other ranks may all be spikes
         self.progress.line(f"step {self.state.step}: {_change(before.config.model, following.config.model)}")
 
     def _crosses_threshold(self) -> bool:
@@ -188,7 +189,7 @@ class Trainer:
         self.context.heartbeat.report(f"step {self.state.step + 1}", may_take_long=first)
         samples, lr, faults, trained = self.step_size, self.engine.current_lr, self.config.faults, 0
         model = self.phase.config.model
-        work = self._work(batches)
+        work, routed = self._work(batches), counts_so_far(self.engine.chunks)
         loss = self.engine.forward_backward(batches, work.trained, self.vote)
         problem = detect_anomaly(loss, self.state.recent_losses, faults) if work.trained else NOTHING_TRAINED
         if problem is None:
@@ -209,6 +210,7 @@ class Trainer:
                 window=losses_to_remember(faults),
             )
         else:
+            go_on_from(routed, self.engine.chunks)
             self._call("on_bad_step", problem, lr)
         self.engine.restart_if_due()  # a bad step that ends the run has saved the state before
         due = self.preflight.is_validated(self.state.step)
@@ -316,8 +318,9 @@ def run_training(
     """Run a configuration on the ranks that the launcher started, or alone in this process.
 
     Joins the process groups, watches over the other ranks and handles signals while it runs, and gives all of them
-    back: groups that the caller has set up stay. After a lost rank, or a defect on this rank of several, the groups
-    stay as well, because leaving them may wait for ranks that do not come: end the process then.
+    back: groups that the caller has set up stay, and nobody watches over their ranks. After a lost rank, or a defect on
+    this rank of several, the groups stay as well, because leaving them may wait for ranks that do not come: end the
+    process then.
 
     Args:
         callbacks: called after those of every run, in each hook.
@@ -346,11 +349,10 @@ def run_training(
                 result = _run(preflight, signals, callbacks)
         except Exception as error:
             agreed = isinstance(error, CrnetError) and not isinstance(error, PeerLostError)
-            if owns_groups and (agreed or not dist.is_initialized() or dist.get_world_size() == 1):
-                shutdown_parallel()
+            if not owns_groups or agreed or not dist.is_initialized() or dist.get_world_size() == 1:
+                shutdown_parallel(owns_groups)
             raise
-        if owns_groups:
-            shutdown_parallel()
+        shutdown_parallel(owns_groups)
         return result
 
 

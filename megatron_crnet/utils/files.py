@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import os
+import secrets
 import shutil
 import signal
 import threading
@@ -123,7 +124,8 @@ def _unwritable(target: Path, error: OSError) -> DataError:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary name beside `path`; rename it if the block succeeds, else remove it. Keeps an OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # a process of another host or container may have this one's number
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         yield temporary
         temporary.replace(path)

@@ -1,4 +1,4 @@
-"""An evaluation that fails on one replica is given up by all of them, also where a pass needs them all."""
+"""An evaluation that fails on one rank is given up by all of them, also where a pass needs them all."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ from tests.distributed.spawn import run_distributed
 from tests.helpers import ARCHITECTURES, micro_batches, tiny_config
 
 MOE = ARCHITECTURES["qwen3_moe"]
-PARALLEL: dict[str, dict[str, Any]] = {
-    "alike": {},
-    "experts over replicas": {"expert_model_parallel_size": 2},
+LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "alike": ({}, {}),
+    "ZeRO-3": ({}, {"stage": 3, "stage3_param_persistence_threshold": 0}),
+    "tensor-parallel": ({"tensor_model_parallel_size": 2}, {}),
+    "stages": ({"pipeline_model_parallel_size": 2}, {"stage": 1}),
+    "experts over replicas": ({"expert_model_parallel_size": 2}, {}),
 }
 
 
 def evaluate(fails: bool) -> dict[str, tuple[int, list[str]]]:
     """By layout, batches whose losses were added up, and this rank's warnings."""
     found = {}
-    for name, parallel in PARALLEL.items():
-        engine, warnings = build_engine(tiny_config(MOE, parallel)), io.StringIO()
+    for name, (parallel, zero) in LAYOUTS.items():
+        section = {"zero_optimization": zero} if zero else {}
+        engine, warnings = build_engine(tiny_config(MOE, parallel, deepspeed_section=section)), io.StringIO()
         context, config = engine.context, engine.config
 
         def batches(*_: object) -> Iterator[list[dict[str, Any]]]:
@@ -50,9 +54,9 @@ def evaluate(fails: bool) -> dict[str, tuple[int, list[str]]]:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_batch_that_one_replica_cannot_read_ends_the_evaluation_everywhere(fails: bool) -> None:
+def test_a_batch_that_one_rank_cannot_read_ends_the_evaluation_everywhere(fails: bool) -> None:
     first, second = run_distributed(evaluate, 2, fails)
-    for name in PARALLEL:
+    for name in LAYOUTS:
         assert first[name] == (0 if fails else 3, [])
         assert second[name][0] == (0 if fails else 3)
         assert [("as if a disk was gone" in line) for line in second[name][1]] == [True] * fails

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import Corpus, lines_of, start
+from tests.integration.conftest import Corpus, lines_of, start, start_here
 from tests.integration.kills import Kills
 
 SKIP = {"faults__on_bad_step": "skip", "checkpoint__save_interval": 1}
@@ -46,6 +46,22 @@ def test_spikes_are_skipped_and_counted_up_to_the_limit(corpus: Corpus, tmp_path
     assert result.returncode == 0, result.stderr
     assert lines_of(again, "loss") == pytest.approx(lines_of(output, "loss"), rel=1e-4)
     assert lines_of(again, "skipped_steps") == skipped
+
+
+def test_a_skipped_step_leaves_no_count_of_its_tokens(corpus: Corpus, tmp_path: Path) -> None:
+    """Between two metric lines a checkpoint holds what routers have counted, which may be of losses that are NaN."""
+    experts = {"model__architecture": "qwen3_moe", "model__num_experts": 4, "model__moe_router_topk": 2}
+    skip = {**SKIP, **SPIKES, "faults__max_skips": 30, "faults__max_skips_in_a_row": 30}
+    options = {**experts, **skip, "training__train_steps": 12, "training__eval_steps": 0, "logging__log_interval": 100}
+    outcome = start_here(corpus.options(tmp_path / "run", **options))
+    assert outcome.status == 0, outcome.stderr
+    states = [
+        json.loads((tmp_path / "run" / "checkpoints" / f"step_{step:08d}" / "state.json").read_text())
+        for step in range(1, 12)
+    ]
+    assert 0 < states[-1]["skipped"] < 11
+    for state in states:  # the first step has a metric line
+        assert all(sum(layer[:-1]) == 2 * (state["tokens"] - 4 * 32) for layer in state["unlogged_routing"])
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from megatron_crnet.checkpoint.run_folder import checkpoint_bytes
+from megatron_crnet.config.loading import load_config
 from megatron_crnet.hf.export import to_hf
 from tests.integration.conftest import Corpus, check_continued, checkpoint, lines_of, saved, start, start_here
 
@@ -60,6 +62,24 @@ def test_an_export_has_the_ranks_of_its_step(step: int, rank: int, whole: Path, 
     to_hf(checkpoint(whole, step), tmp_path / "export")
     assert json.loads((tmp_path / "export" / "config.json").read_text())["rank"] == rank
     assert load_file(tmp_path / "export" / "model.safetensors")[FACTOR].shape[0] == rank
+
+
+def test_the_free_space_that_is_asked_for_is_that_of_the_largest_checkpoint(whole: Path) -> None:
+    config = load_config(checkpoint(whole, STEPS) / "config.yaml")
+    sizes = {
+        step: sum(4 * value.numel() for name, value in saved(whole, step).items() if not name.startswith("random."))
+        for step in range(1, STEPS + 1)
+    }
+    assert checkpoint_bytes(config, 0) == max(sizes.values()) == sizes[3]
+    assert checkpoint_bytes(config, CHANGES[-1]) == sizes[STEPS] < sizes[1]
+
+
+def test_losses_of_other_ranks_make_no_spike(corpus: Corpus, tmp_path: Path) -> None:
+    watched = {"faults__spike_deviations": 1e6, "faults__spike_window": 10}
+    outcome = start_here(corpus.options(tmp_path / "run", **RUN, **watched))
+    assert outcome.status == 0, outcome.stderr
+    states = [json.loads((checkpoint(tmp_path / "run", s) / "state.json").read_text()) for s in range(1, STEPS + 1)]
+    assert [len(state["recent_losses"]) for state in states] == [1, 0, 1, 0, 1, 2]
 
 
 @pytest.fixture(scope="module")

@@ -184,7 +184,7 @@ def test_what_could_not_be_written_at_the_end_is_refused_at_the_start(corpus: Co
         "board": ({}, "holds a file tensorboard"),
         "used": ({}, f"is in use by process {os.getpid()} on host {socket.gethostname()}"),
         "other": ({"checkpoint__dir": tmp_path / "link"}, f"checkpoint.dir {tmp_path / 'link'} is in use by process"),
-        "full": ({}, "0.00 GiB free, but one checkpoint of this model takes 0.00 GiB: free some space"),
+        "full": ({}, "0.00 GiB free, but one checkpoint of this run takes up to 0.00 GiB: free some space"),
     }
     there = {name for name in rows if (tmp_path / name).exists()}
     before = contents(tmp_path)

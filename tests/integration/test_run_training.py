@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from megatron_crnet.checkpoint import directory
 from megatron_crnet.config.loading import read_config
 from megatron_crnet.distributed import cpu_backend
 from megatron_crnet.engine.engine import TrainEngine
@@ -120,3 +122,46 @@ def test_a_stopped_runs_state_is_saved_before_a_callback_can_fail(corpus: Corpus
         run_training(read_config(corpus.options(tmp_path / "run")), callbacks=[StopsAndFails()])
     (saved,) = (tmp_path / "run" / "checkpoints").glob("step_*")
     assert saved.name == "step_00000001"
+
+
+def test_two_runs_in_groups_of_the_caller(corpus: Corpus, tmp_path: Path) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        losses = {
+            run_training(read_config(corpus.options(tmp_path / name, training__train_steps=2))).train_loss
+            for name in ("one", "two")
+        }
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
+    assert len(losses) == 1
+
+
+def test_a_test_that_was_cut_short_is_made_up_for(corpus: Corpus, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    config = read_config(corpus.options(output, data__test_data_path=f"[{corpus.train}]", training__test_steps=1))
+    loss = run_training(config).test_loss
+    lines = (output / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (output / "metrics.jsonl").write_text("".join(line for line in lines if "test_loss" not in line))
+    again = run_training(config)
+    assert (again.complete, again.train_loss, again.test_loss) == (True, None, loss)
+    assert lines_of(output, "test_loss") == {6: loss}
+    assert run_training(config).test_loss is None, "nothing is left to do"
+
+
+def test_a_checkpoint_that_fills_the_disk_is_whole_and_makes_room(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file `latest` finds no room until the checkpoint before the last two is gone."""
+    folder, replace_text = tmp_path / "run" / "checkpoints", directory.replace_text
+
+    def full(path: Path, text: str) -> None:
+        if len(list(folder.glob("step_*"))) > 2:
+            raise OSError(errno.ENOSPC, "no space")
+        replace_text(path, text)
+
+    monkeypatch.setattr(directory, "replace_text", full)
+    options = corpus.options(tmp_path / "run", checkpoint__save_interval=1, checkpoint__keep_last=1)
+    assert run_training(read_config(options)).complete
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000005", "step_00000006"]
+    assert (folder / "latest").read_text() == "step_00000006\n"

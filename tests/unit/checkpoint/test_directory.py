@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from megatron_crnet.checkpoint import directory
 from megatron_crnet.checkpoint.directory import (
     DAMAGED,
     MANIFEST,
@@ -15,12 +18,13 @@ from megatron_crnet.checkpoint.directory import (
     complete,
     damage,
     file_entries,
-    point_latest_at,
+    name_latest,
     quarantine,
     remove_partial,
     restore_replaced,
     steps_to_prune,
 )
+from megatron_crnet.utils.errors import CheckpointError
 
 
 def make(folder: Path, step: int, content: str = "weights") -> Path:
@@ -65,6 +69,31 @@ def test_every_kind_of_damage_is_named(tmp_path: Path) -> None:
     assert damage(checkpoint) == "has no manifest.json"
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_file_system_that_fails_damages_nothing(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = make(tmp_path, 1)
+
+    def fails(path: Path) -> str:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(directory, "checksum", fails)
+    with pytest.raises(CheckpointError, match=r"step_00000001 cannot be read now .*: start again when"):
+        damage(checkpoint)
+
+
+def test_no_old_name_stays_where_the_new_one_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    assert name_latest(make(tmp_path, 1))
+    assert (tmp_path / "latest").read_text() == "step_00000001\n"
+    newer = make(tmp_path, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(directory, "replace_text", full)
+        assert not name_latest(newer)
+    assert not (tmp_path / "latest").exists()
+
+
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     make(tmp_path, 1, "old")
     assert (make(tmp_path, 1, "new") / "data").read_text() == "new"
@@ -92,7 +121,7 @@ def test_the_checkpoint_that_a_bad_step_would_go_back_to_stays() -> None:
 
 def test_rejected_checkpoints_are_out_of_the_way_and_latest_goes_back(tmp_path: Path) -> None:
     for step in (1, 2, 3):
-        point_latest_at(make(tmp_path, step))
+        name_latest(make(tmp_path, step))
     assert quarantine(tmp_path, 2) == tmp_path / "step_00000001"
     assert (tmp_path / "latest").read_text() == "step_00000001\n"
     assert (tmp_path / "rejected_step_00000003" / "data").exists()
