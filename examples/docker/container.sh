@@ -35,7 +35,7 @@ container() {
     [[ $GPUS == none ]] || options+=(--gpus "$GPUS")
     # which network and adapters to use is set by such variables, for NCCL and for the host's own calls (gloo)
     local name
-    for name in $(compgen -e | grep -E '^(NCCL|GLOO|TORCH|UCX)_'); do
+    for name in $(compgen -e | grep -E '^((NCCL|GLOO|UCX|TORCH|TORCHINDUCTOR|PYTORCH|TRITON|OMP|WANDB)_|CUDA_DEVICE_MAX)'); do
         options+=(--env "$name=${!name}")
     done
     # words of a variable that the user wrote as words

@@ -23,7 +23,8 @@
 #   SHM_SIZE        shared memory, which NCCL and data workers need (16g)
 #   MEMLOCK         bytes that may be locked in memory, which InfiniBand needs; -1: no limit (-1)
 #   STOP_TIMEOUT    seconds that `docker stop` waits before it kills: at least what writing a checkpoint takes (600)
-#   NCCL_*, GLOO_*, TORCH_*, UCX_*   each such variable is handed on
+#   NCCL_*, GLOO_*, UCX_*, TORCH_*, PYTORCH_*, TORCHINDUCTOR_*, TRITON_*, OMP_*, WANDB_*, CUDA_DEVICE_MAX_CONNECTIONS
+#                each such variable is handed on
 #   DOCKER          docker or podman (docker)
 #   DOCKER_OPTIONS  more options for the engine, divided by spaces: '--env WANDB_API_KEY --env HF_TOKEN' ()
 set -euo pipefail

@@ -15,7 +15,8 @@
 #   MASTER_ADDR  name or address of node 0 that the others reach
 #   MASTER_PORT  a free port there (29500)
 #   PROCESSES    processes on each node, one for each GPU (8)
-#   NCCL_*, GLOO_*, TORCH_*, UCX_*   each such variable is handed on. Most needed: NCCL_SOCKET_IFNAME and
+#   NCCL_*, GLOO_*, UCX_*, TORCH_*, PYTORCH_*, TORCHINDUCTOR_*, TRITON_*, OMP_*, WANDB_*, CUDA_DEVICE_MAX_CONNECTIONS
+#                each such variable is handed on. Most needed: NCCL_SOCKET_IFNAME and
 #                GLOO_SOCKET_IFNAME (network to start over), NCCL_IB_HCA (InfiniBand adapters to use), NCCL_DEBUG=INFO
 #                (say which way was taken)
 #   and those of run.sh: IMAGE, PROGRAM, GPUS, DATA, OUTPUT, RUN_AS, SHM_SIZE, MEMLOCK, STOP_TIMEOUT, DOCKER,

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from megatron_crnet.analysis.options import add_calibration_options, check_calibration, open_named, read_rows
 from megatron_crnet.cli.main import Call
 from megatron_crnet.config.options import ToolParser
-from megatron_crnet.config.schema import ModelConfig
+from megatron_crnet.config.schema import OF_VARIANT, ModelConfig
 from megatron_crnet.utils.errors import require, require_positive
 from megatron_crnet.utils.progress import CountPrinter
 
@@ -88,7 +88,7 @@ def _choose(source: SourceModel, args: argparse.Namespace, call: Call) -> None:
         source.config.model,
         variant=args.variant,
         rank=args.like_rank or 1,
-        full_rank_layers=args.full_rank_layers,
+        **{**OF_VARIANT, "full_rank_layers": args.full_rank_layers},
         full_rank_experts=args.full_rank_experts,
     )
     budget = _budget(model, args, source.longest)

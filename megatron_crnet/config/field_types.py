@@ -18,7 +18,7 @@ from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Le, Lt
-from pydantic import AfterValidator, ConfigDict, StringConstraints, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, StringConstraints, TypeAdapter, ValidationError
 
 from megatron_crnet.utils.errors import ConfigError
 
@@ -88,7 +88,9 @@ Text = Annotated[str, AfterValidator(_no_nul), Rule("text")]
 Name = Annotated[str, StringConstraints(min_length=1), AfterValidator(_no_nul), Rule("text that is not empty")]
 """Text that is not empty."""
 FilePath = Annotated[
-    str, StringConstraints(min_length=1), AfterValidator(_no_nul), AfterValidator(_expanded), Rule("a path")
+    str,
+    BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value),
+    *(StringConstraints(min_length=1), AfterValidator(_no_nul), AfterValidator(_expanded), Rule("a path")),
 ]
 """A path: `~` and environment variables are replaced."""
 

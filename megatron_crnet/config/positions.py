@@ -228,8 +228,8 @@ def position_table(model: ModelConfig, tp_size: int = 1, pad_to: int = 1) -> Pos
     }
     shapes = {p.name: (widths[p.h_in], widths[p.h_out]) for p in architecture.maps}
     experts = architecture.experts.positions if architecture.experts is not None else ()
-    of_experts = {p.name for p in experts if model.full_rank_experts}
-    ranks = resolve_ranks(model.rank, model.num_layers, full, tuple(shapes), of_experts)
+    unfactored = {*shapes} if method.is_full_rank else {p.name for p in experts if model.full_rank_experts}
+    ranks = resolve_ranks(model.rank, model.num_layers, full, tuple(shapes), unfactored)
     _check_sides(ranks, shapes)
     return PositionTable(
         architecture=architecture,

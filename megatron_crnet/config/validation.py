@@ -171,6 +171,12 @@ def _check_relora(config: Config) -> None:
         f"relora.warm_start_steps {warm} and optimizer.lr_warmup_steps {optimizer.lr_warmup_steps}, with which the "
         f"schedule begins anew after them, leave none of training.train_steps {steps}: lower them or train longer",
     )
+    decay = optimizer.lr_wsd_decay_steps or 0
+    require(
+        warm == 0 or warm + optimizer.lr_warmup_steps + decay <= steps,
+        f"relora.warm_start_steps {warm}, optimizer.lr_warmup_steps {optimizer.lr_warmup_steps} and "
+        f"lr_wsd_decay_steps {decay} are more than training.train_steps {steps} together: lower them or train longer",
+    )
     require(
         relora.restart_interval is None or relora.restart_interval < steps - warm,
         f"relora.restart_interval {relora.restart_interval} is not below the {steps - warm} steps after the warm "

@@ -212,6 +212,8 @@ class CRNetConfig(PretrainedConfig):
     @property
     def factored(self) -> tuple[str, ...]:
         """The linear maps that have a rank in layers of low rank."""
+        if self.variant == "full_rank":
+            return ()
         return self.traits.positions[:4] if self.full_rank_experts else self.traits.positions
 
     def ranks(self, position: str) -> list[int]:

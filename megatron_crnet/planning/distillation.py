@@ -35,12 +35,21 @@ def kept_differences(model: LocalModel, flight: float) -> float:
     return (flight * layers * model.local_tokens * shape.hidden_size + logits) * model.element
 
 
+def embedding_call(model: LocalModel) -> str:
+    """The tensor-parallel call that sums the parts of the embedding's rows."""
+    # learned positions are added to the whole sequence, which is cut after that
+    cuts = model.transformer.sequence_parallel and model.transformer.table.architecture.is_rotary
+    return "reduce_scatter" if cuts else "all_reduce"
+
+
 def teacher_traffic(model: LocalModel) -> Iterator[tuple[str, float]]:
     """Tensor-parallel calls of the teacher's forward pass and their elements per token."""
     for chunk in model.teacher.chunks if model.teacher else ():
         h, pairs = model.config.model.hidden_size, len(model.transformer.table.architecture.rows) * len(chunk.layers)
-        columns, rows = pairs + chunk.predicts, pairs + chunk.embeds
+        columns = pairs + chunk.predicts
         if model.transformer.sequence_parallel:
-            yield from (("all_gather", columns * h), ("reduce_scatter", rows * h))
+            yield from (("all_gather", columns * h), ("reduce_scatter", pairs * h))
         else:
-            yield "all_reduce", rows * h
+            yield "all_reduce", pairs * h
+        if chunk.embeds:
+            yield embedding_call(model), h

@@ -20,7 +20,8 @@ from torch._subclasses import FakeTensorMode
 
 from megatron_crnet.config.megatron import build_transformer_config
 from megatron_crnet.config.positions import position_table
-from megatron_crnet.config.schema import OF_VARIANT, Config, Variant
+from megatron_crnet.config.schema import Config, RecomputeConfig, Variant
+from megatron_crnet.config.variants import as_variant, on_one_process
 from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.model.block import CRNetTransformerBlock
 from megatron_crnet.model.glue import EAGER
@@ -117,7 +118,7 @@ def measure_glue(config: Config, variants: Iterable[Variant]) -> list[dict[str, 
         `variant`; `bytes_per_token_layer` and `launches_per_layer` of both passes; `forward` and `backward`, each with
         `bytes` per token and `launches` by operation or region.
     """
-    single = dataclasses.replace(config, parallel=type(config.parallel)(), deepspeed={})
+    single = on_one_process(config)
     context = initialize_parallel(single)
     try:
         return [_record(single, variant) for variant in variants]
@@ -147,24 +148,13 @@ def _record(config: Config, variant: Variant) -> dict[str, Any]:
     }
 
 
-OF_A_VARIANT = ("recompute", "relora", "rank_schedule", "distillation")
-"""Sections that may not fit another variant, and change nothing of what is counted."""
-
-
 def _counted(config: Config, variant: Variant, layers: int) -> tuple[GlueCounter, GlueCounter]:
     """Counters of the forward and the backward pass of a micro-batch through a decoder of few layers."""
     table = position_table(config.model)
     rank: Any = table.last_factored or min(config.model.hidden_size // 4, *map(min, table.shapes.values()))
-    model = dataclasses.replace(
-        config.model,
-        variant=variant,
-        num_layers=layers,
-        **OF_VARIANT,
-        rank=rank,
-    )
-    sections: dict[str, Any] = {name: type(getattr(config, name))() for name in OF_A_VARIANT}
-    sections["optimizer"] = type(config.optimizer)(lr_warmup_steps=0)
-    transformer = build_transformer_config(dataclasses.replace(config, model=model, **sections))
+    plain = dataclasses.replace(config, recompute=RecomputeConfig())
+    counted = as_variant(plain, variant, num_layers=layers, rank=rank)
+    transformer, model = build_transformer_config(counted), counted.model
     forward, backward = GlueCounter(), GlueCounter()
     with FakeTensorMode(), even_experts(transformer.table):
         groups = ProcessGroupCollection.use_mpu_process_groups()

@@ -76,15 +76,15 @@ def machine_of_gpu(device: str) -> Machine | None:
     return next((machine for name, machine in MACHINES.items() if name.partition("-")[0] in words), None)
 
 
-def find_machine(name: str) -> Machine:
+def find_machine(name: str | Path) -> Machine:
     """A known machine, or one from a YAML file with the fields of `Machine`.
 
     Raises:
         ConfigError: it is neither, or a field is invalid.
     """
+    path, name = Path(name), str(name)
     if name in MACHINES:
         return MACHINES[name]
-    path = Path(name)
     require(path.is_file(), f"--gpu is {name}, but must be {', '.join(MACHINES)} or a YAML file: give one of them")
     values = read_file(name, lambda keys: keys == ("name",))
     require(isinstance(values, dict), f"--gpu {name} is not a mapping: write the fields of a machine in it")

@@ -15,11 +15,11 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch._subclasses import FakeTensorMode
 
-from megatron_crnet.config.distillation_section import DistillationConfig
 from megatron_crnet.config.megatron import build_transformer_config
 from megatron_crnet.config.positions import METHODS, position_table
 from megatron_crnet.config.recompute_section import RecomputeConfig
-from megatron_crnet.config.schema import OF_VARIANT, Config
+from megatron_crnet.config.schema import Config, Variant
+from megatron_crnet.config.variants import as_variant, on_one_process
 from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.model.block import CRNetTransformerBlock
@@ -31,15 +31,14 @@ from megatron_crnet.planning.shards import build_local_models
 from megatron_crnet.recompute.planner import kept_widths
 
 
-def layer_traffic(config: Config, variant: str) -> dict[str, float]:
+def layer_traffic(config: Config, variant: Variant) -> dict[str, float]:
     """Tensor-parallel volume of a layer: per token of `forward` and of a `step`; per step of `gradients`.
 
     The difference between three and two layers, in elements and bytes; a collective call.
     """
     two, three = dict[str, float](), dict[str, float]()
     for layers, found in ((2, two), (3, three)):
-        changes = {"variant": variant, "num_layers": layers, **OF_VARIANT}
-        *counters, tokens = _count(_shortened(config, changes, pp=1, vpp=None))
+        *counters, tokens = _count(_shortened(as_variant(config, variant), layers, pp=1, vpp=None))
         ranks = tuple(dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group()))
         for name, counter, per in zip(("forward", "step", "gradients"), counters, (tokens, tokens, 1), strict=True):
             total = counter.total("all_gather", "reduce_scatter", "all_reduce", ranks=ranks)
@@ -58,11 +57,9 @@ def boundary_traffic(config: Config) -> dict[int, dict[str, float]]:
     # chunk c of pipeline rank p is the (c pp + p)-th along the model
     chunks = [model.chunks[chunk] for chunk in range(vpp or 1) for model in build_local_models(config)]
     full = [2 * k for k, chunk in enumerate(chunks) if chunk.layers.start in starts]
-    changes = {
-        "num_layers": 2 * len(chunks),
-        "full_rank_layers": full if METHODS[config.model.variant].is_chained else None,
-    }
-    forward, _, _, tokens = _count(_shortened(config, changes, pp, vpp))
+    variant = config.model.variant
+    starts_of = {"full_rank_layers": full} if METHODS[variant].is_chained else {}
+    forward, _, _, tokens = _count(_shortened(as_variant(config, variant), 2 * len(chunks), pp, vpp, **starts_of))
     sent, everyone = forward.total("send"), list[Any]([None]) * dist.get_world_size()
     mine = {"elements": sent.elements / tokens, "bytes": sent.bytes / tokens}
     dist.all_gather_object(everyone, (parallel_state.get_pipeline_model_parallel_rank(), mine))
@@ -70,14 +67,18 @@ def boundary_traffic(config: Config) -> dict[int, dict[str, float]]:
     return dict(everyone)
 
 
-def _shortened(config: Config, changes: dict[str, Any], pp: int, vpp: int | None) -> Config:
-    """Few layers of the same widths on few tokens, with the ranks of the last low-rank layer."""
+def _shortened(config: Config, layers: int, pp: int, vpp: int | None, **model: Any) -> Config:
+    """Few layers of the same widths on few tokens, with the ranks of the last low-rank layer.
+
+    Args:
+        model: further fields of the model.
+    """
     tp = config.parallel.tensor_model_parallel_size
     rank: Any = position_table(config.model).last_factored or 1
     return dataclasses.replace(
         config,
         model=dataclasses.replace(
-            config.model, vocab_size=8 * tp, max_position_embeddings=4 * tp, rank=rank, **changes
+            config.model, num_layers=layers, vocab_size=8 * tp, max_position_embeddings=4 * tp, rank=rank, **model
         ),
         training=dataclasses.replace(
             config.training,
@@ -92,7 +93,6 @@ def _shortened(config: Config, changes: dict[str, Any], pp: int, vpp: int | None
             num_layers_in_first_pipeline_stage=None,
             num_layers_in_last_pipeline_stage=None,
         ),
-        distillation=DistillationConfig(),
         deepspeed={"zero_optimization": {"stage": 1}},  # takes every layout and dtype
     )
 
@@ -132,7 +132,7 @@ def measure_strategies(config: Config, *, fake: bool, segment_length: int | None
         fake: use fake tensors.
         segment_length: also measure `replay` and `full` with it.
     """
-    single, strategies = dataclasses.replace(config, parallel=type(config.parallel)(), deepspeed={}), dict(STRATEGIES)
+    single, strategies = on_one_process(config), dict(STRATEGIES)
     if segment_length:
         for name in ("replay", "full"):
             changed = dataclasses.replace(strategies[name], segment_length=segment_length)

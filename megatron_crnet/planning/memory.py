@@ -58,6 +58,8 @@ def estimate_memory(model: LocalModel, plan: BatchPlan, on_gpu: bool = False) ->
     if on_gpu and uses_cuda_graphs(model.config):
         for name in ("reduction", "update"):
             state[name] += state["kept"] + state["transient"]
+    if model.stage == 3:
+        state["start"] = (model.numel + model.frozen_numel) * model.element + teacher_weights(model)
     return Memory(**{name: round(value) for name, value in state.items()})
 
 

@@ -30,6 +30,7 @@ class Memory:
         reduction: flat copies while gradients are summed over ranks.
         update: temporary tensors of the optimizer.
         host: offloaded bytes in the host's memory, not part of the peak.
+        start: whole weights, before the first step, which ZeRO-3 then partitions.
     """
 
     weights: int
@@ -41,6 +42,7 @@ class Memory:
     reduction: int
     update: int
     host: int = 0
+    start: int = 0
 
     @property
     def state(self) -> int:
@@ -49,8 +51,8 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """The peak of the step."""
-        return self.state + max(self.kept + self.transient, self.reduction, self.update)
+        """The peak of a step, or of the time before the first."""
+        return max(self.start, self.state + max(self.kept + self.transient, self.reduction, self.update))
 
 
 @dataclass(frozen=True)

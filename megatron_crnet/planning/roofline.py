@@ -11,7 +11,9 @@ import math
 from dataclasses import dataclass
 
 from megatron_crnet.config.batch import BatchPlan
+from megatron_crnet.config.cuda_graphs import uses_cuda_graphs
 from megatron_crnet.config.deepspeed import offloads_optimizer
+from megatron_crnet.model.experts import ALIGNMENT
 from megatron_crnet.planning.galore import galore_share
 from megatron_crnet.planning.machines import Machine
 from megatron_crnet.planning.profile import (
@@ -109,11 +111,19 @@ def _expert_products(model: LocalModel, layer: int) -> tuple[int, int]:
     if table.architecture.experts is None:
         return 0, 0
     ranks, names = table.padded_ranks[layer], [position.name for position in table.architecture.experts.positions]
-    shapes, full = {name: table.shapes[name] for name in names}, table.is_full_rank(layer, names[0])
+    full, unit = table.is_full_rank(layer, names[0]), ALIGNMENT // model.element
+    # products of experts are padded to whole units
+    shapes = {name: (_units(h_in, unit), _units(h_out, unit)) for name, (h_in, h_out) in table.shapes.items()}
+    shapes, ranks = {name: shapes[name] for name in names}, {name: _units(ranks[name], unit) for name in names}
     dense, factors = sum(n * m for n, m in shapes.values()), sum(ranks[p] * sum(nm) for p, nm in shapes.items())
     router = 2 * local * model.config.model.hidden_size * table.num_experts
     frozen = dense if table.method.has_frozen and not full else 0
     return router + 2 * local * table.topk * (dense if full else factors), 2 * local * table.topk * frozen
+
+
+def _units(size: int, unit: int) -> int:
+    """The size in whole units."""
+    return -(-size // unit) * unit
 
 
 def _full_rank_products(model: LocalModel) -> int:
@@ -184,6 +194,8 @@ def estimate_time(
     kernels = sum(LAUNCHES * len(c.layers) + REBUILT_LAUNCHES * sum(map(len, c.segments)) for c in model.chunks)
     kernels += sum(REBUILT_LAUNCHES * len(chunk.layers) for chunk in model.teacher.chunks) if model.teacher else 0
     launches = max(0.0, plan.num_microbatches * kernels * LAUNCH_SECONDS - matmul - elementwise)
+    if machine.is_gpu and uses_cuda_graphs(model.config):
+        launches = 0.0
     in_passes = seconds[TENSOR] + seconds[EXPERT]
     busy = matmul + elementwise + launches + in_passes + seconds[PIPELINE]
     return StepTime(

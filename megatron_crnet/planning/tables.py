@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any
 
 import yaml
@@ -21,8 +22,10 @@ def memory_table(columns: dict[str, Memory]) -> list[str]:
     """Parts of memory as rows in GiB, with a column per rank or method."""
     names = [field.name for field in dataclasses.fields(Memory)]
     rows = [(name, [getattr(memory, name) for memory in columns.values()]) for name in names]
+    peaks = [memory.total for memory in columns.values()]
     rows = [(name, values) for name, values in rows if name != "host" or any(values)]
-    rows.append(("peak", [memory.total for memory in columns.values()]))
+    rows = [(name, values) for name, values in rows if name != "start" or any(map(operator.eq, values, peaks))]
+    rows.append(("peak", peaks))
     return [
         f"  {'':<12}" + "".join(f"{name:>12}" for name in columns),
         *(f"  {name:<12}" + "".join(f"{value / GIB:>12.3f}" for value in values) for name, values in rows),
@@ -57,7 +60,7 @@ def estimate_tables(found: Estimate, with_time: bool = True) -> list[str]:
     stage, operations = found.stages[found.fullest], found.stages[found.fullest].operations
     shown = sorted({0, found.fullest, len(found.stages) - 1})
     lines = [
-        "memory of a rank, GiB (peak: state plus the largest of kept + transient, reduction, update)",
+        "memory of a rank, GiB (peak: state plus the largest of kept + transient, reduction, update; or start)",
         *memory_table({f"stage {rank}": found.stages[rank].memory for rank in shown}),
         f"operations of a step: {found.model_flops():.3e} useful over all ranks; on a rank of stage {found.fullest} "
         f"{operations.passes:.3e}, recomputation {operations.recomputation:.3e} (attention without the mask)"

@@ -14,7 +14,7 @@ from megatron_crnet.config.batch import BatchPlan
 from megatron_crnet.config.deepspeed import offloads_optimizer, zero_option
 from megatron_crnet.config.recompute_section import STRATEGIES
 from megatron_crnet.model.block import boundary_widths, interleaved_width
-from megatron_crnet.planning.distillation import boundary_width, teacher_traffic
+from megatron_crnet.planning.distillation import boundary_width, embedding_call, teacher_traffic
 from megatron_crnet.planning.galore import galore_share
 from megatron_crnet.planning.profile import (
     DATA,
@@ -91,9 +91,9 @@ def _tensor_parallel(model: LocalModel, chunk: Chunk) -> Iterator[tuple[str, flo
             gathered, reduced = gathered + (times + 1) * columns + rows, reduced + times * rows + columns
         yield from (("all_gather", gathered), ("reduce_scatter", reduced)) if sp else (("all_reduce", reduced),)
     if chunk.embeds:
-        # positions are added to the whole sequence, which is cut after that
-        summed = "reduce_scatter" if transformer.table.architecture.is_rotary else "all_reduce"
-        yield from ((summed, h), ("all_gather", h)) if sp else (("all_reduce", h),)
+        yield embedding_call(model), h
+        if sp:
+            yield "all_gather", h
     if chunk.predicts:
         yield from (("all_gather", 2 * h), ("reduce_scatter", h)) if sp else (("all_reduce", h),)
         yield "all_reduce", CROSS_ENTROPY / model.element

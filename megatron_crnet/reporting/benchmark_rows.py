@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from megatron_crnet.config.loading import read_config
-from megatron_crnet.config.schema import OF_VARIANT, Config
+from megatron_crnet.config.schema import OF_VARIANT, Config, ReloraConfig
 from megatron_crnet.utils.errors import ConfigError, require
 
 OWN_ROWS = "rows"
@@ -102,20 +104,34 @@ def _powers(largest: int) -> list[int]:
     return [2**k for k in range(largest.bit_length())]
 
 
-def _variant(name: str) -> str:
-    return " ".join([f"--model.variant {name}", *(f"--model.{option} null" for option in OF_VARIANT)])
+def _variant(config: Config, name: str) -> str:
+    """Options of a variant under AdamW, without what belongs to the method of `config`."""
+    values: dict[str, Any] = {"model.variant": name, **{f"model.{option}": None for option in OF_VARIANT}}
+    if config.optimizer.name == "galore":
+        values["optimizer.name"] = "adamw"
+    if name != config.model.variant:
+        values |= {f"relora.{field}": getattr(ReloraConfig, field) for field in config.relora.changed()}
+        if config.optimizer.lr_decay_style == "cosine_restarts":
+            values |= {"optimizer.lr_decay_style": "cosine", "optimizer.lr_restart_interval": None}
+    return " ".join(
+        f"--{option} {value if isinstance(value, str) else json.dumps(value)}" for option, value in values.items()
+    )
+
+
+def _variants(config: Config, processes: int) -> Options:
+    return _each({name: _variant(config, name) for name in VARIANTS})(config, processes)
 
 
 def _methods(config: Config, processes: int) -> Options:
     rank = config.model.rank
     galore = f"--optimizer.name galore{f' --optimizer.galore_rank {rank}' if isinstance(rank, int) else ''}"
-    words = {name: _variant(name) for name in (*VARIANTS, "relora")}
+    words = {name: _variant(config, name) for name in (*VARIANTS, "relora")}
     return _each({**words, "full_rank, GaLore": f"{words['full_rank']} {galore}"})(config, processes)
 
 
 VARIANTS = ("full_rank", "crnet", "low_rank", "cola")
 SWEEPS: dict[str, Callable[[Config, int], Options]] = {
-    "variants": _each({name: _variant(name) for name in VARIANTS}),
+    "variants": _variants,
     "methods": _methods,
     "ranks": _ranks,
     "recompute": _each(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from megatron_crnet.config.schema import OF_VARIANT, Config, Variant
+from megatron_crnet.config.schema import Config, Variant
+from megatron_crnet.config.variants import as_variant
 from megatron_crnet.hf.export import Dtype, torch_dtype
 from megatron_crnet.hf.export_config import hugging_face_fields
 from megatron_crnet.hf.generate import default_device
@@ -61,8 +61,7 @@ def _spread(seconds: list[float]) -> float:
 
 def random_model(config: Config, variant: Variant, dtype: Dtype) -> CRNetForCausalLM:
     """A model of this shape with the trainer's initial distributions."""
-    # ranks stay, chains are the variant's own
-    shape = replace(config, model=replace(config.model, variant=variant, **OF_VARIANT))
+    shape = as_variant(config, variant)  # ranks stay, chains are the variant's own
     torch.manual_seed(0)
     model = CRNetForCausalLM(CRNetConfig(**hugging_face_fields(shape)))
     return model.to(default_device(), torch_dtype(dtype)).eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -78,18 +79,21 @@ def _summary(frames: Sequence[pd.DataFrame]) -> Table:
     rows, every = [], pd.concat(frames)
     positions = set(every["position"])
     for (label, rank), found in every.groupby(["label", "rank"], sort=False):
-        chained = found[~_is_together(found)].dropna(subset="ratio")
+        alone = found[~_is_together(found)]
+        chained = alone.dropna(subset="ratio")
+        # a model of one layer has no outputs before
+        plain = alone if alone["difference"].isna().all() else chained
         rows.append(
             {
                 "model": label,
                 "rank": f"{rank}",
-                "LR_r(Y)": f"{chained['low_rank'].mean():.4f}",
-                "with b P": f"{chained['difference'].mean():.4f}",
-                "ratio": f"{chained['ratio'].mean():.3f}",
-                "least": f"{chained['ratio'].min():.3f}",
-                "most": f"{chained['ratio'].max():.3f}",
-                "b": f"{chained['coefficient'].mean():.3f}",
-                "cosine": f"{chained['cosine'].mean():.3f}",
+                "LR_r(Y)": _shown(plain["low_rank"].mean(), 4),
+                "with b P": _shown(chained["difference"].mean(), 4),
+                "ratio": _shown(chained["ratio"].mean()),
+                "least": _shown(chained["ratio"].min()),
+                "most": _shown(chained["ratio"].max()),
+                "b": _shown(chained["coefficient"].mean()),
+                "cosine": _shown(chained["cosine"].mean()),
                 **{f"ratio of {name}": _mean_ratio(found, name) for name in (STREAM, MIXTURE) if name in positions},
             }
         )
@@ -97,8 +101,12 @@ def _summary(frames: Sequence[pd.DataFrame]) -> Table:
 
 
 def _mean_ratio(frame: pd.DataFrame, position: str) -> str:
-    found = frame.loc[frame["position"] == position, "ratio"].dropna()
-    return f"{found.mean():.3f}" if len(found) else "-"
+    return _shown(frame.loc[frame["position"] == position, "ratio"].mean())
+
+
+def _shown(value: float, digits: int = 3) -> str:
+    """A mean, `-` where there is nothing to take it of."""
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _of_experts(frames: Sequence[pd.DataFrame]) -> list[Table]:

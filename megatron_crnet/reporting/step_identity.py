@@ -9,6 +9,7 @@ import hashlib
 import json
 from typing import Any
 
+from megatron_crnet.config.architectures import ARCHITECTURES
 from megatron_crnet.config.deepspeed import zero_stage
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.model_size import total_parameters
@@ -19,8 +20,10 @@ FIELDS = {
     "training": ("micro_batch_size", "global_batch_size", "seq_length", "dtype", "cross_layer_fusion"),
     "optimizer": ("clip_grad",),
 }
-"""Of the other sections. Of the optimizer only what adds a norm: all else of it is numbers."""
-UNUSED = ("max_position_embeddings", "distributed_timeout_minutes")
+"""Of the other sections. Of AdamW only what adds a norm: all else of it is numbers."""
+OF_OPTIMIZER = ("name", "galore_rank", "update_proj_gap", "proj_type", "rotate_moments")
+"""Of the other optimizers, whose states are of other sizes."""
+UNUSED = ("distributed_timeout_minutes",)
 """Fields that no step depends on."""
 
 
@@ -30,9 +33,17 @@ def identify_step(config: Config, world_size: int) -> dict[str, str]:
     zero = {**config.deepspeed.get("zero_optimization", {}), "stage": zero_stage(config)}
     values["deepspeed"] = {**config.deepspeed, "zero_optimization": zero}
     facts: dict[str, Any] = {name: {k: v for k, v in values[name].items() if k not in UNUSED} for name in SECTIONS}
+    if ARCHITECTURES[config.model.architecture].is_rotary:
+        del facts["model"]["max_position_embeddings"]  # nothing is learned of them
     if config.parallel.expert_model_parallel_size == 1:
         del facts["parallel"]["moe_token_dispatcher_type"]  # nothing is sent
     facts |= {name: {key: values[name][key] for key in fields} for name, fields in FIELDS.items()}
+    if config.optimizer.name != "adamw":
+        facts["optimizer"] |= {k: v for k, v in values["optimizer"].items() if k in OF_OPTIMIZER}
+    if config.distillation.teacher is not None:
+        facts["distillation"] = {**values["distillation"], "teacher": True}
+    if config.rank_schedule.ranks:
+        facts["rank_schedule"] = values["rank_schedule"]
     text = json.dumps(_plain({**facts, "world_size": world_size}), sort_keys=True)
     return {"fingerprint": hashlib.sha256(text.encode()).hexdigest()[:12], "line": _line(config, world_size)}
 

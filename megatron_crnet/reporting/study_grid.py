@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 from annotated_types import Ge, Le
 
 from megatron_crnet.config.batch import plan_batches
-from megatron_crnet.config.field_types import FilePath, PositiveCount, Rule, Seed, checked, nearest, shown
+from megatron_crnet.config.field_types import FilePath, Rule, Seed, checked, nearest, shown
 from megatron_crnet.config.loading import load_config, resolved
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.indexed import blends_of, read_index
@@ -27,15 +27,15 @@ KEYS = {
     "options": Annotated[dict[str, Any], Rule("a mapping of options such as training.train_steps to values")],
     "axes": Annotated[dict[str, Any], Rule("a mapping of options to lists of values, or of names to options")],
     "seeds": Annotated[list[Seed], Rule("a list of integers from 0")],
-    "tokens": PositiveCount | None,
+    "tokens": Annotated[int, Ge(1), Le(10**15)] | None,
     "keep_checkpoints": bool,
 }
 """Keys of the file."""
 Factor = Annotated[float, Ge(1.01), Le(1000)]
 MOST_EXTENSIONS = 4
 """Values by which an axis is extended on each side at most."""
-MOST_STEPS = 10**6
-"""Of a run whose steps are not known yet: more than any schedule asks for."""
+MOST_STEPS = 4 * 10**5
+"""Of a run whose steps are not known yet: more than any schedule asks for, and not too many samples."""
 NOT_COMPARED = ("logging.", "checkpoint.", "data.cache_path", "data.num_workers", "training.seed")
 """Prefixes of fields that may change within a study."""
 

@@ -167,6 +167,7 @@ def rows() -> dict[str, Config]:
         "zero 0, fp32, galore": galore(row("fp32", 0, variant="full_rank")),
         "zero 2, bf16, galore, projecting": galore(row("bf16", 2, variant="full_rank"), update_proj_gap=1),
         "tp, taught": taught(row("bf16", 1, TP)),
+        "tp, taught, gpt2": taught(row("bf16", 1, TP, **GPT2)),
         "pp, taught": taught(row("bf16", 1, PP)),
         "vpp, taught": taught(row("bf16", 1, VPP)),
         "zero 3, taught, replay": taught(row("bf16", 3, None, REPLAY, TIGHT)),

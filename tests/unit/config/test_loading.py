@@ -8,6 +8,9 @@ import yaml
 from megatron_crnet.cli.train import build_parser
 from megatron_crnet.config.loading import load_config, read_config, resolved, save_config
 from megatron_crnet.config.schema import Config
+from megatron_crnet.config.variants import as_variant
+from megatron_crnet.hf.configuration_crnet import CRNetConfig
+from megatron_crnet.hf.export_config import hugging_face_fields
 from megatron_crnet.utils.errors import ConfigError
 
 
@@ -84,6 +87,24 @@ def test_the_resolved_configuration_reads_back_as_itself(file: Path, tmp_path: P
     again = load_config(tmp_path / "resolved.yaml")
     assert resolved(again) == resolved(config)
     assert yaml.safe_load((tmp_path / "resolved.yaml").read_text())["model"]["full_rank_layers"] == [0]
+
+
+@pytest.mark.parametrize("variant", ["full_rank", "low_rank", "crnet", "cola", "relora"])
+def test_ranks_of_attention_alone_read_back_for_every_variant(variant: str, tmp_path: Path) -> None:
+    """Beside full-rank experts `crnet ranks` names no others; the resolved full_rank has no such experts."""
+    model = {"architecture": "qwen3_moe", "num_experts": 4, "moe_router_topk": 2, "num_attention_heads": 4}
+    model |= {"full_rank_experts": True, "rank": dict.fromkeys(("q", "k", "v", "o"), 8)}
+    config = load_config({"model": {**model, "variant": variant}})
+    save_config(config, tmp_path / "resolved.yaml")
+    again = load_config(tmp_path / "resolved.yaml")
+    assert resolved(again) == resolved(config)
+    merged = as_variant(config, "full_rank") if variant == "relora" else config
+    assert CRNetConfig(**hugging_face_fields(merged)).variant == merged.model.variant
+
+
+def test_paths_may_be_path_objects() -> None:
+    config = load_config({"logging": {"output_dir": Path("runs/x")}, "data": {"train_data_path": [Path("data/train")]}})
+    assert (config.logging.output_dir, config.data.train_data_path) == ("runs/x", ["data/train"])
 
 
 def write(folder: Path, *texts: str) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_crnet.config.loading import read_config
+from megatron_crnet.config.model_size import total_parameters
 from megatron_crnet.planning.estimate import Estimate, estimate
 from megatron_crnet.planning.machines import MACHINES, machine_of_gpu
 
@@ -52,6 +53,20 @@ def test_the_predicted_columns_are_the_estimates_of_today() -> None:
         error = 100 * (peak / int(measured_mib.replace(",", "")) - 1)
         assert f"{error:+.1f}" == memory_off, (model, variant)
         assert abs(error) < 10 or "60M" in model, (model, variant)
+
+
+def test_a_graphs_kernels_are_launched_at_once() -> None:
+    options = ("--config=examples/llama2_60m.yaml", "--training.dtype=bf16", "--deepspeed.zero_optimization.stage=1")
+    graph, each = (estimate(read_config((*options, f"--training.cuda_graphs={on}")), 1) for on in ("true", "false"))
+    assert graph.time.launches == 0 < each.time.launches
+
+
+def test_whole_weights_before_zero_3_partitions_them_are_a_peak() -> None:
+    words = ("--model.variant=full_rank", "--model.num_layers=250", "--recompute.strategy=full")
+    stage = ("--training.micro_batch_size=1", "--deepspeed.zero_optimization.stage=3")
+    found = estimate(read_config(("--config=examples/llama2_7b.yaml", *words, *stage)), 64)
+    assert found.peak == found.stages[0].memory.start == 2 * total_parameters(found.config.model)
+    assert found.peak > MACHINES["h100"].memory_bytes
 
 
 @pytest.mark.parametrize(

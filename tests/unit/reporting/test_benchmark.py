@@ -59,6 +59,15 @@ def test_sweeps_hold_only_configurations_that_exist(sweep: str) -> None:
         assert {row.processes for row in rows} == {4}
 
 
+@pytest.mark.parametrize("example", ["galore_60m", "relora_60m"])
+def test_sweeps_around_one_method_hold_the_others_by_themselves(example: str) -> None:
+    path = f"examples/methods/{example}.yaml"
+    for sweep in ("variants", "methods"):
+        rows = {row.name: row.config([f"--config={path}"]) for row in sweep_rows(sweep, load_config(path), 1)}
+        assert rows["full_rank"].optimizer.name == "adamw"
+        assert sweep == "variants" or rows["full_rank, GaLore"].optimizer.name == "galore"
+
+
 def test_ratios_are_medians_within_repeats() -> None:
     slow = measured(Row("rows", "slow"), [1.0, 10.0, 2.0])  # a busy moment hit both rows of the second repeat
     fast = measured(Row("rows", "fast", 2, ("--training.global_batch_size", "16")), [1.0, 8.0, 2.0])

@@ -28,6 +28,9 @@ def fingerprint(*options: str, world_size: int = 4) -> str:
         "--parallel.pipeline_model_parallel_size 2",
         "--recompute.strategy replay",
         "--deepspeed.zero_optimization.stage 1",
+        "--optimizer.name adamw8bit",
+        "--distillation.teacher exports/dense",
+        "--rank_schedule.steps [5] --rank_schedule.ranks [96]",
         "--deepspeed.zero_optimization.reduce_bucket_size 1000000",
     ],
 )
@@ -36,6 +39,13 @@ def test_what_decides_a_step_changes_the_fingerprint(options: str) -> None:
         fingerprint(),
         fingerprint("--parallel.tensor_model_parallel_size", "2"),
     )
+
+
+def test_galores_states_and_learned_positions_decide_a_step_too() -> None:
+    full, gpt2 = ("--model.variant", "full_rank"), ("--model.architecture=gpt2", "--model.max_position_embeddings")
+    galore = (*full, "--optimizer.name=galore", "--optimizer.galore_rank")
+    assert len({fingerprint(*full), *(fingerprint(*galore, rank) for rank in ("4", "8"))}) == 3
+    assert fingerprint(*gpt2, "512") != fingerprint(*gpt2, "999")
 
 
 def test_experts_are_named_by_where_they_are_and_how_tokens_come_there() -> None:

@@ -114,6 +114,11 @@ def test_schedules_are_checked_with_the_steps_that_follow_from_the_tokens(tmp_pa
         early.config(next(early.runs()))
 
 
+def test_the_budgets_of_papers_are_budgets(tmp_path: Path) -> None:
+    grid = study(tmp_path, tokens=26_000_000_000, options={"training.global_batch_size": 4096})
+    assert grid.config(next(grid.runs())).training.train_steps == 26_000_000_000 // (4096 * 256)
+
+
 def test_options_that_belong_together_are_an_axis_of_names(tmp_path: Path) -> None:
     sizes = {
         "small": {"model.hidden_size": 32, "model.rank": 8},
