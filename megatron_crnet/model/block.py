@@ -52,6 +52,11 @@ def interleaved_width(config: CRNetTransformerConfig) -> int | None:
     return max(sum(boundary_widths(config, layer)) for layer in firsts if layer > 0)
 
 
+def boundary_size(config: CRNetTransformerConfig, layer: int) -> int:
+    """Elements per local sequence position that layer `layer` (from 0) receives, padding included."""
+    return interleaved_width(config) or sum(boundary_widths(config, layer))
+
+
 def pack(hidden_states: Tensor, outputs: LayerOutputs | None, width: int | None = None) -> Tensor:
     """One fresh tensor [s/t, b, sum of boundary widths] from the hidden state [s/t, b, h] and the outputs.
 

@@ -14,7 +14,7 @@ from megatron_crnet.config.cuda_graphs import uses_cuda_graphs
 from megatron_crnet.config.deepspeed import DEFAULT_BUCKET, offloads_optimizer, zero_option
 from megatron_crnet.config.megatron import CRNetTransformerConfig
 from megatron_crnet.engine.adam8bit import BLOCK, CHUNK
-from megatron_crnet.model.block import boundary_widths
+from megatron_crnet.model.block import boundary_size, boundary_widths
 from megatron_crnet.model.glue import FEW
 from megatron_crnet.planning.distillation import boundary_width, kept_differences, teacher_weights
 from megatron_crnet.planning.galore import galore_share
@@ -159,7 +159,7 @@ def _kept(model: LocalModel, plan: BatchPlan) -> float:
     transformer, last, h = model.transformer, model.chunks[-1], model.config.model.hidden_size
     flight = min(micro_batches_in_flight(transformer, model.pp_rank), plan.num_microbatches)
     width = flight * sum(_kept_width(model, chunk) for chunk in model.chunks)
-    width += 2 * h if last.predicts else sum(boundary_widths(transformer, last.layers.stop)) + boundary_width(model)
+    width += 2 * h if last.predicts else boundary_size(transformer, last.layers.stop) + boundary_width(model)
     return width * model.local_tokens * model.element + _logits(model, last) + kept_differences(model, flight)
 
 
@@ -167,10 +167,11 @@ def _kept_width(model: LocalModel, chunk: Chunk) -> float:
     """Elements per local token that one micro-batch saves in the layers of a chunk."""
     transformer, h, last = model.transformer, model.config.model.hidden_size, chunk.layers[-1]
     width = kept_widths(transformer, chunk.layers, chunk.segments)
+    received = 0 if chunk.embeds else boundary_size(transformer, chunk.layers.start)
     if chunk.segments:
-        return width
+        return width + (received and received - sum(boundary_widths(transformer, chunk.layers.start)))
     # the previous chunk's outputs are received; of the last layer o and down, and Y beside Y + bias, are sent
-    received = 0 if chunk.embeds else sum(boundary_widths(transformer, chunk.layers.start)) - h
+    received = max(0, received - h)
     sent = 2 * h + sums_beside_outputs(transformer) if transformer.table.has_next(last) else 0
     return width + received - sent
 
@@ -193,9 +194,9 @@ def _moments(model: LocalModel, plan: BatchPlan, chunk: Chunk) -> Iterator[float
     received = 0.0
     if not (first.embeds or plan.num_microbatches == 1 or len(model.chunks) > 1):
         # under 1F1B the received tensors and their gradients outlive their micro-batch
-        received = (sum(boundary_widths(transformer, first.layers.start)) + boundary_width(model)) * size
+        received = (boundary_size(transformer, first.layers.start) + boundary_width(model)) * size
     last = model.chunks[-1]  # what it sends is gone in backward
-    sent = 0 if last.predicts else sum(boundary_widths(transformer, last.layers.stop)) * size
+    sent = 0 if last.predicts else boundary_size(transformer, last.layers.stop) * size
     yield -_missing(model, plan)
     if chunk.predicts and model.teacher is not None and model.config.distillation.kd_beta:
         yield 2 * logits + 2 * received - _missing(model, plan)  # the sum of both losses' gradients, then transposed
@@ -240,7 +241,9 @@ def _rebuilt(model: LocalModel, segment: range, is_recomputed: bool) -> float:
     """Elements per local token of the gradients that enter a segment and of what is recomputed of it."""
     transformer, last, after = model.transformer, layer_widths(model.transformer, segment[-1]), segment.stop
     chained = after < transformer.num_layers and transformer.table.has_previous(after)
-    entering = layer_widths(transformer, after).start if chained else transformer.hidden_size
+    entering: float = layer_widths(transformer, after).start if chained else transformer.hidden_size
+    if any(after == chunk.layers.stop and not chunk.predicts for chunk in model.chunks):
+        entering = boundary_size(transformer, after)
     if not is_recomputed:
         return entering
     if transformer.strategy.repeats_layers:

@@ -13,7 +13,7 @@ from itertools import accumulate
 from megatron_crnet.config.batch import BatchPlan
 from megatron_crnet.config.deepspeed import offloads_optimizer, zero_option
 from megatron_crnet.config.recompute_section import STRATEGIES
-from megatron_crnet.model.block import boundary_widths, interleaved_width
+from megatron_crnet.model.block import boundary_size
 from megatron_crnet.planning.distillation import boundary_width, embedding_call, teacher_traffic
 from megatron_crnet.planning.galore import galore_share
 from megatron_crnet.planning.profile import (
@@ -158,9 +158,8 @@ def _boundaries(model: LocalModel) -> int:
     """Elements per local token: outputs sent from a chunk's end, gradients from its start."""
     edges = [chunk.layers.stop for chunk in model.chunks if not chunk.predicts]
     edges += [chunk.layers.start for chunk in model.chunks if not chunk.embeds]
-    width = interleaved_width(model.transformer)
     besides = boundary_width(model)
-    return sum((width or sum(boundary_widths(model.transformer, edge))) + besides for edge in edges)
+    return sum(boundary_size(model.transformer, edge) + besides for edge in edges)
 
 
 def _data_parallel(model: LocalModel, plan: BatchPlan) -> Iterator[tuple[str, str, float]]:

@@ -294,6 +294,7 @@ def traffic() -> list[list[int]]:
     return found
 
 
+@pytest.mark.long
 def test_rebuilding_adds_no_communication() -> None:
     for none, replay, inverse in run_distributed(traffic, 2)[0]:
         assert none > 0

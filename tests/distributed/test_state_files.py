@@ -58,7 +58,7 @@ WRITERS = {
     "bf16": ("dp2-zero1", "dp2-zero3"),
     "gpt2": ("pp2-vpp2-zero1",),
     "qwen3": ("tp2-zero3-without-sp",),
-    "qwen3_moe": ("tp2-ep2-zero1", "dp2-ep2-zero1"),
+    "qwen3_moe": ("dp2-ep2-zero1",),
 }
 READERS = {
     "fp32": ("tp2-zero1", "dp2-zero1-unpadded", "pp2-vpp2-zero1"),
@@ -120,7 +120,7 @@ MORE_READERS = {
 MORE_WRITERS = {
     "fp32": ("dp2-zero0", "dp2-zero3", "pp2-vpp2-zero1"),
     "gpt2": ("tp2-zero3-without-sp",),
-    "qwen3_moe": ("dp2-zero3", "dp2-ep2-zero0"),
+    "qwen3_moe": ("tp2-ep2-zero1", "dp2-zero3", "dp2-ep2-zero0"),
 }
 RARE: Plan = {(kind, FROM_EACH[kind]): readers for kind, readers in MORE_READERS.items()}
 RARE |= {(kind, writer): (writer,) for kind, writers in MORE_WRITERS.items() for writer in writers}

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.integration.conftest import LIMIT_S, ROOT, TINY, start
 
@@ -83,6 +84,7 @@ def wait_for(process: subprocess.Popen[str], text: str) -> None:
     raise AssertionError(f"no line with {text!r}")
 
 
+@pytest.mark.long
 def test_a_row_may_die_and_a_stop_keeps_what_was_measured(tmp_path: Path) -> None:
     target = tmp_path / "benchmark.json"
     options = [f"--{key}={value}" for key, value in TINY.items()]

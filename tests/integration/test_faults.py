@@ -113,6 +113,7 @@ def test_a_folder_that_cannot_be_written_is_one_line_on_every_rank(corpus: Corpu
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_at_random_ends_like_one_that_is_not(corpus: Corpus, tmp_path: Path) -> None:
     found = Kills(corpus, tmp_path, seed=1, kills=2, steps=20).run()
     assert len(found.kills) == 2

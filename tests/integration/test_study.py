@@ -64,6 +64,7 @@ def test_runs_end_with_a_study_that_is_killed(file: Path, tmp_path: Path) -> Non
     assert psutil.wait_procs(children, timeout=60)[1] == []
 
 
+@pytest.mark.long
 def test_a_killed_study_goes_on_to_the_results_of_one_that_was_not(file: Path, tmp_path: Path, study: Study) -> None:
     file.write_text(
         json.dumps({**json.loads(file.read_text()), "axes": {"model.variant": ["crnet", "cola", "low_rank"]}})

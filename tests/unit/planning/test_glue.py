@@ -73,7 +73,6 @@ def test_of_other_architectures_neither(
     [
         ("methods/galore_60m", ()),
         ("methods/relora_60m", ()),
-        ("quickstart", ("--model.variant", "full_rank", "--model.num_query_groups", "1")),
         ("quickstart", ("--rank_schedule.steps", "[3]", "--rank_schedule.ranks", "[[64, 64, 64, 64, 64, 64]]")),
     ],
 )
