@@ -106,7 +106,8 @@ def _rank_main(
     environment: dict[str, str],
 ) -> None:
     try:
-        begin({**environment, **variables_of(rank, world_size)})
+        # as the trainer: else each of a model's thirty groups connects all ranks before its first call
+        begin({**environment, **variables_of(rank, world_size), "TORCH_GLOO_LAZY_INIT": "1"})
         from megatron_crnet.distributed import cpu_backend
 
         cpu_backend.install()
