@@ -12,7 +12,7 @@ from megatron_crnet.config.architectures import ARCHITECTURES
 from megatron_crnet.config.cuda_graphs import check_cuda_graphs
 from megatron_crnet.config.experts_rules import check_expert_parallel, check_experts
 from megatron_crnet.config.field_types import MOST
-from megatron_crnet.config.optimizer_rules import check_optimizer, check_restarts
+from megatron_crnet.config.optimizer_rules import check_optimizer, check_restarts, wsd_decay_steps
 from megatron_crnet.config.positions import METHODS, head_width, position_table
 from megatron_crnet.config.rank_rules import check_rank_schedule
 from megatron_crnet.utils.errors import require
@@ -171,7 +171,7 @@ def _check_relora(config: Config) -> None:
         f"relora.warm_start_steps {warm} and optimizer.lr_warmup_steps {optimizer.lr_warmup_steps}, with which the "
         f"schedule begins anew after them, leave none of training.train_steps {steps}: lower them or train longer",
     )
-    decay = optimizer.lr_wsd_decay_steps or 0
+    decay = wsd_decay_steps(optimizer, steps - warm) if optimizer.lr_decay_style == "wsd" else 0
     require(
         warm == 0 or warm + optimizer.lr_warmup_steps + decay <= steps,
         f"relora.warm_start_steps {warm}, optimizer.lr_warmup_steps {optimizer.lr_warmup_steps} and "

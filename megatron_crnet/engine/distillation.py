@@ -14,10 +14,8 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_crnet.config.distillation_section import DistillationConfig
-from megatron_crnet.config.phases import dense_model
-from megatron_crnet.config.rank_section import RankScheduleConfig
-from megatron_crnet.config.schema import Config, OptimizerConfig, RecomputeConfig, ReloraConfig
+from megatron_crnet.config.schema import Config, RecomputeConfig
+from megatron_crnet.config.variants import as_variant
 from megatron_crnet.model.block import pack
 from megatron_crnet.model.distillation import FeatureMatch, add_gradient, masked_difference, squared_sum
 from megatron_crnet.model.gpt import CRNetModel, build_model_chunks, call_model
@@ -26,16 +24,9 @@ from megatron_crnet.model.weights import Weight
 
 def teacher_config(config: Config) -> Config:
     """The configuration of the teacher of a run: the full-rank model of the same shape, in the same layout."""
-    return replace(
-        config,
-        model=replace(dense_model(config.model), hidden_dropout=0.0, attention_dropout=0.0),
-        optimizer=OptimizerConfig(lr_warmup_steps=0),
-        relora=ReloraConfig(),
-        rank_schedule=RankScheduleConfig(),
-        distillation=DistillationConfig(),
-        recompute=RecomputeConfig(),
-        deepspeed={"zero_optimization": {"stage": 1}},  # takes every layout and dtype
-    )
+    # takes every layout and dtype
+    plain = replace(config, recompute=RecomputeConfig(), deepspeed={"zero_optimization": {"stage": 1}})
+    return as_variant(plain, "full_rank", hidden_dropout=0.0, attention_dropout=0.0)
 
 
 def build_teacher(config: Config, value_of: Callable[[Weight], Tensor] | None = None) -> list[CRNetModel] | None:

@@ -167,13 +167,15 @@ def _kept_width(model: LocalModel, chunk: Chunk) -> float:
     """Elements per local token that one micro-batch saves in the layers of a chunk."""
     transformer, h, last = model.transformer, model.config.model.hidden_size, chunk.layers[-1]
     width = kept_widths(transformer, chunk.layers, chunk.segments)
-    received = 0 if chunk.embeds else boundary_size(transformer, chunk.layers.start)
+    if not chunk.embeds:
+        # the previous chunk's outputs are received; segments count what they use of them as their own
+        used = sum(boundary_widths(transformer, chunk.layers.start)) if chunk.segments else h
+        width += boundary_size(transformer, chunk.layers.start) - used
     if chunk.segments:
-        return width + (received and received - sum(boundary_widths(transformer, chunk.layers.start)))
-    # the previous chunk's outputs are received; of the last layer o and down, and Y beside Y + bias, are sent
-    received = max(0, received - h)
+        return width
+    # of the last layer o and down, and Y beside Y + bias, are sent
     sent = 2 * h + sums_beside_outputs(transformer) if transformer.table.has_next(last) else 0
-    return width + received - sent
+    return width - sent
 
 
 def _logits(model: LocalModel, chunk: Chunk) -> float:

@@ -113,8 +113,8 @@ def _expert_products(model: LocalModel, layer: int) -> tuple[int, int]:
     ranks, names = table.padded_ranks[layer], [position.name for position in table.architecture.experts.positions]
     full, unit = table.is_full_rank(layer, names[0]), ALIGNMENT // model.element
     # products of experts are padded to whole units
-    shapes = {name: (_units(h_in, unit), _units(h_out, unit)) for name, (h_in, h_out) in table.shapes.items()}
-    shapes, ranks = {name: shapes[name] for name in names}, {name: _units(ranks[name], unit) for name in names}
+    shapes = {name: [_units(side, unit) for side in table.shapes[name]] for name in names}
+    ranks = {name: _units(ranks[name], unit) for name in names}
     dense, factors = sum(n * m for n, m in shapes.values()), sum(ranks[p] * sum(nm) for p, nm in shapes.items())
     router = 2 * local * model.config.model.hidden_size * table.num_experts
     frozen = dense if table.method.has_frozen and not full else 0
