@@ -284,7 +284,7 @@ class CheckpointConfig(Section, name="checkpoint"):
     keep_last: PositiveCount | None = None
     """Number of newest checkpoints to keep; older ones are removed when a new one is complete. null keeps all."""
     keep_every: PositiveCount | None = None
-    """Keep checkpoints of steps that are multiples of this, regardless of keep_last."""
+    """With keep_last: keep checkpoints of steps that are multiples of this as well."""
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ def check_config(config: Config) -> None:
     _check_data(config)
     _check_training(config)
     _check_ramp(config)
+    _check_checkpoint(config)
     check_optimizer(config)
     _check_relora(config)
     check_rank_schedule(config)
@@ -110,15 +111,25 @@ def _check_training(config: Config) -> None:
             f"training.{name} {steps} x global_batch_size {training.global_batch_size} is {samples} samples, but the "
             f"index of a data set holds at most {MOST}: lower one of the two",
         )
-    require(
-        config.checkpoint.load is not None or not config.checkpoint.load_optimizer,
-        "checkpoint.load_optimizer is true, but checkpoint.load names no checkpoint: set it, or leave the first out",
-    )
     limit = config.model.max_position_embeddings
     require(
         limit is None or limit >= training.seq_length,
         f"model.max_position_embeddings {limit} is below training.seq_length {training.seq_length}: "
         "raise the first or lower the second",
+    )
+
+
+def _check_checkpoint(config: Config) -> None:
+    """Options that say something of another one come with it."""
+    checkpoint = config.checkpoint
+    require(
+        checkpoint.load is not None or not checkpoint.load_optimizer,
+        "checkpoint.load_optimizer is true, but checkpoint.load names no checkpoint: set it, or leave the first out",
+    )
+    require(
+        checkpoint.keep_last is not None or checkpoint.keep_every is None,
+        f"checkpoint.keep_every {checkpoint.keep_every} is set without checkpoint.keep_last, so all checkpoints are "
+        "kept: set keep_last, or leave the first out",
     )
 
 
