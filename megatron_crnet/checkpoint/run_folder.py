@@ -29,7 +29,7 @@ from megatron_crnet.config.phases import planned_phases
 from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed.consensus import run_on_all_ranks
 from megatron_crnet.utils.environment import RUN_FILE, read_run_file
-from megatron_crnet.utils.errors import ConfigError
+from megatron_crnet.utils.errors import ConfigError, cannot_be_written
 from megatron_crnet.utils.files import read_json_lines
 from megatron_crnet.utils.folder_lock import LOCK, FolderLock, take
 
@@ -63,7 +63,7 @@ class RunFolders(AbstractContextManager["RunFolders"]):
             self._made += missing
             lock = take(folder / LOCK, f"{field} {folder}")
         except (OSError, ValueError) as error:
-            raise _unwritable(field, folder, error) from error
+            raise ConfigError(cannot_be_written(f"{field} {folder}", error)) from error
         if lock is not None:
             self._locks.append(lock)
 
@@ -87,13 +87,6 @@ class RunFolders(AbstractContextManager["RunFolders"]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _unwritable(field: str, folder: Path, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"{field} {folder} cannot be written ({getattr(error, 'strerror', None) or error}): free some space, correct "
-        "the permissions or choose another folder"
-    )
 
 
 def hold_run_folders(config: Config, is_main: bool) -> RunFolders:
@@ -130,7 +123,7 @@ def _check_files(field: str, folder: Path) -> None:
                 "it, or choose another folder"
             )
         if path.exists() and not os.access(path, os.W_OK):
-            raise _unwritable(field, path, PermissionError("no permission to write"))
+            raise ConfigError(cannot_be_written(f"{field} {path}", PermissionError("no permission to write")))
 
 
 def check_remains(config: Config, damaged: Sequence[str]) -> None:

@@ -29,7 +29,7 @@ from megatron_crnet.config.schema import Config
 from megatron_crnet.data.fingerprint import TrainedOn
 from megatron_crnet.engine.galore import kept_shapes
 from megatron_crnet.engine.state_kinds import MASTER
-from megatron_crnet.utils.errors import DataError
+from megatron_crnet.utils.errors import DataError, cannot_be_written
 from megatron_crnet.utils.versions import library_versions
 
 
@@ -71,7 +71,7 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     try:
         save_file(tensors, file, metadata={"format": "pt"})
     except SafetensorError as error:  # of a full disk, too
-        raise DataError(f"cannot write {file} ({error}): free some space or choose another folder") from error
+        raise DataError(cannot_be_written(file, error)) from error
 
 
 @contextmanager

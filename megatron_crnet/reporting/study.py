@@ -31,7 +31,7 @@ from megatron_crnet.config.schema import Config
 from megatron_crnet.reporting.rank_group import TRAINING, RankError, RankGroup
 from megatron_crnet.reporting.study_grid import MOST_EXTENSIONS, Axis, Run, Study, text_of
 from megatron_crnet.utils.environment import machine, versions
-from megatron_crnet.utils.errors import BadStepError, ConfigError, DataError, describe, require
+from megatron_crnet.utils.errors import BadStepError, ConfigError, DataError, cannot_be_written, describe, require
 from megatron_crnet.utils.files import read_json_lines
 from megatron_crnet.utils.folder_lock import LOCK, holding
 from megatron_crnet.utils.progress import format_duration
@@ -160,10 +160,7 @@ class StudyRunner:
             with holding(self.study.output / LOCK, str(self.study.output)):
                 return self._run_grid(read_rows(self.study))
         except OSError as error:
-            raise DataError(
-                f"the study's folder {self.study.output} cannot be written ({error.strerror or error}): free some "
-                "space, correct the permissions, or give another --output"
-            ) from error
+            raise DataError(cannot_be_written(self.study.output, error, "give another --output")) from error
 
     def _run_grid(self, rows: dict[str, Row]) -> tuple[Study, dict[str, Row]]:
         study, again = self.study, self.retry

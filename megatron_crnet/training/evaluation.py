@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_crnet.distributed.consensus import Vote, on_any_rank, run_on_main
 from megatron_crnet.engine.schedule import loss_totals
 from megatron_crnet.training.callbacks.base import Callback, Step, as_warning
-from megatron_crnet.utils.errors import ConfigError
+from megatron_crnet.utils.errors import ConfigError, cannot_be_written
 
 if TYPE_CHECKING:
     from megatron_crnet.training.trainer import Trainer
@@ -131,6 +131,4 @@ def _append(path: Path, values: dict[str, Any]) -> None:
         with path.open("a") as file:
             file.write(json.dumps(values) + "\n")
     except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be written ({error.strerror or error}): choose another logging.output_dir"
-        ) from error
+        raise ConfigError(cannot_be_written(path, error, "choose another logging.output_dir")) from error

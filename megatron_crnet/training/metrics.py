@@ -22,7 +22,7 @@ from megatron_crnet.checkpoint.manager import saved_facts
 from megatron_crnet.config.loading import resolved, save_config
 from megatron_crnet.config.schema import Config
 from megatron_crnet.utils.environment import read_run_file, write_run_file
-from megatron_crnet.utils.errors import ConfigError, describe
+from megatron_crnet.utils.errors import ConfigError, cannot_be_written, describe
 from megatron_crnet.utils.files import read_json_lines, replace_text, unused_name
 
 if TYPE_CHECKING:
@@ -180,10 +180,7 @@ def open_metrics(preflight: Preflight, loaded_from: dict[str, Any] | None, step:
             write_run_file(folder, sys.argv, preflight.context.world_size, **facts)
         return MetricsWriter(config, is_main, step, wandb_id)
     except OSError as error:
-        raise ConfigError(
-            f"logging.output_dir {folder} cannot be written ({error.strerror or error}): free some space, correct "
-            "the permissions or choose another folder"
-        ) from error
+        raise ConfigError(cannot_be_written(f"logging.output_dir {folder}", error)) from error
 
 
 def _drop_lines_after(path: Path, step: int) -> None:

@@ -57,6 +57,12 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
+def cannot_be_written(what: object, error: BaseException, remedy: str = "choose another folder") -> str:
+    """The message for a file or folder that an exception says cannot be written."""
+    reason = getattr(error, "strerror", None) or error
+    return f"{what} cannot be written ({reason}): free some space, correct the permissions or {remedy}"
+
+
 def require(condition: bool, message: str) -> None:
     """Raise ConfigError with `message` unless `condition` holds."""
     if not condition:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megatron_crnet.utils.errors import DataError
+from megatron_crnet.utils.errors import DataError, cannot_be_written
 from megatron_crnet.utils.folder_lock import holding
 
 UNWRITABLE = {
@@ -101,7 +101,7 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # of any number: in /proc it is as if a folder were missing
-        raise _unwritable(folder, error) from error
+        raise DataError(cannot_be_written(error.filename or folder, error)) from error
 
 
 @contextmanager
@@ -111,14 +111,7 @@ def _refuse_unwritable(target: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        raise _unwritable(target, error) from error
-
-
-def _unwritable(target: Path, error: OSError) -> DataError:
-    return DataError(
-        f"cannot write {error.filename or target}: {error.strerror or error}: free some space, correct the "
-        "permissions or choose another folder"
-    )
+        raise DataError(cannot_be_written(error.filename or target, error)) from error
 
 
 @contextmanager

@@ -139,7 +139,7 @@ def test_errors_that_cost_no_work(model: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="neither a file nor a folder"):
         run(tmp_path / "nowhere", tmp_path / "out", model, workers=0)
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="cannot write"):
+    with pytest.raises(DataError, match="cannot be written"):
         run(path, tmp_path / "file" / "out", model, workers=0)
 
 
