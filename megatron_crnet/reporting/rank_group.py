@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
@@ -110,6 +111,7 @@ def _rank_main(
     pipe: Connection, variables: dict[str, str], threads: int | None, program: Program, arguments: tuple[Any, ...]
 ) -> None:
     leave_signals_to_parent()
+    threading.Thread(target=_end_with_parent, daemon=True, name="parent").start()
     os.dup2(2, 1)  # standard output is for the figures
     os.environ.update(variables)
     if threads is not None:
@@ -128,3 +130,11 @@ def _rank_main(
             pipe.send(describe(error))
             pipe.recv()  # ended by its parent
     os._exit(1)  # no rank may wait for the others at its end
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it has ended: it holds a device, or a run that may start again."""
+    parent = mp.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)

@@ -18,8 +18,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from multiprocessing import parent_process
-from multiprocessing.connection import wait as wait_for_end
 from pathlib import Path
 from typing import Any
 
@@ -260,7 +258,6 @@ def _line(run: Run, row: Row) -> str:
 
 def train_one(config: Config) -> Iterator[Row]:
     """The program of a run's process: train, or go on, and say how it ended."""
-    threading.Thread(target=_end_with_parent, daemon=True, name="parent").start()
     log = os.open(Path(config.logging.output_dir) / "log.txt", os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -296,11 +293,3 @@ def learning_curve(lines: Iterable[Row]) -> list[tuple[int, float]]:
 
 def _last(lines: list[Row], key: str) -> float | None:
     return next((line[key] for line in reversed(lines) if key in line), None)
-
-
-def _end_with_parent() -> None:
-    """End this process when the one that started it has ended, which may start the same run again."""
-    parent = parent_process()
-    assert parent is not None
-    wait_for_end([parent.sentinel])
-    os._exit(1)
