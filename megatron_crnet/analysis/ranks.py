@@ -28,7 +28,7 @@ from megatron_crnet.analysis.difference import SMALLEST
 from megatron_crnet.analysis.maps import maps_by_input
 from megatron_crnet.analysis.outputs import MapOutputs, each_map
 from megatron_crnet.analysis.source import SourceModel
-from megatron_crnet.config.model_size import factor_parameters, flops_per_token, total_parameters
+from megatron_crnet.config.model_size import flops_per_token, map_counts, total_parameters
 from megatron_crnet.config.positions import position_table
 from megatron_crnet.config.schema import ModelConfig
 from megatron_crnet.utils.errors import require
@@ -241,4 +241,4 @@ def rank_setting(ranks: Mapping[tuple[int, str], int], num_layers: int) -> dict[
 
 def _low_rank_parameters(model: ModelConfig, active: bool = False) -> int:
     table = position_table(model)
-    return sum(factor_parameters(table, layer, active=active) for layer in range(model.num_layers))
+    return sum(map_counts(table, layer, active=active).factors for layer in range(model.num_layers))

@@ -26,14 +26,8 @@ class DistillationConfig(Section, name="distillation"):
     of both. 0 leaves the teacher's output layer out."""
 
     def __post_init__(self) -> None:
-        """Check the fields; there is a teacher, and something that it teaches."""
+        """Check the fields; a teacher teaches something."""
         super().__post_init__()
-        changed = self.changed() if self.teacher is None else []
-        require(
-            not changed,
-            f"distillation.{changed[0] if changed else ''} is set, but distillation.teacher is not, so that nothing "
-            "reads it: name the teacher's folder, or leave it out",
-        )
         require(
             self.teacher is None or self.kd_alpha > 0 or self.kd_beta > 0,
             "distillation.kd_alpha and kd_beta are 0, so that the teacher teaches nothing: set one above 0, or leave "

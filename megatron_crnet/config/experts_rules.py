@@ -16,19 +16,13 @@ if TYPE_CHECKING:
 
 
 def check_experts(model: ModelConfig) -> None:
-    """An architecture with experts has some, and only such a one has.
+    """An architecture with experts has some.
 
     Raises:
         ConfigError: for the first rule that is broken.
     """
     experts, topk = model.num_experts, model.moe_router_topk
     if ARCHITECTURES[model.architecture].experts is None:
-        changed = [name for name in model.changed() if name.endswith("_experts") or name.startswith("moe_")]
-        require(
-            not changed,
-            f"model.{changed[0] if changed else ''} is set, but architecture {model.architecture} has no experts: "
-            "leave it out, or use qwen3_moe",
-        )
         return
     require(
         experts is not None, f"model.num_experts is not set, but architecture {model.architecture} needs it: set it"
@@ -60,12 +54,6 @@ def check_expert_parallel(config: Config) -> None:
     size, tp = parallel.expert_model_parallel_size, parallel.tensor_model_parallel_size
     name = "parallel.expert_model_parallel_size"
     if experts is None:
-        require(size == 1, f"{name} {size} needs a model with experts (architecture qwen3_moe): leave it out")
-        require(
-            "moe_token_dispatcher_type" not in parallel.changed(),
-            f"parallel.moe_token_dispatcher_type {parallel.moe_token_dispatcher_type} needs a model with experts "
-            "(architecture qwen3_moe): leave it out",
-        )
         return
     require(
         config.optimizer.name != "galore" or size == tp == 1,

@@ -5,6 +5,8 @@ Symbols: h hidden, f FFN width, L layers, V vocabulary, s sequence, r rank. For 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from megatron_crnet.config.architectures.base import NORMS, QK_NORMS
 from megatron_crnet.config.positions import FULL_RANK, PositionTable, head_width, position_table, ties_head
 from megatron_crnet.config.schema import ModelConfig
@@ -13,49 +15,46 @@ UNUSED_SHARE = 0.05
 """Share of the parameters above which unused rows are reported; padding to a round number stays below."""
 
 
-def linear_parameters(table: PositionTable, layer: int, *, active: bool = False) -> int:
-    """Weights of the linear maps of a layer, without betas: h_in h_out, or r (h_in + h_out).
+class MapCounts(NamedTuple):
+    """Weights of linear maps: of full rank, of factors, r (h_in + h_out), and of frozen maps beside the factors."""
+
+    full: int
+    factors: int
+    frozen: int
+
+
+def map_counts(table: PositionTable, layer: int, *, active: bool = False, experts: bool = False) -> MapCounts:
+    """Of a layer.
 
     Args:
         active: of experts, only as many as a token passes.
+        experts: those of experts alone.
     """
-    return sum(_count(table, name, active) * _map_parameters(table, layer, name) for name in table.shapes)
+    full = factors = frozen = 0
+    for name, (h_in, h_out) in table.shapes.items():
+        if experts and name in table.architecture.names:
+            continue
+        rank, count = table.ranks[layer][name], table.uses(name) if active else table.copies(name)
+        full += count * h_in * h_out * (rank == FULL_RANK)
+        factors += count * rank * (h_in + h_out)  # FULL_RANK is 0
+        frozen += count * h_in * h_out * (rank != FULL_RANK and table.method.has_frozen)
+    return MapCounts(full, factors, frozen)
 
 
-def factor_parameters(table: PositionTable, layer: int, *, active: bool = False) -> int:
-    """Those of them that are factors; `active` as in `linear_parameters`."""
-    return sum(_count(table, name, active) * _map_parameters(table, layer, name) for name in table.factored(layer))
-
-
-def _count(table: PositionTable, position: str, active: bool) -> int:
-    return table.uses(position) if active else table.copies(position)
-
-
-def _map_parameters(table: PositionTable, layer: int, position: str) -> int:
-    (h_in, h_out), rank = table.shapes[position], table.ranks[layer][position]
-    return h_in * h_out if rank == FULL_RANK else rank * (h_in + h_out)
-
-
-def frozen_parameters(table: PositionTable, layer: int, *, active: bool = False) -> int:
-    """Weights of the frozen full-rank maps of a layer, beside its factors; `active` as in `linear_parameters`."""
-    return sum(_count(table, name, active) * _frozen_map_parameters(table, layer, name) for name in table.shapes)
-
-
-def _frozen_map_parameters(table: PositionTable, layer: int, position: str) -> int:
-    h_in, h_out = table.shapes[position]
-    return h_in * h_out if table.method.has_frozen and not table.is_full_rank(layer, position) else 0
+def _all_layers(table: PositionTable, **which: bool) -> MapCounts:
+    each = (map_counts(table, layer, **which) for layer in range(len(table.ranks)))
+    return MapCounts(*map(sum, zip(*each, strict=True)))
 
 
 def parameters_by_part(model: ModelConfig) -> dict[str, int]:
     """Parameter counts of the whole model: embedding, full-rank and low-rank maps, betas, norms, output."""
-    h, layers, table = model.hidden_size, range(model.num_layers), position_table(model)
-    linear, factors = (sum(count(table, n) for n in layers) for count in (linear_parameters, factor_parameters))
-    frozen, architecture = sum(frozen_parameters(table, layer) for layer in layers), table.architecture
+    h, table = model.hidden_size, position_table(model)
+    (full, factors, frozen), architecture = _all_layers(table), table.architecture
     qk_norms = model.num_layers * len(QK_NORMS) * head_width(model) if architecture.has_qk_norm else 0
     return {
         "embedding": model.vocab_size * h,
         **({} if architecture.is_rotary else {"positions": (model.max_position_embeddings or 0) * h}),
-        "full-rank maps": linear - factors,
+        "full-rank maps": full,
         "low-rank maps": factors,
         **({"frozen maps": frozen} if frozen else {}),
         **({"routers": model.num_layers * table.num_experts * h} if table.num_experts else {}),
@@ -73,26 +72,13 @@ def total_parameters(model: ModelConfig) -> int:
 
 def expert_parameters(model: ModelConfig) -> int:
     """Parameters of all experts, which expert parallelism spreads."""
-    table = position_table(model)
-    of_experts = table.architecture.experts.positions if table.architecture.experts is not None else ()
-    each = sum(
-        count(table, layer, p.name)
-        for layer in range(model.num_layers)
-        for p in of_experts
-        for count in (_map_parameters, _frozen_map_parameters)
-    )
-    return each * table.num_experts
+    return sum(_all_layers(position_table(model), experts=True))
 
 
 def active_parameters(model: ModelConfig) -> int:
     """Parameters that a token passes: of experts, `model.moe_router_topk`."""
     table = position_table(model)
-    idle = sum(
-        count(table, layer) - count(table, layer, active=True)
-        for layer in range(model.num_layers)
-        for count in (linear_parameters, frozen_parameters)
-    )
-    return total_parameters(model) - idle
+    return total_parameters(model) - sum(_all_layers(table)) + sum(_all_layers(table, active=True))
 
 
 def remark_on_unused_rows(model: ModelConfig, tokens: int) -> str:
@@ -124,9 +110,8 @@ def flops_per_token(model: ModelConfig, seq_length: float, whole_attention: bool
             torchtitan and nanochat do.
     """
     table = position_table(model)
-    linear = sum(linear_parameters(table, layer, active=True) for layer in range(model.num_layers))
-    linear += model.num_layers * table.num_experts * model.hidden_size
+    full, factors, frozen = _all_layers(table, active=True)
+    linear = full + factors + model.num_layers * table.num_experts * model.hidden_size
     width = model.num_attention_heads * head_width(model)
     attention = (4 if whole_attention else 2) * seq_length * width * model.num_layers
-    frozen = sum(frozen_parameters(table, layer, active=True) for layer in range(model.num_layers))
     return 4.0 * frozen + 3.0 * (2 * (linear + model.hidden_size * model.vocab_size) + attention)

@@ -6,16 +6,17 @@ those of files and tokenizer in `data/indexed.py`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from megatron_crnet.config.architectures import ARCHITECTURES
 from megatron_crnet.config.cuda_graphs import check_cuda_graphs
 from megatron_crnet.config.experts_rules import check_expert_parallel, check_experts
-from megatron_crnet.config.field_types import MOST
+from megatron_crnet.config.field_types import MOST, shown
 from megatron_crnet.config.optimizer_rules import check_optimizer, check_restarts, wsd_decay_steps
 from megatron_crnet.config.positions import METHODS, head_width, position_table
 from megatron_crnet.config.rank_rules import check_rank_schedule
-from megatron_crnet.utils.errors import require
+from megatron_crnet.utils.errors import ConfigError, require
 
 if TYPE_CHECKING:
     from megatron_crnet.config.parallel_section import ParallelConfig
@@ -31,11 +32,11 @@ def check_config(config: Config) -> None:
     Raises:
         ConfigError: for the first rule that is broken.
     """
+    _check_unread(config)
     _check_model(config.model)
     _check_data(config)
     _check_training(config)
     _check_ramp(config)
-    _check_checkpoint(config)
     check_optimizer(config)
     _check_relora(config)
     check_rank_schedule(config)
@@ -43,10 +44,43 @@ def check_config(config: Config) -> None:
     _check_parallel(config)
     check_expert_parallel(config)
     _check_pipeline(config)
-    _check_recompute(config)
     _check_kept_tensors(config)
     check_cuda_graphs(config)
     _check_profile(config)
+
+
+def _check_unread(config: Config) -> None:
+    """Nothing is set that this run does not read."""
+    for is_read, section, names, why in _conditions(config):
+        changed = () if is_read else getattr(config, section).changed()
+        for name in [name for name in changed if not names or name in names]:
+            value = shown(getattr(getattr(config, section), name))
+            raise ConfigError(f"{section}.{name} is {value}, but {why}, so that nothing reads it: leave it out")
+
+
+def _conditions(config: Config) -> Iterator[tuple[bool, str, Sequence[str], str]]:
+    """Whether fields of a section (none named: all) are read, and why they would not be."""
+    model, relora, recompute, checkpoint = config.model, config.relora, config.recompute, config.checkpoint
+    architecture = ARCHITECTURES[model.architecture]
+    is_named = f"model.architecture is {model.architecture}"
+    has_experts, without = architecture.experts is not None, f"{is_named}, which has no experts (qwen3_moe has)"
+    of_experts = [name for name in vars(model) if name.endswith("_experts") or name.startswith("moe_")]
+    yield has_experts, "model", of_experts, without
+    yield has_experts, "parallel", ("expert_model_parallel_size", "moe_token_dispatcher_type"), without
+    yield architecture.is_rotary, "model", ("rotary_base", "rope_scaling_factor"), f"{is_named}, which rotates nothing"
+    of_documents = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")
+    yield config.data.sample_format == "packed", "data", of_documents, "data.sample_format is padded"
+    yield config.distillation.teacher is not None, "distillation", (), "distillation.teacher is not set"
+    yield METHODS[model.variant].has_frozen, "relora", (), f"model.variant is {model.variant}"
+    of_restarts = ("prune", "prune_share")
+    yield relora.restart_interval is not None, "relora", of_restarts, "relora.restart_interval is not set"
+    yield relora.prune != "reset", "relora", ("prune_share",), "relora.prune reset zeroes all moments"
+    yield relora.warm_start_steps > 0, "relora", ("warm_start_lr",), "relora.warm_start_steps is 0"
+    strategy = f"recompute.strategy is {recompute.strategy}"
+    yield recompute.traits.inverts, "recompute", ("inverse_tolerance",), f"{strategy}, not inverse"
+    yield recompute.traits.saves_z, "recompute", ("keep_attention_output",), f"{strategy}, not replay or inverse"
+    yield checkpoint.load is not None, "checkpoint", ("load_optimizer",), "checkpoint.load is not set"
+    yield checkpoint.keep_last is not None, "checkpoint", ("keep_every",), "checkpoint.keep_last keeps all of them"
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -68,12 +102,6 @@ def _check_model(model: ModelConfig) -> None:
         f"model.max_position_embeddings is not set, but architecture {model.architecture} learns a vector for each "
         "position: set it to the longest sequence of the model",
     )
-    for name in ("rotary_base", "rope_scaling_factor"):
-        value = getattr(model, name)
-        require(
-            architecture.is_rotary or value == getattr(type(model), name),
-            f"model.{name} is {value}, but architecture {model.architecture} has no rotary embedding: leave it out",
-        )
     groups = model.num_query_groups or heads
     require(
         heads % groups == 0,
@@ -87,12 +115,6 @@ def _check_model(model: ModelConfig) -> None:
 def _check_data(config: Config) -> None:
     """Options on documents fit the format of samples."""
     data = config.data
-    for name in ("reset_attention_mask", "reset_position_ids", "eod_mask_loss"):
-        require(
-            not getattr(data, name) or data.sample_format == "packed",
-            f"data.{name} is true with data.sample_format {data.sample_format}, whose rows hold one document each and "
-            "train nothing behind its end: leave it out",
-        )
     require(
         data.reset_attention_mask or not data.reset_position_ids,
         "data.reset_position_ids is true without data.reset_attention_mask, so attention would reach into earlier "
@@ -119,20 +141,6 @@ def _check_training(config: Config) -> None:
     )
 
 
-def _check_checkpoint(config: Config) -> None:
-    """Options that say something of another one come with it."""
-    checkpoint = config.checkpoint
-    require(
-        checkpoint.load is not None or not checkpoint.load_optimizer,
-        "checkpoint.load_optimizer is true, but checkpoint.load names no checkpoint: set it, or leave the first out",
-    )
-    require(
-        checkpoint.keep_last is not None or checkpoint.keep_every is None,
-        f"checkpoint.keep_every {checkpoint.keep_every} is set without checkpoint.keep_last, so all checkpoints are "
-        "kept: set keep_last, or leave the first out",
-    )
-
-
 def _check_ramp(config: Config) -> None:
     """A ramp of the batch size ends at the global batch size."""
     training = config.training
@@ -154,24 +162,7 @@ def _check_relora(config: Config) -> None:
     """The section relora is that of a model that has restarts, and they fit the run."""
     relora, model, optimizer = config.relora, config.model, config.optimizer
     if not METHODS[model.variant].has_frozen:
-        changed = relora.changed()
-        require(
-            not changed,
-            f"relora.{changed[0] if changed else ''} is set, but model.variant is {model.variant}: leave the section "
-            "relora out, or use variant relora",
-        )
         return
-    needed = {"prune": "restart_interval", "prune_share": "restart_interval", "warm_start_lr": "warm_start_steps"}
-    for name, switch in needed.items():
-        require(
-            bool(getattr(relora, switch)) or getattr(relora, name) == getattr(type(relora), name),
-            f"relora.{name} is {getattr(relora, name)}, but relora.{switch} is {getattr(relora, switch)}, so that "
-            f"nothing reads it: set relora.{switch}, or leave it out",
-        )
-    require(
-        relora.prune != "reset" or relora.prune_share == type(relora).prune_share,
-        f"relora.prune_share is {relora.prune_share}, but relora.prune reset zeroes all moments: leave one of them out",
-    )
     require(
         position_table(model).has_low_rank,
         f"model.full_rank_layers names all {model.num_layers} layers, so that relora has no factors: leave some out",
@@ -275,22 +266,6 @@ def _check_pipeline(config: Config) -> None:
         f"model.num_layers {layers} leaves {rest} layers for {stages} pipeline stages of {vpp} virtual ones: use "
         f"{layers - rest + max(rest // unit, 1) * unit} or {layers - rest + max(rest // unit + 1, 2) * unit} layers, "
         f"or {'change' if uneven else 'set'} parallel.{next(iter(uneven), 'num_layers_in_first_pipeline_stage')}",
-    )
-
-
-def _check_recompute(config: Config) -> None:
-    """Options fit the strategy."""
-    recompute = config.recompute
-    strategy, traits = recompute.strategy, recompute.traits
-    require(
-        recompute.inverse_tolerance is None or traits.inverts,
-        f"recompute.inverse_tolerance {recompute.inverse_tolerance} is for strategy inverse, not {strategy}: "
-        "leave it out",
-    )
-    require(
-        not recompute.keep_attention_output or traits.saves_z,
-        f"recompute.keep_attention_output is for the strategies replay and inverse, not {strategy}: leave it out or "
-        "use replay",
     )
 
 

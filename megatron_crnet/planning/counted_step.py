@@ -26,20 +26,7 @@ from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.engine.schedule import Batch, loss_totals
 from megatron_crnet.model.gpt import build_model_chunks
 from megatron_crnet.planning.counters import CommunicationCounter, Counters, LiveMemory, OperationCounter
-from megatron_crnet.planning.profile import (
-    DATA,
-    EMBEDDING,
-    EXPERT,
-    EXPERT_DATA,
-    MODEL,
-    PIPELINE,
-    STAGE,
-    TENSOR,
-    WORLD,
-    CommVolume,
-    Memory,
-    StepProfile,
-)
+from megatron_crnet.planning.profile import CommVolume, Memory, Peers, StepProfile
 
 Progress = Callable[[int, int], object]
 """Called after each forward pass of a micro-batch with the number of passes done and their total."""
@@ -61,9 +48,12 @@ def count_step(config: Config, context: ParallelContext, passed: Progress = lamb
         engine.forward_backward([batch] * few, plan.tokens_per_step)
         engine.update()
         gc.collect()
-        profile = _counted(engine, [batch] * plan.num_microbatches, plan.tokens_per_step, memory, counters)
+        operations, traffic = OperationCounter(), CommunicationCounter()
+        counters.counters += [operations, traffic]
+        counted = step_memory(engine, [batch] * plan.num_microbatches, plan.tokens_per_step, memory)
+        counters.counters = [memory]
         engine.close()
-    return profile
+    return StepProfile(counted, comm_volumes(traffic), operations.total)
 
 
 def synthetic_batch(config: Config, device: torch.device) -> Batch:
@@ -75,11 +65,9 @@ def synthetic_batch(config: Config, device: torch.device) -> Batch:
     return {"tokens": tokens, "labels": tokens, "position_ids": positions, "loss_mask": mask}
 
 
-def _counted(
-    engine: TrainEngine, batches: list[Batch], tokens: int, memory: LiveMemory, counters: Counters
-) -> StepProfile:
-    before, operations, traffic = memory.current, OperationCounter(), CommunicationCounter()
-    counters.counters += [operations, traffic]
+def step_memory(engine: TrainEngine, batches: list[Batch], tokens: int, memory: Any) -> Memory:
+    """Train one step, and say what memory it takes, by a `LiveMemory` or what looks like one."""
+    before = memory.current
     memory.reset_peak()
     with _activations_in_flight(engine, memory) as alive:
         results = engine.accumulate(batches, tokens)
@@ -91,8 +79,7 @@ def _counted(
     loss_totals(results, engine.context.device)
     memory.reset_peak()
     engine.update()
-    counters.counters = [memory]
-    counted = Memory(
+    return Memory(
         weights=weights,
         gradients=after - weights - optimizer - buffers,
         optimizer=optimizer,
@@ -102,11 +89,10 @@ def _counted(
         reduction=max(reduction - after, 0),
         update=max(memory.peak - after, 0),
     )
-    return StepProfile(counted, comm_volumes(traffic), operations.total)
 
 
 @contextmanager
-def _activations_in_flight(engine: TrainEngine, memory: LiveMemory) -> Iterator[list[int]]:
+def _activations_in_flight(engine: TrainEngine, memory: Any) -> Iterator[list[int]]:
     """One entry: live bytes at the end of the last forward pass before the first backward pass.
 
     Under 1F1B and the interleaved schedule most micro-batches are in flight then.
@@ -146,7 +132,7 @@ def comm_volumes(counter: CommunicationCounter) -> list[CommVolume]:
     pp, found = parallel_state.get_pipeline_model_parallel_world_size(), defaultdict[tuple[str, str, int], Any](list)
     for (kind, ranks), traffic in counter.traffic.items():
         # Megatron-Core may send between stages through the group of all ranks
-        group, size = (PIPELINE, pp) if kind == "send" else (_group_name(ranks), len(ranks))
+        group, size = (Peers.PIPELINE, pp) if kind == "send" else (_group_name(ranks), len(ranks))
         if kind != "recv_" and size > 1:  # the other side of a peer's `send`
             found[group, kind, size].append(traffic)
     return [
@@ -158,14 +144,14 @@ def comm_volumes(counter: CommunicationCounter) -> list[CommVolume]:
 def _group_name(ranks: tuple[int, ...]) -> str:
     """Name of the first of Megatron-Core's groups with these ranks."""
     groups = {
-        TENSOR: parallel_state.get_tensor_model_parallel_group(),
-        PIPELINE: parallel_state.get_pipeline_model_parallel_group(),
-        DATA: parallel_state.get_data_parallel_group(),
-        EMBEDDING: parallel_state.get_embedding_group(check_initialized=False),
-        MODEL: parallel_state.get_model_parallel_group(),
-        STAGE: parallel_state.get_tensor_and_data_parallel_group(),
-        EXPERT: parallel_state.get_expert_model_parallel_group(),
-        EXPERT_DATA: parallel_state.get_expert_data_parallel_group(),
+        Peers.TENSOR: parallel_state.get_tensor_model_parallel_group(),
+        Peers.PIPELINE: parallel_state.get_pipeline_model_parallel_group(),
+        Peers.DATA: parallel_state.get_data_parallel_group(),
+        Peers.EMBEDDING: parallel_state.get_embedding_group(check_initialized=False),
+        Peers.MODEL: parallel_state.get_model_parallel_group(),
+        Peers.STAGE: parallel_state.get_tensor_and_data_parallel_group(),
+        Peers.EXPERT: parallel_state.get_expert_model_parallel_group(),
+        Peers.EXPERT_DATA: parallel_state.get_expert_data_parallel_group(),
     }
     members = {name: tuple(dist.get_process_group_ranks(group)) for name, group in groups.items() if group is not None}
-    return next((name for name, group in members.items() if group == ranks), WORLD)
+    return next((name for name, group in members.items() if group == ranks), Peers.WORLD)

@@ -16,18 +16,7 @@ from megatron_crnet.config.phases import Phase, planned_phases, with_largest_ran
 from megatron_crnet.config.schema import Config
 from megatron_crnet.planning.machines import MACHINES, Machine
 from megatron_crnet.planning.memory import estimate_memory
-from megatron_crnet.planning.profile import (
-    DATA,
-    EMBEDDING,
-    EXPERT,
-    EXPERT_DATA,
-    PIPELINE,
-    STAGE,
-    TENSOR,
-    CommVolume,
-    Crossing,
-    Memory,
-)
+from megatron_crnet.planning.profile import CommVolume, Crossing, Memory, Peers
 from megatron_crnet.planning.roofline import Operations, StepTime, estimate_operations, estimate_time
 from megatron_crnet.planning.shards import build_local_models
 from megatron_crnet.planning.volume import estimate_volumes
@@ -142,7 +131,7 @@ def node_crossings(tp: int, pp: int, dp: int, gpus_per_node: int, ep: int = 1) -
             pairs += sum(count * (size - count) for count in Counter(nodes).values())
         return Crossing(edges / world, pairs / world / max(size - 1, 1))
 
-    groups = {TENSOR: (tp, 1), DATA: (dp, tp), PIPELINE: (pp, tp * dp), STAGE: (tp * dp, 1)}
-    groups |= {EXPERT: (ep, 1), EXPERT_DATA: (tp * dp // ep, ep)}
+    groups = {Peers.TENSOR: (tp, 1), Peers.DATA: (dp, tp), Peers.PIPELINE: (pp, tp * dp), Peers.STAGE: (tp * dp, 1)}
+    groups |= {Peers.EXPERT: (ep, 1), Peers.EXPERT_DATA: (tp * dp // ep, ep)}
     ends = float(tp * dp * (pp - 1) >= gpus_per_node)
-    return {**{name: crossing(*sizes) for name, sizes in groups.items()}, EMBEDDING: Crossing(ends, ends)}
+    return {**{name: crossing(*sizes) for name, sizes in groups.items()}, Peers.EMBEDDING: Crossing(ends, ends)}

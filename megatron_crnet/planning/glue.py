@@ -42,18 +42,6 @@ NO_TRAFFIC = (
     "alias",
     "_unsafe_view",
 )
-BACKWARD = (
-    "norm_backward",
-    "layer_norm_backward",
-    "rotate_backward",
-    "norm_rotate_backward",
-    "swiglu_backward",
-    "gelu_backward",
-    "biased_backward",
-    "product_backward",
-    "add_carried",
-    "carried_backward",
-)
 OVERWRITES = ("copy_", "zero_", "fill_")
 
 
@@ -111,6 +99,11 @@ class GlueCounter(Counter):
         self.launches[name] += 1
 
 
+def is_backward(name: str) -> bool:
+    """Whether a region of `model/glue.py` belongs to backward."""
+    return name.endswith("_backward") or name == "add_carried"
+
+
 def measure_glue(config: Config, variants: Iterable[Variant]) -> list[dict[str, Any]]:
     """One record per variant: of a layer that has a previous and a next one, in one process without parallelism.
 
@@ -163,7 +156,7 @@ def _counted(config: Config, variant: Variant, layers: int) -> tuple[GlueCounter
         hidden = torch.empty(shape, dtype=transformer.params_dtype, requires_grad=True)
         is_rotary = transformer.table.architecture.is_rotary
         rotary = torch.empty(shape[0], 1, 1, transformer.kv_channels) if is_rotary else None
-        regions = EAGER.map(lambda name, function: (backward if name in BACKWARD else forward).region(name, function))
+        regions = EAGER.map(lambda name, function: (backward if is_backward(name) else forward).region(name, function))
         for module in block.modules():
             if hasattr(module, "glue"):
                 module.glue = regions

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
-TENSOR, PIPELINE, DATA, EMBEDDING = "TP", "PP", "DP", "first+last"
-"""Names of process groups. EMBEDDING is the first and the last of three or more pipeline stages, of two PIPELINE."""
-EXPERT, EXPERT_DATA = "EP", "EP's DP"
-"""Over which experts are spread, and the ranks with copies of them, where these are none of the other groups."""
-MODEL, STAGE, WORLD = "TP x PP", "TP x DP", "world"
-"""These reduce a few scalars per step; in STAGE GaLore also exchanges matrices, and experts take tokens."""
+
+class Peers(StrEnum):
+    """Names of process groups.
+
+    EMBEDDING is the first and the last of three or more pipeline stages, of two PIPELINE. EXPERT and EXPERT_DATA, over
+    which experts are spread and the ranks with copies of them, are named where these are none of the other groups.
+    MODEL, STAGE and WORLD reduce a few scalars per step; in STAGE GaLore also exchanges matrices, and experts take
+    tokens.
+    """
+
+    TENSOR, PIPELINE, DATA, EMBEDDING = "TP", "PP", "DP", "first+last"
+    EXPERT, EXPERT_DATA = "EP", "EP's DP"
+    MODEL, STAGE, WORLD = "TP x PP", "TP x DP", "world"
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,13 @@ class Memory:
     def total(self) -> int:
         """The peak of a step, or of the time before the first."""
         return max(self.start, self.state + max(self.kept + self.transient, self.reduction, self.update))
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """As benchmarks split it: what comes and goes with a step is `activations`, buffers included."""
+        rest = self.buffers + max(self.kept + self.transient, self.reduction, self.update)
+        state = {"weights": self.weights, "optimizer": self.optimizer, "gradients": max(self.gradients, 0)}
+        return {**state, "activations": max(rest + min(self.gradients, 0), 0)}
 
 
 @dataclass(frozen=True)

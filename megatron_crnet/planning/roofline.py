@@ -16,18 +16,7 @@ from megatron_crnet.config.deepspeed import offloads_optimizer
 from megatron_crnet.model.experts import ALIGNMENT
 from megatron_crnet.planning.galore import galore_share
 from megatron_crnet.planning.machines import Machine
-from megatron_crnet.planning.profile import (
-    DATA,
-    EMBEDDING,
-    EXPERT,
-    EXPERT_DATA,
-    PIPELINE,
-    STAGE,
-    TENSOR,
-    CommVolume,
-    Crossing,
-    Memory,
-)
+from megatron_crnet.planning.profile import CommVolume, Crossing, Memory, Peers
 from megatron_crnet.planning.shards import Chunk, LocalModel
 from megatron_crnet.planning.volume import repeats_outputs
 from megatron_crnet.recompute.planner import layer_widths
@@ -188,7 +177,7 @@ def estimate_time(
     useful = operations.passes + operations.recomputation - operations.attention / 2
     matmul = useful / (machine.peak(model.config.training.dtype) * machine.product_efficiency)
     elementwise = plan.num_microbatches * _activation_bytes(model) / machine.memory_bandwidth
-    seconds = dict.fromkeys((TENSOR, EXPERT, PIPELINE, DATA, EXPERT_DATA, STAGE, EMBEDDING), 0.0)
+    seconds: dict[str, float] = dict.fromkeys(Peers, 0.0)
     for volume in volumes:
         seconds[volume.group] += _transfer_time(volume, machine, crossings[volume.group].of(volume.kind))
     kernels = sum(LAUNCHES * len(c.layers) + REBUILT_LAUNCHES * sum(map(len, c.segments)) for c in model.chunks)
@@ -196,16 +185,16 @@ def estimate_time(
     launches = max(0.0, plan.num_microbatches * kernels * LAUNCH_SECONDS - matmul - elementwise)
     if machine.is_gpu and uses_cuda_graphs(model.config):
         launches = 0.0
-    in_passes = seconds[TENSOR] + seconds[EXPERT]
-    busy = matmul + elementwise + launches + in_passes + seconds[PIPELINE]
+    in_passes = seconds[Peers.TENSOR] + seconds[Peers.EXPERT]
+    busy = matmul + elementwise + launches + in_passes + seconds[Peers.PIPELINE]
     return StepTime(
         matmul=matmul,
         elementwise=elementwise,
         launches=launches,
         tensor_parallel=in_passes,
-        pipeline=seconds[PIPELINE],
+        pipeline=seconds[Peers.PIPELINE],
         bubble=busy * (model.pp - 1) / (plan.num_microbatches * len(model.chunks)),
-        data_parallel=seconds[DATA] + seconds[EXPERT_DATA] + seconds[STAGE] + seconds[EMBEDDING],
+        data_parallel=sum(seconds[g] for g in (Peers.DATA, Peers.EXPERT_DATA, Peers.STAGE, Peers.EMBEDDING)),
         update=_update_time(model, memory, plan, machine)
         + operations.update / (machine.peak("fp32") * machine.product_efficiency),
     )

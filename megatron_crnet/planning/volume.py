@@ -16,16 +16,7 @@ from megatron_crnet.config.recompute_section import STRATEGIES
 from megatron_crnet.model.block import boundary_size
 from megatron_crnet.planning.distillation import boundary_width, embedding_call, teacher_traffic
 from megatron_crnet.planning.galore import galore_share
-from megatron_crnet.planning.profile import (
-    DATA,
-    EMBEDDING,
-    EXPERT,
-    EXPERT_DATA,
-    PIPELINE,
-    STAGE,
-    TENSOR,
-    CommVolume,
-)
+from megatron_crnet.planning.profile import CommVolume, Peers
 from megatron_crnet.planning.shards import SPREAD, Chunk, LocalModel, LocalParameter
 
 CROSS_ENTROPY = 3 * 4
@@ -43,29 +34,35 @@ def estimate_volumes(model: LocalModel, plan: BatchPlan) -> list[CommVolume]:
         of_chunks = (call for chunk in model.chunks for call in _tensor_parallel(model, chunk))
         for kind, width in (*of_chunks, *teacher_traffic(model)):
             factor = 2 if kind == "all_reduce" else 1
-            found[TENSOR, kind] += factor * count * model.tokens * width * model.element
+            found[Peers.TENSOR, kind] += factor * count * model.tokens * width * model.element
         shares = plan.dp_size if model.stage >= 2 else 1  # gradients are sharded over replicas already
-        found[TENSOR, "all_reduce"] += 2 * model.partial_numel * _sum_size(model) / shares
+        found[Peers.TENSOR, "all_reduce"] += 2 * model.partial_numel * _sum_size(model) / shares
     at_ends = model.chunks[0].embeds or model.chunks[-1].predicts
     is_tied = model.pp > 1 and model.transformer.table.ties_head and at_ends
     # where replicas keep shards of what they reduce, they sum the gradient of a tied embedding before
     alone = model.stage == 1 and (not model.bf16 or offloads_optimizer(model.config))
     if model.pp > 1:
-        found[PIPELINE, "send"] = count * model.local_tokens * model.element * _boundaries(model)
+        found[Peers.PIPELINE, "send"] = count * model.local_tokens * model.element * _boundaries(model)
         if is_tied:
-            group = PIPELINE if model.pp == 2 else EMBEDDING
+            group: str = Peers.PIPELINE if model.pp == 2 else Peers.EMBEDDING
             found[group, "all_reduce"] = 2 * model.embedding * (model.element if alone else _sum_size(model))
     if plan.dp_size > 1:
         for group, kind, volume in _data_parallel(model, plan):
             found[group, kind] += volume
         if is_tied and alone:
-            found[DATA, "all_reduce"] += 2 * model.embedding * model.element
-    sizes = {TENSOR: model.tp, PIPELINE: model.pp, DATA: plan.dp_size, STAGE: model.tp * plan.dp_size, EMBEDDING: 2}
-    sizes[EXPERT] = model.transformer.expert_model_parallel_size
-    sizes[EXPERT_DATA] = model.replicas(SPREAD, plan.dp_size)
+            found[Peers.DATA, "all_reduce"] += 2 * model.embedding * model.element
+    sizes: dict[str, int] = {
+        Peers.TENSOR: model.tp,
+        Peers.PIPELINE: model.pp,
+        Peers.DATA: plan.dp_size,
+        Peers.STAGE: model.tp * plan.dp_size,
+        Peers.EMBEDDING: 2,
+        Peers.EXPERT: model.transformer.expert_model_parallel_size,
+        Peers.EXPERT_DATA: model.replicas(SPREAD, plan.dp_size),
+    }
     if model.config.optimizer.name == "galore":
         replicas = plan.dp_size if model.stage else 1
-        group = (STAGE if model.tp > 1 else DATA) if replicas > 1 else TENSOR
+        group = (Peers.STAGE if model.tp > 1 else Peers.DATA) if replicas > 1 else Peers.TENSOR
         found[group, "all_to_all"] = 4 * galore_share(model, plan.dp_size).exchanged
     return [CommVolume(kind, group, sizes[group], round(n)) for (group, kind), n in sorted(found.items()) if n]
 
@@ -102,8 +99,12 @@ def _tensor_parallel(model: LocalModel, chunk: Chunk) -> Iterator[tuple[str, flo
 def expert_group(model: LocalModel, dp_size: int) -> str:
     """Name of the group over which experts are spread."""
     size = model.transformer.expert_model_parallel_size
-    named = {model.tp * dp_size: STAGE, model.tp: TENSOR, **({dp_size: DATA} if model.tp == 1 else {})}
-    return named.get(size, EXPERT)
+    named = {
+        model.tp * dp_size: Peers.STAGE,
+        model.tp: Peers.TENSOR,
+        **({dp_size: Peers.DATA} if model.tp == 1 else {}),
+    }
+    return named.get(size, Peers.EXPERT)
 
 
 def _experts(model: LocalModel) -> Iterator[tuple[str, float]]:
@@ -167,13 +168,16 @@ def _data_parallel(model: LocalModel, plan: BatchPlan) -> Iterator[tuple[str, st
     padded, count = model.padded_groups(plan.dp_size), plan.num_microbatches
     if model.stage == 3:
         gathered, _ = zero3_gathers(model)
-        yield DATA, "reduce_scatter", count * 4 * sum(padded.values())
-        yield DATA, "all_gather", (persistent(model) + count * gathered) * model.element
+        yield Peers.DATA, "reduce_scatter", count * 4 * sum(padded.values())
+        yield Peers.DATA, "all_gather", (persistent(model) + count * gathered) * model.element
         return
     spread = padded.pop(SPREAD, 0)
     real = model.elements(SPREAD)
-    for group, held, numel in ((DATA, sum(padded.values()), model.numel - real), (EXPERT_DATA, spread, real)):
-        if group == DATA or model.replicas(SPREAD, plan.dp_size) > 1:
+    for group, held, numel in (
+        (Peers.DATA, sum(padded.values()), model.numel - real),
+        (Peers.EXPERT_DATA, spread, real),
+    ):
+        if group == Peers.DATA or model.replicas(SPREAD, plan.dp_size) > 1:
             summed = held if model.stage == 1 and model.bf16 else numel  # flat buffers are padded
             yield group, "all_reduce", 2 * summed * _sum_size(model) * (count if model.stage == 2 else 1)
             yield group, "all_gather", held * model.element if model.stage else 0

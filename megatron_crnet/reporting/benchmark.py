@@ -300,11 +300,11 @@ def _facts(config: Config, processes: int) -> dict[str, Any]:
 
 def _counts(ready: list[WorkerReady]) -> dict[str, Any]:
     """Memory of the fullest rank and what all ranks send together; beside these the figures of every rank."""
-    fullest = max((rank.memory for rank in ready), key=lambda memory: memory.total)
+    fullest = max((rank.memory for rank in ready), key=lambda memory: sum(memory.values()))
     traffic: Counter[str] = Counter()
     for rank in ready:
         traffic.update(rank.traffic)
-    counts = {"memory": asdict(fullest), "peak_bytes": fullest.total, "traffic": dict(sorted(traffic.items()))}
+    counts = {"memory": fullest, "peak_bytes": sum(fullest.values()), "traffic": dict(sorted(traffic.items()))}
     ranks = [asdict(rank) for rank in ready]
     return {**counts, "ranks": [{k: v for k, v in rank.items() if v is not None} for rank in ranks]}
 

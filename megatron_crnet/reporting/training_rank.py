@@ -20,38 +20,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PeakMemory:
-    """Bytes of one rank at the peak of a step: on CPUs of tensors that are alive, on GPUs the allocator's.
-
-    Attributes:
-        weights: parameters.
-        optimizer: fp32 weights and moments.
-        gradients: what else is there after the passes, before they are reduced, but for buffers of communication.
-        activations: the rest of the peak: activations, logits, those buffers, temporary tensors.
-    """
-
-    weights: int
-    optimizer: int
-    gradients: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """The peak."""
-        return self.weights + self.optimizer + self.gradients + self.activations
-
-
-@dataclass(frozen=True)
 class WorkerReady:
     """A rank has built its model and counted one step.
 
     Attributes:
+        memory: bytes at the peak of a step by part: on CPUs of tensors that are alive, on GPUs the allocator's.
         traffic: bytes of this rank's calls by group and kind, as in docs/parallelism.md.
         operations: of matrix products and attention, recomputation included, as PyTorch's counter counts them; None
             where nothing was counted.
     """
 
-    memory: PeakMemory
+    memory: dict[str, int]
     traffic: dict[str, int]
     operations: int | None
 
@@ -147,36 +126,22 @@ class _TrainingRank:
 
         On CUDA memory is that of a step of its own, because while operations are counted nothing is compiled.
         """
-        from megatron_crnet.planning.counted_step import comm_volumes
+        from megatron_crnet.planning.counted_step import comm_volumes, step_memory
         from megatron_crnet.planning.counters import CommunicationCounter, OperationCounter
 
         counter, operations = CommunicationCounter(), OperationCounter()
         with self.memory:
             self.step()
+            work = self.engine, self.batches, self.tokens, self.memory
             if not counts:
-                return WorkerReady(self._peak_memory(), {}, None)
-            apart = self._peak_memory() if torch.cuda.is_available() else None
+                return WorkerReady(step_memory(*work).parts, {}, None)
+            apart = step_memory(*work).parts if torch.cuda.is_available() else None
             with counter, operations:
-                peak = self._peak_memory()
+                peak = step_memory(*work).parts
         traffic: Counter[str] = Counter()
         for flow in comm_volumes(counter):
             traffic[f"{flow.group} {flow.kind}"] += flow.bytes
         return WorkerReady(apart or peak, dict(traffic), operations.total)
-
-    def _peak_memory(self) -> PeakMemory:
-        """That of one step."""
-        from megatron_crnet.engine.schedule import loss_totals
-        from megatron_crnet.planning.counted_step import state_bytes
-
-        self.memory.reset_peak()
-        results = self.engine.accumulate(self.batches, self.tokens)
-        after_passes = self.memory.current
-        weights, optimizer, buffers = state_bytes(self.engine)
-        self.engine.reduce_gradients()
-        loss_totals(results, self.context.device)
-        self.engine.update()
-        gradients = max(after_passes - weights - optimizer - buffers, 0)
-        return PeakMemory(weights, optimizer, gradients, max(self.memory.peak - weights - optimizer - gradients, 0))
 
     def timed(self) -> StepTiming:
         """One step by the clock."""

@@ -42,7 +42,7 @@ from megatron_crnet.model.gpt import build_model_chunks
 from megatron_crnet.training.callbacks.base import Callback, Step
 from megatron_crnet.training.callbacks.checkpoints import Checkpoints
 from megatron_crnet.training.callbacks.faults import NOTHING_TRAINED, FaultPolicy, detect_anomaly, losses_to_remember
-from megatron_crnet.training.callbacks.profile import profile_callbacks
+from megatron_crnet.training.callbacks.profile import Profiler
 from megatron_crnet.training.callbacks.results import Results, draw_loss
 from megatron_crnet.training.callbacks.signals import StopOnSignal
 from megatron_crnet.training.callbacks.step_log import StepLog
@@ -173,6 +173,7 @@ class Trainer:
             return
         remaining = self.config.training.train_steps - self.state.step
         dataset, sizes = self.preflight.datasets.train, self.preflight.plan.sizes
+        self._call("on_step_begin")
         started = time.perf_counter()
         for batches in self.batches(dataset, self.state.samples, remaining, sizes):
             step = self._step(batches)
@@ -180,6 +181,7 @@ class Trainer:
             self._call("on_step_end", step)
             if self.stopping:
                 return
+            self._call("on_step_begin")
             started = time.perf_counter()
 
     def _step(self, batches: list[Batch]) -> Step:
@@ -370,8 +372,11 @@ def _run(preflight: Preflight, interruption: Interruption, callbacks: Sequence[C
         checkpoint = evaluate_checkpoint(trainer)
         trainer.engine.close()
         return TrainResult(True, trainer.state.step, checkpoint, **trainer.losses)
-    with profile_callbacks(preflight) as (first, last):
-        trainer = Trainer(preflight, [*first, *default_callbacks(preflight, interruption), *callbacks, *last])
+    profiler = Profiler(preflight)
+    trainer = Trainer(preflight, [profiler, *default_callbacks(preflight, interruption), *callbacks])
+    try:
         trainer.run()
+    finally:
+        profiler.abandon()
     trainer.engine.close()
     return TrainResult(not trainer.stopping, trainer.state.step, trainer.newest_checkpoint, **trainer.losses)

@@ -376,10 +376,10 @@ IMPOSSIBLE = {
         "model.num_experts 5 does not divide by .* use 4 or 6",
     ),
     "experts without sequence parallelism": (Layout(tp=2, sp=False, model=MOE), "leave sequence_parallel out"),
-    "expert parallelism without experts": (Layout(tp=2, parallel=EP), "needs a model with experts"),
+    "expert parallelism without experts": (Layout(tp=2, parallel=EP), "which has no experts"),
     "a dispatcher without experts": (
         Layout(parallel={"moe_token_dispatcher_type": "alltoall"}),
-        "needs a model with experts",
+        "which has no experts",
     ),
 }
 

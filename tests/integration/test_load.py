@@ -108,7 +108,7 @@ def test_what_does_not_fit_is_one_line_and_nothing_is_written(other: Path, corpu
         ({"checkpoint__load": damaged}, "holds no whole checkpoint (checkpoint "),
         ({"checkpoint__load": damaged / "step_00000006"}, "holds no whole checkpoint (checkpoint "),
         ({"checkpoint__load": renamed}, "step_00000005 has step 6 in its state.json and another in its name: skipped"),
-        ({"checkpoint__load_optimizer": "true"}, "checkpoint.load names no checkpoint"),
+        ({"checkpoint__load_optimizer": "true"}, "checkpoint.load_optimizer is true, but checkpoint.load is not set"),
         ({"training__eval_only": "true"}, "training.eval_only needs a checkpoint, but "),
         (
             {"training__eval_only": "true", "checkpoint__load": other, "training__eval_steps": 0},

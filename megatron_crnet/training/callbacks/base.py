@@ -59,6 +59,9 @@ class Callback:
     def on_bad_step(self, trainer: Trainer, problem: str, lr: float) -> None:
         """A step would do harm and has changed no weight; the first callback, FaultPolicy, has skipped it or raised."""
 
+    def on_step_begin(self, trainer: Trainer) -> None:
+        """A step is about to fetch its batch; not called where the run stops."""
+
     def on_step_end(self, trainer: Trainer, step: Step) -> None:
         """`trainer.state` counts the step; `trainer.stopping` says whether the run stops after it."""
 

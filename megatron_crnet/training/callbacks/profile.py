@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,31 +41,24 @@ LISTED = 40
 """Kernels in profile.json, those that take the most time."""
 
 
-@contextmanager
-def profile_callbacks(preflight: Preflight) -> Iterator[tuple[list[Callback], list[Callback]]]:
-    """Callbacks to be called before and after all others, so that their work between steps is not part of the first
-    and the last step; both empty where this rank profiles nothing. Inside the block a profile may be under way."""
-    steps = preflight.config.logging.profile_steps
-    if steps is None or not preflight.context.is_main:
-        yield [], []
-        return
-    first, last = steps
-    recorder = _Recorder(first, last)
-    try:
-        yield [_End(recorder)], [_Begin(recorder)]
-    finally:
-        recorder.abandon()
+class Profiler(Callback):
+    """Profiles steps `first` to `last` on rank 0. Called before other callbacks, whose work is no part of a step."""
 
-
-class _Recorder:
-    """The profiler of steps `first` to `last`."""
-
-    def __init__(self, first: int, last: int) -> None:
-        self.first, self.last = first, last
+    def __init__(self, preflight: Preflight) -> None:
+        steps = preflight.config.logging.profile_steps if preflight.context.is_main else None
+        self.first, self.last = steps or (1, 0)
         self._profiler: profile | None = None
         self._begun, self._seconds = 0, 0.0
 
-    def begin(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: Trainer) -> None:
+        """See Callback."""
+        if self.last and trainer.state.step >= self.last:
+            trainer.progress.line(
+                f"note: logging.profile_steps {[self.first, self.last]} is over, because the run continues from step "
+                f"{trainer.state.step}: nothing is profiled; name later steps"
+            )
+
+    def on_step_begin(self, trainer: Trainer) -> None:
         """Before the step that follows `trainer.state`, if it is in the range."""
         done = trainer.state.step
         if self._profiler is not None or trainer.stopping or not self.first <= done + 1 <= self.last:
@@ -81,10 +73,10 @@ class _Recorder:
             self._profiler = profile(activities=activities)
             self._profiler.start()
 
-    def end(self, trainer: Trainer) -> None:
+    def on_step_end(self, trainer: Trainer, step: Step) -> None:
         """After a step: write the profile if it was the last one of the range."""
-        step = trainer.state.step
-        if self._profiler is None or (step < self.last and not trainer.stopping):
+        done = trainer.state.step
+        if self._profiler is None or (done < self.last and not trainer.stopping):
             return
         if trainer.stopping:  # the checkpoint must not wait
             self.abandon()
@@ -92,16 +84,16 @@ class _Recorder:
                 f"note: the run stops inside logging.profile_steps {[self.first, self.last]}: no profile is written"
             )
             return
-        trainer.context.heartbeat.report(f"the profile of steps {self._begun} to {step}", may_take_long=True)
-        folder = Path(trainer.config.logging.output_dir) / "profile" / f"steps_{self._begun}-{step}"
+        trainer.context.heartbeat.report(f"the profile of steps {self._begun} to {done}", may_take_long=True)
+        folder = Path(trainer.config.logging.output_dir) / "profile" / f"steps_{self._begun}-{done}"
         with as_warning(trainer.preflight, "the profile of logging.profile_steps"):
             cuda = trainer.context.device.type == "cuda"
             if cuda:
                 torch.cuda.synchronize()
             self._profiler.stop()
-            count, seconds = step + 1 - self._begun, trainer.training_s - self._seconds
+            count, seconds = done + 1 - self._begun, trainer.training_s - self._seconds
             rows = kernel_rows(self._profiler.events(), cuda, count)
-            facts = {"steps": [self._begun, step], "device": "cuda" if cuda else "cpu", "step_s": seconds / count}
+            facts = {"steps": [self._begun, done], "device": "cuda" if cuda else "cpu", "step_s": seconds / count}
             record = {**run_metadata("profile", sys.argv), **facts, "kinds": kind_rows(rows), "kernels": rows[:LISTED]}
             with atomic_folder(folder, overwrite=True) as files:
                 self._profiler.export_chrome_trace(str(files / "trace.json.gz"))
@@ -109,7 +101,7 @@ class _Recorder:
                     torch.cuda.memory._dump_snapshot(str(files / "memory.pickle"))
                 (files / "profile.json").write_text(json.dumps(record, indent=1) + "\n")
                 (files / "profile.txt").write_text(profile_text(record))
-            trainer.progress.line(f"profile of steps {self._begun} to {step}: {folder}")
+            trainer.progress.line(f"profile of steps {self._begun} to {done}: {folder}")
         self.abandon()
 
     def abandon(self) -> None:
@@ -121,33 +113,6 @@ class _Recorder:
             torch.cuda.memory._record_memory_history(enabled=None)
         if torch.autograd._profiler_enabled():
             found.stop()
-
-
-class _Begin(Callback):
-    def __init__(self, recorder: _Recorder) -> None:
-        self._recorder = recorder
-
-    def on_start(self, trainer: Trainer) -> None:
-        """See Callback."""
-        if trainer.state.step >= self._recorder.last:
-            trainer.progress.line(
-                f"note: logging.profile_steps {[self._recorder.first, self._recorder.last]} is over, because the run "
-                f"continues from step {trainer.state.step}: nothing is profiled; name later steps"
-            )
-        self._recorder.begin(trainer)
-
-    def on_step_end(self, trainer: Trainer, step: Step) -> None:
-        """See Callback."""
-        self._recorder.begin(trainer)
-
-
-class _End(Callback):
-    def __init__(self, recorder: _Recorder) -> None:
-        self._recorder = recorder
-
-    def on_step_end(self, trainer: Trainer, step: Step) -> None:
-        """See Callback."""
-        self._recorder.end(trainer)
 
 
 def kind_of(name: str) -> str:

@@ -121,7 +121,7 @@ def test_every_number_has_a_range(section: str, name: str, kind: Any) -> None:
         ("training.global_batch_size=1099511627776", "must be an integer from 1 to"),
         ("training.eval_steps=2147483648", "must be an integer from 0 to"),
         ("training.eval_steps=2147483647", "samples, but the index of a data set holds at most"),
-        ("checkpoint.keep_every=10", "is set without checkpoint.keep_last, so all checkpoints are kept"),
+        ("checkpoint.keep_every=10", "checkpoint.keep_every is 10, but checkpoint.keep_last keeps all"),
         ("model.num_layers=1000000", "must be an integer from 1 to 1000"),
         ("logging.output_dir=" + "x" * 300, "each of its parts at most 255"),
         ("checkpoint.dir=" + "x/" * 2100, "a path has at most 4095 bytes"),

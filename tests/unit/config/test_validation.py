@@ -18,8 +18,16 @@ def build(recompute: RecomputeConfig, section: Any = None) -> Config:
 
 REPLAY = RecomputeConfig(strategy="replay")
 REFUSED: list[tuple[RecomputeConfig, Any, str]] = [
-    (RecomputeConfig("replay", inverse_tolerance=0.1), None, "is for strategy inverse, not replay"),
-    (RecomputeConfig("full", keep_attention_output=True), None, "keep_attention_output is for the strategies"),
+    (
+        RecomputeConfig("replay", inverse_tolerance=0.1),
+        None,
+        "inverse_tolerance is 0.1, but recompute.strategy is replay, not inverse",
+    ),
+    (
+        RecomputeConfig("full", keep_attention_output=True),
+        None,
+        "keep_attention_output is true, but recompute.strategy is full, not replay or inverse",
+    ),
     (REPLAY, True, "must be a mapping"),
     (REPLAY, {"partitioned_activations": True}, "did you mean partition_activations"),
     (REPLAY, {"cpu_chekpointing": True}, "did you mean cpu_checkpointing"),

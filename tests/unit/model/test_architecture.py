@@ -9,7 +9,7 @@ import torch
 
 from megatron_crnet.config.architectures import Architecture, Group, Position
 from megatron_crnet.config.megatron import CRNetTransformerConfig, build_transformer_config
-from megatron_crnet.config.model_size import linear_parameters
+from megatron_crnet.config.model_size import map_counts
 from megatron_crnet.config.positions import PositionTable
 from megatron_crnet.model.block import boundary_widths, pack, unpack
 from megatron_crnet.recompute.planner import layer_widths
@@ -57,7 +57,7 @@ def test_widths_and_parameters_follow_from_the_table(config: CRNetTransformerCon
     assert (first.z, second.z) == (0, 6 * RANK)
     # nothing follows the last layer: the outputs that join the residual stream are not kept
     assert second.activations == 4 * H + H + FFN + 6 * RANK + all_outputs - 2 * H
-    assert linear_parameters(config.table, 1) == RANK * (4 * 2 * H + 2 * (H + FFN))
+    assert sum(map_counts(config.table, 1)) == RANK * (4 * 2 * H + 2 * (H + FFN))
     assert config.table.shapes[config.table.position_of("model.layers.1.mlp.out.b.weight")][0] == FFN
 
 

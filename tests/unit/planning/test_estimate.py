@@ -19,7 +19,7 @@ from megatron_crnet.config.rank_section import RankScheduleConfig
 from megatron_crnet.planning.estimate import Estimate, estimate, node_crossings
 from megatron_crnet.planning.galore import galore_share
 from megatron_crnet.planning.machines import MACHINES, SIMULATED, Machine, find_machine
-from megatron_crnet.planning.profile import DATA, EXPERT, PIPELINE, TENSOR, CommVolume, Memory
+from megatron_crnet.planning.profile import CommVolume, Memory, Peers
 from megatron_crnet.planning.shards import SPREAD, build_local_models
 from megatron_crnet.planning.simulation import simulate
 from megatron_crnet.planning.tables import as_values, dry_run_report, estimate_tables
@@ -122,7 +122,7 @@ def test_operations_are_three_times_the_forward_products_and_attention() -> None
 
 def test_low_rank_layers_send_19r_a_token_and_full_rank_ones_10h() -> None:
     estimated = found(2, parallel={"tensor_model_parallel_size": 2})
-    sent = volume(estimated, "all_gather", TENSOR) + volume(estimated, "reduce_scatter", TENSOR)
+    sent = volume(estimated, "all_gather", Peers.TENSOR) + volume(estimated, "reduce_scatter", Peers.TENSOR)
     embedding_and_output = 2 * H + 3 * H
     assert sent == 4 * 4 * TOKENS * (3 * 19 * R + 10 * H + embedding_and_output)
 
@@ -130,13 +130,13 @@ def test_low_rank_layers_send_19r_a_token_and_full_rank_ones_10h() -> None:
 def test_a_boundary_carries_6h_and_2f_and_its_gradient() -> None:
     estimated = found(2, parallel={"pipeline_model_parallel_size": 2})
     for stage in (0, 1):
-        assert volume(estimated, "send", PIPELINE, stage) == 4 * 4 * TOKENS * (6 * H + 2 * F)
+        assert volume(estimated, "send", Peers.PIPELINE, stage) == 4 * 4 * TOKENS * (6 * H + 2 * F)
 
 
 def test_replicas_sum_every_gradient_once_a_step_or_once_a_micro_batch() -> None:
     numel = sum(p.numel for p in build_local_models(tiny_config())[0].parameters)
-    once = volume(found(2, deepspeed_section=ZERO_1), "all_reduce", DATA)
-    each = volume(found(2, deepspeed_section={"zero_optimization": {"stage": 2}}), "all_reduce", DATA)
+    once = volume(found(2, deepspeed_section=ZERO_1), "all_reduce", Peers.DATA)
+    each = volume(found(2, deepspeed_section={"zero_optimization": {"stage": 2}}), "all_reduce", Peers.DATA)
     assert each - once == 2 * 4 * numel  # two micro-batches a rank
     assert once == 2 * 4 * numel
 
@@ -172,7 +172,7 @@ def test_zero_3_gathers_a_weight_for_every_pass_that_does_not_find_it_whole(
     assert whole == {0: 0, 1: model.numel, 2: largest}[times]
     micro_batches = 2
     expected = 4 * (micro_batches * gathered + persistent(model))
-    assert volume(found(2, deepspeed_section={"zero_optimization": zero}), "all_gather", DATA) == expected
+    assert volume(found(2, deepspeed_section={"zero_optimization": zero}), "all_gather", Peers.DATA) == expected
 
 
 @pytest.mark.parametrize(
@@ -192,11 +192,11 @@ def test_of_a_ring_only_the_edges_between_nodes_leave_them(
     sizes: tuple[int, int, int], gpus_per_node: int, shares: tuple[float, float, float]
 ) -> None:
     crossings = node_crossings(*sizes, gpus_per_node)
-    assert tuple(crossings[group].ring for group in (TENSOR, PIPELINE, DATA)) == shares
+    assert tuple(crossings[group].ring for group in (Peers.TENSOR, Peers.PIPELINE, Peers.DATA)) == shares
 
 
 def test_of_an_exchange_what_goes_to_ranks_of_other_nodes_leaves_them() -> None:
-    exchanged = {ep: node_crossings(1, 1, 32, 8, ep)[EXPERT].exchange for ep in (8, 16, 32)}
+    exchanged = {ep: node_crossings(1, 1, 32, 8, ep)[Peers.EXPERT].exchange for ep in (8, 16, 32)}
     assert exchanged == {8: 0, 16: pytest.approx(8 / 15), 32: pytest.approx(24 / 31)}
     tokens = tiny_config(
         ARCHITECTURES["qwen3_moe"],
@@ -211,7 +211,7 @@ def test_of_an_exchange_what_goes_to_ranks_of_other_nodes_leaves_them() -> None:
     # to one rank of the node, and to two of the other
     assert flow["wire_bytes_between_nodes"] == pytest.approx(flow["bytes"] * 2 / 3)
     # 0 1 2 | 3: of four ranks one is alone, and sends all of its own away
-    assert node_crossings(4, 1, 1, 3)[TENSOR].exchange == pytest.approx((3 / 3 + 3 * 1 / 3) / 4)
+    assert node_crossings(4, 1, 1, 3)[Peers.TENSOR].exchange == pytest.approx((3 / 3 + 3 * 1 / 3) / 4)
 
 
 def test_the_network_slows_a_ring_down_by_what_each_port_must_carry() -> None:
@@ -234,8 +234,8 @@ def test_the_peak_is_the_fullest_moment() -> None:
 
 
 def test_a_ring_puts_all_but_one_share_of_a_volume_on_the_wire() -> None:
-    assert CommVolume("all_reduce", DATA, 4, 80).wire_bytes == 60
-    assert CommVolume("send", PIPELINE, 4, 80).wire_bytes == 80
+    assert CommVolume("all_reduce", Peers.DATA, 4, 80).wire_bytes == 60
+    assert CommVolume("send", Peers.PIPELINE, 4, 80).wire_bytes == 80
 
 
 def test_time_shrinks_with_a_faster_machine_and_the_bubble_with_more_micro_batches() -> None:

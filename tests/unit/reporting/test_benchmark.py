@@ -12,7 +12,7 @@ from megatron_crnet.reporting import benchmark
 from megatron_crnet.reporting.benchmark import BenchmarkPlan, Candidate
 from megatron_crnet.reporting.benchmark_rows import SWEEPS, Row, parse_row, sweep_rows
 from megatron_crnet.reporting.step_identity import identify_step
-from megatron_crnet.reporting.training_rank import PeakMemory, StepTiming, WorkerReady
+from megatron_crnet.reporting.training_rank import StepTiming, WorkerReady
 from megatron_crnet.utils.environment import command_line
 from megatron_crnet.utils.errors import ConfigError
 
@@ -24,8 +24,8 @@ def measured(row: Row, times: list[float], options: list[str] = OPTIONS) -> Cand
     """A row that took `times`, on two ranks of which the second needs half as long."""
     steps = [[StepTiming(s, s / 4, 1.0, 2.0), StepTiming(s / 2, s / 4, 1.0, 2.0)] for s in times]
     ready = [
-        WorkerReady(PeakMemory(4, 3, 2, 1), {"TP all_reduce": 10}, 7),
-        WorkerReady(PeakMemory(1, 1, 1, 1), {"PP send": 5}, 8),
+        WorkerReady({"weights": 4, "optimizer": 3, "gradients": 2, "activations": 1}, {"TP all_reduce": 10}, 7),
+        WorkerReady({"weights": 1, "optimizer": 1, "gradients": 1, "activations": 1}, {"PP send": 5}, 8),
     ]
     return Candidate(row, row.config(options), ready=ready, steps=steps)
 
