@@ -40,7 +40,7 @@ def atomic_files(*targets: Path, overwrite: bool) -> Iterator[tuple[Path, ...]]:
     """
     if not overwrite:
         refuse_existing(*targets)
-    temporaries = tuple(target.with_name(f"{target.name}.tmp-{os.getpid()}") for target in targets)
+    temporaries = tuple(temporary_name(target, hidden=False) for target in targets)
     with ExitStack() as stack:
         stack.enter_context(_refuse_unwritable(targets[0]))
         for target in targets:
@@ -70,7 +70,7 @@ def atomic_folder(target: Path, overwrite: bool) -> Iterator[Path]:
         raise DataError(f"cannot write {str(target)!r}: {error}: choose another folder") from error
     if not overwrite:
         refuse_existing(target)
-    temporary, old = (target.with_name(f".{target.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
+    temporary, old = temporary_name(target), temporary_name(target)
     with ExitStack() as stack:
         for folder in reversed([folder for folder in target.parents if not folder.exists()]):
             stack.callback(_try, folder.rmdir)  # fails where it is no longer empty
@@ -114,11 +114,15 @@ def _refuse_unwritable(target: Path) -> Iterator[None]:
         raise DataError(cannot_be_written(error.filename or target, error)) from error
 
 
+def temporary_name(path: Path, hidden: bool = True) -> Path:
+    """A name beside `path` that no process of any host has: in containers many have the same number."""
+    return path.with_name(f"{'.' if hidden else ''}{path.name}.tmp-{secrets.token_hex(8)}")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary name beside `path`; rename it if the block succeeds, else remove it. Keeps an OSError."""
-    # a process of another host or container may have this one's number
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    temporary = temporary_name(path)
     try:
         yield temporary
         temporary.replace(path)
