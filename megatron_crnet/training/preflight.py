@@ -151,24 +151,30 @@ def _examine_all(config: Config, context: ParallelContext, folders: RunFolders) 
         entropy=entropy,
     )
     found = replace(found, validation_due=_is_validation_due(found), test_due=_is_test_due(found))
+    return replace(found, remarks=_remarks(found, prefixes, untested))
+
+
+def _remarks(found: Preflight, prefixes: list[str], untested: str | None) -> list[str]:
+    """What to know before the first step; a collective call."""
+    config, start, teacher = found.config, found.start, found.teacher
     writes = not (found.is_complete or config.training.eval_only)
     space = run_on_main(partial(check_space, config, found.step)) if writes else None
     unread = f"checkpoint.load {config.checkpoint.load} is not read: the run goes on from its own checkpoint"
     notes = [
-        remark_on_unused_rows(config.model, tokenizer.vocab_size),
+        remark_on_unused_rows(config.model, found.tokenizer.vocab_size),
         remark_on_unread(config.optimizer),
         remark_on_unnamed(prefixes),
         untested,
         unread if config.checkpoint.load and start is None else None,
     ]
-    remarks = [
-        *(f"warning: {line}" for line in (*damaged, space, _steep_restarts(config)) if line),
+    resumed = found.checkpoint if start is None else None
+    return [
+        *(f"warning: {line}" for line in (*found.damaged, space, _steep_restarts(config)) if line),
         *(f"note: {line}" for line in notes if line),
         *(start.remarks if start else []),
         *(teacher.remarks if teacher else []),
-        *(differences(config, checkpoint, saved, state, trained_on) if checkpoint and not start else []),
+        *(differences(config, resumed, found.saved, found.state, found.trained_on) if resumed else []),
     ]
-    return replace(found, remarks=remarks)
 
 
 def _steep_restarts(config: Config) -> str | None:

@@ -189,41 +189,50 @@ class Trainer:
         # compilation and DeepSpeed's tracing make the first step slow
         first = self.state.step in (self.preflight.step, self.phase.start)
         self.context.heartbeat.report(f"step {self.state.step + 1}", may_take_long=first)
-        samples, lr, faults, trained = self.step_size, self.engine.current_lr, self.config.faults, 0
-        model = self.phase.config.model
-        work, routed = self._work(batches), counts_so_far(self.engine.chunks)
-        loss = self.engine.forward_backward(batches, work.trained, self.vote)
-        problem = detect_anomaly(loss, self.state.recent_losses, faults) if work.trained else NOTHING_TRAINED
+        samples, model, work = self.step_size, self.phase.config.model, self._work(batches)
+        loss, trained = self._train_or_skip(batches, work.trained)
+        self.engine.restart_if_due()  # a bad step that ends the run has saved the state before
+        self._plan_next_step()
+        stop, self.save_due = self.vote.answers
+        self.stopping = stop and not self.is_last_step  # else the run ends anyway
+        return Step(loss, samples, trained, work.context, model)
+
+    def _train_or_skip(self, batches: list[Batch], tokens: int) -> tuple[float, int]:
+        """Update the weights, or leave them to `on_bad_step`. Returns the loss and the number of trained tokens."""
+        samples, lr, faults = self.step_size, self.engine.current_lr, self.config.faults
+        routed = counts_so_far(self.engine.chunks)
+        loss = self.engine.forward_backward(batches, tokens, self.vote)
+        problem = detect_anomaly(loss, self.state.recent_losses, faults) if tokens else NOTHING_TRAINED
         if problem is None:
             grad_norm, _ = self.engine.update()
             if not math.isfinite(grad_norm):
                 problem = f"the loss is {loss:.4f} and the gradient norm {grad_norm}, but must be finite"
         elif faults.on_bad_step == "skip":
             self.engine.discard()
-        if problem is None:
-            trained, self.losses["train_loss"] = work.trained, loss
-            self.state = self.state.trained(
-                samples=samples,
-                tokens=trained,
-                loss=loss,
-                distillation=self.engine.distillation_losses,
-                grad_norm=grad_norm,
-                lr=lr,
-                window=losses_to_remember(faults),
-            )
-        else:
+        if problem is not None:
             go_on_from(routed, self.engine.chunks)
             self._call("on_bad_step", problem, lr)
-        self.engine.restart_if_due()  # a bad step that ends the run has saved the state before
+            return loss, 0
+        self.losses["train_loss"] = loss
+        self.state = self.state.trained(
+            samples=samples,
+            tokens=tokens,
+            loss=loss,
+            distillation=self.engine.distillation_losses,
+            grad_norm=grad_norm,
+            lr=lr,
+            window=losses_to_remember(faults),
+        )
+        return loss, tokens
+
+    def _plan_next_step(self) -> None:
+        """Note what is due after a step: a validation, other ranks, the next phase."""
         due = self.preflight.is_validated(self.state.step)
         self.state = replace(self.state, validation_due=due, restarts=self.engine.restarts)
         if self._crosses_threshold():
             self.state = replace(self.state, rank_changes=(*self.state.rank_changes, self.state.step))
         if self.state.step in (self.phase.stop, *self.state.rank_changes[-1:]) and not self.is_last_step:
             self._begin_next_phase()
-        stop, self.save_due = self.vote.answers
-        self.stopping = stop and not self.is_last_step  # else the run ends anyway
-        return Step(loss, samples, trained, work.context, model)
 
     def _work(self, batches: list[Batch]) -> GlobalWork:
         """What the global batch holds; padding, ends of documents and their lengths differ by rank."""
