@@ -157,9 +157,9 @@ def operation_budget(model: ModelConfig, operations: float, seq_length: int) -> 
 
 
 def uniform_rank(model: ModelConfig, budget: Budget) -> int:
-    """The largest rank that all low-rank maps can have; at least 1, and no more than any of them can use."""
+    """The largest rank that all low-rank maps can have within a budget; at least 1."""
     each = _low_rank_parameters(replace(model, rank=1), active=budget.is_active)
-    most = max(min(shape) for shape in position_table(replace(model, rank=1)).shapes.values())
+    most = min(min(shape) for shape in position_table(replace(model, rank=1)).shapes.values())
     return max(int(min(budget.parameters // max(each, 1), most)), 1)
 
 

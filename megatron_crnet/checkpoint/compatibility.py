@@ -84,9 +84,12 @@ def check_resumable(
         _check_phase(saved, asked, checkpoint, step, remedy)
     before, now = _form_of_moments(saved.get("optimizer") or {}), _form_of_moments(asked["optimizer"])
     if with_moments and before != now and saved_state(checkpoint)["adam_steps"]:
+        otherwise = "leave out checkpoint.load_optimizer"
+        if step is None:
+            otherwise = "begin a new run with its weights alone by checkpoint.load"
         raise ConfigError(
-            f"checkpoint {checkpoint} holds moments of {before}, from which none of {now} follow: {remedy}, or begin a "
-            "new run with its weights alone by checkpoint.load"
+            f"checkpoint {checkpoint} holds moments of {before}, from which none of {now} follow: {remedy}, or "
+            f"{otherwise}"
         )
     return dict(saved)
 

@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_crnet.config.loading import save_config
+from megatron_crnet.config.loading import save_resolved
 from megatron_crnet.config.schema import Config
 from megatron_crnet.utils.errors import CheckpointError, DataError, describe
 from megatron_crnet.utils.files import replace_text, unused_name
@@ -178,7 +178,7 @@ def seal(partial: Path, target: Path, config: Config, about: Mapping[str, Any], 
         entries: manifest entries of the tensor files.
     """
     (partial / "state.json").write_text(json.dumps(about, indent=1))
-    save_config(config, partial / "config.yaml")
+    save_resolved(config, partial / "config.yaml")
     complete(partial, target, {**entries, **file_entries(partial, ["state.json", "config.yaml"])})
 
 

@@ -91,7 +91,11 @@ def _choose(source: SourceModel, args: argparse.Namespace, call: Call) -> None:
         **{**OF_VARIANT, "full_rank_layers": args.full_rank_layers},
         full_rank_experts=args.full_rank_experts,
     )
-    budget = _budget(model, args, source.longest)
+    require(
+        model.num_experts is not None or not args.full_rank_experts,
+        f"--full-rank-experts is given, but {args.model} has no experts: leave it out",
+    )
+    budget = _budget(model, args, args.seq_length or source.longest)
     multiple = args.multiple or rank_multiple(model.hidden_size)
     check_budget(model, budget, multiple)
     rows = read_rows(source, args)
@@ -102,10 +106,10 @@ def _choose(source: SourceModel, args: argparse.Namespace, call: Call) -> None:
     chosen = replace(model, rank=rank_setting(ranks, model.num_layers))
     section = rank_section(chosen, spectra, ranks, uniform)
     section.code.append(command_line(call.words))
+    print("\n\n".join([*(table.markdown() for table in section.tables), *section.notes]), flush=True)
     with atomic_files(args.output.with_suffix(".html"), args.output, overwrite=args.overwrite) as (page, setting):
         page.write_text(html_page("Ranks", section.text, [section]))
         setting.write_text(rank_yaml(chosen, command_line(call.words)))
-    print("\n\n".join([*(table.markdown() for table in section.tables), *section.notes]))
 
 
 def _budget(model: ModelConfig, args: argparse.Namespace, seq_length: int) -> Budget:

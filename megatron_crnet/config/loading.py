@@ -136,7 +136,12 @@ def resolved(config: Config) -> dict[str, Any]:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the resolved configuration as YAML."""
+    """Write the configuration as YAML for `load_config`: what follows from other fields is left open."""
+    replace_text(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+
+
+def save_resolved(config: Config, path: Path) -> None:
+    """Write the configuration as YAML with derived defaults filled in: as a checkpoint was written."""
     replace_text(path, yaml.safe_dump(resolved(config), sort_keys=False))
 
 

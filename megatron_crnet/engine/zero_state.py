@@ -196,7 +196,10 @@ class ZeroState(ABC):
         found = self.shards[parameter]
         if found is not None:
             for kind, whole in values.items():
-                found.write(self._tensor(parameter, found.master, kind), found.cut(whole))
+                tensor = self._tensor(parameter, found.master, kind)
+                found.write(tensor, found.cut(whole))
+                if kind != MASTER:
+                    self.adam.state[found.master][kind] = tensor
         self._write_parameter(parameter, values[MASTER])
 
     def _write_parameter(self, parameter: nn.Parameter, whole: Tensor) -> None:
@@ -205,13 +208,12 @@ class ZeroState(ABC):
     def _tensor(self, parameter: nn.Parameter, master: Tensor, kind: str) -> Tensor | BlockwiseMoment:
         if kind == MASTER:
             return master
-        state = self.adam.state[master]
-        if kind not in state:  # before the first step
-            if isinstance(self.adam, AdamW8bit):
-                state[kind] = self.adam.new_moment(master, kind, is_matrix=len(self.local_shape(parameter)) >= 2)
-            else:
-                state[kind] = torch.zeros_like(master, requires_grad=False)
-        return state[kind]
+        if kind in self.adam.state[master]:
+            return self.adam.state[master][kind]
+        # before the first update; not put there, because an optimizer completes a state that is empty alone
+        if isinstance(self.adam, AdamW8bit):
+            return self.adam.new_moment(master, kind, is_matrix=len(self.local_shape(parameter)) >= 2)
+        return torch.zeros_like(master, requires_grad=False)
 
     @property
     def steps(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_crnet.checkpoint.contents import saved_shapes
 from megatron_crnet.checkpoint.directory import (
     PARTIAL,
     checkpoint_name,
@@ -22,12 +24,11 @@ from megatron_crnet.checkpoint.directory import (
     seal,
     unwritable,
 )
-from megatron_crnet.checkpoint.run_folder import RunFolders, states_in
+from megatron_crnet.checkpoint.run_folder import GIB, RunFolders, states_in
 from megatron_crnet.checkpoint.train_state import TrainingState
-from megatron_crnet.config.positions import position_table
+from megatron_crnet.checkpoint.weight_files import Shapes
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.fingerprint import TrainedOn
-from megatron_crnet.engine.galore import kept_shapes
 from megatron_crnet.engine.state_kinds import MASTER
 from megatron_crnet.utils.errors import DataError, cannot_be_written
 from megatron_crnet.utils.versions import library_versions
@@ -48,17 +49,20 @@ def write_starting_checkpoint(
         ConfigError: another process writes FOLDER.
     """
     target = folder / checkpoint_name(0)
-    with RunFolders() as folders, _partial_checkpoint(target) as unfinished:
-        folders.hold("the folder", folder)
-        if left := [name for name in states_in(folder) if name != unfinished.name]:
-            raise DataError(
-                f"{folder} holds {left[0]}, and a run continues from the newest checkpoint: choose another folder"
-            )
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a writer that was killed
-        unfinished.mkdir()
-        names = [_write_masters(unfinished, i, weights, config) for i, weights in enumerate(portions, start=1)]
-        seal(unfinished, target, config, _fresh_state(trained_on, origin), file_entries(unfinished, names))
-        name_latest(target)
+    with RunFolders() as folders:
+        folders.hold("the folder", folder)  # before anything is removed, which may be another writer's
+        with _partial_checkpoint(target) as unfinished:
+            if left := [name for name in states_in(folder) if name != unfinished.name]:
+                raise DataError(
+                    f"{folder} holds {left[0]}, and a run continues from the newest checkpoint: choose another folder"
+                )
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a writer that was killed
+            unfinished.mkdir()
+            shapes = saved_shapes(config.model, config.optimizer)
+            _check_space(folder, 4 * sum(map(math.prod, shapes.values())))
+            names = [_write_masters(unfinished, i, weights, shapes) for i, weights in enumerate(portions, start=1)]
+            seal(unfinished, target, config, _fresh_state(trained_on, origin), file_entries(unfinished, names))
+            name_latest(target)
     return target
 
 
@@ -85,15 +89,27 @@ def _partial_checkpoint(target: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _write_masters(folder: Path, number: int, weights: dict[str, Tensor], config: Config) -> str:
-    """One file as a rank would write it that owns these weights whole. Returns its name."""
+def _check_space(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise DataError(
+            f"{folder} has {free / GIB:,.2f} GiB free, but the checkpoint takes {size / GIB:,.2f} GiB: free some space "
+            "or choose another folder"
+        )
+
+
+def _write_masters(folder: Path, number: int, weights: dict[str, Tensor], shapes: Shapes) -> str:
+    """One file as a rank would write it that owns these weights whole. Returns its name.
+
+    Args:
+        shapes: of the whole checkpoint's tensors; those that are not in it, moments of frozen weights, are not written.
+    """
     name = f"shard-{number:05d}-model-00001-of-00001.safetensors"
-    table = position_table(config.model)
-    tensors = {
-        f"{kind}.{n}": tensor if kind == MASTER else torch.zeros(shape)
-        for n, tensor in weights.items()
-        for kind, shape in kept_shapes(n, tuple(tensor.shape), config.optimizer, table).items()
-    }
+    tensors: dict[str, Tensor] = {}
+    for entry, shape in shapes.items():
+        kind, _, weight = entry.partition(".")
+        if weight in weights:
+            tensors[entry] = weights[weight] if kind == MASTER else torch.zeros(shape)
     save_tensors(tensors, folder / name)
     return name
 

@@ -92,6 +92,13 @@ class Preflight:
         return self.step >= self.config.training.train_steps and not (self.validation_due or self.test_due)
 
     @property
+    def extends(self) -> bool:
+        """Whether steps were added to a run that had done all of its own."""
+        if self.checkpoint is None or self.start is not None or self.config.training.eval_only:
+            return False
+        return self.saved["training"]["train_steps"] == self.step < self.config.training.train_steps
+
+    @property
     def timeout_s(self) -> float:
         """How long collective calls may wait."""
         return 60 * self.config.parallel.distributed_timeout_minutes
@@ -128,7 +135,8 @@ def _examine_all(config: Config, context: ParallelContext, folders: RunFolders) 
     saved, state = run_on_all_ranks(partial(_examine_checkpoint, config, checkpoint, damaged, trained_on))
     loads = config.checkpoint.load is not None and (checkpoint is None or config.training.eval_only)
     start = find_starting_point(config, trained_on) if loads else None
-    teacher = find_teacher(config, trained_on)
+    has_steps = checkpoint is None or saved_step(checkpoint) < config.training.train_steps
+    teacher = find_teacher(config, trained_on) if has_steps else None
     test_steps, untested = run_on_all_ranks(partial(_planned_test, config))
     datasets = _datasets(config, tokenizer, plan, TrainingState.from_values(state), test_steps, known)
     known.keep()

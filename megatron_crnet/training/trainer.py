@@ -83,6 +83,9 @@ class Trainer:
         self.state = self._load()
         self.engine.restore_schedule(max(self.state.step - self.phase.schedule_start, 0))
         self.engine.restarts = self.state.restarts
+        if preflight.extends:
+            self.engine.restart_if_due()  # there was nothing to restart for when the run ended here
+            self.state = replace(self.state, restarts=self.engine.restarts)
         self.vote = Vote(self.wants_stop, lambda: any(callback.wants_save() for callback in callbacks))
         self.stopping = self.save_due = False
         self.training_s, self.losses = 0.0, dict[str, float]()

@@ -78,6 +78,7 @@ def train(config: Config, how: str) -> tuple[bool, list[float], list[Tensor]]:
     def batches(step: int) -> list[dict[str, Tensor]]:
         return micro_batches(config, context.dp_rank, context.world_size, step)
 
+    everything(engine, zero)  # as a checkpoint before the first update reads it
     engine.forward_backward(batches(0), tokens)
     rates = [engine.update()[1]]
     before = everything(engine, zero)

@@ -65,6 +65,17 @@ def test_the_first_engine_is_gone_before_the_second_takes_memory(
     assert not any(alive)
 
 
+def test_a_run_that_is_extended_makes_up_for_the_restart_at_its_former_end(
+    corpus: Corpus, whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    assert lines_of(whole, "restarts")[STEPS] == 1
+    changes = {**RUN, "training__train_steps": STEPS + INTERVAL, "checkpoint__dir": tmp_path / "run" / "checkpoints"}
+    outcome = start_here(corpus.options(tmp_path / "run", **changes))
+    assert outcome.status == 0, outcome.stderr
+    assert lines_of(tmp_path / "run", "restarts")[STEPS + INTERVAL] == 2
+
+
 def test_the_rate_starts_anew_after_the_warm_start_and_drops_at_restarts(whole: Path) -> None:
     lr, peak = lines_of(whole, "lr"), 1e-3
     assert lr[1] == pytest.approx(peak / 2)

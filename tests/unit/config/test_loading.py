@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_crnet.checkpoint.directory import checkpoint_dir
 from megatron_crnet.cli.train import build_parser
-from megatron_crnet.config.loading import load_config, read_config, resolved, save_config
+from megatron_crnet.config.loading import load_config, read_config, resolved, save_config, save_resolved
 from megatron_crnet.config.schema import Config
 from megatron_crnet.config.variants import as_variant
 from megatron_crnet.hf.configuration_crnet import CRNetConfig
@@ -81,12 +82,21 @@ def test_mistakes_in_the_file_name_the_file(tmp_path: Path, text: str, message: 
     assert "wrong.yaml" in str(caught.value)
 
 
+def test_a_saved_configuration_serves_another_run(tmp_path: Path) -> None:
+    config = read_config([f"--logging.output_dir={tmp_path / 'a'}"])
+    save_config(config, tmp_path / "saved.yaml")
+    changes = {"logging.output_dir": tmp_path / "b", "model.num_attention_heads": 4, "model.variant": "full_rank"}
+    again = load_config(tmp_path / "saved.yaml", [f"--{name}={value}" for name, value in changes.items()])
+    assert resolved(again) == resolved(read_config([f"--{name}={value}" for name, value in changes.items()]))
+    assert checkpoint_dir(again) == tmp_path / "b" / "checkpoints"
+
+
 def test_the_resolved_configuration_reads_back_as_itself(file: Path, tmp_path: Path) -> None:
     config = load_config(file)
-    save_config(config, tmp_path / "resolved.yaml")
-    again = load_config(tmp_path / "resolved.yaml")
-    assert resolved(again) == resolved(config)
-    assert yaml.safe_load((tmp_path / "resolved.yaml").read_text())["model"]["full_rank_layers"] == [0]
+    for save, layers in ((save_config, None), (save_resolved, [0])):
+        save(config, tmp_path / "saved.yaml")
+        assert resolved(load_config(tmp_path / "saved.yaml")) == resolved(config)
+        assert yaml.safe_load((tmp_path / "saved.yaml").read_text())["model"]["full_rank_layers"] == layers
 
 
 @pytest.mark.parametrize("variant", ["full_rank", "low_rank", "crnet", "cola", "relora"])

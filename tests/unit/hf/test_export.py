@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +22,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from megatron_crnet.checkpoint import weight_files
 from megatron_crnet.checkpoint.compatibility import check_resumable
 from megatron_crnet.checkpoint.contents import find_checkpoint
-from megatron_crnet.checkpoint.directory import MANIFEST, damage
+from megatron_crnet.checkpoint.directory import MANIFEST, PARTIAL, damage
 from megatron_crnet.checkpoint.weight_files import CheckpointWeights, ExportWeights
 from megatron_crnet.config.architectures import LLAMA
 from megatron_crnet.config.loading import resolved
@@ -261,6 +264,41 @@ def test_only_an_older_export_is_overwritten(checkpoint: Path, export: Path, tmp
 def test_a_folder_with_checkpoints_takes_no_import(export: Path, checkpoint: Path) -> None:
     with pytest.raises(DataError, match="continues from the newest"):
         from_hf(export, checkpoint.parent)
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from megatron_crnet.checkpoint.run_folder import RunFolders
+with RunFolders() as folders:
+    folders.hold("the folder", Path(sys.argv[1]))
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_refused_writer_leaves_what_another_one_has_begun(export: Path, tmp_path: Path) -> None:
+    begun = tmp_path / f"{PARTIAL}step_00000000"
+    begun.mkdir()
+    (begun / "shard").write_text("hours of work")
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(CrnetError, match="in use"):
+            from_hf(export, tmp_path)
+        other.communicate("")
+    assert (begun / "shard").exists()
+
+
+def test_a_disk_without_room_for_an_import_is_said_before_it_is_written(
+    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(DataError, match=r"0.00 GiB free, but the checkpoint takes 0.00 GiB: free some space"):
+        from_hf(export, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.fault("F7")
