@@ -24,6 +24,7 @@ from typing import Any
 
 from megatron_crnet.config.loading import save_resolved
 from megatron_crnet.config.schema import Config
+from megatron_crnet.utils.environment import read_run_file
 from megatron_crnet.utils.errors import CheckpointError, DataError, describe
 from megatron_crnet.utils.files import replace_text, unused_name
 
@@ -68,7 +69,10 @@ def checkpoints_at(path: Path) -> list[Path]:
     """
     if (path / MANIFEST).is_file() or (path / "state.json").is_file():
         return [path]
-    if found := checkpoints(path) or checkpoints(path / "checkpoints"):
+    noted = read_run_file(path).get("checkpoints")  # of a run with checkpoint.dir
+    elsewhere = noted.get("dir") if isinstance(noted, dict) else None
+    folders = [path, path / "checkpoints", *([Path(elsewhere)] if isinstance(elsewhere, str) else [])]
+    if found := next(filter(None, map(checkpoints, folders)), None):
         return found
     raise DataError(
         f"{path} holds no checkpoint: give a step_ folder, a folder of them or the folder of a run; crnet convert "

@@ -148,5 +148,5 @@ def run(call: Call) -> int:
     if not args.same_bits or not measured:
         return 0 if measured else 1
     other = [row["name"] for row in measured if [row[k] for k in BITS] != [measured[0][k] for k in BITS]]
-    print(f"other bits than {measured[0]['name']}: {', '.join(other)}" if other else "all rows have the same bits")
+    say(f"other bits than {measured[0]['name']}: {', '.join(other)}" if other else "all rows have the same bits")
     return 1 if other or len(measured) < len(record["rows"]) else 0

@@ -69,7 +69,8 @@ def run(call: Call) -> int:
             "logging.log_interval": 1,
             "logging.sample_tokens": 0,
             "optimizer.lr_warmup_steps": 1,
-            "checkpoint.dir": folder,
+            "logging.output_dir": folder,
+            "checkpoint.dir": "null",
         }
         words = [*options.configuration, *(f"--{name}={value}" for name, value in changes.items())]
         found = measure_scale(options.ranks, words, options.port)

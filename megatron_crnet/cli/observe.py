@@ -62,9 +62,11 @@ def run(call: Call) -> int:
 
 def _sources(args: argparse.Namespace) -> Iterator[tuple[str, SourceModel]]:
     from megatron_crnet.checkpoint.directory import checkpoints_at
+    from megatron_crnet.reporting.records import numbered
 
+    names = list[str]()
     for path in args.models:
-        name = _name(path.resolve())
+        names.append(name := numbered(_name(path.resolve()), names))
         if not args.every_checkpoint or (path / "config.json").is_file():
             yield name, open_named(path, args)
             continue

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from megatron_crnet.cli.main import Call
 from megatron_crnet.config.options import ToolParser
-from megatron_crnet.utils.errors import DataError, require, require_positive
+from megatron_crnet.utils.errors import DataError, cannot_be_written, require, require_positive
 from megatron_crnet.utils.signals import INTERRUPTED, Interruption
 
 
@@ -68,9 +68,12 @@ def run(call: Call) -> int:
         raise DataError(f"{output / RESULTS} holds no finished run: start the study without --show")
     if rows:
         print(study_table(study, rows))
-        plot_study(study, rows, output / "losses.png")
-        plot_curves(study, rows, output / "curves.png")
-        say(f"{output} holds {RESULTS}, pictures and the runs")
+        try:
+            plot_study(study, rows, output / "losses.png")
+            plot_curves(study, rows, output / "curves.png")
+            say(f"{output} holds {RESULTS}, pictures and the runs")
+        except OSError as error:
+            say(f"warning: {cannot_be_written(f'pictures in {output}', error)}")
     if stopped is not None:
         say(f"stopped by {stopped.name}: the same command goes on")
         return INTERRUPTED

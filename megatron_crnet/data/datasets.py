@@ -32,6 +32,13 @@ from megatron_crnet.data.padded_dataset import PaddedDocumentDataset
 from megatron_crnet.data.tokenizer import Tokenizer, check_vocabulary
 from megatron_crnet.utils.errors import ConfigError
 
+NOT_WANTED = {
+    "train": "",
+    "valid": ", or validate nothing with training.eval_steps 0",
+    "test": ", or test nothing with training.test_steps 0",
+}
+"""How a run does without a split."""
+
 
 @dataclass(frozen=True)
 class Datasets:
@@ -75,7 +82,8 @@ def build_datasets(
         if size and split not in blends:
             raise ConfigError(
                 f"{size} {split} samples are wanted, but the data section gives the {split} split nothing: "
-                f"raise its part of data.split or set data.{split}_data_path"
+                f"{'raise its part of data.split or ' if config.data.data_path else ''}set data.{split}_data_path"
+                f"{NOT_WANTED[split]}"
             )
     # A split without samples is not built: one without documents would send Megatron-Core into an endless loop.
     blends = {split: blend for split, blend in blends.items() if sizes[split]}

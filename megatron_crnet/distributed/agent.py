@@ -11,9 +11,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 import psutil
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import parse_args, run
 
+from megatron_crnet.utils.errors import ConfigError, PeerLostError
 from megatron_crnet.utils.signals import INTERRUPTED, SignalListener
 
 OWN_SIGNALS = "SIGHUP,SIGQUIT"
@@ -49,7 +52,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def run_agent(arguments: argparse.Namespace) -> int:
-    """Start the ranks and wait for them. Returns the exit status."""
+    """Start the ranks and wait for them. Returns the exit status.
+
+    Raises:
+        ConfigError: the port is taken.
+        PeerLostError: the nodes do not find each other.
+    """
     arguments.signals_to_handle = OWN_SIGNALS
     # the ranks and `_status_of` report which process failed
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
@@ -60,4 +68,21 @@ def run_agent(arguments: argparse.Namespace) -> int:
         run(arguments)
     except ChildFailedError as error:
         return _status_of(error, forwarded)
+    except (dist.DistError, RendezvousError) as error:
+        raise _not_met(arguments, error) from error
     return 0
+
+
+def _not_met(arguments: argparse.Namespace, error: Exception) -> ConfigError | PeerLostError:
+    """The error for agents that could not start together."""
+    if "EADDRINUSE" in str(error):
+        return ConfigError(
+            f"port {arguments.master_port} of this host is in use, by another launch perhaps: choose another "
+            "--master_port, or --standalone on one node"
+        )
+    where = arguments.rdzv_endpoint or f"{arguments.master_addr}:{arguments.master_port}"
+    reason = str(error).strip().partition("\n")[0]
+    return PeerLostError(
+        f"the {arguments.nnodes} nodes of this launch did not meet at {where} ({reason}): start all of them with the "
+        "same address, which each can resolve and reach, and try again"
+    )

@@ -188,18 +188,23 @@ class Documents:
         return -(-every // length), every
 
 
-def indexed_documents(prefix: str, tokenizer: Tokenizer) -> Documents:
+def indexed_documents(prefix: str, tokenizer: Tokenizer, needs_ends: bool = False) -> Documents:
     """The documents of PREFIX.bin.
 
+    Args:
+        needs_ends: each must end with the tokenizer's end-of-document token.
+
     Raises:
-        DataError: the files are missing, damaged or made with another tokenizer.
+        DataError: the files are missing, damaged or made with another tokenizer, or ends are missing.
     """
-    from megatron_crnet.data.indexed import check_index, check_token_ids, read_index  # brings Megatron-Core
+    from megatron_crnet.data.indexed import check_ends, check_index, check_token_ids, read_index  # Megatron-Core
 
     files = read_index(prefix)
     check_index(files)
     check_token_ids(files, tokenizer)
     check_tokenizer_of_data(prefix, tokenizer)
+    if needs_ends:
+        check_ends(files, tokenizer.eod)
     ids: Ids = np.memmap(f"{prefix}.bin", dtype=files.dtype, mode="r")
     return Documents(ids, np.append(files.pointers // files.dtype.itemsize, len(ids)))
 
@@ -292,7 +297,7 @@ def rows_to_evaluate(
         rows, labels = validation_rows(validation_of, tokenizer), count * length
     else:
         if data is not None:
-            documents = indexed_documents(str(data), tokenizer)
+            documents = indexed_documents(str(data), tokenizer, needs_ends=reset_attention_mask)
         else:
             assert text is not None
             documents = text_documents(text, tokenizer, length, max_tokens, stats, progress)

@@ -179,6 +179,8 @@ def generate(
         DataError: a prompt is not text.
     """
     sampling, tokenizer = sampling or Sampling(), model.tokenizer
+    require(not isinstance(prompts, str), "prompts is one text, but must be a list of them: write [text]")
+    require(len(prompts) > 0, "prompts is empty: give at least one")
     for number, prompt in enumerate(prompts, start=1):
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise DataError(f"prompt {number} is not valid UTF-8: give text")

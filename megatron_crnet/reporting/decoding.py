@@ -15,7 +15,7 @@ from megatron_crnet.hf.export import Dtype, torch_dtype
 from megatron_crnet.hf.export_config import hugging_face_fields
 from megatron_crnet.hf.generate import default_device
 from megatron_crnet.hf.modeling_crnet import CRNetConfig, CRNetForCausalLM
-from megatron_crnet.utils.errors import require_positive
+from megatron_crnet.utils.errors import require, require_positive
 
 
 def measure_decoding(
@@ -36,6 +36,12 @@ def measure_decoding(
     """
     require_positive(
         "benchmark", batch_size=batch_size, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats
+    )
+    longest = config.model.max_position_embeddings or config.training.seq_length
+    require(
+        prompt_tokens + new_tokens <= longest,
+        f"--prompt-tokens {prompt_tokens} and --new-tokens {new_tokens} exceed the {longest} positions of the model: "
+        "lower one, or raise model.max_position_embeddings",
     )
     models = {variant: random_model(config, variant, dtype) for variant in variants}
     prompt = torch.randint(config.model.vocab_size, (batch_size, prompt_tokens), device=default_device())

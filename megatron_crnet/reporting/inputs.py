@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import pandas as pd
 
 from megatron_crnet.config.loading import load_config
 from megatron_crnet.config.schema import Config
-from megatron_crnet.reporting.records import KINDS, Head, MetricsLine, Row, check, parse, printable, reason
+from megatron_crnet.reporting.records import KINDS, Head, MetricsLine, Row, check, numbered, parse, printable, reason
 from megatron_crnet.reporting.step_identity import identify_step
 from megatron_crnet.utils.environment import RUN_FILE
 from megatron_crnet.utils.errors import CrnetError
@@ -144,7 +143,8 @@ def read_run(path: Path, found: ReportInputs) -> None:
             which = several if len(damaged) > 1 else f"line {damaged[0]}"
             found.problems.append(f"{path}: {which} cannot be read, or not as a whole: left out")
         if any(line["tokens"] is not None and line["loss"] is not None for line in lines):
-            name, config, facts = _short(path.parent), _config(path.parent, found), _facts(path.parent, found)
+            name = numbered(_short(path.parent), {run.name for run in found.runs})
+            config, facts = _config(path.parent, found), _facts(path.parent, found)
             run = Run(name, _with_seconds(pd.DataFrame(lines, dtype=float)), config, facts)
             found.runs.append(run)
             seconds, speed = run.median("step_time_s"), run.median("tokens_per_s")
@@ -194,9 +194,9 @@ def _read_file(path: Path, found: ReportInputs) -> None:
         name, known = _short(path.with_suffix("")), {record["name"] for record in found.records}
         facts = check(KINDS[kind], value, damaged)
         if kind == "profile":
-            name = f"{_short(path.parents[2])}, steps {' to '.join(map(str, facts['steps']))}"
-        names = itertools.chain([name], (f"{name} ({i})" for i in itertools.count(2)))
-        record = {**facts, "name": next(n for n in names if n not in known), "kind": kind}
+            of_run = [*path.absolute().parents, *[path.with_suffix("")] * 2][2]  # RUN/profile/steps_A-B/profile.json
+            name = f"{_short(of_run)}, steps {' to '.join(map(str, facts['steps']))}"
+        record = {**facts, "name": numbered(name, known), "kind": kind}
         found.records.append(record)
         if add := {"benchmark": _add_rows, "estimate": _add_stages, "simulation": _add_rank}.get(kind):
             add(record, found)

@@ -11,6 +11,7 @@ import pandas as pd
 from megatron_crnet.analysis.stream import MIXTURE, STREAM
 from megatron_crnet.reporting.page import Section, Table
 from megatron_crnet.reporting.pictures import Lines, Picture, Series
+from megatron_crnet.reporting.records import numbered
 
 Record = Mapping[str, Any]
 ROUNDING = 1e-6
@@ -36,7 +37,7 @@ def observation_section(records: Sequence[Record]) -> Section:
         "it as P: these two have much in common by construction. Experts are what those of a layer give together; "
         "their own maps have no P.",
     )
-    models = [model for record in records for model in record["models"]]
+    models = _named_apart([model for record in records for model in record["models"]])
     if not models:
         return section
     frames = pd.concat([_errors(model) for model in models])
@@ -49,6 +50,15 @@ def observation_section(records: Sequence[Record]) -> Section:
             section.tables.append(_by_layer(frame))
             section.pictures += [_ratio_by_layer(frame), *_spectra(model, frame)]
     return section
+
+
+def _named_apart(models: Sequence[Record]) -> list[Record]:
+    """Models of which no two have the same name and step: folders of several runs may have one name."""
+    found: list[Record] = []
+    for model in models:
+        taken = {one["name"] for one in found if one["step"] == model["step"]}
+        found.append({**model, "name": numbered(model["name"], taken)})
+    return found
 
 
 def _is_chained(frame: pd.DataFrame) -> bool:

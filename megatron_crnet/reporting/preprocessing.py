@@ -29,7 +29,7 @@ def simple_loop(corpus: Path, out_prefix: Path, tokenizer_model: str) -> None:
     builder = IndexedDatasetBuilder(f"{out_prefix}.bin", dtype=DType.optimal_dtype(processor.vocab_size()))
     with corpus.open(encoding="utf-8") as lines:
         for line in lines:
-            text = json.loads(line)["text"]
+            text = json.loads(line)["text"] if line.strip() else ""
             if text.strip():
                 ids = [*processor.encode(text), processor.eos_id()]
                 builder.add_document(ids, [len(ids)])
@@ -58,7 +58,7 @@ def measure_preprocessing(
         corpus = folder / "train.jsonl"
     texts = list(iter_documents([corpus], strict=True, file_format="jsonl"))
     data = corpus.read_bytes()
-    data = beginning(data, compression_of(data))  # all of it
+    data = beginning(data, compression_of(data)).rstrip() + b"\n"  # all of it, as it is repeated
     model = tokenizer_model or str(train_sentencepiece(texts, folder / "tok", vocab_size))
     results = []
     for count in copies:

@@ -6,7 +6,9 @@ required one invalidates the object that requires it.
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Collection
 from types import GenericAlias
 from typing import Annotated, Any
 
@@ -14,6 +16,12 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, Validati
 
 LARGEST = 1e30
 """Beyond every count of bytes, tokens and operations, and small enough that products and sums stay finite."""
+
+
+def numbered(name: str, known: Collection[str]) -> str:
+    """The name, with a number where another one is called so."""
+    names = itertools.chain([name], (f"{name} ({i})" for i in itertools.count(2)))
+    return next(one for one in names if one not in known)
 
 
 def printable(text: str) -> str:

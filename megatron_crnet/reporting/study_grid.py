@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -141,8 +142,9 @@ class Study:
                 **{"optimizer.lr_warmup_steps": 0, "optimizer.lr_decay_style": "constant"},
                 **{"optimizer.lr_restart_interval": None, "training.train_steps": min(self.tokens, MOST_STEPS)},
             }
-            tokens_per_step = plan_batches(self._load({**values, **unscheduled}), 1).tokens_per_step
-            values["training.train_steps"] = max(self.tokens // tokens_per_step, 1)
+            plan = plan_batches(self._load({**values, **unscheduled}), 1)
+            steps = range(1, min(self.tokens, MOST_STEPS) + 1)  # more where the batch size grows
+            values["training.train_steps"] = max(bisect_right(steps, self.tokens, key=plan.tokens_of_run), 1)
         config = self._load(values)
         plan_batches(config, 1)
         return config

@@ -216,6 +216,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "no configuration": (["evaluate", "--model", "{export}", "--validation-of", "absent"], "absent cannot be read"),
     "batch size": (["evaluate", "--model", "{export}", "--data", "x", "--batch-size", "0"], "batch_size is 0"),
     "benchmark": (["benchmark_decoding", "--config", "absent"], "absent cannot be read"),
+    "positions": (
+        ["benchmark_decoding", "--config", "examples/quickstart.yaml", "--new-tokens", "999"],
+        "exceed the 256",
+    ),
     "repeats": (["benchmark_decoding", "--config", "examples/quickstart.yaml", "--repeats", "0"], "repeats is 0"),
 }
 

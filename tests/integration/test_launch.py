@@ -70,6 +70,15 @@ def test_a_warning_while_the_agent_waits_for_another_node_ends_it(tmp_path: Path
     assert "SIGTERM before a rank was started: nothing to save" in printed
 
 
+def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        process = agent(tmp_path, "0", "--master_addr=127.0.0.1", f"--master_port={other.getsockname()[1]}")
+        _, printed = process.communicate(timeout=LIMIT_S)
+        assert process.returncode == 2, printed
+        assert printed.startswith(f"error: port {other.getsockname()[1]} of this host is in use")
+        assert len(printed.splitlines()) == 1
+
+
 def test_ranks_that_have_saved_are_not_started_again(tmp_path: Path) -> None:
     process = agent(tmp_path, "0", "--max_restarts=1")
     _, printed = process.communicate(timeout=LIMIT_S)

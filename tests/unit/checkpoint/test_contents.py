@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from megatron_crnet.checkpoint.contents import wrong_contents
+from megatron_crnet.checkpoint.contents import saved_shapes, wrong_contents
 from megatron_crnet.checkpoint.directory import MANIFEST, PARTIAL, complete, damage, file_entries, seal
 from megatron_crnet.checkpoint.weight_files import canonical_shapes
 from megatron_crnet.config.schema import Config
@@ -33,7 +33,7 @@ def written(tmp_path: Path, config: Config) -> Path:
     partial = tmp_path / f"{PARTIAL}step_00000000"
     partial.mkdir()
     weights = {name: torch.ones(shape) for name, shape in canonical_shapes(config.model).items()}
-    names = [_write_masters(partial, 1, weights, config)]
+    names = [_write_masters(partial, 1, weights, saved_shapes(config.model, config.optimizer))]
     seal(partial, target, config, _fresh_state(TrainedOn(), "a test"), file_entries(partial, names))
     return target
 

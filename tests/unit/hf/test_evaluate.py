@@ -115,6 +115,14 @@ def test_documents_come_from_token_files_and_from_text(tmp_path: Path) -> None:
         indexed_documents(high, tokenizer)
 
 
+def test_documents_without_ends_cannot_be_kept_apart(tmp_path: Path) -> None:
+    tokenizer = PlainTokenizer()
+    prefix = write_indexed(tmp_path / "endless", [[3, 4, 5], [6, 7]])
+    indexed_documents(prefix, tokenizer)
+    with pytest.raises(DataError, match="do not end with the tokenizer's end-of-document token"):
+        indexed_documents(prefix, tokenizer, needs_ends=True)
+
+
 @pytest.mark.parametrize("restarts", [False, True])
 @pytest.mark.parametrize("name", ["llama", *EXPORTED])
 def test_documents_are_kept_apart_and_positions_counted_as_in_training(name: str, restarts: bool) -> None:

@@ -336,3 +336,8 @@ def test_a_long_run_is_drawn_in_few_points(tool: ModuleType, tmp_path: Path) -> 
     status, page, _ = report(tool, tmp_path, run)
     assert status == 0
     assert len(page) < 200_000
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    found = read_inputs([write_run(tmp_path / "x" / "run"), write_run(tmp_path / "y" / "run")])
+    assert [run.name for run in found.runs] == ["run", "run (2)"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron_crnet.config.batch import plan_batches
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.reporting.study import RESULTS, append_row, extended, learning_curve, read_rows
 from megatron_crnet.reporting.study_grid import MOST_EXTENSIONS, Run, Study, read_study
@@ -117,6 +118,16 @@ def test_schedules_are_checked_with_the_steps_that_follow_from_the_tokens(tmp_pa
 def test_the_budgets_of_papers_are_budgets(tmp_path: Path) -> None:
     grid = study(tmp_path, tokens=26_000_000_000, options={"training.global_batch_size": 4096})
     assert grid.config(next(grid.runs())).training.train_steps == 26_000_000_000 // (4096 * 256)
+
+
+def test_a_batch_size_that_grows_keeps_the_budget(tmp_path: Path) -> None:
+    options = {"training.global_batch_size": 16, "optimizer.lr_warmup_steps": 1}
+    axes = {"training.rampup_batch_size": [None, [8, 8, 40]]}
+    grid = study(tmp_path, tokens=20_480, axes=axes, options=options, seeds=[1])
+    configs = [grid.config(run) for run in grid.runs()]
+    trained = [plan_batches(config, 1).tokens_of_run(config.training.train_steps) for config in configs]
+    assert configs[0].training.train_steps < configs[1].training.train_steps
+    assert all(20_480 - 16 * 256 < tokens <= 20_480 for tokens in trained)
 
 
 def test_options_that_belong_together_are_an_axis_of_names(tmp_path: Path) -> None:
