@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megatron_crnet.config.loading import resolved
+from megatron_crnet.config.positions import METHODS
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.fingerprint import TrainedOn
 from megatron_crnet.model.compiled import compiles
@@ -107,6 +108,11 @@ def differences(config: Config, checkpoint: Path, saved: Values, state: Values, 
         )
     if settings:
         lines.append(f"note: changed since the checkpoint: {', '.join(settings)}")
+    if config.recompute.traits.inverts and METHODS[config.model.variant].is_chained:
+        lines.append(
+            "note: recompute.strategy inverse plans its segments anew, by the first batch from here: gradients may "
+            "differ from those of a run that was not stopped, within its tolerance"
+        )
     if libraries := list(_other_libraries(state)):
         lines.append(f"note: other libraries than the checkpoint's, which may round otherwise: {', '.join(libraries)}")
     return lines

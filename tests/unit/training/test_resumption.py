@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_crnet.config.loading import resolved
+from megatron_crnet.config.recompute_section import RecomputeConfig
 from megatron_crnet.config.schema import Config, DataConfig, ModelConfig
 from megatron_crnet.data.fingerprint import TrainedOn
 from megatron_crnet.training.resumption import changed_layout, differences
@@ -46,6 +47,12 @@ def test_what_rounds_otherwise_in_the_same_layout_is_said(before: dict[str, Any]
     )
     found = remarks_after(tiny_config(model, tp), saved=tiny_config(model, {**tp, **before}))
     assert found == ([f"note: changed since the checkpoint: {line}"] if line else [])
+
+
+def test_segments_that_are_planned_anew_are_said() -> None:
+    for strategy, said in (("inverse", 1), ("replay", 0)):
+        config = dataclasses.replace(tiny_config(), recompute=RecomputeConfig(strategy=strategy))
+        assert sum("plans its segments anew" in line for line in remarks_after(config)) == said
 
 
 def test_a_dispatcher_is_said_of_a_checkpoint_that_is_older_than_the_choice() -> None:
