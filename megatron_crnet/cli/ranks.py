@@ -101,13 +101,13 @@ def _choose(source: SourceModel, args: argparse.Namespace, call: Call) -> None:
     rows = read_rows(source, args)
     assert rows is not None
     uniform, progress = uniform_rank(model, budget), CountPrinter("layers", model.num_layers)
-    spectra = spectra_of(source, model, rows, uniform, default_devices(), args.batch_size, progress)
-    ranks = choose_ranks(model, spectra, budget, multiple)
-    chosen = replace(model, rank=rank_setting(ranks, model.num_layers))
-    section = rank_section(chosen, spectra, ranks, uniform)
-    section.code.append(command_line(call.words))
-    print("\n\n".join([*(table.markdown() for table in section.tables), *section.notes]), flush=True)
     with atomic_files(args.output.with_suffix(".html"), args.output, overwrite=args.overwrite) as (page, setting):
+        spectra = spectra_of(source, model, rows, uniform, default_devices(), args.batch_size, progress)
+        ranks = choose_ranks(model, spectra, budget, multiple)
+        chosen = replace(model, rank=rank_setting(ranks, model.num_layers))
+        section = rank_section(chosen, spectra, ranks, uniform)
+        section.code.append(command_line(call.words))
+        print("\n\n".join([*(table.markdown() for table in section.tables), *section.notes]), flush=True)
         page.write_text(html_page("Ranks", section.text, [section]))
         setting.write_text(rank_yaml(chosen, command_line(call.words)))
 

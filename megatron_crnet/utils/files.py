@@ -49,6 +49,7 @@ def atomic_files(*targets: Path, overwrite: bool) -> Iterator[tuple[Path, ...]]:
             stack.enter_context(holding(targets[-1].with_name(f"{targets[-1].name}.lock"), str(targets[-1])))
         for temporary in temporaries:
             stack.callback(_try, temporary.unlink)
+        temporaries[0].touch()  # before hours of work: a place that cannot be written is known now
         yield temporaries
         if len(targets) > 1:
             targets[-1].unlink(missing_ok=True)

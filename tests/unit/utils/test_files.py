@@ -40,3 +40,10 @@ def test_two_processes_do_not_write_one_set_of_files_or_one_folder(tmp_path: Pat
     ):
         raise AssertionError
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.lock", "set.idx.lock"]
+
+
+def test_a_place_is_known_to_be_writable_before_the_work(tmp_path: Path) -> None:
+    with atomic_files(tmp_path / "set.bin", tmp_path / "set.idx", overwrite=False) as (data, index):
+        assert data.is_file()
+        index.touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set.bin", "set.idx"]
