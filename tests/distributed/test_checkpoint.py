@@ -15,7 +15,7 @@ from megatron_crnet.checkpoint.compatibility import check_resumable
 from megatron_crnet.checkpoint.directory import MANIFEST, PARTIAL, REPLACED, checkpoints, damage
 from megatron_crnet.checkpoint.manager import Checkpointer, newest_complete, tidy
 from megatron_crnet.checkpoint.train_state import TrainingState
-from megatron_crnet.config.loading import save_config
+from megatron_crnet.config.loading import save_resolved
 from megatron_crnet.config.schema import CheckpointConfig, Config, RecomputeConfig
 from megatron_crnet.distributed.process_groups import initialize_parallel
 from megatron_crnet.engine.engine import TrainEngine
@@ -293,13 +293,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
 
 
 def test_another_model_is_refused_with_the_difference(tmp_path: Path) -> None:
-    save_config(row_config(tmp_path), tmp_path / "config.yaml")
+    save_resolved(row_config(tmp_path), tmp_path / "config.yaml")
     other = row_config(tmp_path, model={"num_layers": 6, "beta_init": 0.5, "rank": 3})
     with pytest.raises(ConfigError, match=r"model.num_layers 4 instead of 6, .*rank .* instead of 3: use the saved"):
         check_resumable(other, tmp_path)
 
 
 def test_layout_stage_precision_and_optimizer_may_change(tmp_path: Path) -> None:
-    save_config(row_config(tmp_path), tmp_path / "config.yaml")
+    save_resolved(row_config(tmp_path), tmp_path / "config.yaml")
     changed = row_config(tmp_path, 1, "bf16", TP, OTHER, reduce_bucket_size=1000)
     assert check_resumable(changed, tmp_path)["optimizer"]["clip_grad"] == 0.5

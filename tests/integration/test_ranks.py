@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_crnet.config.loading import read_config, save_config
+from megatron_crnet.config.loading import read_config, save_resolved
 from tests.forked import Program
 from tests.integration.conftest import LIMIT_S, ROOT, Corpus
 from tests.integration.processes import start_rank, wait_for_step
@@ -81,7 +81,7 @@ def test_a_checkpoint_that_one_rank_does_not_see_stops_all(corpus: Corpus, tmp_p
     checkpoint = tmp_path / "0" / "saved" / "step_00000003"
     checkpoint.mkdir(parents=True)
     (checkpoint.parent / "latest").write_text(checkpoint.name)
-    save_config(read_config(options), checkpoint / "config.yaml")
+    save_resolved(read_config(options), checkpoint / "config.yaml")
     ranks = [start_rank(rank, port, options, tmp_path / str(rank)) for rank in range(2)]
     errors = [error_of(process) for process in ranks]
     assert [process.returncode for process in ranks] == [2, 2]

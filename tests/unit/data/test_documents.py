@@ -139,7 +139,7 @@ def test_data_without_ends_is_refused_where_they_are_needed(tmp_path: Path) -> N
 
 
 REFUSED = {
-    "padded rows": ({"sample_format": "padded", "eod_mask_loss": True}, "one document each"),
+    "padded rows": ({"sample_format": "padded", "eod_mask_loss": True}, "data.sample_format is padded"),
     "positions alone": ({"reset_position_ids": True}, "set both or neither"),
 }
 
