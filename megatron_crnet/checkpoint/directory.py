@@ -62,7 +62,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def checkpoints_at(path: Path) -> list[Path]:
-    """The checkpoint at `path`, else those in this folder of checkpoints or run, the oldest first.
+    """The checkpoint at `path`, else those in this folder of checkpoints, or of this run, the oldest first.
 
     Raises:
         DataError: there is none.
