@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -121,3 +122,8 @@ def saved_shapes(model: ModelConfig, optimizer: OptimizerConfig) -> Shapes:
         kept = kept_shapes(name, whole, optimizer, table) if weight.requires_grad else {MASTER: whole}
         found |= {f"{kind}.{name}": shape for kind, shape in kept.items()}
     return found
+
+
+def bytes_of(shapes: Shapes) -> int:
+    """Bytes of the tensors of a checkpoint (`saved_shapes`)."""
+    return 4 * sum(map(math.prod, shapes.values()))

@@ -6,7 +6,6 @@ from random weights where an earlier one has left state.
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
 
-from megatron_crnet.checkpoint.contents import saved_shapes
+from megatron_crnet.checkpoint.contents import bytes_of, saved_shapes
 from megatron_crnet.checkpoint.directory import (
     DAMAGED,
     MANIFEST,
@@ -184,8 +183,7 @@ def _logged_steps(metrics: Path) -> int:
 def checkpoint_bytes(config: Config, step: int) -> int:
     """Of the largest checkpoint that a run writes after `step` steps."""
     models = [phase.config.model for phase in planned_phases(config) if phase.stop > step] or [config.model]
-    shapes = (saved_shapes(model, config.optimizer) for model in models)
-    return max(4 * sum(map(math.prod, of_model.values())) for of_model in shapes)
+    return max(bytes_of(saved_shapes(model, config.optimizer)) for model in models)
 
 
 def check_space(config: Config, step: int) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_crnet.checkpoint.contents import saved_shapes
+from megatron_crnet.checkpoint.contents import bytes_of, saved_shapes
 from megatron_crnet.checkpoint.directory import (
     PARTIAL,
     checkpoint_name,
@@ -59,7 +58,7 @@ def write_starting_checkpoint(
             shutil.rmtree(unfinished, ignore_errors=True)  # of a writer that was killed
             unfinished.mkdir()
             shapes = saved_shapes(config.model, config.optimizer)
-            _check_space(folder, 4 * sum(map(math.prod, shapes.values())))
+            _check_space(folder, bytes_of(shapes))
             names = [_write_masters(unfinished, i, weights, shapes) for i, weights in enumerate(portions, start=1)]
             seal(unfinished, target, config, _fresh_state(trained_on, origin), file_entries(unfinished, names))
             name_latest(target)

@@ -194,8 +194,9 @@ def _read_file(path: Path, found: ReportInputs) -> None:
         name, known = _short(path.with_suffix("")), {record["name"] for record in found.records}
         facts = check(KINDS[kind], value, damaged)
         if kind == "profile":
-            of_run = [*path.absolute().parents, *[path.with_suffix("")] * 2][2]  # RUN/profile/steps_A-B/profile.json
-            name = f"{_short(of_run)}, steps {' to '.join(map(str, facts['steps']))}"
+            above = path.absolute().parents  # RUN/profile/steps_A-B/profile.json, or a copy somewhere
+            run = above[2] if len(above) > 2 else path.with_suffix("")
+            name = f"{_short(run)}, steps {' to '.join(map(str, facts['steps']))}"
         record = {**facts, "name": numbered(name, known), "kind": kind}
         found.records.append(record)
         if add := {"benchmark": _add_rows, "estimate": _add_stages, "simulation": _add_rank}.get(kind):
