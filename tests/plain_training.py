@@ -21,6 +21,8 @@ def restart_reference(
     section, seed = config.relora, config.training.seed
 
     def prune(name: str, moment: Tensor) -> Tensor:
+        if section.prune == "reset":
+            return torch.zeros_like(moment)
         if section.prune == "magnitude":
             return prune_by_magnitude(moment, section.prune_share)
         return prune_at_random(moment, section.prune_share, canonical_generator(f"{name}@{number}", seed))

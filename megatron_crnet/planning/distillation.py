@@ -20,19 +20,20 @@ def boundary_width(model: LocalModel) -> int:
     return model.config.model.hidden_size if model.teacher else 0
 
 
-def kept_differences(model: LocalModel, flight: float) -> float:
+def kept_differences(model: LocalModel, passes: list[int]) -> float:
     """Bytes of the differences that backward needs, of the outputs of blocks and of logits.
 
     Args:
-        flight: micro-batches in flight.
+        passes: in flight, of each chunk.
     """
     if model.teacher is None:
         return 0.0
     section, shape, last = model.config.distillation, model.config.model, model.chunks[-1]
-    layers = sum(len(chunk.layers) for chunk in model.chunks) if section.kd_alpha else 0
+    layers = sum(n * len(chunk.layers) for n, chunk in zip(passes, model.chunks, strict=True))
+    features = layers * model.local_tokens * shape.hidden_size if section.kd_alpha else 0
     vocabulary = model.transformer.table.local_vocabulary
     logits = model.tokens * vocabulary if section.kd_beta and last.predicts else 0
-    return (flight * layers * model.local_tokens * shape.hidden_size + logits) * model.element
+    return (features + logits) * model.element
 
 
 def embedding_call(model: LocalModel) -> str:

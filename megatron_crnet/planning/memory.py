@@ -19,9 +19,9 @@ from megatron_crnet.model.glue import FEW
 from megatron_crnet.planning.distillation import boundary_width, kept_differences, teacher_weights
 from megatron_crnet.planning.galore import galore_share
 from megatron_crnet.planning.profile import Memory
-from megatron_crnet.planning.shards import PROJECTED, SPREAD, Chunk, LocalModel
+from megatron_crnet.planning.shards import PROJECTED, SPREAD, Chunk, LocalModel, expert_weights
 from megatron_crnet.planning.volume import persistent, zero3_gathers
-from megatron_crnet.recompute.planner import kept_widths, layer_widths, micro_batches_in_flight, sums_beside_outputs
+from megatron_crnet.recompute.planner import kept_widths, layer_widths, passes_in_flight, sums_beside_outputs
 
 SUB_GROUP = 1_000_000_000
 """DeepSpeed's default of `sub_group_size`: elements that stage 3 updates at once."""
@@ -41,6 +41,7 @@ def estimate_memory(model: LocalModel, plan: BatchPlan, on_gpu: bool = False) ->
         on_gpu: AdamW is fused, and a CUDA graph keeps the memory of the passes.
     """
     state = _offloaded(model, plan) if offloads_optimizer(model.config) else _state(model, plan.dp_size, on_gpu)
+    state["reduction"] = max(state["reduction"], model.partial_bytes(plan.dp_size) if model.tp > 1 else 0)
     state |= _frozen(model, state, plan.dp_size)
     state["weights"] += teacher_weights(model)
     layers = [layer for chunk in model.chunks for layer in chunk.layers]
@@ -66,7 +67,7 @@ def estimate_memory(model: LocalModel, plan: BatchPlan, on_gpu: bool = False) ->
 def _state(model: LocalModel, dp: int, fuses_adam: bool = False) -> dict[str, float]:
     """State with the optimizer on the device, and memory for reduction and update; betas count as bf16."""
     stage, bf16, n, size = model.stage, model.bf16, model.padded(dp), model.element
-    bucket, tensor = 4 * model.bucket, max(p.numel for p in model.parameters)
+    bucket, tensor = 4 * model.buffer, max(p.numel for p in model.parameters)
     share, own = _largest_share(model, dp), model.partition(dp)
     state: dict[str, float] = {"weights": n * size, "optimizer": 4 * own + _optimizer_state(model, own, dp)}
     state |= {"reduction": 0, "update": _update(model, share, dp, fuses_adam)}
@@ -84,7 +85,7 @@ def _state(model: LocalModel, dp: int, fuses_adam: bool = False) -> dict[str, fl
     state["gradients"] = 4 * n / dp
     if stage == 2:  # the bucket lives in backward passes
         return {**state, "buffers": 0}
-    whole = persistent(model) * size  # not while the optimizer steps
+    whole = persistent(model) * size if dp > 1 else 0  # not while the optimizer steps
     group = min(share, zero_option(model.config, "sub_group_size", SUB_GROUP))
     update = max(0.0, 4 * group + _update(model, group, dp, fuses_adam) - whole)
     return {**state, "weights": n / dp * size + whole, "buffers": bucket, "update": update}
@@ -94,7 +95,10 @@ def _reduced_at_once(model: LocalModel, dp: int) -> int:
     """Elements that are summed over replicas in one piece, of which experts that are spread are one of their own."""
     groups = model.padded_groups(dp)
     spread = groups.pop(SPREAD, 0)
-    return max(sum(groups.values()) if dp > 1 else 0, spread if model.replicas(SPREAD, dp) > 1 else 0)
+    # without ZeRO DeepSpeed copies gradients together even for one replica
+    return max(
+        sum(groups.values()) if dp > 1 or not model.stage else 0, spread if model.replicas(SPREAD, dp) > 1 else 0
+    )
 
 
 def _frozen(model: LocalModel, state: dict[str, float], dp: int) -> dict[str, float]:
@@ -157,10 +161,27 @@ def _offloaded(model: LocalModel, plan: BatchPlan) -> dict[str, float]:
 def _kept(model: LocalModel, plan: BatchPlan) -> float:
     """Bytes saved for backward by all micro-batches in flight, norm and cross-entropy included."""
     transformer, last, h = model.transformer, model.chunks[-1], model.config.model.hidden_size
-    flight = min(micro_batches_in_flight(transformer, model.pp_rank), plan.num_microbatches)
-    width = flight * sum(_kept_width(model, chunk) for chunk in model.chunks)
+    passes = passes_in_flight(transformer, model.pp_rank, plan.num_microbatches)
+    width = sum(n * _kept_width(model, chunk) for n, chunk in zip(passes, model.chunks, strict=True))
     width += 2 * h if last.predicts else boundary_size(transformer, last.layers.stop) + boundary_width(model)
-    return width * model.local_tokens * model.element + _logits(model, last) + kept_differences(model, flight)
+    if len(model.chunks) > 1 and not last.predicts and plan.num_microbatches > model.pp:
+        width += boundary_size(transformer, last.layers.stop)  # the gradient of the first backward pass has come
+    copies = sum(
+        n * _copied_experts(model, chunk.layers)
+        for n, chunk in zip(passes, model.chunks, strict=True)
+        if not chunk.segments
+    )
+    width = width * model.local_tokens * model.element
+    return width + copies + _logits(model, last) + kept_differences(model, passes)
+
+
+def _copied_experts(model: LocalModel, layers: range) -> int:
+    """Bytes of the experts' weights that their products take as copies, which backward needs."""
+    if model.transformer.table.architecture.experts is None:
+        return 0
+    weights = [weight for layer in layers for same in expert_weights(model, layer) for weight in same]
+    count = model.transformer.table.num_experts // model.transformer.expert_model_parallel_size
+    return count * model.element * sum(weight.elements for weight in weights if weight.is_copied)
 
 
 def _kept_width(model: LocalModel, chunk: Chunk) -> float:
@@ -186,39 +207,82 @@ def _logits(model: LocalModel, chunk: Chunk) -> float:
 def _transient(model: LocalModel, plan: BatchPlan) -> float:
     """The peak beyond `kept` in a backward pass."""
     most = max(moment for chunk in model.chunks for moment in _moments(model, plan, chunk))
-    return most + (zero3_gathers(model)[1] * model.element if model.stage == 3 else 0)
+    is_partitioned = model.stage == 3 and plan.dp_size > 1
+    return most + (zero3_gathers(model)[1] * model.element if is_partitioned else 0)
 
 
 def _moments(model: LocalModel, plan: BatchPlan, chunk: Chunk) -> Iterator[float]:
-    """Bytes beyond `kept` in the backward of the loss, of the output layer's weights and of each segment."""
-    transformer, logits, size = model.transformer, _logits(model, chunk), model.local_tokens * model.element
-    first, bucket = model.chunks[0], model.bucket * model.element if model.stage == 2 else 0
-    received = 0.0
-    if not (first.embeds or plan.num_microbatches == 1 or len(model.chunks) > 1):
-        # under 1F1B the received tensors and their gradients outlive their micro-batch
-        received = (boundary_size(transformer, first.layers.start) + boundary_width(model)) * size
-    last = model.chunks[-1]  # what it sends is gone in backward
-    sent = 0 if last.predicts else boundary_size(transformer, last.layers.stop) * size
+    """Bytes beyond `kept` in the backward of the loss, the output layer and each segment, and at the end."""
     yield -_missing(model, plan)
-    if chunk.predicts and model.teacher is not None and model.config.distillation.kd_beta:
-        yield 2 * logits + 2 * received - _missing(model, plan)  # the sum of both losses' gradients, then transposed
-    if chunk.predicts:  # what the loss takes in fp32 for a few tokens
-        yield 8 * min(logits / model.element, FEW) + 2 * received - _missing(model, plan)
-        copies = 6 if model.bf16 and model.stage >= 1 else model.element
-        yield model.embedding * copies + bucket + received - _missing(model, plan)
-    architecture = transformer.table.architecture
-    widest = _widest(transformer)
+    received = _received(model, plan)
+    if chunk.predicts:
+        yield from (moment + received - _missing(model, plan) for moment in _output_layer(model, chunk, received))
+    yield from (received + moment for moment in _segments(model, plan, chunk))
+    if model.stage == 2 and chunk.embeds:  # nothing is kept any more
+        last = max(elements for layer, elements in _reductions(model) if layer < 0)
+        yield (model.buffer + model.embedding) * model.element + _copies(model) * last - _kept(model, plan)
+
+
+def _received(model: LocalModel, plan: BatchPlan) -> float:
+    """Bytes of tensors of other stages that a backward pass finds beside `kept`."""
+    transformer, size, first = model.transformer, model.local_tokens * model.element, model.chunks[0]
+    if len(model.chunks) > 1:  # the other chunk's output is sent after this pass
+        return boundary_size(transformer, first.layers.stop) * size if model.chunks[-1].predicts else 0.0
+    if first.embeds or plan.num_microbatches == 1:
+        return 0.0
+    # under 1F1B the received tensors and their gradients outlive their micro-batch
+    return (boundary_size(transformer, first.layers.start) + boundary_width(model)) * size
+
+
+def _output_layer(model: LocalModel, chunk: Chunk, received: float) -> Iterator[float]:
+    """Bytes in the backward of the loss and of the output layer's weights."""
+    logits, grad = _logits(model, chunk), model.embedding * model.element
+    if model.teacher is not None and model.config.distillation.kd_beta:
+        yield 2 * logits + received  # the sum of both losses' gradients, then transposed
+    if model.bf16:  # what the loss takes in fp32 for a few tokens
+        yield 4 * min(logits / model.element, FEW) + received
+    yield grad
+    if model.stage == 2 and model.embedding > model.bucket:  # reduced by itself
+        yield model.buffer * model.element - logits + grad + _copies(model) * model.embedding
+    if model.stage == 3 and model.bf16:
+        yield grad + 4 * model.embedding
+
+
+def _segments(model: LocalModel, plan: BatchPlan, chunk: Chunk) -> Iterator[float]:
+    """Bytes in the backward of each segment, or layer without recomputation."""
+    transformer, size, last = model.transformer, model.local_tokens * model.element, model.chunks[-1]
+    buffer = model.buffer * model.element if model.stage == 2 else 0
+    is_sent = not last.predicts and len(model.chunks) == 1  # what is sent is gone in backward
+    gone = _logits(model, chunk) + (boundary_size(transformer, last.layers.stop) * size if is_sent else 0)
+    tied = model.embedding * model.element if chunk.predicts and chunk.embeds and transformer.table.ties_head else 0
+    widest, few = _widest(transformer), _few_rows(model)
     kept = kept_widths(transformer, chunk.layers, chunk.segments)
     for segment in chunk.segments or [range(layer, layer + 1) for layer in chunk.layers]:
         rest = [other for other in chunk.segments if other.start < segment.stop]
         width = kept_widths(transformer, range(chunk.layers.start, segment.stop), rest) - kept + widest
         width += _rebuilt(model, segment, bool(chunk.segments))
-        moment = bucket + received - logits - sent - _missing(model, plan, segment.stop)
-        # what the plain functions take for a few rows of the activation's gradients
-        few = min(widest * model.local_tokens, FEW) * FEW_BYTES[architecture.activation, model.bf16]
+        moment = buffer + tied - gone - _missing(model, plan, segment.stop)
+        moment += _copied_experts(model, segment) if chunk.segments else 0
         yield moment + (width + 2 * widest) * size + few
-        if model.stage >= 2 and sum(p.numel for p in model.parameters if p.layer >= segment.start) >= model.bucket:
-            yield moment + width * size + 4 * model.bucket  # the fp32 copy of a full bucket
+        for layer, elements in _reductions(model):
+            if layer in segment:
+                yield moment + width * size + _copies(model) * elements
+
+
+def _reductions(model: LocalModel) -> list[tuple[int, int]]:
+    """Of gradients that ZeRO 2 and 3 reduce together, the layer whose backward does it and their elements."""
+    found, elements = list[tuple[int, int]](), 0
+    for p in reversed(model.parameters) if model.stage >= 2 else ():
+        if elements and elements + p.numel > model.bucket:
+            found.append((p.layer, elements))
+            elements = 0
+        elements += p.numel
+    return [*found, (-1, elements)]
+
+
+def _copies(model: LocalModel) -> int:
+    """Bytes per element of gradients while they are reduced, beside the buffer: a copy of them, and one in fp32."""
+    return 6 if model.bf16 and model.stage == 2 else 4
 
 
 def _widest(transformer: CRNetTransformerConfig) -> float:
@@ -227,6 +291,20 @@ def _widest(transformer: CRNetTransformerConfig) -> float:
     experts = table.architecture.experts
     given = max((max(table.shapes[p.name]) for p in experts.positions), default=0) if experts is not None else 0
     return max(table.topk * given, *(transformer.local_width(name) for name in table.architecture.names))
+
+
+def _few_rows(model: LocalModel) -> float:
+    """Bytes that the plain functions take for a few rows of the activation's gradients."""
+    transformer, table = model.transformer, model.transformer.table
+    if not table.activates:
+        return 0.0
+    experts = table.architecture.experts
+    width = (
+        table.topk * table.shapes[experts.groups[-1].names[0]][0]
+        if experts is not None
+        else transformer.local_input(table.architecture.rows[-1])
+    )
+    return min(width * model.local_tokens, FEW) * FEW_BYTES[table.architecture.activation, model.bf16]
 
 
 def _missing(model: LocalModel, plan: BatchPlan, layers: float = math.inf) -> float:

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from megatron_crnet.config.batch import BatchPlan
 from megatron_crnet.config.cuda_graphs import uses_cuda_graphs
 from megatron_crnet.config.deepspeed import offloads_optimizer
-from megatron_crnet.model.experts import ALIGNMENT
 from megatron_crnet.planning.galore import galore_share
 from megatron_crnet.planning.machines import Machine
 from megatron_crnet.planning.profile import CommVolume, Crossing, Memory, Peers
-from megatron_crnet.planning.shards import Chunk, LocalModel
+from megatron_crnet.planning.shards import Chunk, LocalModel, expert_weights
 from megatron_crnet.planning.volume import repeats_outputs
 from megatron_crnet.recompute.planner import layer_widths
 
@@ -96,23 +95,13 @@ def _layer_products(model: LocalModel, layer: int) -> tuple[int, int]:
 def _expert_products(model: LocalModel, layer: int) -> tuple[int, int]:
     """Forward operations per micro-batch of router and experts, where tokens are spread evenly: with weights that are
     trained, and with frozen ones."""
-    table, local = model.transformer.table, model.local_tokens
+    table = model.transformer.table
     if table.architecture.experts is None:
         return 0, 0
-    ranks, names = table.padded_ranks[layer], [position.name for position in table.architecture.experts.positions]
-    full, unit = table.is_full_rank(layer, names[0]), ALIGNMENT // model.element
-    # products of experts are padded to whole units
-    shapes = {name: [_units(side, unit) for side in table.shapes[name]] for name in names}
-    ranks = {name: _units(ranks[name], unit) for name in names}
-    dense, factors = sum(n * m for n, m in shapes.values()), sum(ranks[p] * sum(nm) for p, nm in shapes.items())
-    router = 2 * local * model.config.model.hidden_size * table.num_experts
-    frozen = dense if table.method.has_frozen and not full else 0
-    return router + 2 * local * table.topk * (dense if full else factors), 2 * local * table.topk * frozen
-
-
-def _units(size: int, unit: int) -> int:
-    """The size in whole units."""
-    return -(-size // unit) * unit
+    dense, factors = (sum(weight.elements for weight in same) for same in expert_weights(model, layer))
+    trained, frozen = (factors, dense) if factors else (dense, 0)
+    router, given = 2 * model.local_tokens * model.config.model.hidden_size * table.num_experts, table.topk
+    return router + 2 * model.local_tokens * given * trained, 2 * model.local_tokens * given * frozen
 
 
 def _full_rank_products(model: LocalModel) -> int:

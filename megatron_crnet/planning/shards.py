@@ -14,11 +14,12 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_crnet.config.architectures import Group
 from megatron_crnet.config.architectures.base import NORMS, QK_NORMS
-from megatron_crnet.config.deepspeed import reduce_bucket_size, zero_stage
+from megatron_crnet.config.deepspeed import reduce_bucket_size, zero_option, zero_stage
 from megatron_crnet.config.experts_rules import spans_replicas
 from megatron_crnet.config.megatron import CRNetTransformerConfig, build_transformer_config
 from megatron_crnet.config.schema import Config
 from megatron_crnet.engine.distillation import teacher_config
+from megatron_crnet.model.experts import ALIGNMENT
 from megatron_crnet.recompute.planner import initial_segments, plan_inverse_segments
 
 PROJECTED = "projected"
@@ -154,10 +155,57 @@ class LocalModel:
         """Elements whose gradients are partial sums over tensor-parallel ranks."""
         return sum(p.numel for p in self.parameters if p.is_partial)
 
+    def partial_bytes(self, dp_size: int) -> float:
+        """Bytes of them that a rank sums; with ZeRO 2 and 3 they are sharded over replicas already."""
+        return self.partial_numel * (2 if self.bf16 and self.stage == 0 else 4) / (dp_size if self.stage >= 2 else 1)
+
     @cached_property
     def bucket(self) -> int:
-        """Elements of the buffer in which gradients are reduced."""
+        """Elements of gradients that are reduced together."""
         return reduce_bucket_size(self.config, self.numel)
+
+    @property
+    def buffer(self) -> int:
+        """Elements of the buffer to which they are copied before."""
+        return self.bucket if zero_option(self.config, "contiguous_gradients", True) else 0
+
+
+@dataclass(frozen=True)
+class StackedWeight:
+    """One matrix of an expert, as a product of stacks takes it.
+
+    Attributes:
+        elements: of the matrix with both sides in whole units of 16 bytes.
+        is_copied: whether it must be copied for that.
+    """
+
+    elements: int
+    is_copied: bool
+
+    @classmethod
+    def of(cls, h_in: int, h_out: int, element: int) -> StackedWeight:
+        """Of a matrix [h_out, h_in] of `element` bytes each."""
+        unit = ALIGNMENT // element
+        rows, columns = (-(-side // unit) * unit for side in (h_out, h_in))
+        return cls(rows * columns, (rows, columns) != (h_out, h_in))
+
+
+def expert_weights(model: LocalModel, layer: int) -> tuple[list[StackedWeight], list[StackedWeight]]:
+    """Matrices of an expert in a layer with experts: of full rank, and factors; a layer has either, or frozen ones of
+    full rank beside factors."""
+    table, size = model.transformer.table, model.element
+    experts, ranks = table.architecture.experts, table.padded_ranks[layer]
+    assert experts is not None
+    dense, factors = list[StackedWeight](), list[StackedWeight]()
+    for group in experts.groups:
+        widths, low = [table.shapes[name][1] for name in group.names], [ranks[name] for name in group.names]
+        h_in = table.shapes[group.names[0]][0]
+        dense.append(StackedWeight.of(h_in, sum(widths), size))
+        factors.append(StackedWeight.of(h_in, sum(low), size))
+        factors += [StackedWeight.of(r, width, size) for r, width in zip(low, widths, strict=True)]
+    if table.is_full_rank(layer, experts.positions[0].name):
+        return dense, []
+    return (dense if table.method.has_frozen else []), factors
 
 
 def build_local_models(config: Config) -> list[LocalModel]:

@@ -35,8 +35,7 @@ def estimate_volumes(model: LocalModel, plan: BatchPlan) -> list[CommVolume]:
         for kind, width in (*of_chunks, *teacher_traffic(model)):
             factor = 2 if kind == "all_reduce" else 1
             found[Peers.TENSOR, kind] += factor * count * model.tokens * width * model.element
-        shares = plan.dp_size if model.stage >= 2 else 1  # gradients are sharded over replicas already
-        found[Peers.TENSOR, "all_reduce"] += 2 * model.partial_numel * _sum_size(model) / shares
+        found[Peers.TENSOR, "all_reduce"] += 2 * model.partial_bytes(plan.dp_size)
     at_ends = model.chunks[0].embeds or model.chunks[-1].predicts
     is_tied = model.pp > 1 and model.transformer.table.ties_head and at_ends
     # where replicas keep shards of what they reduce, they sum the gradient of a tied embedding before
@@ -168,7 +167,12 @@ def _data_parallel(model: LocalModel, plan: BatchPlan) -> Iterator[tuple[str, st
     padded, count = model.padded_groups(plan.dp_size), plan.num_microbatches
     if model.stage == 3:
         gathered, _ = zero3_gathers(model)
-        yield Peers.DATA, "reduce_scatter", count * 4 * sum(padded.values())
+        # without reduce_scatter, what fits into the buffer is summed in it
+        fitting = 0 if zero_option(model.config, "reduce_scatter", True) else model.buffer
+        in_it = [p.numel for p in model.parameters if p.numel <= fitting]
+        yield Peers.DATA, "all_reduce", count * 2 * 4 * sum(in_it)
+        scattered = sum(padded.values()) - sum(-(-numel // plan.dp_size) * plan.dp_size for numel in in_it)
+        yield Peers.DATA, "reduce_scatter", count * 4 * scattered
         yield Peers.DATA, "all_gather", (persistent(model) + count * gathered) * model.element
         return
     spread = padded.pop(SPREAD, 0)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -131,12 +132,19 @@ def _stream(config: CRNetTransformerConfig, widths: LayerWidths) -> float:
     return widths.stream if config.strategy.saves_z and not config.strategy.inverts else 0
 
 
-def micro_batches_in_flight(config: CRNetTransformerConfig, pp_rank: int) -> float:
-    """Micro-batches whose kept tensors a chunk of pipeline rank `pp_rank` holds at once, when there are enough."""
+def passes_in_flight(config: CRNetTransformerConfig, pp_rank: int, micro_batches: int | None = None) -> list[int]:
+    """Forward passes of each chunk of pipeline rank `pp_rank` whose kept tensors are alive at once.
+
+    Args:
+        micro_batches: of a step; None for more than any schedule has in flight.
+    """
     pp, vpp = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
-    if vpp is None:
-        return pp - pp_rank
-    return ((pp - pp_rank - 1) * 2 + (vpp - 1) * pp + 1) / vpp
+    chunks, passes = vpp or 1, pp - pp_rank
+    if vpp is not None:
+        passes = (pp - pp_rank - 1) * 2 + (vpp - 1) * pp + 1
+    if micro_batches is not None:
+        passes = min(passes, micro_batches * chunks)
+    return [sum(k // pp % chunks == chunk for k in range(passes)) for chunk in range(chunks)]
 
 
 def initial_segments(config: CRNetTransformerConfig, layers: range, pp_rank: int) -> list[range]:
@@ -144,7 +152,7 @@ def initial_segments(config: CRNetTransformerConfig, layers: range, pp_rank: int
     strategy = config.strategy
     if not strategy.recomputes or strategy.inverts:
         return []
-    return plan_segments(config, layers, micro_batches_in_flight(config, pp_rank))
+    return plan_segments(config, layers, fmean(passes_in_flight(config, pp_rank)))
 
 
 def plan_segments(config: CRNetTransformerConfig, layers: range, in_flight: float = 1) -> list[range]:

@@ -77,6 +77,7 @@ def row(
 
 MOE: dict[str, Any] = {**ARCHITECTURES["qwen3_moe"], "ffn_hidden_size": 64, "moe_router_topk": 4}
 """Every token is given to every expert: the even spread that estimates assume."""
+UNALIGNED: dict[str, Any] = {**MOE, "ffn_hidden_size": 61, "full_rank_experts": True}
 RELORA_MOE: dict[str, Any] = {**MOE, "variant": "relora"}
 REPLICAS = {"expert_model_parallel_size": 2}
 EP = {**TP, **REPLICAS}
@@ -218,6 +219,20 @@ def rows() -> dict[str, Config]:
         "ep over replicas, relora, replay, moe": row("fp32", 0, REPLICAS, REPLAY, None, **RELORA_MOE),
         "pp, relora, moe": row("bf16", 1, PP, None, None, **RELORA_MOE),
         "zero 3, relora, replay, moe": row("bf16", 3, None, REPLAY, TIGHT, **RELORA_MOE),
+        "zero 3, summed in the buffer": row("fp32", 3, None, None, {**TIGHT, "reduce_scatter": False}),
+        "zero 3, no buffer": row("bf16", 3, None, REPLAY, {**TIGHT, "contiguous_gradients": False}),
+        "zero 1, no buffer": row("fp32", 1, None, None, {"contiguous_gradients": False}),
+        "zero 2, large vocabulary": row("bf16", 2, None, None, {"reduce_bucket_size": 300_000}, vocab_size=4096),
+        "zero 2, large vocabulary, bucket of the model": row("bf16", 2, None, None, BY_MODEL, vocab_size=4096),
+        "zero 2, fp32, large vocabulary, bucket of the model": row("fp32", 2, None, None, BY_MODEL, vocab_size=4096),
+        "zero 1, large vocabulary, tied": row("bf16", 1, None, None, None, vocab_size=4096, tie_word_embeddings=True),
+        "tp, zero 0": row("fp32", 0, TP),
+        "tp, zero 3": row("bf16", 3, TP, None, TIGHT),
+        "vpp, replay": row("bf16", 1, VPP, REPLAY, None, num_layers=8),
+        "vpp, full": row("fp32", 1, VPP, FULL, None, num_layers=8),
+        "cola without swiglu, replay": row("bf16", 1, None, REPLAY, None, variant="cola", only_lr_act=True),
+        "moe of unaligned widths, full-rank experts": row("fp32", 1, None, None, None, **UNALIGNED),
+        "moe of unaligned widths, full-rank experts, full": row("bf16", 1, None, FULL, None, **UNALIGNED),
         "pp, galore, full": galore(row("fp32", 1, PP, variant="full_rank"), proj_type="full"),
     }
 
@@ -241,6 +256,10 @@ SOON = (
     "tp, replay, qwen3",
     "all to all, moe",
     "ep over replicas, relora, moe",
+    "zero 2, large vocabulary, bucket of the model",
+    "zero 3, summed in the buffer",
+    "vpp, replay",
+    "moe of unaligned widths, full-rank experts",
 )
 """The others are marked long: every row costs a second on an idle machine, and more where process groups are built."""
 RARE = tuple(name for name in rows() if name not in SOON)
