@@ -50,6 +50,7 @@ from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.engine.state_kinds import KINDS, MASTER
 from megatron_crnet.recompute.rng import RngStates
 from megatron_crnet.utils.environment import note_in_run_file
+from megatron_crnet.utils.errors import CheckpointError, describe
 from megatron_crnet.utils.files import unused_name
 from megatron_crnet.utils.versions import library_versions
 
@@ -89,11 +90,11 @@ class Checkpointer:
 
     def attach(self, engine: TrainEngine) -> None:
         """Save and load the state of another engine from now on."""
-        self.zero, self.weights = engine.zero, engine.weights
+        self.zero, self.weights, self.guard = engine.zero, engine.weights, engine.guard
 
     def detach(self) -> None:
         """Let go of the engine, before the next one takes memory."""
-        del self.zero, self.weights
+        del self.zero, self.weights, self.guard
 
     def save(self, state: TrainingState, aside: bool = False) -> None:
         """Copy the state and write it in the background.
@@ -117,6 +118,7 @@ class Checkpointer:
             "versions": library_versions(),
             "trained_on": self.trained_on.values(),
             "loaded_from": self.loaded_from,
+            **({"norm_ratios": self.guard.ratios_of_all_stages()} if self.guard else {}),
         }
         name = checkpoint_name(state.step)
         if aside:
@@ -223,6 +225,13 @@ class Checkpointer:
         fill(reader, self.zero, self.weights, steps, KINDS if steps else (MASTER,))
         self.changed_layout = run_on_all_ranks(lambda: self._restore_random_states(reader, about))
         self.loaded_from = about.get("loaded_from")
+        if self.guard and "norm_ratios" in about:
+            try:  # the same on all ranks
+                self.guard.restore(about["norm_ratios"])
+            except (TypeError, ValueError) as error:
+                raise CheckpointError(
+                    f"checkpoint {checkpoint} cannot be read ({describe(error)}): use another one"
+                ) from error
         return TrainingState.from_values(about)
 
     def load_initial(self, checkpoint: Path, optimizer: bool) -> None:

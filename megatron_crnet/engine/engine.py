@@ -34,7 +34,7 @@ from megatron_crnet.engine.cuda_graph import MicroBatchGraph
 from megatron_crnet.engine.distillation import Distillation
 from megatron_crnet.engine.expert_parallel import clip_with_experts, forget_groups, spread_experts
 from megatron_crnet.engine.galore import is_projected
-from megatron_crnet.engine.inverse_guard import plan_inverse_segments
+from megatron_crnet.engine.inverse_guard import InverseGuard
 from megatron_crnet.engine.optimizer import (
     ParamGroup,
     build_optimizer,
@@ -107,12 +107,13 @@ class TrainEngine:
             )
         checkpointing.configure(MegatronMpu(), deepspeed_config=settings)
         self.optimizer = self.deepspeed.optimizer
-        self.num_extra_checkpoints = 0
-        """Checkpointed layers that the guard of `inverse` has added on all pipeline stages."""
+        inverts = config.recompute.traits.inverts
+        self.guard = InverseGuard([chunk.decoder for chunk in chunks], context.device) if inverts else None
+        """Of `inverse`."""
         self.zero = zero_state(self.deepspeed, self.stage)
         self.zero.forget_first_step()
         self.zero.prepare(self._projected, context.heartbeat.progress, chunks[0].glue.accumulate_)
-        self._on_weights_loaded()
+        self._weights_changed()
         self.scheduler, self._steps = build_scheduler(config, self.optimizer), 0
         self.last_grad_norm: float | None = None
         self.distillation_losses: dict[str, float] = {}
@@ -165,29 +166,21 @@ class TrainEngine:
 
     def _weights_changed(self) -> None:
         """What follows from new betas: fp32 copies under bf16 ZeRO-3, segments under `inverse`. A collective call."""
-        inverts = self.config.recompute.traits.inverts
         rounded = self.stage == 3 and self.config.training.bf16
-        if not inverts and not rounded:
+        if not self.guard and not rounded:
             return
         groups = [group for chunk in self.chunks for group in chunk.modules() if _has_residual(group)]
         betas = {group: self.zero.exact(group.beta) for group in groups}
         if rounded:
             for group, beta in betas.items():
                 group.beta_fp32 = beta
-        if inverts:
-            blocks = [chunk.decoder for chunk in self.chunks]
-            self.num_extra_checkpoints = plan_inverse_segments(blocks, betas, self.context.device)
-
-    def _on_weights_loaded(self) -> None:
-        """What follows from weights that no pass of this process has seen."""
-        self._weights_changed()
-        inverts = self.config.recompute.traits.inverts
-        self._norms_unknown = inverts and METHODS[self.config.model.variant].is_chained
+        if self.guard:
+            self.guard.plan(betas)
 
     @torch.no_grad()
     def calibrate_output_norms(self, batches: list[Batch]) -> None:
         """Before the first step under `inverse`: plan segments by the norms of outputs, from a few micro-batches."""
-        if not self._norms_unknown:
+        if not self.guard or self.guard.ratios or not METHODS[self.config.model.variant].is_chained:
             return
         self.deepspeed.train()
         with RngStates.capture().scope():
@@ -195,7 +188,6 @@ class TrainEngine:
             few = batches[: self.config.parallel.pipeline_model_parallel_size]
             run_schedule(self.scheduled, few, forward_only=True)
         self._weights_changed()
-        self._norms_unknown = False
 
     @contextmanager
     def _accumulating(self) -> Iterator[None]:
@@ -332,7 +324,7 @@ class TrainEngine:
 
         A checkpoint brings its own optimizer settings along, in some stages: this run's are put back.
         """
-        self._on_weights_loaded()
+        self._weights_changed()
         section = self.config.optimizer
         for group in self.optimizer.param_groups:
             group.update(betas=(section.adam_beta1, section.adam_beta2), eps=section.adam_eps)

@@ -108,10 +108,12 @@ def differences(config: Config, checkpoint: Path, saved: Values, state: Values, 
         )
     if settings:
         lines.append(f"note: changed since the checkpoint: {', '.join(settings)}")
-    if config.recompute.traits.inverts and METHODS[config.model.variant].is_chained:
+    inverts = config.recompute.traits.inverts and METHODS[config.model.variant].is_chained
+    if inverts and "norm_ratios" not in state:
         lines.append(
-            "note: recompute.strategy inverse plans its segments anew, by the first batch from here: gradients may "
-            "differ from those of a run that was not stopped, within its tolerance"
+            "note: recompute.strategy inverse plans its segments anew, by the first batch from here, because the "
+            "checkpoint does not hold norms of outputs: gradients may differ from those of a run that was not stopped, "
+            "within its tolerance"
         )
     if libraries := list(_other_libraries(state)):
         lines.append(f"note: other libraries than the checkpoint's, which may round otherwise: {', '.join(libraries)}")

@@ -33,6 +33,13 @@ ROWS: dict[str, dict[str, Any]] = {
     "dp2-zero2-offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
     "dp2-zero3-dropout": {"stage": 3, "model": DROPOUT},
     "dp2-zero2-replay-dropout": {"stage": 2, "model": DROPOUT, "recompute": "replay"},
+    "pp2-zero1-bf16-inverse": {
+        "stage": 1,
+        "dtype": "bf16",
+        "parallel": {"pipeline_model_parallel_size": 2},
+        "model": {"num_layers": 8, "beta_init": 0.7},
+        "recompute": "inverse",
+    },
     "tp2-zero1-dropout": {"stage": 1, "parallel": TP, "model": DROPOUT},
     "pp2-zero1": {"stage": 1, "parallel": {"pipeline_model_parallel_size": 2}},
     "pp2-zero1-multipliers": {
@@ -77,7 +84,7 @@ def row_config(
     parallel: dict[str, Any] | None = None,
     optimizer: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
-    recompute: Literal["none", "replay"] = "none",
+    recompute: Literal["none", "replay", "inverse"] = "none",
     lr_multipliers: dict[str, float] | None = None,
     sequences: int = 4,
     **zero: Any,

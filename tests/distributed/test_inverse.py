@@ -85,7 +85,7 @@ def _inverse_error(case: Case, config: Config) -> Found:
     for step in range(case.steps):
         run_step(engine, step)
         engine.update()
-    guarded, added, block = _gradient(engine, case.steps), engine.num_extra_checkpoints, chunks[0].decoder
+    guarded, added, block = _gradient(engine, case.steps), engine.guard.added if engine.guard else -1, chunks[0].decoder
     block.config.recompute_inverse_tolerance = UNGUARDED
     engine.restore_schedule(case.steps)  # segments anew
     unguarded = _gradient(engine, case.steps)
@@ -155,7 +155,7 @@ def stale_plan() -> tuple[bool, bool, int]:
     run_step(engine)
     poisoned = any(bool(gradient_of(engine, w).isnan().any()) for w in local_weights(engine))
     engine.update()
-    return finite, poisoned, engine.num_extra_checkpoints
+    return finite, poisoned, engine.guard.added if engine.guard else -1
 
 
 @pytest.mark.fault("GPU")

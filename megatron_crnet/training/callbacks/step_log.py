@@ -67,8 +67,8 @@ class StepLog(Callback):
         if config.model.num_experts:
             totals = routing_totals(trainer.engine.chunks, trainer.context.device, state.unlogged_routing)
             values |= load_metrics(totals, config)
-        if config.recompute.traits.inverts:
-            values["num_extra_checkpoints"] = trainer.engine.num_extra_checkpoints
+        if trainer.engine.guard:
+            values["num_extra_checkpoints"] = trainer.engine.guard.added
         if config.faults.on_bad_step == "skip":
             values["skipped_steps"] = state.skipped
         return values

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_crnet.config.recompute_section import RecomputeConfig
 from megatron_crnet.distributed.process_groups import initialize_parallel, shutdown_parallel
-from megatron_crnet.engine.inverse_guard import plan_inverse_segments
+from megatron_crnet.engine.inverse_guard import InverseGuard
 from megatron_crnet.model import compiled as module
 from megatron_crnet.model import glue as plain_functions
 from megatron_crnet.model.compiled import choose_glue, tensors_of, trial_inputs, working_glue
@@ -251,10 +251,11 @@ def gradients(strategy: str, glue: Glue, residual: ResidualProduct | None = None
     batch = make_batch(*random_tokens(config))
     if strategy == "inverse":
         betas = {g: g.beta for g in model.modules() if isinstance(g, LowRankGroup) and g.beta is not None}
-        plan_inverse_segments([model.decoder], betas, CPU)
+        guard = InverseGuard([model.decoder], CPU)
+        guard.plan(betas)
         with torch.no_grad():
             model.token_losses(batch)
-        plan_inverse_segments([model.decoder], betas, CPU)
+        guard.plan(betas)
     loss = model.token_losses(batch).mean()
     loss.backward()
     return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
