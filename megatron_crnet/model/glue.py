@@ -163,8 +163,9 @@ def _by_rows(gradients: Callable[[slice], Gradients], *like: Tensor) -> tuple[li
     if torch.compiler.is_compiling():
         found, sums = gradients(slice(None))
         return [grad.to(x.dtype) for grad, x in zip(found, like, strict=True)], list(sums)
-    step, out, parts = max(1, FEW // like[0][0].numel()), [torch.empty_like(x) for x in like], []
-    for start in range(0, len(like[0]), step):
+    count, out, parts = len(like[0]), [torch.empty_like(x) for x in like], []
+    step = max(1, FEW // like[0].shape[1:].numel())
+    for start in range(0, max(count, 1), step):  # experts of a rank may be given no token
         rows = slice(start, start + step)
         found, sums = gradients(rows)
         for whole, grad in zip(out, found, strict=True):

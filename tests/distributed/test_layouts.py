@@ -32,6 +32,8 @@ from tests.helpers import (
 class Layout(Sizes):
     """One row."""
 
+    length: int = 16
+    micro_batch: int = 2
     parallel: dict[str, Any] = field(default_factory=dict, hash=False)
     offload: str = ""
     lr_multipliers: dict[str, float] = field(default_factory=dict, hash=False)
@@ -43,7 +45,12 @@ class Layout(Sizes):
         return tiny_config(
             self.model,
             {**self.parallel_section, **self.parallel},
-            {"dtype": self.dtype, "global_batch_size": self.sequences},
+            {
+                "dtype": self.dtype,
+                "global_batch_size": self.sequences,
+                "seq_length": self.length,
+                "micro_batch_size": self.micro_batch,
+            },
             {"lr_multipliers": self.lr_multipliers},
             deepspeed_section=section,
             data=self.data,
@@ -55,6 +62,7 @@ class Layout(Sizes):
     def __str__(self) -> str:
         sp = "" if self.sp is None else f"-sp{int(self.sp)}"
         extra = "".join(f"-{key}={value}" for key, value in self._extras().items())
+        extra += f"-{self.length}" if self.length != 16 else ""
         return f"tp{self.tp}{sp}-pp{self.pp}x{self.vpp}-zero{self.zero}-{self.dtype}{extra}{self.offload}".replace(
             " ", ""
         )
@@ -108,8 +116,18 @@ ON_TWO = [
     Layout(zero=1, dtype="bf16", model=TO_ALL, parallel=EP),
     Layout(tp=2, zero=2, model=MOE, parallel=ALL_TO_ALL),
 ]
+# one token of each replica: in some micro-batches the experts of a rank are given none
+ONE_TOKEN: dict[str, Any] = {"length": 1, "micro_batch": 1, "sequences": 16, "zero": 1}
+TO_ONE = {**MOE, "moe_router_topk": 1, "moe_router_pre_softmax": True}
 ON_TWO = shortened(ON_TWO)
+ON_TWO += [Layout(model=TO_ONE, parallel=parallel, **ONE_TOKEN) for parallel in (EP, ALL_TO_ALL)]
 MORE_ON_TWO = [
+    *(
+        Layout(model={**model, "variant": variant}, parallel=parallel, **ONE_TOKEN)
+        for parallel in (EP, ALL_TO_ALL)
+        for model in (TO_ONE, {**TO_ONE, "full_rank_experts": True}, {**TO_ONE, "ffn_hidden_size": 21})
+        for variant in VARIANTS
+    ),
     Layout(tp=2, zero=3),
     Layout(tp=2, sp=False),
     Layout(tp=2, zero=1, dtype="bf16"),
