@@ -174,15 +174,24 @@ def file_entries(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]
     return entries
 
 
-def seal(partial: Path, target: Path, config: Config, about: Mapping[str, Any], entries: dict[str, Any]) -> None:
+def seal(
+    partial: Path,
+    target: Path,
+    config: Config,
+    about: Mapping[str, Any],
+    entries: dict[str, Any],
+    *,
+    layout: bool = True,
+) -> None:
     """Write everything but the tensors of a checkpoint, and give it its final name.
 
     Args:
         about: contents of state.json.
         entries: manifest entries of the tensor files.
+        layout: whether ranks in the configuration's layout have written it.
     """
     (partial / "state.json").write_text(json.dumps(about, indent=1))
-    save_resolved(config, partial / "config.yaml")
+    save_resolved(config, partial / "config.yaml", layout)
     complete(partial, target, {**entries, **file_entries(partial, ["state.json", "config.yaml"])})
 
 

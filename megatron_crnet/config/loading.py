@@ -114,8 +114,8 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     return ConfigParser().read(overrides, values)[1]
 
 
-def resolved(config: Config) -> dict[str, Any]:
-    """The configuration as plain values, with derived defaults filled in."""
+def resolved(config: Config, layout: bool = True) -> dict[str, Any]:
+    """The configuration as plain values, with derived defaults filled in, with `layout` of the section parallel too."""
     values = dataclasses.asdict(config)
     model, parallel = config.model, config.parallel
     values["model"]["full_rank_layers"] = resolve_full_rank_layers(
@@ -129,8 +129,9 @@ def resolved(config: Config) -> dict[str, Any]:
         values["model"]["kv_channels"] = None
     values["model"]["num_query_groups"] = model.num_query_groups or model.num_attention_heads
     values["model"]["max_position_embeddings"] = model.max_position_embeddings or config.training.seq_length
-    values["parallel"]["virtual_pipeline_model_parallel_size"] = parallel.sizes[2]
-    values["parallel"]["sequence_parallel"] = parallel.shards_sequence
+    if layout:
+        values["parallel"]["virtual_pipeline_model_parallel_size"] = parallel.sizes[2]
+        values["parallel"]["sequence_parallel"] = parallel.shards_sequence
     values["checkpoint"]["dir"] = config.checkpoint.dir or str(Path(config.logging.output_dir) / "checkpoints")
     return values
 
@@ -140,9 +141,9 @@ def save_config(config: Config, path: Path) -> None:
     replace_text(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
 
-def save_resolved(config: Config, path: Path) -> None:
-    """Write the configuration as YAML with derived defaults filled in: as a checkpoint was written."""
-    replace_text(path, yaml.safe_dump(resolved(config), sort_keys=False))
+def save_resolved(config: Config, path: Path, layout: bool = True) -> None:
+    """Write the configuration as YAML with derived defaults filled in: as a checkpoint was written (`resolved`)."""
+    replace_text(path, yaml.safe_dump(resolved(config, layout), sort_keys=False))
 
 
 def build(values: Values) -> Config:

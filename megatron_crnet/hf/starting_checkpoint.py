@@ -60,7 +60,8 @@ def write_starting_checkpoint(
             shapes = saved_shapes(config.model, config.optimizer)
             _check_space(folder, bytes_of(shapes))
             names = [_write_masters(unfinished, i, weights, shapes) for i, weights in enumerate(portions, start=1)]
-            seal(unfinished, target, config, _fresh_state(trained_on, origin), file_entries(unfinished, names))
+            about, entries = _fresh_state(trained_on, origin), file_entries(unfinished, names)
+            seal(unfinished, target, config, about, entries, layout=False)
             name_latest(target)
     return target
 

@@ -176,6 +176,8 @@ class Trainer:
             return
         remaining = self.config.training.train_steps - self.state.step
         dataset, sizes = self.preflight.datasets.train, self.preflight.plan.sizes
+        if self.preflight.extends:
+            self._change_ranks_if_due()  # at the run's former end, nothing was measured
         self._call("on_step_begin")
         started = time.perf_counter()
         for batches in self.batches(dataset, self.state.samples, remaining, sizes):
@@ -232,6 +234,9 @@ class Trainer:
         """Note what is due after a step: a validation, other ranks, the next phase."""
         due = self.preflight.is_validated(self.state.step)
         self.state = replace(self.state, validation_due=due, restarts=self.engine.restarts)
+        self._change_ranks_if_due()
+
+    def _change_ranks_if_due(self) -> None:
         if self._crosses_threshold():
             self.state = replace(self.state, rank_changes=(*self.state.rank_changes, self.state.step))
         if self.state.step in (self.phase.stop, *self.state.rank_changes[-1:]) and not self.is_last_step:

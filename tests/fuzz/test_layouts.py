@@ -25,8 +25,9 @@ SEED = os.environ.get("FUZZ_SEED", "1")
 CASES = int(os.environ.get("FUZZ_CASES", "0")) or 1
 """Of each number of ranks."""
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
-IN_PLAIN_FP32 = {"low_rank": 1e-4}
-"""Plain PyTorch is that far off in fp32 as well: a product's gradient by small factors cancels."""
+IN_PLAIN_FP32 = {"low_rank": 1e-4, "relora": 1e-4}
+"""Plain PyTorch is that far off in fp32 as well: a product's gradient by small factors cancels, and after a restart B
+is nothing but an update, which divides by the root of such squares."""
 MOVED = {"fp32": 1e-4, "bf16": 3e-2}
 
 

@@ -113,6 +113,19 @@ def test_a_run_killed_around_a_change_by_energy_continues_to_the_bit(
     }
 
 
+def test_a_run_that_is_extended_changes_ranks_at_its_former_end(corpus: Corpus, tmp_path: Path) -> None:
+    changes = {**BY_ENERGY, "rank_schedule__ranks": "[6]", INTERVAL: 2}
+    changes |= {"optimizer__lr_decay_style": "constant", "checkpoint__save_interval": 0}
+    found = {}
+    for folder, lengths in (("whole", [6]), ("extended", [4, 6])):
+        for steps in lengths:
+            outcome = start_here(corpus.options(tmp_path / folder, **{**changes, "training__train_steps": steps}))
+            assert outcome.status == 0, outcome.stderr
+            assert ("step 4: ranks change" in outcome.stdout) == (steps == 6)
+        found[folder] = lines_of(tmp_path / folder, "loss")
+    assert found["extended"] == found["whole"]
+
+
 def test_changes_by_energy_are_those_of_a_schedule_of_their_steps(
     by_energy: Path, corpus: Corpus, tmp_path: Path
 ) -> None:
