@@ -193,6 +193,13 @@ def choose_ranks(model: ModelConfig, spectra: Sequence[Spectrum], budget: Budget
     return ranks
 
 
+def has_largest_ranks(model: ModelConfig, ranks: Ranks, budget: Budget, multiple: int) -> bool:
+    """Whether no rank can grow, and yet a budget is not used up."""
+    costs, largest, smallest = _smallest(model, multiple, budget)
+    left = check_budget(model, budget, multiple) - sum(costs[key] * (ranks[key] - smallest[key]) for key in costs)
+    return left > max(costs.values()) * multiple and all(ranks[key] + multiple > largest[key] for key in costs)
+
+
 def check_budget(model: ModelConfig, budget: Budget, multiple: int) -> float:
     """What the smallest ranks leave of a budget, in parameters.
 

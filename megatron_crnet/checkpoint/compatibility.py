@@ -26,6 +26,8 @@ OLDER = {
     **{"moe_router_topk": ModelConfig.moe_router_topk, "moe_router_pre_softmax": False},
 }
 """Values in checkpoints of versions without these fields of the model."""
+CONVERTED = ("crnet", "low_rank", "relora")
+"""What `analysis/from_dense.py` makes of a full-rank model."""
 
 
 def saved_state(checkpoint: Path) -> dict[str, Any]:
@@ -63,7 +65,7 @@ def check_resumable(
     except (OSError, yaml.YAMLError) as error:
         raise CheckpointError(f"checkpoint {checkpoint} has no readable config.yaml: remove it") from error
     asked = resolved(config)
-    wanted, found = asked["model"], OLDER | saved["model"]
+    wanted, found, at = asked["model"], OLDER | saved["model"], None
     if (saved.get("rank_schedule") or {}).get("ranks") or config.rank_schedule.ranks:
         state = saved_state(checkpoint)
         at, changes = state["step"], state.get("rank_changes", ())
@@ -79,6 +81,10 @@ def check_resumable(
     names = [n for n in asked_for if defined.get(n) != asked_for[n] and found.get(n) != wanted[n]]
     if names:
         difference = ", ".join(f"model.{name} {found.get(name)} instead of {wanted[name]}" for name in names)
+        if "variant" in names and found["variant"] == "full_rank" and wanted["variant"] in CONVERTED:
+            remedy = f"{remedy}, or make one of it by crnet init --model.variant {wanted['variant']}"
+        if names == ["rank"] and at in config.rank_schedule.steps:
+            remedy = f"{remedy}, or let ranks change after step {at}"
         raise ConfigError(f"checkpoint {checkpoint} was written with {difference}: {remedy}")
     if METHODS[config.model.variant].has_frozen:
         _check_phase(saved, asked, checkpoint, step, remedy)
@@ -114,7 +120,7 @@ def _check_phase(
     require(
         holds == needs,
         f"checkpoint {checkpoint} holds {kinds[holds]}, but relora.warm_start_steps {now} needs {kinds[needs]} there: "
-        f"{remedy}",
+        f"{remedy if holds or step is None else f'use relora.warm_start_steps 0, or {remedy}'}",
     )
     require(
         holds or step is not None or before == now or asked["training"]["eval_only"],

@@ -73,6 +73,7 @@ def _choose(source: SourceModel, args: argparse.Namespace, call: Call) -> None:
     from megatron_crnet.analysis.ranks import (
         check_budget,
         choose_ranks,
+        has_largest_ranks,
         rank_multiple,
         rank_setting,
         spectra_of,
@@ -105,7 +106,7 @@ def _choose(source: SourceModel, args: argparse.Namespace, call: Call) -> None:
         spectra = spectra_of(source, model, rows, uniform, default_devices(), args.batch_size, progress)
         ranks = choose_ranks(model, spectra, budget, multiple)
         chosen = replace(model, rank=rank_setting(ranks, model.num_layers))
-        section = rank_section(chosen, spectra, ranks, uniform)
+        section = rank_section(chosen, spectra, ranks, uniform, has_largest_ranks(model, ranks, budget, multiple))
         section.code.append(command_line(call.words))
         print("\n\n".join([*(table.markdown() for table in section.tables), *section.notes]), flush=True)
         page.write_text(html_page("Ranks", section.text, [section]))

@@ -11,7 +11,7 @@ from psutil import virtual_memory
 from megatron_crnet.config.experts_rules import check_expert_replicas
 from megatron_crnet.config.model_size import expert_parameters, total_parameters
 from megatron_crnet.config.schema import Config, TrainingConfig
-from megatron_crnet.utils.errors import require
+from megatron_crnet.utils.errors import multiples_near, require
 
 
 def check_memory(config: Config, device: torch.device) -> None:
@@ -170,12 +170,11 @@ def plan_batches(config: Config, world_size: int) -> BatchPlan:
     training, dp = config.training, data_parallel_size(config, world_size)
     samples = training.micro_batch_size * dp
     count, rest = divmod(training.global_batch_size, samples)
-    near = f"{count * samples} or {(count + 1) * samples}" if count else f"{samples}"
     require(
         rest == 0 and count > 0,
         f"training.global_batch_size {training.global_batch_size} does not divide by micro_batch_size "
-        f"{training.micro_batch_size} x {dp} data-parallel ranks: use {near}, or another "
-        "micro_batch_size",
+        f"{training.micro_batch_size} x {dp} data-parallel ranks: use "
+        f"{multiples_near(training.global_batch_size, samples)}, or another micro_batch_size",
     )
     _, pp, vpp = config.parallel.sizes
     require(

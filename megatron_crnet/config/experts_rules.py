@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from megatron_crnet.config.architectures import ARCHITECTURES
 from megatron_crnet.config.deepspeed import offloads_optimizer, zero_stage
-from megatron_crnet.utils.errors import require
+from megatron_crnet.utils.errors import multiples_near, require
 
 if TYPE_CHECKING:
     from megatron_crnet.config.megatron import CRNetTransformerConfig
@@ -73,8 +73,8 @@ def check_expert_parallel(config: Config) -> None:
     )
     require(
         experts % size == 0,
-        f"model.num_experts {experts} does not divide by {name} {size}: use {experts // size * size or size} or "
-        f"{(experts // size + 1) * size}, or another size",
+        f"model.num_experts {experts} does not divide by {name} {size}: use {multiples_near(experts, size)}, "
+        "or another size",
     )
     if spans_replicas(parallel):
         _check_over_replicas(config)

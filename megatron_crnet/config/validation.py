@@ -16,7 +16,7 @@ from megatron_crnet.config.field_types import MOST, shown
 from megatron_crnet.config.optimizer_rules import check_optimizer, check_restarts, wsd_decay_steps
 from megatron_crnet.config.positions import METHODS, head_width, position_table
 from megatron_crnet.config.rank_rules import check_rank_schedule
-from megatron_crnet.utils.errors import ConfigError, require
+from megatron_crnet.utils.errors import ConfigError, multiples_near, require
 
 if TYPE_CHECKING:
     from megatron_crnet.config.parallel_section import ParallelConfig
@@ -89,7 +89,7 @@ def _check_model(model: ModelConfig) -> None:
     require(
         model.kv_channels is not None or h % heads == 0,
         f"model.hidden_size {h} does not divide by model.num_attention_heads {heads}: "
-        f"use hidden_size {h // heads * heads or heads} or {(h // heads + 1) * heads}, or set kv_channels",
+        f"use hidden_size {multiples_near(h, heads)}, or set kv_channels",
     )
     width = head_width(model)
     source = f"hidden_size {h} / num_attention_heads {heads}" if model.kv_channels is None else "kv_channels"
@@ -204,7 +204,7 @@ def _check_parallel(config: Config) -> None:
         require(
             value % tp == 0 or (name == "seq_length" and not parallel.shards_sequence),
             f"{section}.{name} {value} does not divide by parallel.tensor_model_parallel_size {tp}: "
-            f"use {value // tp * tp or tp} or {(value // tp + 1) * tp}, or another tensor-parallel size",
+            f"use {multiples_near(value, tp)}, or another tensor-parallel size",
         )
     _check_cut("vocab_size", model.vocab_size, parallel)
     if ARCHITECTURES[model.architecture].experts is None:
@@ -250,7 +250,7 @@ def _check_pipeline(config: Config) -> None:
         require(
             value % vpp == 0,
             f"parallel.{name} {value} does not divide by virtual_pipeline_model_parallel_size {vpp}: use "
-            f"{value // vpp * vpp or vpp} or {(value // vpp + 1) * vpp}",
+            f"{multiples_near(value, vpp)}",
         )
     rest, stages = layers - sum(uneven.values()), pp - len(uneven)
     if stages == 0:

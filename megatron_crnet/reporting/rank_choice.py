@@ -24,12 +24,13 @@ def rank_yaml(model: ModelConfig, command: str) -> str:
     return f"# {command}\n# {total_parameters(model):,} parameters\n{dumped}"
 
 
-def rank_section(model: ModelConfig, spectra: Sequence[Spectrum], ranks: Ranks, uniform: int) -> Section:
+def rank_section(model: ModelConfig, spectra: Sequence[Spectrum], ranks: Ranks, uniform: int, capped: bool) -> Section:
     """The choice, and what it keeps beside one rank for all maps.
 
     Args:
         model: with the chosen ranks.
         uniform: the largest rank for all maps within the same budget.
+        capped: whether the budget allows more than ranks at which maps are smaller than full-rank ones.
     """
     before = [one.error(uniform) for one in spectra]
     after = [one.error(ranks[one.layer, one.position]) for one in spectra]
@@ -52,10 +53,15 @@ def rank_section(model: ModelConfig, spectra: Sequence[Spectrum], ranks: Ranks, 
         f"{total_parameters(model):,} parameters; relative error of the outputs, root mean square over maps: "
         f"{mean[1]:.4f}, with rank {uniform} everywhere {mean[0]:.4f}"
     ]
+    if capped:
+        section.notes.append(
+            "the budget allows more, but every map has the largest rank at which it is smaller than a full-rank one: "
+            "take a smaller budget, or variant full_rank"
+        )
     section.pictures = [
         Lines(
             "Ranks by layer",
-            f"With rank {uniform} everywhere the model has as many parameters or operations.",
+            f"With rank {uniform} everywhere the model has at most as many parameters or operations as the budget.",
             "layer",
             "rank",
             [Series(p, [(layer, ranks[layer, p]) for layer in layers], i) for i, p in enumerate(positions)],

@@ -50,6 +50,12 @@ class BadStepError(CrnetError):
     exit_status = 3
 
 
+def multiples_near(value: int, of: int) -> str:
+    """For a remedy: the multiples of `of` on either side of a value that is none, but not 0."""
+    below = value // of * of
+    return f"{below} or {below + of}" if below else f"{of}"
+
+
 def describe(error: BaseException) -> str:
     """An exception in one line: a message of this project as it is, any other with its type."""
     if isinstance(error, CrnetError):

@@ -306,6 +306,12 @@ def test_another_model_is_refused_with_the_difference(tmp_path: Path) -> None:
         check_resumable(other, tmp_path)
 
 
+def test_a_full_rank_checkpoint_is_converted_by_a_command_that_is_named(tmp_path: Path) -> None:
+    save_resolved(row_config(tmp_path, model={"variant": "full_rank"}), tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match=r"model.variant full_rank instead of relora.* by crnet init --model.variant"):
+        check_resumable(row_config(tmp_path, model={"variant": "relora"}), tmp_path)
+
+
 def test_layout_stage_precision_and_optimizer_may_change(tmp_path: Path) -> None:
     save_resolved(row_config(tmp_path), tmp_path / "config.yaml")
     changed = row_config(tmp_path, 1, "bf16", TP, OTHER, reduce_bucket_size=1000)

@@ -177,6 +177,9 @@ def test_a_checkpoint_after_restarts_starts_a_run_that_draws_other_factors(
     outcome = start_here(corpus.options(tmp_path / "new", **changes, checkpoint__load=checkpoint(whole, STEPS)))
     assert outcome.status == 0, outcome.stderr
     assert lines_of(tmp_path / "new", "restarts") == {1: 1, 2: 1, 3: 2, 4: 2, 5: 2, 6: 2}
+    outcome = start_here(corpus.options(tmp_path / "warm", **RUN, checkpoint__load=checkpoint(whole, STEPS)))
+    assert outcome.status == 2
+    assert "full-rank weights of a warm start there: use relora.warm_start_steps 0, or" in outcome.stderr
 
 
 def test_another_warm_start_is_refused_after_its_end(whole: Path, corpus: Corpus, tmp_path: Path) -> None:

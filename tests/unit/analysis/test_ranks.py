@@ -16,6 +16,7 @@ from megatron_crnet.analysis.ranks import (
     Ranks,
     Spectrum,
     choose_ranks,
+    has_largest_ranks,
     largest_rank,
     operation_budget,
     parameter_budget,
@@ -104,7 +105,12 @@ def test_a_budget_counts_the_whole_model(model: ModelConfig, widest: int, active
 def test_ranks_are_multiples_below_the_cost_of_a_full_map() -> None:
     assert [rank_multiple(h) for h in (32, 128, 192, 1024, 4096)] == [1, 8, 8, 64, 64]
     assert (largest_rank(32, 32, 8), largest_rank(32, 16, 8), largest_rank(32, 16, 16)) == (8, 8, 10)
-    ranks = choose_ranks(SMALL, random_spectra(1), Budget(1e9, 0, 1.0, "parameters"), 8)
+    endless = Budget(1e9, 0, 1.0, "parameters")
+    ranks = choose_ranks(SMALL, random_spectra(1), endless, 8)
+    assert has_largest_ranks(SMALL, ranks, endless, 8)
+    tight = parameter_budget(SMALL, total_parameters(with_ranks(ranks)))
+    assert choose_ranks(SMALL, random_spectra(1), tight, 8) == ranks
+    assert not has_largest_ranks(SMALL, ranks, tight, 8)
     assert {*ranks.values()} == {8, 16}
     for (_, position), rank in ranks.items():
         assert rank == largest_rank(*((32, 32) if position in "qkvo" else (32, 48)), 8)
@@ -162,7 +168,9 @@ def test_the_command_writes_what_a_configuration_takes(
     text, output = f"--text={tmp_path / 'text.txt'}", tmp_path / "ranks.yaml"
     words = ["ranks", str(dense.path), text, "--like-rank", "6", f"--output={output}"]
     assert main(words) == 0
-    assert "with rank 6 everywhere" in capsys.readouterr().out
+    found = capsys.readouterr().out
+    assert "with rank 6 everywhere" in found
+    assert "the budget allows more" not in found
     values = yaml.safe_load(output.read_text())
     model = {**resolved(dense.config)["model"], **values["model"]}
     config = load_config({"model": model, "training": {"seq_length": 16}})
