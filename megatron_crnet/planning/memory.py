@@ -224,9 +224,9 @@ def _moments(model: LocalModel, plan: BatchPlan, chunk: Chunk) -> Iterator[float
 
 
 def _received(model: LocalModel, plan: BatchPlan) -> float:
-    """Bytes of tensors of other stages that a backward pass finds beside `kept`."""
+    """Bytes of tensors from or for other stages that a backward pass finds beside `kept`."""
     transformer, size, first = model.transformer, model.local_tokens * model.element, model.chunks[0]
-    if len(model.chunks) > 1:  # the other chunk's output is sent after this pass
+    if len(model.chunks) > 1:  # of the last stage, the other chunk's output, or the gradient that it has received
         return boundary_size(transformer, first.layers.stop) * size if model.chunks[-1].predicts else 0.0
     if first.embeds or plan.num_microbatches == 1:
         return 0.0
@@ -253,7 +253,7 @@ def _segments(model: LocalModel, plan: BatchPlan, chunk: Chunk) -> Iterator[floa
     transformer, size, last = model.transformer, model.local_tokens * model.element, model.chunks[-1]
     buffer = model.buffer * model.element if model.stage == 2 else 0
     is_sent = not last.predicts and len(model.chunks) == 1  # what is sent is gone in backward
-    gone = _logits(model, chunk) + (boundary_size(transformer, last.layers.stop) * size if is_sent else 0)
+    gone = _logits(model, last) + (boundary_size(transformer, last.layers.stop) * size if is_sent else 0)
     tied = model.embedding * model.element if chunk.predicts and chunk.embeds and transformer.table.ties_head else 0
     widest, few = _widest(transformer), _few_rows(model)
     kept = kept_widths(transformer, chunk.layers, chunk.segments)
