@@ -228,7 +228,7 @@ class Checkpointer:
         if self.guard and "norm_ratios" in about:
             try:  # the same on all ranks
                 self.guard.restore(about["norm_ratios"])
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, RuntimeError) as error:
                 raise CheckpointError(
                     f"checkpoint {checkpoint} cannot be read ({describe(error)}): use another one"
                 ) from error

@@ -180,7 +180,7 @@ class TrainEngine:
     @torch.no_grad()
     def calibrate_output_norms(self, batches: list[Batch]) -> None:
         """Before the first step under `inverse`: plan segments by the norms of outputs, from a few micro-batches."""
-        if not self.guard or self.guard.ratios or not METHODS[self.config.model.variant].is_chained:
+        if not self.guard or self.guard.is_calibrated or not METHODS[self.config.model.variant].is_chained:
             return
         self.deepspeed.train()
         with RngStates.capture().scope():
@@ -188,6 +188,7 @@ class TrainEngine:
             few = batches[: self.config.parallel.pipeline_model_parallel_size]
             run_schedule(self.scheduled, few, forward_only=True)
         self._weights_changed()
+        self.guard.is_calibrated = True
 
     @contextmanager
     def _accumulating(self) -> Iterator[None]:

@@ -25,11 +25,12 @@ class InverseGuard:
     Attributes:
         added: checkpoints that the guard has added on all pipeline stages.
         ratios: norm ratios of the positions by layer of this stage, on the host, that the last plan went by.
+        is_calibrated: whether ratios are known of all stages, of which some may have none.
     """
 
     def __init__(self, blocks: Sequence[CRNetTransformerBlock], device: torch.device) -> None:
         self.blocks, self.device = blocks, device
-        self.added, self.ratios = 0, dict[int, Tensor]()
+        self.added, self.ratios, self.is_calibrated = 0, dict[int, Tensor](), False
 
     def plan(self, betas: dict[LowRankGroup, Tensor]) -> None:
         """Plan by the betas and the norm ratios that passes have recorded; a collective call.
@@ -76,6 +77,7 @@ class InverseGuard:
             raise ValueError(f"norm_ratios must have one list for each of {config.num_layers} layers")
         here = [layer for block in self.blocks for layer in block.layer_range]
         self.ratios = {layer: found[layer] for layer in here if len(found[layer])}
+        self.is_calibrated = any(len(x) for x in found)
 
 
 def _scales_by_layer(betas: dict[LowRankGroup, Tensor]) -> dict[int, Tensor]:

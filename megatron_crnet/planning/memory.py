@@ -256,7 +256,7 @@ def _segments(model: LocalModel, plan: BatchPlan, chunk: Chunk) -> Iterator[floa
     gone = _logits(model, last) + (boundary_size(transformer, last.layers.stop) * size if is_sent else 0)
     tied = model.embedding * model.element if chunk.predicts and chunk.embeds and transformer.table.ties_head else 0
     widest, few = _widest(transformer), _few_rows(model)
-    kept = kept_widths(transformer, chunk.layers, chunk.segments)
+    kept, reductions = kept_widths(transformer, chunk.layers, chunk.segments), _reductions(model)
     for segment in chunk.segments or [range(layer, layer + 1) for layer in chunk.layers]:
         rest = [other for other in chunk.segments if other.start < segment.stop]
         width = kept_widths(transformer, range(chunk.layers.start, segment.stop), rest) - kept + widest
@@ -264,9 +264,9 @@ def _segments(model: LocalModel, plan: BatchPlan, chunk: Chunk) -> Iterator[floa
         moment = buffer + tied - gone - _missing(model, plan, segment.stop)
         moment += _copied_experts(model, segment) if chunk.segments else 0
         yield moment + (width + 2 * widest) * size + few
-        for layer, elements in _reductions(model):
-            if layer in segment:
-                yield moment + width * size + _copies(model) * elements
+        together = max((elements for layer, elements in reductions if layer in segment), default=0)
+        if together:
+            yield moment + width * size + _copies(model) * together
 
 
 def _reductions(model: LocalModel) -> list[tuple[int, int]]:

@@ -95,13 +95,13 @@ def _layer_products(model: LocalModel, layer: int) -> tuple[int, int]:
 def _expert_products(model: LocalModel, layer: int) -> tuple[int, int]:
     """Forward operations per micro-batch of router and experts, where tokens are spread evenly: with weights that are
     trained, and with frozen ones."""
-    table = model.transformer.table
+    table, tokens = model.transformer.table, model.local_tokens
     if table.architecture.experts is None:
         return 0, 0
     dense, factors = (sum(weight.elements for weight in same) for same in expert_weights(model, layer))
     trained, frozen = (factors, dense) if factors else (dense, 0)
-    router, given = 2 * model.local_tokens * model.config.model.hidden_size * table.num_experts, table.topk
-    return router + 2 * model.local_tokens * given * trained, 2 * model.local_tokens * given * frozen
+    router = 2 * tokens * model.config.model.hidden_size * table.num_experts
+    return router + 2 * tokens * table.topk * trained, 2 * tokens * table.topk * frozen
 
 
 def _full_rank_products(model: LocalModel) -> int:

@@ -40,6 +40,13 @@ ROWS: dict[str, dict[str, Any]] = {
         "model": {"num_layers": 8, "beta_init": 0.7},
         "recompute": "inverse",
     },
+    # the first stage has no ratio
+    "pp2-uneven-zero1-inverse": {
+        "stage": 1,
+        "parallel": {"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 1},
+        "model": {"num_layers": 5, "beta_init": 0.7},
+        "recompute": "inverse",
+    },
     "tp2-zero1-dropout": {"stage": 1, "parallel": TP, "model": DROPOUT},
     "pp2-zero1": {"stage": 1, "parallel": {"pipeline_model_parallel_size": 2}},
     "pp2-zero1-multipliers": {
