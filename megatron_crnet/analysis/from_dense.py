@@ -37,16 +37,13 @@ from megatron_crnet.analysis.stream import Activations, Map, Sums
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.megatron import build_transformer_config
 from megatron_crnet.config.model_fields import computing_fields
-from megatron_crnet.config.positions import PositionTable, position_table
+from megatron_crnet.config.positions import NEEDS_TEXT, PositionTable, position_table
 from megatron_crnet.config.schema import Config, ModelConfig
 from megatron_crnet.model.reference import EMBEDDING
 from megatron_crnet.model.weights import initial_value
 from megatron_crnet.utils.errors import DataError, require
 
 Weights = dict[str, Tensor]
-
-NEEDS_TEXT = {"low_rank": False, "crnet": True, "relora": False}
-"""Variants that a dense model is turned into, and whether only with calibration text."""
 
 
 class FittedMap(NamedTuple):

@@ -14,7 +14,7 @@ from megatron_crnet.config.architectures import ARCHITECTURES
 from megatron_crnet.config.loading import resolved
 from megatron_crnet.config.model_fields import computing_fields
 from megatron_crnet.config.phases import is_warm_start
-from megatron_crnet.config.positions import METHODS, position_table
+from megatron_crnet.config.positions import METHODS, NEEDS_TEXT, position_table
 from megatron_crnet.config.rank_section import rank_after
 from megatron_crnet.config.schema import Config, ModelConfig
 from megatron_crnet.utils.errors import CheckpointError, ConfigError, describe, require
@@ -26,8 +26,6 @@ OLDER = {
     **{"moe_router_topk": ModelConfig.moe_router_topk, "moe_router_pre_softmax": False},
 }
 """Values in checkpoints of versions without these fields of the model."""
-CONVERTED = ("crnet", "low_rank", "relora")
-"""What `analysis/from_dense.py` makes of a full-rank model."""
 
 
 def saved_state(checkpoint: Path) -> dict[str, Any]:
@@ -81,7 +79,7 @@ def check_resumable(
     names = [n for n in asked_for if defined.get(n) != asked_for[n] and found.get(n) != wanted[n]]
     if names:
         difference = ", ".join(f"model.{name} {found.get(name)} instead of {wanted[name]}" for name in names)
-        if "variant" in names and found["variant"] == "full_rank" and wanted["variant"] in CONVERTED:
+        if "variant" in names and found["variant"] == "full_rank" and wanted["variant"] in NEEDS_TEXT:
             remedy = f"{remedy}, or make one of it by crnet init --model.variant {wanted['variant']}"
         if names == ["rank"] and at in config.rank_schedule.steps:
             remedy = f"{remedy}, or let ranks change after step {at}"

@@ -67,6 +67,8 @@ METHODS = {
     "relora": Method(has_frozen=True),
 }
 """By `model.variant`."""
+NEEDS_TEXT = {"low_rank": False, "crnet": True, "relora": False}
+"""Variants that a full-rank model is converted to (`crnet init`), and whether that takes calibration text."""
 ONLY_LR_ACT_FROM = 1024
 """Hidden width of the smallest of CoLA's models (350M) whose configuration has `only_lr_act`."""
 

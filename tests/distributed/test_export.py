@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_crnet.analysis.from_dense import NEEDS_TEXT
 from megatron_crnet.checkpoint.manager import Checkpointer, TrainingState
 from megatron_crnet.checkpoint.weight_files import CheckpointWeights
 from megatron_crnet.cli.main import main
+from megatron_crnet.config.positions import NEEDS_TEXT
 from megatron_crnet.config.schema import CheckpointConfig, Config, DataConfig
 from megatron_crnet.distributed.process_groups import initialize_parallel, shutdown_parallel
 from megatron_crnet.engine.engine import TrainEngine
