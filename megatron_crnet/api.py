@@ -51,7 +51,7 @@ def train(config: Config) -> TrainResult:
 
 
 def train_tokenizer(
-    paths: Sequence[PathLike], out_prefix: PathLike, vocab_size: int = 32000, *, overwrite: bool = False
+    paths: PathLike | Sequence[PathLike], out_prefix: PathLike, vocab_size: int = 32000, *, overwrite: bool = False
 ) -> Path:
     """Train a SentencePiece tokenizer on files and folders of text. Returns the path of OUT_PREFIX.model.
 
@@ -62,11 +62,11 @@ def train_tokenizer(
     from megatron_crnet.data.corpus import iter_documents
     from megatron_crnet.data.train_tokenizer import train_sentencepiece
 
-    return train_sentencepiece(iter_documents(paths), out_prefix, vocab_size, overwrite=overwrite)
+    return train_sentencepiece(iter_documents(_listed(paths)), out_prefix, vocab_size, overwrite=overwrite)
 
 
 def preprocess(
-    paths: Sequence[PathLike],
+    paths: PathLike | Sequence[PathLike],
     out_prefix: PathLike,
     tokenizer_model: PathLike,
     *,
@@ -86,7 +86,11 @@ def preprocess(
     from megatron_crnet.data.preprocess import preprocess as write
 
     kind: Literal["sentencepiece", "huggingface"] = "huggingface" if Path(tokenizer_model).is_dir() else "sentencepiece"
-    return write(paths, out_prefix, kind, str(tokenizer_model), workers=workers, overwrite=overwrite)
+    return write(_listed(paths), out_prefix, kind, str(tokenizer_model), workers=workers, overwrite=overwrite)
+
+
+def _listed(paths: PathLike | Sequence[PathLike]) -> Sequence[PathLike]:
+    return [paths] if isinstance(paths, PathLike) else paths
 
 
 def estimate(config: Config, world_size: int, gpu: str = "h100", *, gpus_per_node: int = 8) -> Estimate:
@@ -177,7 +181,8 @@ def evaluate(
         model: from `load_pretrained`.
         data: prefix of .bin and .idx files.
         text: a file or folder of text.
-        validation_of: the samples that a run of this configuration validates on.
+        validation_of: the samples that a run of this configuration validates on. In process groups of the caller all
+            ranks must make this call, because they build an index of samples together.
         seq_length: tokens in a row; None takes the model's `max_position_embeddings`.
         batch_size: rows in a forward pass.
         padded: a row per document, cut; else documents are joined and cut, and every token counts once.

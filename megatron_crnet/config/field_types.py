@@ -138,13 +138,13 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def checked(name: str, kind: Any, value: Any, remedy: str = "correct it") -> Any:
-    """The value converted to its type: an integer to a float, a path expanded.
+    """The value converted to its type: an integer to a float, a tuple to a list, a path expanded.
 
     Raises:
         ConfigError: it is not of the type.
     """
     try:
-        return _adapter(kind).validate_python(value)
+        return _adapter(kind).validate_python(_with_lists(value))
     except ValidationError as error:
         own = [found["ctx"]["error"] for found in error.errors() if found["type"] == "value_error"]
         reasons = [note for note in get_args(kind)[1:] if isinstance(note, Reason)]
@@ -153,6 +153,13 @@ def checked(name: str, kind: Any, value: Any, remedy: str = "correct it") -> Any
         remedy = nearest(value, choices, remedy) if isinstance(value, str) else remedy
         rule = next(iter([*reasons, *own]), f"must be {describe(kind)}: {remedy}")
         raise ConfigError(f"{name} is {shown(value)}, but {rule}") from error
+
+
+def _with_lists(value: Any) -> Any:
+    """Tuples, which YAML does not have, as lists; also in a mapping."""
+    if isinstance(value, dict):
+        return {key: list(entry) if isinstance(entry, tuple) else entry for key, entry in value.items()}
+    return [_with_lists(entry) for entry in value] if isinstance(value, tuple) else value
 
 
 def remedy_of(field: dataclasses.Field[Any]) -> str:

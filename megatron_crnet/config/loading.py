@@ -136,9 +136,9 @@ def resolved(config: Config, layout: bool = True) -> dict[str, Any]:
     return values
 
 
-def save_config(config: Config, path: Path) -> None:
+def save_config(config: Config, path: str | Path) -> None:
     """Write the configuration as YAML for `load_config`: what follows from other fields is left open."""
-    replace_text(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    replace_text(Path(path), yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
 
 def save_resolved(config: Config, path: Path, layout: bool = True) -> None:

@@ -123,6 +123,15 @@ def phase_at(config: Config, step: int, changes: Sequence[int] = ()) -> Phase:
     return next((phase for phase in phases if step < phase.stop), phases[-1])
 
 
+def change_of_model(before: Phase, after: Phase) -> str:
+    """What another phase trains, for the log."""
+    models = before.config.model, after.config.model
+    if models[0].variant != models[1].variant:
+        return f"from here {models[1].variant} is trained"
+    counts = [total_parameters(model) / 1e6 for model in models]
+    return f"ranks change, parameters {counts[0]:.3g}M -> {counts[1]:.3g}M"
+
+
 def is_warm_start(values: Mapping[str, Any], step: int) -> bool:
     """Whether a run of these resolved values has the weights of its warm start after `step`."""
     return step < (values.get("relora") or {}).get("warm_start_steps", 0)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from torch import nn
+from torch.distributed import distributed_c10d
 
 from megatron_crnet.config.batch import data_parallel_size
 from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed import cpu_backend
 from megatron_crnet.distributed.consensus import agree_on_configuration
 from megatron_crnet.distributed.launcher import Launch, read_launch
-from megatron_crnet.distributed.rendezvous import shared_store, wait_for_all
+from megatron_crnet.distributed.rendezvous import meet
 from megatron_crnet.distributed.watchdog import MARGIN_SECONDS, Heartbeat, report_lost_ranks
 from megatron_crnet.utils.errors import require
 
@@ -109,14 +112,22 @@ def join_processes(config: Config) -> tuple[torch.device, Heartbeat]:
     return device, _join(config)
 
 
-def shutdown_parallel(owns_groups: bool = True) -> None:
+def all_groups() -> list[dist.ProcessGroup]:
+    """Every process group that this process is in, oldest first; PyTorch has no public list."""
+    return list(distributed_c10d._world.pg_map)
+
+
+def shutdown_parallel(keep: Collection[dist.ProcessGroup] = ()) -> None:
     """Leave the groups and put the environment back; safe after an error on this rank alone.
 
     Args:
-        owns_groups: else those of torch.distributed are the caller's, and stay.
+        keep: groups of the caller, with the default one among them; all others are left.
     """
     parallel_state.destroy_model_parallel()
-    if owns_groups and dist.is_initialized():
+    if keep:
+        for group in (group for group in all_groups() if group not in keep):
+            deepspeed.comm.destroy_process_group(group)  # which forgets DeepSpeed's references as well
+    elif dist.is_initialized():
         dist.destroy_process_group()
     while _exported:
         name, before = _exported.popitem()
@@ -177,8 +188,7 @@ def _join(config: Config) -> Heartbeat:
         _exported.setdefault(name, before)
     # else every gloo group opens a socket to every rank, though its calls need a few neighbours
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
-    store = shared_store(launch, limit)
-    wait_for_all(store, launch.rank, launch.world_size, limit)
+    store = meet(launch, limit)
     # a connection of its own: a collective call that waits holds the other one
     own = store.clone()  # type: ignore[attr-defined]  # missing in the stubs
     heartbeat = Heartbeat(own, launch.rank, launch.world_size)

@@ -24,6 +24,24 @@ RESOLVING_SECONDS = 10.0
 """The name of a node may become known a little after its processes have started."""
 LONGEST_PAUSE_SECONDS = 0.5
 OUTCOME, COMPLETE = "start", "complete"
+_met: dict[Launch, tuple[dist.Store, int]] = {}
+"""The store of this process's launch, and how often its ranks have met there. It stays open for the next run of the
+same processes: rank 0 must not close it while another rank looks for it."""
+
+
+def meet(launch: Launch, limit_minutes: float) -> dist.Store:
+    """Wait for all ranks of a launch. Returns their store, with keys of this run alone.
+
+    Raises:
+        ConfigError, PeerLostError: see `shared_store` and `wait_for_all`.
+    """
+    store, runs = _met.get(launch) or (shared_store(launch, limit_minutes), 0)
+    if launch.world_size > 1:
+        _met[launch] = store, runs + 1
+        store.set_timeout(timedelta(minutes=limit_minutes))
+    store = dist.PrefixStore(f"run {runs}", store)
+    wait_for_all(store, launch.rank, launch.world_size, limit_minutes)
+    return store
 
 
 def shared_store(launch: Launch, limit_minutes: float) -> dist.Store:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.zero import register_external_parameter
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_grad
@@ -250,6 +251,19 @@ class Stage3(Stage2):
     """Parameters are partitioned, too."""
 
     stage = 3
+
+    def prepare(
+        self, projected: Sequence[Weight], progress: Callable[[], None], add_: Callable[[Tensor, Tensor], None]
+    ) -> None:
+        """See the base; and say which weights a module reads of others, as all passes must gather them alike.
+
+        DeepSpeed notes by itself those that are not there when they are read. After the passes that it has traced that
+        is a tracing error.
+        """
+        super().prepare(projected, progress, add_)
+        for module in self.engine.module.modules():
+            for parameter in getattr(module, "parameters_read", ()):
+                register_external_parameter(module, parameter)
 
     @property
     def _groups(self) -> list[list[nn.Parameter]]:

@@ -77,6 +77,12 @@ class CRNetModel(GPTModel):
         if self.share_embeddings_and_output_weights and self.post_process and not self.pre_process:
             self.output_layer.weight.ds_pipe_replicated = True  # DeepSpeed's mark: its norm counts the weight once
 
+    @property
+    def parameters_read(self) -> list[nn.Parameter]:
+        """A tied output layer's weight, which is the embedding's; see `CRNetTransformerLayer.parameters_read`."""
+        ties = self.share_embeddings_and_output_weights and self.pre_process and self.post_process
+        return [self.embedding.word_embeddings.weight] if ties else []
+
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross-entropy of every token, [b, s]; labels: [b, s], logits: [s, b, V/t]."""
         return self.losses_of_logits(logits, labels.t().contiguous()).t().contiguous()

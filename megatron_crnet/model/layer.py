@@ -150,7 +150,7 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
                 query, key = self.q_layernorm(query), self.k_layernorm(key)
             return (query, key, value), outputs
         norms = None
-        if has_qk_norm:  # read, not called: ZeRO-3 gathers weights that are read within the layer's call, too
+        if has_qk_norm:
             norms = HeadNorms(self.q_layernorm.weight, self.k_layernorm.weight, self.config.layernorm_epsilon)
         if self.biases:
             used, outputs = self._carry("qkv", outputs)
@@ -209,6 +209,12 @@ class CRNetTransformerLayer(MegatronModule, BaseTransformerLayer):
         y = self.config.table.architecture.by_group(outputs)
         pairs = [group.invert(tape.groups[group.group], y[group.group]) for group in self.groups]
         return tuple(chain.from_iterable(previous for previous, _ in pairs)), torch.cat([s for _, s in pairs])
+
+    @property
+    def parameters_read(self) -> list[nn.Parameter]:
+        """Weights of modules that are not called but read, which ZeRO-3 has to gather for the layer's call."""
+        architecture = self.config.table.architecture
+        return [self.q_layernorm.weight, self.k_layernorm.weight] if architecture.has_qk_norm else []
 
     @property
     def groups(self) -> tuple[LinearGroup, ...]:

@@ -8,7 +8,7 @@ import json
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -17,6 +17,8 @@ from annotated_types import Ge, Le
 from megatron_crnet.config.batch import plan_batches
 from megatron_crnet.config.field_types import FilePath, Rule, Seed, checked, nearest, shown
 from megatron_crnet.config.loading import load_config, resolved
+from megatron_crnet.config.rank_section import RankScheduleConfig
+from megatron_crnet.config.relora_section import ReloraConfig
 from megatron_crnet.config.schema import Config
 from megatron_crnet.data.indexed import blends_of, read_index
 from megatron_crnet.utils.errors import ConfigError, require
@@ -35,8 +37,13 @@ KEYS = {
 Factor = Annotated[float, Ge(1.01), Le(1000)]
 MOST_EXTENSIONS = 4
 """Values by which an axis is extended on each side at most."""
-MOST_STEPS = 4 * 10**5
-"""Of a run whose steps are not known yet: more than any schedule asks for, and not too many samples."""
+UNSCHEDULED = {
+    **{"training.train_steps": 1, "logging.profile_steps": None, "optimizer.lr_restart_interval": None},
+    **{"optimizer.lr_warmup_steps": 0, "optimizer.lr_decay_style": "constant"},
+    **{f"relora.{name}": value for name, value in asdict(ReloraConfig()).items()},
+    **{f"rank_schedule.{name}": value for name, value in asdict(RankScheduleConfig()).items()},
+}
+"""Of a run whose steps are not known yet: no schedule, so that only the batch is checked."""
 NOT_COMPARED = ("logging.", "checkpoint.", "data.cache_path", "data.num_workers", "training.seed")
 """Prefixes of fields that may change within a study."""
 
@@ -137,13 +144,8 @@ class Study:
             "checkpoint.dir": None,
         }
         if self.tokens is not None:
-            # the schedule is checked with the steps that follow, which are fewer
-            unscheduled = {
-                **{"optimizer.lr_warmup_steps": 0, "optimizer.lr_decay_style": "constant"},
-                **{"optimizer.lr_restart_interval": None, "training.train_steps": min(self.tokens, MOST_STEPS)},
-            }
-            plan = plan_batches(self._load({**values, **unscheduled}), 1)
-            steps = range(1, min(self.tokens, MOST_STEPS) + 1)  # more where the batch size grows
+            plan = plan_batches(self._load({**values, **UNSCHEDULED}), 1)
+            steps = range(1, self.tokens + 1)
             values["training.train_steps"] = max(bisect_right(steps, self.tokens, key=plan.tokens_of_run), 1)
         config = self._load(values)
         plan_batches(config, 1)

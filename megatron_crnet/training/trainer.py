@@ -21,15 +21,19 @@ from megatron_crnet.checkpoint.directory import checkpoint_dir, checkpoint_name
 from megatron_crnet.checkpoint.manager import Checkpointer
 from megatron_crnet.checkpoint.train_state import TrainingState
 from megatron_crnet.config.batch import BatchSizes
-from megatron_crnet.config.model_size import total_parameters
-from megatron_crnet.config.phases import next_model, phase_at
+from megatron_crnet.config.phases import change_of_model, next_model, phase_at
 from megatron_crnet.config.positions import position_table
 from megatron_crnet.config.rank_rules import directions
-from megatron_crnet.config.schema import Config, ModelConfig
+from megatron_crnet.config.schema import Config
 from megatron_crnet.data.documents import to_device
 from megatron_crnet.data.loader import global_batches
 from megatron_crnet.distributed.consensus import Vote, run_on_all_ranks
-from megatron_crnet.distributed.process_groups import initialize_parallel, seed_random_states, shutdown_parallel
+from megatron_crnet.distributed.process_groups import (
+    all_groups,
+    initialize_parallel,
+    seed_random_states,
+    shutdown_parallel,
+)
 from megatron_crnet.distributed.watchdog import report_lost_ranks
 from megatron_crnet.engine.determinism import deterministic_algorithms
 from megatron_crnet.engine.engine import TrainEngine
@@ -123,7 +127,7 @@ class Trainer:
         self.engine.restore_schedule(self.state.step - following.schedule_start)
         self.checkpointer.attach(self.engine)
         self.state = replace(self.state, recent_losses=())  # beside which those of other ranks may all be spikes
-        self.progress.line(f"step {self.state.step}: {_change(before.config.model, following.config.model)}")
+        self.progress.line(f"step {self.state.step}: {change_of_model(before, following)}")
 
     def _crosses_threshold(self) -> bool:
         """Whether ranks change after this step by `rank_schedule.energy`; a collective call where it is measured."""
@@ -292,13 +296,6 @@ class Trainer:
             yield [to_device(batch, self.context.device) for batch in batches]
 
 
-def _change(before: ModelConfig, after: ModelConfig) -> str:
-    if before.variant != after.variant:
-        return f"from here {after.variant} is trained"
-    counts = [total_parameters(model) / 1e6 for model in (before, after)]
-    return f"ranks change, parameters {counts[0]:.3g}M -> {counts[1]:.3g}M"
-
-
 def default_callbacks(preflight: Preflight, interruption: Interruption) -> list[Callback]:
     """The callbacks of every run. A state is saved before the validation of the same step."""
     return [
@@ -352,7 +349,7 @@ def run_training(
         PeerLostError: another rank died or is stalled.
         BadStepError: a loss is not finite or a spike; the state before it is saved.
     """
-    owns_groups = not dist.is_initialized()
+    before = all_groups()
     with (
         deterministic_algorithms(config.training.deterministic),
         nullcontext(interruption) if interruption else Interruption(from_start=False) as signals,
@@ -368,10 +365,10 @@ def run_training(
                 result = _run(preflight, signals, callbacks)
         except Exception as error:
             agreed = isinstance(error, CrnetError) and not isinstance(error, PeerLostError)
-            if not owns_groups or agreed or not dist.is_initialized() or dist.get_world_size() == 1:
-                shutdown_parallel(owns_groups)
+            alone = not dist.is_initialized() or dist.get_world_size() == 1
+            shutdown_parallel(before if agreed or alone else all_groups())
             raise
-        shutdown_parallel(owns_groups)
+        shutdown_parallel(before)
         return result
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import product
+from typing import Any
+from unittest.mock import patch
 
 import pytest
+from deepspeed.runtime.zero import parameter_offload
 
-from tests.distributed.engines import build_engine, run_step
+from megatron_crnet.config.schema import RecomputeConfig
+from tests.distributed.engines import build_engine, close_engine, run_step
 from tests.distributed.spawn import fresh_world, run_distributed
-from tests.helpers import Errors, compare_with_reference, tiny_config
+from tests.helpers import ARCHITECTURES, Errors, compare_with_reference, tiny_config
 
 STAGES = (0, 1, 2, 3)
 DTYPES = ("fp32", "bf16")
@@ -121,3 +126,27 @@ def _boundary_after_an_error(stage: int) -> bool:
 @pytest.mark.fault("B20")
 def test_an_error_among_the_micro_batches_puts_the_accumulation_boundary_back() -> None:
     assert run_distributed(_boundary_after_an_error, 1, 2) == [True]
+
+
+READERS = [
+    *((model, "none") for model in ({}, *ARCHITECTURES.values())),
+    *((ARCHITECTURES["qwen3"], strategy) for strategy in ("replay", "full")),
+]
+
+
+def _found_while_training() -> list[Any]:
+    """Weights that DeepSpeed had to find by itself, because they are read within another module's call."""
+    found: list[Any] = []
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    with patch.object(parameter_offload, "register_external_parameter", lambda module, _: found.append(type(module))):
+        for model, strategy in READERS:
+            config = tiny_config(model=model, deepspeed_section={"zero_optimization": zero})
+            engine = build_engine(dataclasses.replace(config, recompute=RecomputeConfig(strategy=strategy)))
+            run_step(engine)
+            close_engine(engine)
+    return found
+
+
+def test_every_weight_is_gathered_with_the_module_that_reads_it() -> None:
+    """One that is found after the passes that DeepSpeed traces ends the run, as after a bad step of a resumed one."""
+    assert run_distributed(_found_while_training, 2)[0] == []

@@ -17,12 +17,20 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from megatron_crnet.checkpoint import directory
 from megatron_crnet.config.loading import read_config
 from megatron_crnet.distributed import cpu_backend
+from megatron_crnet.distributed.process_groups import all_groups
 from megatron_crnet.engine.engine import TrainEngine
 from megatron_crnet.training.callbacks.base import Callback, Step
 from megatron_crnet.training.trainer import Trainer, TrainResult, run_training
 from megatron_crnet.utils.errors import ConfigError
 from megatron_crnet.utils.signals import SIGNALS
-from tests.integration.conftest import Corpus, lines_of
+from tests.integration.conftest import Corpus, lines_of, start
+
+TWICE = """
+import sys
+from megatron_crnet import load_config, train
+for name in ("one", "two"):
+    assert train(load_config({}, [*sys.argv[2:], f"--logging.output_dir={sys.argv[1]}/{name}"])).complete
+"""
 
 
 def engines() -> int:
@@ -124,14 +132,30 @@ def test_a_stopped_runs_state_is_saved_before_a_callback_can_fail(corpus: Corpus
     assert saved.name == "step_00000001"
 
 
+def test_two_ranks_train_twice(corpus: Corpus, tmp_path: Path) -> None:
+    """A program of its own, which a launcher starts once."""
+    program = tmp_path / "twice.py"
+    program.write_text(TWICE)
+    options = corpus.options(tmp_path / "unused", training__train_steps=2)
+    done = start([str(tmp_path), *options], ranks=2, program=str(program))
+    assert done.returncode == 0, done.stderr
+    one, two = (lines_of(tmp_path / name, "loss") for name in ("one", "two"))
+    assert one == two
+    assert set(one) == {1, 2}
+
+
 def test_two_runs_in_groups_of_the_caller(corpus: Corpus, tmp_path: Path) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        losses = {
-            run_training(read_config(corpus.options(tmp_path / name, training__train_steps=2))).train_loss
-            for name in ("one", "two")
-        }
-        assert dist.is_initialized()
+        before = all_groups()
+        losses = set()
+        for name in ("one", "two"):
+            config = read_config(corpus.options(tmp_path / name, training__train_steps=2))
+            losses.add(run_training(config).train_loss)
+            assert all_groups() == before, "each has threads and connections"
+        with pytest.raises(ConfigError, match=r"checkpoint\.load"):
+            run_training(read_config(corpus.options(tmp_path / "three", checkpoint__load=tmp_path / "none")))
+        assert all_groups() == before
     finally:
         dist.destroy_process_group()
     assert len(losses) == 1

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import megatron_crnet
-from megatron_crnet import ConfigError, estimate, load_config, plan
+from megatron_crnet import ConfigError, estimate, load_config, plan, preprocess, save_config, train_tokenizer
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
 IMPORTED = """
@@ -57,8 +57,19 @@ def test_a_configuration_is_made_of_values_as_of_a_file(tmp_path: Path) -> None:
     values["model"]["rank"] = 5
     config = load_config(values, overrides[:1])
     assert (config.model.num_layers, config.model.rank, config.training.seq_length) == (3, 5, 64)
+    of_tuples = {"model": {"num_layers": 2, "rank": (8, 9)}, "data": {"train_data_path": (tmp_path / "a",)}}
+    config = load_config(of_tuples)
+    assert (config.model.rank, config.data.train_data_path) == ([8, 9], [str(tmp_path / "a")])
+    save_config(config, str(tmp_path / "b.yaml"))
+    assert load_config(tmp_path / "b.yaml") == config
     with pytest.raises(ConfigError, match=r"the configuration: unknown key model\.rnak: did you mean rank\?"):
         load_config({"model": {"rnak": 3}})
+
+
+def test_one_path_is_a_list_of_one(tmp_path: Path) -> None:
+    text = Path(json.__file__)
+    tokenizer = train_tokenizer(text, tmp_path / "small", 400)
+    assert preprocess(str(text), tmp_path / "one", tokenizer).documents == 1
 
 
 def test_a_run_is_planned() -> None:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_crnet.distributed import launcher, rendezvous
 from megatron_crnet.distributed.launcher import LOOPBACK, Launch, first_host, read_launch, take_local_rank
 from megatron_crnet.distributed.process_groups import device_index
-from megatron_crnet.distributed.rendezvous import shared_store, wait_for_all
+from megatron_crnet.distributed.rendezvous import meet, shared_store, wait_for_all
 from megatron_crnet.utils.errors import ConfigError, PeerLostError
 from tests.ports import free_ports
 
@@ -281,6 +281,30 @@ def test_two_processes_of_one_rank_are_refused() -> None:
         thread.join()
     assert len(failures) == 3
     assert all("two processes have RANK 1: give each process" in failure for failure in failures)
+
+
+@pytest.mark.parametrize("agent", [False, True], ids=["rank 0's store", "the launcher's store"])
+def test_processes_that_train_twice_meet_twice(agent: bool, without_launcher: pytest.MonkeyPatch) -> None:
+    port, seen = free_ports(1), list[tuple[int, bytes | None]]()
+    held = dist.TCPStore(LOOPBACK, port, is_master=True, wait_for_workers=False) if agent else None
+    if held is not None:
+        without_launcher.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+
+    def join(rank: int) -> None:
+        for run in range(2):
+            store = meet(Launch(rank, 2, rank, LOOPBACK, port), 0.2)
+            seen.append((run, store.get("left behind") if store.check(["left behind"]) else None))
+            store.add(f"looked {run}", 1)
+            while store.add(f"looked {run}", 0) < 2:
+                pass
+            store.set("left behind", f"{run}")
+
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(seen) == [(0, None), (0, None), (1, None), (1, None)]
 
 
 def test_a_process_that_is_alone_needs_no_address(without_launcher: pytest.MonkeyPatch) -> None:

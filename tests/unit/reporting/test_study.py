@@ -107,6 +107,7 @@ def test_what_no_run_can_honour_is_refused_before_the_first(
 def test_schedules_are_checked_with_the_steps_that_follow_from_the_tokens(tmp_path: Path) -> None:
     changes = {"rank_schedule.steps": [400], "rank_schedule.ranks": [96], "logging.profile_steps": [450, 460]}
     relora = {"model.variant": "relora", "relora.warm_start_steps": 400, "relora.restart_interval": 20}
+    relora |= {"relora.prune": "reset"}
     axes = {"method": {"ranks": changes, "relora": relora}}  # beyond the 300 steps of the base
     grid = study(tmp_path, tokens=1_000_000, axes=axes, options={"optimizer.lr_warmup_steps": 5})
     assert {grid.config(run).training.train_steps for run in grid.runs()} == {488}
@@ -118,6 +119,8 @@ def test_schedules_are_checked_with_the_steps_that_follow_from_the_tokens(tmp_pa
 def test_the_budgets_of_papers_are_budgets(tmp_path: Path) -> None:
     grid = study(tmp_path, tokens=26_000_000_000, options={"training.global_batch_size": 4096})
     assert grid.config(next(grid.runs())).training.train_steps == 26_000_000_000 // (4096 * 256)
+    grid = study(tmp_path, tokens=10**9, options={"training.global_batch_size": 8192})
+    assert grid.config(next(grid.runs())).training.train_steps == 10**9 // (8192 * 256)
 
 
 def test_a_batch_size_that_grows_keeps_the_budget(tmp_path: Path) -> None:
