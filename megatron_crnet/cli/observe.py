@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_crnet.analysis.options import add_calibration_options, check_calibration, open_named, read_rows
 from megatron_crnet.cli.main import Call
 from megatron_crnet.config.options import ToolParser
-from megatron_crnet.utils.errors import DataError, require_positive
+from megatron_crnet.utils.errors import DataError, require, require_positive
 from megatron_crnet.utils.progress import CountPrinter
 from megatron_crnet.utils.record_file import add_record_options, check_record_file, report_record
 
@@ -89,11 +89,18 @@ def _name(path: Path) -> str:
 def _observed(name: str, source: SourceModel, args: argparse.Namespace) -> dict[str, Any]:
     from megatron_crnet.analysis.observation import default_ranks, observe
     from megatron_crnet.analysis.stream import default_devices
+    from megatron_crnet.config.positions import position_table
 
     rows = read_rows(source, args)
     assert rows is not None
     model = source.config.model
     ranks = sorted({*(args.ranks or default_ranks(model.hidden_size))})
+    largest = max(min(shape) for shape in position_table(model).shapes.values())
+    require(
+        args.ranks is None or ranks[0] < largest,
+        f"--ranks {ranks[0]} is not below {largest}, the largest rank of any map of {name}, so that nothing is left to "
+        f"approximate: use at most {largest - 1}",
+    )
     shown = name if source.step is None else f"{name}, step {source.step}"
     progress = CountPrinter(f"layers of {shown}", model.num_layers)
     maps = observe(source, rows, ranks, default_devices(), args.batch_size, progress)

@@ -180,7 +180,7 @@ def plan_batches(config: Config, world_size: int) -> BatchPlan:
     require(
         vpp == 1 or count % pp == 0,
         f"{count} micro-batches per step do not divide by pipeline_model_parallel_size {pp}, which virtual pipeline "
-        f"stages need: use global_batch_size {(count // pp + 1) * pp * samples} or fewer virtual stages",
+        f"stages need: use global_batch_size {(count // pp + 1) * pp * samples}, or no virtual stages",
     )
     sizes = BatchSizes.of(training)
     _check_ramp(sizes, samples * (pp if vpp > 1 else 1))

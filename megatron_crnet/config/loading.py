@@ -65,10 +65,6 @@ class ConfigParser(ToolParser):
             ConfigError: an unknown option or key, a value outside its type, or sizes that do not fit.
         """
         options, (_, given) = self.own_options(argv), _split(argv)
-        require(
-            not self._needs_model or bool(options.config) or any(name.startswith("--model.") for name, _ in given),
-            f"no model is given: write {self.prog} --config FILE, such as examples/quickstart.yaml, or see --help",
-        )
         words = [*(("--config", file) for file in options.config), *given]
         options.configuration = [f"{name}={value}" for name, value in words]
         values: Values = {} if base is None else base
@@ -76,6 +72,10 @@ class ConfigParser(ToolParser):
             _merge_file(values, checked("--config", FilePath, path))
         for option, value in given:
             _merge_option(values, option, value)
+        require(
+            not self._needs_model or bool(values.get("model")),
+            f"no model is given: write {self.prog} --config FILE, such as examples/quickstart.yaml, or see --help",
+        )
         return options, build(values)
 
     def format_help(self) -> str:

@@ -261,11 +261,13 @@ def _check_pipeline(config: Config) -> None:
         )
         return
     unit = stages * vpp
+    verb, name = "change" if uneven else "set", next(iter(uneven), "num_layers_in_first_pipeline_stage")
+    can_be_uneven = layers % vpp == 0 and layers >= pp * vpp  # then a first stage of some size leaves a multiple
     require(
         rest > 0 and rest % unit == 0,
         f"model.num_layers {layers} leaves {rest} layers for {stages} pipeline stages of {vpp} virtual ones: use "
-        f"{layers - rest + max(rest // unit, 1) * unit} or {layers - rest + max(rest // unit + 1, 2) * unit} layers, "
-        f"or {'change' if uneven else 'set'} parallel.{next(iter(uneven), 'num_layers_in_first_pipeline_stage')}",
+        f"{layers - rest + max(rest // unit, 1) * unit} or {layers - rest + max(rest // unit + 1, 2) * unit} layers"
+        f"{f', or {verb} parallel.{name}' if can_be_uneven else ''}",
     )
 
 

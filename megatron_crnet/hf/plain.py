@@ -233,6 +233,10 @@ def plain_fields(config: Config) -> dict[str, Any]:
         METHODS[variant].is_full_rank,
         f"model.variant is {variant}, but a {about.model_class} holds full-rank weights: leave out --plain",
     )
+    require(
+        not before["moe_router_pre_softmax"],
+        f"model.moe_router_pre_softmax is true, but false in every {about.model_class}: leave out --plain",
+    )
     before["kv_channels"] = head_width(config.model)
     fields: dict[str, Any] = {"model_type": kind, **{name: allowed[0] for name, allowed in about.only.items()}}
     fields |= {name: before[ours] for name, ours in about.fields.items()}

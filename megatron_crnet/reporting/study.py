@@ -274,7 +274,7 @@ def train_one(config: Config) -> Iterator[Row]:
         if result.complete and not math.isfinite(known["validation_loss"] or math.nan):
             outcome |= {"status": "diverged", "reason": f"the validation loss is {known['validation_loss']}"}
     except BadStepError as error:
-        outcome = {"status": "diverged", "reason": str(error)}
+        outcome = {"status": "diverged", "reason": error.problem}  # the states are removed
     except Exception as error:
         traceback.print_exc()
         outcome = {"status": "failed", "reason": describe(error)}

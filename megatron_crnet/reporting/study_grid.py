@@ -44,7 +44,10 @@ UNSCHEDULED = {
     **{f"rank_schedule.{name}": value for name, value in asdict(RankScheduleConfig()).items()},
 }
 """Of a run whose steps are not known yet: no schedule, so that only the batch is checked."""
-NOT_COMPARED = ("logging.", "checkpoint.", "data.cache_path", "data.num_workers", "training.seed")
+NOT_COMPARED = (
+    *("logging.", "checkpoint.dir", "checkpoint.save_", "checkpoint.keep_"),
+    *("data.cache_path", "data.num_workers", "training.seed"),
+)
 """Prefixes of fields that may change within a study."""
 
 

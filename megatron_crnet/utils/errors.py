@@ -45,9 +45,17 @@ class PeerLostError(CrnetError):
 
 
 class BadStepError(CrnetError):
-    """Training met a step that would do harm: loss or gradient norm not finite, a loss spike, or too many of them."""
+    """Training met a step that would do harm: loss or gradient norm not finite, a loss spike, or too many of them.
+
+    Attributes:
+        problem: the message without what is left and what to do.
+    """
 
     exit_status = 3
+
+    def __init__(self, message: str, problem: str | None = None) -> None:
+        super().__init__(message)
+        self.problem = message if problem is None else problem
 
 
 def multiples_near(value: int, of: int) -> str:

@@ -103,6 +103,7 @@ def test_a_run_that_fails_or_diverges_is_a_row_with_the_reason(file: Path, tmp_p
     assert found[tokenizer, 1000]["status"] == "complete"
     assert found[tokenizer, 1e-20]["status"] == "diverged"
     assert "but faults.spike_deviations 1e-20 above" in found[tokenizer, 1e-20]["reason"]
+    assert found[tokenizer, 1e-20]["reason"].endswith(")"), "no word on states that the study removes"
     assert found["README.md", 1000]["status"] == "failed"
     assert "README.md" in found["README.md", 1000]["reason"]
     assert table.count("1 diverged") == 1

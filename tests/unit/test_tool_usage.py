@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import subprocess
@@ -25,7 +26,7 @@ def ended(tool: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> i
 
 
 @pytest.mark.fault("M10")
-@pytest.mark.parametrize("arguments", [[], ["--training.seq_length", "64"]])
+@pytest.mark.parametrize("arguments", [[], ["--training.seq_length", "64"], ["--config", os.devnull]])
 @pytest.mark.parametrize("tool", TOOLS)
 def test_without_a_model_a_tool_says_in_one_line_how_to_give_one(
     tool: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -100,10 +100,11 @@ def _stop(trainer: Trainer, problem: str, lr: float) -> None:
     # a segment that exceeds its tolerance gives NaN (docs/recomputation.md)
     inverts = trainer.config.recompute.traits.inverts
     remedy = ", or take recompute.strategy replay, which divides by no beta" if inverts else ""
+    problem = f"{problem} at step {state.step + 1} (learning rate {lr:.3e}, last gradient norm {norm})"
     raise BadStepError(
-        f"{problem} at step {state.step + 1} (learning rate {lr:.3e}, last gradient norm {norm}): lower "
-        f"optimizer.lr or look at the data of this step{skipping}{remedy}; {stuck or _next_start(state, back, aside)}; "
-        f"the state just before this step {kept}"
+        f"{problem}: lower optimizer.lr or look at the data of this step{skipping}{remedy}; "
+        f"{stuck or _next_start(state, back, aside)}; the state just before this step {kept}",
+        problem,
     )
 
 

@@ -114,6 +114,10 @@ def test_experts_have_a_table_of_their_own(
     # k and v are no wider than this rank, and have no ratio, but no experts either
     assert main(["observe", str(dense.path), f"--text={tmp_path / 'text.txt'}", "--ranks", "16"]) == 0
     assert "maps of experts" not in capsys.readouterr().out
+    too_large, record = ["--ranks", "999"], tmp_path / "record.json"
+    assert main(["observe", str(dense.path), f"--text={tmp_path / 'text.txt'}", *too_large, f"--json={record}"]) == 2
+    assert "--ranks 999 is not below 32, the largest rank of any map of dense" in capsys.readouterr().err
+    assert not record.exists()
 
 
 @pytest.mark.parametrize(

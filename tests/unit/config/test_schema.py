@@ -190,6 +190,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "expert_model_parallel_size 2 and .* use 1 for both, or adamw",
     ),
     ({"parallel": {"virtual_pipeline_model_parallel_size": 2}}, "needs pipeline_model_parallel_size above 1"),
+    (
+        {"model": {"num_layers": 3}, "parallel": {**PP2, "virtual_pipeline_model_parallel_size": 2}},
+        "num_layers 3 leaves 3 layers for 2 pipeline stages of 2 virtual ones: use 4 or 8 layers$",
+    ),
+    (
+        {"model": {"num_layers": 6}, "parallel": {**PP2, "virtual_pipeline_model_parallel_size": 2}},
+        "use 4 or 8 layers, or set parallel.num_layers_in_first_pipeline_stage$",
+    ),
     ({"parallel": PP2, "deepspeed_section": {"zero_optimization": {"stage": 2}}}, "use stage 1"),
     (
         {"parallel": TP2, "training": {"dtype": "bf16"}},

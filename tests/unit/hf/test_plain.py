@@ -160,6 +160,10 @@ NOT_PLAIN: dict[str, tuple[dict[str, Any], str]] = {
         {"variant": "full_rank", "architecture": "gpt2", "max_position_embeddings": 16, "kv_channels": 6},
         "model.kv_channels is 6, but 8 in every GPT2LMHeadModel of these sizes: leave out --plain",
     ),
+    "one expert": (
+        {**EXPORTED["qwen3_moe"], "variant": "full_rank", "moe_router_topk": 1, "moe_router_pre_softmax": True},
+        "model.moe_router_pre_softmax is true, but false in every Qwen3MoeForCausalLM: leave out --plain",
+    ),
 }
 
 

@@ -219,6 +219,7 @@ def test_results_are_read_back_and_those_of_another_study_refused(grid: Study, t
     for changes, message in (
         ({"tokens": 200_000}, r"training\.train_steps 48 instead of 97"),
         ({"options": {**FILE["options"], "model.rank": 8}}, r"model\.rank 48 instead of 8"),
+        ({"options": {**FILE["options"], "checkpoint.load": "a"}}, r'checkpoint\.load null instead of "a"'),
         ({"axes": {"optimizer.lr": [0.001]}}, r"axes model\.variant, optimizer\.lr instead of optimizer\.lr"),
     ):
         with pytest.raises(ConfigError, match=rf"holds the results of another study \({message}\)"):
