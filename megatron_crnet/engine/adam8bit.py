@@ -113,7 +113,8 @@ class BlockwiseMoment:
         """Set the segment at `start`."""
         for elements, codes, scales in self.blocks(start):
             part = values[elements.start - start : elements.stop - start].view(codes.shape)
-            store(part.sqrt() if self.is_root else part, codes, scales, self.code_map)
+            # rounded once: what MKL gives in fp32 may be its neighbour, and then another scale than was read
+            store(part.double().sqrt().float() if self.is_root else part, codes, scales, self.code_map)
 
 
 class AdamW8bit(PerParameterOptimizer):

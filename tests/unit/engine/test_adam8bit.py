@@ -60,6 +60,19 @@ def test_rounding_what_was_rounded_changes_no_bit(kind: str, device: str) -> Non
     assert 0 < int((once.scales == 0).sum()) < 1001
 
 
+def test_scales_are_kept_whose_square_has_another_root_in_mkl() -> None:
+    """One number in 100,000."""
+    torch.manual_seed(0)
+    numbers = 1 + torch.rand(2_000_000)
+    others = numbers[numbers.square().sqrt() != numbers]
+    scales = torch.cat([others[:8], numbers[:8]])
+    once, twice = (moment(MOMENTS[1], torch.zeros(len(scales) * BLOCK)) for _ in range(2))
+    once.codes.view(-1, BLOCK)[:, 5] = 255
+    once.scales.copy_(scales)
+    twice.write(0, once.read(0))
+    assert torch.equal(twice.scales, scales)
+
+
 def test_segments_have_blocks_of_their_own() -> None:
     torch.manual_seed(0)
     segments = [(0, 300), (300, 700), (1010, 256)]  # behind the second lies padding
