@@ -51,7 +51,7 @@ test-long: setup  ## the long matrices
 test-faults: setup  ## kill runs a hundred times at random moments; 20 to 40 minutes (FAULTS_SEED=2 FAULTS_KILLS=100)
 	$(RUN) -m pytest -m faults -rP
 
-fuzz: setup  ## odd inputs of every kind, and random layouts: FUZZ_CASES=400 (of each), FUZZ_SEED=2
+fuzz: setup  ## odd inputs of every kind, random layouts and runs: FUZZ_CASES=400 (of each), FUZZ_SEED=2
 	FUZZ_CASES=$${FUZZ_CASES:-400} FUZZ_SEED=$${FUZZ_SEED:-2} $(RUN) -m pytest tests/fuzz -rP -n 2
 
 test-image: setup  ## build the container image and train in it (installs podman and debootstrap; root on Debian)

@@ -41,9 +41,14 @@ def draw(seed: str, ranks: int) -> Case:
     """A case that `ranks` ranks can run: the first of the seed's that no rule refuses."""
     rng = Random(seed)
     while True:
-        model = _model(rng)
-        sections = {"model": model, "optimizer": _optimizer(rng, model), "data": _data(rng), **_method(rng, model)}
-        layout, other = _layout(rng, model, ranks), _layout(rng, model, ranks)
+        model = model_of(rng)
+        sections = {
+            "model": model,
+            "optimizer": optimizer_of(rng, model),
+            "data": data_of(rng),
+            **method_of(rng, model),
+        }
+        layout, other = layout_of(rng, model, ranks), layout_of(rng, model, ranks)
         training = {
             "micro_batch_size": 2,
             "global_batch_size": max(4, 2 * ranks * rng.choice([1, 2])),
@@ -51,7 +56,7 @@ def draw(seed: str, ranks: int) -> Case:
         }
         exact = model.get("num_experts", 0) == model.get("moe_router_topk", 0)  # else tokens may go elsewhere in bf16
         training["dtype"] = rng.choice(["fp32", "fp32", "bf16"] if exact else ["fp32"])
-        case = Case({**sections, "training": training, **layout}, _recompute(rng), other)
+        case = Case({**sections, "training": training, **layout}, recompute_of(rng), other)
         try:
             plan_batches(case.config(steps=3), ranks)
             plan_batches(case.elsewhere(), ranks)
@@ -60,7 +65,7 @@ def draw(seed: str, ranks: int) -> Case:
         return case
 
 
-def _model(rng: Random) -> Section:
+def model_of(rng: Random) -> Section:
     architecture = rng.choice(["llama", "gpt2", "qwen3", "qwen3_moe"])
     heads, width, layers = rng.choice([2, 3, 4, 6]), rng.choice([6, 8]), rng.choice([2, 3, 4, 6, 8])
     model: Section = {"architecture": architecture, "num_layers": layers, "num_attention_heads": heads}
@@ -93,13 +98,13 @@ def _model(rng: Random) -> Section:
     return model
 
 
-def _method(rng: Random, model: Section) -> dict[str, Section]:
+def method_of(rng: Random, model: Section) -> dict[str, Section]:
     if model["variant"] == "relora":
         return {"relora": {"restart_interval": 2, "prune": rng.choice(["magnitude", "random", "reset"])}}
     return {"distillation": {"teacher": "of the test", "kd_beta": 0.5}} if rng.random() < 0.1 else {}
 
 
-def _optimizer(rng: Random, model: Section) -> Section:
+def optimizer_of(rng: Random, model: Section) -> Section:
     parts = ("embedding", "first_layer", "a", "b", "beta")
     factors = {part: rng.choice([0.0, 0.25, 3.0]) for part in parts if rng.random() < 0.2}
     found: Section = {"lr_multipliers": factors, "clip_grad": rng.choice([0.0, 0.5])}
@@ -109,7 +114,7 @@ def _optimizer(rng: Random, model: Section) -> Section:
     return found
 
 
-def _data(rng: Random) -> Section:
+def data_of(rng: Random) -> Section:
     within = rng.random() < 0.3
     return {
         "reset_attention_mask": within,
@@ -118,7 +123,7 @@ def _data(rng: Random) -> Section:
     }
 
 
-def _layout(rng: Random, model: Section, ranks: int) -> dict[str, Section]:
+def layout_of(rng: Random, model: Section, ranks: int) -> dict[str, Section]:
     tp = rng.choice([n for n in (1, 2, 3) if ranks % n == 0])
     pp = rng.choice([n for n in (1, 2, 4) if ranks // tp % n == 0])
     parallel: Section = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
@@ -141,7 +146,7 @@ def _layout(rng: Random, model: Section, ranks: int) -> dict[str, Section]:
     return {"parallel": parallel, "deepspeed_section": {"zero_optimization": zero}}
 
 
-def _recompute(rng: Random) -> Section:
+def recompute_of(rng: Random) -> Section:
     strategy = rng.choice(["none", "replay", "full"])
     if strategy == "none":
         return {"strategy": strategy}
