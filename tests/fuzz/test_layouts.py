@@ -22,8 +22,8 @@ from tests.fuzz.layouts import Case, draw
 from tests.helpers import compare_with_reference
 
 SEED = os.environ.get("FUZZ_SEED", "1")
-CASES = int(os.environ.get("FUZZ_CASES", "0")) or 1
-"""Of each number of ranks."""
+CASES = int(os.environ.get("FUZZ_CASES", "0"))
+"""Of each number of ranks; by default one of the smaller ones."""
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 IN_PLAIN_FP32 = {"low_rank": 1e-4, "relora": 1e-4}
 """Plain PyTorch is that far off in fp32 as well: a product's gradient by small factors cancels, and after a restart B
@@ -69,8 +69,8 @@ def run_all(seeds: list[str], folder: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4, 6])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 6] if CASES else [1, 2])
 def test_random_layouts_are_exact(ranks: int, tmp_path: Path) -> None:
-    seeds = [f"{SEED} {ranks} {number}" for number in range(CASES)]
-    found = run_distributed(run_all, ranks, seeds, str(tmp_path), timeout_s=120 + 60 * CASES)
+    seeds = [f"{SEED} {ranks} {number}" for number in range(CASES or 1)]
+    found = run_distributed(run_all, ranks, seeds, str(tmp_path), timeout_s=600 + 60 * CASES)
     assert not {case: wrong for of_rank in found for case, wrong in of_rank.items()}

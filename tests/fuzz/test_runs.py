@@ -29,7 +29,7 @@ from tests.integration.conftest import Corpus, checkpoint, saved
 
 SEED = os.environ.get("FUZZ_SEED", "1")
 CASES = int(os.environ.get("FUZZ_CASES", "0"))
-"""Of each number of ranks; a few on two of them by default."""
+"""Of each number of ranks; by default one alone."""
 OF_MACHINES = ("step_time_s", "checkpoint_wait_s", "tokens_per_s", "peak_memory_bytes", "tflops_per_device")
 COUNTED = ("lr", "samples", "tokens", "restarts")
 
@@ -140,10 +140,10 @@ def run_all(seeds: list[str], folder: str, files: Section) -> dict[str, list[str
     return {case: wrong for case, wrong in found.items() if wrong}
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4] if CASES else [2])
+@pytest.mark.parametrize("ranks", [1, 2, 4] if CASES else [1])
 def test_random_runs_are_stopped_moved_and_evaluated(ranks: int, corpus: Corpus, tmp_path: Path) -> None:
     files = {"train_data_path": [corpus.train], "valid_data_path": [corpus.valid], "tokenizer_model": corpus.tokenizer}
-    seeds = [f"{SEED} {ranks} {number}" for number in range(CASES or 2)]
+    seeds = [f"{SEED} {ranks} {number}" for number in range(CASES or 1)]
     given = str(tmp_path), {**files, "cache_path": tmp_path / "cache"}
     found = run_distributed(run_all, ranks, seeds, *given, timeout_s=600 + 120 * CASES)
     assert not {case: wrong for of_rank in found for case, wrong in of_rank.items()}
