@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
@@ -125,6 +124,8 @@ def shutdown_parallel(keep: Collection[dist.ProcessGroup] = ()) -> None:
     """
     parallel_state.destroy_model_parallel()
     if keep:
+        import deepspeed  # takes a second, and is there already where these groups were made
+
         for group in (group for group in all_groups() if group not in keep):
             deepspeed.comm.destroy_process_group(group)  # which forgets DeepSpeed's references as well
     elif dist.is_initialized():

@@ -61,7 +61,7 @@ def draw(seed: str, ranks: int) -> Run:
         model, steps = model_of(rng) | {"vocab_size": rng.choice([512, 517])}, rng.randint(3, 8)
         if rng.random() < 0.3:
             model |= {"hidden_dropout": 0.1, "attention_dropout": 0.1}
-        layout, other = ({"deepspeed": way.pop("deepspeed_section"), **way} for way in _two_layouts(rng, model, ranks))
+        layout, other = (_layout(rng, model, ranks) for _ in range(2))
         sections = {
             "model": model,
             "training": _training(rng, steps, ranks),
@@ -84,8 +84,10 @@ def draw(seed: str, ranks: int) -> Run:
         return run
 
 
-def _two_layouts(rng: Random, model: Section, ranks: int) -> list[Sections]:
-    return [layout_of(rng, model, ranks) for _ in range(2)]
+def _layout(rng: Random, model: Section, ranks: int) -> Sections:
+    """Under the names of a configuration file."""
+    found = layout_of(rng, model, ranks)
+    return {"deepspeed": found.pop("deepspeed_section"), **found}
 
 
 def _training(rng: Random, steps: int, ranks: int) -> Section:
