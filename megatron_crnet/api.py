@@ -44,6 +44,9 @@ def train(config: Config) -> TrainResult:
         BadStepError: a loss is not finite or a spike; the state before it is saved.
         PeerLostError: another rank died or stalled.
     """
+    from megatron_crnet.distributed.launcher import keep_launch_order
+
+    keep_launch_order(config.parallel.tensor_model_parallel_size)
     _prepare()
     from megatron_crnet.training.trainer import run_training
 

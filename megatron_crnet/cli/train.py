@@ -37,13 +37,14 @@ def run(call: Call) -> int:
 
 
 def _train(call: Call, interruption: Interruption) -> int:
-    from megatron_crnet.distributed.launcher import read_launch, take_local_rank
+    from megatron_crnet.distributed.launcher import keep_launch_order, read_launch, take_local_rank
 
     require(bool(call.argv), "no configuration is given: add --config FILE, such as examples/quickstart.yaml")
     options, config = build_parser(call.prog).read(take_local_rank(call.argv))
     launch = read_launch(dry_run=options.dry_run)
     if launch.remark:
         print(launch.remark, file=sys.stderr)
+    keep_launch_order(config.parallel.tensor_model_parallel_size)
     # libraries that take seconds to import come after everything that can be refused at once
     from megatron_crnet.distributed import cpu_backend
 

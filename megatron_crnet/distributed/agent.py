@@ -34,13 +34,21 @@ def _forward(number: signal.Signals, forwarded: set[int]) -> None:
             rank.send_signal(number)
 
 
-def _status_of(error: ChildFailedError, forwarded: set[int]) -> int:
-    """The exit status of the first rank that failed; one that a forwarded signal ended had no handler for it yet."""
+def status_of(error: ChildFailedError, forwarded: set[int], nodes: str) -> int:
+    """The exit status of the first rank that failed; one that a forwarded signal ended had no handler for it yet.
+
+    On several nodes SIGABRT is how NCCL ends ranks that have lost a peer of another node, often before the watchdog.
+    """
     rank, failure = error.get_first_failure()
     code = int(failure.exitcode)
     if code < 0:
-        print(f"rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
-        return INTERRUPTED if -code in forwarded else 128 - code
+        number = signal.Signals(-code)
+        aborts = number == signal.SIGABRT and nodes not in ("1", "1:1")
+        why = ", as NCCL does where a peer is lost" if aborts else ""
+        print(f"rank {rank} was ended by {number.name}{why}", file=sys.stderr, flush=True)
+        if number in forwarded:
+            return INTERRUPTED
+        return PeerLostError.exit_status if aborts else 128 + number
     print(f"rank {rank} ended with status {code}", file=sys.stderr, flush=True)
     return code
 
@@ -59,7 +67,7 @@ def run_agent(arguments: argparse.Namespace) -> int:
         PeerLostError: the nodes do not find each other.
     """
     arguments.signals_to_handle = OWN_SIGNALS
-    # the ranks and `_status_of` report which process failed
+    # the ranks and `status_of` report which process failed
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     forwarded: set[int] = set()
     # on a thread: the main thread may wait for other nodes where Python runs no handler
@@ -67,7 +75,7 @@ def run_agent(arguments: argparse.Namespace) -> int:
     try:
         run(arguments)
     except ChildFailedError as error:
-        return _status_of(error, forwarded)
+        return status_of(error, forwarded, arguments.nnodes)
     except (dist.DistError, RendezvousError) as error:
         raise _not_met(arguments, error) from error
     return 0

@@ -42,19 +42,16 @@ class Launch:
     binds_devices: bool = False
     remark: str = ""
 
-    def export(self) -> dict[str, str | None]:
-        """Set torchrun's variables, which libraries read. Returns their values before, None where there was none."""
-        values = {"LOCAL_RANK": str(self.local_rank or 0)}  # DeepSpeed insists on it
-        if self.world_size > 1:
-            values |= {
-                "RANK": str(self.rank),
-                "WORLD_SIZE": str(self.world_size),
-                "MASTER_ADDR": str(self.address),
-                "MASTER_PORT": str(self.port),
-            }
-        before = {name: os.environ.get(name) for name in values}
-        os.environ.update(values)
-        return before
+    def variables(self) -> dict[str, str]:
+        """torchrun's variables of processes that meet, which libraries read."""
+        if self.world_size == 1:
+            return {}
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "MASTER_ADDR": str(self.address),
+            "MASTER_PORT": str(self.port),
+        }
 
 
 @dataclass(frozen=True)
@@ -107,6 +104,17 @@ PMI = Launcher(
 SRUN = Launcher(
     "srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ("SLURM_LOCALID",), (), ("SLURM_JOB_ID", "SLURM_STEP_ID")
 )
+
+
+def keep_launch_order(tensor_parallel: int) -> None:
+    """Have kernels start in the order of their launches; a variable that is set stays.
+
+    With several hardware queues a collective call may start after the products that it should overlap, as Megatron-Core
+    says of GPUs up to Hopper. The driver reads the variable when CUDA is first asked for anything, the number of GPUs
+    too: to be called before libraries are imported that ask.
+    """
+    if tensor_parallel > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def read_launch(environment: Mapping[str, str] = os.environ, dry_run: bool = False) -> Launch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -18,10 +18,10 @@ from megatron_crnet.config.batch import data_parallel_size
 from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed import cpu_backend
 from megatron_crnet.distributed.consensus import agree_on_configuration
-from megatron_crnet.distributed.launcher import Launch, read_launch
+from megatron_crnet.distributed.launcher import Launch, keep_launch_order, read_launch
 from megatron_crnet.distributed.rendezvous import meet
 from megatron_crnet.distributed.watchdog import MARGIN_SECONDS, Heartbeat, report_lost_ranks
-from megatron_crnet.utils.errors import require
+from megatron_crnet.utils.errors import CrnetError, PeerLostError, require
 
 
 @dataclass(frozen=True)
@@ -99,21 +99,36 @@ def join_processes(config: Config) -> tuple[torch.device, Heartbeat]:
         ConfigError: ranks have different configurations.
         PeerLostError: another rank died or did not arrive.
     """
+    keep_launch_order(config.parallel.tensor_model_parallel_size)
     cpu_backend.install()
-    keep_launch_order(config)
-    device = _device()
     if dist.is_initialized():
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        device = _take_device(Launch(local_rank=local_rank), chosen=True)
+        _export(local_rank_variables(local_rank, device))
         agree_on_configuration(config)
-        _exported.setdefault("LOCAL_RANK", os.environ.get("LOCAL_RANK"))
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
         # there is no store of ours in groups of the caller, whose business lost ranks are there
         return device, Heartbeat(dist.HashStore(), rank=0, world_size=1)
-    return device, _join(config)
+    launch = read_launch()
+    device = _take_device(launch)
+    _export({**launch.variables(), **local_rank_variables(launch.local_rank or 0, device)})
+    return device, _join(config, launch)
 
 
 def all_groups() -> list[dist.ProcessGroup]:
     """Every process group that this process is in, oldest first; PyTorch has no public list."""
     return list(distributed_c10d._world.pg_map)
+
+
+def can_leave_groups(error: Exception) -> bool:
+    """Whether this rank can leave its process groups after an error without waiting for ranks that do not come.
+
+    NCCL's groups are left by all ranks together, and a compiler or a full disk may fail on this rank alone. Gloo's are
+    left by each rank, which a peer in the middle of a call would take for a lost one: so after an error of this project
+    alone, which all ranks share.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return True
+    return dist.get_backend() != "nccl" and isinstance(error, CrnetError) and not isinstance(error, PeerLostError)
 
 
 def shutdown_parallel(keep: Collection[dist.ProcessGroup] = ()) -> None:
@@ -143,20 +158,29 @@ _exported: dict[str, str | None] = {}
 libraries of a process that goes on (Accelerate) look for the other ranks."""
 
 
-def keep_launch_order(config: Config) -> None:
-    """Have kernels start in the order of their launches, before CUDA is used; a variable that is set stays.
+def _export(variables: Mapping[str, str]) -> None:
+    for name, value in variables.items():
+        _exported.setdefault(name, os.environ.get(name))
+        os.environ[name] = value
 
-    With several hardware queues a collective call may start after the products that it should overlap, as Megatron-Core
-    says of GPUs up to Hopper.
+
+def local_rank_variables(local_rank: int, device: torch.device) -> dict[str, str]:
+    """The variables by which DeepSpeed takes its device: the index of ours, also where this process sees no other."""
+    # under Open MPI's mpirun DeepSpeed insists that both are equal
+    names = ("LOCAL_RANK", *(name for name in ("OMPI_COMM_WORLD_LOCAL_RANK",) if name in os.environ))
+    return dict.fromkeys(names, str(local_rank if device.index is None else device.index))
+
+
+def _take_device(launch: Launch, chosen: bool = False) -> torch.device:
+    """Set the device of this rank.
+
+    Args:
+        chosen: the current one is the caller's choice, unless it is the first, where nobody may have chosen.
     """
-    if config.parallel.tensor_model_parallel_size > 1:
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-
-
-def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", device_index(read_launch(), torch.cuda.device_count()))
+    current = torch.cuda.current_device() if chosen else 0
+    device = torch.device("cuda", current or device_index(launch, torch.cuda.device_count()))
     torch.cuda.set_device(device)
     return device
 
@@ -183,10 +207,8 @@ def device_index(launch: Launch, devices: int) -> int:
     return index
 
 
-def _join(config: Config) -> Heartbeat:
-    limit, launch = config.parallel.distributed_timeout_minutes, read_launch()
-    for name, before in launch.export().items():
-        _exported.setdefault(name, before)
+def _join(config: Config, launch: Launch) -> Heartbeat:
+    limit = config.parallel.distributed_timeout_minutes
     # else every gloo group opens a socket to every rank, though its calls need a few neighbours
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     store = meet(launch, limit)

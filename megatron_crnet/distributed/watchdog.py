@@ -21,9 +21,10 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
-from megatron_crnet.utils.errors import PeerLostError
+from megatron_crnet.utils.errors import PeerLostError, describe
 
 BEAT_SECONDS = 1.0
 MARGIN_SECONDS = 30.0
@@ -34,6 +35,7 @@ STACKS_SECONDS = 10.0
 """Most time for writing stacks: a disk that is gone together with its host must not delay the error line."""
 RANKS_PER_BEAT = 128
 SILENT_STORE = "the process that holds the ranks' store (rank 0 or the launcher) is gone or does not answer"
+GONE = "gone"
 REMEDY = "look at the log of that rank, then start all ranks again"
 
 
@@ -53,6 +55,18 @@ def end_process(line: str) -> None:
     """Print the error and end this process, whose main thread is inside a call that does not return."""
     print(line, file=sys.stderr, flush=True)
     os._exit(PeerLostError.exit_status)
+
+
+def write_flight_record(rank: int) -> None:
+    """Write which collective calls NCCL has begun and ended, where its own timeout, which comes later, would do so.
+
+    `torchfrtrace` reads the files of all ranks.
+    """
+    prefix = os.environ.get("TORCH_FR_DUMP_TEMP_FILE") or os.environ.get("TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+    if prefix and dist.is_initialized() and dist.get_backend() == "nccl":
+        with suppress(OSError, RuntimeError):
+            record = torch._C._distributed_c10d._dump_nccl_trace()  # type: ignore[attr-defined]  # in builds with NCCL
+            Path(f"{prefix}{rank}").write_bytes(record)
 
 
 class Heartbeat(AbstractContextManager["Heartbeat"]):
@@ -200,11 +214,11 @@ class Heartbeat(AbstractContextManager["Heartbeat"]):
             if rank not in gone:
                 doing.setdefault(peer.doing, []).append(rank)
         alive = "".join(f"; {ranks_line(ranks)} at {what}" for what, ranks in doing.items())
-        lost = f"gone: {ranks_line(gone)}" if gone else "no rank is gone"
+        lost = f"{GONE}: {ranks_line(gone)}" if gone else "no rank is gone"
         return f"{lost}; this is rank {self._rank} at {self._doing}{alive}"
 
     def dump_stacks(self, error: BaseException | None = None) -> str:
-        """Write `stacks`, after the traceback of `error`. Returns what an error line says of it."""
+        """Write `stacks`, after the traceback of `error`, and NCCL's record. Returns what an error line says of it."""
         if (path := self.stacks) is None:
             return ""
         written = threading.Event()
@@ -218,6 +232,7 @@ class Heartbeat(AbstractContextManager["Heartbeat"]):
                         file.flush()
                     faulthandler.dump_traceback(file, all_threads=True)
                 written.set()
+            write_flight_record(self._rank)
 
         writer = threading.Thread(target=write, daemon=True, name="stacks")
         writer.start()
@@ -276,9 +291,10 @@ def report_lost_ranks(heartbeat: Heartbeat, limit_minutes: float) -> Iterator[No
             raise
         peers, stacks = heartbeat.describe_peers(), heartbeat.dump_stacks(error)
         heartbeat.close()
+        reason = "" if peers.startswith(GONE) else f" ({describe(error)})"  # it may be no peer's fault
         raise PeerLostError(
-            f"a collective call failed or waited longer than parallel.distributed_timeout_minutes {limit_minutes:g}: "
-            f"{peers}: {REMEDY}{stacks}"
+            f"a collective call failed{reason} or waited longer than parallel.distributed_timeout_minutes "
+            f"{limit_minutes:g}: {peers}: {REMEDY}{stacks}"
         ) from error
 
 

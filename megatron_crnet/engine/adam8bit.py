@@ -203,7 +203,8 @@ def compiled_update(device: torch.device) -> Callable[..., None]:
     Raises:
         ConfigError: PyTorch cannot compile here.
     """
-    compiled = torch.compile(update_blocks, fullgraph=True)
+    # in this process: else each rank would start a process per core
+    compiled = torch.compile(update_blocks, fullgraph=True, options={"compile_threads": 1})
     values = torch.zeros(2, BLOCK, device=device)
     first, root = (
         (torch.zeros_like(values, dtype=torch.uint8), values[:, 0].clone(), code_values(signed).to(device))

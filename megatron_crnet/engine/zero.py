@@ -199,7 +199,8 @@ class Stage1BF16(Stage1):
         has_gradients = [[True] * len(group) for group in self.optimizer.bf16_groups]
         self.optimizer.fp32_groups_has_gradients = has_gradients
         if parallel_state.get_data_parallel_world_size() > 1:
-            self.engine.allreduce_gradients()
+            # each group's flat buffer in place; in buckets, DeepSpeed would copy them all together and back
+            self.engine.allreduce_gradients(bucket_size=0)
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """The one in fp32."""

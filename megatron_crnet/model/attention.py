@@ -7,9 +7,11 @@ where it can; what it computes is what the calls compute.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,9 @@ from torch.nn.attention.varlen import varlen_attn
 from megatron_crnet.config.megatron import CRNetTransformerConfig
 from megatron_crnet.data.documents import PackedDocuments
 from megatron_crnet.recompute.tape import LayerTape
+
+SAYS_GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters
+"""Before torch 2.12 the kernel takes grouped heads without being told."""
 
 
 class SDPACoreAttention(MegatronModule):
@@ -97,6 +102,7 @@ class SDPACoreAttention(MegatronModule):
         """q, k, v: rows laid end to end, [b s, heads, d]."""
         offsets, longest = documents.offsets, documents.longest
         gqa = q.shape[1] != k.shape[1]
-        out = varlen_attn(q, k, v, offsets, offsets, longest, longest, window_size=(-1, 0), enable_gqa=gqa)
+        grouped: dict[str, Any] = {"enable_gqa": gqa} if SAYS_GROUPED else {}
+        out = varlen_attn(q, k, v, offsets, offsets, longest, longest, window_size=(-1, 0), **grouped)
         assert isinstance(out, Tensor)
         return (out,)

@@ -1,4 +1,4 @@
-"""RMSNorm: Transformer Engine's or Apex's where they are installed, our regions otherwise; LayerNorm: our regions.
+"""RMSNorm and LayerNorm by our regions; RMSNorm of Transformer Engine or Apex where regions are not compiled on CUDA.
 
 `WrappedTorchNorm` of Megatron-Core refuses sequence parallelism; here the weights are marked, so that their
 gradients, partial sums over the sequence shard, are reduced with the other marked ones.
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from megatron_crnet.config.megatron import CRNetTransformerConfig
 from megatron_crnet.model.compiled import choose_glue
@@ -27,7 +28,7 @@ def fused_norm_class() -> type[nn.Module] | None:
     for module, name in (("transformer_engine.pytorch", "RMSNorm"), ("apex.normalization", "FusedRMSNorm")):
         try:
             return getattr(importlib.import_module(module), name)
-        except (ImportError, OSError, AttributeError):  # absent, not NVIDIA's apex, or built for another CUDA
+        except Exception:  # absent, not NVIDIA's apex, built for another CUDA, or half installed: it raises anything
             continue
     return None
 
@@ -62,9 +63,11 @@ class CRNetNorm:
     def __new__(cls, config: CRNetTransformerConfig, hidden_size: int, eps: float = 1e-6) -> nn.Module:  # type: ignore[misc]
         """The architecture's norm of width `hidden_size`, in the configuration's dtype, on its device."""
         if config.table.architecture.norm == "rms":
-            fused = fused_norm_class()
+            lean = lean_rms_norm(config, hidden_size, eps, is_partial=config.sequence_parallel)
+            # a compiled region also adds the stream's gradient; fake tensors know no foreign kernels
+            fused = None if lean.glue is not EAGER or isinstance(lean.weight, FakeTensor) else fused_norm_class()
             if fused is None:
-                return lean_rms_norm(config, hidden_size, eps, is_partial=config.sequence_parallel)
+                return lean
             norm = fused(hidden_size, eps=eps).to(dtype=config.params_dtype, device=config.initial_device)
         else:
             norm = LeanLayerNorm(hidden_size, eps, dtype=config.params_dtype, device=config.initial_device)

@@ -153,9 +153,10 @@ def _counted(config: Config, variant: Variant, layers: int) -> tuple[GlueCounter
         groups = ProcessGroupCollection.use_mpu_process_groups()
         block = CRNetTransformerBlock(transformer, None, groups, pre_process=True, post_process=False).train()
         shape = config.training.seq_length, config.training.micro_batch_size, model.hidden_size
-        hidden = torch.empty(shape, dtype=transformer.params_dtype, requires_grad=True)
+        device = next(block.parameters()).device
+        hidden = torch.empty(shape, dtype=transformer.params_dtype, device=device, requires_grad=True)
         is_rotary = transformer.table.architecture.is_rotary
-        rotary = torch.empty(shape[0], 1, 1, transformer.kv_channels) if is_rotary else None
+        rotary = torch.empty(shape[0], 1, 1, transformer.kv_channels, device=device) if is_rotary else None
         regions = EAGER.map(lambda name, function: (backward if is_backward(name) else forward).region(name, function))
         for module in block.modules():
             if hasattr(module, "glue"):

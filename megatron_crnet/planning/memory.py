@@ -74,12 +74,12 @@ def _state(model: LocalModel, dp: int, fuses_adam: bool = False) -> dict[str, fl
     if stage == 0:
         copies = 4 if bf16 else 0
         optimizer = n * copies + _optimizer_state(model, n, dp)
-        at_once = min(_reduced_at_once(model, dp), DEFAULT_BUCKET + tensor)
+        at_once = min(_reduced_at_once(model, dp), DEFAULT_BUCKET + tensor)  # copied together even for one replica
         state |= {"optimizer": optimizer, "reduction": size * at_once}
         update = _update(model, tensor, dp, fuses_adam) + copies * n
         return {**state, "gradients": n * size, "buffers": 0, "update": update}
-    if stage == 1 and bf16:  # flat fp32 gradients, reduced in one piece
-        return {**state, "gradients": 4 * n, "buffers": 0, "reduction": 4 * _reduced_at_once(model, dp)}
+    if stage == 1 and bf16:  # flat fp32 gradients, reduced in place
+        return {**state, "gradients": 4 * n, "buffers": 0}
     if stage == 1:  # two buckets
         return {**state, "gradients": 4 * n, "buffers": bucket, "reduction": bucket}
     state["gradients"] = 4 * n / dp
@@ -92,13 +92,10 @@ def _state(model: LocalModel, dp: int, fuses_adam: bool = False) -> dict[str, fl
 
 
 def _reduced_at_once(model: LocalModel, dp: int) -> int:
-    """Elements that are summed over replicas in one piece, of which experts that are spread are one of their own."""
+    """Elements that ZeRO-0 sums over replicas in one piece, of which experts that are spread are one of their own."""
     groups = model.padded_groups(dp)
     spread = groups.pop(SPREAD, 0)
-    # without ZeRO DeepSpeed copies gradients together even for one replica
-    return max(
-        sum(groups.values()) if dp > 1 or not model.stage else 0, spread if model.replicas(SPREAD, dp) > 1 else 0
-    )
+    return max(sum(groups.values()), spread if model.replicas(SPREAD, dp) > 1 else 0)
 
 
 def _frozen(model: LocalModel, state: dict[str, float], dp: int) -> dict[str, float]:
@@ -220,7 +217,8 @@ def _moments(model: LocalModel, plan: BatchPlan, chunk: Chunk) -> Iterator[float
     yield from (received + moment for moment in _segments(model, plan, chunk))
     if model.stage == 2 and chunk.embeds:  # nothing is kept any more
         last = max(elements for layer, elements in _reductions(model) if layer < 0)
-        yield (model.buffer + model.embedding) * model.element + _copies(model) * last - _kept(model, plan)
+        left = (model.buffer + model.embedding) * model.element - _kept(model, plan)
+        yield left + (_copies(model) - _allocated_late(model, plan)) * last
 
 
 def _received(model: LocalModel, plan: BatchPlan) -> float:
@@ -309,12 +307,15 @@ def _few_rows(model: LocalModel) -> float:
 
 def _missing(model: LocalModel, plan: BatchPlan, layers: float = math.inf) -> float:
     """Bytes of `gradients` that a single micro-batch has not allocated when `layers` are left."""
+    return sum(p.numel for p in model.parameters if p.layer < layers) * _allocated_late(model, plan)
+
+
+def _allocated_late(model: LocalModel, plan: BatchPlan) -> float:
+    """Bytes per element of `gradients` that are allocated when the first backward pass has computed them."""
     preallocated = model.stage == 3 or (model.stage == 1 and model.bf16) or offloads_optimizer(model.config)
     if plan.num_microbatches > 1 or preallocated:
         return 0.0
-    return sum(p.numel for p in model.parameters if p.layer < layers) * (
-        4 / plan.dp_size if model.stage == 2 else model.element
-    )
+    return 4 / plan.dp_size if model.stage == 2 else model.element
 
 
 def _rebuilt(model: LocalModel, segment: range, is_recomputed: bool) -> float:

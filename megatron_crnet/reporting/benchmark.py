@@ -6,6 +6,7 @@ ratios within repeats.
 
 from __future__ import annotations
 
+import os
 import random
 import statistics
 import time
@@ -14,12 +15,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from megatron_crnet.config.deepspeed import zero_stage
 from megatron_crnet.config.model_size import flops_per_token, total_parameters
 from megatron_crnet.config.schema import Config
+from megatron_crnet.distributed.launcher import keep_launch_order
 from megatron_crnet.planning.machines import machine_of_gpu
 from megatron_crnet.reporting.benchmark_rows import Row
 from megatron_crnet.reporting.rank_group import RankError, RankGroup
@@ -195,15 +198,18 @@ class _Steps:
     def _start(self, candidate: Candidate) -> None:
         # with CUDA the libraries ask for devices when they are imported, after which a fork cannot use them
         preload = () if torch.cuda.is_available() else ("megatron_crnet.engine.engine",)
-        candidate.ranks = RankGroup(
-            benchmark_rank,
-            candidate.config,
-            self.plan.alone,
-            self.plan.counts,
-            processes=candidate.row.processes,
-            threads=self.plan.threads,
-            preload=preload,
-        )
+        assert candidate.config is not None
+        with patch.dict(os.environ):
+            keep_launch_order(candidate.config.parallel.tensor_model_parallel_size)  # of the processes that start here
+            candidate.ranks = RankGroup(
+                benchmark_rank,
+                candidate.config,
+                self.plan.alone,
+                self.plan.counts,
+                processes=candidate.row.processes,
+                threads=self.plan.threads,
+                preload=preload,
+            )
 
     def _repeat(self, measured: list[Candidate]) -> float:
         """Step all rows in turn."""

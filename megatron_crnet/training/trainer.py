@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_crnet.checkpoint.directory import checkpoint_dir, checkpoint_name
 from megatron_crnet.checkpoint.manager import Checkpointer
 from megatron_crnet.checkpoint.train_state import TrainingState
@@ -30,6 +28,7 @@ from megatron_crnet.data.loader import global_batches
 from megatron_crnet.distributed.consensus import Vote, run_on_all_ranks
 from megatron_crnet.distributed.process_groups import (
     all_groups,
+    can_leave_groups,
     initialize_parallel,
     seed_random_states,
     shutdown_parallel,
@@ -54,7 +53,6 @@ from megatron_crnet.training.evaluation import Evaluation, evaluate_checkpoint
 from megatron_crnet.training.metrics import MetricsWriter, open_metrics
 from megatron_crnet.training.preflight import Preflight, run_preflight
 from megatron_crnet.training.progress import Progress
-from megatron_crnet.utils.errors import CrnetError, PeerLostError
 from megatron_crnet.utils.signals import Interruption
 
 
@@ -334,9 +332,9 @@ def run_training(
     """Run a configuration on the ranks that the launcher started, or alone in this process.
 
     Joins the process groups, watches over the other ranks and handles signals while it runs, and gives all of them
-    back: groups that the caller has set up stay, and nobody watches over their ranks. After a lost rank, or a defect on
-    this rank of several, the groups stay as well, because leaving them may wait for ranks that do not come: end the
-    process then.
+    back: groups that the caller has set up stay, and nobody watches over their ranks. Where leaving groups may wait for
+    ranks that do not come, they stay as well: after a lost rank, a defect on this rank of several, and with NCCL any
+    error of several ranks. End the process then.
 
     Args:
         callbacks: called after those of every run, in each hook.
@@ -364,9 +362,7 @@ def run_training(
             ):
                 result = _run(preflight, signals, callbacks)
         except Exception as error:
-            agreed = isinstance(error, CrnetError) and not isinstance(error, PeerLostError)
-            alone = not dist.is_initialized() or dist.get_world_size() == 1
-            shutdown_parallel(before if agreed or alone else all_groups())
+            shutdown_parallel(before if can_leave_groups(error) else all_groups())
             raise
         shutdown_parallel(before)
         return result

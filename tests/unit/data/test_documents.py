@@ -164,7 +164,10 @@ def attention_of(document: list[Tensor]) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(*document, is_causal=True, enable_gqa=True)
 
 
-def test_the_kernel_of_variable_length_is_called_with_rows_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("says_grouped", [True, False], ids=["torch 2.13", "torch 2.11"])
+def test_the_kernel_of_variable_length_is_called_with_rows_end_to_end(
+    says_grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What runs on CUDA alone, with the kernel's definition in its place: shapes, order and offsets."""
     from megatron_crnet.config.megatron import build_transformer_config
     from megatron_crnet.model import attention
@@ -173,7 +176,7 @@ def test_the_kernel_of_variable_length_is_called_with_rows_end_to_end(monkeypatc
         assert offsets is same
         bounds = offsets.tolist()
         assert longest == (max(b - a for a, b in pairwise(bounds)),) * 2
-        assert options == {"window_size": (-1, 0), "enable_gqa": True}
+        assert options == {"window_size": (-1, 0), **({"enable_gqa": True} if says_grouped else {})}
         documents = [[x[a:b].transpose(0, 1)[None] for x in (q, k, v)] for a, b in pairwise(bounds)]
         return torch.cat([attention_of(document)[0].transpose(0, 1) for document in documents])
 
@@ -186,11 +189,12 @@ def test_the_kernel_of_variable_length_is_called_with_rows_end_to_end(monkeypatc
     assert documents is not None
     plain = core(query, key, value, documents=documents)
     monkeypatch.setattr(attention, "varlen_attn", varlen)
+    monkeypatch.setattr(attention, "SAYS_GROUPED", says_grouped)
     monkeypatch.setattr(attention.SDPACoreAttention, "_has_kernel", lambda self, query: True)
     torch.testing.assert_close(core(query, key, value, documents=documents), plain)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 def test_the_kernel_gives_what_single_calls_give() -> None:
     from megatron_crnet.config.megatron import build_transformer_config
     from megatron_crnet.model import attention

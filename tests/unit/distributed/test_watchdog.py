@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_crnet.distributed import watchdog
@@ -233,6 +234,31 @@ def test_a_failed_collective_call_becomes_a_line_and_another_error_stays(start: 
         raise dist.DistStoreError("wait timeout after 3 ms")
     with pytest.raises(RuntimeError, match="shapes"), report_lost_ranks(first, 3):
         raise RuntimeError("shapes do not match")
+
+
+def test_where_no_rank_is_gone_the_line_says_why_the_call_failed(start: Start) -> None:
+    """NCCL's own mistakes of a start are such errors, and no log of another rank has them."""
+    with (
+        pytest.raises(PeerLostError, match=r"failed \(DistBackendError: NCCL error .* Duplicate GPU .*\) or waited"),
+        report_lost_ranks(start(2).ranks[0], 3),
+    ):
+        raise dist.DistBackendError(
+            "NCCL error in: NCCLUtils.cpp:94\nLast error:\nDuplicate GPU detected: rank 1 and 0"
+        )
+
+
+def test_nccls_record_is_written_beside_the_stacks(
+    start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """NCCL's own timeout, which would write it, comes after this watchdog has ended the process."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(torch._C._distributed_c10d, "_dump_nccl_trace", lambda: b"record", raising=False)
+    monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", str(tmp_path / "nccl_trace_rank_"))
+    heartbeat = start(2).ranks[1]
+    heartbeat.stacks = tmp_path / "stacks"
+    assert "holds the stacks" in heartbeat.dump_stacks()
+    assert (tmp_path / "nccl_trace_rank_1").read_bytes() == b"record"
 
 
 def test_ranks_that_have_not_arrived_are_named() -> None:
