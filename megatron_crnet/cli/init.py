@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,9 +93,8 @@ def _convert(source: SourceModel, config: Config, args: argparse.Namespace) -> N
     rows = read_rows(source, args)
     conversion = Conversion(source, config, rows, default_devices(), args.batch_size, progress=progress)
     trained_on = TrainedOn(digest_of_tokenizer(source.tokenizer))
-    # with the tokenizer that the embedding was trained with, and so that a run with this file continues from here
+    # with the tokenizer that the embedding was trained with
     saved = with_tokenizer(config, str(source.config.data.tokenizer_model))
-    saved = replace(saved, checkpoint=replace(config.checkpoint, dir=str(args.folder)))
     target = write_starting_checkpoint(args.folder, saved, trained_on, f"dense {source.path}", conversion.weights())
     if conversion.fits:
         print(_table(conversion.fits, conversion.table))

@@ -168,13 +168,17 @@ def load_tokenizer(kind: TokenizerKind, path: str) -> Tokenizer:
     raise ConfigError(f"data.tokenizer_type is {kind!r}, but must be sentencepiece or huggingface: use one of them")
 
 
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raise ConfigError when the model's embedding is smaller than the tokenizer."""
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, remedy: str | None = None) -> None:
+    """Raise ConfigError when the model's embedding is smaller than the tokenizer.
+
+    Args:
+        remedy: of a model that is trained already; by default a larger `model.vocab_size`.
+    """
     enough = -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     require(
         tokenizer.vocab_size <= vocab_size,
         f"model.vocab_size is {vocab_size}, but the tokenizer has ids up to {tokenizer.vocab_size - 1}: "
-        f"set model.vocab_size to {enough}",
+        f"{remedy or f'set model.vocab_size to {enough}'}",
     )
 
 

@@ -163,11 +163,14 @@ def _write_descriptions(config: Config, about: dict[str, Any], folder: Path, dty
         tokenizer = write_tokenizer(kind, path, folder, hugging_face_fields(config)[LENGTH])
     except DataError as error:
         raise DataError(f"{error}, or give another with --tokenizer") from error
-    check_vocabulary(tokenizer, config.model.vocab_size)
+    check_vocabulary(tokenizer, config.model.vocab_size, ITS_OWN)
     ends = {"eos_token_id": tokenizer.eod, "pad_token_id": tokenizer.pad}
     about = {**about, "bos_token_id": None, **ends, "dtype": str(torch_dtype(dtype)).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
     (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
+
+
+ITS_OWN = "give the tokenizer that the model was trained with (--tokenizer)"
 
 
 def _tokenizer_path(config: Config) -> str:
@@ -184,7 +187,7 @@ def named_tokenizer(config: Config) -> Tokenizer:
         ConfigError: it has more tokens than the model.
     """
     tokenizer = load_tokenizer(config.data.tokenizer_type, _tokenizer_path(config))
-    check_vocabulary(tokenizer, config.model.vocab_size)
+    check_vocabulary(tokenizer, config.model.vocab_size, ITS_OWN)
     return tokenizer
 
 

@@ -187,11 +187,17 @@ def read_plain(values: Values, where: str) -> Config:
         value = theirs.get(name)
         if value is None and name in about.absent:
             value = about.absent[name](theirs)
+        first = found.setdefault(ours, value)
         require(
-            found.setdefault(ours, value) == value,
-            f"{where} says that {name} is {value!r}, but another field {found[ours]!r}, and both are model.{ours}: "
+            first is value or first == value,
+            f"{where} says that {name} is {value!r}, but another field {first!r}, and both are model.{ours}: "
             "make them equal",
         )
+    require(
+        found.get("moe_router_topk") != 1,
+        f"{where} says that num_experts_per_tok is 1, whose normalised weight is 1 whatever the router says: give a "
+        "model with at least 2",
+    )
     if isinstance(base := found.get("rotary_base"), float) and base.is_integer():
         found["rotary_base"] = int(base)  # as LLaMA's own files spell it
     try:

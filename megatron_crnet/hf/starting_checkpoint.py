@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ def write_starting_checkpoint(
         ConfigError: another process writes FOLDER.
     """
     target = folder / checkpoint_name(0)
+    # a run with the checkpoint's own file continues from here
+    config = replace(config, checkpoint=replace(config.checkpoint, dir=str(folder)))
     with RunFolders() as folders:
         folders.hold("the folder", folder)  # before anything is removed, which may be another writer's
         with _partial_checkpoint(target) as unfinished:

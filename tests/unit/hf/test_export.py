@@ -185,6 +185,7 @@ def test_the_way_out_and_back_changes_no_bit(each: tuple[Path, Weights, Config],
     about = json.loads((back / "state.json").read_text())
     assert (about["step"], about["tokens"], about["samples"], about["adam_steps"]) == (0, 0, 0, 0)
     check_resumable(config, back)
+    assert saved_config(back).checkpoint.dir == str(tmp_path / "checkpoints")  # where a run with this file goes on
     to_hf(back, tmp_path / "again")
     for file in export.iterdir():
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,8 @@ WRONG: dict[str, tuple[str, Change | dict[str, Any], str]] = {
     "rope": ("qwen3", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}}, "rope_type is 'ya"),
     "scaling": ("qwen3", {"rope_parameters": None, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "'linear'"),
     "type": ("qwen3", {"hidden_size": "32"}, "hidden_size"),
+    "epsilon": ("llama", {"rms_norm_eps": math.nan}, "model.layernorm_epsilon is .nan"),
+    "one expert": ("qwen3_moe", {"num_experts_per_tok": 1}, "num_experts_per_tok is 1, whose normalised weight is 1"),
     "quantized": ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config is"),
 }
 
@@ -134,6 +137,13 @@ def test_what_is_wrong_with_a_model_is_one_line_and_writes_nothing(case: str, to
     assert message in str(caught.value)
     assert (caught.value.exit_status, "\n" in str(caught.value)) == (2, False)
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_a_larger_tokenizer_than_the_models_is_refused(tmp_path: Path) -> None:
+    larger = train_small_tokenizer(tmp_path, 500)
+    theirs(tmp_path / "theirs", "llama")
+    with pytest.raises(ConfigError, match=r"ids up to 499: give the tokenizer that the model was trained with \(--tok"):
+        from_hf(tmp_path / "theirs", tmp_path / "new", larger)
 
 
 def checkpoint_of(folder: Path, tokenizer: str, **model: Any) -> Path:
