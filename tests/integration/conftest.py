@@ -60,6 +60,7 @@ class Corpus:
             "data.valid_data_path": f"[{self.valid}]",
             "data.tokenizer_model": self.tokenizer,
             "data.cache_path": output.parent / "cache",
+            "data.num_workers": 0,  # each is a fork of this process, which takes a tenth of a second
             "logging.output_dir": output,
             **{key.replace("__", "."): value for key, value in changes.items()},
         }

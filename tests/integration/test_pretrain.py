@@ -37,10 +37,8 @@ LOGGED = {
 def finished(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """One whole run with a checkpoint in the middle: its folder and what it printed."""
     output = tmp_path_factory.mktemp("finished") / "run"
-    options = corpus.options(
-        output, checkpoint__save_interval=3, logging__sample_prompt="def ", logging__sample_tokens=5
-    )
-    result = start_alone(options)
+    more = {"data__num_workers": 2, "logging__sample_prompt": "def ", "logging__sample_tokens": 5}
+    result = start_alone(corpus.options(output, checkpoint__save_interval=3, **more))
     assert result.returncode == 0, result.stderr
     return output, result.stdout
 
