@@ -26,14 +26,10 @@ from megatron_crnet.config.megatron import CRNetTransformerConfig
 from megatron_crnet.model.compiled import choose_glue
 from megatron_crnet.model.linear import WeightShard, zero_parameter
 from megatron_crnet.model.regions import Regions
+from megatron_crnet.model.stacked import stacked_product
 
-ALIGNMENT = 16
-"""Rows of a stacked product's factors begin at multiples of as many bytes, which GPUs ask for."""
 OF_A_PASS = {"local_map", "local_probs", "probs", "routing_map", "reversed_local_input_permutation_mapping"}
 """Tensors that Megatron-Core's dispatchers would keep until the next pass."""
-LAST_GROUPED = 9
-"""Largest compute capability with one call for all experts: on Blackwell the gradients of experts without tokens are
-not set (pytorch#172439)."""
 
 
 class CountingRouter(TopKRouter):
@@ -220,36 +216,6 @@ class Experts(nn.Module):
 
 def _scaled(x: Tensor, scale: Tensor | float | None) -> Tensor:
     return x if scale is None else (x * scale).to(x.dtype)
-
-
-def stacked_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """X W of each expert's tokens, [tokens, out], in one call.
-
-    Args:
-        x: tokens of the first expert, then of the next, [tokens, in].
-        weights: [experts, out, in], all of which take part.
-        ends: where each expert's tokens end, [experts] in int32.
-    """
-    if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] > LAST_GROUPED:
-        return looped_product(x, weights, ends)
-    unit = ALIGNMENT // x.element_size()
-    rows, columns = (-n % unit for n in weights.shape[1:])
-    if rows or columns:
-        weights = F.pad(weights, (0, columns, 0, rows))
-    elif weights.storage_offset() % unit:  # in ZeRO's flat buffer
-        weights = weights.clone()
-    if columns:
-        x = F.pad(x, (0, columns))
-    elif x.stride(0) % unit or x.storage_offset() % unit:
-        x = x.clone(memory_format=torch.contiguous_format)
-    y = F.grouped_mm(x, weights.transpose(1, 2), offs=ends)
-    return y[:, : y.shape[1] - rows] if rows else y
-
-
-def looped_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """`stacked_product` by a product for each expert, for which the host waits."""
-    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    return torch.cat([F.linear(part, weight) for part, weight in zip(x.split(sizes), weights.unbind(), strict=True)])
 
 
 class ExpertLayer(MoELayer):

@@ -163,22 +163,16 @@ def _kept(model: LocalModel, plan: BatchPlan) -> float:
     width += 2 * h if last.predicts else boundary_size(transformer, last.layers.stop) + boundary_width(model)
     if len(model.chunks) > 1 and not last.predicts and plan.num_microbatches > model.pp:
         width += boundary_size(transformer, last.layers.stop)  # the gradient of the first backward pass has come
-    copies = sum(
-        n * _copied_experts(model, chunk.layers)
-        for n, chunk in zip(passes, model.chunks, strict=True)
-        if not chunk.segments
-    )
-    width = width * model.local_tokens * model.element
-    return width + copies + _logits(model, last) + kept_differences(model, passes)
+    return width * model.local_tokens * model.element + _logits(model, last) + kept_differences(model, passes)
 
 
 def _copied_experts(model: LocalModel, layers: range) -> int:
-    """Bytes of the experts' weights that their products take as copies, which backward needs."""
+    """Bytes of the largest stack of experts' weights that a product takes as a copy."""
     if model.transformer.table.architecture.experts is None:
         return 0
     weights = [weight for layer in layers for same in expert_weights(model, layer) for weight in same]
     count = model.transformer.table.num_experts // model.transformer.expert_model_parallel_size
-    return count * model.element * sum(weight.elements for weight in weights if weight.is_copied)
+    return count * model.element * max((weight.elements for weight in weights if weight.is_copied), default=0)
 
 
 def _kept_width(model: LocalModel, chunk: Chunk) -> float:
@@ -260,7 +254,7 @@ def _segments(model: LocalModel, plan: BatchPlan, chunk: Chunk) -> Iterator[floa
         width = kept_widths(transformer, range(chunk.layers.start, segment.stop), rest) - kept + widest
         width += _rebuilt(model, segment, bool(chunk.segments))
         moment = buffer + tied - gone - _missing(model, plan, segment.stop)
-        moment += _copied_experts(model, segment) if chunk.segments else 0
+        moment += _copied_experts(model, segment)
         yield moment + (width + 2 * widest) * size + few
         together = max((elements for layer, elements in reductions if layer in segment), default=0)
         if together:

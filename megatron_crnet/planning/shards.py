@@ -19,7 +19,7 @@ from megatron_crnet.config.experts_rules import spans_replicas
 from megatron_crnet.config.megatron import CRNetTransformerConfig, build_transformer_config
 from megatron_crnet.config.schema import Config
 from megatron_crnet.engine.distillation import teacher_config
-from megatron_crnet.model.experts import ALIGNMENT
+from megatron_crnet.model.stacked import ALIGNMENT
 from megatron_crnet.recompute.planner import initial_segments, plan_inverse_segments
 
 PROJECTED = "projected"

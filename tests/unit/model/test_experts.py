@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from megatron_crnet.config.schema import ModelConfig
-from megatron_crnet.model.experts import looped_product, stacked_product
 from megatron_crnet.model.reference import ReferenceCRNet
 
 SIZES = {"num_attention_heads": 4, "hidden_size": 32, "vocab_size": 64, "num_experts": 5}
@@ -59,52 +57,3 @@ def test_the_auxiliary_loss_is_the_mean_over_micro_batches() -> None:
         model(row[None])
         alone.append(model.auxiliary_loss(1))
     torch.testing.assert_close(torch.stack(alone).mean(), parts)
-
-
-@pytest.mark.parametrize(("out", "inner"), [(16, 8), (6, 5)])
-def test_one_product_for_all_experts_gives_the_bits_of_one_each(out: int, inner: int) -> None:
-    torch.manual_seed(3)
-    ends = torch.tensor([3, 3, 7, 12], dtype=torch.int32)
-    # weights in the middle of a flat buffer, tokens with other columns beside them
-    flat, wide = torch.randn(3 + 4 * out * inner), torch.randn(12, inner + 3)
-    found = []
-    for product in (stacked_product, looped_product):
-        weights = flat[3:].view(4, out, inner).detach().requires_grad_()
-        x = wide[:, 3:].detach().requires_grad_()
-        y = product(x, weights, ends)
-        y.square().sum().backward()
-        found.append((y, x.grad, weights.grad))
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("out", "inner"), [(128, 64), (60, 35)])
-def test_on_a_gpu_too_and_experts_without_tokens_have_gradients_of_zero(
-    dtype: torch.dtype, out: int, inner: int
-) -> None:
-    torch.manual_seed(4)
-    ends = torch.tensor([0, 64, 64, 80], dtype=torch.int32, device="cuda")
-    x, flat = torch.randn(80, inner, device="cuda", dtype=dtype), torch.randn(3 + 4 * out * inner, device="cuda")
-    found = []
-    for product in (stacked_product, looped_product):
-        weights = flat.to(dtype)[3:].view(4, out, inner).detach().requires_grad_()
-        torch.full((2**20,), math.nan, device="cuda")  # what the allocator gives next is no zeros
-        y = product(x, weights, ends)
-        y.float().square().mean().backward()
-        assert weights.grad is not None
-        found.append((y, weights.grad))
-    assert not found[0][1][[0, 2]].any()
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-3)
-
-
-def test_experts_without_tokens_have_gradients_of_zero() -> None:
-    x, weights = torch.randn(5, 4), torch.randn(3, 2, 4, requires_grad=True)
-    y = stacked_product(x, weights, torch.tensor([2, 2, 5], dtype=torch.int32))
-    torch.testing.assert_close(y, torch.cat([x[:2] @ weights[0].T, x[2:] @ weights[2].T]))
-    y.square().sum().backward()
-    assert weights.grad is not None
-    assert not weights.grad[1].any()
-    assert weights.grad[0].any()
