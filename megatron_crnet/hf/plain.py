@@ -28,6 +28,7 @@ class PlainFormat:
     Attributes:
         model_class: of the language model.
         fields: for each of its fields, the one of ModelConfig; two may be one here, and are equal then.
+        negated: fields that say the contrary of one of ModelConfig.
         only: fields of which some values, the first one by default, are what the architecture is here.
         absent: what a field means that is null.
         prefix: of all weights but the output layer's; files of the model without that layer have none.
@@ -41,6 +42,7 @@ class PlainFormat:
     model_class: str
     fields: Mapping[str, str]
     only: Mapping[str, tuple[Any, ...]]
+    negated: Mapping[str, str] = field(default_factory=dict)
     absent: Mapping[str, Callable[[Values], Any]] = field(default_factory=dict)
     prefix: str = "model."
     layers: str = "layers"
@@ -145,10 +147,10 @@ FORMATS = {
         {
             **ROTARY_ONLY,
             "use_sliding_window": (False,),
-            "norm_topk_prob": (True,),
             "decoder_sparse_step": (1,),
             "mlp_only_layers": ([],),  # an empty list names no layer
         },
+        negated={"norm_topk_prob": "moe_router_pre_softmax"},
     ),
 }
 """By `model.architecture`, which is Transformers' `model_type` as well."""
@@ -193,10 +195,11 @@ def read_plain(values: Values, where: str) -> Config:
             f"{where} says that {name} is {value!r}, but another field {first!r}, and both are model.{ours}: "
             "make them equal",
         )
+    found |= {ours: not theirs[name] for name, ours in about.negated.items()}
     require(
-        found.get("moe_router_topk") != 1,
+        found.get("moe_router_topk") != 1 or found["moe_router_pre_softmax"],
         f"{where} says that num_experts_per_tok is 1, whose normalised weight is 1 whatever the router says: give a "
-        "model with at least 2",
+        "model with at least 2, or with norm_topk_prob false",
     )
     if isinstance(base := found.get("rotary_base"), float) and base.is_integer():
         found["rotary_base"] = int(base)  # as LLaMA's own files spell it
@@ -239,13 +242,10 @@ def plain_fields(config: Config) -> dict[str, Any]:
         METHODS[variant].is_full_rank,
         f"model.variant is {variant}, but a {about.model_class} holds full-rank weights: leave out --plain",
     )
-    require(
-        not before["moe_router_pre_softmax"],
-        f"model.moe_router_pre_softmax is true, but false in every {about.model_class}: leave out --plain",
-    )
     before["kv_channels"] = head_width(config.model)
     fields: dict[str, Any] = {"model_type": kind, **{name: allowed[0] for name, allowed in about.only.items()}}
     fields |= {name: before[ours] for name, ours in about.fields.items()}
+    fields |= {name: not before[ours] for name, ours in about.negated.items()}
     if f"{ROPE}.rope_theta" in fields:
         names = [name for name in fields if name.startswith(ROPE)]
         rotary = {name.removeprefix(f"{ROPE}."): fields.pop(name) for name in names}

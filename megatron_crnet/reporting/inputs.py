@@ -93,9 +93,11 @@ class ReportInputs:
     def summary(self) -> str:
         """How much was read."""
         left_out = f" Left out, named at the end: {len(self.problems)}." if self.problems else ""
+        rarer = {f"{kind}s": len(self.of_kind(kind)) for kind in ("profile", "observation")}
         return (
             f"Made from runs: {len(self.runs)}, benchmarks: {len(self.of_kind('benchmark'))}, estimates and "
-            f"simulations: {len(self.of_kind('estimate', 'simulation'))}.{left_out}"
+            f"simulations: {len(self.of_kind('estimate', 'simulation'))}"
+            f"{''.join(f', {kind}: {count}' for kind, count in rarer.items() if count)}.{left_out}"
         )
 
     @contextmanager

@@ -70,10 +70,10 @@ def _last_of_each(models: Sequence[Record]) -> list[Record]:
 
 
 def _errors(model: Record) -> pd.DataFrame:
-    """A row per layer, position and rank."""
-    step, ranks = model["step"], model["ranks"]
+    """A row per layer, position and rank. The nominal rank is the middle one of those below a map's own."""
+    step = model["step"]
     label = model["name"] if step is None else f"{model['name']}, step {step}"
-    shared = {"label": label, "name": model["name"], "step": step, "nominal": ranks[len(ranks) // 2]}
+    shared = {"label": label, "name": model["name"], "step": step}
     rows = [
         {**shared, "layer": one["layer"], "position": one["position"], "cosine": one["cosine"], **errors}
         for one in model["maps"]
@@ -82,7 +82,8 @@ def _errors(model: Record) -> pd.DataFrame:
     frame = pd.DataFrame(rows)
     numbers = frame[["low_rank", "difference", "coefficient", "cosine"]].astype(float)
     ratio = (numbers["difference"] / numbers["low_rank"]).where(numbers["low_rank"] > ROUNDING)
-    return frame.assign(**numbers, ratio=ratio)
+    ranks = sorted(set(frame["rank"][ratio.notna()])) or sorted(model["ranks"])
+    return frame.assign(**numbers, ratio=ratio, nominal=ranks[len(ranks) // 2])
 
 
 def _summary(frames: Sequence[pd.DataFrame]) -> Table:

@@ -74,6 +74,17 @@ def by_name(value: Any) -> Any:
     return GenericAlias(dict, (Name, value))
 
 
+def no_two_alike(item: Any, *names: str) -> Any:
+    """The type of a list that is not empty, whose items differ in these fields."""
+
+    def differ(found: list[Any]) -> list[Any]:
+        if len({tuple(getattr(one, name) for name in names) for one in found}) < len(found):
+            raise ValueError(f"two have the same {' and '.join(names)}")
+        return found
+
+    return Annotated[many(item), Field(min_length=1), AfterValidator(differ)]
+
+
 Memory = model("Memory", {"weights optimizer gradients activations": Amount})
 StepMemory: Any = create_model(  # type: ignore[call-overload]
     "StepMemory",
@@ -118,12 +129,21 @@ Speed = {"seconds": model("Seconds", {"step": Positive}), "tokens_per_second": P
 Errors = model("RankErrors", {"rank": Count, "low_rank": Amount}, {"difference": Amount, "coefficient": Number})
 ObservedMap = model(
     "ObservedMap",
-    {"layer": Index, "position": Name, "errors": many(Errors), "spectrum": many(many(Number | None))},
+    {
+        "layer": Index,
+        "position": Name,
+        "errors": no_two_alike(Errors, "rank"),
+        "spectrum": many(many(Number | None)),
+    },
     {"cosine": Number},
 )
 ObservedModel = model(
     "ObservedModel",
-    {"name": Name, "ranks": Annotated[many(Count), Field(min_length=1)], "maps": many(ObservedMap)},
+    {
+        "name": Name,
+        "ranks": Annotated[many(Count), Field(min_length=1)],
+        "maps": no_two_alike(ObservedMap, "layer", "position"),
+    },
     {"step": Index, "tokens": Amount},
 )
 KINDS = {

@@ -60,6 +60,7 @@ PLAIN_SIZES: dict[str, Any] = {
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16},
 }
 PLAIN_EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True}
+ONE_EXPERT = {"num_experts_per_tok": 1, "norm_topk_prob": False}
 PLAIN_GPT2 = {"vocab_size": 416, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "bos_token_id": None}
 ROPE = "rope_parameters"
 SCALED = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -74,6 +75,7 @@ PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3, tied": ("qwen3", {**PLAIN_SIZES, "head_dim": 6, "tie_word_embeddings": True}),
     "qwen3_moe": ("qwen3_moe", {**PLAIN_SIZES, **PLAIN_EXPERTS, "head_dim": 12}),
     "qwen3_moe, no head_dim": ("qwen3_moe", {**PLAIN_SIZES, **PLAIN_EXPERTS}),
+    "qwen3_moe, one expert": ("qwen3_moe", {**PLAIN_SIZES, **PLAIN_EXPERTS, **ONE_EXPERT}),
 }
 """Transformers' own models: `model_type`, and fields of its configuration."""
 

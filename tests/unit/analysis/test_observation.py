@@ -98,6 +98,12 @@ def test_the_command_prints_records_and_reports(
         "Singular values, dense, layer",
     ):
         assert picture in page
+    assert "observations: 1." in page
+    whole = json.loads(record.read_text())
+    for maps in ([], [model["maps"][0]] * 2, [{**model["maps"][0], "errors": []}]):
+        record.write_text(json.dumps({**whole, "models": [{**model, "maps": maps}]}))
+        assert main(["report", str(record), "-o", str(tmp_path / "damaged.html")]) == 2
+        assert f"{record} " in capsys.readouterr().err
     assert main(["observe", str(run), text, f"--json={record}"]) == 2
     assert f"--json {record} exists already" in capsys.readouterr().err
 
@@ -114,6 +120,9 @@ def test_experts_have_a_table_of_their_own(
     # k and v are no wider than this rank, and have no ratio, but no experts either
     assert main(["observe", str(dense.path), f"--text={tmp_path / 'text.txt'}", "--ranks", "16"]) == 0
     assert "maps of experts" not in capsys.readouterr().out
+    # a rank above every map has no errors, and is not the one that the table by layer shows
+    assert main(["observe", str(dense.path), f"--text={tmp_path / 'text.txt'}", "--ranks", "31", "40"]) == 0
+    assert "ratio of the errors at rank 31" in capsys.readouterr().out
     too_large, record = ["--ranks", "999"], tmp_path / "record.json"
     assert main(["observe", str(dense.path), f"--text={tmp_path / 'text.txt'}", *too_large, f"--json={record}"]) == 2
     assert "--ranks 999 is not below 32, the largest rank of any map of dense" in capsys.readouterr().err

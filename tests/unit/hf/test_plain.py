@@ -112,7 +112,6 @@ WRONG: dict[str, tuple[str, Change | dict[str, Any], str]] = {
     "cross": ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True"),
     "dropout": ("gpt2", {"embd_pdrop": 0.2}, "embd_pdrop is 0.2, but another field 0.1, and both are model.hidden"),
     "dropout of 1": ("gpt2", {"attn_pdrop": 1.5}, "model.attention_dropout is 1.5"),
-    "weights of experts": ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob is False, but a qwen3_moe has True"),
     "dense layers": ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers is [0]"),
     "experts": ("qwen3_moe", {"num_local_experts": 4}, "mlp.gate.weight in the shape (5, 32)"),
     "biases": ("qwen3", {"attention_bias": True}, "attention_bias is True, but a qwen3 has False here"),
@@ -169,10 +168,6 @@ NOT_PLAIN: dict[str, tuple[dict[str, Any], str]] = {
     "heads": (
         {"variant": "full_rank", "architecture": "gpt2", "max_position_embeddings": 16, "kv_channels": 6},
         "model.kv_channels is 6, but 8 in every GPT2LMHeadModel of these sizes: leave out --plain",
-    ),
-    "one expert": (
-        {**EXPORTED["qwen3_moe"], "variant": "full_rank", "moe_router_topk": 1, "moe_router_pre_softmax": True},
-        "model.moe_router_pre_softmax is true, but false in every Qwen3MoeForCausalLM: leave out --plain",
     ),
 }
 
