@@ -75,6 +75,7 @@ def fit_map(
     rank: int,
     cross: Tensor | None = None,
     previous_norm: float = 0.0,
+    least_scale: float = 0.0,
 ) -> Fit:
     """The best s, A and B.
 
@@ -83,6 +84,7 @@ def fit_map(
         covariance: C, [d, d], fp64, positive definite (`damped`).
         cross: X^T P, [d, m], fp64; None where there is no P.
         previous_norm: ||P||^2.
+        least_scale: |s| cannot be below; in place of such an s this one is taken.
     """
     lower = torch.linalg.cholesky(covariance)
     q_y = lower.T @ weight.to(covariance).T
@@ -90,6 +92,8 @@ def fit_map(
     is_wide = q_y.shape[1] > q_y.shape[0]
     difference = _difference(q_y, q_p, previous_norm, is_wide)
     scale = difference.best_scale(rank)
+    if q_p is not None and abs(scale) < least_scale:
+        scale = least_scale
     error, basis = difference.solve(scale, rank)
     q = q_y if q_p is None else q_y - scale * q_p
     # q's part in the span of its first singular vectors, on the side where they are shorter

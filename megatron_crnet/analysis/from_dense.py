@@ -171,7 +171,8 @@ class Conversion:
             return {"a.weight": a, "b.weight": b}
         cross = sums.pop(("xp", one.name), None)
         previous_norm = 0.0 if cross is None else float(sums["pp", one.name])
-        fit = fit_map(weight.to(covariance.device), covariance, rank, cross, previous_norm)
+        least = self.target.model.cross_layer_epsilon
+        fit = fit_map(weight.to(covariance.device), covariance, rank, cross, previous_norm, least)
         scale = None if cross is None else fit.scale
         fitted = FittedMap(index, one.position, rank, scale, fit.error, fit.plain_error)
         fits.setdefault(one.position, []).append((fitted, fit.norm))
@@ -190,7 +191,7 @@ def _together(fits: Sequence[tuple[FittedMap, float]]) -> FittedMap:
 
 
 def beta_of(scale: float, model: ModelConfig) -> Tensor:
-    """The beta whose s(beta) is `scale`; 0 where that is below eps."""
+    """The beta whose s(beta) is `scale`, which is not below eps."""
     return torch.tensor(math.copysign(max(abs(scale) - model.cross_layer_epsilon, 0.0), scale))
 
 

@@ -65,6 +65,16 @@ def test_a_coefficient_that_helps_is_found() -> None:
     assert fit.error < 1e-2 < fit.plain_error / 10
 
 
+def test_where_the_best_coefficient_cannot_be_had_the_map_is_fitted_to_one_that_can() -> None:
+    """s(beta) is not below cross_layer_epsilon."""
+    x, weight, p = case("wide", 2)
+    p -= x @ torch.linalg.lstsq(x, p).solution  # nothing of which helps
+    assert abs(fitted(x, weight, p, 3).scale) < 0.1
+    fit = fit_map(weight, x.T @ x, 3, x.T @ p, float(p.square().sum()), least_scale=0.1)
+    assert fit.scale == 0.1
+    assert error_of(x, weight, p, fit) == pytest.approx(fit.error, rel=1e-5)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_at_full_rank_the_map_is_the_dense_one(shape: str) -> None:
     x, weight, p = case(shape, 1)
