@@ -233,12 +233,18 @@ class CRNetLayers(nn.ModuleList):
         return self
 
     def _note_ranks(self) -> None:
+        """Write them into the configuration, which has one per layer and position: of all experts the largest."""
         positions = self.config.factored
         ranks: dict[str, Any] = {position: self.config.ranks(position) for position in positions}
         for index, layer in enumerate(self):
-            for module in layer.modules():
-                for position in positions:
-                    linear = getattr(module, f"{position}_proj", None)
-                    if isinstance(linear, CrossLayerLinear):
-                        ranks[position][index] = len(linear.a.weight)
+            modules = [*layer.modules()]
+            for position in positions:
+                maps = [getattr(module, f"{position}_proj", None) for module in modules]
+                low_rank = [one for one in maps if isinstance(one, CrossLayerLinear)]
+                ranks[position][index] = max((len(one.a.weight) for one in low_rank), default=ranks[position][index])
+                for one in low_rank:
+                    (old, h_in), h_out = one.a.weight.shape, len(one.b.weight)
+                    more = ranks[position][index] - old
+                    if more:
+                        one.widen(torch.zeros(more, h_in), torch.zeros(h_out, more))
         self.config.rank = ranks

@@ -117,6 +117,19 @@ def test_a_merged_adapter_gives_the_same_logits_and_is_saved_as_a_wider_rank(
     assert torch.equal(get_peft_model(again, lora())(tokens()).logits, again(tokens()).logits)
 
 
+def test_experts_without_an_adapter_get_the_ranks_of_those_with_one(tmp_path: Path) -> None:
+    """The configuration has one rank for all experts of a layer."""
+    adapted = get_peft_model(make(**SHAPES["qwen3_moe"]), lora(target_modules=r".*layers\.2.*experts\.0\.up_proj"))
+    train(adapted)
+    wanted = adapted.double()(tokens()).logits
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(tokens()).logits, wanted, rtol=1e-11, atol=1e-11)
+    merged.float().save_pretrained(tmp_path)
+    again = CRNetForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(tokens()).logits, wanted.float(), rtol=1e-4, atol=1e-4)
+    assert [again.config.rank_of(layer, "up") for layer in range(4)] == [0, 8, 11, 8]
+
+
 def test_a_router_is_left_out_of_all_linear_maps() -> None:
     config = lora(target_modules="all-linear", init_lora_weights=False)
     adapted = get_peft_model(make(**SHAPES["qwen3_moe"]), config).double()
