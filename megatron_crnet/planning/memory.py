@@ -20,7 +20,7 @@ from megatron_crnet.planning.distillation import boundary_width, kept_difference
 from megatron_crnet.planning.galore import galore_share
 from megatron_crnet.planning.profile import Memory
 from megatron_crnet.planning.shards import PROJECTED, SPREAD, Chunk, LocalModel, expert_weights
-from megatron_crnet.planning.volume import persistent, zero3_gathers
+from megatron_crnet.planning.volume import PREFETCH, partitioned, persistent, zero3_gathers
 from megatron_crnet.recompute.planner import kept_widths, layer_widths, passes_in_flight, sums_beside_outputs
 
 SUB_GROUP = 1_000_000_000
@@ -198,8 +198,14 @@ def _logits(model: LocalModel, chunk: Chunk) -> float:
 def _transient(model: LocalModel, plan: BatchPlan) -> float:
     """The peak beyond `kept` in a backward pass."""
     most = max(moment for chunk in model.chunks for moment in _moments(model, plan, chunk))
-    is_partitioned = model.stage == 3 and plan.dp_size > 1
-    return most + (zero3_gathers(model)[1] * model.element if is_partitioned else 0)
+    if model.stage < 3 or plan.dp_size == 1:
+        return most
+    # before the loss what was gathered in the last call lies there twice: in one piece until all of it is in use
+    in_one = min(
+        zero_option(model.config, "stage3_prefetch_bucket_size", PREFETCH), sum(p.numel for p in partitioned(model))
+    )
+    before_loss = in_one * model.element - _logits(model, model.chunks[-1])
+    return max(most, before_loss) + zero3_gathers(model)[1] * model.element
 
 
 def _moments(model: LocalModel, plan: BatchPlan, chunk: Chunk) -> Iterator[float]:
@@ -234,9 +240,10 @@ def _output_layer(model: LocalModel, chunk: Chunk, received: float) -> Iterator[
     if model.bf16:  # what the loss takes in fp32 for a few tokens
         yield 4 * min(logits / model.element, FEW) + received
     yield grad
-    if model.stage == 2 and model.embedding > model.bucket:  # reduced by itself
+    is_tied = chunk.embeds and model.transformer.table.ties_head  # then reduced with the embedding's part, at the end
+    if model.stage == 2 and model.embedding > model.bucket and not is_tied:  # reduced by itself
         yield model.buffer * model.element - logits + grad + _copies(model) * model.embedding
-    if model.stage == 3 and model.bf16:
+    if model.stage == 3 and model.bf16 and not is_tied:
         yield grad + 4 * model.embedding
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from megatron_crnet.checkpoint.compatibility import check_resumable
 from megatron_crnet.checkpoint.manager import Checkpointer
+from megatron_crnet.config.model_size import total_parameters
+from megatron_crnet.config.positions import position_table
 from megatron_crnet.config.schema import Config
 from megatron_crnet.distributed.watchdog import Heartbeat
 from megatron_crnet.engine.sharded_galore import ShardedGaLore
@@ -78,12 +80,15 @@ SOON = (
 """The others are marked long."""
 RARE = [name for name in ROWS if name not in SOON]
 ON_FOUR: dict[str, dict[str, Any]] = {
-    **{f"zero{stage}": {"stage": stage} for stage in range(4)},
-    **{f"tp2-zero{stage}": {"stage": stage, "parallel": TP} for stage in range(4)},
-    **{f"pp2-zero{stage}": {"stage": stage, "parallel": PP} for stage in range(2)},
-    **{f"tp2-pp2-zero{stage}": {"stage": stage, "parallel": {**TP, **PP}} for stage in range(2)},
-    "padded-tp2-zero3": {"stage": 3, "model": PADDED_FFN, "parallel": TP},
-    "tp4-zero1": {"stage": 1, "parallel": {"tensor_model_parallel_size": 4}},
+    name: {**row, "sequences": 8}
+    for name, row in {
+        **{f"zero{stage}": {"stage": stage} for stage in range(4)},
+        **{f"tp2-zero{stage}": {"stage": stage, "parallel": TP} for stage in range(4)},
+        **{f"pp2-zero{stage}": {"stage": stage, "parallel": PP} for stage in range(2)},
+        **{f"tp2-pp2-zero{stage}": {"stage": stage, "parallel": {**TP, **PP}} for stage in range(2)},
+        "padded-tp2-zero3": {"stage": 3, "model": PADDED_FFN, "parallel": TP},
+        "tp4-zero1": {"stage": 1, "parallel": {"tensor_model_parallel_size": 4}},
+    }.items()
 }
 BF16 = Errors(loss=1e-2, grad_norm=5e-2, gradients=0.4, parameters=0.1)
 """See test_zero.py; here weights move by much more."""
@@ -176,13 +181,20 @@ def check_state(row: dict[str, Any], by_rank: list[tuple[int, dict[str, Tensor]]
     model, shards_nothing = config_of(row).model, row["stage"] == 0 and "parallel" not in row
     if row.get("optimizer", {}).get("proj_type", "std") != "std":
         return
-    h, kv, f = model.hidden_size, model.hidden_size // 4 * (model.num_query_groups or 4), model.ffn_hidden_size
-    maps = [(h, h), (h, h), (h, kv), (h, kv), *[(f, h)] * 3 * (model.num_experts or 1)] * model.num_layers
+    h, table = model.hidden_size, position_table(model)
+    of_experts = {position.name for position in table.architecture.experts.positions} if table.num_experts else set()
+    copies_of = {name: table.num_experts if name in of_experts else 1 for name in table.shapes}
+    maps = [table.shapes[name] for name in table.shapes for _ in range(copies_of[name])] * model.num_layers
     expected = sum(2 * 4 * max(shape) + 4 * min(shape) for shape in maps)
     owned = [sum(tensor.numel() for tensor in state.values()) for _, state in by_rank]
     assert sum(owned) == expected * (2 if shards_nothing else 1)
     assert max(owned) <= 1.15 * sum(owned) / len(owned)
-    plain = 2 * model.vocab_size * h + (2 * model.num_layers + 1) * h + model.num_layers * (model.num_experts or 0) * h
+    plain = total_parameters(model) - sum(m * n for m, n in maps)
+    embeddings = (1 if table.ties_head else 2) * model.vocab_size * h
+    if row.get("parallel") == TP:
+        plain += plain - embeddings  # norms, most biases and positions are on both ranks
+    elif table.ties_head and row.get("parallel") == PP:
+        plain += embeddings  # on both ends
     copies = 2 if row["stage"] == 0 else 1
     assert sum(numel for numel, _ in by_rank) <= 2 * copies * plain + 4 * model.num_layers * h + 1000
 

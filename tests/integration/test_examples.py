@@ -137,6 +137,7 @@ def test_a_layout_fits_80_gb_with_room_for_what_the_estimate_leaves_out(path: Pa
     assert row in (ROOT / "docs" / "cluster.md").read_text(), row
 
 
+@pytest.mark.long
 def test_the_quickstart_on_two_by_two_ranks_follows_one_process(corpus: Corpus, tmp_path: Path) -> None:
     common = {
         "data.train_data_path": f"[{corpus.train}]",
