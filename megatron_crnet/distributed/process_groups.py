@@ -166,9 +166,9 @@ def _export(variables: Mapping[str, str]) -> None:
 
 def local_rank_variables(local_rank: int, device: torch.device) -> dict[str, str]:
     """The variables by which DeepSpeed takes its device: the index of ours, also where this process sees no other."""
-    # under Open MPI's mpirun DeepSpeed insists that both are equal
-    names = ("LOCAL_RANK", *(name for name in ("OMPI_COMM_WORLD_LOCAL_RANK",) if name in os.environ))
-    return dict.fromkeys(names, str(local_rank if device.index is None else device.index))
+    index = str(local_rank if device.index is None else device.index)
+    of_mpirun = "OMPI_COMM_WORLD_LOCAL_RANK"  # DeepSpeed insists that both are equal
+    return {"LOCAL_RANK": index, **({of_mpirun: index} if of_mpirun in os.environ else {})}
 
 
 def _take_device(launch: Launch, chosen: bool = False) -> torch.device:

@@ -69,8 +69,8 @@ def _over_tokens(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """The sum over each expert's tokens of outer products: [experts, out, in] of [tokens, out] and [tokens, in]."""
     if not loops(left):
         return F.grouped_mm(left.t(), right, offs=ends)
-    parts = (x.split(_sizes(ends)) for x in (left, right))
-    return torch.stack([a.t() @ b for a, b in zip(*parts, strict=True)])
+    sizes = _sizes(ends)
+    return torch.stack([a.t() @ b for a, b in zip(left.split(sizes), right.split(sizes), strict=True)])
 
 
 def _sizes(ends: Tensor) -> list[int]:

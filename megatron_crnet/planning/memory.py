@@ -20,7 +20,7 @@ from megatron_crnet.planning.distillation import boundary_width, kept_difference
 from megatron_crnet.planning.galore import galore_share
 from megatron_crnet.planning.profile import Memory
 from megatron_crnet.planning.shards import PROJECTED, SPREAD, Chunk, LocalModel, expert_weights
-from megatron_crnet.planning.volume import PREFETCH, partitioned, persistent, zero3_gathers
+from megatron_crnet.planning.volume import partitioned, persistent, prefetched, zero3_gathers
 from megatron_crnet.recompute.planner import kept_widths, layer_widths, passes_in_flight, sums_beside_outputs
 
 SUB_GROUP = 1_000_000_000
@@ -201,9 +201,7 @@ def _transient(model: LocalModel, plan: BatchPlan) -> float:
     if model.stage < 3 or plan.dp_size == 1:
         return most
     # before the loss what was gathered in the last call lies there twice: in one piece until all of it is in use
-    in_one = min(
-        zero_option(model.config, "stage3_prefetch_bucket_size", PREFETCH), sum(p.numel for p in partitioned(model))
-    )
+    in_one = min(prefetched(model), sum(p.numel for p in partitioned(model)))
     before_loss = in_one * model.element - _logits(model, model.chunks[-1])
     return max(most, before_loss) + zero3_gathers(model)[1] * model.element
 

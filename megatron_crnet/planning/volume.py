@@ -23,8 +23,6 @@ CROSS_ENTROPY = 3 * 4
 """Bytes per token that cross-entropy all-reduces: maximum, target's logit, sum of exponentials."""
 COUNTER = 8
 """Bytes of an integer."""
-PREFETCH = 50_000_000
-"""DeepSpeed's default of `stage3_prefetch_bucket_size`: elements that stage 3 gathers in one call."""
 
 
 def estimate_volumes(model: LocalModel, plan: BatchPlan) -> list[CommVolume]:
@@ -200,13 +198,18 @@ def partitioned(model: LocalModel) -> list[LocalParameter]:
     return [p for p in model.weights if p.numel > largest]
 
 
+def prefetched(model: LocalModel) -> int:
+    """Elements that ZeRO-3 gathers ahead in one call."""
+    return int(zero_option(model.config, "stage3_prefetch_bucket_size", 50_000_000))
+
+
 def zero3_gathers(model: LocalModel) -> tuple[int, int]:
     """Elements that ZeRO-3 gathers per micro-batch, and the most that are gathered at once, without persistent ones.
 
     DeepSpeed prefetches in the order of uses up to `max_live_parameters`, and keeps what is used again within
     `max_reuse_distance`. Frozen ones whose use is repeated in backward stay until the layer's gradients are there.
     """
-    ahead = zero_option(model.config, "stage3_prefetch_bucket_size", PREFETCH)
+    ahead = prefetched(model)
     limit = zero_option(model.config, "stage3_max_live_parameters", 1_000_000_000) if ahead else 0
     reuse = zero_option(model.config, "stage3_max_reuse_distance", 1_000_000_000)
     sizes = [p.numel for p in partitioned(model)]

@@ -161,7 +161,7 @@ def test_beta_gives_the_coefficient(dense: SourceModel) -> None:
     model = changed(dense.config, cross_layer_epsilon=1e-3).model
     for scale in (-1.5, -2e-3, 0.5):
         assert float(signed_scale(beta_of(scale, model), 1e-3)) == pytest.approx(scale)
-    assert float(beta_of(1e-3, model)) == 0.0
+    assert float(beta_of(1e-3, model)) == abs(float(beta_of(1e-4, model))) == 0.0
 
 
 @pytest.mark.parametrize("source", ["dense", "dense_moe"])
